@@ -1,0 +1,124 @@
+"""What the callback refuses, each in words that say what to do."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pellm_lightning.topology import Topology
+
+
+def weighting(value: object) -> None:
+    """Check the argument of that name."""
+    if isinstance(value, str):
+        one_of("weighting", value, ("samples", "uniform"))
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"weighting={value!r} must be 'samples', 'uniform' or a finite number >= 0.")
+
+
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check an argument that has few choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def patterns(name: str, value: object) -> None:
+    """Check an argument that holds glob patterns."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
+        raise ValueError(f"{name}={value!r} must be a list of glob patterns, for example {name}=['*lora_A*'].")
+
+
+def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
+    """Check that the Trainer leaves other parties alone and lets the written parameters stand."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise MisconfigurationException(
+            f"Trainer(strategy={type(strategy).__name__}) shards or shadows a party's parameters, so a round's result"
+            " could be lost by the next optimizer step. Use a single device or strategy='ddp' inside a party."
+        )
+    if strategy.world_size != topology.party_size:
+        raise MisconfigurationException(
+            f"The strategy {type(strategy).__name__} spans {strategy.world_size} processes, but a party has"
+            f" {topology.party_size} ({topology.num_parties} parties). Gradients would cross between parties. Pass"
+            f" plugins=[PartyEnvironment(num_parties=...)] so that each party is a world of its own, with devices set to"
+            " the processes per party (devices=1 and no strategy for single-process parties)."
+        )
+    if sum(isinstance(c, type(callback)) for c in trainer.callbacks) > 1:
+        raise MisconfigurationException(
+            f"The Trainer has several {type(callback).__name__} callbacks; their rounds would mix. Keep one."
+        )
+    for other in trainer.callbacks:
+        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+            raise MisconfigurationException(
+                f"{type(other).__name__} keeps its own copy of the weights, made before the parties agree on theirs, so"
+                " parties would end with different averages. Remove it; an outer optimizer with lr below 1 smooths the"
+                " global parameters instead."
+            )
+        if isinstance(other, LearningRateFinder | BatchSizeFinder):
+            rank_zero_warn(
+                f"{type(other).__name__} searches at each party alone, without rounds: parties may end with different"
+                " settings. Search once before the federation and fix the value."
+            )
+
+
+def samplers(trainer: Trainer, topology: Topology) -> None:
+    """Check that no sampler hands out only a part of the party's private data."""
+
+    def check(loader: Any) -> Any:
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas != topology.party_size:
+            raise MisconfigurationException(
+                f"The training DataLoader of party {topology.party} has a DistributedSampler over"
+                f" {sampler.num_replicas} replicas, but the party has {topology.party_size} process(es): it would train"
+                " on a part of its private data only. Remove the sampler; Lightning adds one inside a party by itself."
+            )
+        return loader
+
+    apply_to_collection(trainer.train_dataloader, DataLoader, check)
+
+
+def optimizers(trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Warn about federated parameters that no optimizer trains."""
+    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    idle = [name for name, parameter in parameters.items() if id(parameter) not in trained]
+    if idle:
+        rank_zero_warn(
+            f"{len(idle)} federated parameter(s) are in no optimizer, the first is {idle[0]!r}: they cross each round but"
+            " nothing trains them. Give them to configure_optimizers, freeze them, or name them in `exclude`."
+        )
+
+
+def devices(described: Sequence[object]) -> None:
+    """Warn if two parties compute on the same accelerator."""
+    named = [device for device in described if device is not None]
+    if len(set(named)) < len(named):
+        rank_zero_warn(
+            f"Several parties compute on the same accelerator ({named}). Start torchrun with --virtual-local-rank, or set"
+            " CUDA_VISIBLE_DEVICES per party, so that each has its own."
+        )
+
+
+def trainable_checkpoint(module: LightningModule, state_dict: Mapping[str, Any]) -> None:
+    """Check that a checkpoint without frozen parameters holds all trainable ones and nothing unknown."""
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in state_dict]
+    known = set(module.state_dict())
+    unknown = [name for name in state_dict if name not in known]
+    for words, names in (("lacks the trainable", missing), ("holds the unknown", unknown)):
+        if names:
+            raise ValueError(
+                f"The checkpoint {words} parameter {names[0]!r} ({len(names)} in all). Build the module as it was when the"
+                " checkpoint was saved: same base, same PEFT configuration."
+            )

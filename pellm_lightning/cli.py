@@ -1,0 +1,58 @@
+"""FederatedCLI: LightningCLI with the federation among its arguments."""
+
+import os
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from pellm_lightning import isolation
+from pellm_lightning.callback import FederatedAveraging
+from pellm_lightning.environment import PartyEnvironment, is_launched, speak_as
+from pellm_lightning.topology import Topology
+
+
+class FederatedCLI(LightningCLI):
+    """LightningCLI whose Trainer federates: ``--federated.*`` configures the rounds, ``--num_parties`` the parties.
+
+    Launch it with ``torchrun --nproc-per-node N``. Every party writes below ``party-<k>/`` of
+    ``trainer.default_root_dir`` and of each logger's ``save_dir``. All else is LightningCLI as it always was.
+    """
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--num_parties",
+            type=int | None,
+            default=None,
+            help="Number of parties among the launched processes; null makes every process a party.",
+        )
+        parser.add_lightning_class_args(FederatedAveraging, "federated")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        num_parties = self._get(self.config_init, "num_parties")
+        topology = Topology.from_env(num_parties)
+        if is_launched():
+            trainer_config = self._get(self.config_init, "trainer")
+            plugins = trainer_config.get("plugins") or []
+            plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+            if not any(isinstance(plugin, PartyEnvironment) for plugin in plugins):
+                timeout_s = self._get(self.config_init, "federated").timeout_s
+                kwargs["plugins"] = [*plugins, PartyEnvironment(num_parties, timeout_s)]
+        if topology.num_parties > 1:
+            root = self._get(self.config_init, "trainer").get("default_root_dir") or os.getcwd()
+            kwargs["default_root_dir"] = isolation.below(str(root), topology.party)
+        trainer = super().instantiate_trainer(**kwargs)
+        if topology.num_parties > 1:
+            # Before the fit: its first act is to create the loggers' files.
+            isolation.separate_files(trainer, topology.party)
+            speak_as(topology.rank_in_party)
+        return trainer
+
+
+def main() -> None:
+    """Run the command line: ``python -m pellm_lightning fit --config run.yaml``."""
+    # The ready tasks configure their own optimizers, so the CLI needs not replace them.
+    FederatedCLI(auto_configure_optimizers=False)

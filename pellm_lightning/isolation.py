@@ -1,0 +1,99 @@
+"""Keep parties on one host apart: no two write the same file, and one terminal stays readable."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+log = logging.getLogger(__name__)
+
+_package_log = logging.getLogger("pellm_lightning")
+
+
+def separate_files(trainer: Trainer, party: int) -> None:
+    """Move what this party writes below ``party-<k>/`` of the path it was given.
+
+    Loggers of Lightning that write locally are replaced by ones that save there, checkpoint callbacks and the profiler
+    get their directory there. A path that has a ``party-<k>`` component already is left alone.
+    """
+    trainer.loggers = [_separated_logger(logger, party) for logger in trainer.loggers]
+    first = trainer.loggers[0] if trainer.loggers else None
+    for callback in trainer.callbacks:
+        if isinstance(callback, Checkpoint) and hasattr(callback, "dirpath"):
+            if callback.dirpath is not None:
+                callback.dirpath = below(str(callback.dirpath), party)
+            elif not isinstance(first, CSVLogger | TensorBoardLogger):  # it would follow the first logger's path
+                callback.dirpath = os.path.join(below(trainer.default_root_dir, party), "checkpoints")
+    profiler: Any = getattr(trainer, "profiler", None)
+    if profiler is not None and profiler.dirpath is not None:
+        profiler.dirpath = below(str(profiler.dirpath), party)
+
+
+def below(path: str, party: int) -> str:
+    """Return ``path/party-<k>``, or ``path`` itself if it lies below a ``party-<k>`` already."""
+    return path if f"party-{party}" in Path(path).parts else os.path.join(path, f"party-{party}")
+
+
+def written_paths(trainer: Trainer) -> list[str]:
+    """Return the directories this party writes to, as "host:path", so that the parties can compare them."""
+    paths = [logger.log_dir for logger in trainer.loggers if logger.log_dir]
+    paths += [
+        str(c.dirpath) for c in trainer.callbacks if isinstance(c, Checkpoint) and getattr(c, "dirpath", None) is not None
+    ]
+    return sorted({f"{socket.gethostname()}:{path if '://' in path else os.path.abspath(path)}" for path in paths})
+
+
+def show_log_lines() -> None:
+    """Show the package's lines as Lightning shows its own, unless the application has set up logging itself."""
+    if not _package_log.handlers and not logging.getLogger().handlers:
+        _package_log.addHandler(logging.StreamHandler())
+        _package_log.setLevel(logging.INFO)
+
+
+def hush(trainer: Trainer) -> None:
+    """Leave the terminal to party 0: no progress bar, no model summary, no routine lines of Lightning."""
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.disable()
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ModelSummary)]
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _separated_logger(logger: Logger, party: int) -> Logger:
+    if not isinstance(logger, CSVLogger | TensorBoardLogger) or below(logger.save_dir or ".", party) == logger.save_dir:
+        return logger
+    save_dir = below(logger.save_dir or ".", party)
+    _withdraw(logger)
+    # A number was counted in the folder that all parties share, so it is counted anew here; a name is the user's own.
+    version = logger.version if isinstance(logger.version, str) else None
+    if isinstance(logger, CSVLogger):
+        return CSVLogger(
+            save_dir, logger.name, version, logger._prefix, flush_logs_every_n_steps=logger._flush_logs_every_n_steps
+        )
+    return TensorBoardLogger(
+        save_dir,
+        logger.name,
+        version,
+        logger._log_graph,
+        logger._default_hp_metric,
+        logger._prefix,
+        logger._sub_dir,
+        **logger._kwargs,
+    )
+
+
+def _withdraw(logger: Logger) -> None:
+    """Remove the empty event file that a party's DDP strategy let its logger create before the paths were separated."""
+    if not isinstance(logger, TensorBoardLogger) or logger._experiment is None:
+        return
+    logger.experiment.close()
+    directory = Path(logger.experiment.log_dir)
+    for file in directory.glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+        file.unlink()
+    if not any(directory.iterdir()):
+        directory.rmdir()

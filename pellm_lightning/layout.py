@@ -1,0 +1,172 @@
+"""Named tensors <-> one flat float32 vector; the only place that knows DTensor.
+
+The vector is walked in chunks that stay in a core's cache while several operations touch them: for a large adapter the
+memory traffic of packing costs as much as the network, so each pass over main memory counts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Scalars per chunk: three float32 chunks (parameters, vector, scratch) fit into 2 MB of second-level cache.
+_CHUNK = 1 << 17
+# Scalars per bucket, the unit that crosses between parties: large enough to hide latency, small enough to overlap.
+_BUCKET = 1 << 22
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A range of the vector and the pieces of parameters that lie there, in order."""
+
+    start: int
+    stop: int
+    pieces: list[Tensor]
+    rounds: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        exact = (torch.float32, torch.float64)
+        object.__setattr__(self, "rounds", any(piece.dtype not in exact for piece in self.pieces))
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def gather_(self, out: Tensor) -> Tensor:
+        """Copy the parameters into ``out``, a float32 vector of the chunk's size."""
+        if len(self.pieces) == 1:
+            return out.copy_(self.pieces[0].reshape(-1))
+        return torch.cat([piece.reshape(-1) for piece in self.pieces], out=out)
+
+    def scatter_(self, values: Tensor) -> None:
+        """Write a float32 vector of the chunk's size into the parameters, in place, cast to their dtype."""
+        for piece, part in zip(self.pieces, self._split(values), strict=True):
+            piece.copy_(part.view_as(piece))
+
+    def as_written(self, values: Tensor, scratch: Tensor) -> Tensor:
+        """Return what the parameters hold after ``scatter_(values)``: itself, or a rounded copy in ``scratch``."""
+        if not self.rounds:
+            return values
+        for piece, part, rounded in zip(self.pieces, self._split(values), self._split(scratch), strict=True):
+            rounded.copy_(part.to(piece.dtype))
+        return scratch
+
+    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return values.split([piece.numel() for piece in self.pieces])
+
+
+class Layout:
+    """Where each parameter lies in the flat vector: sorted by name, one after the other.
+
+    Args:
+        parameters: Named floating-point tensors, on one device. They are read and written in place, never rebound.
+
+    Raises:
+        ValueError: If there are none, one is no real floating-point tensor, one is sharded, or devices differ.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = {name: parameters[name] for name in sorted(parameters)}
+        _check(self._parameters)
+        self.names = list(self._parameters)
+        self.size = sum(p.numel() for p in self._parameters.values())
+        self.device = next(iter(self._parameters.values())).device
+        self._lay_out()
+
+    @property
+    def schema(self) -> list[list[object]]:
+        """Name, shape and dtype of each parameter, in the vector's order, as JSON-ready lists."""
+        return [[name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self._parameters.items()]
+
+    def new_vector(self) -> Tensor:
+        """Return a new float32 vector for all parameters, on their device, of shape (D,)."""
+        return torch.zeros(self.size, dtype=torch.float32, device=self.device)
+
+    def new_scratch(self) -> Tensor:
+        """Return a float32 vector as long as the longest chunk."""
+        return torch.empty(max(chunk.size for chunk in self.chunks()), dtype=torch.float32, device=self.device)
+
+    def chunks(self) -> list[Chunk]:
+        """Return the chunks of the vector, laid out anew if somebody moved a parameter's storage meanwhile."""
+        if [p.data_ptr() for p in self._parameters.values()] != self._pointers:
+            self._lay_out()
+        return self._chunks
+
+    def buckets(self) -> list[list[Chunk]]:
+        """Return the same chunks grouped into the buckets that cross between parties."""
+        self.chunks()
+        return self._buckets
+
+    def pack_(self, vector: Tensor) -> Tensor:
+        """Copy all parameters into ``vector`` of shape (D,)."""
+        for chunk in self.chunks():
+            chunk.gather_(vector[chunk.start : chunk.stop])
+        return vector
+
+    def unpack_(self, vector: Tensor) -> None:
+        """Write ``vector`` of shape (D,) into all parameters, in place."""
+        for chunk in self.chunks():
+            chunk.scatter_(vector[chunk.start : chunk.stop])
+
+    def first_nonfinite(self) -> str | None:
+        """Return the name of the first parameter that holds NaN or infinity, if any does."""
+        return next((name for name, p in self._parameters.items() if not torch.isfinite(p).all()), None)
+
+    def _lay_out(self) -> None:
+        self._pointers = [p.data_ptr() for p in self._parameters.values()]
+        self._chunks: list[Chunk] = []
+        pieces: list[Tensor] = []
+        start = filled = 0
+
+        def close() -> None:
+            nonlocal pieces, start, filled
+            if filled:
+                self._chunks.append(Chunk(start, start + filled, pieces))
+                pieces, start, filled = [], start + filled, 0
+
+        for parameter in self._parameters.values():
+            whole = parameter.detach()
+            if not whole.is_contiguous():
+                close()  # it has no flat view to cut, so it is a chunk of its own
+                pieces, filled = [whole], whole.numel()
+                close()
+                continue
+            rest = whole.view(-1)
+            while rest.numel():
+                piece = rest[: _CHUNK - filled]
+                pieces.append(piece)
+                filled += piece.numel()
+                rest = rest[piece.numel() :]
+                if filled == _CHUNK:
+                    close()
+        close()
+        self._buckets = _group(self._chunks)
+
+
+def _group(chunks: list[Chunk]) -> list[list[Chunk]]:
+    buckets: list[list[Chunk]] = []
+    for chunk in chunks:
+        if not buckets or chunk.stop - buckets[-1][0].start > _BUCKET:
+            buckets.append([])
+        buckets[-1].append(chunk)
+    return buckets
+
+
+def _check(parameters: Mapping[str, Tensor]) -> None:
+    if sum(p.numel() for p in parameters.values()) == 0:
+        raise ValueError("There is no parameter to federate. Pass at least one floating-point tensor.")
+    devices = {p.device for p in parameters.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The federated parameters lie on several devices ({', '.join(sorted(map(str, devices)))}); a party's"
+            " parameters must be on one. Load the model without a device map that spreads it."
+        )
+    for name, parameter in parameters.items():
+        if type(parameter).__name__ == "DTensor":
+            raise ValueError(
+                f"Parameter {name!r} is a DTensor, sharded over the party's processes. FSDP and tensor parallelism"
+                " inside a party are not supported yet: use a single device or strategy='ddp'."
+            )
+        if not parameter.is_floating_point():
+            raise ValueError(f"Parameter {name!r} has dtype {parameter.dtype}; only real floating point can be averaged.")

@@ -1,0 +1,127 @@
+"""What a party shows at joining, and what must agree before any tensor moves.
+
+Sizes, order and dtypes that differ make a collective abort an innocent process or return garbage in silence, so they are
+compared as words, through the store. Pure: builds and compares plain containers.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+PROTOCOL = 1
+"""Version of what parties say to each other; parties of different versions refuse each other."""
+
+Passport: TypeAlias = dict[str, Any]
+_SAMPLES = 64
+
+
+def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return a short digest per frozen tensor: its shape, dtype and 64 values at even strides.
+
+    Cheap enough for any model, and different for another checkpoint, revision or quantisation.
+    """
+    return {name: _digest(tensor) for name, tensor in frozen.items()}
+
+
+def checksum(vector: Tensor) -> int:
+    """Return the wrapping 64-bit sum of a float32 vector's bits, to tell two vectors apart cheaply."""
+    return int(vector.view(torch.int32).sum(dtype=torch.int64))
+
+
+def first_difference(passports: Sequence[Passport]) -> str | None:
+    """Return what the first party that differs from party 0 should know, or None if all agree."""
+    first = passports[0]
+    for party, other in enumerate(passports[1:], start=1):
+        for compare in (_protocol, _schema, _config, _base, _round, _files):
+            message = compare(party, first, other)
+            if message:
+                return message
+    return None
+
+
+def _protocol(party: int, first: Passport, other: Passport) -> str | None:
+    if first["protocol"] == other["protocol"]:
+        return None
+    return (
+        f"Party {party} speaks protocol version {other['protocol']}, party 0 version {first['protocol']}. Install the"
+        " same version of pellm-lightning at both."
+    )
+
+
+def _schema(party: int, first: Passport, other: Passport) -> str | None:
+    ours = {name: (shape, dtype) for name, shape, dtype in first["schema"]}
+    theirs = {name: (shape, dtype) for name, shape, dtype in other["schema"]}
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        has, lacks = (0, party) if name in ours else (party, 0)
+        return (
+            f"Party {has} trains parameter {name!r}, party {lacks} does not ({len(ours)} parameters at party 0,"
+            f" {len(theirs)} at party {party}). Give both the same model, the same PEFT configuration and the same"
+            " include and exclude patterns."
+        )
+    for name, (shape, dtype) in ours.items():
+        if theirs[name] != (shape, dtype):
+            their_shape, their_dtype = theirs[name]
+            return (
+                f"Parameter {name!r} is {dtype} of shape {shape} at party 0 but {their_dtype} of shape {their_shape} at"
+                f" party {party}. Use the same model, PEFT configuration (rank!) and precision at both."
+            )
+    return None
+
+
+def _config(party: int, first: Passport, other: Passport) -> str | None:
+    for key in sorted(first["config"].keys() | other["config"].keys()):
+        ours, theirs = first["config"].get(key), other["config"].get(key)
+        if ours != theirs:
+            return f"Party 0 has {key}={ours!r}, party {party} has {key}={theirs!r}. Give all parties the same {key}."
+    return None
+
+
+def _base(party: int, first: Passport, other: Passport) -> str | None:
+    ours, theirs = first["base"], other["base"]
+    if ours is None or theirs is None:
+        return None
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            return (
+                f"The frozen base model of party {party} is not that of party 0: the first tensor that differs is"
+                f" {name!r}. Load the same checkpoint and revision in the same dtype, or pass check_base=False if the"
+                " difference is intended (for example a quantised base at one party)."
+            )
+    return None
+
+
+def _round(party: int, first: Passport, other: Passport) -> str | None:
+    if first["round"] != other["round"]:
+        return (
+            f"Party 0 starts at round {first['round']}, party {party} at round {other['round']}. Resume all parties from"
+            " checkpoints of the same round, or none."
+        )
+    if first["checksum"] != other["checksum"]:
+        return (
+            f"Parties 0 and {party} resume round {first['round']} with different global vectors. Their checkpoints are"
+            " from different federations: resume all parties from the same run."
+        )
+    return None
+
+
+def _files(party: int, first: Passport, other: Passport) -> str | None:
+    shared = sorted(set(first["files"]) & set(other["files"]))
+    if not shared:
+        return None
+    return (
+        f"Parties 0 and {party} would both write to {shared[0]!r}. Give each party its own path, for example\n"
+        "    party = os.environ['RANK']\n"
+        "    logger = MyLogger(save_dir=f'logs/party-{party}')"
+    )
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.blake2b(f"{list(tensor.shape)}{tensor.dtype}".encode(), digest_size=8)
+    if not tensor.is_meta and tensor.numel():
+        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,405 @@
+"""One round, top to bottom: meet, pack, exchange, vote, commit."""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pellm_lightning import passport
+from pellm_lightning.federation import Federation, FederationError, MismatchError
+from pellm_lightning.layout import Layout
+
+log = logging.getLogger(__name__)
+
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+
+class Purpose(IntEnum):
+    """Why a party comes to meet the others."""
+
+    ROUND = 1
+    METRICS = 2
+    DONE = 3
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a party says before anything else crosses; the same few numbers whatever follows."""
+
+    purpose: Purpose
+    round: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round did, seen from one party."""
+
+    round: int
+    """Index of the round, from 0."""
+    active_parties: int
+    """Parties whose parameters counted: weight above 0 and all values finite."""
+    total_weight: float
+    """Sum of the weights that counted."""
+    weight: float
+    """This party's weight, 0 if it did not count."""
+    excluded: tuple[int, ...]
+    """Parties left out because their parameters held NaN or infinity; the result has healed them."""
+    loss: float | None
+    """Mean of the parties' local training losses, weighted; None if no party gave one."""
+    seconds: float
+    """Seconds from the moment all parties had arrived until the parameters were written."""
+    waited_seconds: float
+    """Seconds this party waited for the others to arrive."""
+    bytes_sent: int
+    """Bytes this party handed to the group."""
+    update_norm: float
+    """2-norm of this party's update: its parameters minus the anchor."""
+    distance: float
+    """2-norm of this party's parameters minus the weighted mean."""
+
+
+def _sgd_one(params: Iterable[Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=1.0)
+
+
+class Aggregator:
+    """Average named tensors over a federation, round by round, in place.
+
+    The update of party i is exchanged as ``w_i / sum(w) * (anchor - x_i)`` in float32; the sum over the parties is the
+    pseudo-gradient, and one step of the outer optimizer on the global vector (float32) gives what all parties write
+    back. With ``SGD(lr=1)`` that is FedAvg, ``x = sum(w_i x_i) / sum(w)`` (McMahan et al. 2017, arXiv:1602.05629):
+    test_weighted_mean_equals_float64. What no party moved keeps its bits.
+
+    Every party must own one, call ``start()``, then ``step()`` once a round; a party that is through calls ``drain()``
+    so that the others can go on. A failed round leaves the parameters as they were.
+
+    Args:
+        federation: The joined parties.
+        parameters: Named floating-point tensors on one device; the same names, shapes and dtypes at every party.
+        outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
+        frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by sample.
+        config: Settings that must be equal at all parties, by name; compared at the start.
+        files: Paths this party writes to ("host:path"), which no other party may share.
+        on_nonfinite: What to do when a party's parameters hold NaN or infinity: leave it out of the round (the result
+            heals it), or raise at every party.
+
+    Raises:
+        ValueError: If the parameters cannot be laid out as one float32 vector.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        parameters: Mapping[str, Tensor],
+        *,
+        outer_optimizer: OptimizerFactory = _sgd_one,
+        frozen: Mapping[str, Tensor] | None = None,
+        config: Mapping[str, str | int | float | None] | None = None,
+        files: Iterable[str] = (),
+        on_nonfinite: Literal["exclude", "raise"] = "exclude",
+    ) -> None:
+        self.federation = federation
+        self.round = 0
+        self._layout = Layout(parameters)
+        self._frozen = frozen
+        self._config = dict(config or {})
+        self._files = list(files)
+        self._on_nonfinite = on_nonfinite
+        self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
+        self._outer_optimizer = outer_optimizer([self._global])
+        self._staging = self._layout.new_vector()
+        self._scratch = self._layout.new_scratch()
+        self._scratch2 = torch.empty_like(self._scratch)
+        self._resumed = False
+        self._metrics_exchanged = 0
+        self._config.setdefault("outer_optimizer", _describe(self._outer_optimizer))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the vector that each round exchanges."""
+        return 4 * self._layout.size
+
+    @property
+    def global_vector(self) -> Tensor:
+        """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
+        return self._global.detach()
+
+    # ---- what a party calls --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Compare what all parties must share, then take over party 0's parameters, unless a state was loaded.
+
+        Raises:
+            MismatchError: If parties differ; every party raises it, and no parameter was touched.
+        """
+        self.federation.phase = "starting"
+        passports = self.federation.all_gather_json("passport", self._passport())
+        difference = passport.first_difference(passports)  # type: ignore[arg-type]
+        if difference:
+            raise MismatchError(difference)
+        if not self._resumed:
+            self.federation.broadcast_(self._global.data)
+            self._layout.unpack_(self._global.data)
+
+    @torch.no_grad()
+    def step(self, weight: float, loss: float | None = None) -> RoundReport:
+        """Run one round with all parties.
+
+        Args:
+            weight: How much this party counts, finite and >= 0; 0 sends zeros, yet receives the result.
+            loss: Mean training loss of this party since the last round, for the report.
+
+        Raises:
+            ValueError: If the weight is negative or not finite.
+            MismatchError: If a party is in another round.
+            PartyLostError: If a party is gone or too late.
+            FederationError: If no party counts.
+        """
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"Party {self.federation.party} has weight={weight}; it must be finite and >= 0.")
+        came = time.perf_counter()
+        headers = self._meet(Purpose.ROUND, weight)
+        return self._round(headers, loss, came)
+
+    @torch.no_grad()
+    def drain(self) -> Iterator[RoundReport]:
+        """Answer the others' rounds with weight 0 until no party is active; yield each round's report.
+
+        Call it when this party has made its last step, and exhaust it: all parties end with the same parameters.
+        """
+        while True:
+            came = time.perf_counter()
+            headers = self._meet(Purpose.DONE)
+            if all(header.purpose is Purpose.DONE for header in headers):
+                return
+            yield self._round(headers, None, came)
+
+    def mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """Return the weighted mean over the parties of each named (value, weight), equal on all parties.
+
+        A party that is elsewhere (in a round, or done) counts 0, and so does one that lacks a name.
+        """
+        self._meet(Purpose.METRICS)
+        return self._mean(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and plain containers; resuming from it is exact."""
+        return {
+            "round": self.round,
+            "names": list(self._layout.names),
+            "global": self._global.detach().clone(),
+            "outer_optimizer": copy.deepcopy(self._outer_optimizer.state_dict()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict()``; call it before ``start()``, which then keeps this party's parameters as they are.
+
+        Raises:
+            ValueError: If the state is of other parameters.
+        """
+        if state["names"] != self._layout.names or state["global"].numel() != self._layout.size:
+            differ = sorted(set(state["names"]) ^ set(self._layout.names))
+            raise ValueError(
+                f"The checkpoint's federated state is of {len(state['names'])} parameters, this module trains"
+                f" {len(self._layout.names)}" + (f"; the first that differs is {differ[0]!r}" if differ else "") + ". Resume"
+                " with the model, PEFT configuration and include/exclude patterns of the checkpoint."
+            )
+        self.round = state["round"]
+        with torch.no_grad():
+            self._global.copy_(state["global"])
+        self._outer_optimizer.load_state_dict(state["outer_optimizer"])
+        self._resumed = True
+
+    # ---- the round -----------------------------------------------------------------------------------------------
+
+    def _round(self, headers: list[Header], loss: float | None, came: float) -> RoundReport:
+        arrived = time.perf_counter()
+        sent_before = self.federation.bytes_sent
+        weights = self._weights(headers)
+        update_norm = self._exchange(weights)
+        # The norm of finite values can overflow, so a finite norm proves more than an infinite one.
+        fine = math.isfinite(update_norm) or self._layout.first_nonfinite() is None
+        ok, mean_loss = self._vote(fine, loss, weights)
+        excluded = [party for party, fine in enumerate(ok) if not fine and weights[party] > 0]
+        if excluded:
+            weights = self._without(excluded, weights)
+            self._exchange(weights)
+        distance = self._commit()
+        report = RoundReport(
+            round=self.round,
+            active_parties=sum(weight > 0 for weight in weights),
+            total_weight=sum(weights),
+            weight=weights[self.federation.party],
+            excluded=tuple(excluded),
+            loss=mean_loss,
+            seconds=time.perf_counter() - arrived,
+            waited_seconds=arrived - came,
+            bytes_sent=self.federation.bytes_sent - sent_before,
+            update_norm=update_norm,
+            distance=distance,
+        )
+        self.round += 1
+        return report
+
+    def _meet(self, purpose: Purpose, weight: float = 0.0) -> list[Header]:
+        """Wait for all parties and learn why each came; help those that came for metrics first.
+
+        Parties are uneven: one validates while another is already in its next round. Every header has the same size,
+        so they can meet anywhere, and whoever came for something else meets again afterwards.
+        """
+        while True:
+            self.federation.phase = f"meeting for round {self.round}"
+            headers = self._call(Header(purpose, self.round, weight))
+            if purpose is Purpose.METRICS or all(header.purpose is not Purpose.METRICS for header in headers):
+                self.federation.phase = f"in round {self.round}"
+                return headers
+            self._mean({})
+
+    def _call(self, mine: Header) -> list[Header]:
+        rows = torch.zeros(self.federation.num_parties, 3, dtype=torch.float64)
+        rows[self.federation.party] = torch.tensor([mine.purpose, mine.round, mine.weight], dtype=torch.float64)
+        self.federation.all_reduce_(rows)
+        return [Header(Purpose(int(purpose)), int(number), weight) for purpose, number, weight in rows.tolist()]
+
+    def _weights(self, headers: list[Header]) -> list[float]:
+        rounds = [header.round for header in headers]
+        if len(set(rounds)) > 1:
+            raise MismatchError(
+                f"The parties are in different rounds ({_by_party(rounds)}). They must start together: resume all from"
+                " checkpoints of the same round."
+            )
+        weights = [header.weight for header in headers]
+        if sum(weights) == 0:
+            raise FederationError(
+                f"No party has weight above 0 in round {self.round}, so there is no mean. With weighting='samples' this"
+                " means that no party consumed a training sample: check the data of each party."
+            )
+        return weights
+
+    def _exchange(self, weights: list[float]) -> float:
+        """Fill the staging vector with the weighted mean of ``anchor - x``; return the norm of this party's update."""
+        share = weights[self.federation.party] / sum(weights)
+        squares: list[float] = []
+
+        def packed() -> Iterator[Tensor]:
+            for bucket in self._layout.buckets():
+                squares.extend(self._pack(bucket, share))
+                yield self._staging[bucket[0].start : bucket[-1].stop]
+
+        self.federation.all_reduce_each_(packed())
+        return self._norm(squares)
+
+    def _pack(self, bucket: list[Any], share: float) -> Iterator[float]:
+        for chunk in bucket:
+            update = self._staging[chunk.start : chunk.stop]
+            anchor = chunk.as_written(self._global[chunk.start : chunk.stop], self._scratch[: chunk.size])
+            torch.sub(anchor, chunk.gather_(update), out=update)
+            yield float(torch.dot(update, update))
+            if share > 0:
+                update.mul_(share)
+            else:
+                update.zero_()  # and not a product: 0 * nan is nan
+
+    def _vote(self, fine: bool, loss: float | None, weights: list[float]) -> tuple[list[bool], float | None]:
+        """Tell everybody whether this party's values were finite; learn the same of all, and the mean loss."""
+        me = self.federation.party
+        weight = weights[me] if loss is not None and math.isfinite(loss) else 0.0
+        ballot = torch.zeros(len(weights) + 2, dtype=torch.float64)
+        ballot[me] = float(fine)
+        ballot[-2:] = torch.tensor([weight * loss if weight and loss is not None else 0.0, weight], dtype=torch.float64)
+        *votes, loss_sum, loss_weight = self.federation.all_reduce_(ballot).tolist()
+        return [vote == 1.0 for vote in votes], (loss_sum / loss_weight if loss_weight else None)
+
+    def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
+        """Return the weights without those whose values are not finite, or raise at every party."""
+        here = ""
+        if self.federation.party in excluded:
+            here = f" Here the first such parameter is {self._layout.first_nonfinite()!r}."
+        message = f"Round {self.round}: the parameters of party {_listed(excluded)} hold NaN or infinity.{here}"
+        rest = [0.0 if party in excluded else weight for party, weight in enumerate(weights)]
+        cure = " Lower that party's learning rate, clip its gradients, or look at its data."
+        if self._on_nonfinite == "raise" or sum(rest) == 0:
+            raise FederationError(message + " No parameter was changed." + cure)
+        log.warning("[party %d] %s It counts 0 in this round and takes over the result.%s", self.federation.party, message, cure)
+        return rest
+
+    def _commit(self) -> float:
+        """Step the outer optimizer by the pseudo-gradient, write back; return the distance from the mean."""
+        plain = _is_sgd_one(self._outer_optimizer)
+        squares: list[float] = []
+        for chunk in self._layout.chunks():
+            at = slice(chunk.start, chunk.stop)
+            pseudo_gradient, global_ = self._staging[at], self._global.data[at]
+            anchor = chunk.as_written(global_, self._scratch2[: chunk.size])
+            away = chunk.gather_(self._scratch[: chunk.size]).sub_(anchor).add_(pseudo_gradient)
+            squares.append(float(torch.dot(away, away)))
+            if plain:  # while the chunk is in the cache; bit for bit what SGD(lr=1) does
+                global_.sub_(pseudo_gradient)
+                chunk.scatter_(global_)
+        if not plain:
+            self._global.grad = self._staging
+            self._outer_optimizer.step()
+            self._global.grad = None
+            self._layout.unpack_(self._global.data)
+        return self._norm(squares)
+
+    # ---- small parts ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _norm(squares: list[float]) -> float:
+        return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
+
+    def _mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        key = f"metrics/{self._metrics_exchanged}"
+        self._metrics_exchanged += 1
+        known = self.federation.all_gather_json(key, sorted(values))
+        names = sorted({name for party_names in known for name in party_names})  # type: ignore[attr-defined]
+        sums = torch.zeros(len(names), 2, dtype=torch.float64)
+        for row, name in enumerate(names):
+            value, weight = values.get(name, (0.0, 0.0))
+            if weight > 0:
+                sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
+        self.federation.all_reduce_(sums)
+        self.federation.forget(key)
+        return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
+
+    def _passport(self) -> passport.Passport:
+        return {
+            "protocol": passport.PROTOCOL,
+            "schema": self._layout.schema,
+            "config": self._config,
+            "base": None if self._frozen is None else passport.base_digests(self._frozen),
+            "round": self.round,
+            "checksum": passport.checksum(self._global.data) if self._resumed else None,
+            "files": self._files,
+        }
+
+
+def _is_sgd_one(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is ``x -= grad`` and nothing else."""
+    (group,) = optimizer.param_groups
+    return type(optimizer) is torch.optim.SGD and (
+        group["lr"], group["momentum"], group["weight_decay"], group["maximize"]
+    ) == (1.0, 0, 0, False)  # fmt: skip
+
+
+def _describe(optimizer: torch.optim.Optimizer) -> str:
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    return f"{type(optimizer).__name__}({', '.join(f'{key}={value}' for key, value in sorted(settings.items()))})"
+
+
+def _by_party(values: list[int]) -> str:
+    return ", ".join(f"party {party}: {value}" for party, value in enumerate(values))
+
+
+def _listed(parties: list[int]) -> str:
+    return ", ".join(map(str, parties))

@@ -1,0 +1,59 @@
+"""Read the launcher's ranks as (party, rank in the party). Pure: nothing here starts or connects anything."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands: which party it belongs to and which of the party's processes it is.
+
+    Consecutive ranks form a party: with 4 processes and 2 parties, ranks 0 and 1 are party 0, ranks 2 and 3 party 1.
+
+    Args:
+        party: Index of the party, 0-based.
+        num_parties: Number of parties in the federation.
+        rank_in_party: Index of this process among the party's processes, 0-based.
+        party_size: Number of processes of a party.
+    """
+
+    party: int = 0
+    num_parties: int = 1
+    rank_in_party: int = 0
+    party_size: int = 1
+
+    @property
+    def is_speaker(self) -> bool:
+        """Whether this process speaks for its party: only rank 0 of a party talks to other parties."""
+        return self.rank_in_party == 0
+
+    @classmethod
+    def from_env(cls, num_parties: int | None = None, environ: Mapping[str, str] | None = None) -> "Topology":
+        """Read ``RANK`` and ``WORLD_SIZE`` as torchrun sets them; without them, a federation of one.
+
+        Args:
+            num_parties: Number of parties; None makes every process a party.
+            environ: The environment to read, ``os.environ`` by default.
+
+        Raises:
+            ValueError: If the world size is not divisible by ``num_parties``.
+        """
+        environ = os.environ if environ is None else environ
+        world_size = int(environ.get("WORLD_SIZE", 1))
+        rank = int(environ.get("RANK", 0))
+        num_parties = world_size if num_parties is None else num_parties
+        if num_parties < 1 or world_size % num_parties:
+            raise ValueError(
+                f"num_parties={num_parties} does not divide the {world_size} launched process(es) (rank {rank}): every"
+                f" party needs the same number of processes. Launch a multiple of {num_parties}, for example"
+                f" `torchrun --nproc-per-node {max(num_parties, 1)}`, or change num_parties."
+            )
+        party_size = world_size // num_parties
+        return cls(rank // party_size, num_parties, rank % party_size, party_size)
+
+    def local_rank(self, environ: Mapping[str, str] | None = None) -> int:
+        """Index of this process among its party's processes on this host, which is what picks its device."""
+        environ = os.environ if environ is None else environ
+        ranks_here = int(environ.get("LOCAL_WORLD_SIZE", self.party_size))
+        return int(environ.get("LOCAL_RANK", self.rank_in_party)) % min(self.party_size, ranks_here)
