@@ -18,6 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.topology import Topology
 
 
@@ -25,7 +26,9 @@ def weighting(value: object) -> None:
     """Check the argument of that name."""
     if isinstance(value, str):
         one_of("weighting", value, ("samples", "uniform"))
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    elif (
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0
+    ):
         raise ValueError(f"weighting={value!r} must be 'samples', 'uniform' or a finite number >= 0.")
 
 
@@ -37,8 +40,20 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> None:
 
 def patterns(name: str, value: object) -> None:
     """Check an argument that holds glob patterns."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
-        raise ValueError(f"{name}={value!r} must be a list of glob patterns, for example {name}=['*lora_A*'].")
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not all(isinstance(p, str) for p in value)
+    ):
+        raise ValueError(
+            f"{name}={value!r} must be a list of glob patterns, for example {name}=['*lora_A*']."
+        )
+
+
+def seconds(name: str, value: float) -> None:
+    """Check an argument that is a time span."""
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be positive, in seconds.")
 
 
 def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
@@ -46,31 +61,33 @@ def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise MisconfigurationException(
-            f"Trainer(strategy={type(strategy).__name__}) shards or shadows a party's parameters, so a round's result"
-            " could be lost by the next optimizer step. Use a single device or strategy='ddp' inside a party."
+            f"Trainer(strategy={type(strategy).__name__}) shards or shadows a party's parameters, so a"
+            " round's result could be lost by the next optimizer step. Use a single device or strategy='ddp'"
+            " inside a party."
         )
     if strategy.world_size != topology.party_size:
         raise MisconfigurationException(
             f"The strategy {type(strategy).__name__} spans {strategy.world_size} processes, but a party has"
-            f" {topology.party_size} ({topology.num_parties} parties). Gradients would cross between parties. Pass"
-            f" plugins=[PartyEnvironment(num_parties=...)] so that each party is a world of its own, with devices set to"
-            " the processes per party (devices=1 and no strategy for single-process parties)."
+            f" {topology.party_size} ({topology.num_parties} parties). Gradients would cross between parties."
+            " Pass plugins=[PartyEnvironment(num_parties=...)] so that each party is a world of its own,"
+            " with devices set to the processes per party (devices=1 and no strategy for single-process"
+            " parties)."
         )
-    if sum(isinstance(c, type(callback)) for c in trainer.callbacks) > 1:
+    if sum(isinstance(c, type(callback)) for c in callbacks_of(trainer)) > 1:
         raise MisconfigurationException(
             f"The Trainer has several {type(callback).__name__} callbacks; their rounds would mix. Keep one."
         )
-    for other in trainer.callbacks:
+    for other in callbacks_of(trainer):
         if isinstance(other, WeightAveraging | StochasticWeightAveraging):
             raise MisconfigurationException(
-                f"{type(other).__name__} keeps its own copy of the weights, made before the parties agree on theirs, so"
-                " parties would end with different averages. Remove it; an outer optimizer with lr below 1 smooths the"
-                " global parameters instead."
+                f"{type(other).__name__} keeps its own copy of the weights, made before the parties agree on"
+                " theirs, so parties would end with different averages. Remove it; an outer optimizer with"
+                " lr below 1 smooths the global parameters instead."
             )
         if isinstance(other, LearningRateFinder | BatchSizeFinder):
             rank_zero_warn(
-                f"{type(other).__name__} searches at each party alone, without rounds: parties may end with different"
-                " settings. Search once before the federation and fix the value."
+                f"{type(other).__name__} searches at each party alone, without rounds: parties may end with"
+                " different settings. Search once before the federation and fix the value."
             )
 
 
@@ -82,8 +99,9 @@ def samplers(trainer: Trainer, topology: Topology) -> None:
         if isinstance(sampler, DistributedSampler) and sampler.num_replicas != topology.party_size:
             raise MisconfigurationException(
                 f"The training DataLoader of party {topology.party} has a DistributedSampler over"
-                f" {sampler.num_replicas} replicas, but the party has {topology.party_size} process(es): it would train"
-                " on a part of its private data only. Remove the sampler; Lightning adds one inside a party by itself."
+                f" {sampler.num_replicas} replicas, but the party has {topology.party_size} process(es): it"
+                " would train on a part of its private data only. Remove the sampler; Lightning adds one"
+                " inside a party by itself."
             )
         return loader
 
@@ -92,12 +110,15 @@ def samplers(trainer: Trainer, topology: Topology) -> None:
 
 def optimizers(trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None:
     """Warn about federated parameters that no optimizer trains."""
-    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    trained = {
+        id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     idle = [name for name, parameter in parameters.items() if id(parameter) not in trained]
     if idle:
         rank_zero_warn(
-            f"{len(idle)} federated parameter(s) are in no optimizer, the first is {idle[0]!r}: they cross each round but"
-            " nothing trains them. Give them to configure_optimizers, freeze them, or name them in `exclude`."
+            f"{len(idle)} federated parameter(s) are in no optimizer, the first is {idle[0]!r}: they cross"
+            " each round but nothing trains them. Give them to configure_optimizers, freeze them, or name"
+            " them in `exclude`."
         )
 
 
@@ -106,8 +127,8 @@ def devices(described: Sequence[object]) -> None:
     named = [device for device in described if device is not None]
     if len(set(named)) < len(named):
         rank_zero_warn(
-            f"Several parties compute on the same accelerator ({named}). Start torchrun with --virtual-local-rank, or set"
-            " CUDA_VISIBLE_DEVICES per party, so that each has its own."
+            f"Several parties compute on the same accelerator ({named}). Start torchrun with"
+            " --virtual-local-rank, or set CUDA_VISIBLE_DEVICES per party, so that each has its own."
         )
 
 
@@ -119,6 +140,6 @@ def trainable_checkpoint(module: LightningModule, state_dict: Mapping[str, Any])
     for words, names in (("lacks the trainable", missing), ("holds the unknown", unknown)):
         if names:
             raise ValueError(
-                f"The checkpoint {words} parameter {names[0]!r} ({len(names)} in all). Build the module as it was when the"
-                " checkpoint was saved: same base, same PEFT configuration."
+                f"The checkpoint {words} parameter {names[0]!r} ({len(names)} in all). Build the module as it"
+                " was when the checkpoint was saved: same base, same PEFT configuration."
             )

@@ -14,7 +14,9 @@ from pellm_lightning.topology import Topology
 
 
 class FederatedCLI(LightningCLI):
-    """LightningCLI whose Trainer federates: ``--federated.*`` configures the rounds, ``--num_parties`` the parties.
+    """LightningCLI whose Trainer federates.
+
+    ``--federated.*`` configures the rounds, ``--num_parties`` the parties.
 
     Launch it with ``torchrun --nproc-per-node N``. Every party writes below ``party-<k>/`` of
     ``trainer.default_root_dir`` and of each logger's ``save_dir``. All else is LightningCLI as it always was.

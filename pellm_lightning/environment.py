@@ -1,4 +1,4 @@
-"""The party as Lightning's whole world: its processes form the default group, other parties are invisible to it."""
+"""The party as Lightning's whole world: its processes form the default group, other parties do not exist."""
 
 import atexit
 import logging
@@ -26,21 +26,25 @@ T = TypeVar("T")
 
 
 class PartyEnvironment(ClusterEnvironment):
-    """Splits the processes of one launch into parties, so that a strategy inside a party sees that party only.
+    """Splits the processes of one launch into parties; a strategy inside a party sees that party only.
 
-    With ``torchrun --nproc-per-node 4`` and ``Trainer(plugins=[PartyEnvironment(num_parties=2)], strategy="ddp",
-    devices=2)`` ranks 0 and 1 are party 0 and train with DDP, ranks 2 and 3 are party 1.
+    With ``torchrun --nproc-per-node 4`` and ``Trainer(plugins=[PartyEnvironment(num_parties=2)],
+    strategy="ddp", devices=2)`` ranks 0 and 1 are party 0 and train with DDP, ranks 2 and 3 are party 1.
 
     Args:
-        num_parties: Number of parties; None makes every process a party. It must divide the number of processes.
-        timeout_s: Seconds a process of a party waits for the others of the same party. While its first process waits
-            for other parties the rest wait for it, so it must not be shorter than the callback's ``timeout_s``.
+        num_parties: Number of parties; None makes every process a party. It must divide the number of
+            processes.
+        timeout_s: Seconds a process of a party waits for the others of the same party. While its first
+            process waits for other parties the rest wait for it, so it must not be shorter than the
+            callback's ``timeout_s``.
     """
 
     def __init__(self, num_parties: int | None = None, timeout_s: float = 1800) -> None:
         super().__init__()
         if num_parties is not None and num_parties < 1:
-            raise ValueError(f"num_parties={num_parties} must be at least 1, or None for one party per process.")
+            raise ValueError(
+                f"num_parties={num_parties} must be at least 1, or None for one party per process."
+            )
         if not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
         self.num_parties = num_parties
@@ -85,7 +89,9 @@ class PartyEnvironment(ClusterEnvironment):
 
     @override
     def set_global_rank(self, rank: int) -> None:
-        log.debug("The rank in the party is given by the launcher; set_global_rank(%d) changes nothing.", rank)
+        log.debug(
+            "The rank in the party is given by the launcher; set_global_rank(%d) changes nothing.", rank
+        )
 
     @override
     def local_rank(self) -> int:
@@ -94,20 +100,23 @@ class PartyEnvironment(ClusterEnvironment):
     @override
     def node_rank(self) -> int:
         topology = self.topology
-        return topology.rank_in_party // min(topology.party_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1 << 30)))
+        return topology.rank_in_party // min(
+            topology.party_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1 << 30))
+        )
 
     @override
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Check the Trainer's devices against the party and form the party's group.
 
-        Lightning calls this first of all in every fit, before it would itself start a default group over all parties.
+        Lightning calls this first of all in every fit, before it would itself start a default group over all
+        parties.
         """
         topology = self.topology
         if num_devices * num_nodes != topology.party_size:
             raise ValueError(
-                f"A party has {topology.party_size} process(es) ({topology.num_parties} parties in one launch), but the"
-                f" Trainer is set to devices={num_devices} x num_nodes={num_nodes}. Set devices to the processes per"
-                " party, or launch num_parties x devices processes."
+                f"A party has {topology.party_size} process(es) ({topology.num_parties} parties in one"
+                f" launch), but the Trainer is set to devices={num_devices} x num_nodes={num_nodes}. Set"
+                " devices to the processes per party, or launch num_parties x devices processes."
             )
         if topology.party_size > 1 and not dist.is_initialized():
             self._form_party_group(topology)
@@ -137,7 +146,7 @@ class Party:
         self._strategy = strategy
 
     def speak(self, act: Callable[[], T]) -> T:
-        """Run ``act`` at the speaker only; return its result, or raise its error, at every process of the party."""
+        """Run ``act`` at the speaker; return its result, or raise its error, at all of the party."""
         if self.topology.party_size == 1:
             return act()
         result: T | None = None
@@ -147,7 +156,9 @@ class Party:
                 result = act()
             except Exception as caught:
                 error = caught
-        result, said = self._strategy.broadcast((result, None if error is None else f"{type(error).__name__}: {error}"))
+        result, said = self._strategy.broadcast(
+            (result, None if error is None else f"{type(error).__name__}: {error}")
+        )
         if error is not None:
             raise error
         if said is not None:
@@ -170,7 +181,7 @@ class Party:
 
 
 def topology_of(trainer: Trainer) -> Topology:
-    """Return where this process stands: as the Trainer's PartyEnvironment says, else each process is a party."""
+    """Return where this process stands; without a PartyEnvironment each process is a party."""
     # A single-device strategy does not expose its environment, so this reads the connector.
     environment = trainer._accelerator_connector.cluster_environment
     return environment.topology if isinstance(environment, PartyEnvironment) else Topology.from_env()
@@ -183,7 +194,8 @@ def party_of(trainer: Trainer | None) -> int:
 
 def speak_as(rank_in_party: int) -> None:
     """Make Lightning's rank-zero functions mean the party's rank 0, so that every party's loggers write."""
-    rank_zero_only.rank = utils_rank_zero_only.rank = rank_in_party
+    for function in (rank_zero_only, utils_rank_zero_only):
+        setattr(function, "rank", rank_in_party)  # noqa: B010  (a function's attribute, unknown to the type checker)
 
 
 def is_launched() -> bool:

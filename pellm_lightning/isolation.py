@@ -6,29 +6,31 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-log = logging.getLogger(__name__)
 
-_package_log = logging.getLogger("pellm_lightning")
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the Trainer's callbacks; Lightning sets the attribute where type checkers do not see it."""
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    return callbacks
 
 
 def separate_files(trainer: Trainer, party: int) -> None:
     """Move what this party writes below ``party-<k>/`` of the path it was given.
 
-    Loggers of Lightning that write locally are replaced by ones that save there, checkpoint callbacks and the profiler
-    get their directory there. A path that has a ``party-<k>`` component already is left alone.
+    Loggers of Lightning that write locally are replaced by ones that save there, checkpoint callbacks and the
+    profiler get their directory there. A path that has a ``party-<k>`` component already is left alone.
     """
     trainer.loggers = [_separated_logger(logger, party) for logger in trainer.loggers]
     first = trainer.loggers[0] if trainer.loggers else None
-    for callback in trainer.callbacks:
-        if isinstance(callback, Checkpoint) and hasattr(callback, "dirpath"):
-            if callback.dirpath is not None:
-                callback.dirpath = below(str(callback.dirpath), party)
-            elif not isinstance(first, CSVLogger | TensorBoardLogger):  # it would follow the first logger's path
-                callback.dirpath = os.path.join(below(trainer.default_root_dir, party), "checkpoints")
+    follow_logger = isinstance(first, CSVLogger | TensorBoardLogger)
+    for checkpoint in _checkpoints(trainer):
+        if checkpoint.dirpath is not None:
+            checkpoint.dirpath = below(str(checkpoint.dirpath), party)
+        elif not follow_logger:
+            checkpoint.dirpath = os.path.join(below(trainer.default_root_dir, party), "checkpoints")
     profiler: Any = getattr(trainer, "profiler", None)
     if profiler is not None and profiler.dirpath is not None:
         profiler.dirpath = below(str(profiler.dirpath), party)
@@ -43,43 +45,53 @@ def written_paths(trainer: Trainer) -> list[str]:
     """Return the directories this party writes to, as "host:path", so that the parties can compare them."""
     paths = [logger.log_dir for logger in trainer.loggers if logger.log_dir]
     paths += [
-        str(c.dirpath) for c in trainer.callbacks if isinstance(c, Checkpoint) and getattr(c, "dirpath", None) is not None
+        str(checkpoint.dirpath) for checkpoint in _checkpoints(trainer) if checkpoint.dirpath is not None
     ]
-    return sorted({f"{socket.gethostname()}:{path if '://' in path else os.path.abspath(path)}" for path in paths})
+    here = socket.gethostname()
+    return sorted({f"{here}:{path if '://' in path else os.path.abspath(path)}" for path in paths})
 
 
-def show_log_lines() -> None:
-    """Show the package's lines as Lightning shows its own, unless the application has set up logging itself."""
-    if not _package_log.handlers and not logging.getLogger().handlers:
-        _package_log.addHandler(logging.StreamHandler())
-        _package_log.setLevel(logging.INFO)
+def put_first(trainer: Trainer, callback: Callback) -> None:
+    """Make a callback the first in each hook; in a new list, since Lightning may be walking the old one."""
+    vars(trainer)["callbacks"] = [callback, *(c for c in callbacks_of(trainer) if c is not callback)]
 
 
 def hush(trainer: Trainer) -> None:
     """Leave the terminal to party 0: no progress bar, no model summary, no routine lines of Lightning."""
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.disable()
-    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, ModelSummary)]
+    kept = [c for c in callbacks_of(trainer) if not isinstance(c, ModelSummary)]
+    vars(trainer)["callbacks"] = kept
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def _checkpoints(trainer: Trainer) -> list[Any]:
+    """Return the callbacks that save checkpoints into a directory of their own."""
+    return [c for c in callbacks_of(trainer) if isinstance(c, Checkpoint) and hasattr(c, "dirpath")]
+
+
 def _separated_logger(logger: Logger, party: int) -> Logger:
-    if not isinstance(logger, CSVLogger | TensorBoardLogger) or below(logger.save_dir or ".", party) == logger.save_dir:
-        return logger
     save_dir = below(logger.save_dir or ".", party)
+    if not isinstance(logger, CSVLogger | TensorBoardLogger) or save_dir == logger.save_dir:
+        return logger
     _withdraw(logger)
-    # A number was counted in the folder that all parties share, so it is counted anew here; a name is the user's own.
+    # A number was counted in the folder that all parties share, so it is counted anew here; a name is the
+    # user's own.
     version = logger.version if isinstance(logger.version, str) else None
     if isinstance(logger, CSVLogger):
         return CSVLogger(
-            save_dir, logger.name, version, logger._prefix, flush_logs_every_n_steps=logger._flush_logs_every_n_steps
+            save_dir,
+            logger.name,
+            version,
+            logger._prefix,
+            flush_logs_every_n_steps=logger._flush_logs_every_n_steps,
         )
     return TensorBoardLogger(
         save_dir,
         logger.name,
         version,
-        logger._log_graph,
+        bool(logger._log_graph),
         logger._default_hp_metric,
         logger._prefix,
         logger._sub_dir,
@@ -88,7 +100,7 @@ def _separated_logger(logger: Logger, party: int) -> Logger:
 
 
 def _withdraw(logger: Logger) -> None:
-    """Remove the empty event file that a party's DDP strategy let its logger create before the paths were separated."""
+    """Remove the empty event file of a logger that DDP inside the party let start before its path was set."""
     if not isinstance(logger, TensorBoardLogger) or logger._experiment is None:
         return
     logger.experiment.close()

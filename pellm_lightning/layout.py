@@ -1,7 +1,7 @@
 """Named tensors <-> one flat float32 vector; the only place that knows DTensor.
 
-The vector is walked in chunks that stay in a core's cache while several operations touch them: for a large adapter the
-memory traffic of packing costs as much as the network, so each pass over main memory counts.
+The vector is walked in chunks that stay in a core's cache while several operations touch them: for a large
+adapter the memory traffic of packing costs as much as the network, so each pass over main memory counts.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,8 @@ from torch import Tensor
 
 # Scalars per chunk: three float32 chunks (parameters, vector, scratch) fit into 2 MB of second-level cache.
 _CHUNK = 1 << 17
-# Scalars per bucket, the unit that crosses between parties: large enough to hide latency, small enough to overlap.
+# Scalars per bucket, the unit that crosses between parties: large enough to hide latency, small enough to
+# overlap.
 _BUCKET = 1 << 22
 
 
@@ -31,6 +32,7 @@ class Chunk:
 
     @property
     def size(self) -> int:
+        """Number of scalars."""
         return self.stop - self.start
 
     def gather_(self, out: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class Chunk:
             piece.copy_(part.view_as(piece))
 
     def as_written(self, values: Tensor, scratch: Tensor) -> Tensor:
-        """Return what the parameters hold after ``scatter_(values)``: itself, or a rounded copy in ``scratch``."""
+        """Return what the parameters hold after ``scatter_(values)``; a rounded copy lies in ``scratch``."""
         if not self.rounds:
             return values
         for piece, part, rounded in zip(self.pieces, self._split(values), self._split(scratch), strict=True):
@@ -53,17 +55,20 @@ class Chunk:
         return scratch
 
     def _split(self, values: Tensor) -> tuple[Tensor, ...]:
-        return values.split([piece.numel() for piece in self.pieces])
+        parts: tuple[Tensor, ...] = values.split([piece.numel() for piece in self.pieces])
+        return parts
 
 
 class Layout:
     """Where each parameter lies in the flat vector: sorted by name, one after the other.
 
     Args:
-        parameters: Named floating-point tensors, on one device. They are read and written in place, never rebound.
+        parameters: Named floating-point tensors, on one device. They are read and written in place, never
+            rebound.
 
     Raises:
-        ValueError: If there are none, one is no real floating-point tensor, one is sharded, or devices differ.
+        ValueError: If there are none, one is no real floating-point tensor, one is sharded, or devices
+        differ.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -77,7 +82,9 @@ class Layout:
     @property
     def schema(self) -> list[list[object]]:
         """Name, shape and dtype of each parameter, in the vector's order, as JSON-ready lists."""
-        return [[name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self._parameters.items()]
+        return [
+            [name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self._parameters.items()
+        ]
 
     def new_vector(self) -> Tensor:
         """Return a new float32 vector for all parameters, on their device, of shape (D,)."""
@@ -85,10 +92,12 @@ class Layout:
 
     def new_scratch(self) -> Tensor:
         """Return a float32 vector as long as the longest chunk."""
-        return torch.empty(max(chunk.size for chunk in self.chunks()), dtype=torch.float32, device=self.device)
+        return torch.empty(
+            max(chunk.size for chunk in self.chunks()), dtype=torch.float32, device=self.device
+        )
 
     def chunks(self) -> list[Chunk]:
-        """Return the chunks of the vector, laid out anew if somebody moved a parameter's storage meanwhile."""
+        """Return the chunks of the vector, laid out anew if a parameter's storage has moved meanwhile."""
         if [p.data_ptr() for p in self._parameters.values()] != self._pointers:
             self._lay_out()
         return self._chunks
@@ -159,14 +168,16 @@ def _check(parameters: Mapping[str, Tensor]) -> None:
     devices = {p.device for p in parameters.values()}
     if len(devices) > 1:
         raise ValueError(
-            f"The federated parameters lie on several devices ({', '.join(sorted(map(str, devices)))}); a party's"
-            " parameters must be on one. Load the model without a device map that spreads it."
+            f"The federated parameters lie on several devices ({', '.join(sorted(map(str, devices)))}); a"
+            " party's parameters must be on one. Load the model without a device map that spreads it."
         )
     for name, parameter in parameters.items():
         if type(parameter).__name__ == "DTensor":
             raise ValueError(
-                f"Parameter {name!r} is a DTensor, sharded over the party's processes. FSDP and tensor parallelism"
-                " inside a party are not supported yet: use a single device or strategy='ddp'."
+                f"Parameter {name!r} is a DTensor, sharded over the party's processes. FSDP and tensor"
+                " parallelism inside a party are not supported yet: use a single device or strategy='ddp'."
             )
         if not parameter.is_floating_point():
-            raise ValueError(f"Parameter {name!r} has dtype {parameter.dtype}; only real floating point can be averaged.")
+            raise ValueError(
+                f"Parameter {name!r} has dtype {parameter.dtype}; only real floating point can be averaged."
+            )

@@ -1,42 +1,48 @@
 """Which named parameters federate: what requires a gradient, narrowed by name patterns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-# Substrings that mark parameters which are no adapter: copied heads and embeddings dwarf a LoRA and are easily missed.
+# Substrings that mark parameters which are no adapter: copied heads and embeddings dwarf a LoRA and are
+# easily missed.
 _NOT_ADAPTER = ("modules_to_save", "embed", "wte", "lm_head", "classifier", "score", "pooler")
 
 
-def select(module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+def select(
+    module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
     """Return the parameters that leave the party, sorted by name.
 
-    A parameter federates if it requires a gradient, matches a pattern of ``include`` (or ``include`` is empty) and
-    no pattern of ``exclude``. Patterns are shell globs matched against the whole name, e.g. ``"*lora_B*"``. Tied
-    parameters appear once; the prefix of ``torch.compile`` is stripped, so that a compiled and a plain party agree.
+    A parameter federates if it requires a gradient, matches a pattern of ``include`` (or ``include`` is
+    empty) and no pattern of ``exclude``. Patterns are shell globs matched against the whole name, e.g.
+    ``"*lora_B*"``. Tied parameters appear once; the prefix of ``torch.compile`` is stripped, so that a
+    compiled and a plain party agree.
 
     Raises:
-        ValueError: If nothing is left, or a pattern matches no trainable parameter (it is most likely a typo).
+        ValueError: If nothing is left, or a pattern matches no trainable parameter (it is most likely a
+        typo).
     """
     trainable = {name: p for name, p in _named(module) if p.requires_grad}
     if not trainable:
         raise ValueError(
-            "No parameter of the module requires a gradient, so there is nothing to federate. Add a PEFT adapter, or"
-            " unfreeze what should be trained, before the fit starts."
+            "No parameter of the module requires a gradient, so there is nothing to federate. Add a PEFT"
+            " adapter, or unfreeze what should be trained, before the fit starts."
         )
     for kind, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in trainable):
                 raise ValueError(
-                    f"The {kind} pattern {pattern!r} matches none of the {len(trainable)} trainable parameters"
-                    f" (such as {next(iter(trainable))!r}). Patterns are globs over whole names: try '*{pattern}*'."
+                    f"The {kind} pattern {pattern!r} matches none of the {len(trainable)} trainable"
+                    f" parameters (such as {next(iter(trainable))!r}). Patterns are globs over whole names:"
+                    f" try '*{pattern}*'."
                 )
     chosen = {name: p for name, p in trainable.items() if _wanted(name, include, exclude)}
     if not chosen:
         raise ValueError(
-            f"include={list(include)} and exclude={list(exclude)} together leave none of the {len(trainable)} trainable"
-            " parameters. Loosen one of them."
+            f"include={list(include)} and exclude={list(exclude)} together leave none of the {len(trainable)}"
+            " trainable parameters. Loosen one of them."
         )
     return dict(sorted(chosen.items()))
 
@@ -46,8 +52,8 @@ def frozen(module: nn.Module) -> dict[str, Tensor]:
     return dict(sorted((name, p.detach()) for name, p in _named(module) if not p.requires_grad))
 
 
-def share_outside_adapter(parameters: dict[str, nn.Parameter]) -> float:
-    """Return which part (0 to 1) of the federated scalars sits in heads, embeddings or ``modules_to_save``."""
+def share_outside_adapter(parameters: Mapping[str, nn.Parameter]) -> float:
+    """Return which part (0 to 1) of the scalars sits in heads, embeddings or ``modules_to_save``."""
     total = sum(p.numel() for p in parameters.values())
     outside = sum(p.numel() for name, p in parameters.items() if any(mark in name for mark in _NOT_ADAPTER))
     return outside / total

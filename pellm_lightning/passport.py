@@ -1,7 +1,7 @@
 """What a party shows at joining, and what must agree before any tensor moves.
 
-Sizes, order and dtypes that differ make a collective abort an innocent process or return garbage in silence, so they are
-compared as words, through the store. Pure: builds and compares plain containers.
+Sizes, order and dtypes that differ make a collective abort an innocent process or return garbage in silence,
+so they are compared as words, through the store. Pure: builds and compares plain containers.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ def _protocol(party: int, first: Passport, other: Passport) -> str | None:
     if first["protocol"] == other["protocol"]:
         return None
     return (
-        f"Party {party} speaks protocol version {other['protocol']}, party 0 version {first['protocol']}. Install the"
-        " same version of pellm-lightning at both."
+        f"Party {party} speaks protocol version {other['protocol']}, party 0 version {first['protocol']}."
+        " Install the same version of pellm-lightning at both."
     )
 
 
@@ -57,16 +57,17 @@ def _schema(party: int, first: Passport, other: Passport) -> str | None:
     for name in sorted(ours.keys() ^ theirs.keys()):
         has, lacks = (0, party) if name in ours else (party, 0)
         return (
-            f"Party {has} trains parameter {name!r}, party {lacks} does not ({len(ours)} parameters at party 0,"
-            f" {len(theirs)} at party {party}). Give both the same model, the same PEFT configuration and the same"
-            " include and exclude patterns."
+            f"Party {has} trains parameter {name!r}, party {lacks} does not ({len(ours)} parameters at party"
+            f" 0, {len(theirs)} at party {party}). Give both the same model, the same PEFT configuration and"
+            " the same include and exclude patterns."
         )
     for name, (shape, dtype) in ours.items():
         if theirs[name] != (shape, dtype):
             their_shape, their_dtype = theirs[name]
             return (
-                f"Parameter {name!r} is {dtype} of shape {shape} at party 0 but {their_dtype} of shape {their_shape} at"
-                f" party {party}. Use the same model, PEFT configuration (rank!) and precision at both."
+                f"Parameter {name!r} is {dtype} of shape {shape} at party 0 but {their_dtype} of shape"
+                f" {their_shape} at party {party}. Use the same model, PEFT configuration (rank!) and"
+                " precision at both."
             )
     return None
 
@@ -75,7 +76,10 @@ def _config(party: int, first: Passport, other: Passport) -> str | None:
     for key in sorted(first["config"].keys() | other["config"].keys()):
         ours, theirs = first["config"].get(key), other["config"].get(key)
         if ours != theirs:
-            return f"Party 0 has {key}={ours!r}, party {party} has {key}={theirs!r}. Give all parties the same {key}."
+            return (
+                f"Party 0 has {key}={ours!r}, party {party} has {key}={theirs!r}. Give all parties the same"
+                f" {key}."
+            )
     return None
 
 
@@ -86,9 +90,10 @@ def _base(party: int, first: Passport, other: Passport) -> str | None:
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             return (
-                f"The frozen base model of party {party} is not that of party 0: the first tensor that differs is"
-                f" {name!r}. Load the same checkpoint and revision in the same dtype, or pass check_base=False if the"
-                " difference is intended (for example a quantised base at one party)."
+                f"The frozen base model of party {party} is not that of party 0: the first tensor that"
+                f" differs is {name!r}. Load the same checkpoint and revision in the same dtype, or pass"
+                " check_base=False if the difference is intended (for example a quantised base at one"
+                " party)."
             )
     return None
 
@@ -96,13 +101,13 @@ def _base(party: int, first: Passport, other: Passport) -> str | None:
 def _round(party: int, first: Passport, other: Passport) -> str | None:
     if first["round"] != other["round"]:
         return (
-            f"Party 0 starts at round {first['round']}, party {party} at round {other['round']}. Resume all parties from"
-            " checkpoints of the same round, or none."
+            f"Party 0 starts at round {first['round']}, party {party} at round {other['round']}. Resume all"
+            " parties from checkpoints of the same round, or none."
         )
     if first["checksum"] != other["checksum"]:
         return (
-            f"Parties 0 and {party} resume round {first['round']} with different global vectors. Their checkpoints are"
-            " from different federations: resume all parties from the same run."
+            f"Parties 0 and {party} resume round {first['round']} with different global vectors. Their"
+            " checkpoints are from different federations: resume all parties from the same run."
         )
     return None
 
@@ -112,9 +117,8 @@ def _files(party: int, first: Passport, other: Passport) -> str | None:
     if not shared:
         return None
     return (
-        f"Parties 0 and {party} would both write to {shared[0]!r}. Give each party its own path, for example\n"
-        "    party = os.environ['RANK']\n"
-        "    logger = MyLogger(save_dir=f'logs/party-{party}')"
+        f"Parties 0 and {party} would both write to {shared[0]!r}. Give each party its own path, for"
+        " example\n    party = os.environ['RANK']\n    logger = MyLogger(save_dir=f'logs/party-{party}')"
     )
 
 

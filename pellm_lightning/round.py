@@ -73,23 +73,25 @@ def _sgd_one(params: Iterable[Any]) -> torch.optim.Optimizer:
 class Aggregator:
     """Average named tensors over a federation, round by round, in place.
 
-    The update of party i is exchanged as ``w_i / sum(w) * (anchor - x_i)`` in float32; the sum over the parties is the
-    pseudo-gradient, and one step of the outer optimizer on the global vector (float32) gives what all parties write
-    back. With ``SGD(lr=1)`` that is FedAvg, ``x = sum(w_i x_i) / sum(w)`` (McMahan et al. 2017, arXiv:1602.05629):
-    test_weighted_mean_equals_float64. What no party moved keeps its bits.
+    The update of party i is exchanged as ``w_i / sum(w) * (anchor - x_i)`` in float32; the sum over the
+    parties is the pseudo-gradient, and one step of the outer optimizer on the global vector (float32) gives
+    what all parties write back. With ``SGD(lr=1)`` that is FedAvg, ``x = sum(w_i x_i) / sum(w)`` (McMahan et
+    al. 2017, arXiv:1602.05629): test_weighted_mean_equals_float64. What no party moved keeps its bits.
 
-    Every party must own one, call ``start()``, then ``step()`` once a round; a party that is through calls ``drain()``
-    so that the others can go on. A failed round leaves the parameters as they were.
+    Every party must own one, call ``start()``, then ``step()`` once a round; a party that is through calls
+    ``drain()`` so that the others can go on. A failed round leaves the parameters as they were.
 
     Args:
         federation: The joined parties.
-        parameters: Named floating-point tensors on one device; the same names, shapes and dtypes at every party.
+        parameters: Named floating-point tensors on one device; the same names, shapes and dtypes at every
+            party.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
-        frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by sample.
+        frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
+            sample.
         config: Settings that must be equal at all parties, by name; compared at the start.
         files: Paths this party writes to ("host:path"), which no other party may share.
-        on_nonfinite: What to do when a party's parameters hold NaN or infinity: leave it out of the round (the result
-            heals it), or raise at every party.
+        on_nonfinite: What to do when a party's parameters hold NaN or infinity: leave it out of the round
+            (the result heals it), or raise at every party.
 
     Raises:
         ValueError: If the parameters cannot be laid out as one float32 vector.
@@ -132,11 +134,13 @@ class Aggregator:
         """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
         return self._global.detach()
 
-    # ---- what a party calls --------------------------------------------------------------------------------------
+    # ---- what a party calls
 
     @torch.no_grad()
     def start(self) -> None:
-        """Compare what all parties must share, then take over party 0's parameters, unless a state was loaded.
+        """Compare what all parties must share, then take over party 0's parameters.
+
+        With a loaded state, every party keeps its own parameters instead and goes on from there.
 
         Raises:
             MismatchError: If parties differ; every party raises it, and no parameter was touched.
@@ -165,7 +169,9 @@ class Aggregator:
             FederationError: If no party counts.
         """
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"Party {self.federation.party} has weight={weight}; it must be finite and >= 0.")
+            raise ValueError(
+                f"Party {self.federation.party} has weight={weight}; it must be finite and >= 0."
+            )
         came = time.perf_counter()
         headers = self._meet(Purpose.ROUND, weight)
         return self._round(headers, loss, came)
@@ -174,7 +180,8 @@ class Aggregator:
     def drain(self) -> Iterator[RoundReport]:
         """Answer the others' rounds with weight 0 until no party is active; yield each round's report.
 
-        Call it when this party has made its last step, and exhaust it: all parties end with the same parameters.
+        Call it when this party has made its last step, and exhaust it: all parties end with the same
+        parameters.
         """
         while True:
             came = time.perf_counter()
@@ -201,7 +208,7 @@ class Aggregator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict()``; call it before ``start()``, which then keeps this party's parameters as they are.
+        """Restore ``state_dict()``; call it before ``start()``.
 
         Raises:
             ValueError: If the state is of other parameters.
@@ -210,7 +217,9 @@ class Aggregator:
             differ = sorted(set(state["names"]) ^ set(self._layout.names))
             raise ValueError(
                 f"The checkpoint's federated state is of {len(state['names'])} parameters, this module trains"
-                f" {len(self._layout.names)}" + (f"; the first that differs is {differ[0]!r}" if differ else "") + ". Resume"
+                f" {len(self._layout.names)}"
+                + (f"; the first that differs is {differ[0]!r}" if differ else "")
+                + ". Resume"
                 " with the model, PEFT configuration and include/exclude patterns of the checkpoint."
             )
         self.round = state["round"]
@@ -219,7 +228,7 @@ class Aggregator:
         self._outer_optimizer.load_state_dict(state["outer_optimizer"])
         self._resumed = True
 
-    # ---- the round -----------------------------------------------------------------------------------------------
+    # ---- the round
 
     def _round(self, headers: list[Header], loss: float | None, came: float) -> RoundReport:
         arrived = time.perf_counter()
@@ -253,8 +262,8 @@ class Aggregator:
     def _meet(self, purpose: Purpose, weight: float = 0.0) -> list[Header]:
         """Wait for all parties and learn why each came; help those that came for metrics first.
 
-        Parties are uneven: one validates while another is already in its next round. Every header has the same size,
-        so they can meet anywhere, and whoever came for something else meets again afterwards.
+        Parties are uneven: one validates while another is already in its next round. Every header has the
+        same size, so they can meet anywhere, and whoever came for something else meets again afterwards.
         """
         while True:
             self.federation.phase = f"meeting for round {self.round}"
@@ -266,27 +275,32 @@ class Aggregator:
 
     def _call(self, mine: Header) -> list[Header]:
         rows = torch.zeros(self.federation.num_parties, 3, dtype=torch.float64)
-        rows[self.federation.party] = torch.tensor([mine.purpose, mine.round, mine.weight], dtype=torch.float64)
+        rows[self.federation.party] = torch.tensor(
+            [mine.purpose, mine.round, mine.weight], dtype=torch.float64
+        )
         self.federation.all_reduce_(rows)
-        return [Header(Purpose(int(purpose)), int(number), weight) for purpose, number, weight in rows.tolist()]
+        return [
+            Header(Purpose(int(purpose)), int(number), weight) for purpose, number, weight in rows.tolist()
+        ]
 
     def _weights(self, headers: list[Header]) -> list[float]:
         rounds = [header.round for header in headers]
         if len(set(rounds)) > 1:
             raise MismatchError(
-                f"The parties are in different rounds ({_by_party(rounds)}). They must start together: resume all from"
-                " checkpoints of the same round."
+                f"The parties are in different rounds ({_by_party(rounds)}). They must start together: resume"
+                " all from checkpoints of the same round."
             )
         weights = [header.weight for header in headers]
         if sum(weights) == 0:
             raise FederationError(
-                f"No party has weight above 0 in round {self.round}, so there is no mean. With weighting='samples' this"
-                " means that no party consumed a training sample: check the data of each party."
+                f"No party has weight above 0 in round {self.round}, so there is no mean. With"
+                " weighting='samples' this means that no party consumed a training sample: check the data of"
+                " each party."
             )
         return weights
 
     def _exchange(self, weights: list[float]) -> float:
-        """Fill the staging vector with the weighted mean of ``anchor - x``; return the norm of this party's update."""
+        """Fill the staging vector with the mean of ``anchor - x``; return the norm of this party's update."""
         share = weights[self.federation.party] / sum(weights)
         squares: list[float] = []
 
@@ -310,12 +324,14 @@ class Aggregator:
                 update.zero_()  # and not a product: 0 * nan is nan
 
     def _vote(self, fine: bool, loss: float | None, weights: list[float]) -> tuple[list[bool], float | None]:
-        """Tell everybody whether this party's values were finite; learn the same of all, and the mean loss."""
+        """Tell all whether this party's values were finite; learn the same of them, and the mean loss."""
         me = self.federation.party
         weight = weights[me] if loss is not None and math.isfinite(loss) else 0.0
         ballot = torch.zeros(len(weights) + 2, dtype=torch.float64)
         ballot[me] = float(fine)
-        ballot[-2:] = torch.tensor([weight * loss if weight and loss is not None else 0.0, weight], dtype=torch.float64)
+        ballot[-2:] = torch.tensor(
+            [weight * loss if weight and loss is not None else 0.0, weight], dtype=torch.float64
+        )
         *votes, loss_sum, loss_weight = self.federation.all_reduce_(ballot).tolist()
         return [vote == 1.0 for vote in votes], (loss_sum / loss_weight if loss_weight else None)
 
@@ -324,12 +340,19 @@ class Aggregator:
         here = ""
         if self.federation.party in excluded:
             here = f" Here the first such parameter is {self._layout.first_nonfinite()!r}."
-        message = f"Round {self.round}: the parameters of party {_listed(excluded)} hold NaN or infinity.{here}"
+        message = (
+            f"Round {self.round}: the parameters of party {_listed(excluded)} hold NaN or infinity.{here}"
+        )
         rest = [0.0 if party in excluded else weight for party, weight in enumerate(weights)]
         cure = " Lower that party's learning rate, clip its gradients, or look at its data."
         if self._on_nonfinite == "raise" or sum(rest) == 0:
             raise FederationError(message + " No parameter was changed." + cure)
-        log.warning("[party %d] %s It counts 0 in this round and takes over the result.%s", self.federation.party, message, cure)
+        log.warning(
+            "[party %d] %s It counts 0 in this round and takes over the result.%s",
+            self.federation.party,
+            message,
+            cure,
+        )
         return rest
 
     def _commit(self) -> float:
@@ -352,7 +375,7 @@ class Aggregator:
             self._layout.unpack_(self._global.data)
         return self._norm(squares)
 
-    # ---- small parts ---------------------------------------------------------------------------------------------
+    # ---- small parts
 
     @staticmethod
     def _norm(squares: list[float]) -> float:
@@ -393,8 +416,9 @@ def _is_sgd_one(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _describe(optimizer: torch.optim.Optimizer) -> str:
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    return f"{type(optimizer).__name__}({', '.join(f'{key}={value}' for key, value in sorted(settings.items()))})"
+    group = optimizer.param_groups[0]
+    settings = ", ".join(f"{key}={group[key]}" for key in sorted(group) if key != "params")
+    return f"{type(optimizer).__name__}({settings})"
 
 
 def _by_party(values: list[int]) -> str:

@@ -21,7 +21,7 @@ class EverySteps:
     n: int
 
     def due(self, *, steps_since_round: int, epoch: int, epoch_ends: bool) -> bool:
-        """Whether a round is due now, after a batch. ``>=``: several optimizers may move the count by more than 1."""
+        """Whether a round is due now, after a batch; several optimizers may move the count by more than 1."""
         return steps_since_round >= self.n
 
 
@@ -36,8 +36,8 @@ def schedule(every_n_epochs: int | None, every_n_steps: int | None) -> Schedule:
     """
     if every_n_epochs is not None and every_n_steps is not None:
         raise ValueError(
-            f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} are both given; a round has one"
-            " schedule. Keep one of them."
+            f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} are both given; a round has"
+            " one schedule. Keep one of them."
         )
     for name, n in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
         if n is not None and n < 1:

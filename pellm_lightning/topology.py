@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Topology:
     """Where this process stands: which party it belongs to and which of the party's processes it is.
 
-    Consecutive ranks form a party: with 4 processes and 2 parties, ranks 0 and 1 are party 0, ranks 2 and 3 party 1.
+    Consecutive ranks form a party: with 4 processes and 2 parties, ranks 0 and 1 are party 0, ranks 2 and 3
+    party 1.
 
     Args:
         party: Index of the party, 0-based.
@@ -45,9 +46,10 @@ class Topology:
         num_parties = world_size if num_parties is None else num_parties
         if num_parties < 1 or world_size % num_parties:
             raise ValueError(
-                f"num_parties={num_parties} does not divide the {world_size} launched process(es) (rank {rank}): every"
-                f" party needs the same number of processes. Launch a multiple of {num_parties}, for example"
-                f" `torchrun --nproc-per-node {max(num_parties, 1)}`, or change num_parties."
+                f"num_parties={num_parties} does not divide the {world_size} launched process(es) (rank"
+                f" {rank}): every party needs the same number of processes. Launch a multiple of"
+                f" {num_parties}, for example `torchrun --nproc-per-node {max(num_parties, 1)}`, or change"
+                " num_parties."
             )
         party_size = world_size // num_parties
         return cls(rank // party_size, num_parties, rank % party_size, party_size)

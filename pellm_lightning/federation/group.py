@@ -19,7 +19,8 @@ from pellm_lightning.topology import Topology
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# One Gloo group leaves cores idle while it waits for the network; two in turn reduced in 0.78-0.9x of the time.
+# One Gloo group leaves cores idle while it waits for the network; two in turn reduced in 0.78-0.9x of the
+# time.
 _NUM_LANES = 2
 # Below this a second lane costs more latency than it gains.
 _SPLIT_BYTES = 4 << 20
@@ -29,15 +30,15 @@ _GOODBYE_S = 30.0
 class Federation:
     """All parties, joined over a store; each party constructs its own.
 
-    Nothing here is global: N parties can be N threads of one process over one ``HashStore``. Over one store a party may
-    join again after ``close()``; each joining gets fresh keys.
+    Nothing here is global: N parties can be N threads of one process over one ``HashStore``. Over one store a
+    party may join again after ``close()``; each joining gets fresh keys.
 
     Args:
         store: Any torch ``Store`` that all parties can reach.
         party: Index of this party, 0-based.
         num_parties: Number of parties.
-        timeout_s: Seconds a party may be late, at joining and at each exchange. It must be longer than the time by
-            which the slowest party's local steps outlast the fastest's.
+        timeout_s: Seconds a party may be late, at joining and at each exchange. It must be longer than the
+            time by which the slowest party's local steps outlast the fastest's.
 
     Raises:
         ValueError: If ``party``, ``num_parties`` or ``timeout_s`` is out of range.
@@ -74,12 +75,13 @@ class Federation:
         topology = Topology.from_env(num_parties)
         if not topology.is_speaker:
             raise ValueError(
-                f"Process {topology.rank_in_party} of party {topology.party} must not join the federation: only a"
-                " party's rank 0 speaks for it. Call Federation.from_env() there and broadcast inside the party."
+                f"Process {topology.rank_in_party} of party {topology.party} must not join the federation:"
+                " only a party's rank 0 speaks for it. Call Federation.from_env() there and broadcast inside"
+                " the party."
             )
         return cls(store_from_env(timeout_s), topology.party, topology.num_parties, timeout_s=timeout_s)
 
-    # ---- tensors -------------------------------------------------------------------------------------------------
+    # ---- tensors
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Sum ``x`` over the parties, in place, and return it: the same bits on every party.
@@ -97,8 +99,8 @@ class Federation:
     def all_reduce_each_(self, tensors: Iterable[Tensor]) -> None:
         """Sum each of ``tensors`` (contiguous) over the parties, in place, several at a time.
 
-        A lazy iterable is advanced while the tensors before are on their way, so that filling one overlaps the
-        reduction of the next.
+        A lazy iterable is advanced while the tensors before are on their way, so that filling one overlaps
+        the reduction of the next.
 
         Raises:
             PartyLostError: If a party is gone or later than ``timeout_s``.
@@ -140,10 +142,10 @@ class Federation:
 
         return finish
 
-    # ---- words ---------------------------------------------------------------------------------------------------
+    # ---- words
 
     def all_gather_json(self, key: str, value: object) -> list[object]:
-        """Tell every party ``value`` under a key used once, through the store; return all parties' values in order.
+        """Tell every party ``value`` through the store, under a key used once; return all values in order.
 
         For small things that must be compared before any tensor moves; no pickle is involved.
 
@@ -153,23 +155,22 @@ class Federation:
         self._store.set(f"{key}/{self.party}", json.dumps(value))
         keys = [f"{key}/{party}" for party in range(self.num_parties)]
         self._wait(keys, f"tell its {key!r}")
-        values = [json.loads(self._store.get(k)) for k in keys]
-        return values
+        return [json.loads(self._store.get(k)) for k in keys]
 
     def forget(self, key: str) -> None:
         """Delete what this party said under ``key``; all parties must be known to have read it."""
         self._store.delete_key(f"{key}/{self.party}")
 
-    # ---- coming and going ----------------------------------------------------------------------------------------
+    # ---- coming and going
 
     def close(self) -> None:
-        """Part together: wait until no party needs the group any more, then leave. Every party must call it."""
+        """Part together: leave when no party needs the group any more. Every party must call it."""
         if not self._closed and self._lanes:
             self._part_together()
         self._leave()
 
     def abort(self, reason: str | None = None) -> None:
-        """Leave at once. What others wait for fails in seconds instead of after the timeout, and tells the reason.
+        """Leave at once: what others wait for fails in seconds, not after the timeout, and tells the reason.
 
         Args:
             reason: What happened here; None if the others know already. After ``close()`` nothing happens.
@@ -205,7 +206,7 @@ class Federation:
             log.warning("[party %d] not all parties said goodbye: %s", self.party, error)
 
     def _wait(self, keys: list[str], what: str) -> None:
-        """Wait until all keys are set; give up when a party has left or the time is over, and name who is missing."""
+        """Wait until all keys are set; raise when a party has left or the time is over, and name it."""
         deadline = time.monotonic() + self.timeout_s
         while True:
             try:
@@ -217,15 +218,17 @@ class Federation:
                     missing = [int(key.rsplit("/", 1)[1]) for key in keys if not self._store.check([key])]
                     raise PartyLostError(
                         f"Party {self.party} waited {self.timeout_s:g} s while {self.phase}, but party"
-                        f" {_listed(missing)} did not {what}. Start all {self.num_parties} parties, check that they"
-                        " reach the same rendezvous, or raise timeout_s."
+                        f" {_listed(missing)} did not {what}. Start all {self.num_parties} parties, check"
+                        " that they reach the same rendezvous, or raise timeout_s."
                     ) from error
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Turn torch's bare RuntimeErrors into ours, with the reason the lost party left behind, if it could."""
+        """Turn torch's RuntimeErrors into ours, with the reason the lost party left behind, if it could."""
         if self._closed:
-            raise FederationError(f"Party {self.party} has left this federation. Join again with a new Federation.")
+            raise FederationError(
+                f"Party {self.party} has left this federation. Join again with a new Federation."
+            )
         try:
             yield
         except FederationError:
@@ -238,8 +241,9 @@ class Federation:
             raise PartyLostError(
                 f"Party {self.party} lost the federation while {self.phase}: {_first_line(error)}. "
                 + (
-                    f"A party was more than {self.timeout_s:g} s late: raise timeout_s above the time by which the"
-                    " slowest party outlasts the fastest, or look at the log of the party that is still training."
+                    f"A party was more than {self.timeout_s:g} s late: raise timeout_s above the time by"
+                    " which the slowest party outlasts the fastest, or look at the log of the party that is"
+                    " still training."
                     if late
                     else "A party's process ended without a word: look at the end of its log."
                 )
@@ -250,9 +254,9 @@ class Federation:
             if party != self.party and self._store.check([f"left/{party}"]):
                 reason = json.loads(self._store.get(f"left/{party}"))
                 raise PartyLostError(
-                    f"Party {party} left the federation while {reason}. Party {self.party} stops too, its parameters"
-                    " are those of the last completed round plus its own local steps. Mend the cause and resume all"
-                    " parties from their last checkpoints."
+                    f"Party {party} left the federation while {reason}. Party {self.party} stops too, its"
+                    " parameters are those of the last completed round plus its own local steps. Mend the"
+                    " cause and resume all parties from their last checkpoints."
                 ) from error
 
 
@@ -262,4 +266,3 @@ def _listed(parties: list[int]) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-

@@ -14,7 +14,7 @@ def launched() -> bool:
 
 
 def store_from_env(timeout_s: float) -> dist.Store:
-    """Connect to the store named by ``MASTER_ADDR`` and ``MASTER_PORT`` (torchrun's own store, if it hosts one).
+    """Connect to the store named by ``MASTER_ADDR`` and ``MASTER_PORT``, torchrun's own if it hosts one.
 
     Without a launcher every process is alone, so the store lives in this process only.
 
@@ -24,11 +24,14 @@ def store_from_env(timeout_s: float) -> dist.Store:
     if not launched():
         return dist.HashStore()
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        rendezvous: tuple[dist.Store, int, int] = next(
+            dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s))
+        )
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PartyLostError(
-            f"Rank {os.environ.get('RANK')} could not reach the rendezvous at {address} within {timeout_s:g} s. Check"
-            " that the host of rank 0 is up, that the port is open, and that MASTER_ADDR and MASTER_PORT agree."
+            f"Rank {os.environ.get('RANK')} could not reach the rendezvous at {address} within {timeout_s:g}"
+            " s. Check that the host of rank 0 is up, that the port is open, and that MASTER_ADDR and"
+            " MASTER_PORT agree."
         ) from error
-    return store
+    return rendezvous[0]

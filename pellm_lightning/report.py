@@ -1,0 +1,106 @@
+"""What a user sees of the rounds: log lines, the progress bar, Lightning's loggers."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from pellm_lightning.isolation import written_paths
+from pellm_lightning.parameters import share_outside_adapter
+from pellm_lightning.round import RoundReport
+from pellm_lightning.topology import Topology
+
+log = logging.getLogger(__name__)
+
+
+def show_log_lines() -> None:
+    """Show the package's lines as Lightning shows its own, unless the application set up logging itself."""
+    package = logging.getLogger("pellm_lightning")
+    if not package.handlers and not logging.getLogger().handlers:
+        package.addHandler(logging.StreamHandler())
+        package.setLevel(logging.INFO)
+
+
+def announce(
+    trainer: Trainer, module: LightningModule, topology: Topology, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Say at the start what will leave this party: people ask whether it is the adapter only."""
+    leaving = sum(p.numel() for p in parameters.values())
+    total = sum(p.numel() for p in module.parameters())
+    names = list(parameters)
+    log.info(
+        "[party %d] federation of %d %s; %s of %s parameters leave a party (%.3g %%), %s per round: %s%s",
+        topology.party,
+        topology.num_parties,
+        "party" if topology.num_parties == 1 else "parties",
+        f"{leaving:,}",
+        f"{total:,}",
+        100 * leaving / total,
+        megabytes(4 * leaving),
+        ", ".join(names[:3]),
+        f" and {len(names) - 3} more" if len(names) > 3 else "",
+    )
+    outside = share_outside_adapter(parameters)
+    if outside > 0.5 and total > leaving:
+        log.warning(
+            "[party %d] %.0f %% of what crosses each round is embeddings, heads or modules_to_save, not"
+            " adapter. If that is not intended, name them in `exclude` (they stay local) or freeze them.",
+            topology.party,
+            100 * outside,
+        )
+    if topology.party > 0:
+        for path in written_paths(trainer):
+            log.info("[party %d] writes to %s", topology.party, path.partition(":")[2])
+
+
+def note(
+    trainer: Trainer, module: LightningModule, topology: Topology, done: RoundReport, *, on_bar: bool
+) -> None:
+    """Put a round's figures into the loggers, the progress bar (where Lightning allows it) and the log."""
+    figures = {
+        "round": done.round,
+        "active_parties": done.active_parties,
+        "weight": done.weight,
+        "total_weight": done.total_weight,
+        "seconds": done.seconds,
+        "waited_seconds": done.waited_seconds,
+        "bytes_sent": done.bytes_sent,
+        "update_norm": done.update_norm,
+        "distance": done.distance,
+    }
+    if done.loss is not None:
+        figures["loss"] = done.loss
+    publish(trainer, {f"federated/{name}": float(value) for name, value in figures.items()})
+    if on_bar:
+        shown = {"round": float(done.round)} | ({} if done.loss is None else {"global_loss": done.loss})
+        module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+    bar_shows_it = topology.party == 0 and trainer.progress_bar_callback is not None
+    if topology.is_speaker and not bar_shows_it:
+        log.info(
+            "[party %d] round %d: loss %s, weight %g of %g, %s in %.2f s",
+            topology.party,
+            done.round,
+            "unknown" if done.loss is None else f"{done.loss:.4f}",
+            done.weight,
+            done.total_weight,
+            megabytes(done.bytes_sent),
+            done.seconds,
+        )
+
+
+def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand metrics to other callbacks and to the loggers; works in hooks where ``self.log`` is refused."""
+    if not metrics:
+        return
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    # The step that Lightning itself gives to what is logged at this moment, so that a table's rows line up.
+    step = max(trainer.global_step - 1, 0)
+    for logger in trainer.loggers:
+        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
+
+
+def megabytes(size_bytes: int) -> str:
+    """Return a size in words."""
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"

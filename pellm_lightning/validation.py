@@ -1,0 +1,52 @@
+"""The metrics of one validation and how many samples are behind each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from pellm_lightning.environment import Party
+from pellm_lightning.samples import samples_in
+
+
+class ValidationMetrics:
+    """Collects what one validation run logs at this party, with its weight.
+
+    ``trainer.callback_metrics`` keeps everything ever logged, so what this validation has logged are the
+    entries whose values were replaced since its start.
+    """
+
+    def __init__(self) -> None:
+        self._before: Mapping[str, Any] = {}
+        self._samples: dict[int, int] = {}
+
+    def start(self, trainer: Trainer) -> None:
+        """Remember what is there already."""
+        self._before = dict(trainer.callback_metrics)
+        self._samples = {}
+
+    def count(self, batch: Any, dataloader_idx: int) -> None:
+        """Add a batch's samples to those of its dataloader."""
+        counted = self._samples.get(dataloader_idx, 0)
+        self._samples[dataloader_idx] = counted + samples_in(batch, otherwise=1)
+
+    def end(self, trainer: Trainer, party: Party) -> dict[str, tuple[float, float]]:
+        """Return each metric's mean over the party's processes and the samples behind it."""
+        values = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if value is not self._before.get(name) and not name.startswith("federated/")
+        }
+        names = sorted(values)
+        weights = [self._weight(name) for name in names]
+        totals = [
+            values[name] * weight if weight else 0.0 for name, weight in zip(names, weights, strict=True)
+        ]
+        sums = party.sum(totals + weights)
+        pairs = zip(names, sums[: len(names)], sums[len(names) :], strict=True)
+        return {name: (total / weight, weight) for name, total, weight in pairs if weight}
+
+    def _weight(self, name: str) -> float:
+        # With several dataloaders Lightning appends the index of the one that a metric belongs to.
+        _, found, index = name.rpartition("/dataloader_idx_")
+        return float(self._samples.get(int(index), 0) if found else sum(self._samples.values()))

@@ -1,0 +1,43 @@
+"""Guards: no test may leak environment variables, a process group, threads or Lightning's idea of the rank."""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in _LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    threads = set(threading.enumerate())
+    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+    rank_zero_only.rank = 0
+    yield
+    changed = {
+        name
+        for name in before.keys() ^ os.environ.keys() | before.keys()
+        if before.get(name) != os.environ.get(name) and name != "PYTEST_CURRENT_TEST"
+    }
+    left = {t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    assert not changed, f"environment variables changed: {changed}"
+    assert not left, f"threads left behind: {left}"
+    assert not dist.is_initialized(), "a default process group was left behind"
+
+
+@pytest.fixture(autouse=True)
+def one_thread_per_party() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

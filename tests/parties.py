@@ -1,0 +1,140 @@
+"""N parties as N threads of one process: real Gloo over one HashStore, no launcher."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pellm_lightning import FederatedAveraging, Federation
+
+T = TypeVar("T")
+
+
+def run_parties(
+    num_parties: int,
+    act: Callable[[Federation], T],
+    *,
+    store: dist.Store | None = None,
+    timeout_s: float = 20,
+    may_fail: bool = False,
+) -> list[Any]:
+    """Return what ``act`` returned at each party; with ``may_fail`` an exception stands for its result."""
+    store = dist.HashStore() if store is None else store
+    results: list[Any] = [None] * num_parties
+
+    def party(index: int) -> None:
+        federation = None
+        try:
+            federation = Federation(store, index, num_parties, timeout_s=timeout_s)
+            results[index] = act(federation)
+            federation.close()
+        except BaseException as error:
+            results[index] = error
+            if federation is not None:
+                federation.abort(f"{type(error).__name__}: {error}")
+
+    in_threads([lambda i=i: party(i) for i in range(num_parties)])
+    failed = [result for result in results if isinstance(result, BaseException)]
+    if failed and not may_fail:
+        raise failed[0]
+    return results
+
+
+def in_threads(acts: Sequence[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=act) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class Classifier(LightningModule):
+    """A frozen layer and a trained one, the same base at every party; the head differs by ``seed``."""
+
+    def __init__(self, seed: int = 0, lr: float = 0.1, optimizer: str = "SGD") -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1234)
+            self.base = nn.Linear(8, 16).requires_grad_(False)
+            torch.manual_seed(seed)
+            self.head = nn.Linear(16, 3)
+        self.lr = lr
+        self.optimizer = optimizer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.base(x)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return getattr(torch.optim, self.optimizer)(self.head.parameters(), lr=self.lr)
+
+    def vector(self) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in self.head.parameters()]).clone()
+
+
+class ValidatedClassifier(Classifier):
+    """A Classifier that also validates."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+
+def data(samples: int, seed: int, batch_size: int = 4) -> DataLoader:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 8, generator=generator)
+    y = torch.randint(0, 3, (samples,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+def quiet_trainer(root: Any, callbacks: Sequence[Any] = (), **kwargs: Any) -> Trainer:
+    """A Trainer on one CPU device that prints nothing; logger and checkpoints off unless asked for."""
+    kwargs = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "max_epochs": 2,
+    } | kwargs
+    return Trainer(default_root_dir=root, callbacks=list(callbacks), **kwargs)
+
+
+def fit_parties(
+    num_parties: int,
+    fit: Callable[[int, Callable[..., FederatedAveraging]], T],
+    *,
+    store: dist.Store | None = None,
+    timeout_s: float = 20,
+    may_fail: bool = False,
+) -> list[Any]:
+    """Run ``fit(party, federated)`` in N threads; ``federated(**arguments)`` makes the party's callback."""
+    store = dist.HashStore() if store is None else store
+    results: list[Any] = [None] * num_parties
+
+    def party(index: int) -> None:
+        def federated(**arguments: Any) -> FederatedAveraging:
+            return FederatedAveraging(
+                federation=lambda: Federation(store, index, num_parties, timeout_s=timeout_s), **arguments
+            )
+
+        try:
+            results[index] = fit(index, federated)
+        except BaseException as error:
+            results[index] = error
+
+    in_threads([lambda i=i: party(i) for i in range(num_parties)])
+    failed = [result for result in results if isinstance(result, BaseException)]
+    if failed and not may_fail:
+        raise failed[0]
+    return results
