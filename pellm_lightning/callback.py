@@ -179,7 +179,7 @@ class FederatedAveraging(Callback):
         """Close the round first if training is over; remember which metrics are older than now."""
         if not _validates_in_fit(trainer):
             return
-        if trainer.should_stop and trainer.global_step > self._since.step:
+        if _is_stopping(trainer) and trainer.global_step > self._since.step:
             self._run_round(trainer, pl_module, on_bar=False)
         self._validation.start(trainer)
 
@@ -387,3 +387,11 @@ class FederatedAveraging(Callback):
 
 def _validates_in_fit(trainer: Trainer) -> bool:
     return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+def _is_stopping(trainer: Trainer) -> bool:
+    """Whether training ends at this batch: it was told to stop, and is free to."""
+    free = trainer.current_epoch >= (trainer.min_epochs or 0) and trainer.global_step >= (
+        trainer.min_steps or 0
+    )
+    return trainer.should_stop and free

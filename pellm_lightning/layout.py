@@ -41,6 +41,12 @@ class Chunk:
             return out.copy_(self.pieces[0].reshape(-1))
         return torch.cat([piece.reshape(-1) for piece in self.pieces], out=out)
 
+    def subtracted_from(self, values: Tensor, out: Tensor) -> Tensor:
+        """Return ``values`` minus the parameters, in ``out``; both float32 vectors of the chunk's size."""
+        if len(self.pieces) == 1:
+            return torch.sub(values, self.pieces[0].reshape(-1), out=out)
+        return torch.sub(values, self.gather_(out), out=out)
+
     def scatter_(self, values: Tensor) -> None:
         """Write a float32 vector of the chunk's size into the parameters, in place, cast to their dtype."""
         for piece, part in zip(self.pieces, self._split(values), strict=True):
@@ -141,6 +147,8 @@ class Layout:
                 pieces, filled = [whole], whole.numel()
                 close()
                 continue
+            if 2 * whole.numel() > _CHUNK:
+                close()  # chunks of one piece each need no gathering
             rest = whole.view(-1)
             while rest.numel():
                 piece = rest[: _CHUNK - filled]

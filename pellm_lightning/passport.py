@@ -19,27 +19,27 @@ _SAMPLES = 64
 
 
 def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return a short digest per frozen tensor: its shape, dtype and 64 values at even strides.
+    """Return a short digest per frozen tensor: its shape, dtype and up to 64 values at even strides.
 
     Cheap enough for any model, and different for another checkpoint, revision or quantisation.
     """
     return {name: _digest(tensor) for name, tensor in frozen.items()}
 
 
-def checksum(vector: Tensor) -> int:
-    """Return the wrapping 64-bit sum of a float32 vector's bits, to tell two vectors apart cheaply."""
-    return int(vector.view(torch.int32).sum(dtype=torch.int64))
+def checksum(vector: Tensor) -> str:
+    """Return a digest of a float32 vector's bits: equal for equal bits only, order included."""
+    return hashlib.blake2b(vector.detach().cpu().contiguous().numpy(), digest_size=8).hexdigest()
 
 
 def first_difference(passports: Sequence[Passport]) -> str | None:
     """Return what the first party that differs from party 0 should know, or None if all agree."""
     first = passports[0]
     for party, other in enumerate(passports[1:], start=1):
-        for compare in (_protocol, _schema, _config, _base, _round, _files):
+        for compare in (_protocol, _schema, _config, _base, _round):
             message = compare(party, first, other)
             if message:
                 return message
-    return None
+    return _files(passports)
 
 
 def _protocol(party: int, first: Passport, other: Passport) -> str | None:
@@ -112,20 +112,24 @@ def _round(party: int, first: Passport, other: Passport) -> str | None:
     return None
 
 
-def _files(party: int, first: Passport, other: Passport) -> str | None:
-    shared = sorted(set(first["files"]) & set(other["files"]))
-    if not shared:
-        return None
-    return (
-        f"Parties 0 and {party} would both write to {shared[0]!r}. Give each party its own path, for"
-        " example\n    party = os.environ['RANK']\n    logger = MyLogger(save_dir=f'logs/party-{party}')"
-    )
+def _files(passports: Sequence[Passport]) -> str | None:
+    writers: dict[str, int] = {}
+    for party, passport in enumerate(passports):
+        for path in sorted(set(passport["files"])):
+            if path in writers:
+                return (
+                    f"Parties {writers[path]} and {party} would both write to {path!r}. Give each party its"
+                    " own path, for example\n    party = os.environ['RANK']\n"
+                    "    logger = MyLogger(save_dir=f'logs/party-{party}')"
+                )
+            writers[path] = party
+    return None
 
 
 def _digest(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{list(tensor.shape)}{tensor.dtype}".encode(), digest_size=8)
     if not tensor.is_meta and tensor.numel():
         flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
+        sample = flat[:: -(-flat.numel() // _SAMPLES)].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pellm_lightning import passport
 from pellm_lightning.federation import Federation, FederationError, MismatchError
-from pellm_lightning.layout import Layout
+from pellm_lightning.layout import Chunk, Layout
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,16 @@ class Header:
     purpose: Purpose
     round: int
     weight: float
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What the parties say when each has seen all its values."""
+
+    fine: list[bool]
+    """Party by party, whether all its values are finite."""
+    loss: float | None
+    """Mean of the parties' training losses, weighted; None if no party gave one."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +127,10 @@ class Aggregator:
         self._on_nonfinite = on_nonfinite
         self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
         self._outer_optimizer = outer_optimizer([self._global])
-        self._staging = self._layout.new_vector()
+        self._staging = torch.empty(0)
         self._scratch = self._layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
         self._resumed = False
-        self._metrics_exchanged = 0
         self._config.setdefault("outer_optimizer", _describe(self._outer_optimizer))
 
     @property
@@ -147,9 +156,10 @@ class Aggregator:
         """
         self.federation.phase = "starting"
         passports = self.federation.all_gather_json("passport", self._passport())
-        difference = passport.first_difference(passports)  # type: ignore[arg-type]
+        difference = passport.first_difference(passports)
         if difference:
             raise MismatchError(difference)
+        self._staging = self._new_staging()
         if not self._resumed:
             self.federation.broadcast_(self._global.data)
             self._layout.unpack_(self._global.data)
@@ -234,14 +244,11 @@ class Aggregator:
         arrived = time.perf_counter()
         sent_before = self.federation.bytes_sent
         weights = self._weights(headers)
-        update_norm = self._exchange(weights)
-        # The norm of finite values can overflow, so a finite norm proves more than an infinite one.
-        fine = math.isfinite(update_norm) or self._layout.first_nonfinite() is None
-        ok, mean_loss = self._vote(fine, loss, weights)
-        excluded = [party for party, fine in enumerate(ok) if not fine and weights[party] > 0]
+        update_norm, ballot = self._exchange(weights, loss)
+        excluded = [party for party, fine in enumerate(ballot.fine) if not fine and weights[party] > 0]
         if excluded:
             weights = self._without(excluded, weights)
-            self._exchange(weights)
+            self._exchange(weights, loss)
         distance = self._commit()
         report = RoundReport(
             round=self.round,
@@ -249,7 +256,7 @@ class Aggregator:
             total_weight=sum(weights),
             weight=weights[self.federation.party],
             excluded=tuple(excluded),
-            loss=mean_loss,
+            loss=ballot.loss,
             seconds=time.perf_counter() - arrived,
             waited_seconds=arrived - came,
             bytes_sent=self.federation.bytes_sent - sent_before,
@@ -299,41 +306,51 @@ class Aggregator:
             )
         return weights
 
-    def _exchange(self, weights: list[float]) -> float:
-        """Fill the staging vector with the mean of ``anchor - x``; return the norm of this party's update."""
+    def _exchange(self, weights: list[float], loss: float | None) -> tuple[float, Ballot]:
+        """Fill the staging vector with the mean of ``anchor - x``; return the norm of this party's update.
+
+        Behind the last bucket rides the ballot: what each party has to say once it has seen all its values.
+        """
         share = weights[self.federation.party] / sum(weights)
         squares: list[float] = []
 
         def packed() -> Iterator[Tensor]:
-            for bucket in self._layout.buckets():
+            *buckets, last = self._layout.buckets()
+            for bucket in buckets:
                 squares.extend(self._pack(bucket, share))
                 yield self._staging[bucket[0].start : bucket[-1].stop]
+            squares.extend(self._pack(last, share))
+            self._cast(self._norm(squares), loss, share)
+            yield self._staging[last[0].start :]
 
         self.federation.all_reduce_each_(packed())
-        return self._norm(squares)
+        return self._norm(squares), self._counted()
 
-    def _pack(self, bucket: list[Any], share: float) -> Iterator[float]:
+    def _pack(self, bucket: list[Chunk], share: float) -> Iterator[float]:
         for chunk in bucket:
             update = self._staging[chunk.start : chunk.stop]
             anchor = chunk.as_written(self._global[chunk.start : chunk.stop], self._scratch[: chunk.size])
-            torch.sub(anchor, chunk.gather_(update), out=update)
+            chunk.subtracted_from(anchor, out=update)
             yield float(torch.dot(update, update))
             if share > 0:
                 update.mul_(share)
             else:
                 update.zero_()  # and not a product: 0 * nan is nan
 
-    def _vote(self, fine: bool, loss: float | None, weights: list[float]) -> tuple[list[bool], float | None]:
-        """Tell all whether this party's values were finite; learn the same of them, and the mean loss."""
-        me = self.federation.party
-        weight = weights[me] if loss is not None and math.isfinite(loss) else 0.0
-        ballot = torch.zeros(len(weights) + 2, dtype=torch.float64)
-        ballot[me] = float(fine)
-        ballot[-2:] = torch.tensor(
-            [weight * loss if weight and loss is not None else 0.0, weight], dtype=torch.float64
-        )
-        *votes, loss_sum, loss_weight = self.federation.all_reduce_(ballot).tolist()
-        return [vote == 1.0 for vote in votes], (loss_sum / loss_weight if loss_weight else None)
+    def _cast(self, update_norm: float, loss: float | None, share: float) -> None:
+        """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
+        # The norm of finite values can overflow, so only a finite norm is proof enough.
+        fine = math.isfinite(update_norm) or self._layout.first_nonfinite() is None
+        known = share > 0 and loss is not None and math.isfinite(loss)
+        mine = [
+            float(party == self.federation.party and fine) for party in range(self.federation.num_parties)
+        ]
+        mine += [share * loss if known and loss is not None else 0.0, share if known else 0.0]
+        self._staging[self._layout.size :] = torch.tensor(mine)
+
+    def _counted(self) -> Ballot:
+        *fine, loss, share = self._staging[self._layout.size :].tolist()
+        return Ballot([vote == 1.0 for vote in fine], loss / share if share else None)
 
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
         """Return the weights without those whose values are not finite, or raise at every party."""
@@ -362,14 +379,14 @@ class Aggregator:
         for chunk in self._layout.chunks():
             at = slice(chunk.start, chunk.stop)
             pseudo_gradient, global_ = self._staging[at], self._global.data[at]
-            anchor = chunk.as_written(global_, self._scratch2[: chunk.size])
-            away = chunk.gather_(self._scratch[: chunk.size]).sub_(anchor).add_(pseudo_gradient)
+            mean = self._scratch2[: chunk.size]
+            torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
+            away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
             squares.append(float(torch.dot(away, away)))
             if plain:  # while the chunk is in the cache; bit for bit what SGD(lr=1) does
-                global_.sub_(pseudo_gradient)
-                chunk.scatter_(global_)
+                chunk.scatter_(global_.sub_(pseudo_gradient) if chunk.rounds else global_.copy_(mean))
         if not plain:
-            self._global.grad = self._staging
+            self._global.grad = self._staging[: self._layout.size]
             self._outer_optimizer.step()
             self._global.grad = None
             self._layout.unpack_(self._global.data)
@@ -377,22 +394,26 @@ class Aggregator:
 
     # ---- small parts
 
+    def _new_staging(self) -> Tensor:
+        """Return the vector that crosses; behind it the ballot: a flag per party, the loss, its weight."""
+        size = self._layout.size + self.federation.num_parties + 2
+        if self._layout.device.type != "cpu":
+            return torch.zeros(size, device=self._layout.device)
+        return self.federation.new_vector(size)
+
     @staticmethod
     def _norm(squares: list[float]) -> float:
         return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
 
     def _mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        key = f"metrics/{self._metrics_exchanged}"
-        self._metrics_exchanged += 1
-        known = self.federation.all_gather_json(key, sorted(values))
-        names = sorted({name for party_names in known for name in party_names})  # type: ignore[attr-defined]
+        known = self.federation.all_gather_json("metrics", sorted(values))
+        names = sorted({name for party_names in known for name in party_names})
         sums = torch.zeros(len(names), 2, dtype=torch.float64)
         for row, name in enumerate(names):
             value, weight = values.get(name, (0.0, 0.0))
             if weight > 0:
                 sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
         self.federation.all_reduce_(sums)
-        self.federation.forget(key)
         return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
 
     def _passport(self) -> passport.Passport:

@@ -57,5 +57,5 @@ class Topology:
     def local_rank(self, environ: Mapping[str, str] | None = None) -> int:
         """Index of this process among its party's processes on this host, which is what picks its device."""
         environ = os.environ if environ is None else environ
-        ranks_here = int(environ.get("LOCAL_WORLD_SIZE", self.party_size))
-        return int(environ.get("LOCAL_RANK", self.rank_in_party)) % min(self.party_size, ranks_here)
+        # Ranks are consecutive on a host and in a party; counting starts where the later of the two begins.
+        return min(int(environ.get("LOCAL_RANK", self.rank_in_party)), self.rank_in_party)

@@ -1,0 +1,169 @@
+"""How long a whole round takes, in units of one raw all-reduce of the same bytes.
+
+Run `make bench`. It starts N processes by torchrun for N = 2 and 4 and prints a table. All timings of a table come from
+one interleaved run, so that a busy machine slows all of them alike; compare ratios, not milliseconds.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from pellm_lightning import Aggregator, FederatedAveraging, Federation
+
+# A rank-16 LoRA on all seven linear layers of each of the 32 blocks of a 7B Llama: 448 tensors, 160 MB.
+_LLAMA = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]
+LARGE = [shape for _ in range(32) for n, m in _LLAMA for shape in ((16, n), (m, 16))]
+# A rank-8 LoRA on the attention of a small model: 120 tensors, 1.8 MB.
+SMALL = [shape for _ in range(30) for shape in ((8, 576), (576, 8), (8, 576), (192, 8))]
+CASES = {"large": LARGE, "small": SMALL}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parties", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", help="also write the figures to this file")
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        measure(arguments.repeats)
+        return
+    rows = []
+    for parties in arguments.parties:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(parties)]
+        command += [__file__, "--repeats", str(arguments.repeats)]
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    show(rows)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+def measure(repeats: int) -> None:
+    dist.init_process_group("gloo")
+    federation = Federation.from_env()
+    for name, shapes in CASES.items():
+        row = measure_case(federation, name, shapes, repeats)
+        if federation.party == 0:
+            print(json.dumps(row), flush=True)
+    federation.close()
+    dist.destroy_process_group()
+
+
+def measure_case(federation: Federation, name: str, shapes: list[tuple[int, int]], repeats: int) -> dict:
+    parameters = {f"layer{i:03}": torch.randn(shape) for i, shape in enumerate(shapes)}
+    size = sum(p.numel() for p in parameters.values())
+    flat = torch.randn(size)
+
+    def loop() -> None:
+        for parameter in parameters.values():
+            dist.all_reduce(parameter)
+
+    reset_peak_memory()
+    before = resident_bytes()
+    aggregator = Aggregator(federation, parameters)
+    aggregator.start()
+    contenders: dict[str, Callable[[], object]] = {
+        "raw": lambda: dist.all_reduce(flat),
+        "ours": lambda: aggregator.step(1.0),
+        "loop": loop,
+    }
+    for _ in range(2):
+        aggregator.step(1.0)
+    memory = peak_memory_bytes() - before
+    times: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for _ in range(repeats):
+        for contender, act in contenders.items():
+            flat.fill_(1.0)
+            for parameter in parameters.values():
+                parameter.fill_(1.0 + federation.party)
+            times[contender].append(timed(act))
+    check(federation, aggregator, parameters)
+    medians = {contender: statistics.median(values) for contender, values in times.items()}
+    return {
+        "case": name,
+        "parties": federation.num_parties,
+        "tensors": len(shapes),
+        "megabytes": 4 * size / 1e6,
+        "raw_ms": 1e3 * medians["raw"],
+        "ours_ms": 1e3 * medians["ours"],
+        "ours": medians["ours"] / medians["raw"],
+        "loop": medians["loop"] / medians["raw"],
+        "extra_memory": memory / (4 * size),
+        "hook_us": 1e6 * hook_seconds(),
+    }
+
+
+def timed(act: Callable[[], object]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def check(federation: Federation, aggregator: Aggregator, parameters: dict[str, torch.Tensor]) -> None:
+    """A fast round that is wrong is no round."""
+    for parameter in parameters.values():
+        parameter.fill_(1.0 + federation.party)
+    aggregator.step(1.0)
+    mean = 1 + (federation.num_parties - 1) / 2
+    assert all(torch.allclose(p, torch.tensor(mean), rtol=1e-6) for p in parameters.values())
+
+
+def hook_seconds(steps: int = 2000) -> float:
+    """What the callback costs in a step without a round."""
+    callback = FederatedAveraging(every_n_steps=10**9)
+    module = SimpleNamespace(automatic_optimization=True)
+    trainer = SimpleNamespace(
+        global_step=1, current_epoch=0, is_last_batch=False, accumulate_grad_batches=1, lightning_module=module
+    )
+    batch = {"input_ids": torch.zeros(4, 8), "attention_mask": torch.zeros(4, 8), "labels": torch.zeros(4, 8)}
+    outputs = {"loss": torch.tensor(1.0)}
+    start = time.perf_counter()
+    for step in range(steps):
+        callback.on_train_batch_end(trainer, module, outputs, batch, step)  # type: ignore[arg-type]
+    return (time.perf_counter() - start) / steps
+
+
+def resident_bytes() -> int:
+    return 1024 * status("VmRSS")
+
+
+def peak_memory_bytes() -> int:
+    return 1024 * status("VmHWM")
+
+
+def reset_peak_memory() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key))
+
+
+def show(rows: list[dict]) -> None:
+    print("\nmedian of one interleaved run; ratios in units of one raw all_reduce of one flat buffer\n")
+    print("| case | parties | MB | raw ms | our round ms | our round | loop of all_reduces | extra memory |")
+    print("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        print(
+            f"| {r['case']}, {r['tensors']} tensors | {r['parties']} | {r['megabytes']:.1f} | {r['raw_ms']:.1f} |"
+            f" {r['ours_ms']:.1f} | {r['ours']:.2f}x | {r['loop']:.2f}x | {r['extra_memory']:.2f} x trainable |"
+        )
+    print(f"\nbetween rounds the callback costs {max(r['hook_us'] for r in rows):.0f} us a step")
+
+
+if __name__ == "__main__":
+    main()
