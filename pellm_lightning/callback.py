@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -68,8 +69,8 @@ class FederatedAveraging(Callback):
             nesterov=True)`` DiLoCo.
         inner_optimizer_state: "keep" lets the local optimizers go on with their moments after a round,
             "reset" clears them.
-        on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round and takes over
-            its result ("exclude"), or all parties stop with an error ("raise").
+        on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
+            result and clears its local optimizers ("exclude"), or all parties stop with an error ("raise").
         timeout_s: Seconds a party may be late before the others give up: more than the time by which the
             slowest party's local steps outlast the fastest's.
         check_base: Compare a sample of every frozen parameter over the parties before training.
@@ -133,9 +134,9 @@ class FederatedAveraging(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the parties' files apart; for a fit also join the federation and refuse what cannot work."""
-        self._state = {}
         self._topology = topology_of(trainer)
         if stage == "fit":
+            self._state, self._aggregator = {}, None  # of an earlier fit, which may have failed
             self._party = Party(self._topology, trainer.strategy)
             report.show_log_lines()
             self._join()
@@ -156,7 +157,7 @@ class FederatedAveraging(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
         checks.samplers(trainer, self._topology)
-        parameters = select(pl_module, self.include, self.exclude)
+        parameters = self._select(pl_module)
         checks.optimizers(trainer, parameters)
         self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
         self._layout = Layout(parameters)
@@ -234,8 +235,10 @@ class FederatedAveraging(Callback):
         """Leave, if that has not happened yet, and drop every reference to the module."""
         if stage != "fit":
             return
-        if self._joined is not None:
-            self._joined.abort("its fit ended before it began: max_epochs or max_steps was reached already")
+        if self._joined is not None and self._aggregator is None:
+            why = _why_nothing_was_trained(trainer)
+            log.warning("[party %d] Left the federation: %s.", self._topology.party, why)
+            self._joined.abort(why)
         self._state = self.state_dict()
         self._party = self._joined = self._aggregator = self._layout = None
         self._drained = iter(())
@@ -296,6 +299,12 @@ class FederatedAveraging(Callback):
             store = store_from_env(self.timeout_s)
             self._joined = Federation(store, party, num_parties, timeout_s=self.timeout_s)
 
+    def _select(self, module: LightningModule) -> dict[str, nn.Parameter]:
+        try:
+            return select(module, self.include, self.exclude)
+        except ValueError as error:
+            raise MisconfigurationException(f"Party {self._topology.party}: {error}") from error
+
     def _start(
         self, trainer: Trainer, pl_module: LightningModule, parameters: dict[str, nn.Parameter]
     ) -> None:
@@ -330,7 +339,7 @@ class FederatedAveraging(Callback):
             # Lightning hands over the loss divided by the number of batches that it accumulates.
             automatic = trainer.lightning_module.automatic_optimization
             weight = samples * (trainer.accumulate_grad_batches if automatic else 1)
-            self._since.loss_sum = self._since.loss_sum + loss.detach() * weight
+            self._since.loss_sum = self._since.loss_sum + loss.detach().float() * weight
             self._since.loss_samples += samples
 
     def _is_due(self, trainer: Trainer, *, epoch_ends: bool) -> bool:
@@ -357,7 +366,8 @@ class FederatedAveraging(Callback):
         """Finish a round that has written this party's parameters."""
         if self._layout is not None:
             self._share_in_party(self._layout)
-        if self.inner_optimizer_state == "reset":
+        # What made parameters NaN has made the moments NaN as well, and the next step would bring it back.
+        if self.inner_optimizer_state == "reset" or self._topology.party in done.excluded:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
         report.note(trainer, pl_module, self._topology, done, on_bar=on_bar)
@@ -395,3 +405,11 @@ def _is_stopping(trainer: Trainer) -> bool:
         trainer.min_steps or 0
     )
     return trainer.should_stop and free
+
+
+def _why_nothing_was_trained(trainer: Trainer) -> str:
+    if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
+        return (
+            "it has no training batches, so its fit ended before it began; give it data or start without it"
+        )
+    return "its fit ended before it began, since max_epochs or max_steps was reached already"

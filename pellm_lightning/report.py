@@ -94,7 +94,9 @@ def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Hand metrics to other callbacks and to the loggers; works in hooks where ``self.log`` is refused."""
     if not metrics:
         return
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    trainer.callback_metrics.update(
+        {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
+    )
     # The step that Lightning itself gives to what is logged at this moment, so that a table's rows line up.
     step = max(trainer.global_step - 1, 0)
     for logger in trainer.loggers:

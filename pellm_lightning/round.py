@@ -127,7 +127,8 @@ class Aggregator:
         self._on_nonfinite = on_nonfinite
         self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
         self._outer_optimizer = outer_optimizer([self._global])
-        self._staging = torch.empty(0)
+        # The parties' ballot follows the vector: a flag each, and the loss with its weight.
+        self._staging = self._layout.new_vector(extra=federation.num_parties + 2)
         self._scratch = self._layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
         self._resumed = False
@@ -154,12 +155,11 @@ class Aggregator:
         Raises:
             MismatchError: If parties differ; every party raises it, and no parameter was touched.
         """
-        self.federation.phase = "starting"
+        self.federation.enter("starting")
         passports = self.federation.all_gather_json("passport", self._passport())
         difference = passport.first_difference(passports)
         if difference:
             raise MismatchError(difference)
-        self._staging = self._new_staging()
         if not self._resumed:
             self.federation.broadcast_(self._global.data)
             self._layout.unpack_(self._global.data)
@@ -263,6 +263,7 @@ class Aggregator:
             update_norm=update_norm,
             distance=distance,
         )
+        self.federation.enter(f"training after round {self.round}")
         self.round += 1
         return report
 
@@ -273,10 +274,10 @@ class Aggregator:
         same size, so they can meet anywhere, and whoever came for something else meets again afterwards.
         """
         while True:
-            self.federation.phase = f"meeting for round {self.round}"
+            self.federation.enter(f"meeting for round {self.round}")
             headers = self._call(Header(purpose, self.round, weight))
             if purpose is Purpose.METRICS or all(header.purpose is not Purpose.METRICS for header in headers):
-                self.federation.phase = f"in round {self.round}"
+                self.federation.enter(f"in round {self.round}")
                 return headers
             self._mean({})
 
@@ -393,13 +394,6 @@ class Aggregator:
         return self._norm(squares)
 
     # ---- small parts
-
-    def _new_staging(self) -> Tensor:
-        """Return the vector that crosses; behind it the ballot: a flag per party, the loss, its weight."""
-        size = self._layout.size + self.federation.num_parties + 2
-        if self._layout.device.type != "cpu":
-            return torch.zeros(size, device=self._layout.device)
-        return self.federation.new_vector(size)
 
     @staticmethod
     def _norm(squares: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""Guards: no test may leak environment variables, a process group, threads or Lightning's idea of the rank."""
+"""Guards: no test may leak environment variables, a process group, threads or Lightning's rank."""
 
 import logging
 import os
@@ -41,3 +41,6 @@ def one_thread_per_party() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_default_dtype(
+        torch.float32
+    )  # Lightning sets it in turn; with threads the last may not restore it

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -53,16 +54,23 @@ def in_threads(acts: Sequence[Callable[[], None]]) -> None:
         thread.join()
 
 
+def linear(inputs: int, outputs: int, seed: int) -> nn.Linear:
+    """A layer of its own generator: parties are threads, and the global one would mix their draws."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return layer
+
+
 class Classifier(LightningModule):
     """A frozen layer and a trained one, the same base at every party; the head differs by ``seed``."""
 
     def __init__(self, seed: int = 0, lr: float = 0.1, optimizer: str = "SGD") -> None:
         super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(1234)
-            self.base = nn.Linear(8, 16).requires_grad_(False)
-            torch.manual_seed(seed)
-            self.head = nn.Linear(16, 3)
+        self.base = linear(8, 16, seed=1234).requires_grad_(False)
+        self.head = linear(16, 3, seed=seed)
         self.lr = lr
         self.optimizer = optimizer
 
@@ -88,11 +96,59 @@ class ValidatedClassifier(Classifier):
         self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
 
-def data(samples: int, seed: int, batch_size: int = 4) -> DataLoader:
+def dataset(samples: int, seed: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 8, generator=generator)
+    # Lightning's true half precisions change the default dtype of the whole process, so of all threads.
+    x = torch.randn(samples, 8, generator=generator, dtype=torch.float32)
     y = torch.randint(0, 3, (samples,), generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+    return TensorDataset(x, y)
+
+
+def data(samples: int, seed: int, batch_size: int = 4) -> DataLoader:
+    return DataLoader(dataset(samples, seed), batch_size=batch_size)
+
+
+def batches(sizes: Sequence[int], seed: int) -> DataLoader:
+    """Batches of the given sizes, in this order."""
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    cut = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    return DataLoader(dataset(sum(sizes), seed), batch_sampler=cut)
+
+
+class Rounds(Logger):
+    """A logger that keeps what each round reported, in order; ``events`` tells rounds from validations.
+
+    A round's ``step`` is the number of optimizer steps this party had made when it ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounds: list[dict[str, float]] = []
+        self.metrics: dict[str, list[float]] = {}
+        self.events: list[tuple[str, int]] = []
+
+    @property
+    def name(self) -> str:
+        return "rounds"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.metrics.setdefault(name, []).append(float(value))
+        if "federated/round" in metrics and step is not None:
+            short = {name.removeprefix("federated/"): value for name, value in metrics.items()}
+            self.rounds.append(short | {"step": step + 1})
+            self.events.append(("round", step + 1))
+
+    @property
+    def steps(self) -> list[int]:
+        return [int(done["step"]) for done in self.rounds]
 
 
 def quiet_trainer(root: Any, callbacks: Sequence[Any] = (), **kwargs: Any) -> Trainer:

@@ -9,15 +9,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pellm_lightning.federation import shared
 from pellm_lightning.federation.errors import FederationError, PartyLostError
 from pellm_lightning.federation.gloo import GlooGroup
 from pellm_lightning.federation.rendezvous import store_from_env
-from pellm_lightning.federation.shared import SharedVector
 from pellm_lightning.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -27,8 +24,6 @@ log = logging.getLogger(__name__)
 _NUM_LANES = 2
 # Below this a second lane costs more latency than it gains.
 _SPLIT_BYTES = 4 << 20
-# Below this a few messages cost less than meeting twice around shared memory.
-_SHARE_BYTES = 1 << 20
 _GOODBYE_S = 30.0
 
 
@@ -60,16 +55,13 @@ class Federation:
         self.timeout_s = timeout_s
         self.bytes_sent = 0
         """Bytes this party has handed to the group so far."""
-        self.phase = "joining"
-        """What the parties are doing, for error messages."""
+        self._phase = "joining"
         joined = store.add(f"pellm/joined/{party}", 1)
         self._store = dist.PrefixStore(f"pellm/{joined}", store)
         self._said = 0
         self._last_said: str | None = None
         self._closed = False
         self._lanes: list[GlooGroup] = []
-        self._shared: SharedVector | None = None
-        self._token = torch.zeros(1)
         if num_parties > 1:
             self._join()
 
@@ -90,6 +82,12 @@ class Federation:
             )
         return cls(store_from_env(timeout_s), topology.party, topology.num_parties, timeout_s=timeout_s)
 
+    def enter(self, phase: str) -> None:
+        """Say what this party does from now on, so that errors at any party can tell where each one was."""
+        self._phase = phase
+        if self._lanes:
+            self._store.set(f"at/{self.party}", phase)
+
     # ---- tensors
 
     def all_reduce_(self, x: Tensor) -> Tensor:
@@ -109,56 +107,17 @@ class Federation:
         """Sum each of ``tensors`` (contiguous) over the parties, in place, several at a time.
 
         A lazy iterable is advanced while the tensors before are on their way, so that filling one overlaps
-        the reduction of the next. Parts of a ``new_vector()`` that is shared are summed in shared memory.
+        the reduction of the next.
 
         Raises:
             PartyLostError: If a party is gone or later than ``timeout_s``.
         """
         under_way: list[Callable[[], None]] = []
-        in_shared: list[Tensor] = []
         with self._translated():
             for index, tensor in enumerate(tensors):
-                if self._shared is not None and self._shared.holds(tensor):
-                    in_shared.append(tensor)
-                else:
-                    under_way.append(self._start_all_reduce(tensor, index % _NUM_LANES))
+                under_way.append(self._start_all_reduce(tensor, index % _NUM_LANES))
             for finish in under_way:
                 finish()
-            if self._shared is not None and in_shared:
-                self.bytes_sent += sum(tensor.nbytes for tensor in in_shared)
-                self._meet()
-                self._shared.sum_shard_(in_shared)
-                self._meet()
-
-    def new_vector(self, size: int) -> Tensor:
-        """Return a float32 vector of zeros on the CPU, of shape (size,), over which sums are fastest.
-
-        If all parties run on one host and under one user it lies in memory they share; of all vectors made
-        that is so for the last. Every party must ask for one of the same size at the same time.
-
-        Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
-        """
-        self._shared = None
-        if self._lanes and 4 * size >= _SHARE_BYTES:
-            self._shared = self._share(size)
-        return torch.zeros(size) if self._shared is None else self._shared.mine
-
-    def _share(self, size: int) -> SharedVector | None:
-        size_bytes = 4 * size * self.num_parties
-        created = shared.create(size_bytes) if self.party == 0 else None
-        path = self.all_gather_json("shared memory", created and created[0])[0]
-        buffer = None if path is None else created[1] if created else shared.attach(path, size_bytes)
-        everybody = all(self.all_gather_json("sight of the shared memory", buffer is not None))
-        if created:
-            shared.unlink(created[0])
-        if buffer is None or not everybody:
-            return None
-        return SharedVector(buffer, size, self.party, self.num_parties)
-
-    def _meet(self) -> None:
-        """Wait until all parties are here."""
-        self._lanes[0].all_reduce(self._token).wait()
 
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         """Overwrite ``x`` by the one of party ``source``, in place, and return it.
@@ -227,7 +186,7 @@ class Federation:
             reason: What happened here; None if the others know already. After ``close()`` nothing happens.
         """
         if not self._closed and self._lanes and reason is not None:
-            self._store.set(f"left/{self.party}", json.dumps(f"{self.phase}: {reason}"))
+            self._say_why(reason)
         self._leave()
 
     def _leave(self) -> None:
@@ -235,7 +194,6 @@ class Federation:
         for lane in self._lanes:
             lane.abort()
         self._lanes = []
-        self._shared = None
 
     def _join(self) -> None:
         self._store.set(f"here/{self.party}", "1")
@@ -268,11 +226,7 @@ class Federation:
                 self._raise_if_somebody_left(error)
                 if time.monotonic() >= deadline:
                     missing = [int(key.rsplit("/", 1)[1]) for key in keys if not self._store.check([key])]
-                    raise PartyLostError(
-                        f"Party {self.party} waited {self.timeout_s:g} s while {self.phase}, but party"
-                        f" {_listed(missing)} did not {what}. Start all {self.num_parties} parties, check"
-                        " that they reach the same rendezvous, or raise timeout_s."
-                    ) from error
+                    raise self._gave_up(f"for party {_listed(missing)} to {what}") from error
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -289,17 +243,37 @@ class Federation:
             # The party that broke the connection writes its reason just before; give the store a moment.
             time.sleep(0.1)
             self._raise_if_somebody_left(error)
-            late = "imed out" in str(error)
+            if "imed out" in str(error):
+                raise self._gave_up(f"for {self._elsewhere()}") from error
             raise PartyLostError(
-                f"Party {self.party} lost the federation while {self.phase}: {_reason(error)}. "
-                + (
-                    f"A party was more than {self.timeout_s:g} s late: raise timeout_s above the time by"
-                    " which the slowest party outlasts the fastest, or look at the log of the party that is"
-                    " still training."
-                    if late
-                    else "A party's process ended without a word: look at the end of its log."
-                )
+                f"Party {self.party} lost the federation while {self._phase}: {_reason(error)}. A party's"
+                " process ended without a word: look at the end of its log."
             ) from error
+
+    def _say_why(self, reason: str) -> None:
+        """Leave the reason for going where the others will look; what was said first stands."""
+        if not self._store.check([f"left/{self.party}"]):
+            self._store.set(f"left/{self.party}", json.dumps(f"{self._phase}: {reason}"))
+
+    def _gave_up(self, waiting: str) -> PartyLostError:
+        """Return the error of this party's patience, which the late party shall find when it comes."""
+        said = f"it waited {self.timeout_s:g} s {waiting}"
+        self._say_why(said)
+        return PartyLostError(
+            f"Party {self.party} gave up while {self._phase}: {said}. Look at the log of who is missing,"
+            f" check that all {self.num_parties} parties run and reach the same rendezvous, or raise"
+            " timeout_s above the time by which the slowest party's local steps outlast the fastest's."
+        )
+
+    def _elsewhere(self) -> str:
+        """Return which parties do something else than this one, and what."""
+        at = {
+            party: self._store.get(f"at/{party}").decode()
+            for party in range(self.num_parties)
+            if self._store.check([f"at/{party}"])
+        }
+        others = [f"party {party} ({phase})" for party, phase in at.items() if phase != self._phase]
+        return " and ".join(others) or "another party"
 
     def _raise_if_somebody_left(self, error: BaseException) -> None:
         for party in range(self.num_parties):

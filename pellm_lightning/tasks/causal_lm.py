@@ -1,0 +1,131 @@
+"""A causal language model as a LightningModule: fine-tuned in full, or through a PEFT adapter."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftConfig, PeftModel, TaskType
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
+from pellm_lightning.tasks.optimizing import optimize_trainable
+from pellm_lightning.tasks.pretrained import Dtype, load_model, load_tokenizer
+from pellm_lightning.tasks.samples import IGNORED, Sample
+
+
+class Perplexity(MeanMetric):
+    """exp of the mean loss, weighted by tokens: updated as ``update(loss, num_tokens)``."""
+
+    def compute(self) -> Tensor:
+        """Return the perplexity of everything seen since the last reset, a scalar."""
+        return super().compute().exp()
+
+
+class CausalLM(LightningModule):
+    """Fine-tune a causal language model.
+
+    Logs ``train_loss`` at each step; ``val_loss``, ``val_perplexity``, ``test_loss`` and ``test_perplexity``
+    over the epoch, weighted by the tokens that count. Prediction continues each prompt and returns the new
+    text.
+
+    The model is loaded when a Trainer or `load_from_checkpoint` asks for it (`configure_model`), not by the
+    constructor, which only checks and assigns.
+
+    Args:
+        model: Hub id, local folder or GGUF file.
+        peft: Configuration of a new PEFT adapter, for example ``class_path: peft.LoraConfig``. None trains
+            every parameter, unless ``adapter`` is given.
+        adapter: Folder of a saved adapter to evaluate or to go on training; its own configuration counts
+            then.
+        optimizer: Of the parameters that require gradients.
+        scheduler: Of the learning rate, stepped at each local step (``ReduceLROnPlateau`` each epoch, on
+            ``val_loss``).
+        dtype: Of the loaded parameters; ``auto`` keeps what the file holds. The Trainer's ``precision``
+            counts too.
+        max_new_tokens: Length of a predicted continuation, in tokens.
+    """
+
+    model: PreTrainedModel | PeftModel
+
+    def __init__(
+        self,
+        model: str,
+        peft: PeftConfig | None = None,
+        adapter: str | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        scheduler: LRSchedulerCallable | None = None,
+        dtype: Dtype = "auto",
+        max_new_tokens: int = 32,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        make_plain_(self.hparams)
+        self.model_name, self.peft, self.adapter = model, config_of(peft), adapter
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.dtype_name = dtype
+        self.max_new_tokens = max_new_tokens
+        self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
+
+    def configure_model(self) -> None:
+        """Load the base model and put the adapter on it, once."""
+        if hasattr(self, "model"):
+            return
+        base = load_model(AutoModelForCausalLM, self.model_name, self.dtype_name)
+        self.model = with_adapter(base, self.peft, self.adapter, TaskType.CAUSAL_LM)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimize what requires gradients."""
+        return optimize_trainable(self, self.optimizer, self.scheduler)
+
+    def forward(self, batch: Sample) -> Any:
+        """Run the model on ``input_ids``, ``attention_mask`` and, for a loss, ``labels``: (B, T) int64."""
+        return self.model(**batch)
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """Return the mean loss over the tokens of the batch that count."""
+        loss: Tensor = self(batch).loss
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start anew: what `trainer.validate` left in the metric cannot be updated in a fit."""
+        self.val_perplexity.reset()
+
+    def validation_step(self, batch: Sample, batch_idx: int) -> None:
+        """Add the batch to the epoch's loss and perplexity."""
+        self._evaluate("val", batch, self.val_perplexity)
+
+    def test_step(self, batch: Sample, batch_idx: int) -> None:
+        """Add the batch to the epoch's loss and perplexity."""
+        self._evaluate("test", batch, self.test_perplexity)
+
+    def _evaluate(self, stage: str, batch: Sample, perplexity: Perplexity) -> None:
+        loss = self(batch).loss
+        num_tokens = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token is never predicted
+        perplexity.update(loss, num_tokens)
+        self.log(f"{stage}_loss", loss, batch_size=num_tokens, sync_dist=True)
+        self.log(f"{stage}_perplexity", perplexity, prog_bar=True)
+
+    def on_predict_start(self) -> None:
+        """Load the tokenizer, which only prediction needs."""
+        self.tokenizer = load_tokenizer(self.model_name)
+
+    def predict_step(self, batch: Sample, batch_idx: int) -> list[str]:
+        """Continue each prompt greedily and return the new text."""
+        generate: Any = self.model.generate
+        tokens = generate(
+            **batch,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )
+        prompt_length = batch["input_ids"].shape[1]
+        return self.tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
+
+    def save_adapter(self, folder: str) -> None:
+        """Write the adapter, for ``PeftModel.from_pretrained`` to load; without one, the whole model."""
+        self.model.save_pretrained(folder)

@@ -1,0 +1,129 @@
+"""Text classification as a LightningModule: an encoder with a new head, in full or through a PEFT adapter."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftConfig, PeftModel, TaskType
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
+from pellm_lightning.tasks.optimizing import optimize_trainable
+from pellm_lightning.tasks.pretrained import Dtype, load_model
+from pellm_lightning.tasks.samples import Sample
+
+
+class TextClassification(LightningModule):
+    """Fine-tune an encoder, or any model transformers can put a classification head on, to label texts.
+
+    Logs ``train_loss`` at each step; ``val_loss``, ``val_accuracy`` and ``val_f1`` (macro: every label counts
+    alike) over the epoch, and the same for ``test``. Prediction returns the index of each text's label.
+
+    The model is loaded when a Trainer or `load_from_checkpoint` asks for it (`configure_model`), not by the
+    constructor, which only checks and assigns.
+
+    Args:
+        model: Hub id, local folder or GGUF file.
+        num_labels: Number of labels, the same at every party.
+        peft: Configuration of a new PEFT adapter; the head trains with it. None trains every parameter,
+            unless ``adapter`` is given.
+        adapter: Folder of a saved adapter to evaluate or to go on training; its own configuration counts
+            then.
+        optimizer: Of the parameters that require gradients.
+        scheduler: Of the learning rate, stepped at each local step (``ReduceLROnPlateau`` each epoch, on
+            ``val_loss``).
+        dtype: Of the loaded parameters; ``auto`` keeps what the file holds. The Trainer's ``precision``
+            counts too.
+    """
+
+    model: PreTrainedModel | PeftModel
+
+    def __init__(
+        self,
+        model: str,
+        num_labels: int,
+        peft: PeftConfig | None = None,
+        adapter: str | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        scheduler: LRSchedulerCallable | None = None,
+        dtype: Dtype = "auto",
+    ) -> None:
+        super().__init__()
+        if num_labels < 2:
+            raise ValueError(
+                f"num_labels={num_labels} leaves nothing to tell apart: there should be at least 2."
+            )
+        self.save_hyperparameters(logger=False)
+        make_plain_(self.hparams)
+        self.model_name, self.num_labels = model, num_labels
+        self.peft, self.adapter = config_of(peft), adapter
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.dtype_name = dtype
+        self.val_scores, self.test_scores = _scores("val", num_labels), _scores("test", num_labels)
+
+    def configure_model(self) -> None:
+        """Load the base model, give it a head and put the adapter on it, once."""
+        if hasattr(self, "model"):
+            return
+        # One seed for the new head: PEFT freezes a copy of it, and the parties' frozen parts must agree.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = load_model(
+                AutoModelForSequenceClassification,
+                self.model_name,
+                self.dtype_name,
+                num_labels=self.num_labels,
+            )
+        self.model = with_adapter(base, self.peft, self.adapter, TaskType.SEQ_CLS)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimize what requires gradients."""
+        return optimize_trainable(self, self.optimizer, self.scheduler)
+
+    def forward(self, batch: Sample) -> Any:
+        """Run the model on ``input_ids`` and ``attention_mask``, (B, T), and for a loss ``labels``, (B,)."""
+        return self.model(**batch)
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """Return the mean cross-entropy of the batch."""
+        loss: Tensor = self(batch).loss
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start anew: what `trainer.validate` left in the metrics cannot be updated in a fit."""
+        self.val_scores.reset()
+
+    def validation_step(self, batch: Sample, batch_idx: int) -> None:
+        """Add the batch to the epoch's loss and scores."""
+        self._evaluate("val", batch, self.val_scores)
+
+    def test_step(self, batch: Sample, batch_idx: int) -> None:
+        """Add the batch to the epoch's loss and scores."""
+        self._evaluate("test", batch, self.test_scores)
+
+    def _evaluate(self, stage: str, batch: Sample, scores: MetricCollection) -> None:
+        output = self(batch)
+        scores.update(output.logits, batch["labels"])
+        self.log(f"{stage}_loss", output.loss, batch_size=len(batch["labels"]), sync_dist=True)
+        self.log_dict(scores, prog_bar=True)
+
+    def predict_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """Return the label's index for each text, (B,) int64."""
+        logits: Tensor = self(batch).logits
+        return logits.argmax(dim=-1)
+
+
+def _scores(stage: str, num_labels: int) -> MetricCollection:
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_labels, average="micro"),
+            "f1": MulticlassF1Score(num_labels, average="macro"),
+        },
+        prefix=f"{stage}_",
+    )

@@ -1,0 +1,42 @@
+"""Keep what `predict` returns, which the command line would drop."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+
+class SavePredictions(BasePredictionWriter):
+    """Write predictions as JSON, one a line in the order of the samples, at the end of ``predict``.
+
+    Args:
+        filename: Seen from the Trainer's ``default_root_dir``. In a party of several processes each writes
+            its own share, with its rank before the suffix.
+    """
+
+    def __init__(self, filename: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="epoch")
+        self.filename = filename
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Write the predictions of all batches."""
+        path = Path(trainer.default_root_dir) / self.filename
+        if trainer.world_size > 1:
+            path = path.with_suffix(f".{trainer.global_rank}{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = (value for batch in predictions for value in _plain(batch))
+        path.write_text("".join(f"{json.dumps(value)}\n" for value in values), encoding="utf-8")
+
+
+def _plain(batch: Any) -> list[Any]:
+    return batch.tolist() if isinstance(batch, Tensor) else list(batch)

@@ -1,0 +1,73 @@
+"""Models and tokenizers by name: a hub id, a local folder or a GGUF file."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer ``name``, and see to it that it can pad and end a document.
+
+    Raises:
+        ValueError: When there is no such tokenizer, or it has no token that ends a document.
+    """
+    folder, options = _locate(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("tokenizer", name)) from error
+    end = tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.sep_token
+    if end is None:
+        raise ValueError(f"tokenizer={name!r} has no eos_token (nor sep_token) to end a document with.")
+    tokenizer.eos_token = end
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = end  # padding is masked out of attention and loss: any token serves
+    return tokenizer
+
+
+def load_model(auto_class: Any, name: str, dtype: Dtype = "auto", **options: Any) -> PreTrainedModel:
+    """Load the model ``name`` through one of transformers' auto classes.
+
+    Args:
+        auto_class: For example ``AutoModelForCausalLM``.
+        name: Hub id, local folder or GGUF file (``folder/file.gguf``; ``owner/repo/file.gguf`` on the hub).
+        dtype: Of the parameters; ``auto`` keeps what the file holds, which is float32 for a GGUF file.
+        options: Handed on to ``from_pretrained``.
+
+    Raises:
+        ValueError: When there is no such model.
+    """
+    folder, gguf = _locate(name)
+    if gguf:
+        options = {**options, **gguf, **_unpacked()}
+    try:
+        model: PreTrainedModel = auto_class.from_pretrained(folder, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("model", name)) from error
+    return model
+
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """Split ``folder/file.gguf`` as `from_pretrained` wants it; any other name passes as it is."""
+    path = Path(name)
+    if path.suffix != ".gguf":
+        return name, {}
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _unpacked() -> dict[str, Any]:
+    """Ask for plain tensors: newer transformers may keep GGUF blocks packed, and those do not train."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _not_found(what: str, name: str) -> str:
+    return (
+        f"{what}={name!r} cannot be loaded: it should be a folder or a .gguf file (seen from {Path.cwd()}), "
+        "or the id of a model on the hub, which has to be reachable or in the local cache. "
+        "The error above tells what was missing."
+    )

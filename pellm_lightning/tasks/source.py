@@ -1,0 +1,48 @@
+"""Where a party's samples come from: its files, what it holds out, the order of the rest."""
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import Dataset, DistributedSampler
+
+
+def party_files(pattern: str, party: int) -> list[Path]:
+    """List the files that ``pattern`` matches for one party, sorted.
+
+    Args:
+        pattern: Glob pattern (``**`` crosses folders); the placeholder ``{party}`` stands for the party's
+            index.
+        party: Zero-based index.
+
+    Raises:
+        ValueError: When no file matches.
+    """
+    asked = pattern.replace("{party}", str(party))
+    files = sorted(Path(name) for name in glob.glob(asked, recursive=True) if Path(name).is_file())
+    if not files:
+        raise ValueError(
+            f"No file matches {asked!r} (pattern {pattern!r}, party {party}, looked from {Path.cwd()}). "
+            "Parties count from 0; a relative pattern is seen from where the command was started."
+        )
+    return files
+
+
+def hold_out(num_samples: int, fraction: float, seed: int) -> set[int]:
+    """Choose by ``seed`` the indices of a fraction of the samples, one at least."""
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed)).tolist()
+    return set(order[: max(1, round(num_samples * fraction))])
+
+
+def shuffled(samples: Sequence[Any], trainer: Trainer | None, seed: int) -> DistributedSampler[Any]:
+    """Draw each epoch's order from ``seed`` and the epoch alone, so that a resumed fit draws it again.
+
+    Lightning calls `set_epoch`. The sampler divides the samples among the processes of this party, never
+    among parties; in a party of one process it divides nothing.
+    """
+    size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+    dataset = cast(Dataset[Any], samples)  # a list is all that a map-style dataset has to be
+    return DistributedSampler(dataset, num_replicas=size, rank=rank, shuffle=True, seed=seed)

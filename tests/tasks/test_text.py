@@ -1,0 +1,112 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pellm_lightning.tasks import TextDataModule
+from pellm_lightning.tasks.source import shuffled
+
+
+def write_parties(folder: Path) -> str:
+    """Party 0 holds w0 to w9, party 1 w10 to w19: ten documents of two blocks of four tokens each."""
+    for party in (0, 1):
+        (folder / f"party-{party}").mkdir()
+        for document in range(10):
+            word = f"w{10 * party + document} "
+            (folder / f"party-{party}" / f"{document}.txt").write_text(word * 7)
+    return str(folder / "party-{party}" / "*.txt")
+
+
+def tokens(data: TextDataModule) -> set[int]:
+    return {token for sample in data.train_samples for token in sample["input_ids"].tolist()}
+
+
+def test_each_party_reads_its_own_files(tmp_path: Path, llama: str) -> None:
+    pattern = write_parties(tmp_path)
+    data = TextDataModule(pattern, llama, block_size=4, val_fraction=0.0, party=1)
+    data.setup("fit")
+    assert tokens(data) == {0, *range(12, 22)}
+    assert len(data.train_samples) == 20
+    assert data.val_dataloader() == []
+
+
+def test_the_party_is_the_federation_s_when_it_is_not_given(tmp_path: Path, llama: str) -> None:
+    data = TextDataModule(write_parties(tmp_path), llama, block_size=4, val_fraction=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+            patch.setenv(name, str(value))
+        data.setup("fit")
+    assert tokens(data) == {0, *range(12, 22)}
+
+
+def test_held_out_documents_are_not_trained_on(tmp_path: Path, llama: str) -> None:
+    data = TextDataModule(write_parties(tmp_path), llama, block_size=4, val_fraction=0.2, party=0)
+    data.setup("fit")
+    held_out = {token for sample in data.val_samples for token in sample["input_ids"].tolist()}
+    assert len(held_out) == 3  # two documents' words, and the end token that both sides share
+    assert tokens(data) & held_out == {0}
+
+
+def test_an_epoch_has_its_own_order_and_always_the_same(tmp_path: Path, llama: str) -> None:
+    pattern = write_parties(tmp_path)
+
+    def order(epoch: int) -> list[list[int]]:
+        data = TextDataModule(pattern, llama, block_size=4, party=0, batch_size=3)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return [row for batch in loader for row in batch["input_ids"].tolist()]
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+    assert sorted(order(0)) == sorted(order(1))
+
+
+def test_the_processes_of_a_party_share_its_samples() -> None:
+    samples = list(range(10))
+    halves = [
+        list(shuffled(samples, SimpleNamespace(world_size=2, global_rank=rank), seed=0)) for rank in (0, 1)
+    ]
+    assert sorted(halves[0] + halves[1]) == samples
+    assert sorted(shuffled(samples, None, seed=0)) == samples
+
+
+def test_prompts_are_padded_on_the_left(tmp_path: Path, llama: str) -> None:
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"text": "w1 w2"}\n{"instruction": "w3", "response": "unseen"}\n'
+    )
+    data = TextDataModule("unused", llama, predict_files=str(tmp_path / "prompts.jsonl"))
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert batch["input_ids"].tolist() == [[3, 4], [0, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
+
+
+def test_no_file_is_an_error_that_says_where_it_looked(
+    tmp_path: Path, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = TextDataModule("data/party-{party}/*.txt", llama, party=2)
+    with pytest.raises(ValueError, match=r"No file matches 'data/party-2/\*\.txt' .*party 2") as error:
+        data.setup("fit")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_too_little_text_is_an_error(tmp_path: Path, llama: str) -> None:
+    pattern = write_parties(tmp_path)
+    with pytest.raises(ValueError, match=r"Party 1 has too little text in files: .*block_size=512"):
+        TextDataModule(pattern, llama, party=1, block_size=512).setup("fit")
+    with pytest.raises(ValueError, match="too little text in the validation split: 1 records"):
+        TextDataModule(pattern, llama, party=1, block_size=10).setup("fit")
+
+
+def test_a_stage_without_files_is_an_error(tmp_path: Path, llama: str) -> None:
+    data = TextDataModule(write_parties(tmp_path), llama, party=0)
+    with pytest.raises(ValueError, match=r"test_files is not given.*--data\.test_files"):
+        data.setup("test")
+
+
+@pytest.mark.parametrize(("argument", "value"), [("block_size", 1), ("val_fraction", 1.0)])
+def test_arguments_are_checked_at_once(argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{argument}={value}"):
+        TextDataModule("x.txt", "tokenizer", **{argument: value})

@@ -1,0 +1,511 @@
+"""What joins the parties: sums to the bit, words through the store, and no party waiting for a lost one."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parties import in_threads, run_parties
+from transcript import tapped
+
+from pellm_lightning import Federation, FederationError
+from pellm_lightning.federation import MismatchError, PartyLostError, group
+
+SOON_S = 8.0
+"""Far below the parties' timeout of 20 s, far above what a loaded machine needs."""
+
+
+def integers(size: int, party: int) -> torch.Tensor:
+    """Small whole numbers, whose sums are exact in float32 in any order."""
+    return torch.arange(size, dtype=torch.float32).remainder(97) * (party + 1)
+
+
+# ---- tensors
+
+
+@pytest.mark.parametrize("num_parties", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [0, 1, 7, 10_001])
+def test_all_reduce_sums_in_place(num_parties: int, size: int) -> None:
+    def act(federation: Federation) -> torch.Tensor:
+        x = integers(size, federation.party)
+        assert federation.all_reduce_(x) is x
+        return x
+
+    # Party p holds (p + 1) * i at place i: the sum is i * (1 + ... + N) = i * N (N + 1) / 2.
+    expected = integers(size, 0) * (num_parties * (num_parties + 1) // 2)
+    for result in run_parties(num_parties, act):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
+def test_all_reduce_keeps_dtype_and_shape(dtype: torch.dtype) -> None:
+    def act(federation: Federation) -> torch.Tensor:
+        return federation.all_reduce_(torch.full((2, 3), federation.party + 1, dtype=dtype))
+
+    for result in run_parties(3, act):
+        assert torch.equal(result, torch.full((2, 3), 6, dtype=dtype))
+
+
+def test_all_reduce_of_a_large_tensor_is_split_and_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "_SPLIT_BYTES", 1024)
+    messages = tapped(monkeypatch)
+    results = run_parties(2, lambda federation: federation.all_reduce_(integers(1001, federation.party)))
+    for result in results:
+        assert torch.equal(result, integers(1001, 0) * 3)
+    assert [m.values.numel() for m in messages if m.party == 0] == [501, 500]
+
+
+def test_all_reduce_of_views_and_leaves() -> None:
+    def act(federation: Federation) -> tuple[torch.Tensor, ...]:
+        whole = torch.zeros(4, 6)
+        across = whole.t()[1:5:2]  # columns 1 and 3: not contiguous
+        across += federation.party + 1
+        assert federation.all_reduce_(across) is across
+        leaf = torch.nn.Parameter(torch.ones(3))
+        with torch.no_grad():
+            federation.all_reduce_(leaf)
+        number = federation.all_reduce_(torch.tensor(2.0))
+        return whole, leaf.detach(), number
+
+    # Two parties put 1 and 2 into the columns: their sum is 3 there, and nothing else is written.
+    expected = torch.zeros(4, 6)
+    expected[:, [1, 3]] = 3
+    for whole, leaf, number in run_parties(2, act):
+        assert torch.equal(whole, expected)
+        assert torch.equal(leaf, torch.full((3,), 2.0))
+        assert number.shape == ()
+        assert number == 4.0
+
+
+@pytest.mark.parametrize("num_parties", [2, 3, 5])
+def test_sums_have_the_same_bits_everywhere(num_parties: int) -> None:
+    def act(federation: Federation) -> bytes:
+        x = torch.randn(5003, generator=torch.Generator().manual_seed(federation.party))
+        return federation.all_reduce_(x * 1e3).numpy().tobytes()
+
+    first, *others = run_parties(num_parties, act)
+    assert all(other == first for other in others)
+
+
+def test_a_lazy_iterable_is_filled_while_the_tensors_before_are_on_their_way() -> None:
+    def act(federation: Federation) -> torch.Tensor:
+        whole = torch.zeros(60)
+        asked: list[int] = []
+
+        def parts() -> Iterator[torch.Tensor]:
+            for index, part in enumerate(whole.split(10)):
+                asked.append(index)
+                part += federation.party + index
+                yield part
+
+        federation.all_reduce_each_(parts())
+        assert asked == list(range(6))
+        return whole
+
+    # Parties 0, 1, 2 put index, index + 1, index + 2 into part ``index``: 3 * index + 3.
+    expected = torch.arange(6.0).repeat_interleave(10) * 3 + 3
+    for result in run_parties(3, act):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("source", [0, 1, 2])
+def test_broadcast_overwrites_by_the_sources(source: int) -> None:
+    def act(federation: Federation) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.full((2, 3), float(federation.party))
+        across = torch.full((3, 2), float(federation.party)).t()
+        assert federation.broadcast_(x, source) is x
+        federation.broadcast_(across, source)
+        return x, across
+
+    for x, across in run_parties(3, act):
+        assert torch.equal(x, torch.full((2, 3), float(source)))
+        assert torch.equal(across, x)
+
+
+def test_bytes_are_counted_where_tensors_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = tapped(monkeypatch)
+
+    def act(federation: Federation) -> int:
+        federation.broadcast_(torch.zeros(10), source=1)
+        federation.all_reduce_(torch.zeros(7, dtype=torch.float64))
+        federation.all_reduce_each_([torch.zeros(3), torch.zeros(5, dtype=torch.bfloat16)])
+        return federation.bytes_sent
+
+    # All parties: 7 * 8 + 3 * 4 + 5 * 2 = 78 bytes; party 1 sends the 40 bytes of the broadcast, too.
+    assert run_parties(3, act) == [78, 118, 78]
+    for party, expected in enumerate([78, 118, 78]):
+        assert sum(m.values.nbytes for m in messages if m.party == party and m.sent) == expected
+
+
+def test_a_party_alone_sends_nothing() -> None:
+    federation = Federation(dist.HashStore(), 0, 1)
+    x = torch.arange(3.0)
+    assert federation.all_reduce_(x) is x
+    assert federation.broadcast_(x) is x
+    assert torch.equal(x, torch.arange(3.0))
+    assert federation.all_gather_json("key", {"a": [1]}) == [{"a": [1]}]
+    assert federation.bytes_sent == 0
+    federation.close()
+
+
+# ---- words
+
+
+def test_words_arrive_in_the_order_of_the_parties() -> None:
+    def act(federation: Federation) -> list[Any]:
+        first = federation.all_gather_json("key", {"party": federation.party, "list": [1, "ö", None, 0.5]})
+        if federation.party == 1:
+            time.sleep(0.3)  # a party that is late must not read as what it said before
+        return [*first, *federation.all_gather_json("key", federation.party * 10)]
+
+    for words in run_parties(3, act):
+        assert words == [{"party": p, "list": [1, "ö", None, 0.5]} for p in range(3)] + [0, 10, 20]
+
+
+# ---- coming
+
+
+def test_two_joinings_over_one_store() -> None:
+    store = dist.HashStore()
+    for generation in range(3):
+        results = run_parties(
+            3, lambda f, g=generation: f.all_reduce_(torch.tensor([f.party + g])), store=store
+        )
+        assert [int(result) for result in results] == [3 + 3 * generation] * 3
+
+
+def test_joining_again_after_a_failure() -> None:
+    store = dist.HashStore()
+
+    def fail(federation: Federation) -> None:
+        if federation.party == 0:
+            raise OSError("power cut")
+        federation.all_reduce_(torch.ones(1))
+
+    failed = run_parties(2, fail, store=store, may_fail=True)
+    assert [type(error) for error in failed] == [OSError, PartyLostError]
+    again = run_parties(2, lambda federation: federation.all_reduce_(torch.ones(1)), store=store)
+    assert [float(result) for result in again] == [2.0, 2.0]
+
+
+def test_two_federations_at_once_do_not_meet() -> None:
+    store = dist.HashStore()
+    results: dict[str, list[Any]] = {}
+
+    def run(name: str, num_parties: int) -> None:
+        results[name] = run_parties(
+            num_parties, lambda f: f.all_reduce_(torch.ones(1)), store=dist.PrefixStore(name, store)
+        )
+
+    in_threads([lambda: run("a", 2), lambda: run("b", 3)])
+    assert [float(result) for result in results["a"]] == [2.0] * 2
+    assert [float(result) for result in results["b"]] == [3.0] * 3
+
+
+@pytest.mark.parametrize(("party", "num_parties"), [(-1, 2), (2, 2), (5, 2), (0, 0), (0, -1)])
+def test_a_party_outside_the_federation_is_refused(party: int, num_parties: int) -> None:
+    with pytest.raises(ValueError, match=rf"party={party} .* num_parties={num_parties}"):
+        Federation(dist.HashStore(), party, num_parties)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
+def test_a_timeout_must_be_positive(timeout_s: float) -> None:
+    with pytest.raises(ValueError, match=f"timeout_s={timeout_s} must be positive"):
+        Federation(dist.HashStore(), 0, 2, timeout_s=timeout_s)
+
+
+def test_a_party_that_does_not_join_is_named() -> None:
+    store = dist.HashStore()
+    errors: list[BaseException] = []
+
+    def join(party: int) -> None:
+        with pytest.raises(PartyLostError) as caught:
+            Federation(store, party, 4, timeout_s=0.5)
+        errors.append(caught.value)
+
+    began = time.monotonic()
+    in_threads([lambda: join(0), lambda: join(2)])
+    assert time.monotonic() - began < SOON_S
+    assert len(errors) == 2
+    for error in errors:
+        for words in ("joining", "0.5 s", "party 1, 3"):
+            assert words in str(error)
+    # The second may have learned it from the first, which told the cure.
+    assert any("timeout_s" in str(error) for error in errors)
+
+
+def test_without_a_launcher_the_federation_is_one_party() -> None:
+    federation = Federation.from_env()
+    assert (federation.party, federation.num_parties) == (0, 1)
+    federation.close()
+
+
+def test_only_the_speaker_of_a_party_may_join() -> None:
+    with pytest.MonkeyPatch.context() as process:
+        for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}.items():
+            process.setenv(name, value)
+        with pytest.raises(ValueError, match=r"Process 1 of party 1 must not join.*rank 0 speaks"):
+            Federation.from_env(num_parties=2)
+
+
+def test_a_rendezvous_out_of_reach_is_named() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+    with pytest.MonkeyPatch.context() as process:
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+            process.setenv(name, value)
+        process.setenv("MASTER_PORT", port)
+        with pytest.raises(PartyLostError, match=rf"Rank 1 .* 127\.0\.0\.1:{port} within 1 s"):
+            Federation.from_env(timeout_s=1)
+
+
+def test_errors_are_one_family() -> None:
+    assert issubclass(MismatchError, FederationError)
+    assert issubclass(PartyLostError, FederationError)
+    assert issubclass(FederationError, RuntimeError)
+
+
+# ---- going
+
+
+def test_after_closing_nothing_crosses() -> None:
+    def act(federation: Federation) -> None:
+        federation.close()
+        federation.close()  # twice is no error
+        with pytest.raises(FederationError, match=f"Party {federation.party} has left this federation"):
+            federation.all_reduce_(torch.ones(1))
+        with pytest.raises(FederationError, match="Join again"):
+            federation.broadcast_(torch.ones(1))
+        federation.abort("too late to matter")
+
+    run_parties(2, act)
+
+
+@pytest.mark.parametrize("num_parties", [1, 2])
+def test_a_closed_federation_refuses_alone_as_well_as_together(num_parties: int) -> None:
+    def act(federation: Federation) -> str:
+        federation.close()
+        with pytest.raises(FederationError) as caught:
+            federation.all_reduce_(torch.ones(1))
+        return str(caught.value)
+
+    for party, message in enumerate(run_parties(num_parties, act)):
+        assert f"Party {party} has left this federation" in message
+
+
+def test_a_party_that_dies_while_others_wait_for_its_tensor() -> None:
+    took: list[float] = []
+
+    def act(federation: Federation) -> None:
+        federation.enter("in round 4")
+        if federation.party == 1:
+            time.sleep(0.2)
+            raise OSError("power cut")
+        began = time.monotonic()
+        try:
+            federation.all_reduce_(torch.ones(1000))
+        finally:
+            took.append(time.monotonic() - began)
+
+    results = run_parties(3, act, may_fail=True)
+    for party in (0, 2):
+        assert isinstance(results[party], PartyLostError)
+        assert "Party 1 left the federation while in round 4: OSError: power cut" in str(results[party])
+    assert max(took) < SOON_S
+
+
+def test_a_party_that_dies_between_two_tensors() -> None:
+    def act(federation: Federation) -> None:
+        federation.enter("in round 2")
+
+        def parts() -> Iterator[torch.Tensor]:
+            yield torch.ones(10)
+            if federation.party == 2:
+                raise OSError("power cut")
+            yield torch.ones(10)
+
+        federation.all_reduce_each_(parts())
+
+    results = run_parties(3, act, may_fail=True)
+    assert isinstance(results[2], OSError), "a party's own error must not be blamed on the others"
+    for party in (0, 1):
+        assert isinstance(results[party], PartyLostError)
+        assert "Party 2 left the federation while in round 2: OSError: power cut" in str(results[party])
+
+
+def test_an_error_of_its_own_is_not_blamed_on_the_others() -> None:
+    # A RuntimeError is what torch raises for a bad shape or lack of memory, here while a tensor is filled.
+    def act(federation: Federation) -> None:
+        def parts() -> Iterator[torch.Tensor]:
+            yield torch.ones(10)
+            if federation.party == 0:
+                raise RuntimeError("out of memory")
+            yield torch.ones(10)
+
+        federation.all_reduce_each_(parts())
+
+    results = run_parties(2, act, may_fail=True)
+    assert type(results[0]) is RuntimeError, f"it became {results[0]!r}"
+    assert "out of memory" in str(results[1])
+
+
+def test_a_party_that_dies_while_others_wait_for_its_words() -> None:
+    def act(federation: Federation) -> None:
+        federation.enter("starting")
+        if federation.party == 0:
+            time.sleep(0.2)
+            raise OSError("power cut")
+        federation.all_gather_json("passport", {})
+
+    began = time.monotonic()
+    results = run_parties(3, act, may_fail=True)
+    assert time.monotonic() - began < SOON_S
+    for party in (1, 2):
+        assert isinstance(results[party], PartyLostError)
+        assert "Party 0 left the federation while starting: OSError: power cut" in str(results[party])
+
+
+def test_a_party_that_says_nothing_is_named() -> None:
+    done = threading.Event()
+
+    def act(federation: Federation) -> None:
+        if federation.party == 1:
+            done.wait(SOON_S)
+            federation.abort()
+            return
+        try:
+            federation.all_gather_json("passport", {})
+        finally:
+            done.set()
+
+    results = run_parties(2, act, timeout_s=0.5, may_fail=True)
+    assert isinstance(results[0], PartyLostError)
+    for words in ("0.5 s", "party 1", "passport", "timeout_s"):
+        assert words in str(results[0])
+
+
+def test_a_party_that_leaves_without_a_word() -> None:
+    def act(federation: Federation) -> str:
+        federation.enter("in round 0")
+        if federation.party == 1:
+            federation.abort()
+            return ""
+        with pytest.raises(PartyLostError) as caught:
+            federation.all_reduce_(torch.ones(1))
+        federation.abort()
+        return str(caught.value)
+
+    began = time.monotonic()
+    results = run_parties(3, act)
+    assert time.monotonic() - began < SOON_S
+    for party in (0, 2):
+        assert f"Party {party} lost the federation while in round 0" in results[party]
+        assert "look at the end of its log" in results[party]
+
+
+def test_a_late_party_costs_the_timeout_and_the_cure_is_named() -> None:
+    done = threading.Event()
+
+    def act(federation: Federation) -> None:
+        federation.enter("in round 2")
+        if federation.party == 1:
+            done.wait(SOON_S)
+        federation.enter("in round 3")
+        try:
+            federation.all_reduce_(torch.ones(1))
+        finally:
+            done.set()
+
+    began = time.monotonic()
+    results = run_parties(2, act, timeout_s=1, may_fail=True)
+    assert time.monotonic() - began < SOON_S
+    assert isinstance(results[0], PartyLostError)
+    for words in ("in round 3", "1 s", "party 1 (in round 2)", "raise timeout_s"):
+        assert words in str(results[0])
+    assert isinstance(results[1], PartyLostError), "a party that comes too late must not compute alone"
+
+
+def test_the_others_need_not_wait_to_part_from_a_party_that_has_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(group, "_GOODBYE_S", 6.0)
+
+    def act(federation: Federation) -> float:
+        if federation.party == 1:
+            federation.abort("power cut")
+        began = time.monotonic()
+        federation.close()
+        return time.monotonic() - began
+
+    took = run_parties(3, act)
+    assert "[party 0]" in caplog.text
+    assert "[party 2]" in caplog.text
+    assert max(took) < 3, "the store says that party 1 has left, so its goodbye will not come"
+
+
+class MortalStore(dist.Store):
+    """A store whose host can go away, as the one on party 0's host does when that host loses power."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._store = dist.HashStore()
+        self.dead = False
+
+    def _alive(self) -> dist.Store:
+        if self.dead:
+            raise dist.DistNetworkError("Connection reset by peer")
+        return self._store
+
+    def set(self, key: str, value: str) -> None:
+        self._alive().set(key, value)
+
+    def get(self, key: str) -> bytes:
+        return self._alive().get(key)
+
+    def add(self, key: str, value: int) -> int:
+        return self._alive().add(key, value)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._alive().check(keys)
+
+    def wait(self, keys: list[str], *timeout: Any) -> None:
+        self._alive().wait(keys, *timeout)
+
+    def deleteKey(self, key: str) -> bool:
+        return self._alive().delete_key(key)
+
+
+@pytest.mark.parametrize(
+    "wait_for_others",
+    [
+        lambda federation: federation.all_reduce_(torch.ones(1)),
+        lambda federation: federation.broadcast_(torch.ones(1)),
+        lambda federation: federation.all_gather_json("passport", {}),
+        lambda federation: (federation.enter("in round 1"), federation.all_reduce_(torch.ones(1))),
+    ],
+)
+def test_a_party_that_takes_the_store_with_it(wait_for_others: Callable[[Federation], Any]) -> None:
+    store = MortalStore()
+    everybody_joined = threading.Barrier(3)
+
+    def act(federation: Federation) -> BaseException | None:
+        everybody_joined.wait(SOON_S)
+        if federation.party == 0:
+            store.dead = True
+            federation.abort()
+            return None
+        while not store.dead:
+            time.sleep(0.01)
+        with pytest.raises(PartyLostError) as caught:
+            wait_for_others(federation)
+        federation.abort("the store is gone, so nobody can be told; that must not hide the cause")
+        return caught.value
+
+    began = time.monotonic()
+    run_parties(3, act, store=store)
+    assert time.monotonic() - began < SOON_S
