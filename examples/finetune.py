@@ -50,6 +50,7 @@ def main() -> None:
         devices=1,
         logger=CSVLogger(options.output),
         log_every_n_steps=5,
+        enable_checkpointing=False,  # the adapter is what counts
     )
     trainer.fit(module, loader)
     module.model.save_pretrained(os.path.join(trainer.log_dir, "adapter"))

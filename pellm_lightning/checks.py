@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -59,7 +59,10 @@ def seconds(name: str, value: float) -> None:
 def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
     """Check that the Trainer leaves other parties alone and lets the written parameters stand."""
     strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    # DeepSpeed's is a kind of DDPStrategy, too.
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(
+        strategy, SingleDeviceStrategy | DDPStrategy
+    ):
         raise MisconfigurationException(
             f"Trainer(strategy={type(strategy).__name__}) shards or shadows a party's parameters, so a"
             " round's result could be lost by the next optimizer step. Use a single device or strategy='ddp'"

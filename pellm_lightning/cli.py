@@ -10,7 +10,6 @@ from typing_extensions import override
 from pellm_lightning import isolation
 from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import PartyEnvironment, is_launched, speak_as
-from pellm_lightning.topology import Topology
 
 
 class FederatedCLI(LightningCLI):
@@ -34,17 +33,18 @@ class FederatedCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        num_parties = self._get(self.config_init, "num_parties")
-        topology = Topology.from_env(num_parties)
-        if is_launched():
-            trainer_config = self._get(self.config_init, "trainer")
-            plugins = trainer_config.get("plugins") or []
-            plugins = list(plugins) if isinstance(plugins, list) else [plugins]
-            if not any(isinstance(plugin, PartyEnvironment) for plugin in plugins):
-                timeout_s = self._get(self.config_init, "federated").timeout_s
-                kwargs["plugins"] = [*plugins, PartyEnvironment(num_parties, timeout_s)]
+        trainer_config = self._get(self.config_init, "trainer")
+        plugins = trainer_config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        environment = next((plugin for plugin in plugins if isinstance(plugin, PartyEnvironment)), None)
+        if environment is None:
+            timeout_s = self._get(self.config_init, "federated").timeout_s
+            environment = PartyEnvironment(self._get(self.config_init, "num_parties"), timeout_s)
+            if is_launched():
+                kwargs["plugins"] = [*plugins, environment]
+        topology = environment.topology
         if topology.num_parties > 1:
-            root = self._get(self.config_init, "trainer").get("default_root_dir") or os.getcwd()
+            root = trainer_config.get("default_root_dir") or os.getcwd()
             kwargs["default_root_dir"] = isolation.below(str(root), topology.party)
         trainer = super().instantiate_trainer(**kwargs)
         if topology.num_parties > 1:

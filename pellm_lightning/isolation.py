@@ -103,9 +103,11 @@ def _withdraw(logger: Logger) -> None:
     """Remove the empty event file of a logger that DDP inside the party let start before its path was set."""
     if not isinstance(logger, TensorBoardLogger) or logger._experiment is None:
         return
+    # This writer's own file: in a folder on a shared disk, another host's process may have the same number.
+    written = getattr(logger.experiment.file_writer.event_writer, "_file_name", None)
     logger.experiment.close()
-    directory = Path(logger.experiment.log_dir)
-    for file in directory.glob(f"events.out.tfevents.*.{os.getpid()}.*"):
-        file.unlink()
-    if not any(directory.iterdir()):
-        directory.rmdir()
+    if written is None:  # tensorboardX does not tell; an empty file remains
+        return
+    Path(written).unlink()
+    if not any(Path(written).parent.iterdir()):
+        Path(written).parent.rmdir()

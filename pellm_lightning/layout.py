@@ -5,7 +5,6 @@ adapter the memory traffic of packing costs as much as the network, so each pass
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,29 +16,28 @@ _CHUNK = 1 << 17
 _BUCKET = 1 << 22
 
 
-@dataclass(frozen=True)
 class Chunk:
-    """A range of the vector and the pieces of parameters that lie there, in order."""
+    """A range of the vector and the pieces of parameters that lie there, in order.
 
-    start: int
-    stop: int
-    pieces: list[Tensor]
-    rounds: bool = field(init=False)
+    Args:
+        start: Index of the first scalar.
+        pieces: Flat views of contiguous parameters, or one whole parameter of any strides.
+    """
 
-    def __post_init__(self) -> None:
-        exact = (torch.float32, torch.float64)
-        object.__setattr__(self, "rounds", any(piece.dtype not in exact for piece in self.pieces))
-
-    @property
-    def size(self) -> int:
-        """Number of scalars."""
-        return self.stop - self.start
+    def __init__(self, start: int, pieces: list[Tensor]) -> None:
+        self.start = start
+        self.pieces = pieces
+        self._sizes = [piece.numel() for piece in pieces]
+        self.size = sum(self._sizes)
+        self.stop = start + self.size
+        self.rounds = any(piece.dtype not in (torch.float32, torch.float64) for piece in pieces)
+        """Whether writing rounds: a parameter holds less than float32."""
 
     def gather_(self, out: Tensor) -> Tensor:
         """Copy the parameters into ``out``, a float32 vector of the chunk's size."""
         if len(self.pieces) == 1:
             return out.copy_(self.pieces[0].reshape(-1))
-        return torch.cat([piece.reshape(-1) for piece in self.pieces], out=out)
+        return torch.cat(self.pieces, out=out)
 
     def subtracted_from(self, values: Tensor, out: Tensor) -> Tensor:
         """Return ``values`` minus the parameters, in ``out``; both float32 vectors of the chunk's size."""
@@ -49,20 +47,17 @@ class Chunk:
 
     def scatter_(self, values: Tensor) -> None:
         """Write a float32 vector of the chunk's size into the parameters, in place, cast to their dtype."""
-        for piece, part in zip(self.pieces, self._split(values), strict=True):
-            piece.copy_(part.view_as(piece))
+        for piece, part in zip(self.pieces, values.split(self._sizes), strict=True):
+            piece.copy_(part if piece.ndim == 1 else part.view(piece.shape))
 
     def as_written(self, values: Tensor, scratch: Tensor) -> Tensor:
         """Return what the parameters hold after ``scatter_(values)``; a rounded copy lies in ``scratch``."""
         if not self.rounds:
             return values
-        for piece, part, rounded in zip(self.pieces, self._split(values), self._split(scratch), strict=True):
+        parts = zip(self.pieces, values.split(self._sizes), scratch.split(self._sizes), strict=True)
+        for piece, part, rounded in parts:
             rounded.copy_(part.to(piece.dtype))
         return scratch
-
-    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = values.split([piece.numel() for piece in self.pieces])
-        return parts
 
 
 class Layout:
@@ -137,7 +132,7 @@ class Layout:
         def close() -> None:
             nonlocal pieces, start, filled
             if filled:
-                self._chunks.append(Chunk(start, start + filled, pieces))
+                self._chunks.append(Chunk(start, pieces))
                 pieces, start, filled = [], start + filled, 0
 
         for parameter in self._parameters.values():

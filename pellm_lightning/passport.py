@@ -28,7 +28,7 @@ def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
 
 def checksum(vector: Tensor) -> str:
     """Return a digest of a float32 vector's bits: equal for equal bits only, order included."""
-    return hashlib.blake2b(vector.detach().cpu().contiguous().numpy(), digest_size=8).hexdigest()
+    return hashlib.blake2b(vector.detach().cpu().contiguous().numpy().data, digest_size=8).hexdigest()
 
 
 def first_difference(passports: Sequence[Passport]) -> str | None:

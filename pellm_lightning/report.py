@@ -29,9 +29,8 @@ def announce(
     """Say at the start what will leave this party: people ask whether it is the adapter only."""
     leaving = sum(p.numel() for p in parameters.values())
     total = sum(p.numel() for p in module.parameters())
-    names = list(parameters)
     log.info(
-        "[party %d] federation of %d %s; %s of %s parameters leave a party (%.3g %%), %s per round: %s%s",
+        "[party %d] federation of %d %s: %s of %s parameters leave a party (%.3g %%), %s per round",
         topology.party,
         topology.num_parties,
         "party" if topology.num_parties == 1 else "parties",
@@ -39,9 +38,9 @@ def announce(
         f"{total:,}",
         100 * leaving / total,
         megabytes(4 * leaving),
-        ", ".join(names[:3]),
-        f" and {len(names) - 3} more" if len(names) > 3 else "",
     )
+    first, *others = parameters
+    log.info("[party %d] these are %s and %d more tensors", topology.party, first, len(others))
     outside = share_outside_adapter(parameters)
     if outside > 0.5 and total > leaving:
         log.warning(

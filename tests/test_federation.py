@@ -433,7 +433,7 @@ def test_a_late_party_costs_the_timeout_and_the_cure_is_named() -> None:
 def test_the_others_need_not_wait_to_part_from_a_party_that_has_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(group, "_GOODBYE_S", 6.0)
+    monkeypatch.setattr(board, "_GOODBYE_S", 6.0)
 
     def act(federation: Federation) -> float:
         if federation.party == 1:
@@ -488,23 +488,23 @@ class MortalStore(dist.Store):
         lambda federation: federation.all_gather_json("passport", {}),
         lambda federation: (federation.enter("in round 1"), federation.all_reduce_(torch.ones(1))),
     ],
+    ids=["all_reduce_", "broadcast_", "all_gather_json", "enter"],
 )
 def test_a_party_that_takes_the_store_with_it(wait_for_others: Callable[[Federation], Any]) -> None:
     store = MortalStore()
     everybody_joined = threading.Barrier(3)
 
-    def act(federation: Federation) -> BaseException | None:
+    def act(federation: Federation) -> None:
         everybody_joined.wait(SOON_S)
         if federation.party == 0:
             store.dead = True
             federation.abort()
-            return None
+            return
         while not store.dead:
             time.sleep(0.01)
-        with pytest.raises(PartyLostError) as caught:
+        with pytest.raises(PartyLostError, match=f"Party {federation.party} lost the federation"):
             wait_for_others(federation)
         federation.abort("the store is gone, so nobody can be told; that must not hide the cause")
-        return caught.value
 
     began = time.monotonic()
     run_parties(3, act, store=store)

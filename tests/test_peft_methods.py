@@ -1,7 +1,8 @@
 """Every fine-tuning method of the installed PEFT on a tiny Llama: it federates and equals the mean."""
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +15,16 @@ from lightning.pytorch import LightningModule
 from parties import fit_parties, quiet_trainer
 from peft import PeftConfig, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
+from pellm_lightning import FederationError
 from pellm_lightning.parameters import frozen, select
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),  # X-LoRA's base
     # What PEFT and transformers say about methods and versions, not about federating them.
     pytest.mark.filterwarnings("ignore:::peft"),
     pytest.mark.filterwarnings("ignore:::transformers"),
@@ -44,7 +48,7 @@ METHODS: dict[str, Make] = {
     "LoRA with biases": of("LoraConfig", **LORA, bias="lora_only"),
     "LoRA with lora_bias": of("LoraConfig", **LORA, lora_bias=True),
     "LoRA with modules_to_save": of("LoraConfig", **LORA, modules_to_save=["lm_head"]),
-    "LoRA with trainable tokens": of("LoraConfig", **LORA, trainable_token_indices={"embed_tokens": [1, 5]}),
+    "LoRA with trainable tokens": of("LoraConfig", **LORA, trainable_token_indices={"embed_tokens": [2, 5]}),
     "LoRA on parameters": of(
         "LoraConfig", r=4, target_modules=[], target_parameters=["q_proj.weight"], task_type="CAUSAL_LM"
     ),
@@ -88,7 +92,7 @@ METHODS: dict[str, Make] = {
     "Uni-LoRA": of("UniLoraConfig", **QV),
     "AdaMSS": of("AdamssConfig", **QV, r=4, num_subspaces=2),
     "Poly": of("PolyConfig", **QV, r=2, n_tasks=2, n_skills=2),
-    "trainable tokens": of("TrainableTokensConfig", token_indices=[1, 5, 7], target_modules=["embed_tokens"]),
+    "trainable tokens": of("TrainableTokensConfig", token_indices=[2, 5, 7], target_modules=["embed_tokens"]),
     "prompt tuning": of("PromptTuningConfig", **PROMPT),
     "multitask prompt tuning": of("MultitaskPromptTuningConfig", **PROMPT, num_tasks=2),
     "prefix tuning": of("PrefixTuningConfig", **PROMPT),
@@ -97,24 +101,32 @@ METHODS: dict[str, Make] = {
     ),
     "p-tuning": of("PromptEncoderConfig", **PROMPT, encoder_hidden_size=8),
     "CPT": of("CPTConfig", task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3], cpt_mask=[1, 1, 1],
-              cpt_tokens_type_mask=[1, 2, 3]),
-    "cartridge": of("CartridgeConfig", **PROMPT),
+              cpt_tokens_type_mask=[1, 2, 4]),
+    "cartridge": of("CartridgeConfig", **PROMPT, num_frozen_tokens=0),
     "adaption prompt": of("AdaptionPromptConfig", adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM"),
     "shadow": of("ShadowConfig", task_type="CAUSAL_LM", r=4),
     "X-LoRA": of("XLoraConfig", task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1),
 }  # fmt: skip
 
-NOT_HERE = {
-    "AdaMSS": "it clusters subspaces with scikit-learn, which is not installed"
-    if not find_spec("sklearn")
-    else "",
-}
-"""Methods that cannot be built on a tiny Llama here, and why."""
+NOT_HERE = (
+    {} if find_spec("sklearn") else {"AdaMSS": "AdaMSS clusters with scikit-learn, which is not installed"}
+)
+"""Methods that cannot be built here, and why."""
 
 
 def test_every_method_of_peft_is_listed() -> None:
-    listed = {type(make()) for make in METHODS.values()}
+    listed = {make.func for make in METHODS.values()}  # type: ignore[attr-defined]
     assert listed == set(PEFT_TYPE_TO_CONFIG_MAPPING.values())
+
+
+@pytest.fixture(autouse=True)
+def no_compiler_chosen() -> Iterator[None]:
+    """BOFT sets CC and CXX for a CUDA extension that it then cannot build."""
+    before = dict(os.environ)
+    yield
+    for name in ("CC", "CXX"):
+        if name not in before:
+            os.environ.pop(name, None)
 
 
 building = threading.Lock()
@@ -146,12 +158,16 @@ class Tuned(LightningModule):
             torch.manual_seed(100 + party)
             self.model = get_peft_model(base, make())
         config = self.model.active_peft_config
-        self.by_task = isinstance(config, peft.PolyConfig | peft.MultitaskPromptTuningConfig)
+        self.kind = type(config)
         self.local: dict[str, torch.Tensor] = {}
 
     def training_step(self, ids: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        task = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if self.by_task else {}
-        return self.model(input_ids=ids, labels=ids, **task).loss
+        also = {}
+        if issubclass(self.kind, peft.PolyConfig | peft.MultitaskPromptTuningConfig):
+            also["task_ids"] = torch.zeros(len(ids), dtype=torch.long)
+        if issubclass(self.kind, peft.CPTConfig):
+            also["input_type_mask"] = torch.full_like(ids, 4)  # all tokens are labels
+        return self.model(input_ids=ids, labels=ids, **also).loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
@@ -187,7 +203,7 @@ def with_adapters(make: Make, path: Path) -> Make:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_round_is_the_mean_and_leaves_the_base_alone(tmp_path: Path, name: str) -> None:
-    if NOT_HERE.get(name):
+    if name in NOT_HERE:
         pytest.skip(NOT_HERE[name])
     make = with_adapters(METHODS[name], tmp_path)
 
@@ -214,3 +230,91 @@ def test_a_round_is_the_mean_and_leaves_the_base_alone(tmp_path: Path, name: str
     for module, still in results:
         now = frozen(module) | dict(module.named_buffers())
         assert all(torch.equal(value, now[name]) for name, value in still.items())
+
+
+class LoraFa(Tuned):
+    """LoRA with a frozen A: a matter of the optimizer, which freezes it."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return create_lorafa_optimizer(self.model, r=4, lora_alpha=8, lr=0.1)
+
+
+@pytest.mark.parametrize("same_seed", [True, False])
+def test_lora_fa_sends_b_only_and_wants_the_same_a(tmp_path: Path, same_seed: bool) -> None:
+    def fit(party: int, federated: Any) -> LoraFa:
+        module = LoraFa(METHODS["LoRA"], party)
+        if same_seed:
+            other = LoraFa(METHODS["LoRA"], 0)
+            module.load_state_dict(other.state_dict())
+        quiet_trainer(tmp_path, [federated()], max_epochs=1).fit(module, sentences(party))
+        return module
+
+    first, second = fit_parties(2, fit, may_fail=True)
+    if not same_seed:
+        for error in (first, second):
+            assert "The frozen base model of party 1 is not that of party 0" in str(error)
+            assert "lora_A" in str(error)
+        return
+    assert all("lora_B" in name for name in select(first))
+    for name, parameter in first.trained():
+        mean = (3 * first.local[name] + second.local[name]) / 4
+        torch.testing.assert_close(parameter.double(), mean, rtol=3e-7, atol=1e-6)
+        assert torch.equal(parameter, dict(second.trained())[name])
+
+
+def test_a_random_frozen_part_must_be_the_same_everywhere(tmp_path: Path) -> None:
+    """A cartridge's first token is frozen at a random value: to average the rest would mix unlike things."""
+
+    def fit(party: int, federated: Any) -> None:
+        module = Tuned(of("CartridgeConfig", **PROMPT), party)
+        quiet_trainer(tmp_path, [federated()], max_epochs=1).fit(module, sentences(party))
+
+    for error in fit_parties(2, fit, may_fail=True):
+        assert isinstance(error, FederationError)
+        assert "the first tensor that differs is 'model.prompt_encoder.default.frozen_embedding'" in str(
+            error
+        )
+
+
+class ChatGlm(nn.Module):
+    """ChatGLM-6B as far as LoRA sees it: 28 layers whose attention has one query_key_value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PretrainedConfig(model_type="chatglm", tie_word_embeddings=False)
+        hidden, inner, vocabulary = 4096, 16384, 130528
+        self.transformer = nn.Module()
+        self.transformer.word_embeddings = nn.Embedding(vocabulary, hidden)
+        self.transformer.layers = nn.ModuleList()
+        for _ in range(28):
+            layer = nn.Module()
+            layer.input_layernorm = nn.LayerNorm(hidden)
+            layer.attention = nn.Module()
+            layer.attention.query_key_value = nn.Linear(hidden, 3 * hidden)
+            layer.attention.dense = nn.Linear(hidden, hidden)
+            layer.post_attention_layernorm = nn.LayerNorm(hidden)
+            layer.mlp = nn.Module()
+            layer.mlp.dense_h_to_4h = nn.Linear(hidden, inner)
+            layer.mlp.dense_4h_to_h = nn.Linear(inner, hidden)
+            self.transformer.layers.append(layer)
+        self.transformer.final_layernorm = nn.LayerNorm(hidden)
+        self.lm_head = nn.Linear(hidden, vocabulary, bias=False)
+        self.lm_head.weight = self.transformer.word_embeddings.weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_chatglm_6b_sends_the_adapter_only() -> None:
+    """The numbers of FATE-LLM's tutorial: 3,670,016 parameters, 0.059 % of the model."""
+    with torch.device("meta"):
+        base = ChatGlm()
+        assert sum(p.numel() for p in base.parameters()) == 6_173_286_400
+        model = get_peft_model(base, peft.LoraConfig(r=8, target_modules=["query_key_value"]))
+    chosen = select(model)
+    # 28 layers of A, 8 x 4096, and B, 12288 x 8.
+    assert sum(p.numel() for p in chosen.values()) == 28 * 8 * (4096 + 12288) == 3_670_016
+    assert all("query_key_value.lora_" in name for name in chosen)
+    share = 3_670_016 / sum(p.numel() for p in model.parameters())
+    assert f"{share:.3%}" == "0.059%"
+    assert f"{share:.6%}" == f"{3_670_016 / (6_173_286_400 + 3_670_016):.6%}"

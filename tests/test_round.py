@@ -778,12 +778,12 @@ def test_metrics_meet_a_round_and_a_drained_party() -> None:
 
 
 def test_a_mean_of_names_that_only_some_have() -> None:
-    # loss: (2*1 + 1*4) / 3 = 2. accuracy: party 0 alone, since party 2 counts 0. speed: nobody counts.
-    # Party 2's loss is missing, so that it counts neither above nor below the line.
+    # loss: (2*1 + 1*4) / 3 = 2; party 2 has none, which counts neither above nor below the line. accuracy:
+    # party 0 alone, since party 2 validated no sample and so has no number. speed: nobody counts.
     values = [
         {"loss": (1.0, 2), "accuracy": (0.5, 2)},
         {"speed": (3.0, 0), "loss": (4.0, 1)},
-        {"accuracy": (1.0, 0)},
+        {"accuracy": (math.nan, 0)},
     ]
 
     def act(federation: Federation) -> list[dict[str, float]]:

@@ -11,8 +11,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class Pending:
+    """A collective under way.
+
+    Its connections stay open as long as anything refers to torch's handle, an exception's traceback included,
+    and as long as they are open no other party notices that this one has given up. So the handle is let go
+    before an error leaves ``wait()``.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Block until the collective is through.
+
+        Raises:
+            RuntimeError: If it failed or timed out.
+        """
+        work, self._work = self._work, None
+        try:
+            work.wait()
+        finally:
+            del work
+
+    def forget(self) -> None:
+        """Let go of a collective that nobody will wait for."""
+        self._work = None
+
+
 class GlooGroup:
-    """One Gloo group over a store. Collectives return a work handle; ``wait()`` on it blocks.
+    """One Gloo group over a store.
 
     Args:
         store: Store to meet in. Its prefix can be used by one group only, ever.
@@ -26,17 +54,26 @@ class GlooGroup:
         self._store = store
         # torch's stubs do not know the collectives of this class.
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+        self._pending: list[Pending] = []
 
-    def all_reduce(self, tensor: Tensor) -> dist.Work:
+    def all_reduce(self, tensor: Tensor) -> Pending:
         """Start to sum a contiguous CPU tensor in place over the group."""
-        work: dist.Work = self._group.allreduce([tensor])
-        return work
+        return self._started(self._group.allreduce([tensor]))
 
-    def broadcast(self, tensor: Tensor, source: int) -> dist.Work:
+    def broadcast(self, tensor: Tensor, source: int) -> Pending:
         """Start to overwrite a contiguous CPU tensor by the one of party ``source``."""
-        work: dist.Work = self._group.broadcast(tensor, source)
-        return work
+        return self._started(self._group.broadcast(tensor, source))
 
     def abort(self) -> None:
         """Break all connections, so that whoever waits for this party notices at once."""
         self._group.abort()
+        for pending in self._pending:
+            pending.forget()
+        self._pending = []
+        self._group = None
+
+    def _started(self, work: Any) -> Pending:
+        pending = Pending(work)
+        self._pending = [other for other in self._pending if other._work is not None]
+        self._pending.append(pending)
+        return pending

@@ -1,30 +1,24 @@
 """The federation: what joins the parties and the only object that moves tensors between them."""
 
-import json
-import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from pellm_lightning.federation.board import Board
 from pellm_lightning.federation.errors import FederationError, PartyLostError
 from pellm_lightning.federation.gloo import GlooGroup
 from pellm_lightning.federation.rendezvous import store_from_env
 from pellm_lightning.topology import Topology
 
-log = logging.getLogger(__name__)
-
-# One Gloo group leaves cores idle while it waits for the network; two in turn reduced in 0.78-0.9x of the
-# time.
+# One Gloo group leaves cores idle while it waits for the network; two reduced in 0.78-0.9x of the time.
 _NUM_LANES = 2
 # Below this a second lane costs more latency than it gains.
 _SPLIT_BYTES = 4 << 20
-_GOODBYE_S = 30.0
 
 
 class Federation:
@@ -55,11 +49,9 @@ class Federation:
         self.timeout_s = timeout_s
         self.bytes_sent = 0
         """Bytes this party has handed to the group so far."""
-        self._phase = "joining"
         joined = store.add(f"pellm/joined/{party}", 1)
         self._store = dist.PrefixStore(f"pellm/{joined}", store)
-        self._said = 0
-        self._last_said: str | None = None
+        self._board = Board(self._store, party, num_parties, timeout_s)
         self._closed = False
         self._lanes: list[GlooGroup] = []
         if num_parties > 1:
@@ -84,9 +76,7 @@ class Federation:
 
     def enter(self, phase: str) -> None:
         """Say what this party does from now on, so that errors at any party can tell where each one was."""
-        self._phase = phase
-        if self._lanes:
-            self._store.set(f"at/{self.party}", phase)
+        self._board.enter(phase)
 
     # ---- tensors
 
@@ -113,10 +103,11 @@ class Federation:
             PartyLostError: If a party is gone or later than ``timeout_s``.
         """
         under_way: list[Callable[[], None]] = []
-        with self._translated():
-            for index, tensor in enumerate(tensors):
+        for index, tensor in enumerate(tensors):
+            with self._translated():
                 under_way.append(self._start_all_reduce(tensor, index % _NUM_LANES))
-            for finish in under_way:
+        for finish in under_way:
+            with self._translated():
                 finish()
 
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
@@ -125,13 +116,11 @@ class Federation:
         Raises:
             PartyLostError: If a party is gone or later than ``timeout_s``.
         """
-        if not self._lanes:
-            return x
         staged = x.detach().to("cpu", copy=False).contiguous()
         with self._translated():
-            if source == self.party:
-                self.bytes_sent += staged.nbytes
-            self._lanes[0].broadcast(staged, source).wait()
+            if self._lanes:
+                self.bytes_sent += staged.nbytes if source == self.party else 0
+                self._lanes[0].broadcast(staged, source).wait()
         return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
 
     def _start_all_reduce(self, tensor: Tensor, lane: int) -> Callable[[], None]:
@@ -140,10 +129,10 @@ class Federation:
             return lambda: None
         staged = tensor.detach().to("cpu")
         self.bytes_sent += staged.nbytes
-        work = self._lanes[lane].all_reduce(staged)
+        pending = self._lanes[lane].all_reduce(staged)
 
         def finish() -> None:
-            work.wait()
+            pending.wait()
             if staged.data_ptr() != tensor.data_ptr():
                 tensor.copy_(staged)
 
@@ -159,24 +148,14 @@ class Federation:
         Raises:
             PartyLostError: If a party says nothing within ``timeout_s``.
         """
-        mine = f"said/{self._said}/{key}/{self.party}"
-        self._store.set(mine, json.dumps(value))
-        keys = [f"said/{self._said}/{key}/{party}" for party in range(self.num_parties)]
-        self._wait(keys, f"tell its {key}")
-        values = [json.loads(self._store.get(k)) for k in keys]
-        self._said += 1
-        # Whoever speaks now has read what was said before, so that can go.
-        if self._last_said is not None:
-            self._store.delete_key(self._last_said)
-        self._last_said = mine
-        return values
+        return self._board.all_gather_json(key, value)
 
     # ---- coming and going
 
     def close(self) -> None:
         """Part together: leave when no party needs the group any more. Every party must call it."""
         if not self._closed and self._lanes:
-            self._part_together()
+            self._board.part_together()
         self._leave()
 
     def abort(self, reason: str | None = None) -> None:
@@ -186,47 +165,21 @@ class Federation:
             reason: What happened here; None if the others know already. After ``close()`` nothing happens.
         """
         if not self._closed and self._lanes and reason is not None:
-            self._say_why(reason)
+            self._board.say_why(reason)
         self._leave()
+
+    def _join(self) -> None:
+        self._board.arrive()
+        with self._translated():
+            for lane in range(_NUM_LANES):
+                store = dist.PrefixStore(f"lane{lane}", self._store)
+                self._lanes.append(GlooGroup(store, self.party, self.num_parties, self.timeout_s))
 
     def _leave(self) -> None:
         self._closed = True
         for lane in self._lanes:
             lane.abort()
         self._lanes = []
-
-    def _join(self) -> None:
-        self._store.set(f"here/{self.party}", "1")
-        self._wait([f"here/{party}" for party in range(self.num_parties)], "join the federation")
-        with self._translated():
-            for lane in range(_NUM_LANES):
-                store = dist.PrefixStore(f"lane{lane}", self._store)
-                self._lanes.append(GlooGroup(store, self.party, self.num_parties, self.timeout_s))
-
-    def _part_together(self) -> None:
-        """Break the group only when nobody needs it any more; the store's host (often party 0) goes last."""
-        parties = range(self.num_parties)
-        try:
-            self._store.set(f"done/{self.party}", "1")
-            self._store.wait([f"done/{p}" for p in parties], timedelta(seconds=_GOODBYE_S))
-            self._store.set(f"gone/{self.party}", "1")
-            if self.party == 0:
-                self._store.wait([f"gone/{p}" for p in parties], timedelta(seconds=_GOODBYE_S))
-        except RuntimeError as error:
-            log.warning("[party %d] not all parties said goodbye: %s", self.party, error)
-
-    def _wait(self, keys: list[str], what: str) -> None:
-        """Wait until all keys are set; raise when a party has left or the time is over, and name it."""
-        deadline = time.monotonic() + self.timeout_s
-        while True:
-            try:
-                self._store.wait(keys, timedelta(seconds=max(min(1.0, deadline - time.monotonic()), 0.01)))
-                return
-            except dist.DistStoreError as error:
-                self._raise_if_somebody_left(error)
-                if time.monotonic() >= deadline:
-                    missing = [int(key.rsplit("/", 1)[1]) for key in keys if not self._store.check([key])]
-                    raise self._gave_up(f"for party {_listed(missing)} to {what}") from error
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -237,57 +190,19 @@ class Federation:
             )
         try:
             yield
-        except FederationError:
-            raise
         except RuntimeError as error:
+            late = self._board.gave_up() if "imed out" in str(error) else None
+            # A broken group stays broken, and only when this party hangs up do its neighbours notice, too.
+            self._leave()
+            if late:
+                raise late from error
             # The party that broke the connection writes its reason just before; give the store a moment.
             time.sleep(0.1)
-            self._raise_if_somebody_left(error)
-            if "imed out" in str(error):
-                raise self._gave_up(f"for {self._elsewhere()}") from error
+            self._board.raise_if_somebody_left(error)
             raise PartyLostError(
-                f"Party {self.party} lost the federation while {self._phase}: {_reason(error)}. A party's"
-                " process ended without a word: look at the end of its log."
+                f"Party {self.party} lost the federation while {self._board.phase}: {_reason(error)}. A"
+                " party's process ended without a word: look at the end of its log."
             ) from error
-
-    def _say_why(self, reason: str) -> None:
-        """Leave the reason for going where the others will look; what was said first stands."""
-        if not self._store.check([f"left/{self.party}"]):
-            self._store.set(f"left/{self.party}", json.dumps(f"{self._phase}: {reason}"))
-
-    def _gave_up(self, waiting: str) -> PartyLostError:
-        """Return the error of this party's patience, which the late party shall find when it comes."""
-        said = f"it waited {self.timeout_s:g} s {waiting}"
-        self._say_why(said)
-        return PartyLostError(
-            f"Party {self.party} gave up while {self._phase}: {said}. Look at the log of who is missing,"
-            f" check that all {self.num_parties} parties run and reach the same rendezvous, or raise"
-            " timeout_s above the time by which the slowest party's local steps outlast the fastest's."
-        )
-
-    def _elsewhere(self) -> str:
-        """Return which parties do something else than this one, and what."""
-        at = {
-            party: self._store.get(f"at/{party}").decode()
-            for party in range(self.num_parties)
-            if self._store.check([f"at/{party}"])
-        }
-        others = [f"party {party} ({phase})" for party, phase in at.items() if phase != self._phase]
-        return " and ".join(others) or "another party"
-
-    def _raise_if_somebody_left(self, error: BaseException) -> None:
-        for party in range(self.num_parties):
-            if party != self.party and self._store.check([f"left/{party}"]):
-                reason = json.loads(self._store.get(f"left/{party}"))
-                raise PartyLostError(
-                    f"Party {party} left the federation while {reason}. Party {self.party} stops too, its"
-                    " parameters are those of the last completed round plus its own local steps. Mend the"
-                    " cause and resume all parties from their last checkpoints."
-                ) from error
-
-
-def _listed(parties: list[int]) -> str:
-    return ", ".join(map(str, parties))
 
 
 def _reason(error: BaseException) -> str:

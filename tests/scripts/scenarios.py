@@ -1,0 +1,251 @@
+"""What each process of a launch does for test_launched.py: the scenarios named on the command line, in order.
+
+What a scenario returns is saved as ``<scenario>-<rank>.pt``.
+"""
+
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from little import LittleData, LittleModule
+from parties import Classifier, Rounds, ValidatedClassifier, batches, data, quiet_trainer
+
+from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
+
+OUT = Path(sys.argv[1])
+RANK = int(os.environ["RANK"])
+
+
+def error_of(act: Any) -> str:
+    """Run what must fail; return the error's type and text."""
+    try:
+        act()
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+# ---- single-process parties
+
+
+def fit_uneven(root: Path, party: int, callback: FederatedAveraging) -> dict[str, Any]:
+    """Uneven parties with validation: run here by torchrun and in test_launched.py by threads."""
+    module = ValidatedClassifier(seed=party, optimizer="Adam", lr=0.01)
+    logger = Rounds()
+    trainer = quiet_trainer(root, [callback], max_epochs=3 - party, logger=logger)
+    loader = batches((4, 2, 3, 1) if party == 0 else (5, 5, 2, 2, 7), seed=party)
+    trainer.fit(module, loader, data(4 + 2 * party, seed=50 + party))
+    timeless = ("round", "active_parties", "weight", "total_weight", "loss", "update_norm", "distance", "step")
+    return {
+        "vector": module.vector(),
+        "rounds": [{name: done[name] for name in timeless} for done in logger.rounds],
+        "val_loss": logger.metrics["federated/val_loss"],
+    }
+
+
+DILOCO = {"every_n_steps": 3, "outer_optimizer": lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True)}
+
+
+def bits() -> Any:
+    return fit_uneven(OUT, RANK, FederatedAveraging(**DILOCO))
+
+
+def twice() -> Any:
+    """A second and a third fit in the same processes, one of them with the same callback."""
+    callback = FederatedAveraging(**DILOCO)
+    return [fit_uneven(OUT, RANK, callback), fit_uneven(OUT, RANK, callback)]
+
+
+def alone() -> Any:
+    """Only party 1 validates; nobody else is there."""
+    if RANK != 1:
+        return 0.0
+    started = time.monotonic()
+    trainer = quiet_trainer(OUT, [FederatedAveraging(timeout_s=60)])
+    trainer.validate(ValidatedClassifier(), data(4, seed=0), verbose=False)
+    return time.monotonic() - started
+
+
+class Elsewhere(Logger):
+    """A logger that nobody can move."""
+
+    name, version = "elsewhere", 0
+    log_dir = str(OUT / "elsewhere")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def files() -> Any:
+    """Fit with each mix of loggers and checkpoints; tell which files this process opened for writing."""
+    opened: set[str] = set()
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str | bytes):
+            flags = arguments[2] or 0
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                opened.add(os.path.abspath(os.fsdecode(arguments[0])))
+
+    sys.addaudithook(watch)
+    found = {}
+    for mix, (make_logger, keeps_dirpath) in {
+        "default": (lambda root: True, False),
+        "csv": (CSVLogger, False),
+        "tensorboard": (TensorBoardLogger, True),
+        "both": (lambda root: [TensorBoardLogger(root), CSVLogger(root)], False),
+        "none": (lambda root: False, False),
+        "none and dirpath": (lambda root: False, True),
+    }.items():
+        root = OUT / mix
+        checkpoint = ModelCheckpoint(root / "kept" if keeps_dirpath else None, monitor="federated/val_loss")
+        trainer = quiet_trainer(
+            root,
+            [checkpoint, FederatedAveraging()],
+            logger=make_logger(root),
+            enable_checkpointing=True,
+            max_epochs=1,
+            log_every_n_steps=1,
+        )
+        opened.clear()
+        trainer.fit(ValidatedClassifier(seed=RANK), data(8, seed=RANK), data(4, seed=9))
+        found[mix] = {
+            "opened": sorted(path for path in opened if path.startswith(str(root))),
+            "checkpoint": str(checkpoint.best_model_path),
+            "logs": [str(logger.log_dir) for logger in trainer.loggers],
+        }
+    return found
+
+
+def unknown_logger() -> Any:
+    trainer = quiet_trainer(OUT, [FederatedAveraging()], logger=[Elsewhere()])
+    return error_of(lambda: trainer.fit(Classifier(seed=RANK), data(8, seed=RANK)))
+
+
+def commands() -> Any:
+    """The command line: fit by a YAML, then validate, test and predict this party's checkpoint."""
+    os.chdir(OUT)
+    (OUT / f"run-{RANK}.yaml").write_text(
+        """
+        seed_everything: 3
+        trainer:
+          accelerator: cpu
+          devices: 1
+          max_epochs: 2
+          enable_progress_bar: false
+          default_root_dir: command
+        data: {samples: 8}
+        federated: {every_n_epochs: 1}
+        """
+    )
+
+    def run(*words: str) -> FederatedCLI:
+        sys.argv = ["federate", words[0], f"--config=run-{RANK}.yaml", *words[1:]]
+        return FederatedCLI(LittleModule, LittleData)
+
+    fitted = run("fit", f"--model.seed={RANK}")
+    path = fitted.trainer.checkpoint_callback.best_model_path
+    answers = {"vector": fitted.model.vector(), "checkpoint": path, "log_dir": fitted.trainer.log_dir}
+    answers["parties"] = float(fitted.trainer.callback_metrics["federated/active_parties"])
+    for verb in ("validate", "test", "predict"):
+        done = run(verb, f"--ckpt_path={path}")
+        answers[verb] = {name: float(value) for name, value in done.trainer.callback_metrics.items()}
+        assert torch.equal(done.model.vector(), fitted.model.vector())
+    return answers
+
+
+# ---- parties of several processes
+
+
+def ddp_trainer(root: Path, callbacks: Any, **kwargs: Any) -> Any:
+    return quiet_trainer(
+        root, callbacks, plugins=[PartyEnvironment(num_parties=2)], strategy="ddp", devices=2, **kwargs
+    )
+
+
+class Ddp(ValidatedClassifier):
+    """Logs one metric at the party's first process only."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.global_rank == 0:
+            self.log("first_only", 0.25, rank_zero_only=True)
+
+
+def ddp() -> Any:
+    """Two parties of DDP(2), batches of 2 at each process."""
+    party = RANK // 2
+    module, logger = Ddp(seed=RANK), Rounds()
+    callback = FederatedAveraging(**DILOCO)
+    checkpoint = ModelCheckpoint(OUT / "ddp", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    trainer = ddp_trainer(OUT, [callback, checkpoint], logger=logger, enable_checkpointing=True)
+    trainer.fit(module, data(16 + 8 * party, seed=party, batch_size=2), data(8, seed=90 + party, batch_size=2))
+    answers = {
+        "vector": module.vector(),
+        "rounds": logger.rounds,
+        "val_loss": float(trainer.callback_metrics["federated/val_loss"]),
+        "first_only": float(trainer.callback_metrics["federated/first_only"]),
+        "dirpath": checkpoint.dirpath,
+    }
+    # Resume in the middle of a round: rounds after steps 3, 6, ..., saved after step 4.
+    module = Ddp(seed=40 + RANK)
+    again = ddp_trainer(OUT, [FederatedAveraging(**DILOCO)], logger=Rounds())
+    loader = data(16 + 8 * party, seed=party, batch_size=2)
+    # Epochs of 4 and 6 batches: party 0 goes on at an epoch's start, party 1 in the middle of one.
+    step = 4 if party == 0 else 6
+    path = Path(checkpoint.dirpath) / f"step={step}.ckpt"
+    answers["resumed"] = error_of(
+        lambda: again.fit(module, loader, data(8, seed=90 + party, batch_size=2), ckpt_path=path)
+    )
+    answers["resumed vector"] = module.vector()
+    return answers
+
+
+def ddp_over_parties() -> Any:
+    """Plain DDP over all processes would mix the parties' gradients."""
+    trainer = quiet_trainer(OUT, [FederatedAveraging()], strategy="ddp", devices=int(os.environ["WORLD_SIZE"]))
+    return error_of(lambda: trainer.fit(Classifier(seed=RANK), data(8, seed=RANK)))
+
+
+def indivisible() -> Any:
+    trainer = quiet_trainer(OUT, [FederatedAveraging()], plugins=[PartyEnvironment(num_parties=2)])
+    return error_of(lambda: trainer.fit(Classifier(seed=RANK), data(8, seed=RANK)))
+
+
+def failure() -> Any:
+    """Party 1 fails in its training step; the launch must end soon, and say why."""
+
+    class Failing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if RANK == 1 and self.global_step == 3:
+                raise OSError("disk full at party 1")
+            return super().training_step(batch, batch_idx)
+
+    torch.save(time.time(), OUT / f"failing-{RANK}.pt")
+    trainer = quiet_trainer(OUT, [FederatedAveraging(every_n_steps=2, timeout_s=120)])
+    try:
+        trainer.fit(Failing(seed=RANK), data(32, seed=RANK))
+    except Exception as error:
+        torch.save(f"{type(error).__name__}: {error}", OUT / f"failure-{RANK}.pt")
+        raise
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in sys.argv[2:]:
+        try:
+            answer = globals()[name]()
+        except BaseException:
+            (OUT / f"{name}-{RANK}.txt").write_text(traceback.format_exc())
+            raise
+        torch.save(answer, OUT / f"{name}-{RANK}.pt")
