@@ -39,8 +39,9 @@ def announce(
         100 * leaving / total,
         megabytes(4 * leaving),
     )
-    first, *others = parameters
-    log.info("[party %d] these are %s and %d more tensors", topology.party, first, len(others))
+    names = list(parameters)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    log.info("[party %d] these are %s%s", topology.party, ", ".join(names[:3]), more)
     outside = share_outside_adapter(parameters)
     if outside > 0.5 and total > leaving:
         log.warning(

@@ -30,12 +30,13 @@ def test_every_party_says_at_the_start_what_leaves_it(
 
     fit_parties(2, fit)
     for party in range(2):
-        first, *rounds = lines_of(caplog, party)
+        first, names, *rounds = lines_of(caplog, party)
         # head 16 x 3 + 3 of base 8 x 16 + 16 more; 4 bytes each.
         assert first == (
-            f"[party {party}] federation of 2 parties; 51 of 195 parameters leave a party (26.2 %), 0.2 kB"
-            " per round: head.bias, head.weight"
+            f"[party {party}] federation of 2 parties: 51 of 195 parameters leave a party (26.2 %), 0.2 kB"
+            " per round"
         )
+        assert names == f"[party {party}] these are head.bias, head.weight"
         assert len(rounds) == 1
         assert rounds[0].startswith(f"[party {party}] round 0: loss ")
         assert ", weight 8 of 16, " in rounds[0]
@@ -48,7 +49,7 @@ def test_one_party_is_not_called_parties(tmp_path: Path, caplog: pytest.LogCaptu
         quiet_trainer(tmp_path, [federated()], max_epochs=1).fit(Classifier(), data(4, seed=0))
 
     fit_parties(1, fit)
-    assert lines_of(caplog, 0)[0].startswith("[party 0] federation of 1 party; ")
+    assert lines_of(caplog, 0)[0].startswith("[party 0] federation of 1 party: ")
 
 
 class Heads(Classifier):
@@ -97,7 +98,7 @@ def test_more_than_three_names_are_counted(tmp_path: Path, caplog: pytest.LogCap
 
     fit_parties(1, fit)
     assert "(100 %)" in lines_of(caplog, 0)[0]
-    assert lines_of(caplog, 0)[0].endswith("base.bias, base.weight, head.bias and 1 more")
+    assert lines_of(caplog, 0)[1].endswith("base.bias, base.weight, head.bias and 1 more")
 
 
 def test_the_bar_shows_round_and_global_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -125,8 +126,8 @@ def test_the_bar_shows_round_and_global_loss(tmp_path: Path, caplog: pytest.LogC
     assert float(Bar.shown["round"]) == 2
     assert float(Bar.shown["global_loss"]) == pytest.approx(loggers[0].rounds[2]["loss"], rel=1e-3)
     # Where a bar shows the rounds no line repeats them; the other party's lines do.
-    assert len(lines_of(caplog, 0)) == 1
-    assert len(lines_of(caplog, 1)) == 1 + 3
+    assert len(lines_of(caplog, 0)) == 2
+    assert len(lines_of(caplog, 1)) == 2 + 3
 
 
 def test_all_figures_reach_the_loggers_and_the_callbacks(tmp_path: Path) -> None:

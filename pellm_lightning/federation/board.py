@@ -123,10 +123,12 @@ class Board:
 
     def _wait_for_goodbye(self, key: str) -> None:
         for _ in _polls(_GOODBYE_S):
-            missing = [p for p in self._missing(key) if not self._store.check([f"left/{p}"])]
-            if not missing:
-                return
-        log.warning("[party %d] party %s did not say goodbye", self.party, ", ".join(map(str, missing)))
+            missing = self._missing(key)
+            if all(self._store.check([f"left/{party}"]) for party in missing):
+                break
+        if missing:
+            silent = ", ".join(map(str, missing))
+            log.warning("[party %d] party %s left without a goodbye", self.party, silent)
 
     def _missing(self, key: str) -> list[int]:
         return [party for party in range(self.num_parties) if not self._store.check([key.format(party)])]

@@ -42,7 +42,16 @@ def fit_uneven(root: Path, party: int, callback: FederatedAveraging) -> dict[str
     trainer = quiet_trainer(root, [callback], max_epochs=3 - party, logger=logger)
     loader = batches((4, 2, 3, 1) if party == 0 else (5, 5, 2, 2, 7), seed=party)
     trainer.fit(module, loader, data(4 + 2 * party, seed=50 + party))
-    timeless = ("round", "active_parties", "weight", "total_weight", "loss", "update_norm", "distance", "step")
+    timeless = (
+        "round",
+        "active_parties",
+        "weight",
+        "total_weight",
+        "loss",
+        "update_norm",
+        "distance",
+        "step",
+    )
     return {
         "vector": module.vector(),
         "rounds": [{name: done[name] for name in timeless} for done in logger.rounds],
@@ -50,7 +59,10 @@ def fit_uneven(root: Path, party: int, callback: FederatedAveraging) -> dict[str
     }
 
 
-DILOCO = {"every_n_steps": 3, "outer_optimizer": lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True)}
+DILOCO = {
+    "every_n_steps": 3,
+    "outer_optimizer": lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True),
+}
 
 
 def bits() -> Any:
@@ -181,38 +193,37 @@ class Ddp(ValidatedClassifier):
             self.log("first_only", 0.25, rank_zero_only=True)
 
 
-def ddp() -> Any:
-    """Two parties of DDP(2), batches of 2 at each process."""
-    party = RANK // 2
-    module, logger = Ddp(seed=RANK), Rounds()
-    callback = FederatedAveraging(**DILOCO)
-    checkpoint = ModelCheckpoint(OUT / "ddp", filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    trainer = ddp_trainer(OUT, [callback, checkpoint], logger=logger, enable_checkpointing=True)
-    trainer.fit(module, data(16 + 8 * party, seed=party, batch_size=2), data(8, seed=90 + party, batch_size=2))
-    answers = {
+def fit_pairs(root: Path, party: int, make_trainer: Any, batch_size: int, **fit: Any) -> dict[str, Any]:
+    """Four batches an epoch; the batch size is that of a process, or of a party that is one process."""
+    module, logger = Ddp(seed=party + 10 * bool(fit)), Rounds()
+    checkpoint = ModelCheckpoint(root, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    trainer = make_trainer(
+        root, [FederatedAveraging(**DILOCO), checkpoint], logger=logger, enable_checkpointing=True
+    )
+    loader = data(16 + 16 * party, seed=party, batch_size=batch_size * (party + 1))
+    trainer.fit(module, loader, data(8, seed=90 + party, batch_size=batch_size), **fit)
+    return {
         "vector": module.vector(),
         "rounds": logger.rounds,
         "val_loss": float(trainer.callback_metrics["federated/val_loss"]),
         "first_only": float(trainer.callback_metrics["federated/first_only"]),
         "dirpath": checkpoint.dirpath,
+        "files": sorted(path.name for path in Path(checkpoint.dirpath).iterdir() if path.is_file()),
     }
-    # Resume in the middle of a round: rounds after steps 3, 6, ..., saved after step 4.
-    module = Ddp(seed=40 + RANK)
-    again = ddp_trainer(OUT, [FederatedAveraging(**DILOCO)], logger=Rounds())
-    loader = data(16 + 8 * party, seed=party, batch_size=2)
-    # Epochs of 4 and 6 batches: party 0 goes on at an epoch's start, party 1 in the middle of one.
-    step = 4 if party == 0 else 6
-    path = Path(checkpoint.dirpath) / f"step={step}.ckpt"
-    answers["resumed"] = error_of(
-        lambda: again.fit(module, loader, data(8, seed=90 + party, batch_size=2), ckpt_path=path)
-    )
-    answers["resumed vector"] = module.vector()
-    return answers
+
+
+def ddp() -> Any:
+    """Two parties of DDP(2); the whole, and resumed from the middle of its second round."""
+    whole = fit_pairs(OUT / "whole", RANK // 2, ddp_trainer, 2)
+    path = f"{whole['dirpath']}/step=4.ckpt"
+    return whole, fit_pairs(OUT / "resumed", RANK // 2, ddp_trainer, 2, ckpt_path=path)
 
 
 def ddp_over_parties() -> Any:
     """Plain DDP over all processes would mix the parties' gradients."""
-    trainer = quiet_trainer(OUT, [FederatedAveraging()], strategy="ddp", devices=int(os.environ["WORLD_SIZE"]))
+    trainer = quiet_trainer(
+        OUT, [FederatedAveraging()], strategy="ddp", devices=int(os.environ["WORLD_SIZE"])
+    )
     return error_of(lambda: trainer.fit(Classifier(seed=RANK), data(8, seed=RANK)))
 
 

@@ -1,0 +1,259 @@
+"""Real processes started by torchrun: one launch answers many tests. See scripts/scenarios.py."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parties import data, fit_parties, quiet_trainer
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+
+pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(180)]
+TESTS = Path(__file__).parent
+
+
+def torchrun(
+    processes: int, words: Sequence[str], cwd: Path, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Launch ``words`` (a script and its arguments) in so many processes; return code and output."""
+    search = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        + [*options, *words],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+class Launch:
+    """The answers of all processes to the scenarios of one launch."""
+
+    def __init__(self, processes: int, scenarios: Sequence[str], out: Path) -> None:
+        self.out, self.processes = out, processes
+        done = torchrun(processes, [str(TESTS / "scripts" / "scenarios.py"), str(out), *scenarios], out)
+        self.returncode, self.output, self.ended = done.returncode, done.stdout, time.time()
+
+    def __getitem__(self, scenario: str) -> list[Any]:
+        paths = [self.out / f"{scenario}-{rank}.pt" for rank in range(self.processes)]
+        missing = [path.name for path in paths if not path.exists()]
+        assert not missing, f"{missing} missing:\n{self.output[-6000:]}"
+        return [torch.load(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    scenarios = ("bits", "twice", "alone", "files", "unknown_logger", "commands")
+    return Launch(2, scenarios, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    return Launch(3, ("indivisible", "ddp_over_parties", "failure"), tmp_path_factory.mktemp("three"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    return Launch(4, ("ddp",), tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture
+def scenarios(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The script as a module of this process, for what threads do as its processes did."""
+    monkeypatch.setattr(sys, "argv", ["scenarios", str(tmp_path)])
+    os.environ["RANK"] = "0"
+    import scenarios
+
+    del os.environ["RANK"]
+    return scenarios
+
+
+# ---- two processes
+
+
+def test_threads_equal_torchrun_to_the_bit(two: Launch, scenarios: Any, tmp_path: Path) -> None:
+    def fit(party: int, federated: Any) -> dict[str, Any]:
+        return scenarios.fit_uneven(tmp_path, party, federated(**scenarios.DILOCO))
+
+    for thread, process in zip(fit_parties(2, fit), two["bits"], strict=True):
+        assert torch.equal(thread["vector"], process["vector"])
+        assert thread["rounds"] == process["rounds"]
+        assert len(thread["rounds"]) == 5
+        assert thread["val_loss"] == process["val_loss"]
+
+
+def test_a_second_and_third_fit_in_the_same_processes(two: Launch) -> None:
+    for first, again in zip(two["bits"], two["twice"], strict=True):
+        for fit in again:
+            assert torch.equal(fit["vector"], first["vector"])
+            assert fit["rounds"] == first["rounds"]
+
+
+def test_a_party_validates_alone(two: Launch) -> None:
+    assert two["alone"][1] < 10
+
+
+@pytest.mark.parametrize("mix", ["default", "csv", "tensorboard", "both", "none", "none and dirpath"])
+def test_no_two_parties_open_the_same_file(two: Launch, mix: str) -> None:
+    first, second = (answer[mix] for answer in two["files"])
+    assert set(first["opened"]).isdisjoint(second["opened"])
+    assert all("party-1" in path for path in second["opened"])
+    assert not any("party-1" in path for path in first["opened"])
+    for answer in (first, second):
+        assert answer["checkpoint"] in answer["opened"]
+        kinds = {Path(path).name.partition(".")[0] for path in answer["opened"]}
+        wanted = {"csv": {"metrics"}, "both": {"metrics", "events"}}.get(mix, set())
+        wanted |= {"events"} if mix in ("default", "tensorboard") else set()
+        assert wanted <= kinds, "every party's logger writes"
+        assert all(Path(path).is_dir() for path in answer["logs"])
+
+
+def test_an_unknown_logger_in_a_shared_folder_is_refused(two: Launch) -> None:
+    for error in two["unknown_logger"]:
+        assert error.startswith("MismatchError: Parties 0 and 1 would both write to")
+        assert "logger = MyLogger(save_dir=f'logs/party-{party}')" in error
+
+
+def test_the_command_line_fits_and_evaluates(two: Launch) -> None:
+    first, second = two["commands"]
+    assert torch.equal(first["vector"], second["vector"])
+    for party, answer in enumerate((first, second)):
+        assert answer["parties"] == 2
+        assert f"command/party-{party}/lightning_logs" in answer["checkpoint"]
+        assert (two.out / answer["log_dir"] / "config.yaml").is_file()
+        assert answer["validate"]["val_loss"] == answer["test"]["test_loss"]
+        assert not any(name.startswith("federated/") for name in answer["validate"])
+    # Each evaluated on its own data.
+    assert first["validate"]["val_loss"] != second["validate"]["val_loss"]
+
+
+def test_the_launch_of_two_succeeded(two: Launch) -> None:
+    assert two.returncode == 0, two.output[-6000:]
+
+
+# ---- three processes
+
+
+def test_processes_that_do_not_divide_into_parties(three: Launch) -> None:
+    for rank, error in enumerate(three["indivisible"]):
+        assert error.startswith(
+            f"ValueError: num_parties=2 does not divide the 3 launched process(es) (rank {rank})"
+        )
+
+
+def test_ddp_over_parties_is_refused_by_all(three: Launch) -> None:
+    for error in three["ddp_over_parties"]:
+        assert "DDPStrategy spans 3 processes, but a party has 1 (3 parties)" in error
+        assert "plugins=[PartyEnvironment(num_parties=...)]" in error
+
+
+def test_a_failing_party_ends_the_job_in_seconds_with_a_reason(three: Launch) -> None:
+    assert three.returncode != 0
+    assert three.ended - min(three["failing"]) < 30, "timeout_s is 120"
+    first, failed, last = three["failure"]
+    assert failed == "OSError: disk full at party 1"
+    for error in (first, last):
+        assert error.startswith("PartyLostError: Party 1 left the federation")
+        assert "OSError: disk full at party 1" in error
+    assert "Party 1 left the federation" in three.output
+    assert "disk full at party 1" in three.output
+
+
+# ---- four processes, two parties
+
+
+def test_parties_of_two_processes_equal_parties_of_one(four: Launch, scenarios: Any, tmp_path: Path) -> None:
+    """DDP(2) with batches of 2 a process, against one process with batches of 4: the same global batches."""
+    assert four.returncode == 0, four.output[-6000:]
+    answers = [whole for whole, _ in four["ddp"]]
+    assert all(torch.equal(answers[0]["vector"], other["vector"]) for other in answers)
+
+    def fit(party: int, federated: Any) -> dict[str, Any]:
+        scenarios.FederatedAveraging = federated
+        return scenarios.fit_pairs(tmp_path / str(party), party, quiet_trainer, 4)
+
+    for party, expected in enumerate(fit_parties(2, fit)):
+        answer = answers[2 * party]
+        # Eight SGD steps of lr 0.1; each mean of two means has one more float32 rounding of gradients below 1.
+        torch.testing.assert_close(answer["vector"], expected["vector"], rtol=0, atol=2e-6)
+        assert answer["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+        assert answer["first_only"] == 0.25
+        for done, wanted in zip(answer["rounds"], expected["rounds"], strict=True):
+            assert {k: done[k] for k in ("round", "step", "weight", "total_weight")} == {
+                k: wanted[k] for k in ("round", "step", "weight", "total_weight")
+            }
+            assert done["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+def test_only_a_partys_first_process_writes(four: Launch) -> None:
+    first, _, second, _ = (whole for whole, _ in four["ddp"])
+    assert [Path(answer["dirpath"]).name for answer in (first, second)] == ["whole", "party-1"]
+    for answer in (first, second):
+        assert answer["files"] == [f"step={step}.ckpt" for step in range(1, 9)]
+
+
+def test_parties_of_two_processes_resume_to_the_bit(four: Launch) -> None:
+    for whole, resumed in four["ddp"]:
+        assert torch.equal(whole["vector"], resumed["vector"])
+        # Rounds after steps 3, 6 and 8; resumed after step 4, with the samples of that step.
+        assert [done["step"] for done in resumed["rounds"]] == [6, 8]
+        for done, again in zip(whole["rounds"][1:], resumed["rounds"], strict=True):
+            assert done["weight"] == again["weight"]
+            assert done["update_norm"] == again["update_norm"]
+
+
+# ---- the terminal
+
+
+def test_one_terminal_stays_readable(tmp_path: Path) -> None:
+    words = [
+        "-m", "pellm_lightning", "fit", "--model=little.LittleModule", "--data=little.LittleData",
+        "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_epochs=2", "--seed_everything=1",
+        "--federated.every_n_steps=2",
+    ]  # fmt: skip
+    done = torchrun(2, words, tmp_path, ["--tee=3"])
+    assert done.returncode == 0, done.stdout[-6000:]
+    lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split("[\n\r]", done.stdout)]
+    own = [
+        [line.partition("]:")[2] for line in lines if line.startswith(f"[default{rank}]:")]
+        for rank in range(2)
+    ]
+    count = partial(_count, own)
+    assert count("Trainable params") == [1, 0], "one model summary"
+    assert count("GPU available") == [1, 0]
+    bars = count("Epoch 1/1") if count("Epoch 1/1")[0] else count("Epoch 1:")
+    assert bars[0] >= 1, "one progress bar"
+    assert bars[1] == 0
+    assert count("global_loss")[0] >= 1, "the bar shows the rounds"
+    # What party 1 says is marked as its own: what leaves it, where it writes, a line a round, and warnings.
+    said = [line for line in own[1] if line.strip() and "arning" not in line and ".py:" not in line]
+    assert said
+    assert all(line.strip().startswith("[party 1]") for line in said), said
+    assert count("[party 1] federation of 2 parties") == [0, 1]
+    assert count("[party 1] writes to") == [0, 2]
+    assert count("[party 1] round ")[1] == 3
+    for party in range(2):
+        below = tmp_path / f"party-{party}" / "lightning_logs" / "version_0"
+        assert (below / "config.yaml").is_file()
+        assert list(below.glob("events.*"))
+        assert list(below.glob("checkpoints/*.ckpt"))
+
+
+def _count(own: list[list[str]], text: str) -> list[int]:
+    return [sum(text in line for line in lines) for lines in own]
+
+
+def test_data_of_the_launches_is_what_the_tests_think() -> None:
+    assert len(data(32, seed=1, batch_size=8)) == len(data(16, seed=0, batch_size=4)) == 4
