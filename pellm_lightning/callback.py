@@ -162,7 +162,8 @@ class FederatedAveraging(Callback):
         self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
         self._layout = Layout(parameters)
         self._in_party.speak(lambda: self._start(trainer, pl_module, parameters))
-        self._share_in_party(self._layout)
+        if not self._state:  # resumed in the middle of a round, each process has its own already
+            self._share_in_party(self._layout)
         if self._topology.is_speaker:
             report.announce(trainer, pl_module, self._topology, parameters)
 

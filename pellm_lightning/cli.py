@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from pellm_lightning import isolation
 from pellm_lightning.callback import FederatedAveraging
-from pellm_lightning.environment import PartyEnvironment, is_launched, speak_as
+from pellm_lightning.environment import PartyEnvironment, is_launched, shares_terminal, speak_as
 
 
 class FederatedCLI(LightningCLI):
@@ -51,6 +51,8 @@ class FederatedCLI(LightningCLI):
             # Before the fit: its first act is to create the loggers' files.
             isolation.separate_files(trainer, topology.party)
             speak_as(topology.rank_in_party)
+            if topology.party > 0 and shares_terminal(topology):
+                isolation.hush(trainer)
         return trainer
 
 

@@ -108,6 +108,5 @@ def _withdraw(logger: Logger) -> None:
     logger.experiment.close()
     if written is None:  # tensorboardX does not tell; an empty file remains
         return
+    # The folder stays: party 0's logger may be about to write its first file there.
     Path(written).unlink()
-    if not any(Path(written).parent.iterdir()):
-        Path(written).parent.rmdir()

@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from little import LittleData, LittleModule
-from parties import Classifier, Rounds, ValidatedClassifier, batches, data, quiet_trainer
+from parties import Classifier, Rounds, ValidatedClassifier, batches, data, dataset, quiet_trainer
+from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
 
@@ -39,7 +40,7 @@ def fit_uneven(root: Path, party: int, callback: FederatedAveraging) -> dict[str
     """Uneven parties with validation: run here by torchrun and in test_launched.py by threads."""
     module = ValidatedClassifier(seed=party, optimizer="Adam", lr=0.01)
     logger = Rounds()
-    trainer = quiet_trainer(root, [callback], max_epochs=3 - party, logger=logger)
+    trainer = quiet_trainer(root, [callback], max_epochs=3 - 2 * party, logger=logger)
     loader = batches((4, 2, 3, 1) if party == 0 else (5, 5, 2, 2, 7), seed=party)
     trainer.fit(module, loader, data(4 + 2 * party, seed=50 + party))
     timeless = (
@@ -107,6 +108,8 @@ def files() -> Any:
             flags = arguments[2] or 0
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 opened.add(os.path.abspath(os.fsdecode(arguments[0])))
+        if event == "os.rename":  # checkpoints are written elsewhere and moved
+            opened.add(os.path.abspath(os.fsdecode(arguments[1])))
 
     sys.addaudithook(watch)
     found = {}
@@ -193,14 +196,19 @@ class Ddp(ValidatedClassifier):
             self.log("first_only", 0.25, rank_zero_only=True)
 
 
-def fit_pairs(root: Path, party: int, make_trainer: Any, batch_size: int, **fit: Any) -> dict[str, Any]:
+def fit_pairs(
+    root: Path, party: int, make_trainer: Any, callback: Any, batch_size: int, **fit: Any
+) -> dict[str, Any]:
     """Four batches an epoch; the batch size is that of a process, or of a party that is one process."""
     module, logger = Ddp(seed=party + 10 * bool(fit)), Rounds()
     checkpoint = ModelCheckpoint(root, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    trainer = make_trainer(
-        root, [FederatedAveraging(**DILOCO), checkpoint], logger=logger, enable_checkpointing=True
+    trainer = make_trainer(root, [callback, checkpoint], logger=logger, enable_checkpointing=True)
+    samples = dataset(16 + 16 * party, seed=party)
+    # Lightning's own sampler would shuffle, so that the batches would be others than those of one process.
+    sampler = (
+        None if make_trainer is quiet_trainer else DistributedSampler(samples, 2, RANK % 2, shuffle=False)
     )
-    loader = data(16 + 16 * party, seed=party, batch_size=batch_size * (party + 1))
+    loader = DataLoader(samples, batch_size * (party + 1), sampler=sampler)
     trainer.fit(module, loader, data(8, seed=90 + party, batch_size=batch_size), **fit)
     return {
         "vector": module.vector(),
@@ -214,9 +222,10 @@ def fit_pairs(root: Path, party: int, make_trainer: Any, batch_size: int, **fit:
 
 def ddp() -> Any:
     """Two parties of DDP(2); the whole, and resumed from the middle of its second round."""
-    whole = fit_pairs(OUT / "whole", RANK // 2, ddp_trainer, 2)
+    callback = FederatedAveraging(**DILOCO)
+    whole = fit_pairs(OUT / "whole", RANK // 2, ddp_trainer, callback, 2)
     path = f"{whole['dirpath']}/step=4.ckpt"
-    return whole, fit_pairs(OUT / "resumed", RANK // 2, ddp_trainer, 2, ckpt_path=path)
+    return whole, fit_pairs(OUT / "resumed", RANK // 2, ddp_trainer, callback, 2, ckpt_path=path)
 
 
 def ddp_over_parties() -> Any:
