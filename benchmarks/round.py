@@ -1,7 +1,8 @@
 """How long a whole round takes, in units of one raw all-reduce of the same bytes.
 
-Run `make bench`. It starts N processes by torchrun for N = 2 and 4 and prints a table. All timings of a table come from
-one interleaved run, so that a busy machine slows all of them alike; compare ratios, not milliseconds.
+Run `make bench`. It starts N processes by torchrun for N = 2 and 4 and prints a table. All timings of a table
+come from one interleaved run, so that a busy machine slows all of them alike; compare ratios, not
+milliseconds.
 """
 
 import argparse
@@ -125,7 +126,11 @@ def hook_seconds(steps: int = 2000) -> float:
     callback = FederatedAveraging(every_n_steps=10**9)
     module = SimpleNamespace(automatic_optimization=True)
     trainer = SimpleNamespace(
-        global_step=1, current_epoch=0, is_last_batch=False, accumulate_grad_batches=1, lightning_module=module
+        global_step=1,
+        current_epoch=0,
+        is_last_batch=False,
+        accumulate_grad_batches=1,
+        lightning_module=module,
     )
     batch = {"input_ids": torch.zeros(4, 8), "attention_mask": torch.zeros(4, 8), "labels": torch.zeros(4, 8)}
     outputs = {"loss": torch.tensor(1.0)}
@@ -158,10 +163,17 @@ def show(rows: list[dict]) -> None:
     print("| case | parties | MB | raw ms | our round ms | our round | loop of all_reduces | extra memory |")
     print("|---|---|---|---|---|---|---|---|")
     for r in rows:
-        print(
-            f"| {r['case']}, {r['tensors']} tensors | {r['parties']} | {r['megabytes']:.1f} | {r['raw_ms']:.1f} |"
-            f" {r['ours_ms']:.1f} | {r['ours']:.2f}x | {r['loop']:.2f}x | {r['extra_memory']:.2f} x trainable |"
-        )
+        cells = [
+            f"{r['case']}, {r['tensors']} tensors",
+            str(r["parties"]),
+            f"{r['megabytes']:.1f}",
+            f"{r['raw_ms']:.1f}",
+            f"{r['ours_ms']:.1f}",
+            f"{r['ours']:.2f}x",
+            f"{r['loop']:.2f}x",
+            f"{r['extra_memory']:.2f} x trainable",
+        ]
+        print(f"| {' | '.join(cells)} |")
     print(f"\nbetween rounds the callback costs {max(r['hook_us'] for r in rows):.0f} us a step")
 
 

@@ -141,6 +141,8 @@ class FederatedAveraging(Callback):
             report.show_log_lines()
             self._join()
             checks.trainer(trainer, self, self._topology)
+            if not self.save_frozen:
+                checks.checkpoints(trainer)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
         speak_as(self._topology.rank_in_party)
@@ -252,7 +254,7 @@ class FederatedAveraging(Callback):
         if self._aggregator is None:
             return self._state
         since = asdict(self._since) | {"loss_sum": float(self._since.loss_sum)}
-        return {"aggregator": self._aggregator.state_dict(), "since": since}
+        return {"party": self._topology.party, "aggregator": self._aggregator.state_dict(), "since": since}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -327,6 +329,7 @@ class FederatedAveraging(Callback):
             on_nonfinite=self.on_nonfinite,
         )
         if self._state:
+            checks.own_checkpoint(self._state["party"], self._topology.party)
             self._aggregator.load_state_dict(self._state["aggregator"])
         self._aggregator.start()
         checks.devices(self._joined.all_gather_json("device", describe_device(trainer.strategy.root_device)))

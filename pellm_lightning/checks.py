@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -94,6 +95,16 @@ def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
             )
 
 
+def checkpoints(trainer: Trainer) -> None:
+    """Warn about checkpoints that hold the frozen parameters although the callback would leave them out."""
+    for other in callbacks_of(trainer):
+        if isinstance(other, ModelCheckpoint) and other.save_weights_only:
+            rank_zero_warn(
+                "ModelCheckpoint(save_weights_only=True) asks no callback what to save, so save_frozen=False"
+                " has no effect on its files: they hold the frozen parameters, too. Drop one of the two."
+            )
+
+
 def samplers(trainer: Trainer, topology: Topology) -> None:
     """Check that no sampler hands out only a part of the party's private data."""
 
@@ -122,6 +133,16 @@ def optimizers(trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None
             f"{len(idle)} federated parameter(s) are in no optimizer, the first is {idle[0]!r}: they cross"
             " each round but nothing trains them. Give them to configure_optimizers, freeze them, or name"
             " them in `exclude`."
+        )
+
+
+def own_checkpoint(saved_by: int, party: int) -> None:
+    """Check that a party resumes what it saved itself: optimizer state and counts are no other party's."""
+    if saved_by != party:
+        raise MisconfigurationException(
+            f"Party {party} resumes a checkpoint that party {saved_by} has saved: the state of its optimizer"
+            " and what it counted since the last round belong to that party. Give each party its own, as in"
+            f" ckpt_path='.../party-{party}/...'; on the command line {{party}} stands for the index."
         )
 
 

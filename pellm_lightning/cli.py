@@ -4,12 +4,13 @@ import os
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from pellm_lightning import isolation
 from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import PartyEnvironment, is_launched, shares_terminal, speak_as
+from pellm_lightning.topology import Topology
 
 
 class FederatedCLI(LightningCLI):
@@ -18,7 +19,8 @@ class FederatedCLI(LightningCLI):
     ``--federated.*`` configures the rounds, ``--num_parties`` the parties.
 
     Launch it with ``torchrun --nproc-per-node N``. Every party writes below ``party-<k>/`` of
-    ``trainer.default_root_dir`` and of each logger's ``save_dir``. All else is LightningCLI as it always was.
+    ``trainer.default_root_dir`` and of each logger's ``save_dir``; ``{party}`` in ``--ckpt_path`` is its
+    index. All else is LightningCLI as it always was.
     """
 
     @override
@@ -30,6 +32,15 @@ class FederatedCLI(LightningCLI):
             help="Number of parties among the launched processes; null makes every process a party.",
         )
         parser.add_lightning_class_args(FederatedAveraging, "federated")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        command = self.config.get(str(self.config.get("subcommand")), {})
+        if command.get("ckpt_path"):
+            # Parties resume their own checkpoints, so the path may name the party as the data's may.
+            party = Topology.from_env(command.get("num_parties")).party
+            command["ckpt_path"] = command["ckpt_path"].replace("{party}", str(party))
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

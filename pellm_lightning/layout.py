@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Scalars per chunk: three float32 chunks (parameters, vector, scratch) fit into 2 MB of second-level cache.
-_CHUNK = 1 << 17
+# Scalars per chunk: float32 chunks of parameters, vectors and scratch fit together into a core's 1 or 2 MB.
+_CHUNK = 1 << 16
 # Scalars per bucket, the unit that crosses between parties: large enough to hide latency, small enough to
 # overlap.
 _BUCKET = 1 << 22

@@ -73,11 +73,11 @@ def note(
     if done.loss is not None:
         figures["loss"] = done.loss
     publish(trainer, {f"federated/{name}": float(value) for name, value in figures.items()})
-    if on_bar:
+    bar = trainer.progress_bar_callback
+    if on_bar and bar is not None:
         shown = {"round": float(done.round)} | ({} if done.loss is None else {"global_loss": done.loss})
         module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
-    bar_shows_it = topology.party == 0 and trainer.progress_bar_callback is not None
-    if topology.is_speaker and not bar_shows_it:
+    if topology.is_speaker and (topology.party > 0 or bar is None):
         log.info(
             "[party %d] round %d: loss %s, weight %g of %g, %s in %.2f s",
             topology.party,

@@ -380,12 +380,15 @@ class Aggregator:
         for chunk in self._layout.chunks():
             at = slice(chunk.start, chunk.stop)
             pseudo_gradient, global_ = self._staging[at], self._global.data[at]
-            mean = self._scratch2[: chunk.size]
-            torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
+            if plain and not chunk.rounds:  # in place, while the chunk is in the cache
+                mean = global_.sub_(pseudo_gradient)
+            else:
+                mean = self._scratch2[: chunk.size]
+                torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
             away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
             squares.append(float(torch.dot(away, away)))
-            if plain:  # while the chunk is in the cache; bit for bit what SGD(lr=1) does
-                chunk.scatter_(global_.sub_(pseudo_gradient) if chunk.rounds else global_.copy_(mean))
+            if plain:  # bit for bit what SGD(lr=1) does
+                chunk.scatter_(global_.sub_(pseudo_gradient) if chunk.rounds else global_)
         if not plain:
             self._global.grad = self._staging[: self._layout.size]
             self._outer_optimizer.step()

@@ -410,3 +410,20 @@ def test_misconfiguration_is_still_lightnings(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="max_epochs=1"):
         fit_parties(1, fit)
+
+
+def test_a_checkpoint_of_another_party_is_refused_by_all(tmp_path: Path) -> None:
+    def first(party: int, federated: Any) -> None:
+        trainer = quiet_trainer(tmp_path, [federated()], max_epochs=1)
+        trainer.fit(Classifier(seed=party), data(8, seed=party))
+        trainer.save_checkpoint(tmp_path / f"party-{party}.ckpt")
+
+    def second(party: int, federated: Any) -> None:
+        trainer = quiet_trainer(tmp_path, [federated()], max_epochs=2)
+        trainer.fit(Classifier(seed=party), data(8, seed=party), ckpt_path=str(tmp_path / "party-0.ckpt"))
+
+    fit_parties(2, first)
+    told, refused = fit_parties(2, second, may_fail=True)
+    assert "Party 1 resumes a checkpoint that party 0 has saved" in str(refused)
+    assert "ckpt_path='.../party-1/...'" in str(refused)
+    assert "Party 1 left the federation" in str(told)

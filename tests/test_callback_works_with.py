@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from parties import Classifier, Rounds, batches, data, fit_parties, linear, quiet_trainer
 from reference import fedavg
@@ -363,3 +364,34 @@ def test_five_parties(tmp_path: Path) -> None:
         return module.vector()
 
     torch.testing.assert_close(end(fit, 5).double(), expected, rtol=0, atol=2e-6)
+
+
+def test_a_callback_that_the_module_brings(tmp_path: Path) -> None:
+    def fit(party: int, federated: Any) -> torch.Tensor:
+        class Bringing(Classifier):
+            def configure_callbacks(self) -> list[Any]:
+                return [federated()]
+
+        module = Bringing(seed=party)
+        quiet_trainer(tmp_path).fit(module, data(8, seed=party))
+        return module.vector()
+
+    end(fit)
+
+
+def test_a_barebones_trainer(tmp_path: Path) -> None:
+    """It warns whoever logs; nothing of ours does."""
+
+    class Silent(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def fit(party: int, federated: Any) -> torch.Tensor:
+        module = Silent(seed=party)
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_epochs=2, barebones=True, callbacks=[federated(every_n_steps=3)]
+        )
+        trainer.fit(module, data(16, seed=party))
+        return module.vector()
+
+    end(fit)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EMAWeightAveraging,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -221,6 +222,33 @@ def test_parties_on_one_accelerator_are_warned_about() -> None:
         checks.devices(["host:gpu-a", "host:gpu-b", "host:gpu-a"])
     checks.devices(["host:gpu-a", "host:gpu-b"])
     checks.devices([None, None])
+
+
+def test_weights_only_checkpoints_are_warned_about() -> None:
+    def trainer(weights_only: bool) -> Any:
+        checkpoint = ModelCheckpoint(save_weights_only=weights_only)
+        return trainer_with(SingleDeviceStrategy(torch.device("cpu")), [checkpoint])
+
+    with pytest.warns(UserWarning, match=r"save_frozen=False has no effect on its files.*Drop one"):
+        checks.checkpoints(trainer(True))
+    checks.checkpoints(trainer(False))
+
+
+@pytest.mark.filterwarnings("ignore:ModelCheckpoint.save_weights_only=True.:UserWarning")
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_such_checkpoints_hold_what_is_frozen(tmp_path: Path, weights_only: bool) -> None:
+    """What the warning says is so; without save_weights_only it is not."""
+
+    def fit(party: int, federated: Any) -> list[str]:
+        checkpoint = ModelCheckpoint(tmp_path, save_weights_only=weights_only)
+        trainer = quiet_trainer(
+            tmp_path, [federated(save_frozen=False), checkpoint], max_epochs=1, enable_checkpointing=True
+        )
+        trainer.fit(Classifier(), data(4, seed=0))
+        return sorted(torch.load(checkpoint.best_model_path)["state_dict"])
+
+    frozen = ["base.bias", "base.weight"] if weights_only else []
+    assert fit_parties(1, fit) == [[*frozen, "head.bias", "head.weight"]]
 
 
 def test_a_checkpoint_of_trainables_must_match() -> None:

@@ -259,3 +259,13 @@ def test_a_party_environment_of_the_users_own_is_kept(command: Any, launched: An
     assert environment.timeout_s == 55
     assert cli.trainer.default_root_dir == str(tmp_path / "party-1")
     assert rank_zero_only.rank == 0
+
+
+def test_the_checkpoint_path_names_the_party(command: Any, launched: Any, tmp_path: Path) -> None:
+    saved = tmp_path / "saved-by-party-1.ckpt"
+    fitted = command("fit")
+    fitted.trainer.save_checkpoint(saved)
+    launched(1, 2)
+    cli = command("validate", f"--ckpt_path={tmp_path}/saved-by-party-{{party}}.ckpt")
+    assert cli.config["validate"]["ckpt_path"] == str(saved)
+    assert torch.equal(cli.model.vector(), fitted.model.vector())

@@ -276,6 +276,25 @@ def test_a_random_frozen_part_must_be_the_same_everywhere(tmp_path: Path) -> Non
         )
 
 
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "IA3", "prefix tuning"])
+def test_the_adapter_is_exported_by_peft(tmp_path: Path, name: str) -> None:
+    """What every party saves with save_pretrained is the same adapter, and loads onto a fresh base."""
+
+    def fit(party: int, federated: Any) -> Tuned:
+        module = Tuned(METHODS[name], party)
+        quiet_trainer(tmp_path, [federated(save_frozen=False)], max_epochs=1).fit(module, sentences(party))
+        module.model.save_pretrained(tmp_path / f"adapter-{party}")
+        return module
+
+    first, _ = fit_parties(2, fit)
+    ids = next(iter(sentences(0)))
+    with torch.no_grad():
+        expected = first.model.eval()(input_ids=ids).logits
+        for party in range(2):
+            loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / f"adapter-{party}").eval()
+            torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
+
+
 class ChatGlm(nn.Module):
     """ChatGLM-6B as far as LoRA sees it: 28 layers whose attention has one query_key_value."""
 
