@@ -261,6 +261,7 @@ def test_a_party_environment_of_the_users_own_is_kept(command: Any, launched: An
     assert rank_zero_only.rank == 0
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_checkpoint_path_names_the_party(command: Any, launched: Any, tmp_path: Path) -> None:
     saved = tmp_path / "saved-by-party-1.ckpt"
     fitted = command("fit")
