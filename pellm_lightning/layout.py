@@ -16,15 +16,45 @@ _CHUNK = 1 << 16
 _BUCKET = 1 << 22
 
 
+class Strided:
+    """A range of a parameter that is not contiguous, and so has no flat view; it is copied to and fro.
+
+    Args:
+        parameter: The whole parameter.
+        start: First scalar of the range, in the parameter's logical order.
+        stop: The scalar after the last.
+    """
+
+    def __init__(self, parameter: Tensor, start: int, stop: int) -> None:
+        self._parameter = parameter
+        self._range = slice(start, stop)
+        self._size = stop - start
+        self.dtype = parameter.dtype
+
+    def numel(self) -> int:
+        """Return the number of scalars."""
+        return self._size
+
+    def flat(self) -> Tensor:
+        """Return a flat copy of the range."""
+        return self._parameter.reshape(-1)[self._range]
+
+    def copy_(self, values: Tensor) -> None:
+        """Write flat values into the range."""
+        flat = self._parameter.reshape(-1)
+        flat[self._range] = values
+        self._parameter.copy_(flat.view(self._parameter.shape))
+
+
 class Chunk:
     """A range of the vector and the pieces of parameters that lie there, in order.
 
     Args:
         start: Index of the first scalar.
-        pieces: Flat views of contiguous parameters, or one whole parameter of any strides.
+        pieces: Flat views of parameters; ranges of those that have none.
     """
 
-    def __init__(self, start: int, pieces: list[Tensor]) -> None:
+    def __init__(self, start: int, pieces: list[Tensor | Strided]) -> None:
         self.start = start
         self.pieces = pieces
         self._sizes = [piece.numel() for piece in pieces]
@@ -35,20 +65,17 @@ class Chunk:
 
     def gather_(self, out: Tensor) -> Tensor:
         """Copy the parameters into ``out``, a float32 vector of the chunk's size."""
-        if len(self.pieces) == 1:
-            return out.copy_(self.pieces[0].reshape(-1))
-        return torch.cat(self.pieces, out=out)
+        return torch.cat(self._flat(), out=out)
 
     def subtracted_from(self, values: Tensor, out: Tensor) -> Tensor:
         """Return ``values`` minus the parameters, in ``out``; both float32 vectors of the chunk's size."""
-        if len(self.pieces) == 1:
-            return torch.sub(values, self.pieces[0].reshape(-1), out=out)
-        return torch.sub(values, self.gather_(out), out=out)
+        flat = self._flat()
+        return torch.sub(values, flat[0] if len(flat) == 1 else torch.cat(flat, out=out), out=out)
 
     def scatter_(self, values: Tensor) -> None:
         """Write a float32 vector of the chunk's size into the parameters, in place, cast to their dtype."""
         for piece, part in zip(self.pieces, values.split(self._sizes), strict=True):
-            piece.copy_(part if piece.ndim == 1 else part.view(piece.shape))
+            piece.copy_(part)
 
     def as_written(self, values: Tensor, scratch: Tensor) -> Tensor:
         """Return what the parameters hold after ``scatter_(values)``; a rounded copy lies in ``scratch``."""
@@ -58,6 +85,9 @@ class Chunk:
         for piece, part, rounded in parts:
             rounded.copy_(part.to(piece.dtype))
         return scratch
+
+    def _flat(self) -> list[Tensor]:
+        return [piece if isinstance(piece, Tensor) else piece.flat() for piece in self.pieces]
 
 
 class Layout:
@@ -76,6 +106,7 @@ class Layout:
         self._parameters = {name: parameters[name] for name in sorted(parameters)}
         _check(self._parameters)
         self.names = list(self._parameters)
+        self._shapes = {name: list(p.shape) for name, p in self._parameters.items()}
         self.size = sum(p.numel() for p in self._parameters.values())
         self.device = next(iter(self._parameters.values())).device
         self._lay_out()
@@ -86,6 +117,11 @@ class Layout:
         return [
             [name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self._parameters.items()
         ]
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of each parameter by name, in the vector's order."""
+        return dict(self._shapes)
 
     def new_vector(self, extra: int = 0) -> Tensor:
         """Return a new float32 vector for all parameters, on their device, of shape (D + extra,)."""
@@ -100,6 +136,7 @@ class Layout:
     def chunks(self) -> list[Chunk]:
         """Return the chunks of the vector, laid out anew if a parameter's storage has moved meanwhile."""
         if [p.data_ptr() for p in self._parameters.values()] != self._pointers:
+            self._check_shapes()
             self._lay_out()
         return self._chunks
 
@@ -123,10 +160,19 @@ class Layout:
         """Return the name of the first parameter that holds NaN or infinity, if any does."""
         return next((name for name, p in self._parameters.items() if not torch.isfinite(p).all()), None)
 
+    def _check_shapes(self) -> None:
+        for name, parameter in self._parameters.items():
+            if list(parameter.shape) != self._shapes[name]:
+                raise ValueError(
+                    f"Parameter {name!r} has changed its shape from {self._shapes[name]} to"
+                    f" {list(parameter.shape)} since the start. What federates must keep its shape in a fit."
+                )
+
     def _lay_out(self) -> None:
+        """Cut the vector into chunks. Where depends on sizes only, so it is the same at every party."""
         self._pointers = [p.data_ptr() for p in self._parameters.values()]
         self._chunks: list[Chunk] = []
-        pieces: list[Tensor] = []
+        pieces: list[Tensor | Strided] = []
         start = filled = 0
 
         def close() -> None:
@@ -136,24 +182,22 @@ class Layout:
                 pieces, start, filled = [], start + filled, 0
 
         for parameter in self._parameters.values():
-            whole = parameter.detach()
-            if not whole.is_contiguous():
-                close()  # it has no flat view to cut, so it is a chunk of its own
-                pieces, filled = [whole], whole.numel()
-                close()
-                continue
-            if 2 * whole.numel() > _CHUNK:
+            size, taken = parameter.numel(), 0
+            if 2 * size > _CHUNK:
                 close()  # chunks of one piece each need no gathering
-            rest = whole.view(-1)
-            while rest.numel():
-                piece = rest[: _CHUNK - filled]
-                pieces.append(piece)
-                filled += piece.numel()
-                rest = rest[piece.numel() :]
+            while taken < size:
+                stop = min(size, taken + _CHUNK - filled)
+                pieces.append(_piece(parameter.detach(), taken, stop))
+                filled += stop - taken
+                taken = stop
                 if filled == _CHUNK:
                     close()
         close()
         self._buckets = _group(self._chunks)
+
+
+def _piece(parameter: Tensor, start: int, stop: int) -> Tensor | Strided:
+    return parameter.view(-1)[start:stop] if parameter.is_contiguous() else Strided(parameter, start, stop)
 
 
 def _group(chunks: list[Chunk]) -> list[list[Chunk]]:

@@ -132,6 +132,8 @@ class Aggregator:
         self._scratch = self._layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
         self._resumed = False
+        self._started = False
+        self._config.setdefault("on_nonfinite", on_nonfinite)
         self._config.setdefault("outer_optimizer", _describe(self._outer_optimizer))
 
     @property
@@ -163,6 +165,7 @@ class Aggregator:
         if not self._resumed:
             self.federation.broadcast_(self._global.data)
             self._layout.unpack_(self._global.data)
+        self._started = True
 
     @torch.no_grad()
     def step(self, weight: float, loss: float | None = None) -> RoundReport:
@@ -182,9 +185,9 @@ class Aggregator:
             raise ValueError(
                 f"Party {self.federation.party} has weight={weight}; it must be finite and >= 0."
             )
-        came = time.perf_counter()
+        coming = self._now()
         headers = self._meet(Purpose.ROUND, weight)
-        return self._round(headers, loss, came)
+        return self._round(headers, loss, coming)
 
     @torch.no_grad()
     def drain(self) -> Iterator[RoundReport]:
@@ -194,11 +197,11 @@ class Aggregator:
         parameters.
         """
         while True:
-            came = time.perf_counter()
+            coming = self._now()
             headers = self._meet(Purpose.DONE)
             if all(header.purpose is Purpose.DONE for header in headers):
                 return
-            yield self._round(headers, None, came)
+            yield self._round(headers, None, coming)
 
     def mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the weighted mean over the parties of each named (value, weight), equal on all parties.
@@ -212,7 +215,7 @@ class Aggregator:
         """Return the state as tensors and plain containers; resuming from it is exact."""
         return {
             "round": self.round,
-            "names": list(self._layout.names),
+            "shapes": self._layout.shapes,
             "global": self._global.detach().clone(),
             "outer_optimizer": copy.deepcopy(self._outer_optimizer.state_dict()),
         }
@@ -223,26 +226,27 @@ class Aggregator:
         Raises:
             ValueError: If the state is of other parameters.
         """
-        if state["names"] != self._layout.names or state["global"].numel() != self._layout.size:
-            differ = sorted(set(state["names"]) ^ set(self._layout.names))
+        saved, ours = state["shapes"], self._layout.shapes
+        if saved != ours:
+            differ = sorted(name for name in {*saved, *ours} if saved.get(name) != ours.get(name))
+            first = f"the first that differs is {differ[0]!r}" if differ else "their order differs"
             raise ValueError(
-                f"The checkpoint's federated state is of {len(state['names'])} parameters, this module trains"
-                f" {len(self._layout.names)}"
-                + (f"; the first that differs is {differ[0]!r}" if differ else "")
-                + ". Resume"
-                " with the model, PEFT configuration and include/exclude patterns of the checkpoint."
+                f"The checkpoint's federated state is of {len(saved)} parameters, this module trains"
+                f" {len(ours)}; {first}. Resume with the model, PEFT configuration and include and exclude"
+                " patterns of the checkpoint."
             )
         self.round = state["round"]
         with torch.no_grad():
             self._global.copy_(state["global"])
-        self._outer_optimizer.load_state_dict(state["outer_optimizer"])
+        # A copy, since the optimizer goes on in the very tensors that it is given.
+        self._outer_optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
         self._resumed = True
 
     # ---- the round
 
-    def _round(self, headers: list[Header], loss: float | None, came: float) -> RoundReport:
-        arrived = time.perf_counter()
-        sent_before = self.federation.bytes_sent
+    def _round(self, headers: list[Header], loss: float | None, coming: tuple[float, int]) -> RoundReport:
+        came, sent_before = coming
+        arrived, _ = self._now()
         weights = self._weights(headers)
         update_norm, ballot = self._exchange(weights, loss)
         excluded = [party for party, fine in enumerate(ballot.fine) if not fine and weights[party] > 0]
@@ -273,6 +277,11 @@ class Aggregator:
         Parties are uneven: one validates while another is already in its next round. Every header has the
         same size, so they can meet anywhere, and whoever came for something else meets again afterwards.
         """
+        if not self._started:
+            raise FederationError(
+                f"Party {self.federation.party} comes to a round before the parties have agreed on what they"
+                " share. Call start() first, at every party."
+            )
         while True:
             self.federation.enter(f"meeting for round {self.round}")
             headers = self._call(Header(purpose, self.round, weight))
@@ -332,7 +341,7 @@ class Aggregator:
             update = self._staging[chunk.start : chunk.stop]
             anchor = chunk.as_written(self._global[chunk.start : chunk.stop], self._scratch[: chunk.size])
             chunk.subtracted_from(anchor, out=update)
-            yield float(torch.dot(update, update))
+            yield _squared_norm(update)
             if share > 0:
                 update.mul_(share)
             else:
@@ -340,14 +349,13 @@ class Aggregator:
 
     def _cast(self, update_norm: float, loss: float | None, share: float) -> None:
         """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
-        # The norm of finite values can overflow, so only a finite norm is proof enough.
-        fine = math.isfinite(update_norm) or self._layout.first_nonfinite() is None
+        fine = math.isfinite(update_norm)
         known = share > 0 and loss is not None and math.isfinite(loss)
         mine = [
             float(party == self.federation.party and fine) for party in range(self.federation.num_parties)
         ]
         mine += [share * loss if known and loss is not None else 0.0, share if known else 0.0]
-        self._staging[self._layout.size :] = torch.tensor(mine)
+        self._staging[self._layout.size :] = torch.tensor(mine, dtype=torch.float32)
 
     def _counted(self) -> Ballot:
         *fine, loss, share = self._staging[self._layout.size :].tolist()
@@ -357,7 +365,10 @@ class Aggregator:
         """Return the weights without those whose values are not finite, or raise at every party."""
         here = ""
         if self.federation.party in excluded:
-            here = f" Here the first such parameter is {self._layout.first_nonfinite()!r}."
+            name = self._layout.first_nonfinite()
+            here = (
+                f" Here the first such parameter is {name!r}." if name else " Here an update exceeds float32."
+            )
         message = (
             f"Round {self.round}: the parameters of party {_listed(excluded)} hold NaN or infinity.{here}"
         )
@@ -386,7 +397,7 @@ class Aggregator:
                 mean = self._scratch2[: chunk.size]
                 torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
             away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
-            squares.append(float(torch.dot(away, away)))
+            squares.append(_squared_norm(away))
             if plain:  # bit for bit what SGD(lr=1) does
                 chunk.scatter_(global_.sub_(pseudo_gradient) if chunk.rounds else global_)
         if not plain:
@@ -397,6 +408,9 @@ class Aggregator:
         return self._norm(squares)
 
     # ---- small parts
+
+    def _now(self) -> tuple[float, int]:
+        return time.perf_counter(), self.federation.bytes_sent
 
     @staticmethod
     def _norm(squares: list[float]) -> float:
@@ -423,6 +437,12 @@ class Aggregator:
             "checksum": passport.checksum(self._global.data) if self._resumed else None,
             "files": self._files,
         }
+
+
+def _squared_norm(values: Tensor) -> float:
+    squared = float(torch.dot(values, values))
+    # Squares of large finite values overflow float32; those of infinite ones float64, too.
+    return squared if math.isfinite(squared) else float(values.double().square().sum())
 
 
 def _is_sgd_one(optimizer: torch.optim.Optimizer) -> bool:

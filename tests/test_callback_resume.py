@@ -327,7 +327,7 @@ def test_a_checkpoint_of_other_federated_parameters_is_refused(tmp_path: Path) -
     for error in fit_parties(2, fit, may_fail=True):
         assert isinstance(error, ValueError | FederationError)
         assert "head.bias" in str(error)
-        assert "include/exclude patterns of the checkpoint" in str(error)
+        assert "include and exclude patterns of the checkpoint" in str(error)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -398,6 +398,38 @@ def test_validation_in_a_resumed_fit_measures_the_restored_weights(tmp_path: Pat
     for whole, resumed in zip(*loggers.values(), strict=True):
         assert len(whole.metrics["federated/val_loss"]) == 4
         assert whole.metrics["federated/val_loss"] == resumed.metrics["federated/val_loss"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("every_n_epochs", [1, 2])
+def test_resume_from_the_checkpoint_of_a_validation(tmp_path: Path, every_n_epochs: int) -> None:
+    """ModelCheckpoint saves in on_validation_end, before the epoch's own end."""
+    loggers = {name: [Rounds(), Rounds()] for name in ("whole", "resumed")}
+
+    def fit(name: str, party: int, federated: Any) -> torch.Tensor:
+        directory = tmp_path / f"party-{party}"
+        checkpoint = ModelCheckpoint(
+            directory, "{epoch}", "federated/val_loss", save_top_k=-1, enable_version_counter=False
+        )
+        callback = federated(every_n_epochs=every_n_epochs, outer_optimizer=DILOCO)
+        trainer = quiet_trainer(
+            tmp_path,
+            [checkpoint, callback],
+            max_epochs=4,
+            logger=loggers[name][party],
+            enable_checkpointing=True,
+        )
+        module = ValidatedClassifier(seed=party + (0 if name == "whole" else 50), optimizer="Adam")
+        path = None if name == "whole" else directory / "epoch=0.ckpt"
+        trainer.fit(module, data(8 + 4 * party, seed=party), data(6, seed=20 + party), ckpt_path=path)
+        return module.vector()
+
+    whole = fit_parties(2, partial(fit, "whole"))
+    resumed = fit_parties(2, partial(fit, "resumed"))
+    assert all(torch.equal(whole[0], vector) for vector in (*whole, *resumed))
+    for one, other in zip(*loggers.values(), strict=True):
+        assert one.metrics["federated/val_loss"][1:] == other.metrics["federated/val_loss"]
+        assert [done["step"] for done in one.rounds][2 - every_n_epochs :] == other.steps
 
 
 def test_misconfiguration_is_still_lightnings(tmp_path: Path) -> None:

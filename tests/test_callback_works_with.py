@@ -238,7 +238,7 @@ def test_tied_parameters_are_one(tmp_path: Path) -> None:
         nn.init.zeros_(module.twin.bias)
         quiet_trainer(tmp_path, [callback]).fit(module, data(8, seed=party))
         assert module.twin.weight is module.body.weight
-        names = callback.state_dict()["aggregator"]["names"]
+        names = list(callback.state_dict()["aggregator"]["shapes"])
         assert names == ["body.bias", "body.weight", "head.bias", "head.weight", "twin.bias"]
         return nn.utils.parameters_to_vector(p for p in module.parameters() if p.requires_grad).detach()
 

@@ -124,6 +124,12 @@ def test_ddp_that_spans_parties_is_refused() -> None:
     assert "plugins=[PartyEnvironment(num_parties=...)]" in str(caught.value)
 
 
+def test_one_device_for_a_party_of_several_processes_is_refused() -> None:
+    alone = trainer_with(SingleDeviceStrategy(torch.device("cpu")))
+    with pytest.raises(MisconfigurationException, match="spans 1 processes, but a party has 2"):
+        checks.trainer(alone, FederatedAveraging(), Topology(1, 2, 0, 2))
+
+
 def test_ddp_within_a_party_and_a_single_device_are_welcome() -> None:
     checks.trainer(trainer_with(Ddp(2)), FederatedAveraging(), Topology(1, 2, 0, 2))
     checks.trainer(trainer_with(SingleDeviceStrategy(torch.device("cpu"))), FederatedAveraging(), ALONE)

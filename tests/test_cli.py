@@ -81,7 +81,7 @@ def test_fit_with_a_yaml(command: Any, tmp_path: Path) -> None:
     assert callback.weighting == "uniform"
     group = callback.state_dict()["aggregator"]["outer_optimizer"]["param_groups"][0]
     assert (group["lr"], group["momentum"], group["nesterov"]) == (0.6, 0.9, True)
-    assert callback.state_dict()["aggregator"]["names"] == ["head.weight"]
+    assert list(callback.state_dict()["aggregator"]["shapes"]) == ["head.weight"]
     # Two epochs of three steps, a round after every two.
     assert callback.state_dict()["aggregator"]["round"] == 3
     assert cli.model.lr == 0.5

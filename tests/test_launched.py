@@ -207,6 +207,14 @@ def test_only_a_partys_first_process_writes(four: Launch) -> None:
     assert [Path(answer["dirpath"]).name for answer in (first, second)] == ["whole", "party-1"]
     for answer in (first, second):
         assert answer["files"] == [f"step={step}.ckpt" for step in range(1, 9)]
+    logs = four.out / "logs"
+    assert not any("party-" in path for path in first["logs"])
+    assert all(path.startswith(str(logs / "party-1")) for path in second["logs"])
+    for answer in (first, second):
+        names = [file.name.partition(".")[0] for path in set(answer["logs"]) for file in Path(path).iterdir()]
+        assert {"events", "metrics"} <= set(names)
+    assert len(list(logs.rglob("events.*"))) == 2, "what party 1 began where party 0 writes was withdrawn"
+    assert len(list(logs.rglob("metrics.csv"))) == 2
 
 
 def test_parties_of_two_processes_resume_to_the_bit(four: Launch) -> None:

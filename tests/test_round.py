@@ -1420,6 +1420,22 @@ def test_parameters_of_every_kind(small_pieces: None) -> None:
         torch.testing.assert_close(tensor.float(), base[name].float() + 3.5, rtol=0, atol=tolerance)
 
 
+def test_parties_may_lay_out_memory_differently(small_pieces: None) -> None:
+    # The same names, shapes and dtypes, but party 1 keeps "b" by columns: (1*x + 3*y) / 4 in any order.
+    def act(federation: Federation) -> Tensor:
+        by_rows = random(5 + federation.party, 9, 10)
+        b = by_rows.t().contiguous().t() if federation.party == 1 else by_rows.clone()
+        parameters = {"a": torch.zeros(3), "b": b, "c": torch.zeros(5)}
+        aggregator = started(federation, parameters)
+        write_(parameters, {"b": random(7 + federation.party, 9, 10)})
+        aggregator.step([1, 3][federation.party])
+        return b
+
+    expected = (random(7, 9, 10).double() + 3 * random(8, 9, 10).double()) / 4
+    for result in run_parties(2, act):
+        torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_tied_parameters_are_averaged_once() -> None:
     # Two names, one storage: it moves by 7/4, not by twice that.
     def act(federation: Federation) -> Tensor:

@@ -197,12 +197,18 @@ class Ddp(ValidatedClassifier):
 
 
 def fit_pairs(
-    root: Path, party: int, make_trainer: Any, callback: Any, batch_size: int, **fit: Any
+    root: Path, party: int, make_trainer: Any, callback: Any, batch_size: int, loggers: Any = (), **fit: Any
 ) -> dict[str, Any]:
     """Four batches an epoch; the batch size is that of a process, or of a party that is one process."""
     module, logger = Ddp(seed=party + 10 * bool(fit)), Rounds()
     checkpoint = ModelCheckpoint(root, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    trainer = make_trainer(root, [callback, checkpoint], logger=logger, enable_checkpointing=True)
+    trainer = make_trainer(
+        root,
+        [callback, checkpoint],
+        logger=[logger, *loggers],
+        enable_checkpointing=True,
+        log_every_n_steps=1,
+    )
     samples = dataset(16 + 16 * party, seed=party)
     # Lightning's own sampler would shuffle, so that the batches would be others than those of one process.
     sampler = (
@@ -216,6 +222,7 @@ def fit_pairs(
         "val_loss": float(trainer.callback_metrics["federated/val_loss"]),
         "first_only": float(trainer.callback_metrics["federated/first_only"]),
         "dirpath": checkpoint.dirpath,
+        "logs": [str(own.log_dir) for own in trainer.loggers[1:]],
         "files": sorted(path.name for path in Path(checkpoint.dirpath).iterdir() if path.is_file()),
     }
 
@@ -223,7 +230,9 @@ def fit_pairs(
 def ddp() -> Any:
     """Two parties of DDP(2); the whole, and resumed from the middle of its second round."""
     callback = FederatedAveraging(**DILOCO)
-    whole = fit_pairs(OUT / "whole", RANK // 2, ddp_trainer, callback, 2)
+    # DDP makes a party's first process write before any callback runs, so the loggers are at work already.
+    files = [TensorBoardLogger(OUT / "logs"), CSVLogger(OUT / "logs")]
+    whole = fit_pairs(OUT / "whole", RANK // 2, ddp_trainer, callback, 2, files)
     path = f"{whole['dirpath']}/step=4.ckpt"
     return whole, fit_pairs(OUT / "resumed", RANK // 2, ddp_trainer, callback, 2, ckpt_path=path)
 
