@@ -340,9 +340,9 @@ class FederatedAveraging(Callback):
         self._since.samples += samples
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            # Lightning hands over the loss divided by the number of batches that it accumulates.
-            automatic = trainer.lightning_module.automatic_optimization
-            weight = samples * (trainer.accumulate_grad_batches if automatic else 1)
+            # Lightning hands over the loss divided by the number of batches that it accumulates (which is 1
+            # with manual optimization).
+            weight = samples * trainer.accumulate_grad_batches
             self._since.loss_sum = self._since.loss_sum + loss.detach().float() * weight
             self._since.loss_samples += samples
 

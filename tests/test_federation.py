@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,7 +57,9 @@ def test_all_reduce_of_a_large_tensor_is_split_and_whole_again(monkeypatch: pyte
     results = run_parties(2, lambda federation: federation.all_reduce_(integers(1001, federation.party)))
     for result in results:
         assert torch.equal(result, integers(1001, 0) * 3)
-    assert [m.values.numel() for m in messages if m.party == 0] == [501, 500]
+    mine = [message for message in messages if message.party == 0]
+    assert [message.values.numel() for message in mine] == [501, 500]
+    assert len({message.lane for message in mine}) == 2, "one group leaves cores idle"
 
 
 def test_all_reduce_of_views_and_leaves() -> None:
@@ -167,6 +170,34 @@ def test_words_arrive_in_the_order_of_the_parties() -> None:
 
 
 # ---- coming
+
+
+@pytest.mark.parametrize("kind", ["file", "tcp"])
+def test_any_store_will_do(kind: str, tmp_path: Path) -> None:
+    # As in real life each party has a connection of its own: two parties cannot wait on one.
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if kind == "tcp" else None
+
+    def connect() -> dist.Store:
+        if host is not None:
+            return dist.TCPStore("127.0.0.1", host.port, is_master=False)
+        return dist.FileStore(str(tmp_path / "store"), 3)
+
+    said: list[Any] = [None] * 3
+    missed: list[Any] = [None] * 3
+
+    def party(index: int) -> None:
+        federation = Federation(connect(), index, 3, timeout_s=5)
+        said[index] = federation.all_gather_json("party", index)
+        assert float(federation.all_reduce_(torch.tensor(1.0 + index))) == 6.0
+        federation.close()
+        if index != 1:
+            with pytest.raises(PartyLostError) as caught:
+                Federation(connect(), index, 3, timeout_s=0.5)
+            missed[index] = str(caught.value)
+
+    in_threads([lambda i=i: party(i) for i in range(3)])
+    assert said == [[0, 1, 2]] * 3
+    assert all("party 1" in missed[index] for index in (0, 2))
 
 
 def test_two_joinings_over_one_store() -> None:

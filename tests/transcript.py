@@ -17,6 +17,8 @@ class Message:
     """One tensor handed to the group, as it was at that moment."""
 
     party: int
+    lane: int
+    """Tells the group it went through from the others."""
     collective: str
     sent: bool
     """False for a buffer that is only received into."""
@@ -34,7 +36,8 @@ class Tap:
             sent = not (name == "broadcast" and arguments[1] != self._party)
             for leaf in tree_leaves(arguments):
                 if isinstance(leaf, torch.Tensor):
-                    self._messages.append(Message(self._party, name, sent, leaf.detach().clone()))
+                    values = leaf.detach().clone()
+                    self._messages.append(Message(self._party, id(self._group), name, sent, values))
             return getattr(self._group, name)(*arguments)
 
         return call
