@@ -308,7 +308,8 @@ class Aggregator:
                 " all from checkpoints of the same round."
             )
         weights = [header.weight for header in headers]
-        if sum(weights) == 0:
+        # Where others are done, a party of weight 0 may be the last one active: then nothing moves.
+        if sum(weights) == 0 and all(header.purpose is Purpose.ROUND for header in headers):
             raise FederationError(
                 f"No party has weight above 0 in round {self.round}, so there is no mean. With"
                 " weighting='samples' this means that no party consumed a training sample: check the data of"
@@ -321,7 +322,8 @@ class Aggregator:
 
         Behind the last bucket rides the ballot: what each party has to say once it has seen all its values.
         """
-        share = weights[self.federation.party] / sum(weights)
+        total = sum(weights)
+        share = weights[self.federation.party] / total if total else 0.0
         squares: list[float] = []
 
         def packed() -> Iterator[Tensor]:

@@ -666,6 +666,23 @@ def test_an_update_beyond_float32_does_not_poison_the_others() -> None:
 # ---- weights
 
 
+def test_a_party_of_weight_0_may_be_the_last_one_active() -> None:
+    # Round 0: (3*2 + 0*9) / 3 = 2. In round 1 only party 1 is active, with weight 0: all stay at 2.
+    def act(federation: Federation) -> list[float]:
+        w = torch.zeros(1)
+        aggregator = started(federation, {"w": w})
+        values = []
+        for _ in range([1, 2][federation.party]):
+            w.add_([2.0, 9.0][federation.party])
+            aggregator.step([3, 0][federation.party])
+            values.append(w.item())
+        for _ in aggregator.drain():
+            values.append(w.item())
+        return values
+
+    assert run_parties(2, act) == [[2.0, 2.0], [2.0, 2.0]]
+
+
 def test_total_weight_0_stops_all_and_changes_nothing() -> None:
     def act(federation: Federation) -> None:
         w = torch.zeros(3)
