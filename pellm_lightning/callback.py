@@ -16,13 +16,12 @@ from pellm_lightning import checks, isolation, report
 from pellm_lightning.environment import (
     Party,
     describe_device,
-    is_launched,
     shares_terminal,
     speak_as,
     topology_of,
 )
 from pellm_lightning.federation import Federation, FederationError
-from pellm_lightning.federation.rendezvous import store_from_env
+from pellm_lightning.federation.rendezvous import launched, store_from_env
 from pellm_lightning.layout import Layout
 from pellm_lightning.parameters import frozen, select
 from pellm_lightning.round import Aggregator, RoundReport
@@ -282,7 +281,7 @@ class FederatedAveraging(Callback):
     # ---- the parts of the hooks
 
     def _join(self) -> None:
-        if self.federation is None and not is_launched():
+        if self.federation is None and not launched():
             log.warning(
                 "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
                 " this host run `torchrun --nproc-per-node N your_script.py`."

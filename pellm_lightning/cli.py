@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from pellm_lightning import isolation
 from pellm_lightning.callback import FederatedAveraging
-from pellm_lightning.environment import PartyEnvironment, is_launched, shares_terminal, speak_as
+from pellm_lightning.environment import PartyEnvironment, shares_terminal, speak_as
+from pellm_lightning.federation.rendezvous import launched
 from pellm_lightning.topology import Topology
 
 
@@ -51,7 +52,7 @@ class FederatedCLI(LightningCLI):
         if environment is None:
             timeout_s = self._get(self.config_init, "federated").timeout_s
             environment = PartyEnvironment(self._get(self.config_init, "num_parties"), timeout_s)
-            if is_launched():
+            if launched():
                 kwargs["plugins"] = [*plugins, environment]
         topology = environment.topology
         if topology.num_parties > 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.federation import FederationError
-from pellm_lightning.federation.rendezvous import launched, store_from_env
+from pellm_lightning.federation.rendezvous import store_from_env
 from pellm_lightning.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -196,11 +196,6 @@ def speak_as(rank_in_party: int) -> None:
     """Make Lightning's rank-zero functions mean the party's rank 0, so that every party's loggers write."""
     for function in (rank_zero_only, utils_rank_zero_only):
         setattr(function, "rank", rank_in_party)  # noqa: B010  (a function's attribute, unknown to the type checker)
-
-
-def is_launched() -> bool:
-    """Whether a launcher started several processes."""
-    return launched()
 
 
 def shares_terminal(topology: Topology) -> bool:
