@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pellm_lightning import checks, isolation, report
+from pellm_lightning.aggregation import Aggregation, lora_modules
+from pellm_lightning.aggregation.base import Parts
+from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.environment import (
     Party,
     describe_device,
@@ -60,6 +63,10 @@ class FederatedAveraging(Callback):
         every_n_steps: Instead, a round after every n optimizer steps (``trainer.global_step``).
         weighting: How much a party counts: "samples" by the training samples it consumed since the last
             round, all its processes together; "uniform" all alike; a number is this party's own fixed weight.
+        aggregation: What is computed from the parties' parameters, from ``pellm_lightning.aggregation``.
+            Default: ``LowRankMean()`` for LoRA, the weighted mean for all else.
+        measure_deviation: Report each round by how much the result misses the mean of the LoRA products. It
+            takes half as many bytes again as averaging the factors.
         include: Glob patterns over names of trainable parameters; only what matches one federates. Default:
             all.
         exclude: Glob patterns over names of trainable parameters that stay local.
@@ -87,6 +94,8 @@ class FederatedAveraging(Callback):
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         weighting: Literal["samples", "uniform"] | float = "samples",
+        aggregation: Aggregation | None = None,
+        measure_deviation: bool = True,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         outer_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1.0),
@@ -107,6 +116,8 @@ class FederatedAveraging(Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.weighting = weighting
+        self.aggregation = aggregation
+        self.measure_deviation = measure_deviation
         self.include = include
         self.exclude = exclude
         self.outer_optimizer = outer_optimizer
@@ -121,7 +132,10 @@ class FederatedAveraging(Callback):
         self._party: Party | None = None
         self._joined: Federation | None = None
         self._aggregator: Aggregator | None = None
+        self._plan: Plan | None = None
+        self._trainable: dict[str, nn.Parameter] = {}
         self._layout: Layout | None = None
+        self._resting: list[nn.Parameter] = []
         self._drained: Iterator[RoundReport] = iter(())
         self._since = SinceRound()
         self._validation = ValidationMetrics()
@@ -155,18 +169,40 @@ class FederatedAveraging(Callback):
             pl_module.strict_loading = False
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what the aggregation cannot handle; the module has its adapter by now."""
+        if self.aggregation is not None:
+            self._apply_rule(pl_module, self._select(pl_module))
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
         checks.samplers(trainer, self._topology)
-        parameters = self._select(pl_module)
+        trainable = self._select(pl_module)
+        self._plan = self._apply_rule(pl_module, trainable)
+        parameters = {name: trainable[name] for name in sorted(self._plan.shared)}
         checks.optimizers(trainer, parameters)
         self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
+        self._trainable = trainable
         self._layout = Layout(parameters)
-        self._in_party.speak(lambda: self._start(trainer, pl_module, parameters))
+        self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
         if not self._state:  # resumed in the middle of a round, each process has its own already
-            self._share_in_party(self._layout)
+            self._share_in_party()
+        round = self._state["aggregator"]["round"] if self._state else 0
+        self._resting = self._parameters(self._plan.rule.resting(round))
         if self._topology.is_speaker:
-            report.announce(trainer, pl_module, self._topology, parameters)
+            report.announce(trainer, pl_module, self._topology, self._plan, parameters)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Drop the gradients of what rests in this round, before they are clipped or applied.
+
+        Without a gradient an optimizer leaves a parameter and its state alone, weight decay included.
+        """
+        for parameter in self._resting:
+            parameter.grad = None
 
     @override
     def on_train_batch_end(
@@ -242,7 +278,8 @@ class FederatedAveraging(Callback):
             log.warning("[party %d] Left the federation: %s.", self._topology.party, why)
             self._joined.abort(why)
         self._state = self.state_dict()
-        self._party = self._joined = self._aggregator = self._layout = None
+        self._party = self._joined = self._aggregator = self._layout = self._plan = None
+        self._trainable, self._resting = {}, []
         self._drained = iter(())
 
     # ---- checkpoints
@@ -264,11 +301,10 @@ class FederatedAveraging(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave frozen parameters out of the checkpoint if asked to."""
+        """Leave frozen parameters out of the checkpoint if asked to, unless rounds write into them."""
         if not self.save_frozen:
-            for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-                if not parameter.requires_grad:
-                    checkpoint["state_dict"].pop(name, None)
+            for name in set(checkpoint["state_dict"]) & self._left_out(pl_module):
+                del checkpoint["state_dict"][name]
 
     @override
     def on_load_checkpoint(
@@ -276,7 +312,7 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
         if not self.save_frozen:
-            checks.trainable_checkpoint(pl_module, checkpoint["state_dict"])
+            checks.trainable_checkpoint(pl_module, checkpoint["state_dict"], self._left_out(pl_module))
 
     # ---- the parts of the hooks
 
@@ -301,9 +337,24 @@ class FederatedAveraging(Callback):
             store = store_from_env(self.timeout_s)
             self._joined = Federation(store, party, num_parties, timeout_s=self.timeout_s)
 
+    def _left_out(self, module: LightningModule) -> set[str]:
+        """Return the names of the frozen parameters that are as they were before the fit."""
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        kept: set[int] = set()
+        if self.aggregation is not None and self.aggregation.writes_base:
+            bases = [lora.base for lora in lora_modules(module).values()]
+            kept = {base.data_ptr() for base in bases if base is not None}
+        return {name for name, p in parameters.items() if not p.requires_grad and p.data_ptr() not in kept}
+
     def _select(self, module: LightningModule) -> dict[str, nn.Parameter]:
         try:
             return select(module, self.include, self.exclude)
+        except ValueError as error:
+            raise MisconfigurationException(f"Party {self._topology.party}: {error}") from error
+
+    def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
+        try:
+            return Plan(self.aggregation, parameters, lora_modules(module))
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.party}: {error}") from error
 
@@ -315,6 +366,9 @@ class FederatedAveraging(Callback):
         self._aggregator = Aggregator(
             self._joined,
             parameters,
+            aggregation=self.aggregation,
+            lora=lora_modules(pl_module),
+            measure_deviation=self.measure_deviation,
             outer_optimizer=self.outer_optimizer,
             frozen=frozen(pl_module) if self.check_base else None,
             config={
@@ -367,23 +421,37 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, done: RoundReport, *, on_bar: bool
     ) -> None:
         """Finish a round that has written this party's parameters."""
-        if self._layout is not None:
-            self._share_in_party(self._layout)
+        self._share_in_party()
         # What made parameters NaN has made the moments NaN as well, and the next step would bring it back.
         if self.inner_optimizer_state == "reset" or self._topology.party in done.excluded:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
+        # Moments in coordinates that are no more.
+        for parameter in self._parameters(self._planned.rule.regauged(done.active_parties)):
+            for optimizer in trainer.optimizers:
+                optimizer.state.pop(parameter, None)
+        self._resting = self._parameters(self._planned.rule.resting(done.round + 1))
         report.note(trainer, pl_module, self._topology, done, on_bar=on_bar)
 
-    def _share_in_party(self, layout: Layout) -> None:
+    def _share_in_party(self) -> None:
         """Give the party's other processes what the speaker has just written into its parameters."""
-        if self._topology.party_size == 1:
+        if self._topology.party_size == 1 or self._layout is None:
             return
-        speaks = self._topology.is_speaker
-        vector = self._speaking.global_vector if speaks else layout.new_vector()
+        vector = self._layout.pack_(self._layout.new_vector())
         self._in_party.broadcast_(vector)
-        if not speaks:
-            layout.unpack_(vector)
+        self._layout.unpack_(vector)
+        for base in self._planned.written_bases:
+            self._in_party.broadcast_(base)
+
+    def _parameters(self, parts: Parts) -> list[nn.Parameter]:
+        """Return this party's parameters that are such parts."""
+        return [self._trainable[name] for name in self._planned.named(parts)]
+
+    @property
+    def _planned(self) -> Plan:
+        if self._plan is None:
+            raise RuntimeError("The aggregation is applied to the parameters only during a fit.")
+        return self._plan
 
     @property
     def _in_party(self) -> Party:

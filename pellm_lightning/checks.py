@@ -1,7 +1,7 @@
 """What the callback refuses, each in words that say what to do."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -156,12 +156,15 @@ def devices(described: Sequence[object]) -> None:
         )
 
 
-def trainable_checkpoint(module: LightningModule, state_dict: Mapping[str, Any]) -> None:
-    """Check that a checkpoint without frozen parameters holds all trainable ones and nothing unknown."""
-    missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in state_dict]
+def trainable_checkpoint(
+    module: LightningModule, state_dict: Mapping[str, Any], left_out: Collection[str]
+) -> None:
+    """Check that a checkpoint without frozen parameters holds all others and nothing unknown."""
+    expected = [name for name, _ in module.named_parameters() if name not in left_out]
+    missing = [name for name in expected if name not in state_dict]
     known = set(module.state_dict())
     unknown = [name for name in state_dict if name not in known]
-    for words, names in (("lacks the trainable", missing), ("holds the unknown", unknown)):
+    for words, names in (("lacks the", missing), ("holds the unknown", unknown)):
         if names:
             raise ValueError(
                 f"The checkpoint {words} parameter {names[0]!r} ({len(names)} in all). Build the module as it"

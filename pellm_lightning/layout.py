@@ -4,7 +4,10 @@ The vector is walked in chunks that stay in a core's cache while several operati
 adapter the memory traffic of packing costs as much as the network, so each pass over main memory counts.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,11 +55,13 @@ class Chunk:
     Args:
         start: Index of the first scalar.
         pieces: Flat views of parameters; ranges of those that have none.
+        group: Index of the layout's group that the parameters belong to.
     """
 
-    def __init__(self, start: int, pieces: list[Tensor | Strided]) -> None:
+    def __init__(self, start: int, pieces: list[Tensor | Strided], group: int = 0) -> None:
         self.start = start
         self.pieces = pieces
+        self.group = group
         self._sizes = [piece.numel() for piece in pieces]
         self.size = sum(self._sizes)
         self.stop = start + self.size
@@ -91,28 +96,36 @@ class Chunk:
 
 
 class Layout:
-    """Where each parameter lies in the flat vector: sorted by name, one after the other.
+    """Where each parameter lies in the flat vector: group by group, sorted by name, one after the other.
 
     Args:
         parameters: Named floating-point tensors, on one device. They are read and written in place, never
             rebound.
+        groups: Names that stand together, so that a group can cross between parties without the others; no
+            chunk or bucket spans two. By default all are one group.
 
     Raises:
         ValueError: If there are none, one is no real floating-point tensor, one is sharded, or devices
         differ.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._parameters = {name: parameters[name] for name in sorted(parameters)}
+    def __init__(
+        self, parameters: Mapping[str, Tensor], groups: Sequence[Collection[str]] | None = None
+    ) -> None:
+        groups = [list(parameters)] if groups is None else groups
+        self._group_of = {name: index for index, group in enumerate(groups) for name in sorted(group)}
+        self._parameters = {name: parameters[name] for name in self._group_of}
         _check(self._parameters)
         self.names = list(self._parameters)
         self._shapes = {name: list(p.shape) for name, p in self._parameters.items()}
-        self.size = sum(p.numel() for p in self._parameters.values())
+        sizes = [p.numel() for p in self._parameters.values()]
+        self._starts = dict(zip(self.names, accumulate(sizes, initial=0), strict=False))
+        self.size = sum(sizes)
         self.device = next(iter(self._parameters.values())).device
         self._lay_out()
 
     @property
-    def schema(self) -> list[list[object]]:
+    def schema(self) -> list[list[Any]]:
         """Name, shape and dtype of each parameter, in the vector's order, as JSON-ready lists."""
         return [
             [name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self._parameters.items()
@@ -122,6 +135,12 @@ class Layout:
     def shapes(self) -> dict[str, list[int]]:
         """Shape of each parameter by name, in the vector's order."""
         return dict(self._shapes)
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """Return the part of ``vector`` that belongs to a parameter, as a view in the parameter's shape."""
+        start = self._starts[name]
+        shape = self._shapes[name]
+        return vector[start : start + math.prod(shape)].view(shape)
 
     def new_vector(self, extra: int = 0) -> Tensor:
         """Return a new float32 vector for all parameters, on their device, of shape (D + extra,)."""
@@ -173,18 +192,19 @@ class Layout:
         self._pointers = [p.data_ptr() for p in self._parameters.values()]
         self._chunks: list[Chunk] = []
         pieces: list[Tensor | Strided] = []
-        start = filled = 0
+        start = filled = group = 0
 
         def close() -> None:
             nonlocal pieces, start, filled
             if filled:
-                self._chunks.append(Chunk(start, pieces))
+                self._chunks.append(Chunk(start, pieces, group))
                 pieces, start, filled = [], start + filled, 0
 
-        for parameter in self._parameters.values():
+        for name, parameter in self._parameters.items():
             size, taken = parameter.numel(), 0
-            if 2 * size > _CHUNK:
+            if 2 * size > _CHUNK or self._group_of[name] != group:
                 close()  # chunks of one piece each need no gathering
+            group = self._group_of[name]
             while taken < size:
                 stop = min(size, taken + _CHUNK - filled)
                 pieces.append(_piece(parameter.detach(), taken, stop))
@@ -203,7 +223,8 @@ def _piece(parameter: Tensor, start: int, stop: int) -> Tensor | Strided:
 def _group(chunks: list[Chunk]) -> list[list[Chunk]]:
     buckets: list[list[Chunk]] = []
     for chunk in chunks:
-        if not buckets or chunk.stop - buckets[-1][0].start > _BUCKET:
+        first = buckets[-1][0] if buckets else None
+        if first is None or chunk.group != first.group or chunk.stop - first.start > _BUCKET:
             buckets.append([])
         buckets[-1].append(chunk)
     return buckets

@@ -59,9 +59,14 @@ def share_outside_adapter(parameters: Mapping[str, nn.Parameter]) -> float:
     return outside / total
 
 
+def plain_name(name: str) -> str:
+    """Return a name without the prefix that ``torch.compile`` puts before the module's own."""
+    return name.replace("_orig_mod.", "")
+
+
 def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in module.named_parameters():
-        yield name.replace("_orig_mod.", ""), parameter
+        yield plain_name(name), parameter
 
 
 def _wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

@@ -26,16 +26,17 @@ def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: _digest(tensor) for name, tensor in frozen.items()}
 
 
-def checksum(vector: Tensor) -> str:
-    """Return a digest of a float32 vector's bits: equal for equal bits only, order included."""
-    return hashlib.blake2b(vector.detach().cpu().contiguous().numpy().data, digest_size=8).hexdigest()
+def checksum(tensor: Tensor) -> str:
+    """Return a digest of a tensor's bits: equal for equal bits only, order included; 16 hex digits."""
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=8).hexdigest()
 
 
 def first_difference(passports: Sequence[Passport]) -> str | None:
     """Return what the first party that differs from party 0 should know, or None if all agree."""
     first = passports[0]
     for party, other in enumerate(passports[1:], start=1):
-        for compare in (_protocol, _schema, _config, _base, _round):
+        for compare in (_protocol, _config, _schema, _scaling, _base, _round):
             message = compare(party, first, other)
             if message:
                 return message
@@ -79,6 +80,18 @@ def _config(party: int, first: Passport, other: Passport) -> str | None:
             return (
                 f"Party 0 has {key}={ours!r}, party {party} has {key}={theirs!r}. Give all parties the same"
                 f" {key}."
+            )
+    return None
+
+
+def _scaling(party: int, first: Passport, other: Passport) -> str | None:
+    for name, (_, scaling) in first["lora"].items():
+        theirs = other["lora"][name][1]
+        if theirs != scaling and not first["ranks_may_differ"]:
+            return (
+                f"The LoRA module {name!r} has scaling {scaling:g} (lora_alpha over rank) at party 0 but"
+                f" {theirs:g} at party {party}, so equal factors are different updates. Give both the same"
+                " lora_alpha and use_rslora, or use the aggregation HeterogeneousRank."
             )
     return None
 

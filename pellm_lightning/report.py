@@ -1,12 +1,13 @@
 """What a user sees of the rounds: log lines, the progress bar, Lightning's loggers."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.isolation import written_paths
 from pellm_lightning.parameters import share_outside_adapter
 from pellm_lightning.round import RoundReport
@@ -24,7 +25,11 @@ def show_log_lines() -> None:
 
 
 def announce(
-    trainer: Trainer, module: LightningModule, topology: Topology, parameters: Mapping[str, nn.Parameter]
+    trainer: Trainer,
+    module: LightningModule,
+    topology: Topology,
+    plan: Plan,
+    parameters: Mapping[str, nn.Parameter],
 ) -> None:
     """Say at the start what will leave this party: people ask whether it is the adapter only."""
     leaving = sum(p.numel() for p in parameters.values())
@@ -39,9 +44,12 @@ def announce(
         100 * leaving / total,
         megabytes(4 * leaving),
     )
-    names = list(parameters)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    log.info("[party %d] these are %s%s", topology.party, ", ".join(names[:3]), more)
+    log.info("[party %d] these are %s", topology.party, _first(parameters))
+    if plan.pairs:
+        log.info("[party %d] %d LoRA modules, aggregated by %r", topology.party, len(plan.pairs), plan.rule)
+    local = {name for name, p in module.named_parameters() if p.requires_grad} - parameters.keys()
+    if local:
+        log.info("[party %d] %s of its own stay local: %s", topology.party, _counted(local), _first(local))
     outside = share_outside_adapter(parameters)
     if outside > 0.5 and total > leaving:
         log.warning(
@@ -70,6 +78,8 @@ def note(
         "update_norm": done.update_norm,
         "distance": done.distance,
     }
+    if done.deviation is not None:
+        figures |= {"deviation": done.deviation.total, "worst_deviation": done.deviation.worst}
     if done.loss is not None:
         figures["loss"] = done.loss
     publish(trainer, {f"federated/{name}": float(value) for name, value in figures.items()})
@@ -79,7 +89,7 @@ def note(
         module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
     if topology.is_speaker and (topology.party > 0 or bar is None):
         log.info(
-            "[party %d] round %d: loss %s, weight %g of %g, %s in %.2f s",
+            "[party %d] round %d: loss %s, weight %g of %g, %s in %.2f s%s",
             topology.party,
             done.round,
             "unknown" if done.loss is None else f"{done.loss:.4f}",
@@ -87,6 +97,7 @@ def note(
             done.total_weight,
             megabytes(done.bytes_sent),
             done.seconds,
+            "" if done.deviation is None else f", deviation {done.deviation.total:.2g}",
         )
 
 
@@ -106,3 +117,12 @@ def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 def megabytes(size_bytes: int) -> str:
     """Return a size in words."""
     return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
+
+
+def _counted(names: Collection[str]) -> str:
+    return "1 trainable parameter" if len(names) == 1 else f"{len(names)} trainable parameters"
+
+
+def _first(names: Collection[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more

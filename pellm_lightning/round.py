@@ -6,36 +6,25 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pellm_lightning import passport
+from pellm_lightning import meeting, passport
+from pellm_lightning.aggregation.base import Aggregation, Counting, Part, Parts
+from pellm_lightning.aggregation.deviation import Deviation
+from pellm_lightning.aggregation.lora import LoraModule
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.aggregation.ranks import PaddedFactors
 from pellm_lightning.federation import Federation, FederationError, MismatchError
 from pellm_lightning.layout import Chunk, Layout
+from pellm_lightning.meeting import Header, Purpose
+from pellm_lightning.products import Products
 
 log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
-
-
-class Purpose(IntEnum):
-    """Why a party comes to meet the others."""
-
-    ROUND = 1
-    METRICS = 2
-    DONE = 3
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a party says before anything else crosses; the same few numbers whatever follows."""
-
-    purpose: Purpose
-    round: int
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,9 @@ class RoundReport:
     update_norm: float
     """2-norm of this party's update: its parameters minus the anchor."""
     distance: float
-    """2-norm of this party's parameters minus the weighted mean."""
+    """2-norm of this party's parameters minus the aggregation's result."""
+    deviation: Deviation | None
+    """By how much the LoRA factors miss the mean of the products; None without LoRA, or if not measured."""
 
 
 def _sgd_one(params: Iterable[Any]) -> torch.optim.Optimizer:
@@ -95,6 +86,11 @@ class Aggregator:
         federation: The joined parties.
         parameters: Named floating-point tensors on one device; the same names, shapes and dtypes at every
             party.
+        aggregation: What is computed from the parties' parameters; None chooses ``LowRankMean()`` for LoRA
+            pairs, which are recognised by PEFT's names, and the weighted mean for all else.
+        lora: What the modules of the LoRA pairs say, from ``lora_modules(model)``; scaling 1 without.
+        measure_deviation: Whether each round measures by how much the result misses the mean of the LoRA
+            products. It takes half as many bytes again as averaging the factors.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
         frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
             sample.
@@ -104,7 +100,8 @@ class Aggregator:
             (the result heals it), or raise at every party.
 
     Raises:
-        ValueError: If the parameters cannot be laid out as one float32 vector.
+        ValueError: If the parameters cannot be laid out as one float32 vector, or the aggregation cannot
+            handle them or the outer optimizer.
     """
 
     def __init__(
@@ -112,6 +109,9 @@ class Aggregator:
         federation: Federation,
         parameters: Mapping[str, Tensor],
         *,
+        aggregation: Aggregation | None = None,
+        lora: Mapping[str, LoraModule] | None = None,
+        measure_deviation: bool = True,
         outer_optimizer: OptimizerFactory = _sgd_one,
         frozen: Mapping[str, Tensor] | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
@@ -120,21 +120,24 @@ class Aggregator:
     ) -> None:
         self.federation = federation
         self.round = 0
-        self._layout = Layout(parameters)
+        self._plan = Plan(aggregation, parameters, lora)
+        self._parameters = {name: parameters[name] for name in sorted(self._plan.shared)}
+        self._measure_deviation = measure_deviation
+        self._make_outer_optimizer = outer_optimizer
         self._frozen = frozen
-        self._config = dict(config or {})
         self._files = list(files)
         self._on_nonfinite = on_nonfinite
-        self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
-        self._outer_optimizer = outer_optimizer([self._global])
-        # The parties' ballot follows the vector: a flag each, and the loss with its weight.
-        self._staging = self._layout.new_vector(extra=federation.num_parties + 2)
-        self._scratch = self._layout.new_scratch()
-        self._scratch2 = torch.empty_like(self._scratch)
-        self._resumed = False
+        self._products: Products | None = None
+        self._padded: PaddedFactors | None = None
+        self._loaded: Mapping[str, Any] | None = None
         self._started = False
+        self._lay_out(self._parameters)
+        _check_outer(self._plan.rule, self._outer_optimizer)
+        self._config = dict(config or {})
         self._config.setdefault("on_nonfinite", on_nonfinite)
         self._config.setdefault("outer_optimizer", _describe(self._outer_optimizer))
+        self._config.setdefault("aggregation", repr(self._plan.rule))
+        self._config.setdefault("measure_deviation", measure_deviation)
 
     @property
     def size_bytes(self) -> int:
@@ -162,9 +165,15 @@ class Aggregator:
         difference = passport.first_difference(passports)
         if difference:
             raise MismatchError(difference)
-        if not self._resumed:
-            self.federation.broadcast_(self._global.data)
-            self._layout.unpack_(self._global.data)
+        if self._plan.combines:
+            told = [of_party["lora"] for of_party in passports]
+            self._products = Products(
+                self._plan, self._parameters, self.federation, told, self._measure_deviation
+            )
+            if self._plan.rule.ranks_may_differ:
+                self._pad(self._products)
+        if self._loaded is None:
+            self._take_over_()
         self._started = True
 
     @torch.no_grad()
@@ -209,7 +218,7 @@ class Aggregator:
         A party that is elsewhere (in a round, or done) counts 0, and so does one that lacks a name.
         """
         self._meet(Purpose.METRICS)
-        return self._mean(values)
+        return meeting.mean(self.federation, values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
@@ -226,21 +235,67 @@ class Aggregator:
         Raises:
             ValueError: If the state is of other parameters.
         """
+        self.round = state["round"]
+        self._loaded = state
+        if not self._plan.rule.ranks_may_differ:  # else the shapes depend on the other parties' ranks
+            self._restore(state)
+
+    # ---- before the first round
+
+    def _lay_out(self, tensors: Mapping[str, Tensor]) -> None:
+        """Build what has the size of the global vector."""
+        groups = [self._plan.named(parts) & tensors.keys() for parts in self._plan.groups]
+        self._layout = Layout(tensors, groups)
+        self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
+        self._outer_optimizer = self._make_outer_optimizer([self._global])
+        # The parties' ballot follows the vector: a flag each, and the loss with its weight.
+        self._staging = self._layout.new_vector(extra=self.federation.num_parties + 2)
+        self._scratch = self._layout.new_scratch()
+        self._scratch2 = torch.empty_like(self._scratch)
+
+    def _pad(self, products: Products) -> None:
+        """Lay out factors of the largest rank of the parties, and go on from a loaded state."""
+        pairs = self._plan.pairs
+        self._padded = PaddedFactors(
+            self._parameters, {pair: (products.rank(pair), products.ratio(pair)) for pair in pairs}
+        )
+        self._padded.read_()
+        self._lay_out(self._padded.tensors)
+        if self._loaded is not None:
+            self._restore(self._loaded)
+
+    def _take_over_(self) -> None:
+        """Give all parties the parameters of one: party 0, but of factors a party of the largest rank."""
+        if self._padded is None or self._products is None:
+            self.federation.broadcast_(self._global.data)
+        else:
+            sources = dict.fromkeys(self._parameters, 0)
+            for pair in self._plan.pairs:
+                sources[pair.a] = sources[pair.b] = self._products.source(pair)
+            for name, source in sources.items():
+                if source != self.federation.party:
+                    self._layout.view(self._global.data, name).zero_()
+            self.federation.all_reduce_(self._global.data)  # each value comes from one party alone
+        self._unpack_()
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         saved, ours = state["shapes"], self._layout.shapes
-        if saved != ours:
+        if list(saved.items()) != list(ours.items()):
             differ = sorted(name for name in {*saved, *ours} if saved.get(name) != ours.get(name))
-            first = f"the first that differs is {differ[0]!r}" if differ else "their order differs"
+            first = (
+                f"the first that differs is {differ[0]!r}"
+                if differ
+                else "their order differs, as with another aggregation"
+            )
             raise ValueError(
                 f"The checkpoint's federated state is of {len(saved)} parameters, this module trains"
-                f" {len(ours)}; {first}. Resume with the model, PEFT configuration and include and exclude"
-                " patterns of the checkpoint."
+                f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
+                " exclude patterns of the checkpoint."
             )
-        self.round = state["round"]
         with torch.no_grad():
             self._global.copy_(state["global"])
         # A copy, since the optimizer goes on in the very tensors that it is given.
         self._outer_optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
-        self._resumed = True
 
     # ---- the round
 
@@ -248,12 +303,22 @@ class Aggregator:
         came, sent_before = coming
         arrived, _ = self._now()
         weights = self._weights(headers)
-        update_norm, ballot = self._exchange(weights, loss)
+        if self._padded is not None:
+            self._padded.read_()
+        counting = self._counting(weights)
+        update_norm, ballot = self._exchange(counting, loss)
         excluded = [party for party, fine in enumerate(ballot.fine) if not fine and weights[party] > 0]
         if excluded:
             weights = self._without(excluded, weights)
-            self._exchange(weights, loss)
+            counting = self._counting(weights)
+            self._exchange(counting, loss)
+        products = self._products if any(counting.shares) else None
+        deviation = None
+        if products is not None:
+            deviation, held = products.combine_(self._layout, self._global.data, self._staging, counting)
         distance = self._commit()
+        if products is not None and held:
+            deviation = products.write_base_(self._layout, self._global.data, held)
         report = RoundReport(
             round=self.round,
             active_parties=sum(weight > 0 for weight in weights),
@@ -266,39 +331,19 @@ class Aggregator:
             bytes_sent=self.federation.bytes_sent - sent_before,
             update_norm=update_norm,
             distance=distance,
+            deviation=deviation,
         )
         self.federation.enter(f"training after round {self.round}")
         self.round += 1
         return report
 
     def _meet(self, purpose: Purpose, weight: float = 0.0) -> list[Header]:
-        """Wait for all parties and learn why each came; help those that came for metrics first.
-
-        Parties are uneven: one validates while another is already in its next round. Every header has the
-        same size, so they can meet anywhere, and whoever came for something else meets again afterwards.
-        """
         if not self._started:
             raise FederationError(
                 f"Party {self.federation.party} comes to a round before the parties have agreed on what they"
                 " share. Call start() first, at every party."
             )
-        while True:
-            self.federation.enter(f"meeting for round {self.round}")
-            headers = self._call(Header(purpose, self.round, weight))
-            if purpose is Purpose.METRICS or all(header.purpose is not Purpose.METRICS for header in headers):
-                self.federation.enter(f"in round {self.round}")
-                return headers
-            self._mean({})
-
-    def _call(self, mine: Header) -> list[Header]:
-        rows = torch.zeros(self.federation.num_parties, 3, dtype=torch.float64)
-        rows[self.federation.party] = torch.tensor(
-            [mine.purpose, mine.round, mine.weight], dtype=torch.float64
-        )
-        self.federation.all_reduce_(rows)
-        return [
-            Header(Purpose(int(purpose)), int(number), weight) for purpose, number, weight in rows.tolist()
-        ]
+        return meeting.meet(self.federation, Header(purpose, self.round, weight))
 
     def _weights(self, headers: list[Header]) -> list[float]:
         rounds = [header.round for header in headers]
@@ -317,26 +362,39 @@ class Aggregator:
             )
         return weights
 
-    def _exchange(self, weights: list[float], loss: float | None) -> tuple[float, Ballot]:
+    def _counting(self, weights: list[float]) -> Counting:
+        total = sum(weights)
+        return Counting(self.federation, [weight / total if total else 0.0 for weight in weights], self.round)
+
+    def _exchange(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
         """Fill the staging vector with the mean of ``anchor - x``; return the norm of this party's update.
 
-        Behind the last bucket rides the ballot: what each party has to say once it has seen all its values.
+        Parts that the rule does not average stay at home, and zero in the vector. Behind the last bucket
+        rides the ballot: what each party has to say once it has seen all its values.
         """
-        total = sum(weights)
-        share = weights[self.federation.party] / total if total else 0.0
+        share = counting.share
+        averaged = self._plan.rule.averaged(self.round, sum(share > 0 for share in counting.shares))
         squares: list[float] = []
 
         def packed() -> Iterator[Tensor]:
             *buckets, last = self._layout.buckets()
             for bucket in buckets:
                 squares.extend(self._pack(bucket, share))
-                yield self._staging[bucket[0].start : bucket[-1].stop]
+                if self._crosses(bucket, averaged):
+                    yield self._staging[bucket[0].start : bucket[-1].stop]
             squares.extend(self._pack(last, share))
             self._cast(self._norm(squares), loss, share)
-            yield self._staging[last[0].start :]
+            yield self._staging[last[0].start if self._crosses(last, averaged) else self._layout.size :]
 
         self.federation.all_reduce_each_(packed())
         return self._norm(squares), self._counted()
+
+    def _crosses(self, bucket: list[Chunk], averaged: Parts) -> bool:
+        """Tell whether a bucket's part is averaged; if not, nothing moves there."""
+        if averaged.issuperset(self._plan.groups[bucket[0].group]):
+            return True
+        self._staging[bucket[0].start : bucket[-1].stop].zero_()
+        return False
 
     def _pack(self, bucket: list[Chunk], share: float) -> Iterator[float]:
         for chunk in bucket:
@@ -407,7 +465,14 @@ class Aggregator:
             self._outer_optimizer.step()
             self._global.grad = None
             self._layout.unpack_(self._global.data)
+        if self._padded is not None:
+            self._padded.write_()
         return self._norm(squares)
+
+    def _unpack_(self) -> None:
+        self._layout.unpack_(self._global.data)
+        if self._padded is not None:
+            self._padded.write_()
 
     # ---- small parts
 
@@ -418,27 +483,35 @@ class Aggregator:
     def _norm(squares: list[float]) -> float:
         return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
 
-    def _mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        known = self.federation.all_gather_json("metrics", sorted(values))
-        names = sorted({name for party_names in known for name in party_names})
-        sums = torch.zeros(len(names), 2, dtype=torch.float64)
-        for row, name in enumerate(names):
-            value, weight = values.get(name, (0.0, 0.0))
-            if weight > 0:
-                sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
-        self.federation.all_reduce_(sums)
-        return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
-
     def _passport(self) -> passport.Passport:
+        plan = self._plan
+        schema = self._layout.schema
+        if plan.rule.ranks_may_differ:
+            schema = _without_ranks(schema, plan.named((Part.A,)), plan.named((Part.B,)))
         return {
             "protocol": passport.PROTOCOL,
-            "schema": self._layout.schema,
+            "schema": schema,
+            "lora": {
+                pair.name: [self._parameters[pair.a].shape[0], plan.module(pair).scaling]
+                for pair in plan.pairs
+                if plan.combines
+            },
+            "ranks_may_differ": plan.rule.ranks_may_differ,
             "config": self._config,
             "base": None if self._frozen is None else passport.base_digests(self._frozen),
             "round": self.round,
-            "checksum": passport.checksum(self._global.data) if self._resumed else None,
+            "checksum": None if self._loaded is None else passport.checksum(self._loaded["global"]),
             "files": self._files,
         }
+
+
+def _without_ranks(schema: list[list[Any]], a: set[str], b: set[str]) -> list[list[Any]]:
+    """Return the schema without what may differ: the first dimension of factors A, the second of B."""
+    free = dict.fromkeys(a, 0) | dict.fromkeys(b, 1)
+    return [
+        [name, ["rank" if dim == free.get(name) else size for dim, size in enumerate(shape)], dtype]
+        for name, shape, dtype in schema
+    ]
 
 
 def _squared_norm(values: Tensor) -> float:
@@ -453,6 +526,22 @@ def _is_sgd_one(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer) is torch.optim.SGD and (
         group["lr"], group["momentum"], group["weight_decay"], group["maximize"]
     ) == (1.0, 0, 0, False)  # fmt: skip
+
+
+def _check_outer(rule: Aggregation, optimizer: torch.optim.Optimizer) -> None:
+    (group,) = optimizer.param_groups
+    memoryless = type(optimizer) is torch.optim.SGD and not group["momentum"] and not group["weight_decay"]
+    if rule.outer == "mean" and not _is_sgd_one(optimizer):
+        raise ValueError(
+            f"{rule!r} gives the factors other coordinates each round, so a step from the last ones towards"
+            f" them has no meaning: outer_optimizer={_describe(optimizer)} must be SGD with lr=1 and no"
+            " momentum, or the aggregation LowRankMean(gauge='procrustes')."
+        )
+    if rule.outer == "memoryless" and not memoryless:
+        raise ValueError(
+            f"{rule!r} lets a factor rest, which the memory of outer_optimizer={_describe(optimizer)} would"
+            " still move. Use SGD without momentum and weight decay, or another aggregation."
+        )
 
 
 def _describe(optimizer: torch.optim.Optimizer) -> str:

@@ -265,7 +265,7 @@ def test_small_checkpoints_test_on_a_fresh_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("head.bias"), r"lacks the trainable parameter 'head.bias' \(1 in all\)"),
+        (lambda state: state.pop("head.bias"), r"lacks the parameter 'head.bias' \(1 in all\)"),
         (lambda state: state.update(lora=torch.ones(1)), r"holds the unknown parameter 'lora' \(1 in all\)"),
     ],
 )

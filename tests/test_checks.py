@@ -261,9 +261,10 @@ def test_a_checkpoint_of_trainables_must_match() -> None:
     module = Classifier()
     full = module.state_dict()
     trainable = {name: full[name] for name in ("head.weight", "head.bias")}
-    checks.trainable_checkpoint(module, trainable)
-    checks.trainable_checkpoint(module, full)
-    with pytest.raises(ValueError, match=r"lacks the trainable parameter 'head.weight' \(2 in all\)"):
-        checks.trainable_checkpoint(module, {})
+    left_out = full.keys() - trainable.keys()
+    checks.trainable_checkpoint(module, trainable, left_out)
+    checks.trainable_checkpoint(module, full, left_out)
+    with pytest.raises(ValueError, match=r"lacks the parameter 'head.weight' \(2 in all\)"):
+        checks.trainable_checkpoint(module, {}, left_out)
     with pytest.raises(ValueError, match=r"holds the unknown parameter 'lora' \(1 in all\)"):
-        checks.trainable_checkpoint(module, trainable | {"lora": torch.zeros(1)})
+        checks.trainable_checkpoint(module, trainable | {"lora": torch.zeros(1)}, left_out)

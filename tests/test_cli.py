@@ -100,6 +100,8 @@ def test_the_printed_configuration_runs_again(
         "every_n_epochs": None,
         "every_n_steps": None,
         "weighting": 2.5,
+        "aggregation": None,
+        "measure_deviation": True,
         "include": [],
         "exclude": [],
         "outer_optimizer": {

@@ -12,10 +12,12 @@ PACKAGE = Path(pellm_lightning.__file__).parent
 
 LEAVES = {"topology", "parameters", "layout", "schedule", "passport"}
 FEDERATION = {"federation"}
+AGGREGATION = {"aggregation"}
+BELOW_ROUND = {"meeting", "products"}
 ROUND = {"round"}
 LIGHTNING_SIDE = {"environment", "checks", "isolation", "report", "samples", "validation"}
 ABOVE = ["callback", "tasks", "cli", "__main__"]
-ORDER = [LEAVES, FEDERATION, ROUND, LIGHTNING_SIDE, *({name} for name in ABOVE)]
+ORDER = [LEAVES, FEDERATION, AGGREGATION, BELOW_ROUND, ROUND, LIGHTNING_SIDE, *({name} for name in ABOVE)]
 MAY_IMPORT_LIGHTNING = LIGHTNING_SIDE | set(ABOVE)
 MAY_IMPORT_C10D = {"federation", "environment"}
 

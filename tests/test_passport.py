@@ -14,6 +14,8 @@ def passport(**changes: Any) -> Passport:
     plain = {
         "protocol": PROTOCOL,
         "schema": [["a", [2, 3], "float32"], ["b", [4], "bfloat16"]],
+        "lora": {"q.default": [8, 2.0]},
+        "ranks_may_differ": False,
         "config": {"every_n_epochs": 1, "weighting": "samples"},
         "base": {"embed": "01", "layer": "02"},
         "round": 0,

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from pellm_lightning import FederationError
+from pellm_lightning.aggregation import Mean
 from pellm_lightning.parameters import frozen, select
 
 pytestmark = [
@@ -211,7 +212,7 @@ def test_a_round_is_the_mean_and_leaves_the_base_alone(tmp_path: Path, name: str
         module = Tuned(make, party)
         still = frozen(module)
         still = {n: t.clone() for n, t in (still | dict(module.named_buffers())).items()}
-        quiet_trainer(tmp_path, [federated()], max_epochs=1).fit(module, sentences(party))
+        quiet_trainer(tmp_path, [federated(aggregation=Mean())], max_epochs=1).fit(module, sentences(party))
         return module, still
 
     results = fit_parties(2, fit)

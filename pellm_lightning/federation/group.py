@@ -2,10 +2,11 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -122,6 +123,45 @@ class Federation:
                 self.bytes_sent += staged.nbytes if source == self.party else 0
                 self._lanes[0].broadcast(staged, source).wait()
         return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
+
+    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send ``parts[i]`` to party i; return what the parties sent to this one, in order, on the CPU.
+
+        Args:
+            parts: One flat tensor per party, all of one dtype; each may have its own size, 0 included.
+            sizes: Scalars that each party sends to this one. All must know beforehand who sends how much.
+
+        Raises:
+            PartyLostError: If a party is gone or later than ``timeout_s``.
+        """
+        staged = torch.cat([part.detach().to("cpu") for part in parts])
+        out = staged.new_empty(sum(sizes))
+        with self._translated():
+            if self._lanes:
+                own = parts[self.party].nbytes
+                self.bytes_sent += staged.nbytes - own
+                self._lanes[0].all_to_all(out, staged, list(sizes), [part.numel() for part in parts]).wait()
+            else:
+                out.copy_(staged)
+        return list(out.split(list(sizes)))
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Return every party's ``x``, in order, on the CPU.
+
+        Args:
+            x: Flat tensor; the parties' may differ in size, not in dtype.
+            sizes: Scalars of each party's.
+
+        Raises:
+            PartyLostError: If a party is gone or later than ``timeout_s``.
+        """
+        mine = x.detach().to("cpu").contiguous()
+        gathered = [
+            mine.clone() if party == self.party else mine.new_empty(size) for party, size in enumerate(sizes)
+        ]
+        for party, of_party in enumerate(gathered):
+            self.broadcast_(of_party, party)
+        return gathered
 
     def _start_all_reduce(self, tensor: Tensor, lane: int) -> Callable[[], None]:
         """Start one reduction; the returned function waits for it and brings the sum back to the tensor."""

@@ -1,0 +1,212 @@
+"""Low-rank updates as pairs of factors, in float64; nothing here ever holds an m x n matrix.
+
+An update is ``B A`` with B of shape (m, r) and A of shape (r, n). Stacks of several parties' factors, each B
+times its weight and scaling, stand for the weighted mean of the parties' products.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Gauge: TypeAlias = Literal["procrustes", "balanced", "svd"]
+
+# Relative variance of the parties' factors below which they are the same and need no new factorisation.
+_AGREEMENT = 1e-10
+# Singular values below this part of the largest carry nothing but rounding errors.
+_NOTHING = 1e-12
+# A direction without a product keeps a row of A of this part of the usual length, so that it can be trained.
+_ALIVE = 1e-2
+_PROJECTIONS = 100
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The weighted mean of products, ``sum_i c_i B_i A_i``, as stacked factors in float64.
+
+    Args:
+        left: ``[c_1 B_1, c_2 B_2, ...]`` of shape (m, R).
+        right: ``[A_1; A_2; ...]`` of shape (R, n).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, terms: Sequence[tuple[float, Tensor, Tensor]]) -> "Stack":
+        """Stack (c_i, B_i, A_i), at least one, factors of any floating dtype."""
+        return cls(
+            torch.cat([coefficient * b.double() for coefficient, b, _ in terms], dim=1),
+            torch.cat([a.double() for _, _, a in terms], dim=0),
+        )
+
+    def minus(self, scaling: float, b: Tensor, a: Tensor) -> "Stack":
+        """Return the stack of the difference to ``scaling * b @ a``."""
+        left = torch.cat([self.left, -scaling * b.double()], dim=1)
+        return Stack(left, torch.cat([self.right, a.double()], dim=0))
+
+    def squared_norms(self, scaling: float, b: Tensor, a: Tensor) -> tuple[float, float]:
+        """Return the squared Frobenius norms of the difference to ``scaling * b @ a``, and of the product.
+
+        ``|L R|^2 = tr((L^T L) (R R^T))``, in O((m + n) R^2); differences below 1e-8 of the product are lost
+        in rounding.
+        """
+        away = self.minus(scaling, b, a)
+        products = (away.left.T @ away.left) * (away.right @ away.right.T)
+        own = self.left.shape[1]
+        return max(0.0, float(products.sum())), max(0.0, float(products[:own, :own].sum()))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product by its singular value decomposition, ``U diag(s) V^T``, signs fixed.
+
+    Args:
+        u: Orthonormal columns, (m, k).
+        s: Singular values in descending order, (k,).
+        v: Orthonormal columns, (n, k).
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class MeanFactors:
+    """The parties' mean factors as the low-rank product sees them; each entry is a sum of the parties' terms.
+
+    Args:
+        a: ``sum_i w_i A_i V``, (r, k).
+        b: ``U^T sum_i w_i B_i``, (k, r).
+        squares: ``sum_i w_i (|A_i|^2 + |B_i|^2)``.
+    """
+
+    a: Tensor
+    b: Tensor
+    squares: float
+
+    @property
+    def agree(self) -> bool:
+        """Whether the parties hold the same factors: their variance around the mean is next to nothing."""
+        mean = float(self.a.square().sum() + self.b.square().sum())
+        return self.squares - mean <= _AGREEMENT * self.squares
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """Return orthonormal columns that span those of ``x`` (n, r), as many as fit: (n, min(n, r))."""
+    q: Tensor = torch.linalg.qr(x).Q
+    return q
+
+
+def best_rank(stack: Stack, rank: int) -> LowRank:
+    """Return the best approximation of rank ``rank`` (Eckart and Young 1936) of what the stack stands for.
+
+    With left = Q_B R_B and right^T = Q_A R_A the SVD of the core R_B R_A^T (R x R) is that of the product.
+    """
+    q_left, r_left = torch.linalg.qr(stack.left)
+    q_right, r_right = torch.linalg.qr(stack.right.T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    k = min(rank, s.numel())
+    return _signed(q_left @ u[:, :k], s[:k], q_right @ vt[:k].T)
+
+
+def from_range(p: Tensor, projected: Tensor) -> LowRank:
+    """Return the decomposition of ``p projected^T``, with p (m, k) orthonormal and projected (n, k)."""
+    v, s, ut = torch.linalg.svd(projected, full_matrices=False)
+    return _signed(p @ ut.T, s, v)
+
+
+def completed(low: LowRank, b: Tensor, a: Tensor) -> LowRank:
+    """Replace the directions without a singular value by those of the factors b (m, r) and a (r, n).
+
+    Where the product has no say, a hand-back shall leave the factors as they were.
+    """
+    alive = int((low.s > low.s[0] * _NOTHING).sum()) if float(low.s[0]) > 0 else 0
+    if alive == low.s.numel():
+        return low
+    s = low.s.clone()
+    s[alive:] = 0
+    return LowRank(_extended(low.u, alive, b.double()), s, _extended(low.v, alive, a.double().T))
+
+
+def hand_back(
+    low: LowRank, mean: MeanFactors | None, scaling: float, rank: int, gauge: Gauge
+) -> tuple[Tensor, Tensor]:
+    """Return factors B (m, r) and A (r, n) with ``scaling * B A`` equal to the low-rank product.
+
+    They are ``B = U L`` and ``A = K V^T`` with ``L K = diag(s) / scaling``; the gauge chooses among these:
+
+    - "procrustes": nearest to the mean factors, ``min |K - mean.a|^2 + |L - mean.b|^2``. Coordinates stay
+      what they were, so the moments of an optimizer stay meaningful.
+    - "balanced": ``L = K = (s / scaling)^1/2``.
+    - "svd": ``K = 1``, so A has orthonormal rows.
+
+    Where the parties' factors agree there is nothing to factorise anew: every gauge gives them back. Factors
+    of different shapes have no mean (None); then the gauge is "balanced" or "svd".
+    """
+    target = low.s / scaling
+    if mean is not None and mean.agree:
+        left, right = mean.b, mean.a
+    elif mean is not None and gauge == "procrustes":
+        left, right = _nearest(mean, target)
+    else:
+        left, right = _diagonal(target, rank, gauge)
+    return low.u @ left, right @ low.v.T
+
+
+def _diagonal(target: Tensor, rank: int, gauge: Gauge) -> tuple[Tensor, Tensor]:
+    """Return L (k, r) and K (r, k), zero outside the diagonal; where k < r the rest stays zero."""
+    k = target.numel()
+    if gauge == "svd":
+        scale = torch.ones_like(target)
+    else:
+        root = target.sqrt()
+        scale = root.clamp_min(_ALIVE * float(root[0]) or 1.0)
+    left, right = target.new_zeros(k, rank), target.new_zeros(rank, k)
+    left.diagonal().copy_(target / scale)
+    right.diagonal().copy_(scale)
+    return left, right
+
+
+def _nearest(mean: MeanFactors, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the L (k, r), K (r, k) with ``L K = diag(target)`` that are nearest to the mean's.
+
+    Each pass projects the mean onto the constraint linearised at the last result: the multiplier X solves the
+    Sylvester equation ``L L^T X + X K^T K = C``. Where the mean is no start (factors so rotated against each
+    other that they cancel), the balanced factors, rotated towards the mean, stand in for it.
+    """
+    k, left = mean.a, mean.b
+    wanted = torch.diag(target)
+    for _ in range(_PROJECTIONS):
+        lam, p = torch.linalg.eigh(left @ left.T)
+        mu, q = torch.linalg.eigh(k.T @ k)
+        both = lam[:, None] + mu[None, :]
+        if float(both.min()) < 1e-6 * float(both.max()):
+            break
+        rest = wanted + left @ k - mean.b @ k - left @ mean.a
+        x = p @ ((p.T @ rest @ q) / both) @ q.T
+        k, left = mean.a + left.T @ x, mean.b + x @ k.T
+        if float((left @ k - wanted).norm()) <= 1e-13 * float(wanted.norm()):
+            return left, k
+    left, k = _diagonal(target, mean.a.shape[0], "balanced")
+    u, _, vt = torch.linalg.svd(mean.a @ k.T + mean.b.T @ left)
+    rotation = u @ vt
+    return left @ rotation.T, rotation @ k
+
+
+def _extended(basis: Tensor, alive: int, others: Tensor) -> Tensor:
+    """Return the first ``alive`` columns, followed by orthonormal ones from ``others``; as many as before."""
+    size = basis.shape[1]
+    q = orthonormal(torch.cat([basis[:, :alive], others], dim=1))[:, :size].clone()
+    q[:, :alive] = basis[:, :alive]  # QR may have turned their signs
+    return q
+
+
+def _signed(u: Tensor, s: Tensor, v: Tensor) -> LowRank:
+    """Fix the signs, which the SVD leaves open: the largest entry of each column of U is positive."""
+    largest = u.abs().argmax(dim=0, keepdim=True)
+    sign = torch.where(u.gather(0, largest) < 0, -1.0, 1.0).to(u.dtype)
+    return LowRank(u * sign, s, v * sign)

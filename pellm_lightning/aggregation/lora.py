@@ -1,0 +1,132 @@
+"""Which parameters are LoRA pairs, and what their modules say about them.
+
+Pairs are recognised by the names that PEFT gives; nothing of PEFT is imported.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pellm_lightning.parameters import plain_name
+
+_FACTOR = re.compile(
+    r"^(?:(?P<module>.*)\.)?lora_(?P<kind>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(?P<weight>\.weight)?$"
+)
+
+# Variants of a PEFT layer whose update is still scaling * B A, up to what is trained beside it.
+_PLAIN_VARIANTS = ("Dora", "_Dora", "ALora", "QALora", "Velora")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of one adapted module, by the names of their parameters.
+
+    Args:
+        name: Path of the module and name of the adapter, as in ``"encoder.q_proj.default"``.
+        a: Name of the factor A, of shape (r, n); convolutions carry further dimensions, which are flattened.
+        b: Name of the factor B, of shape (m, r).
+    """
+
+    name: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """What the module of a pair says.
+
+    Args:
+        scaling: The update is ``scaling * B A``: alpha / r, or alpha / sqrt(r) with rsLoRA.
+        base: The frozen weight as an (m, n) view of its storage, None if it has none in floating point.
+        obstacle: Why the update is not ``scaling * B A`` here, in words; None if it is.
+        base_obstacle: Why the frozen weight cannot take up an update, in words; None if it can.
+    """
+
+    scaling: float = 1.0
+    base: Tensor | None = None
+    obstacle: str | None = None
+    base_obstacle: str | None = None
+
+
+def find_pairs(names: Iterable[str]) -> list[Pair]:
+    """Return the pairs of which both factors are among ``names``, sorted by name.
+
+    Known are ``<module>.lora_A.<adapter>.weight`` and, for embeddings,
+    ``<module>.lora_embedding_A.<adapter>`` (and B).
+    """
+    factors: dict[tuple[str, str], dict[str, str]] = {}
+    for name in names:
+        match = _FACTOR.match(name)
+        if match and bool(match["kind"]) != bool(match["weight"]):
+            of = f"{match['module']}.{match['adapter']}" if match["module"] else match["adapter"]
+            factors.setdefault((of, match["kind"] or ""), {})[match["factor"]] = name
+    return [
+        Pair(name, both["A"], both["B"])
+        for (name, _), both in sorted(factors.items())
+        if both.keys() == {"A", "B"}
+    ]
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
+    """Return what every LoRA module of a PEFT model says, under the names of its pairs."""
+    shared = _shared_storages(model)
+    found = {}
+    for path, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and hasattr(module, "lora_A"):
+            for adapter, value in scaling.items():
+                name = plain_name(f"{path}.{adapter}" if path else adapter)
+                base, base_obstacle = _base(module, adapter, shared)
+                found[name] = LoraModule(float(value), base, _obstacle(module, adapter), base_obstacle)
+    return found
+
+
+def matrix(factor: Tensor) -> Tensor:
+    """Return a factor as a matrix: a convolution's kernel dimensions belong to its inputs."""
+    return factor.flatten(1)
+
+
+def _obstacle(module: Any, adapter: str) -> str | None:
+    experts = getattr(module, "num_experts", 1)
+    if experts > 1:
+        return f"its factors hold {experts} experts at once"
+    base = module.get_base_layer()
+    if getattr(base, "groups", 1) > 1:
+        return f"its convolution has {base.groups} groups"
+    variant = getattr(module, "lora_variant", {}).get(adapter)
+    if variant is not None and not type(variant).__name__.startswith(_PLAIN_VARIANTS):
+        return f"its update is changed by {type(variant).__name__}"
+    return None
+
+
+def _base(module: Any, adapter: str, shared: set[int]) -> tuple[Tensor | None, str | None]:
+    layer = module.get_base_layer()
+    weight = getattr(layer, getattr(module, "parameter_name", "weight"), None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        return None, "its base weight is quantised, or kept in a form that cannot be written"
+    if weight.data_ptr() in shared:
+        return None, "its base weight is tied to that of another module"
+    if not weight.is_contiguous():
+        return None, "its base weight is not contiguous"
+    if getattr(module, "merged_adapters", None):
+        return None, "its adapter is merged into the base weight"
+    if len(module.scaling) > 1:
+        return None, f"it has several adapters ({', '.join(module.scaling)}) on one base weight"
+    variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
+    if variant.startswith(("ALora", "QALora")):
+        return None, f"its update is not one of the base weight ({variant})"
+    flat = weight.detach().flatten(1)
+    embedding = adapter in getattr(module, "lora_embedding_A", {})
+    return (flat.T if embedding or getattr(module, "fan_in_fan_out", False) else flat), None
+
+
+def _shared_storages(model: nn.Module) -> set[int]:
+    """Return the addresses of parameters that stand under several names."""
+    seen: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        seen[parameter.data_ptr()] = seen.get(parameter.data_ptr(), 0) + 1
+    return {address for address, times in seen.items() if times > 1}

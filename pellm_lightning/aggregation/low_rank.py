@@ -1,0 +1,170 @@
+"""The best low-rank approximation of the mean of the products."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pellm_lightning.aggregation import factors, gathering
+from pellm_lightning.aggregation.base import (
+    EVERYTHING,
+    FACTORS,
+    NOTHING,
+    OTHERS,
+    Aggregation,
+    Combined,
+    Counting,
+    Factors,
+    Parts,
+    Term,
+)
+from pellm_lightning.aggregation.deviation import stack_of
+from pellm_lightning.aggregation.factors import Gauge, LowRank, MeanFactors
+from pellm_lightning.aggregation.lora import LoraModule
+from pellm_lightning.federation import FederationError
+
+Solver = Literal["power", "exact"]
+
+
+class LowRankMean(Aggregation):
+    """Give each LoRA module the best rank-r approximation of the weighted mean ``sum(w_i s_i B_i A_i)``.
+
+    The mean of the products has rank N r; its best approximation of rank r (Eckart and Young) is what
+    FlexLoRA (Bai et al. 2024, arXiv:2402.11505) computes from m x n matrices. Here only factors are handled.
+    What is no LoRA factor is averaged beside it. Where a single party counts, its factors are the result.
+
+    Args:
+        solver: "power" needs only sums over the parties: an iteration of subspace iteration, warm-started
+            with the A that everybody started the round from; as many bytes as averaging A and B, plus 2 r^2
+            float64 scalars per module. "exact" sends each module's factors to one party, which decomposes
+            them (QR of the stacks, SVD of the small core) and sends the result to all: the same bytes, but
+            that party sees the others' factors.
+        steps: Iterations of "power"; each further one costs the bytes of a round again.
+        gauge: Which of the factorisations of the result is handed back. "procrustes": the one nearest to the
+            parties' mean factors, in which optimizers' moments keep their meaning; "balanced": B and A of
+            equal norms, ``U S^1/2`` and ``S^1/2 V^T``; "svd": ``U S`` and ``V^T``. After the latter two, the
+            state that local optimizers keep of A and B is dropped each round, and an outer optimizer other
+            than ``SGD(lr=1)`` is refused.
+
+    Raises:
+        ValueError: If an argument is none of its choices.
+    """
+
+    def __init__(self, solver: Solver = "power", steps: int = 1, gauge: Gauge = "procrustes") -> None:
+        _one_of("solver", solver, ("power", "exact"))
+        _one_of("gauge", gauge, ("procrustes", "balanced", "svd"))
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r} must be a whole number, 1 or more.")
+        self.solver = solver
+        self.steps = steps
+        self.gauge = gauge
+        self.outer = "any" if gauge == "procrustes" else "mean"
+
+    def averaged(self, round: int, counting: int) -> Parts:
+        """Return what is no factor; where one party counts, everything."""
+        return EVERYTHING if counting == 1 else OTHERS
+
+    def regauged(self, counting: int) -> Parts:
+        """Return the factors, unless the gauge keeps their coordinates."""
+        return NOTHING if self.gauge == "procrustes" or counting <= 1 else FACTORS
+
+    def obstacle(self, module: LoraModule) -> str | None:
+        """Return what the module says."""
+        return module.obstacle
+
+    def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+        """Return the best factors of each pair; of a single party that counts they are its own."""
+        if sum(share > 0 for share in counting.shares) == 1 and _alike(pairs):
+            return Combined()
+        return (self._exact if self.solver == "exact" else self._power)(pairs, counting)
+
+    def __repr__(self) -> str:
+        return f"LowRankMean(solver={self.solver!r}, steps={self.steps}, gauge={self.gauge!r})"
+
+    def _power(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+        """With Q of orthonormal columns: P = sum(w s B A Q); P = qr(P); Q = sum(w s A^T B^T P); P Q^T."""
+        own = [(p.b.detach().cpu().double(), p.a.detach().cpu().double()) for p in pairs]
+        weights = [counting.share * p.scalings[counting.federation.party] for p in pairs]
+
+        def total(terms: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+            if counting.share == 0:  # and not a product: 0 * nan is nan
+                terms = [torch.zeros_like(term) for term in terms]
+            sums = gathering.summed(terms, counting.federation, dtype)
+            for pair, values in zip(pairs, sums, strict=False):
+                _check_finite(pair, values)
+            return sums
+
+        each = list(zip(own, weights, strict=True))
+        q = [factors.orthonormal(p.anchor_a.cpu().double().T) for p in pairs]
+        for step in range(self.steps):
+            if step > 0:
+                q = [factors.orthonormal(x) for x in q]
+            p = total([w * b @ (a @ x) for ((b, a), w), x in zip(each, q, strict=True)])
+            p = [factors.orthonormal(x) for x in p]
+            q = total([w * a.T @ (b.T @ x) for ((b, a), w), x in zip(each, p, strict=True)])
+        low = [
+            factors.completed(factors.from_range(x, y), pair.anchor_b.cpu(), pair.anchor_a.cpu())
+            for pair, x, y in zip(pairs, p, q, strict=True)
+        ]
+        means: list[MeanFactors] | list[None] = [None] * len(pairs)
+        if _alike(pairs):
+            terms = [
+                counting.share * term
+                for (b, a), lr in zip(own, low, strict=True)
+                for term in (a @ lr.v, lr.u.T @ b, a.square().sum() + b.square().sum())
+            ]
+            sums = iter(total(terms, torch.float64))
+            means = [MeanFactors(next(sums), next(sums), float(next(sums))) for _ in pairs]
+        results = [
+            _handed_back(pair, lr, mean, self.gauge) for pair, lr, mean in zip(pairs, low, means, strict=True)
+        ]
+        vector = gathering.flat([factor.float() for both in results for factor in both])
+        gathering.agree_([vector], counting.federation)
+        parts = iter(gathering.split(vector, [factor.shape for both in results for factor in both]))
+        return Combined([(next(parts), next(parts)) for _ in pairs])
+
+    def _exact(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+        terms = gathering.to_owners(pairs, counting, FACTORS)
+        results = {}
+        for k, of_pair in terms.items():
+            pair = pairs[k]
+            low = factors.best_rank(stack_of(of_pair), pair.anchor_a.shape[0])
+            low = factors.completed(low, pair.anchor_b.cpu(), pair.anchor_a.cpu())
+            mean = _mean_factors(of_pair, low) if _alike(pairs) else None
+            results[k] = _handed_back(pair, low, mean, self.gauge)
+        return Combined(gathering.from_owners(pairs, results, counting.federation), terms)
+
+
+def _handed_back(
+    pair: Factors, low: LowRank, mean: MeanFactors | None, gauge: Gauge
+) -> tuple[Tensor, Tensor]:
+    return factors.hand_back(low, mean, pair.scaling, pair.anchor_a.shape[0], gauge)
+
+
+def _alike(pairs: Sequence[Factors]) -> bool:
+    """Return whether all parties' factors have one shape and scaling, so that they have a mean."""
+    return all(len({*pair.ranks}) == 1 and len({*pair.scalings}) == 1 for pair in pairs)
+
+
+def _mean_factors(terms: Sequence[Term], low: LowRank) -> MeanFactors:
+    each = [(term.share, term.b.double(), term.a.double()) for term in terms]
+    return MeanFactors(
+        a=sum((share * a @ low.v for share, _, a in each), torch.zeros(())),
+        b=sum((share * low.u.T @ b for share, b, _ in each), torch.zeros(())),
+        squares=sum(share * float(a.square().sum() + b.square().sum()) for share, b, a in each),
+    )
+
+
+def _check_finite(pair: Factors, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise FederationError(
+            f"The products of {pair.pair.name!r} exceed float32, so they have no low-rank mean. No parameter"
+            " was changed. Lower the learning rate or clip gradients: factors this large come of a training"
+            " that diverges."
+        )
+
+
+def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")

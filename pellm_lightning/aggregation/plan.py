@@ -1,0 +1,101 @@
+"""A rule applied to the parameters at hand: which of them are pairs, what crosses, what rests."""
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, Part, Parts
+from pellm_lightning.aggregation.lora import LoraModule, Pair, find_pairs
+from pellm_lightning.aggregation.low_rank import LowRankMean
+from pellm_lightning.aggregation.mean import Mean
+
+log = logging.getLogger(__name__)
+
+
+class Plan:
+    """Which parameters a rule treats how.
+
+    Args:
+        rule: The aggregation; None chooses ``LowRankMean()`` for LoRA and the mean for all else, modules that
+            it cannot handle included.
+        names: Names of the trainable parameters that may federate.
+        modules: What the modules of the pairs say, by the pairs' names; a pair that is not among them has
+            scaling 1.
+
+    Raises:
+        ValueError: If the rule finds no LoRA pair, or cannot handle one: it is named, with the reason.
+    """
+
+    def __init__(
+        self,
+        rule: Aggregation | None,
+        names: Iterable[str],
+        modules: Mapping[str, LoraModule] | None = None,
+    ) -> None:
+        names = sorted(names)
+        self.rule: Aggregation = LowRankMean() if rule is None else rule
+        self.modules = dict(modules or {})
+        pairs = find_pairs(names)
+        obstacles = {pair.name: self._obstacle(pair) for pair in pairs}
+        hard = {name: words for name, words in obstacles.items() if words}
+        if hard and rule is not None:
+            name, words = next(iter(hard.items()))
+            raise ValueError(
+                f"{self.rule!r} cannot aggregate the LoRA module {name!r} ({len(hard)} of {len(pairs)}"
+                f" modules): {words}. Use Mean(), which averages its factors, or leave the module out of"
+                " target_modules."
+            )
+        for name, words in hard.items():
+            log.warning("The factors of the LoRA module %r are averaged one by one, since %s.", name, words)
+        self.pairs = [pair for pair in pairs if pair.name not in hard]
+        self._part = dict.fromkeys(names, Part.OTHER)
+        for pair in self.pairs:
+            self._part |= {pair.a: Part.A, pair.b: Part.B}
+        if not self.pairs and not isinstance(rule, Mean | None):
+            raise ValueError(
+                f"{self.rule!r} found no LoRA pair (...lora_A.<adapter>.weight with its lora_B) among the"
+                f" {len(names)} trainable parameters{f', such as {names[0]!r}' if names else ''}. Use Mean()"
+                " for other adapters and for full fine-tuning, and check include and exclude."
+            )
+
+    @property
+    def shared(self) -> set[str]:
+        """Names that federate; the rest stays local."""
+        return self.named(self.rule.shared)
+
+    @property
+    def combines(self) -> bool:
+        """Whether both factors federate, so that there are products to combine and to compare."""
+        return bool(self.pairs) and self.rule.shared >= FACTORS
+
+    @property
+    def groups(self) -> list[tuple[Part, ...]]:
+        """Parts that cross together; parts of different groups may cross without each other."""
+        apart = any(self.rule.averaged(round, 2) != EVERYTHING for round in (0, 1))
+        return [(Part.A,), (Part.B,), (Part.OTHER,)] if apart else [tuple(Part)]
+
+    @property
+    def local(self) -> set[str]:
+        """Names that stay with their party."""
+        return self._part.keys() - self.shared
+
+    @property
+    def written_bases(self) -> list[Tensor]:
+        """The frozen weights that rounds write into, contiguous, in the order of the pairs."""
+        bases = [self.module(pair).base for pair in self.pairs] if self.rule.writes_base else []
+        return [base if base.is_contiguous() else base.T for base in bases if base is not None]
+
+    def named(self, parts: Parts | tuple[Part, ...]) -> set[str]:
+        """Return the names of the parameters that are such parts."""
+        return {name for name, part in self._part.items() if part in parts}
+
+    def module(self, pair: Pair) -> LoraModule:
+        """Return what the module of a pair says."""
+        return self.modules.get(pair.name, LoraModule())
+
+    def _obstacle(self, pair: Pair) -> str | None:
+        module = self.module(pair)
+        if self.rule.writes_base and module.base is None and module.base_obstacle is None:
+            return "no frozen weight is known for it (pass lora={...: LoraModule(base=...)})"
+        return self.rule.obstacle(module)

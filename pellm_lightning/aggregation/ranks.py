@@ -1,0 +1,118 @@
+"""Parties of different ranks in one federation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pellm_lightning.aggregation.base import (
+    EVERYTHING,
+    FACTORS,
+    OTHERS,
+    Aggregation,
+    Combined,
+    Counting,
+    Factors,
+    Parts,
+)
+from pellm_lightning.aggregation.lora import LoraModule, Pair
+from pellm_lightning.aggregation.low_rank import LowRankMean, Solver
+
+
+class HeterogeneousRank(Aggregation):
+    """Let parties have adapters of different rank and scaling (alpha, rsLoRA) in one federation.
+
+    The global factors have the largest rank R of the parties. "low_rank" gives every party the best
+    approximation of the mean product of its own rank (FlexLoRA, Bai et al. 2024, arXiv:2402.11505): factors
+    sorted by singular values, of which a party takes the first r. "zero_pad" averages the factors, the
+    missing rows and columns being zeros, and cuts the result (HetLoRA, Cho et al. 2024, arXiv:2401.06432,
+    without its pruning and sparsity weights): simpler, and worse, since every party pulls the directions that
+    it lacks towards zero.
+
+    Args:
+        method: "low_rank" or "zero_pad".
+        solver: As in ``LowRankMean``.
+        steps: As in ``LowRankMean``.
+        gauge: "balanced" or "svd", as in ``LowRankMean``; both sort the directions.
+
+    Raises:
+        ValueError: If an argument is none of its choices.
+    """
+
+    outer = "mean"
+    ranks_may_differ = True
+
+    def __init__(
+        self,
+        method: Literal["low_rank", "zero_pad"] = "low_rank",
+        solver: Solver = "power",
+        steps: int = 1,
+        gauge: Literal["balanced", "svd"] = "balanced",
+    ) -> None:
+        if method not in ("low_rank", "zero_pad"):
+            raise ValueError(f"method={method!r} must be 'low_rank' or 'zero_pad'.")
+        if gauge not in ("balanced", "svd"):
+            raise ValueError(
+                f"gauge={gauge!r} must be 'balanced' or 'svd': a party takes the first r directions, so they"
+                " must be sorted by what they contribute."
+            )
+        self.method = method
+        self.gauge = gauge
+        self._low_rank = LowRankMean(solver, steps, gauge)
+
+    def averaged(self, round: int, counting: int) -> Parts:
+        """Return what is no factor, with "zero_pad" everything."""
+        return EVERYTHING if self.method == "zero_pad" else OTHERS
+
+    def regauged(self, counting: int) -> Parts:
+        """Return the factors, with "zero_pad" nothing."""
+        return frozenset() if self.method == "zero_pad" else FACTORS
+
+    def obstacle(self, module: LoraModule) -> str | None:
+        """Return what the module says."""
+        return module.obstacle
+
+    def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+        """Return the best factors of rank R of each pair, or leave it to the mean."""
+        if self.method == "zero_pad":
+            return Combined()
+        return self._low_rank.combine(pairs, counting)
+
+    def __repr__(self) -> str:
+        return f"HeterogeneousRank(method={self.method!r}, {self._low_rank!r})"
+
+
+class PaddedFactors:
+    """A party's factors as the global ones see them: padded with zeros to the largest rank, in its scaling.
+
+    The global factors are ``B_i s_i / s`` and ``A_i``, so that products compare at one scaling s.
+
+    Args:
+        parameters: This party's parameters by name.
+        pairs: The largest rank of each pair, and the ratio ``s_i / s`` at this party.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], pairs: Mapping[Pair, tuple[int, float]]) -> None:
+        self._views: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        self.tensors = dict(parameters)
+        """The parameters, factors replaced by padded ones; what a layout is made of."""
+        for pair, (rank, ratio_b) in pairs.items():
+            for name, dim, ratio in ((pair.a, 0, 1.0), (pair.b, 1, ratio_b)):
+                own = parameters[name]
+                shape = list(own.shape)
+                shape[dim] = rank
+                padded = torch.zeros(shape, dtype=own.dtype, device=own.device)
+                self._views.append((own, padded, padded.narrow(dim, 0, own.shape[dim]), ratio))
+                self.tensors[name] = padded
+
+    def read_(self) -> None:
+        """Fill the padded factors from the party's; the rest becomes zero."""
+        for own, padded, view, ratio in self._views:
+            padded.zero_()
+            view.copy_(own * ratio)
+
+    def write_(self) -> None:
+        """Write the first rows and columns of the padded factors into the party's."""
+        for own, _, view, ratio in self._views:
+            own.copy_(view / ratio)

@@ -1,0 +1,119 @@
+"""The LoRA side of a round: hand the pairs to the rule, put its results into the vector, measure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pellm_lightning.aggregation import gathering
+from pellm_lightning.aggregation.base import EVERYTHING, Counting, Factors, Term
+from pellm_lightning.aggregation.deviation import Deviation, deviation, missed
+from pellm_lightning.aggregation.into_base import write_rest_
+from pellm_lightning.aggregation.lora import Pair, matrix
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.federation import Federation
+from pellm_lightning.layout import Layout
+
+
+class Products:
+    """The pairs of a federation, whose products are what the parties' adapters really are.
+
+    Args:
+        plan: The rule applied to this party's parameters.
+        parameters: This party's federated parameters.
+        federation: The joined parties.
+        told: Rank and scaling of each pair at each party, by the pair's name.
+        measure: Whether to measure the deviation, where the rule does not know it anyway.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        parameters: Mapping[str, Tensor],
+        federation: Federation,
+        told: Sequence[Mapping[str, Any]],
+        measure: bool,
+    ) -> None:
+        self._plan = plan
+        self._parameters = parameters
+        self._federation = federation
+        self._told = told
+        self._measure = measure
+
+    def rank(self, pair: Pair) -> int:
+        """Return the rank of the global factors, the largest of the parties'."""
+        return max(self._ranks(pair))
+
+    def source(self, pair: Pair) -> int:
+        """Return the first party of the largest rank, whose factors the others take over at the start."""
+        return self._ranks(pair).index(self.rank(pair))
+
+    def ratio(self, pair: Pair) -> float:
+        """Return this party's scaling over that of the global factors, which is their source's."""
+        scalings = self._scalings(pair)
+        return scalings[self._federation.party] / scalings[self.source(pair)]
+
+    def combine_(
+        self, layout: Layout, global_: Tensor, staging: Tensor, counting: Counting
+    ) -> tuple[Deviation | None, dict[int, list[Term]]]:
+        """Let the rule combine the pairs; put ``global - result`` into the staging vector where it did.
+
+        Returns:
+            The relative deviation of the result, if it is measured yet, and what the parties held, if a base
+            is still to be written.
+        """
+        rule = self._plan.rule
+        pairs = self._factors(layout, global_)
+        combined = rule.combine(pairs, counting)
+        if combined.factors is not None:
+            for pair, both in zip(pairs, combined.factors, strict=True):
+                for name, result in zip((pair.pair.b, pair.pair.a), both, strict=True):
+                    anchor = matrix(layout.view(global_, name))
+                    matrix(layout.view(staging, name)).copy_(anchor - result.to(anchor.device))
+        if rule.writes_base:
+            return None, combined.terms or {}
+        if not self._measure:
+            return None, {}
+        terms = combined.terms
+        if terms is None:
+            terms = gathering.to_owners(pairs, counting, EVERYTHING - rule.resting(counting.round))
+        results = combined.factors or [
+            (self._mean(layout, global_, staging, p.pair.b), self._mean(layout, global_, staging, p.pair.a))
+            for p in pairs
+        ]
+        squares = missed(pairs, results, terms, gathering.owned(len(pairs), self._federation))
+        return deviation(pairs, squares, self._federation), {}
+
+    def write_base_(self, layout: Layout, global_: Tensor, terms: Mapping[int, Sequence[Term]]) -> Deviation:
+        """Write into the frozen weights what the factors, as they are now, lack of the parties' mean."""
+        pairs = self._factors(layout, global_)
+        squares = write_rest_(pairs, terms, self._federation)
+        owned = gathering.owned(len(pairs), self._federation)
+        return deviation(pairs, {k: squares[k] for k in owned}, self._federation)
+
+    def _factors(self, layout: Layout, global_: Tensor) -> list[Factors]:
+        return [
+            Factors(
+                pair=pair,
+                b=matrix(self._parameters[pair.b].detach()),
+                a=matrix(self._parameters[pair.a].detach()),
+                anchor_b=matrix(layout.view(global_, pair.b)),
+                anchor_a=matrix(layout.view(global_, pair.a)),
+                ranks=self._ranks(pair),
+                scalings=self._scalings(pair),
+                scaling=self._scalings(pair)[self.source(pair)],
+                base=self._plan.module(pair).base,
+            )
+            for pair in self._plan.pairs
+        ]
+
+    def _mean(self, layout: Layout, global_: Tensor, staging: Tensor, name: str) -> Tensor:
+        """Return the mean of a factor that was averaged: the anchor as parameters hold it, minus the step."""
+        anchor = layout.view(global_, name).to(self._parameters[name].dtype).float()
+        return matrix(anchor - layout.view(staging, name))
+
+    def _ranks(self, pair: Pair) -> list[int]:
+        return [of_party[pair.name][0] for of_party in self._told]
+
+    def _scalings(self, pair: Pair) -> list[float]:
+        return [of_party[pair.name][1] for of_party in self._told]
