@@ -142,6 +142,11 @@ class FederatedAveraging(Callback):
         # The state of a checkpoint that was loaded, or of the fit that has ended.
         self._state: dict[str, Any] = {}
 
+    @property
+    def writes_base(self) -> bool:
+        """Whether rounds write into frozen weights, which then belong to what was trained."""
+        return self.aggregation is not None and self.aggregation.writes_base
+
     # ---- hooks, in the order in which they run
 
     @override
@@ -341,7 +346,7 @@ class FederatedAveraging(Callback):
         """Return the names of the frozen parameters that are as they were before the fit."""
         parameters = dict(module.named_parameters(remove_duplicate=False))
         kept: set[int] = set()
-        if self.aggregation is not None and self.aggregation.writes_base:
+        if self.writes_base:
             bases = [lora.base for lora in lora_modules(module).values()]
             kept = {base.data_ptr() for base in bases if base is not None}
         return {name for name, p in parameters.items() if not p.requires_grad and p.data_ptr() not in kept}

@@ -7,10 +7,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_base_model_state_dict, get_peft_model
 from transformers import PreTrainedModel
 
+from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import party_of
+from pellm_lightning.isolation import callbacks_of
 
 
 def with_adapter(
@@ -60,6 +62,8 @@ class SaveAdapter(Callback):
     """Write the trained adapter at the end of fit, for ``PeftModel.from_pretrained`` to load.
 
     It works with any LightningModule that holds a PEFT model, and comes after the federation's last round.
+    Where the aggregation has written into the frozen weights (``ResidualMean``, ``Stacking``), the base model
+    as it is now is saved in the subfolder ``base``, and the adapter's configuration names it.
 
     Args:
         dirpath: Folder, seen from the Trainer's ``default_root_dir``. With the placeholder ``{party}`` every
@@ -81,7 +85,18 @@ class SaveAdapter(Callback):
         if not (writes and trainer.is_global_zero) or getattr(trainer, "fast_dev_run", False):
             return
         folder = Path(trainer.default_root_dir) / self.dirpath.replace("{party}", str(self.party))
-        _peft_model_in(pl_module).save_pretrained(str(folder))
+        model = _peft_model_in(pl_module)
+        if any(isinstance(c, FederatedAveraging) and c.writes_base for c in callbacks_of(trainer)):
+            _save_base(model, folder / "base")
+        model.save_pretrained(str(folder))
+
+
+def _save_base(model: PeftModel, folder: Path) -> None:
+    """Save the base model without its adapters, and make their configurations name the folder."""
+    base: Any = model.get_base_model
+    base().save_pretrained(str(folder), state_dict=get_base_model_state_dict(model))
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(folder.resolve())
 
 
 def _peft_model_in(module: LightningModule) -> PeftModel:
