@@ -48,8 +48,9 @@ docs: setup  ## build the documentation into docs/_build
 coverage: setup  ## run the tests and show the branches they miss
 	@$(BIN)/python -m pytest --cov
 
-bench: setup  ## time a round against a raw all-reduce
+bench: setup  ## time a round against a raw all-reduce, and the aggregation rules against each other
 	$(BIN)/python benchmarks/round.py
+	$(BIN)/python benchmarks/aggregation.py
 
 clean:  ## remove what the other targets left behind, but not .venv
 	rm -rf docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov

@@ -9,14 +9,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from processes import rows_of, timed
 
 from pellm_lightning import Aggregator, FederatedAveraging, Federation
 
@@ -39,11 +38,7 @@ def main() -> None:
         return
     rows = []
     for parties in arguments.parties:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(parties)]
-        command += [__file__, "--repeats", str(arguments.repeats)]
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        rows += rows_of(__file__, parties, ["--repeats", str(arguments.repeats)])
     show(rows)
     if arguments.json:
         with open(arguments.json, "w") as file:
@@ -103,13 +98,6 @@ def measure_case(federation: Federation, name: str, shapes: list[tuple[int, int]
         "extra_memory": memory / (4 * size),
         "hook_us": 1e6 * hook_seconds(),
     }
-
-
-def timed(act: Callable[[], object]) -> float:
-    dist.barrier()
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
 
 
 def check(federation: Federation, aggregator: Aggregator, parameters: dict[str, torch.Tensor]) -> None:

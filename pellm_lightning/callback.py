@@ -186,7 +186,9 @@ class FederatedAveraging(Callback):
         trainable = self._select(pl_module)
         self._plan = self._apply_rule(pl_module, trainable)
         parameters = {name: trainable[name] for name in sorted(self._plan.shared)}
-        checks.optimizers(trainer, parameters)
+        for_good = self._plan.rule.resting(0) & self._plan.rule.resting(1)
+        trained = parameters.keys() - self._plan.named(for_good)
+        checks.optimizers(trainer, {name: parameters[name] for name in sorted(trained)})
         self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
         self._trainable = trainable
         self._layout = Layout(parameters)
@@ -199,9 +201,7 @@ class FederatedAveraging(Callback):
             report.announce(trainer, pl_module, self._topology, self._plan, parameters)
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the gradients of what rests in this round, before they are clipped or applied.
 
         Without a gradient an optimizer leaves a parameter and its state alone, weight decay included.

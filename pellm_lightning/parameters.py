@@ -55,7 +55,11 @@ def frozen(module: nn.Module) -> dict[str, Tensor]:
 def share_outside_adapter(parameters: Mapping[str, nn.Parameter]) -> float:
     """Return which part (0 to 1) of the scalars sits in heads, embeddings or ``modules_to_save``."""
     total = sum(p.numel() for p in parameters.values())
-    outside = sum(p.numel() for name, p in parameters.items() if any(mark in name for mark in _NOT_ADAPTER))
+    outside = sum(
+        p.numel()
+        for name, p in parameters.items()
+        if "lora_" not in name and any(mark in name for mark in _NOT_ADAPTER)
+    )
     return outside / total
 
 

@@ -1,6 +1,7 @@
 """The LoRA side of a round: hand the pairs to the rule, put its results into the vector, measure."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,18 @@ from pellm_lightning.aggregation.lora import Pair, matrix
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.federation import Federation
 from pellm_lightning.layout import Layout
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of combining the pairs."""
+
+    deviation: Deviation | None
+    """Relative deviation of the result, if it is measured yet."""
+    terms: dict[int, list[Term]] | None
+    """What the parties held, if frozen weights are still to be written."""
+    replaced: list[str]
+    """Names of the factors whose result the rule computed, rather than a mean."""
 
 
 class Products:
@@ -53,27 +66,22 @@ class Products:
         scalings = self._scalings(pair)
         return scalings[self._federation.party] / scalings[self.source(pair)]
 
-    def combine_(
-        self, layout: Layout, global_: Tensor, staging: Tensor, counting: Counting
-    ) -> tuple[Deviation | None, dict[int, list[Term]]]:
-        """Let the rule combine the pairs; put ``global - result`` into the staging vector where it did.
-
-        Returns:
-            The relative deviation of the result, if it is measured yet, and what the parties held, if a base
-            is still to be written.
-        """
+    def combine_(self, layout: Layout, global_: Tensor, staging: Tensor, counting: Counting) -> Outcome:
+        """Let the rule combine the pairs; put ``anchor - result`` into the staging vector where it did."""
         rule = self._plan.rule
         pairs = self._factors(layout, global_)
         combined = rule.combine(pairs, counting)
+        replaced = []
         if combined.factors is not None:
             for pair, both in zip(pairs, combined.factors, strict=True):
                 for name, result in zip((pair.pair.b, pair.pair.a), both, strict=True):
-                    anchor = matrix(layout.view(global_, name))
+                    anchor = self._anchor(layout, global_, name)
                     matrix(layout.view(staging, name)).copy_(anchor - result.to(anchor.device))
+                    replaced.append(name)
         if rule.writes_base:
-            return None, combined.terms or {}
+            return Outcome(None, combined.terms, replaced)
         if not self._measure:
-            return None, {}
+            return Outcome(None, None, replaced)
         terms = combined.terms
         if terms is None:
             terms = gathering.to_owners(pairs, counting, EVERYTHING - rule.resting(counting.round))
@@ -82,7 +90,15 @@ class Products:
             for p in pairs
         ]
         squares = missed(pairs, results, terms, gathering.owned(len(pairs), self._federation))
-        return deviation(pairs, squares, self._federation), {}
+        return Outcome(deviation(pairs, squares, self._federation), None, replaced)
+
+    def forget_rounding_(self, layout: Layout, global_: Tensor, replaced: Sequence[str]) -> None:
+        """Drop from the global vector what the anchor lost when it was rounded to the parameters' dtype.
+
+        Where the outer optimizer lands on a result that is no step from the anchor, it is of no more use.
+        """
+        for name in replaced:
+            matrix(layout.view(global_, name)).copy_(self._anchor(layout, global_, name))
 
     def write_base_(self, layout: Layout, global_: Tensor, terms: Mapping[int, Sequence[Term]]) -> Deviation:
         """Write into the frozen weights what the factors, as they are now, lack of the parties' mean."""
@@ -104,13 +120,16 @@ class Products:
                 scaling=self._scalings(pair)[self.source(pair)],
                 base=self._plan.module(pair).base,
             )
-            for pair in self._plan.pairs
+            for pair in self._plan.products
         ]
 
     def _mean(self, layout: Layout, global_: Tensor, staging: Tensor, name: str) -> Tensor:
-        """Return the mean of a factor that was averaged: the anchor as parameters hold it, minus the step."""
-        anchor = layout.view(global_, name).to(self._parameters[name].dtype).float()
-        return matrix(anchor - layout.view(staging, name))
+        """Return the mean of a factor that was averaged: the anchor minus the step."""
+        return self._anchor(layout, global_, name) - matrix(layout.view(staging, name))
+
+    def _anchor(self, layout: Layout, global_: Tensor, name: str) -> Tensor:
+        """Return the anchor as the parameters hold it, rounded to their dtype; float32."""
+        return matrix(layout.view(global_, name).to(self._parameters[name].dtype).float())
 
     def _ranks(self, pair: Pair) -> list[int]:
         return [of_party[pair.name][0] for of_party in self._told]

@@ -9,7 +9,7 @@ from torch import nn
 
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.isolation import written_paths
-from pellm_lightning.parameters import share_outside_adapter
+from pellm_lightning.parameters import plain_name, share_outside_adapter
 from pellm_lightning.round import RoundReport
 from pellm_lightning.topology import Topology
 
@@ -47,7 +47,8 @@ def announce(
     log.info("[party %d] these are %s", topology.party, _first(parameters))
     if plan.pairs:
         log.info("[party %d] %d LoRA modules, aggregated by %r", topology.party, len(plan.pairs), plan.rule)
-    local = {name for name, p in module.named_parameters() if p.requires_grad} - parameters.keys()
+    trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
+    local = trainable - parameters.keys()
     if local:
         log.info("[party %d] %s of its own stay local: %s", topology.party, _counted(local), _first(local))
     outside = share_outside_adapter(parameters)

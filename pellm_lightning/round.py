@@ -121,6 +121,13 @@ class Aggregator:
         self.federation = federation
         self.round = 0
         self._plan = Plan(aggregation, parameters, lora)
+        for name, words in self._plan.unmanaged.items():
+            log.warning(
+                "[party %d] The factors of the LoRA module %r are averaged one by one, since %s.",
+                federation.party,
+                name,
+                words,
+            )
         self._parameters = {name: parameters[name] for name in sorted(self._plan.shared)}
         self._measure_deviation = measure_deviation
         self._make_outer_optimizer = outer_optimizer
@@ -165,7 +172,7 @@ class Aggregator:
         difference = passport.first_difference(passports)
         if difference:
             raise MismatchError(difference)
-        if self._plan.combines:
+        if self._plan.products:
             told = [of_party["lora"] for of_party in passports]
             self._products = Products(
                 self._plan, self._parameters, self.federation, told, self._measure_deviation
@@ -255,7 +262,7 @@ class Aggregator:
 
     def _pad(self, products: Products) -> None:
         """Lay out factors of the largest rank of the parties, and go on from a loaded state."""
-        pairs = self._plan.pairs
+        pairs = self._plan.products
         self._padded = PaddedFactors(
             self._parameters, {pair: (products.rank(pair), products.ratio(pair)) for pair in pairs}
         )
@@ -270,7 +277,7 @@ class Aggregator:
             self.federation.broadcast_(self._global.data)
         else:
             sources = dict.fromkeys(self._parameters, 0)
-            for pair in self._plan.pairs:
+            for pair in self._plan.products:
                 sources[pair.a] = sources[pair.b] = self._products.source(pair)
             for name, source in sources.items():
                 if source != self.federation.party:
@@ -315,10 +322,13 @@ class Aggregator:
         products = self._products if any(counting.shares) else None
         deviation = None
         if products is not None:
-            deviation, held = products.combine_(self._layout, self._global.data, self._staging, counting)
+            outcome = products.combine_(self._layout, self._global.data, self._staging, counting)
+            deviation = outcome.deviation
+            if _is_sgd_one(self._outer_optimizer):
+                products.forget_rounding_(self._layout, self._global.data, outcome.replaced)
         distance = self._commit()
-        if products is not None and held:
-            deviation = products.write_base_(self._layout, self._global.data, held)
+        if products is not None and outcome.terms is not None:
+            deviation = products.write_base_(self._layout, self._global.data, outcome.terms)
         report = RoundReport(
             round=self.round,
             active_parties=sum(weight > 0 for weight in weights),
@@ -493,8 +503,7 @@ class Aggregator:
             "schema": schema,
             "lora": {
                 pair.name: [self._parameters[pair.a].shape[0], plan.module(pair).scaling]
-                for pair in plan.pairs
-                if plan.combines
+                for pair in plan.products
             },
             "ranks_may_differ": plan.rule.ranks_may_differ,
             "config": self._config,

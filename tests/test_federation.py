@@ -155,6 +155,64 @@ def test_a_party_alone_sends_nothing() -> None:
     federation.close()
 
 
+# ---- parts of different sizes
+
+
+def sent_by(party: int, to: int) -> torch.Tensor:
+    """What a party sends to another: its own numbers, and of some sizes nothing."""
+    return 100.0 * party + 10 * to + torch.arange([3, 0, 5, 1][(party + 2 * to) % 4], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("num_parties", [1, 2, 3, 5])
+def test_all_to_all_brings_each_party_its_part(num_parties: int) -> None:
+    def act(federation: Federation) -> tuple[list[torch.Tensor], int]:
+        parties = range(federation.num_parties)
+        parts = [sent_by(federation.party, to) for to in parties]
+        sizes = [sent_by(party, federation.party).numel() for party in parties]
+        return federation.all_to_all(parts, sizes), federation.bytes_sent
+
+    for party, (received, sent) in enumerate(run_parties(num_parties, act)):
+        assert len(received) == num_parties
+        for other, values in enumerate(received):
+            assert torch.equal(values, sent_by(other, party))
+        # 4 bytes for each scalar, but for what a party keeps.
+        assert sent == 4 * sum(sent_by(party, to).numel() for to in range(num_parties) if to != party)
+
+
+def test_all_to_all_of_nothing() -> None:
+    def act(federation: Federation) -> list[torch.Tensor]:
+        return federation.all_to_all([torch.zeros(0)] * 3, [0, 0, 0])
+
+    for received in run_parties(3, act):
+        assert [values.shape for values in received] == [(0,)] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
+def test_all_to_all_and_all_gather_keep_the_dtype(dtype: torch.dtype) -> None:
+    def act(federation: Federation) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        mine = torch.full((2 + federation.party,), 1 + federation.party, dtype=dtype)
+        return federation.all_to_all([mine, mine], [2, 3]), federation.all_gather(mine, [2, 3])
+
+    for exchanged, gathered in run_parties(2, act):
+        for values in (exchanged, gathered):
+            assert torch.equal(values[0], torch.full((2,), 1, dtype=dtype))
+            assert torch.equal(values[1], torch.full((3,), 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("sizes", [[4], [3, 1], [0, 5, 2], [2, 0, 0, 7], [0, 0]])
+def test_all_gather_brings_every_part_to_all(sizes: list[int]) -> None:
+    def act(federation: Federation) -> tuple[list[torch.Tensor], int]:
+        mine = integers(sizes[federation.party], federation.party)
+        gathered = federation.all_gather(mine, sizes)
+        assert not mine.numel() or all(mine.data_ptr() != values.data_ptr() for values in gathered)
+        return gathered, federation.bytes_sent
+
+    for party, (gathered, sent) in enumerate(run_parties(len(sizes), act)):
+        for other, values in enumerate(gathered):
+            assert torch.equal(values, integers(sizes[other], other))
+        assert sent == (4 * sizes[party] if len(sizes) > 1 else 0)
+
+
 # ---- words
 
 
@@ -312,6 +370,10 @@ def test_after_closing_nothing_crosses() -> None:
             federation.all_reduce_(torch.ones(1))
         with pytest.raises(FederationError, match="Join again"):
             federation.broadcast_(torch.ones(1))
+        with pytest.raises(FederationError, match="Join again"):
+            federation.all_to_all([torch.ones(1)] * 2, [1, 1])
+        with pytest.raises(FederationError, match="Join again"):
+            federation.all_gather(torch.ones(1), [1, 1])
         federation.abort("too late to matter")
 
     run_parties(2, act)
@@ -321,6 +383,11 @@ def test_after_closing_nothing_crosses() -> None:
 def test_a_closed_federation_refuses_alone_as_well_as_together(num_parties: int) -> None:
     def act(federation: Federation) -> str:
         federation.close()
+        parties = federation.num_parties
+        with pytest.raises(FederationError, match="has left this federation"):
+            federation.all_to_all([torch.ones(1)] * parties, [1] * parties)
+        with pytest.raises(FederationError, match="has left this federation"):
+            federation.all_gather(torch.ones(1), [1] * parties)
         with pytest.raises(FederationError) as caught:
             federation.all_reduce_(torch.ones(1))
         return str(caught.value)
@@ -340,6 +407,37 @@ def test_a_party_that_dies_while_others_wait_for_its_tensor() -> None:
         began = time.monotonic()
         try:
             federation.all_reduce_(torch.ones(1000))
+        finally:
+            took.append(time.monotonic() - began)
+
+    results = run_parties(3, act, may_fail=True)
+    for party in (0, 2):
+        assert isinstance(results[party], PartyLostError)
+        assert "Party 1 left the federation while in round 4: OSError: power cut" in str(results[party])
+    assert max(took) < SOON_S
+
+
+@pytest.mark.parametrize(
+    "wait_for_others",
+    [
+        lambda federation: federation.all_to_all([torch.ones(2)] * 3, [2, 2, 2]),
+        lambda federation: federation.all_gather(torch.ones(federation.party), [0, 1, 2]),
+    ],
+    ids=["all_to_all", "all_gather"],
+)
+def test_a_party_that_dies_while_others_wait_for_its_part(
+    wait_for_others: Callable[[Federation], Any],
+) -> None:
+    took: list[float] = []
+
+    def act(federation: Federation) -> None:
+        federation.enter("in round 4")
+        if federation.party == 1:
+            time.sleep(0.2)
+            raise OSError("power cut")
+        began = time.monotonic()
+        try:
+            wait_for_others(federation)
         finally:
             took.append(time.monotonic() - began)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from parties import data, fit_parties, quiet_trainer
+from tuned import Tuned, assert_same
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
@@ -68,7 +69,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return Launch(4, ("ddp",), tmp_path_factory.mktemp("four"))
+    return Launch(4, ("ddp", "ddp_products"), tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture
@@ -225,6 +226,33 @@ def test_parties_of_two_processes_resume_to_the_bit(four: Launch) -> None:
         for done, again in zip(whole["rounds"][1:], resumed["rounds"], strict=True):
             assert done["weight"] == again["weight"]
             assert done["update_norm"] == again["update_norm"]
+
+
+@pytest.mark.parametrize("name", ["low rank", "residual", "alternating"])
+def test_lora_parties_of_two_processes_equal_parties_of_one(
+    four: Launch, scenarios: Any, tmp_path: Path, name: str
+) -> None:
+    """The rule's result reaches a party's second process, base weights included."""
+    answers = [answer[name] for answer in four["ddp_products"]]
+    for other in answers[1:]:
+        assert_same(answers[0]["trained"], other["trained"])
+        assert_same(answers[0]["bases"], other["bases"])
+    written = [
+        key for key, base in Tuned(0).bases().items() if not torch.equal(base, answers[1]["bases"][key])
+    ]
+    assert bool(written) == (name == "residual")
+
+    def fit(party: int, federated: Any) -> dict[str, Any]:
+        callback = federated(every_n_steps=2, aggregation=scenarios.RULES[name])
+        return scenarios.fit_products(tmp_path, party, quiet_trainer, callback, 4)
+
+    for expected in fit_parties(2, fit):
+        # Four steps of lr 0.1; a mean of two means has one more float32 rounding of gradients below 1.
+        for weight, wanted in zip(answers[3]["weights"], expected["weights"], strict=True):
+            torch.testing.assert_close(weight, wanted, rtol=0, atol=2e-6)
+        assert len(expected["deviation"]) == 2
+        # Differences of products are only as good as the rounding of what is subtracted.
+        assert answers[0]["deviation"] == pytest.approx(expected["deviation"], rel=1e-2, abs=1e-5)
 
 
 # ---- the terminal

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -160,6 +160,80 @@ def test_where_it_is_cut_does_not_depend_on_strides(small: None) -> None:
 def test_many_small_tensors_share_a_chunk() -> None:
     flat = Layout({f"{index:03}": numbers(7) for index in range(100)})
     assert len(flat.chunks()) == len(flat.buckets()) == 1
+
+
+# ---- groups that cross without each other
+
+
+def grouped() -> tuple[dict[str, Tensor], list[set[str]]]:
+    """Two groups with an empty one between them; names of one lie between names of the other."""
+    tensors = {"a": numbers(5), "b": numbers(9), "c": numbers(30), "d": numbers(2), "e": numbers(4)}
+    return tensors, [{"e", "a", "c"}, set(), {"d", "b"}]
+
+
+def test_groups_stand_one_after_the_other_each_sorted_by_name(small: None) -> None:
+    tensors, groups = grouped()
+    flat = Layout(tensors, groups)
+    assert flat.names == ["a", "c", "e", "b", "d"]
+    assert [name for name, _, _ in flat.schema] == list(flat.shapes) == flat.names
+    expected = torch.cat([tensors[name] for name in flat.names])
+    assert torch.equal(flat.pack_(flat.new_vector()), expected)
+    flat.unpack_(expected + 100)
+    assert torch.equal(tensors["c"], numbers(30) + 100)
+    assert torch.equal(tensors["b"], numbers(9) + 100)
+
+
+def test_the_order_inside_a_group_is_that_of_the_names_whatever_holds_them() -> None:
+    tensors, _ = grouped()
+    turned = Layout(dict(reversed(tensors.items())), [["c", "e", "a"], ["d", "b"]])
+    assert turned.names == ["a", "c", "e", "b", "d"]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 2)), min_size=1, max_size=9).filter(
+        lambda drawn: any(size for size, _ in drawn)
+    ),
+    st.integers(1, 40),
+    st.integers(1, 60),
+)
+def test_no_chunk_and_no_bucket_spans_two_groups(
+    drawn: list[tuple[int, int]], chunk: int, bucket: int
+) -> None:
+    tensors = {f"{index}": numbers(size) for index, (size, _) in enumerate(drawn)}
+    groups = [{f"{index}" for index, (_, group) in enumerate(drawn) if group == which} for which in range(3)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(layout, "_CHUNK", chunk)
+        patched.setattr(layout, "_BUCKET", bucket)
+        flat = Layout(tensors, groups)
+        check_cuts(flat, bucket)
+        ends = [0]
+        for group in groups:
+            ends.append(ends[-1] + sum(tensors[name].numel() for name in group))
+        for part in flat.chunks():
+            assert ends[part.group] <= part.start < part.stop <= ends[part.group + 1]
+        for parts in flat.buckets():
+            assert len({part.group for part in parts}) == 1
+
+
+def test_a_view_is_the_parameter_s_place_in_a_vector(small: None) -> None:
+    tensors = {"a": numbers(3), "b": numbers(4, 5), "c": torch.tensor(0.0), "d": numbers(2, 0)}
+    flat = Layout(tensors, [["b", "d"], ["a", "c"]])
+    vector = numbers(flat.size)
+    assert torch.equal(flat.view(vector, "b"), numbers(4, 5))
+    assert torch.equal(flat.view(vector, "a"), numbers(3, start=20))
+    assert torch.equal(flat.view(vector, "c"), torch.tensor(23.0))
+    assert flat.view(vector, "d").shape == (2, 0)
+    flat.view(vector, "b").fill_(-1)
+    assert (vector[:20] == -1).all()
+    assert torch.equal(vector[20:], numbers(4, start=20))
+
+
+def test_a_view_is_the_same_in_a_vector_with_something_behind() -> None:
+    flat = Layout({"a": numbers(3), "b": numbers(2, 2)})
+    vector = flat.new_vector(extra=4)
+    flat.view(vector, "b").copy_(torch.ones(2, 2))
+    assert vector.tolist() == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
 
 
 # ---- what the parameters really hold

@@ -108,6 +108,51 @@ def test_the_cause_is_named_before_its_consequence() -> None:
     assert "Party 0 trains parameter 'b'" in str(first_difference([passport(files=["x"]), odd]))
 
 
+# ---- what the LoRA modules say
+
+
+def test_another_scaling_names_module_party_and_cure() -> None:
+    # The same factors would be updates of another size.
+    message = first_difference(
+        [passport(), passport(), passport(lora={"q.default": [8, 0.7071067811865476]})]
+    )
+    assert message is not None
+    for word in ("'q.default'", "scaling 2 ", "party 0", "0.707107 at party 2", "lora_alpha", "use_rslora"):
+        assert word in message
+    assert "HeterogeneousRank" in message
+
+
+def test_scalings_may_differ_where_ranks_may() -> None:
+    others = [passport(lora={"q.default": [rank, 16 / rank]}, ranks_may_differ=True) for rank in (8, 4, 16)]
+    assert first_difference(others) is None
+
+
+def test_a_scaling_that_differs_is_told_after_the_schema() -> None:
+    # A rank that differs makes the scaling differ, too; the rank is what must be mended.
+    odd = passport(schema=[["a", [4, 3], "float32"], ["b", [4], "bfloat16"]], lora={"q.default": [4, 4.0]})
+    assert "'a' is float32 of shape [2, 3]" in str(first_difference([passport(), odd]))
+
+
+def test_another_aggregation_is_told_before_the_schema_that_it_makes_differ() -> None:
+    config = {"every_n_epochs": 1, "weighting": "samples"}
+    ours = passport(
+        config=config | {"aggregation": "HeterogeneousRank()"}, schema=[["a", ["rank", 3], "float32"]]
+    )
+    odd = passport(config=config | {"aggregation": "Mean()"}, schema=[["a", [2, 3], "float32"]])
+    assert "aggregation='HeterogeneousRank()', party 1 has" in str(first_difference([ours, odd]))
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_module_that_only_some_parties_take_for_a_pair_is_a_difference(odd: int) -> None:
+    # By default a module with an obstacle is left to the mean. If parties judge it differently, their vectors
+    # have other orders, though names and shapes are the same.
+    both = [passport(), passport()]
+    both[odd] = passport(lora={})
+    message = first_difference(both)
+    assert message is not None, "their vectors would be mixed up, or Gloo abort a process"
+    assert "'q.default'" in message
+
+
 # ---- digests of the frozen base
 
 

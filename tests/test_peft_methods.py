@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from pellm_lightning import FederationError
-from pellm_lightning.aggregation import Mean
+from pellm_lightning.aggregation import Mean, lora_modules
+from pellm_lightning.aggregation.lora import find_pairs
 from pellm_lightning.parameters import frozen, select
 
 pytestmark = [
@@ -231,6 +232,18 @@ def test_a_round_is_the_mean_and_leaves_the_base_alone(tmp_path: Path, name: str
     for module, still in results:
         now = frozen(module) | dict(module.named_buffers())
         assert all(torch.equal(value, now[name]) for name, value in still.items())
+
+
+def test_only_lora_and_its_variants_have_pairs(tmp_path: Path) -> None:
+    for name, make in METHODS.items():
+        if name not in NOT_HERE:
+            torch.manual_seed(0)
+            model = get_peft_model(tiny_llama(), with_adapters(make, tmp_path)())
+            pairs = {pair.name for pair in find_pairs(select(model))}
+            if make.func is peft.LoraConfig:  # type: ignore[attr-defined]
+                assert pairs == lora_modules(model).keys() != set(), name
+            else:
+                assert pairs == set(), name
 
 
 class LoraFa(Tuned):

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from allocations import Allocations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from parties import run_parties
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transcript import NotedStore, tapped
 
 from pellm_lightning import Aggregator, Federation, FederationError, RoundReport, layout, passport
@@ -1495,22 +1494,6 @@ def test_a_parameter_whose_size_changed_is_told() -> None:
 
 
 # ---- memory
-
-
-class Allocations(TorchDispatchMode):
-    """Notes the size of every storage that an operation of this thread makes anew."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = [0]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
-                self.sizes.append(made.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -73,6 +73,10 @@ class LowRank:
     s: Tensor
     v: Tensor
 
+    def transposed(self) -> "LowRank":
+        """Return the transposed product."""
+        return LowRank(self.v, self.s, self.u)
+
 
 @dataclass(frozen=True)
 class MeanFactors:
@@ -119,12 +123,18 @@ def from_range(p: Tensor, projected: Tensor) -> LowRank:
     return _signed(p @ ut.T, s, v)
 
 
-def completed(low: LowRank, b: Tensor, a: Tensor) -> LowRank:
+def completed(low: LowRank, b: Tensor, a: Tensor, nothing: float = _NOTHING) -> LowRank:
     """Replace the directions without a singular value by those of the factors b (m, r) and a (r, n).
 
     Where the product has no say, a hand-back shall leave the factors as they were.
+
+    Args:
+        low: The product.
+        b: Factor to take columns from.
+        a: Factor to take rows from.
+        nothing: Singular values below this part of the largest are rounding errors.
     """
-    alive = int((low.s > low.s[0] * _NOTHING).sum()) if float(low.s[0]) > 0 else 0
+    alive = int((low.s > low.s[0] * nothing).sum()) if float(low.s[0]) > 0 else 0
     if alive == low.s.numel():
         return low
     s = low.s.clone()
@@ -163,7 +173,7 @@ def _diagonal(target: Tensor, rank: int, gauge: Gauge) -> tuple[Tensor, Tensor]:
     if gauge == "svd":
         scale = torch.ones_like(target)
     else:
-        root = target.sqrt()
+        root = target.abs().sqrt()
         scale = root.clamp_min(_ALIVE * float(root[0]) or 1.0)
     left, right = target.new_zeros(k, rank), target.new_zeros(rank, k)
     left.diagonal().copy_(target / scale)
@@ -174,34 +184,57 @@ def _diagonal(target: Tensor, rank: int, gauge: Gauge) -> tuple[Tensor, Tensor]:
 def _nearest(mean: MeanFactors, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the L (k, r), K (r, k) with ``L K = diag(target)`` that are nearest to the mean's.
 
-    Each pass projects the mean onto the constraint linearised at the last result: the multiplier X solves the
-    Sylvester equation ``L L^T X + X K^T K = C``. Where the mean is no start (factors so rotated against each
-    other that they cancel), the balanced factors, rotated towards the mean, stand in for it.
+    Parties whose factors are turned against each other have a mean that is too short, or no start for the
+    projection; what stands in for it then are the balanced factors, rotated towards the mean.
     """
-    k, left = mean.a, mean.b
+    found = _rotated(mean, *_diagonal(target, mean.a.shape[0], "balanced"))
+    projected = _projected(mean, target)
+    if projected is not None and _distance(mean, *projected) <= _distance(mean, *found):
+        found = projected
+    return found
+
+
+def _projected(mean: MeanFactors, target: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Project the mean onto ``L K = diag(target)``; None if that does not converge.
+
+    Each pass projects it onto the constraint linearised at the last result: the multiplier X solves the
+    Sylvester equation ``L L^T X + X K^T K = C``.
+    """
+    right, left = mean.a, mean.b
     wanted = torch.diag(target)
+    # The eigenvalues are 2 |target| for balanced factors, more for others; far less for a mean that cancels.
+    least = 1e-3 * (target.abs()[:, None] + target.abs()[None, :])
     for _ in range(_PROJECTIONS):
         lam, p = torch.linalg.eigh(left @ left.T)
-        mu, q = torch.linalg.eigh(k.T @ k)
+        mu, q = torch.linalg.eigh(right.T @ right)
         both = lam[:, None] + mu[None, :]
-        if float(both.min()) < 1e-6 * float(both.max()):
-            break
-        rest = wanted + left @ k - mean.b @ k - left @ mean.a
+        if bool((both <= torch.maximum(least.min(), _NOTHING * both.max())).any()):
+            return None
+        rest = wanted + left @ right - mean.b @ right - left @ mean.a
         x = p @ ((p.T @ rest @ q) / both) @ q.T
-        k, left = mean.a + left.T @ x, mean.b + x @ k.T
-        if float((left @ k - wanted).norm()) <= 1e-13 * float(wanted.norm()):
-            return left, k
-    left, k = _diagonal(target, mean.a.shape[0], "balanced")
-    u, _, vt = torch.linalg.svd(mean.a @ k.T + mean.b.T @ left)
+        right, left = mean.a + left.T @ x, mean.b + x @ right.T
+        if float((left @ right - wanted).norm()) <= 1e-13 * float(wanted.norm()):
+            return left, right
+    return None
+
+
+def _rotated(mean: MeanFactors, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate L (k, r) and K (r, k) towards the mean: orthogonal Procrustes (Schoenemann 1966)."""
+    u, _, vt = torch.linalg.svd(mean.a @ right.T + mean.b.T @ left)
     rotation = u @ vt
-    return left @ rotation.T, rotation @ k
+    return left @ rotation.T, rotation @ right
+
+
+def _distance(mean: MeanFactors, left: Tensor, right: Tensor) -> float:
+    return float((left - mean.b).square().sum() + (right - mean.a).square().sum())
 
 
 def _extended(basis: Tensor, alive: int, others: Tensor) -> Tensor:
     """Return the first ``alive`` columns, followed by orthonormal ones from ``others``; as many as before."""
-    size = basis.shape[1]
-    q = orthonormal(torch.cat([basis[:, :alive], others], dim=1))[:, :size].clone()
-    q[:, :alive] = basis[:, :alive]  # QR may have turned their signs
+    kept, size = basis[:, :alive], basis.shape[1]
+    beyond, _, _ = torch.linalg.svd(others - kept @ (kept.T @ others), full_matrices=False)
+    q = orthonormal(torch.cat([kept, beyond], dim=1))[:, :size].clone()
+    q[:, :alive] = kept  # QR may have turned their signs
     return q
 
 

@@ -1,5 +1,6 @@
 """Rules that are exact because the frozen weights take up what factors of rank r cannot hold."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -81,7 +82,7 @@ class Stacking(Aggregation):
     def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
         """Return B = 0 and a new A, uniform as PEFT draws it, for each pair."""
         terms = gathering.to_all(pairs, counting, FACTORS)
-        generator = torch.Generator().manual_seed((self.seed << 32) + counting.round)
+        generator = torch.Generator().manual_seed(_mixed(self.seed, counting.round))
         new = []
         for pair in pairs:
             bound = pair.anchor_a.shape[1] ** -0.5  # Kaiming's for a = sqrt(5), over the inputs
@@ -108,8 +109,15 @@ def write_rest_(
         mean, b, a = stack_of(terms[k]), pair.b.cpu(), pair.a.cpu()
         _, whole = mean.squared_norms(pair.scaling, b, a)
         squares[k] = _add_(pair, mean.minus(pair.scaling, b, a)), whole
-    gathering.agree_([pair.base for pair in pairs if pair.base is not None], federation)
+    bases = [pair.base for pair in pairs if pair.base is not None]
+    gathering.agree_([base if base.is_contiguous() else base.T for base in bases], federation)
     return squares
+
+
+def _mixed(seed: int, round: int) -> int:
+    """Return a seed for a round: a generator looks at 32 bits only, so sums of the two would repeat."""
+    digest = hashlib.blake2b(f"{seed} {round}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
 
 
 def _add_(pair: Factors, rest: Stack) -> float:

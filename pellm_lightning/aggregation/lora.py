@@ -4,6 +4,7 @@ Pairs are recognised by the names that PEFT gives; nothing of PEFT is imported.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,14 @@ class LoraModule:
         base: The frozen weight as an (m, n) view of its storage, None if it has none in floating point.
         obstacle: Why the update is not ``scaling * B A`` here, in words; None if it is.
         base_obstacle: Why the frozen weight cannot take up an update, in words; None if it can.
+        zero_a: Whether the factor A is zero, as PEFT starts those of embeddings.
     """
 
     scaling: float = 1.0
     base: Tensor | None = None
     obstacle: str | None = None
     base_obstacle: str | None = None
+    zero_a: bool = False
 
 
 def find_pairs(names: Iterable[str]) -> list[Pair]:
@@ -73,15 +76,18 @@ def find_pairs(names: Iterable[str]) -> list[Pair]:
 
 def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
     """Return what every LoRA module of a PEFT model says, under the names of its pairs."""
-    shared = _shared_storages(model)
+    shared = _shared_storages(model.named_parameters(remove_duplicate=False))
     found = {}
     for path, module in model.named_modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict) and hasattr(module, "lora_A"):
             for adapter, value in scaling.items():
                 name = plain_name(f"{path}.{adapter}" if path else adapter)
-                base, base_obstacle = _base(module, adapter, shared)
-                found[name] = LoraModule(float(value), base, _obstacle(module, adapter), base_obstacle)
+                a, b = _factors(module, adapter)
+                tied = a.data_ptr() in shared or b.data_ptr() in shared
+                obstacle = "another module has the same factors" if tied else _obstacle(module, adapter)
+                base, base_obstacle = _base(module, adapter, shared, (b.shape[0], a.flatten(1).shape[1]))
+                found[name] = LoraModule(float(value), base, obstacle, base_obstacle, not a.any())
     return found
 
 
@@ -103,7 +109,17 @@ def _obstacle(module: Any, adapter: str) -> str | None:
     return None
 
 
-def _base(module: Any, adapter: str, shared: set[int]) -> tuple[Tensor | None, str | None]:
+def _factors(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    if adapter in getattr(module, "lora_embedding_A", {}):
+        return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    # torch.compile may have wrapped the dictionaries, too.
+    a, b = (getattr(layers, "_orig_mod", layers) for layers in (module.lora_A, module.lora_B))
+    return a[adapter].weight, b[adapter].weight
+
+
+def _base(
+    module: Any, adapter: str, shared: set[int], shape: tuple[int, int]
+) -> tuple[Tensor | None, str | None]:
     layer = module.get_base_layer()
     weight = getattr(layer, getattr(module, "parameter_name", "weight"), None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "quant_state"):
@@ -119,14 +135,19 @@ def _base(module: Any, adapter: str, shared: set[int]) -> tuple[Tensor | None, s
     variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
     if variant.startswith(("ALora", "QALora")):
         return None, f"its update is not one of the base weight ({variant})"
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None, f"its convolution pads with {layer.padding_mode!r}, the adapter with zeros"
+    if type(layer).__name__ in ("MultiheadAttention", "NonDynamicallyQuantizableLinear"):
+        return None, "PEFT computes the weights of an attention anew at every step"
     flat = weight.detach().flatten(1)
     embedding = adapter in getattr(module, "lora_embedding_A", {})
-    return (flat.T if embedding or getattr(module, "fan_in_fan_out", False) else flat), None
+    base = flat.T if embedding or getattr(module, "fan_in_fan_out", False) else flat
+    if base.shape != shape:
+        return None, f"its base weight has shape {list(weight.shape)}, its update {list(shape)}"
+    return base, None
 
 
-def _shared_storages(model: nn.Module) -> set[int]:
-    """Return the addresses of parameters that stand under several names."""
-    seen: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        seen[parameter.data_ptr()] = seen.get(parameter.data_ptr(), 0) + 1
+def _shared_storages(parameters: Iterable[tuple[str, nn.Parameter]]) -> set[int]:
+    """Return the addresses of values that stand under several names."""
+    seen = Counter(parameter.data_ptr() for _, parameter in parameters)
     return {address for address, times in seen.items() if times > 1}

@@ -1,6 +1,6 @@
 """The best low-rank approximation of the mean of the products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -35,11 +35,11 @@ class LowRankMean(Aggregation):
     What is no LoRA factor is averaged beside it. Where a single party counts, its factors are the result.
 
     Args:
-        solver: "power" needs only sums over the parties: an iteration of subspace iteration, warm-started
-            with the A that everybody started the round from; as many bytes as averaging A and B, plus 2 r^2
-            float64 scalars per module. "exact" sends each module's factors to one party, which decomposes
-            them (QR of the stacks, SVD of the small core) and sends the result to all: the same bytes, but
-            that party sees the others' factors.
+        solver: "exact" sends each module's factors to one party, which decomposes them (QR of the stacks, SVD
+            of the small core) and sends the result to all: the bytes of averaging A and B. "power" needs only
+            sums over the parties, so no party sees another's factors where the exchange hides them: a step of
+            subspace iteration, warm-started with the A that everybody started the round from; the same bytes,
+            and 2 r^2 float64 scalars per module. Where the parties drift far in a round, it is not the best.
         steps: Iterations of "power"; each further one costs the bytes of a round again.
         gauge: Which of the factorisations of the result is handed back. "procrustes": the one nearest to the
             parties' mean factors, in which optimizers' moments keep their meaning; "balanced": B and A of
@@ -51,7 +51,7 @@ class LowRankMean(Aggregation):
         ValueError: If an argument is none of its choices.
     """
 
-    def __init__(self, solver: Solver = "power", steps: int = 1, gauge: Gauge = "procrustes") -> None:
+    def __init__(self, solver: Solver = "exact", steps: int = 1, gauge: Gauge = "procrustes") -> None:
         _one_of("solver", solver, ("power", "exact"))
         _one_of("gauge", gauge, ("procrustes", "balanced", "svd"))
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -75,54 +75,75 @@ class LowRankMean(Aggregation):
 
     def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
         """Return the best factors of each pair; of a single party that counts they are its own."""
-        if sum(share > 0 for share in counting.shares) == 1 and _alike(pairs):
+        if sum(share > 0 for share in counting.shares) == 1:
             return Combined()
+        return self.solve(pairs, counting)
+
+    def solve(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+        """Return the best factors of each pair, however many parties count."""
         return (self._exact if self.solver == "exact" else self._power)(pairs, counting)
 
     def __repr__(self) -> str:
         return f"LowRankMean(solver={self.solver!r}, steps={self.steps}, gauge={self.gauge!r})"
 
     def _power(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
-        """With Q of orthonormal columns: P = sum(w s B A Q); P = qr(P); Q = sum(w s A^T B^T P); P Q^T."""
         own = [(p.b.detach().cpu().double(), p.a.detach().cpu().double()) for p in pairs]
-        weights = [counting.share * p.scalings[counting.federation.party] for p in pairs]
 
         def total(terms: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-            if counting.share == 0:  # and not a product: 0 * nan is nan
-                terms = [torch.zeros_like(term) for term in terms]
+            """Sum what every party holds of each term, each times its share."""
+            terms = [counting.share * x if counting.share > 0 else torch.zeros_like(x) for x in terms]
             sums = gathering.summed(terms, counting.federation, dtype)
             for pair, values in zip(pairs, sums, strict=False):
                 _check_finite(pair, values)
             return sums
 
-        each = list(zip(own, weights, strict=True))
-        q = [factors.orthonormal(p.anchor_a.cpu().double().T) for p in pairs]
-        for step in range(self.steps):
-            if step > 0:
-                q = [factors.orthonormal(x) for x in q]
-            p = total([w * b @ (a @ x) for ((b, a), w), x in zip(each, q, strict=True)])
-            p = [factors.orthonormal(x) for x in p]
-            q = total([w * a.T @ (b.T @ x) for ((b, a), w), x in zip(each, p, strict=True)])
-        low = [
-            factors.completed(factors.from_range(x, y), pair.anchor_b.cpu(), pair.anchor_a.cpu())
-            for pair, x, y in zip(pairs, p, q, strict=True)
-        ]
+        found = self._iterated(pairs, own, counting.federation.party, total)
         means: list[MeanFactors] | list[None] = [None] * len(pairs)
         if _alike(pairs):
             terms = [
-                counting.share * term
-                for (b, a), lr in zip(own, low, strict=True)
-                for term in (a @ lr.v, lr.u.T @ b, a.square().sum() + b.square().sum())
+                term
+                for (b, a), low in zip(own, found, strict=True)
+                for term in (a @ low.v, low.u.T @ b, a.square().sum() + b.square().sum())
             ]
             sums = iter(total(terms, torch.float64))
             means = [MeanFactors(next(sums), next(sums), float(next(sums))) for _ in pairs]
         results = [
-            _handed_back(pair, lr, mean, self.gauge) for pair, lr, mean in zip(pairs, low, means, strict=True)
+            factor.float()
+            for pair, low, mean in zip(pairs, found, means, strict=True)
+            for factor in _handed_back(pair, low, mean, self.gauge)
         ]
-        vector = gathering.flat([factor.float() for both in results for factor in both])
+        vector = gathering.flat(results)
         gathering.agree_([vector], counting.federation)
-        parts = iter(gathering.split(vector, [factor.shape for both in results for factor in both]))
-        return Combined([(next(parts), next(parts)) for _ in pairs])
+        parts = iter(gathering.split(vector, [factor.shape for factor in results]))
+        return Combined(_finite(pairs, [(next(parts), next(parts)) for _ in pairs]))
+
+    def _iterated(
+        self,
+        pairs: Sequence[Factors],
+        own: Sequence[tuple[Tensor, Tensor]],
+        party: int,
+        total: Callable[[list[Tensor]], list[Tensor]],
+    ) -> list[LowRank]:
+        """With Q of orthonormal columns: P = sum(w s B A Q); P = qr(P); Q = sum(w s A^T B^T P); P Q^T.
+
+        Where A says nothing about the rows yet (PEFT starts an embedding's at zero) the columns of B stand
+        in: the iteration is that of the transposed product.
+        """
+        turned = [not pair.anchor_a.any() for pair in pairs]
+        sides = [(a.T, b.T) if turn else (b, a) for (b, a), turn in zip(own, turned, strict=True)]
+        sides = [(pair.scalings[party] * b, a) for pair, (b, a) in zip(pairs, sides, strict=True)]
+        q = [p.anchor_b if turn else p.anchor_a.T for p, turn in zip(pairs, turned, strict=True)]
+        for _ in range(self.steps):
+            q = [factors.orthonormal(x.cpu().double()) for x in q]
+            p = total([b @ (a @ x) for (b, a), x in zip(sides, q, strict=True)])
+            p = [factors.orthonormal(x) for x in p]
+            q = total([a.T @ (b.T @ x) for (b, a), x in zip(sides, p, strict=True)])
+        found = [factors.from_range(x, y) for x, y in zip(p, q, strict=True)]
+        found = [low.transposed() if turn else low for low, turn in zip(found, turned, strict=True)]
+        return [
+            factors.completed(low, pair.anchor_b.cpu(), pair.anchor_a.cpu(), nothing=1e-6)  # sums in float32
+            for low, pair in zip(found, pairs, strict=True)
+        ]
 
     def _exact(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
         terms = gathering.to_owners(pairs, counting, FACTORS)
@@ -133,7 +154,7 @@ class LowRankMean(Aggregation):
             low = factors.completed(low, pair.anchor_b.cpu(), pair.anchor_a.cpu())
             mean = _mean_factors(of_pair, low) if _alike(pairs) else None
             results[k] = _handed_back(pair, low, mean, self.gauge)
-        return Combined(gathering.from_owners(pairs, results, counting.federation), terms)
+        return Combined(_finite(pairs, gathering.from_owners(pairs, results, counting.federation)), terms)
 
 
 def _handed_back(
@@ -154,6 +175,13 @@ def _mean_factors(terms: Sequence[Term], low: LowRank) -> MeanFactors:
         b=sum((share * low.u.T @ b for share, b, _ in each), torch.zeros(())),
         squares=sum(share * float(a.square().sum() + b.square().sum()) for share, b, a in each),
     )
+
+
+def _finite(pairs: Sequence[Factors], results: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    for pair, both in zip(pairs, results, strict=True):
+        for factor in both:
+            _check_finite(pair, factor)
+    return results
 
 
 def _check_finite(pair: Factors, values: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The weighted mean of every parameter on its own, and the rules that let one factor rest."""
 
 from pellm_lightning.aggregation.base import EVERYTHING, Aggregation, Part, Parts
+from pellm_lightning.aggregation.lora import LoraModule
 
 _A: Parts = frozenset({Part.A})
 _B: Parts = frozenset({Part.B})
@@ -26,6 +27,10 @@ class FrozenA(Aggregation):
     """
 
     outer = "memoryless"
+
+    def obstacle(self, module: LoraModule) -> str | None:
+        """Return that A would rest at zero, if it is."""
+        return "its A is zero and would stay so, and B with it" if module.zero_a else None
 
     def averaged(self, round: int, counting: int) -> Parts:
         """Return all but A."""

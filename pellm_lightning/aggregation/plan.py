@@ -1,6 +1,6 @@
 """A rule applied to the parameters at hand: which of them are pairs, what crosses, what rests."""
 
-import logging
+import math
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -9,8 +9,6 @@ from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, P
 from pellm_lightning.aggregation.lora import LoraModule, Pair, find_pairs
 from pellm_lightning.aggregation.low_rank import LowRankMean
 from pellm_lightning.aggregation.mean import Mean
-
-log = logging.getLogger(__name__)
 
 
 class Plan:
@@ -46,8 +44,8 @@ class Plan:
                 f" modules): {words}. Use Mean(), which averages its factors, or leave the module out of"
                 " target_modules."
             )
-        for name, words in hard.items():
-            log.warning("The factors of the LoRA module %r are averaged one by one, since %s.", name, words)
+        self.unmanaged = hard
+        """Why the default rule averages the factors of a module one by one, by the name of its pair."""
         self.pairs = [pair for pair in pairs if pair.name not in hard]
         self._part = dict.fromkeys(names, Part.OTHER)
         for pair in self.pairs:
@@ -65,9 +63,11 @@ class Plan:
         return self.named(self.rule.shared)
 
     @property
-    def combines(self) -> bool:
-        """Whether both factors federate, so that there are products to combine and to compare."""
-        return bool(self.pairs) and self.rule.shared >= FACTORS
+    def products(self) -> list[Pair]:
+        """Pairs of which both factors federate and are a product, which can be combined and compared."""
+        if not self.rule.shared >= FACTORS:
+            return []
+        return [pair for pair in self.pairs if self.module(pair).obstacle is None]
 
     @property
     def groups(self) -> list[tuple[Part, ...]]:
@@ -96,6 +96,11 @@ class Plan:
 
     def _obstacle(self, pair: Pair) -> str | None:
         module = self.module(pair)
+        if not (math.isfinite(module.scaling) and module.scaling != 0):
+            raise ValueError(
+                f"The LoRA module {pair.name!r} has scaling {module.scaling:g}, with which its factors change"
+                " nothing. Give it a lora_alpha above 0."
+            )
         if self.rule.writes_base and module.base is None and module.base_obstacle is None:
             return "no frozen weight is known for it (pass lora={...: LoraModule(base=...)})"
         return self.rule.obstacle(module)

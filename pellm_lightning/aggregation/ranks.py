@@ -46,7 +46,7 @@ class HeterogeneousRank(Aggregation):
     def __init__(
         self,
         method: Literal["low_rank", "zero_pad"] = "low_rank",
-        solver: Solver = "power",
+        solver: Solver = "exact",
         steps: int = 1,
         gauge: Literal["balanced", "svd"] = "balanced",
     ) -> None:
@@ -77,7 +77,7 @@ class HeterogeneousRank(Aggregation):
         """Return the best factors of rank R of each pair, or leave it to the mean."""
         if self.method == "zero_pad":
             return Combined()
-        return self._low_rank.combine(pairs, counting)
+        return self._low_rank.solve(pairs, counting)
 
     def __repr__(self) -> str:
         return f"HeterogeneousRank(method={self.method!r}, {self._low_rank!r})"
@@ -98,6 +98,12 @@ class PaddedFactors:
         self.tensors = dict(parameters)
         """The parameters, factors replaced by padded ones; what a layout is made of."""
         for pair, (rank, ratio_b) in pairs.items():
+            bias = pair.b.removesuffix("weight") + "bias"  # of PEFT's lora_bias; it is scaled as B is
+            if bias in parameters:
+                own = parameters[bias]
+                padded = torch.zeros_like(own)
+                self._views.append((own, padded, padded, ratio_b))
+                self.tensors[bias] = padded
             for name, dim, ratio in ((pair.a, 0, 1.0), (pair.b, 1, ratio_b)):
                 own = parameters[name]
                 shape = list(own.shape)

@@ -19,6 +19,7 @@ from parties import Classifier, Rounds, ValidatedClassifier, batches, data, data
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
+from pellm_lightning.aggregation import Alternating, LowRankMean, ResidualMean
 
 OUT = Path(sys.argv[1])
 RANK = int(os.environ["RANK"])
@@ -235,6 +236,38 @@ def ddp() -> Any:
     whole = fit_pairs(OUT / "whole", RANK // 2, ddp_trainer, callback, 2, files)
     path = f"{whole['dirpath']}/step=4.ckpt"
     return whole, fit_pairs(OUT / "resumed", RANK // 2, ddp_trainer, callback, 2, ckpt_path=path)
+
+
+RULES = {"low rank": LowRankMean("exact"), "residual": ResidualMean(), "alternating": Alternating()}
+
+
+def fit_products(root: Path, party: int, make_trainer: Any, callback: Any, batch_size: int) -> dict[str, Any]:
+    """LoRA for four batches; the batch size is that of a process, or of a party that is one process."""
+    from tuned import Tuned  # PEFT takes seconds to import, which the other launches need not wait for
+
+    module, logger = Tuned(party, optimizer="SGD", lr=0.1), Rounds()
+    samples = dataset(16 + 16 * party, seed=party)
+    sampler = (
+        None if make_trainer is quiet_trainer else DistributedSampler(samples, 2, RANK % 2, shuffle=False)
+    )
+    trainer = make_trainer(root, [callback], logger=logger, max_epochs=1)
+    trainer.fit(module, DataLoader(samples, batch_size * (party + 1), sampler=sampler))
+    return {
+        "trained": module.of(""),
+        "bases": module.bases(),
+        "weights": module.weights(),
+        "deviation": [done["deviation"] for done in logger.rounds],
+    }
+
+
+def ddp_products() -> Any:
+    """Two parties of DDP(2) under rules that combine, write the base weights, and let a factor rest."""
+    return {
+        name: fit_products(
+            OUT / name, RANK // 2, ddp_trainer, FederatedAveraging(every_n_steps=2, aggregation=rule), 2
+        )
+        for name, rule in RULES.items()
+    }
 
 
 def ddp_over_parties() -> Any:
