@@ -36,7 +36,7 @@ def first_difference(passports: Sequence[Passport]) -> str | None:
     """Return what the first party that differs from party 0 should know, or None if all agree."""
     first = passports[0]
     for party, other in enumerate(passports[1:], start=1):
-        for compare in (_protocol, _config, _schema, _scaling, _base, _round):
+        for compare in (_protocol, _config, _schema, _lora, _base, _round):
             message = compare(party, first, other)
             if message:
                 return message
@@ -84,7 +84,13 @@ def _config(party: int, first: Passport, other: Passport) -> str | None:
     return None
 
 
-def _scaling(party: int, first: Passport, other: Passport) -> str | None:
+def _lora(party: int, first: Passport, other: Passport) -> str | None:
+    for name in sorted(first["lora"].keys() ^ other["lora"].keys()):
+        has, lacks = (0, party) if name in first["lora"] else (party, 0)
+        return (
+            f"The LoRA module {name!r} adds the product of its factors at party {has}, not at party {lacks}."
+            " Give both the same PEFT configuration and the same version of peft."
+        )
     for name, (_, scaling) in first["lora"].items():
         theirs = other["lora"][name][1]
         if theirs != scaling and not first["ranks_may_differ"]:

@@ -122,6 +122,28 @@ def run_rounds(
     return run_parties(len(weights), act)
 
 
+def one_round(
+    rule: Aggregation | None,
+    ends: Sequence[Parameters],
+    weights: Sequence[float],
+    *,
+    start: Parameters | None = None,
+    **arguments: Any,
+) -> list[Parameters]:
+    """Return what the parties hold after a round that they came to with ``ends``.
+
+    They began it with ``start``, or else with what party 0 came with.
+    """
+
+    def train(party: int, number: int, parameters: Parameters) -> None:
+        for name, p in parameters.items():
+            p.copy_(ends[party][name])
+
+    begin = ends[0] if start is None else start
+    seen = run_rounds(rule, lambda party: copied(begin), train, weights=weights, **arguments)
+    return [done.result for (done,) in seen]
+
+
 # ---- dense answers, float64
 
 

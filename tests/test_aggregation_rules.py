@@ -1,4 +1,4 @@
-"""What holds for every rule: the same bits everywhere, who counts, what nobody moved, resuming, bytes."""
+"""What holds for every rule: the same bits everywhere, who counts, what nobody moved, and resuming."""
 
 import io
 import math
@@ -403,58 +403,3 @@ def test_resuming_is_exact(case: str) -> None:
 
     whole = run(resume=False)
     assert run(resume=True) == whole
-
-
-# ---- bytes
-
-N = 3
-RANK = 2
-FACTORS_A = sum(RANK * n for _, n in SIZES.values())
-FACTORS_B = sum(m * RANK for m, _ in SIZES.values())
-HEAD_SIZE = 3 * 4
-# A header of three float64 numbers and a ballot of two float32 numbers, with a vote of each party.
-WORDS = 8 * 3 * N + 4 * (N + 2)
-MEAN = WORDS + 4 * (FACTORS_A + FACTORS_B + HEAD_SIZE)
-# Of the power iteration each module's two r x r matrices and a norm, and each party's digest.
-SMALL = 8 * len(SIZES) * (2 * RANK**2 + 1) + 8 * N
-
-SENT: dict[str, tuple[Aggregation, list[int]]] = {
-    "Mean": (Mean(), [MEAN, MEAN]),
-    "FrozenA": (FrozenA(), [MEAN - 4 * FACTORS_A] * 2),
-    "Alternating": (Alternating(), [MEAN - 4 * FACTORS_A, MEAN - 4 * FACTORS_B]),
-    "ShareA": (ShareA(), [MEAN - 4 * (FACTORS_B + HEAD_SIZE)] * 2),
-    "LowRankMean, power": (LowRankMean("power"), [MEAN + SMALL] * 2),
-    "LowRankMean, 2 steps": (LowRankMean("power", steps=2), [MEAN + SMALL + 4 * (FACTORS_A + FACTORS_B)] * 2),
-    # A party sends the factors that others own, and what it made of its own.
-    "LowRankMean, exact": (LowRankMean("exact"), [MEAN] * 2),
-    # The mean, all factors to all, a digest of each base by each party, and two float64 norms of each.
-    "ResidualMean": (ResidualMean(), [MEAN + 4 * (FACTORS_A + FACTORS_B) + 8 * len(SIZES) * (N + 2)] * 2),
-    # All factors to all, digests of each base and each new A, and the norms.
-    "Stacking": (Stacking(), [MEAN + 8 * len(SIZES) * (2 * N + 2)] * 2),
-}
-
-
-@pytest.mark.parametrize("case", SENT)
-def test_a_round_sends_what_its_rule_needs(case: str) -> None:
-    rule, expected = SENT[case]
-    seen, _ = federated(rule, drift(0.3), [1, 3, 0.7], rounds=2, measure_deviation=False)
-    assert len(seen) == N
-    for of_party in seen:
-        assert [done.report.bytes_sent for done in of_party] == expected
-
-
-@pytest.mark.parametrize(
-    ("rule", "crossing"),
-    [(Mean(), "AB"), (FrozenA(), "B"), (LowRankMean("power"), "AB"), (LowRankMean("exact"), "")],
-    ids=["Mean", "FrozenA", "LowRankMean, power", "LowRankMean, exact"],
-)
-def test_measuring_sends_what_changed_to_the_owners(rule: Aggregation, crossing: str) -> None:
-    # Of the factors that its round changed a party sends those of the modules that others own (module k is
-    # party k's), and of each module two float64 norms. The exact solver's owners have the factors anyway.
-    measured, _ = federated(rule, drift(0.3), [1, 3, 0.7])
-    unmeasured, _ = federated(rule, drift(0.3), [1, 3, 0.7], measure_deviation=False)
-    for party, (of_party, without) in enumerate(zip(measured, unmeasured, strict=True)):
-        others = [size for k, size in enumerate(SIZES.values()) if k != party]
-        factors = sum(RANK * (m * ("B" in crossing) + n * ("A" in crossing)) for m, n in others)
-        extra = of_party[0].report.bytes_sent - without[0].report.bytes_sent
-        assert extra == 4 * factors + 8 * 2 * len(SIZES)

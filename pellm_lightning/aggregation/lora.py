@@ -78,10 +78,10 @@ def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
     """Return what every LoRA module of a PEFT model says, under the names of its pairs."""
     shared = _shared_storages(model.named_parameters(remove_duplicate=False))
     found = {}
-    for path, module in model.named_modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict) and hasattr(module, "lora_A"):
-            for adapter, value in scaling.items():
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    for path, module in modules:
+        if _is_lora(module):
+            for adapter, value in module.scaling.items():
                 name = plain_name(f"{path}.{adapter}" if path else adapter)
                 a, b = _factors(module, adapter)
                 tied = a.data_ptr() in shared or b.data_ptr() in shared
@@ -94,6 +94,13 @@ def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
 def matrix(factor: Tensor) -> Tensor:
     """Return a factor as a matrix: a convolution's kernel dimensions belong to its inputs."""
     return factor.flatten(1)
+
+
+def _is_lora(module: Any) -> bool:
+    """Tell a LoRA module by its attributes. AdaLoRA's factors are bare parameters, which are no pair."""
+    factors = getattr(module, "lora_A", None)
+    with_modules = isinstance(factors, nn.Module) and not isinstance(factors, nn.ParameterDict)
+    return with_modules and isinstance(getattr(module, "scaling", None), dict)
 
 
 def _obstacle(module: Any, adapter: str) -> str | None:

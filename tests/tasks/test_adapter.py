@@ -18,7 +18,9 @@ def module(llama: str) -> CausalLM:
 
 
 def save(callback: SaveAdapter, module: torch.nn.Module, folder: Path, party: int, **state: bool) -> None:
-    trainer = SimpleNamespace(**{"default_root_dir": str(folder), "is_global_zero": True, **state})
+    trainer = SimpleNamespace(
+        **{"default_root_dir": str(folder), "is_global_zero": True, "callbacks": [], **state}
+    )
     callback.party = party
     callback.on_fit_end(trainer, module)
 
