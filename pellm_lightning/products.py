@@ -24,8 +24,8 @@ class Outcome:
     """Relative deviation of the result, if it is measured yet."""
     terms: dict[int, list[Term]] | None
     """What the parties held, if frozen weights are still to be written."""
-    replaced: list[str]
-    """Names of the factors whose result the rule computed, rather than a mean."""
+    replaced: dict[str, Tensor]
+    """Results that the rule computed, rather than means, as matrices by the names of the factors."""
 
 
 class Products:
@@ -66,18 +66,15 @@ class Products:
         scalings = self._scalings(pair)
         return scalings[self._federation.party] / scalings[self.source(pair)]
 
-    def combine_(self, layout: Layout, global_: Tensor, staging: Tensor, counting: Counting) -> Outcome:
-        """Let the rule combine the pairs; put ``anchor - result`` into the staging vector where it did."""
+    def combine(self, layout: Layout, global_: Tensor, staging: Tensor, counting: Counting) -> Outcome:
+        """Let the rule combine the pairs, and measure what comes of it; nothing is written yet."""
         rule = self._plan.rule
         pairs = self._factors(layout, global_)
         combined = rule.combine(pairs, counting)
-        replaced = []
+        replaced: dict[str, Tensor] = {}
         if combined.factors is not None:
-            for pair, both in zip(pairs, combined.factors, strict=True):
-                for name, result in zip((pair.pair.b, pair.pair.a), both, strict=True):
-                    anchor = self._anchor(layout, global_, name)
-                    matrix(layout.view(staging, name)).copy_(anchor - result.to(anchor.device))
-                    replaced.append(name)
+            for pair, (b, a) in zip(pairs, combined.factors, strict=True):
+                replaced |= {pair.pair.b: b, pair.pair.a: a}
         if rule.writes_base:
             return Outcome(None, combined.terms, replaced)
         if not self._measure:
@@ -92,13 +89,26 @@ class Products:
         squares = missed(pairs, results, terms, gathering.owned(len(pairs), self._federation))
         return Outcome(deviation(pairs, squares, self._federation), None, replaced)
 
-    def forget_rounding_(self, layout: Layout, global_: Tensor, replaced: Sequence[str]) -> None:
-        """Drop from the global vector what the anchor lost when it was rounded to the parameters' dtype.
+    def put_(
+        self, layout: Layout, global_: Tensor, staging: Tensor, replaced: Mapping[str, Tensor], *, lands: bool
+    ) -> None:
+        """Put the results where the outer optimizer finds them.
 
-        Where the outer optimizer lands on a result that is no step from the anchor, it is of no more use.
+        Args:
+            layout: Of the vectors.
+            global_: The global vector.
+            staging: The pseudo-gradient, in which ``anchor - result`` is put.
+            replaced: Results by the names of the factors.
+            lands: Whether the outer optimizer lands on the result. Then the global vector takes it as it is:
+                a difference would round it, and carry what the last anchor lost in the parameters' dtype.
         """
-        for name in replaced:
-            matrix(layout.view(global_, name)).copy_(self._anchor(layout, global_, name))
+        for name, result in replaced.items():
+            anchor, step = matrix(layout.view(global_, name)), matrix(layout.view(staging, name))
+            if lands:
+                anchor.copy_(result)
+                step.zero_()
+            else:
+                step.copy_(self._anchor(layout, global_, name) - result.to(step.device))
 
     def write_base_(self, layout: Layout, global_: Tensor, terms: Mapping[int, Sequence[Term]]) -> Deviation:
         """Write into the frozen weights what the factors, as they are now, lack of the parties' mean."""

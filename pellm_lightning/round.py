@@ -322,10 +322,10 @@ class Aggregator:
         products = self._products if any(counting.shares) else None
         deviation = None
         if products is not None:
-            outcome = products.combine_(self._layout, self._global.data, self._staging, counting)
+            outcome = products.combine(self._layout, self._global.data, self._staging, counting)
             deviation = outcome.deviation
-            if _is_sgd_one(self._outer_optimizer):
-                products.forget_rounding_(self._layout, self._global.data, outcome.replaced)
+            lands = _is_sgd_one(self._outer_optimizer)
+            products.put_(self._layout, self._global.data, self._staging, outcome.replaced, lands=lands)
         distance = self._commit()
         if products is not None and outcome.terms is not None:
             deviation = products.write_base_(self._layout, self._global.data, outcome.terms)

@@ -56,7 +56,8 @@ class Stack:
         away = self.minus(scaling, b, a)
         products = (away.left.T @ away.left) * (away.right @ away.right.T)
         own = self.left.shape[1]
-        return max(0.0, float(products.sum())), max(0.0, float(products[:own, :own].sum()))
+        # In this order, since max(0.0, nan) is 0.0.
+        return max(float(products.sum()), 0.0), max(float(products[:own, :own].sum()), 0.0)
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,43 @@ class LowRank:
 class MeanFactors:
     """The parties' mean factors as the low-rank product sees them; each entry is a sum of the parties' terms.
 
+    Factors of a rank above that of any m x n matrix have more to them than the product sees; of these the
+    means are whole, ``sum_i w_i A_i`` (r, n) and ``sum_i w_i B_i`` (m, r).
+
     Args:
         a: ``sum_i w_i A_i V``, (r, k).
         b: ``U^T sum_i w_i B_i``, (k, r).
         squares: ``sum_i w_i (|A_i|^2 + |B_i|^2)``.
+        whole: Whether ``a`` and ``b`` are not projected.
     """
 
     a: Tensor
     b: Tensor
     squares: float
+    whole: bool = False
 
     @property
     def agree(self) -> bool:
         """Whether the parties hold the same factors: their variance around the mean is next to nothing."""
         mean = float(self.a.square().sum() + self.b.square().sum())
         return self.squares - mean <= _AGREEMENT * self.squares
+
+    def projected(self, low: LowRank) -> "MeanFactors":
+        """Return what the product sees of the means."""
+        if not self.whole:
+            return self
+        return MeanFactors(self.a @ low.v, low.u.T @ self.b, self.squares)
+
+
+def terms_of_means(b: Tensor, a: Tensor, low: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a party adds, times its weight, to the three entries of ``MeanFactors``."""
+    squares = a.square().sum() + b.square().sum()
+    return (a, b, squares) if exceeds(low, a) else (a @ low.v, low.u.T @ b, squares)
+
+
+def exceeds(low: LowRank, a: Tensor) -> bool:
+    """Return whether factors are of a rank above that of any matrix of their size."""
+    return a.shape[0] > low.s.numel()
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -159,9 +182,11 @@ def hand_back(
     """
     target = low.s / scaling
     if mean is not None and mean.agree:
+        if mean.whole:
+            return mean.b, mean.a
         left, right = mean.b, mean.a
     elif mean is not None and gauge == "procrustes":
-        left, right = _nearest(mean, target)
+        left, right = _nearest(mean.projected(low), target)
     else:
         left, right = _diagonal(target, rank, gauge)
     return low.u @ left, right @ low.v.T

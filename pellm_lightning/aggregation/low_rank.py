@@ -92,10 +92,7 @@ class LowRankMean(Aggregation):
         def total(terms: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
             """Sum what every party holds of each term, each times its share."""
             terms = [counting.share * x if counting.share > 0 else torch.zeros_like(x) for x in terms]
-            sums = gathering.summed(terms, counting.federation, dtype)
-            for pair, values in zip(pairs, sums, strict=False):
-                _check_finite(pair, values)
-            return sums
+            return gathering.summed(terms, counting.federation, dtype)
 
         found = self._iterated(pairs, own, counting.federation.party, total)
         means: list[MeanFactors] | list[None] = [None] * len(pairs)
@@ -103,10 +100,13 @@ class LowRankMean(Aggregation):
             terms = [
                 term
                 for (b, a), low in zip(own, found, strict=True)
-                for term in (a @ low.v, low.u.T @ b, a.square().sum() + b.square().sum())
+                for term in factors.terms_of_means(b, a, low)
             ]
             sums = iter(total(terms, torch.float64))
-            means = [MeanFactors(next(sums), next(sums), float(next(sums))) for _ in pairs]
+            means = [
+                MeanFactors(next(sums), next(sums), float(next(sums)), factors.exceeds(low, a))
+                for (_, a), low in zip(own, found, strict=True)
+            ]
         results = [
             factor.float()
             for pair, low, mean in zip(pairs, found, means, strict=True)
@@ -136,9 +136,9 @@ class LowRankMean(Aggregation):
         for _ in range(self.steps):
             q = [factors.orthonormal(x.cpu().double()) for x in q]
             p = total([b @ (a @ x) for (b, a), x in zip(sides, q, strict=True)])
-            p = [factors.orthonormal(x) for x in p]
+            p = [factors.orthonormal(_checked(pair, x)) for pair, x in zip(pairs, p, strict=True)]
             q = total([a.T @ (b.T @ x) for (b, a), x in zip(sides, p, strict=True)])
-        found = [factors.from_range(x, y) for x, y in zip(p, q, strict=True)]
+        found = [factors.from_range(x, _checked(pair, y)) for pair, x, y in zip(pairs, p, q, strict=True)]
         found = [low.transposed() if turn else low for low, turn in zip(found, turned, strict=True)]
         return [
             factors.completed(low, pair.anchor_b.cpu(), pair.anchor_a.cpu(), nothing=1e-6)  # sums in float32
@@ -169,28 +169,29 @@ def _alike(pairs: Sequence[Factors]) -> bool:
 
 
 def _mean_factors(terms: Sequence[Term], low: LowRank) -> MeanFactors:
-    each = [(term.share, term.b.double(), term.a.double()) for term in terms]
-    return MeanFactors(
-        a=sum((share * a @ low.v for share, _, a in each), torch.zeros(())),
-        b=sum((share * low.u.T @ b for share, b, _ in each), torch.zeros(())),
-        squares=sum(share * float(a.square().sum() + b.square().sum()) for share, b, a in each),
-    )
+    each = [
+        [term.share * part for part in factors.terms_of_means(term.b.double(), term.a.double(), low)]
+        for term in terms
+    ]
+    a, b, squares = (torch.stack(parts).sum(dim=0) for parts in zip(*each, strict=True))
+    return MeanFactors(a, b, float(squares), factors.exceeds(low, terms[0].a))
 
 
 def _finite(pairs: Sequence[Factors], results: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     for pair, both in zip(pairs, results, strict=True):
         for factor in both:
-            _check_finite(pair, factor)
+            _checked(pair, factor)
     return results
 
 
-def _check_finite(pair: Factors, values: Tensor) -> None:
+def _checked(pair: Factors, values: Tensor) -> Tensor:
     if not torch.isfinite(values).all():
         raise FederationError(
             f"The products of {pair.pair.name!r} exceed float32, so they have no low-rank mean. No parameter"
             " was changed. Lower the learning rate or clip gradients: factors this large come of a training"
             " that diverges."
         )
+    return values
 
 
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
