@@ -4,14 +4,14 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pellm_lightning import meeting, passport
+from pellm_lightning import meeting, outer, passport
 from pellm_lightning.aggregation.base import Aggregation, Counting, Part, Parts
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
@@ -20,11 +20,10 @@ from pellm_lightning.aggregation.ranks import PaddedFactors
 from pellm_lightning.federation import Federation, FederationError, MismatchError
 from pellm_lightning.layout import Chunk, Layout
 from pellm_lightning.meeting import Header, Purpose
+from pellm_lightning.outer import OptimizerFactory
 from pellm_lightning.products import Products
 
 log = logging.getLogger(__name__)
-
-OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,6 @@ class RoundReport:
     """2-norm of this party's parameters minus the aggregation's result."""
     deviation: Deviation | None
     """By how much the LoRA factors miss the mean of the products; None without LoRA, or if not measured."""
-
-
-def _sgd_one(params: Iterable[Any]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=1.0)
 
 
 class Aggregator:
@@ -112,7 +107,7 @@ class Aggregator:
         aggregation: Aggregation | None = None,
         lora: Mapping[str, LoraModule] | None = None,
         measure_deviation: bool = True,
-        outer_optimizer: OptimizerFactory = _sgd_one,
+        outer_optimizer: OptimizerFactory = outer.sgd_one,
         frozen: Mapping[str, Tensor] | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
         files: Iterable[str] = (),
@@ -139,10 +134,10 @@ class Aggregator:
         self._loaded: Mapping[str, Any] | None = None
         self._started = False
         self._lay_out(self._parameters)
-        _check_outer(self._plan.rule, self._outer_optimizer)
+        outer.check(self._plan.rule, self._outer_optimizer)
         self._config = dict(config or {})
         self._config.setdefault("on_nonfinite", on_nonfinite)
-        self._config.setdefault("outer_optimizer", _describe(self._outer_optimizer))
+        self._config.setdefault("outer_optimizer", outer.describe(self._outer_optimizer))
         self._config.setdefault("aggregation", repr(self._plan.rule))
         self._config.setdefault("measure_deviation", measure_deviation)
 
@@ -324,7 +319,7 @@ class Aggregator:
         if products is not None:
             outcome = products.combine(self._layout, self._global.data, self._staging, counting)
             deviation = outcome.deviation
-            lands = _is_sgd_one(self._outer_optimizer)
+            lands = outer.is_sgd_one(self._outer_optimizer)
             products.put_(self._layout, self._global.data, self._staging, outcome.replaced, lands=lands)
         distance = self._commit()
         if products is not None and outcome.terms is not None:
@@ -456,7 +451,7 @@ class Aggregator:
 
     def _commit(self) -> float:
         """Step the outer optimizer by the pseudo-gradient, write back; return the distance from the mean."""
-        plain = _is_sgd_one(self._outer_optimizer)
+        plain = outer.is_sgd_one(self._outer_optimizer)
         squares: list[float] = []
         for chunk in self._layout.chunks():
             at = slice(chunk.start, chunk.stop)
@@ -527,36 +522,6 @@ def _squared_norm(values: Tensor) -> float:
     squared = float(torch.dot(values, values))
     # Squares of large finite values overflow float32; those of infinite ones float64, too.
     return squared if math.isfinite(squared) else float(values.double().square().sum())
-
-
-def _is_sgd_one(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is ``x -= grad`` and nothing else."""
-    (group,) = optimizer.param_groups
-    return type(optimizer) is torch.optim.SGD and (
-        group["lr"], group["momentum"], group["weight_decay"], group["maximize"]
-    ) == (1.0, 0, 0, False)  # fmt: skip
-
-
-def _check_outer(rule: Aggregation, optimizer: torch.optim.Optimizer) -> None:
-    (group,) = optimizer.param_groups
-    memoryless = type(optimizer) is torch.optim.SGD and not group["momentum"] and not group["weight_decay"]
-    if rule.outer == "mean" and not _is_sgd_one(optimizer):
-        raise ValueError(
-            f"{rule!r} gives the factors other coordinates each round, so a step from the last ones towards"
-            f" them has no meaning: outer_optimizer={_describe(optimizer)} must be SGD with lr=1 and no"
-            " momentum, or the aggregation LowRankMean(gauge='procrustes')."
-        )
-    if rule.outer == "memoryless" and not memoryless:
-        raise ValueError(
-            f"{rule!r} lets a factor rest, which the memory of outer_optimizer={_describe(optimizer)} would"
-            " still move. Use SGD without momentum and weight decay, or another aggregation."
-        )
-
-
-def _describe(optimizer: torch.optim.Optimizer) -> str:
-    group = optimizer.param_groups[0]
-    settings = ", ".join(f"{key}={group[key]}" for key in sorted(group) if key != "params")
-    return f"{type(optimizer).__name__}({settings})"
 
 
 def _by_party(values: list[int]) -> str:
