@@ -297,7 +297,7 @@ def test_a_write_back_survives_the_next_local_step() -> None:
         assert torch.equal(w.detach(), torch.full((3,), 2.0))  # (0 + 4) / 2
         w.grad = torch.ones(3)
         inner.step()  # Adam's first step is lr * sign(gradient)
-        # Adam's first step in a thread is off by 4e-5 about once in fourteen runs; where it starts matters here.
+        # Adam's first step in a thread is off by 4e-5 about once in fourteen runs.
         torch.testing.assert_close(w.detach(), torch.full((3,), 1.5), rtol=0, atol=1e-3)
         assert w.data_ptr() == place
 
