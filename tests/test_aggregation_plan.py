@@ -71,13 +71,11 @@ def test_the_parts_of_a_model() -> None:
     assert plan.named((Part.OTHER,)) == {"head.weight"}
     assert [pair.name for pair in plan.pairs] == ["q.default", "v.default"]
     assert plan.shared == set(NAMES)
-    assert plan.local == set()
 
 
 def test_sharing_a_leaves_the_rest_local() -> None:
     plan = Plan(ShareA(), NAMES)
     assert plan.shared == {name_a("q"), name_a("v")}
-    assert plan.local == {name_b("q"), name_b("v"), "head.weight"}
     assert plan.products == []
 
 

@@ -7,8 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,21 +300,11 @@ def overlaid(home: Path) -> Path:
     return home / "runs/overlays"
 
 
-@pytest.fixture
-def loading_is_over() -> Iterator[None]:
-    """Wait for the threads of `from_pretrained`: they end a moment after it returns, as a leak would not."""
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(timeout=5)
-
-
 LABELS: dict[str, Any] = {"auto_class": AutoModelForSequenceClassification, "num_labels": 3}
 
 
 @pytest.mark.torchrun
 @pytest.mark.timeout(240)
-@pytest.mark.usefixtures("loading_is_over")
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name not in ("share_a", "heterogeneous_rank")])
 def test_an_overlay_changes_what_becomes_of_the_factors(home: Path, overlaid: Path, name: str) -> None:
     parties = [overlaid / name / f"party-{party}" for party in range(2)]
@@ -345,7 +333,6 @@ def test_an_overlay_changes_what_becomes_of_the_factors(home: Path, overlaid: Pa
 
 @pytest.mark.torchrun
 @pytest.mark.timeout(240)
-@pytest.mark.usefixtures("loading_is_over")
 def test_share_a_leaves_each_party_a_model_of_its_own(home: Path, overlaid: Path) -> None:
     folders = [overlaid / f"share_a/party-{party}/adapter-{party}" for party in range(2)]
     first, second = [adapter(folder, home / "runs/examples/minilm", **LABELS) for folder in folders]
@@ -355,7 +342,6 @@ def test_share_a_leaves_each_party_a_model_of_its_own(home: Path, overlaid: Path
 
 @pytest.mark.torchrun
 @pytest.mark.timeout(240)
-@pytest.mark.usefixtures("loading_is_over")
 def test_each_party_has_the_rank_that_its_command_names(home: Path, overlaid: Path) -> None:
     folders = [overlaid / f"heterogeneous_rank/party-{party}/adapter-{party}" for party in range(3)]
     adapters = [adapter(folder, home / "runs/examples/minilm", **LABELS) for folder in folders]
@@ -368,7 +354,6 @@ def test_each_party_has_the_rank_that_its_command_names(home: Path, overlaid: Pa
 
 @pytest.mark.torchrun
 @pytest.mark.timeout(240)
-@pytest.mark.usefixtures("loading_is_over")
 # Lightning calls jsonargparse in a way that has gone out of use.
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")  # PEFT's own default

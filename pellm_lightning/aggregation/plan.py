@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 from torch import Tensor
 
@@ -62,23 +63,18 @@ class Plan:
         """Names that federate; the rest stays local."""
         return self.named(self.rule.shared)
 
-    @property
+    @cached_property
     def products(self) -> list[Pair]:
         """Pairs of which both factors federate and are a product, which can be combined and compared."""
         if not self.rule.shared >= FACTORS:
             return []
         return [pair for pair in self.pairs if self.module(pair).obstacle is None]
 
-    @property
+    @cached_property
     def groups(self) -> list[tuple[Part, ...]]:
         """Parts that cross together; parts of different groups may cross without each other."""
         apart = any(self.rule.averaged(round, 2) != EVERYTHING for round in (0, 1))
         return [(Part.A,), (Part.B,), (Part.OTHER,)] if apart else [tuple(Part)]
-
-    @property
-    def local(self) -> set[str]:
-        """Names that stay with their party."""
-        return self._part.keys() - self.shared
 
     @property
     def written_bases(self) -> list[Tensor]:

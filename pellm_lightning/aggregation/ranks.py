@@ -9,6 +9,7 @@ from torch import Tensor
 from pellm_lightning.aggregation.base import (
     EVERYTHING,
     FACTORS,
+    NOTHING,
     OTHERS,
     Aggregation,
     Combined,
@@ -67,7 +68,7 @@ class HeterogeneousRank(Aggregation):
 
     def regauged(self, counting: int) -> Parts:
         """Return the factors, with "zero_pad" nothing."""
-        return frozenset() if self.method == "zero_pad" else FACTORS
+        return NOTHING if self.method == "zero_pad" else FACTORS
 
     def obstacle(self, module: LoraModule) -> str | None:
         """Return what the module says."""
