@@ -3,13 +3,13 @@
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
 from pellm_lightning.federation.errors import PartyLostError
+from pellm_lightning.federation.polling import polls
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Board:
 
     def _wait_for(self, key: str, what: str) -> None:
         """Wait until every party has set ``key``; raise when one has left or the time is over."""
-        for _ in _polls(self.timeout_s):
+        for _ in polls(self.timeout_s):
             missing = self._missing(key)
             if not missing:
                 return
@@ -122,7 +122,7 @@ class Board:
         raise self.gave_up(f"for party {', '.join(map(str, missing))} to {what}")
 
     def _wait_for_goodbye(self, key: str) -> None:
-        for _ in _polls(_GOODBYE_S):
+        for _ in polls(_GOODBYE_S):
             missing = self._missing(key)
             if all(self._store.check([f"left/{party}"]) for party in missing):
                 break
@@ -153,15 +153,3 @@ class Board:
                 f" ({error}). The process that hosts it, often party 0's or its launcher, has ended: look at"
                 " the end of its log."
             ) from error
-
-
-def _polls(seconds: float) -> Iterator[None]:
-    """Yield at once and then after ever longer pauses, of 50 ms at most, until the time is over."""
-    deadline = time.monotonic() + seconds
-    pause = 0.0005
-    while True:
-        yield
-        if time.monotonic() >= deadline:
-            return
-        time.sleep(min(pause, max(deadline - time.monotonic(), 0.0)))
-        pause = min(2 * pause, 0.05)

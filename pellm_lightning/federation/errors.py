@@ -1,8 +1,19 @@
 """What can go wrong between parties. Every message names the party, the thing and the cure."""
 
+from collections.abc import Sequence
+
 
 class FederationError(RuntimeError):
-    """Base of everything that goes wrong between parties; raised on every party that can still be reached."""
+    """Base of everything that goes wrong between parties; raised on every party that can still be reached.
+
+    Args:
+        message: What happened, where, and what to do.
+        parties: Names of those who are lost or disagree, as far as they are known.
+    """
+
+    def __init__(self, message: str = "", *, parties: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.parties = tuple(parties)
 
 
 class MismatchError(FederationError):
@@ -11,3 +22,7 @@ class MismatchError(FederationError):
 
 class PartyLostError(FederationError):
     """A party left, died, or did not arrive in time."""
+
+
+class TooFewPartiesError(FederationError):
+    """Fewer parties than a round needs are there, and this one has waited long enough."""

@@ -1,0 +1,145 @@
+"""Who is who over TLS: every connection is encrypted, and both ends prove their names by certificate.
+
+The name in a certificate (the subject's common name) is what counts, not the host: parties move between hosts
+and VPN addresses. So host names are not checked; whoever accepts or opens a connection compares ``peer_name``
+with whom it expects.
+"""
+
+import contextlib
+import re
+import ssl
+from dataclasses import dataclass
+from functools import cached_property
+
+RENDEZVOUS = "rendezvous"
+"""Common name of the rendezvous' certificate."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if a party may be called so.
+
+    Raises:
+        ValueError: If not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is no party's name: use 1 to 63 letters, digits, dots, hyphens and underscores, with"
+            " a letter or digit first."
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class TLS:
+    """The certificate by which this process proves its name, and the authority by which it judges others.
+
+    Version 1.3 only (RFC 8446), and both ends must show a certificate.
+
+    Args:
+        cert: Path of this process' certificate, PEM.
+        key: Path of its private key, PEM, not encrypted.
+        ca: Path of the certificate of the federation's own authority, PEM.
+
+    Raises:
+        ValueError: If a file is missing or no PEM, if the key does not fit the certificate, or if the
+            certificate is not the authority's or has expired.
+    """
+
+    cert: str
+    key: str
+    ca: str
+
+    def __post_init__(self) -> None:
+        # A certificate that nobody will accept is noticed here and not at a far party.
+        _ = self.name
+
+    @cached_property
+    def name(self) -> str:
+        """The common name of ``cert``: the party that this process speaks for."""
+        try:
+            name = _shaken(self.client_context(), self.server_context())
+        except ssl.SSLCertVerificationError as error:
+            raise ValueError(
+                f"The certificate {self.cert} is not accepted by the authority {self.ca}:"
+                f" {error.verify_message}. Take the certificate that this authority issued for this host,"
+                " check the host's clock, or have a new one made: python -m pellm_lightning certs."
+            ) from error
+        except ssl.SSLError as error:
+            raise ValueError(
+                f"The certificate {self.cert} cannot be used for TLS 1.3: {error}. Have a new one made:"
+                " python -m pellm_lightning certs."
+            ) from error
+        if name is None:
+            raise ValueError(
+                f"The subject of the certificate {self.cert} must have exactly one common name, the party's"
+                " name. Have a new one made: python -m pellm_lightning certs."
+            )
+        return check_name(name)
+
+    def server_context(self) -> ssl.SSLContext:
+        """Return settings for accepting connections: the other end must show a certificate of ``ca``."""
+        context = self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        # Without tickets nothing is resumed: every connection shows its certificate.
+        context.num_tickets = 0
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """Return settings for opening connections: the other end must show a certificate of ``ca``."""
+        return self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+    def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        for path in (self.cert, self.key, self.ca):
+            _check_readable(path)
+        try:
+            context.load_verify_locations(self.ca)
+        except ssl.SSLError as error:
+            raise ValueError(
+                f"ca={self.ca} is no certificate in PEM: {error}. Give the path of ca.pem."
+            ) from error
+        try:
+            # Without a password to give, OpenSSL would ask for one at the terminal.
+            context.load_cert_chain(self.cert, self.key, password="")
+        except ssl.SSLError as error:
+            raise ValueError(
+                f"cert={self.cert} and key={self.key} are no certificate and its key, in PEM and not"
+                f" encrypted: {error}. Give the two files that were made together."
+            ) from error
+        return context
+
+
+def peer_name(sock: ssl.SSLSocket | ssl.SSLObject) -> str | None:
+    """Return the common name in the other end's verified certificate; None if it has not exactly one."""
+    subject = (sock.getpeercert() or {}).get("subject", ())
+    names = [pair[1] for part in subject for pair in part if pair[0] == "commonName"]
+    return str(names[0]) if len(names) == 1 else None
+
+
+def _check_readable(path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ValueError(
+            f"TLS needs the file {path}, which cannot be read: {error.strerror}. Check the path and its"
+            " permissions; certificates are made by python -m pellm_lightning certs."
+        ) from error
+
+
+def _shaken(client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> str | None:
+    """Let a certificate shake hands with itself, in memory; return its name as the client sees it.
+
+    This judges it exactly as other parties will: issuer, dates, purposes. The standard library has no public
+    way to read a certificate from a file.
+    """
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client_context.wrap_bio(to_client, to_server)
+    server = server_context.wrap_bio(to_server, to_client, server_side=True)
+    for end in (client, server, client, server):  # hello, hello and certificate, certificate, the end
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return peer_name(client)
