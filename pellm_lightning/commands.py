@@ -1,0 +1,72 @@
+"""Commands beside training: the rendezvous of parties in separate jobs, and the certificates it needs."""
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from pellm_lightning.federation.server import RendezvousServer
+from pellm_lightning.federation.talks import split_address
+from pellm_lightning.federation.tls import TLS
+
+COMMANDS = ("rendezvous", "certs")
+
+log = logging.getLogger(__name__)
+
+
+def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -> None:
+    """Host the rendezvous where parties in separate jobs meet, until SIGTERM or SIGINT.
+
+    It keeps everything in memory. Losing it loses nothing: it may be stopped and started again at any time.
+
+    Args:
+        listen: Address to listen on, host:port; only parties that reach this address can take part.
+        roster: Names of all parties, separated by commas. Only certificates can enforce it.
+        tls: Certificate named "rendezvous". Without one everybody who reaches the address may take part.
+    """
+    host, port = split_address(listen)
+    server = RendezvousServer(host, port, roster=_names(roster or ""), tls=tls)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.close())
+    try:
+        server.serve_forever()
+    except OSError as error:
+        raise ValueError(
+            f"The rendezvous cannot listen on {listen}: {error.strerror}. Stop what uses this port, often"
+            " another rendezvous, or choose another port; the host must be an address of this machine."
+        ) from error
+    log.info("the rendezvous has closed")
+
+
+def certs(directory: Path, names: str, days: float = 365) -> None:
+    """Make a certificate for each name, and first the federation's own authority if there is none.
+
+    Every host gets its own <name>.pem and <name>.key, and ca.pem; ca.key stays here, out of others' reach.
+
+    Args:
+        directory: Folder for the files.
+        names: Names, separated by commas: all parties', and "rendezvous".
+        days: For how many days the certificates are good.
+    """
+    from pellm_lightning.federation.certs import make_ca, make_certificate  # an optional dependency
+
+    if not (directory / "ca.pem").exists():
+        log.info("made %s", make_ca(directory))
+    for name in _names(names):
+        log.info("made %s", make_certificate(directory, name, days))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run one of ``COMMANDS`` as the command line asks; tell what goes wrong in words, with exit code 1."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        auto_cli([rendezvous, certs], args=None if words is None else list(words), as_positional=False)
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(str(error))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

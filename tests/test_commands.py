@@ -1,0 +1,121 @@
+"""The commands beside training."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from certificates import files, tls_of
+
+from pellm_lightning import cli, commands
+from pellm_lightning.federation.store import RemoteStore
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def tls_words(name: str) -> list[str]:
+    tls = tls_of(name)
+    return [f"--tls.cert={tls.cert}", f"--tls.key={tls.key}", f"--tls.ca={tls.ca}"]
+
+
+def test_certs_makes_the_authority_and_what_is_missing(tmp_path: Path) -> None:
+    commands.main(["certs", f"--directory={tmp_path}", "--names=rendezvous, clinic-a"])
+    assert files(tmp_path, "clinic-a").name == "clinic-a"
+    ca = (tmp_path / "ca.pem").read_bytes()
+    commands.main(["certs", f"--directory={tmp_path}", "--names=clinic-b", "--days=1"])
+    assert (tmp_path / "ca.pem").read_bytes() == ca
+    assert files(tmp_path, "clinic-b").name == "clinic-b"
+
+
+def test_what_goes_wrong_is_told_in_words(tmp_path: Path) -> None:
+    words = ["certs", f"--directory={tmp_path}", "--names=a"]
+    commands.main(words)
+    with pytest.raises(SystemExit, match=r"a\.key is there already and is not overwritten"):
+        commands.main(words)
+    with pytest.raises(SystemExit, match="'nowhere' is no address"):
+        commands.main(["rendezvous", "--listen=nowhere"])
+    with pytest.raises(SystemExit, match="without a roster"):
+        commands.main(["rendezvous", "--listen=127.0.0.1:1", *tls_words("rendezvous")])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"--listen=127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(SystemExit, match=r"cannot listen on 127.*: Address already in use\. Stop what"):
+            commands.main(["rendezvous", listen])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_rendezvous_serves_until_a_signal(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    answers: list[Any] = []
+
+    def visit() -> None:
+        try:
+            store = RemoteStore(f"127.0.0.1:{port}", tls=tls_of("clinic-a"), retry_s=10)
+            answers.append(store.compare_set("x", "", "1"))
+            store.close()
+        finally:
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=visit)
+    words = [
+        "rendezvous",
+        f"--listen=127.0.0.1:{port}",
+        "--roster=clinic-a,clinic-b",
+        *tls_words("rendezvous"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words])
+    thread.start()
+    cli.main()
+    thread.join()
+    assert answers == [b"1"]
+
+
+@pytest.mark.torchrun
+def test_the_rendezvous_as_a_process(tmp_path: Path) -> None:
+    port = free_port()
+    tls = tls_of("rendezvous")
+    config = tmp_path / "rendezvous.yaml"
+    config.write_text(
+        f"listen: 127.0.0.1:{port}\nroster: clinic-a\ntls:"
+        f" {{cert: {tls.cert}, key: {tls.key}, ca: {tls.ca}}}\n"
+    )
+    words = ["rendezvous", f"--config={config}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pellm_lightning", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            store = RemoteStore(f"127.0.0.1:{port}", tls=tls_of("clinic-a"), retry_s=60)
+            store.compare_set("x", "", "1")
+            process.terminate()
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert out == b""
+    lines = [line.split(b" INFO ")[1] for line in err.splitlines()]
+    assert lines == [
+        f"the rendezvous listens on 127.0.0.1:{port} with TLS".encode(),
+        b"[clinic-a] is here",
+        b"[clinic-a] is gone",
+        b"the rendezvous has closed",
+    ]
+    with contextlib.closing(socket.create_server(("127.0.0.1", port))):
+        pass  # its port is free again, at once
+    store.close()
