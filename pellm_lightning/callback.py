@@ -1,14 +1,15 @@
 """FederatedAveraging: Lightning's hooks -> schedule -> round."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -23,7 +24,15 @@ from pellm_lightning.environment import (
     speak_as,
     topology_of,
 )
-from pellm_lightning.federation import Federation, FederationError
+from pellm_lightning.federation import (
+    TLS,
+    ElasticFederation,
+    Federation,
+    FederationError,
+    Membership,
+    TooFewPartiesError,
+)
+from pellm_lightning.federation.job import Job
 from pellm_lightning.federation.rendezvous import launched, store_from_env
 from pellm_lightning.layout import Layout
 from pellm_lightning.parameters import frozen, select
@@ -34,6 +43,7 @@ from pellm_lightning.topology import Topology
 from pellm_lightning.validation import ValidationMetrics
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -84,6 +94,20 @@ class FederatedAveraging(Callback):
             as the adapter, and is resumed on, or loaded onto, a freshly built base.
         federation: Makes an already joined Federation, for parties that do not meet by the launcher's
             environment variables. Called once per fit.
+        rendezvous: Makes this launch one party of several separate jobs, which join at "tcp://host:port"
+            (``python -m pellm_lightning rendezvous``) or "etcd://host:port". Default: ``PELLM_RENDEZVOUS``.
+        name: Name of this party among separate jobs. Default: ``PELLM_PARTY``.
+        roster: Names of all parties, in the same order everywhere. Default: ``PELLM_ROSTER``, with commas.
+        listen: "host:port" at which the other parties reach this one. Default: ``PELLM_LISTEN``, or this host
+            only.
+        advertise: "host:port" to tell them instead, where an address is translated on the way. Default:
+            ``PELLM_ADVERTISE``.
+        tls: This party's certificate and the federation's authority. Default: ``PELLM_TLS_CERT``,
+            ``PELLM_TLS_KEY`` and ``PELLM_TLS_CA``; without any, nothing is encrypted.
+        membership: How many parties a round of separate jobs needs, how long to wait for whom, and whether to
+            go on without a lost one.
+        state_dir: Where separate jobs keep the global state through their own death. Default: ``federation/``
+            below the Trainer's ``default_root_dir/party-<k>``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -104,7 +128,15 @@ class FederatedAveraging(Callback):
         timeout_s: float = 1800,
         check_base: bool = True,
         save_frozen: bool = True,
-        federation: Callable[[], Federation] | None = None,
+        federation: Callable[[], Federation | ElasticFederation] | None = None,
+        rendezvous: str | None = None,
+        name: str | None = None,
+        roster: Sequence[str] = (),
+        listen: str | None = None,
+        advertise: str | None = None,
+        tls: TLS | None = None,
+        membership: Membership | None = None,
+        state_dir: str | None = None,
     ) -> None:
         self._schedule = schedule(every_n_epochs, every_n_steps)
         checks.weighting(weighting)
@@ -113,6 +145,8 @@ class FederatedAveraging(Callback):
         checks.patterns("include", include)
         checks.patterns("exclude", exclude)
         checks.seconds("timeout_s", timeout_s)
+        self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership)
+        """How this party joins separate jobs; None if all parties come from one launch."""
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.weighting = weighting
@@ -127,10 +161,18 @@ class FederatedAveraging(Callback):
         self.check_base = check_base
         self.save_frozen = save_frozen
         self.federation = federation
+        self.rendezvous = rendezvous
+        self.name = name
+        self.roster = roster
+        self.listen = listen
+        self.advertise = advertise
+        self.tls = tls
+        self.membership = membership
+        self.state_dir = state_dir
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
-        self._joined: Federation | None = None
+        self._joined: Federation | ElasticFederation | None = None
         self._aggregator: Aggregator | None = None
         self._plan: Plan | None = None
         self._trainable: dict[str, nn.Parameter] = {}
@@ -157,7 +199,7 @@ class FederatedAveraging(Callback):
             self._state, self._aggregator = {}, None  # of an earlier fit, which may have failed
             self._party = Party(self._topology, trainer.strategy)
             report.show_log_lines()
-            self._join()
+            self._join(trainer)
             checks.trainer(trainer, self, self._topology)
             if not self.save_frozen:
                 checks.checkpoints(trainer)
@@ -192,10 +234,10 @@ class FederatedAveraging(Callback):
         self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
         self._trainable = trainable
         self._layout = Layout(parameters)
-        self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
-        if not self._state:  # resumed in the middle of a round, each process has its own already
+        overwritten, round = self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
+        if overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
-        round = self._state["aggregator"]["round"] if self._state else 0
+            self._since = SinceRound(trainer.global_step)
         self._resting = self._parameters(self._plan.rule.resting(round))
         if self._topology.is_speaker:
             report.announce(trainer, pl_module, self._topology, self._plan, parameters)
@@ -246,7 +288,9 @@ class FederatedAveraging(Callback):
         """Average the metrics over the parties before EarlyStopping and ModelCheckpoint read them."""
         if _validates_in_fit(trainer):
             local = self._validation.end(trainer, self._in_party)
-            mean = self._in_party.speak(lambda: self._speaking.mean(local))
+            mean = self._in_party.speak(lambda: self._or_why_not(lambda: self._speaking.mean(local)))
+            if isinstance(mean, str):
+                self._stop_for_lack_of_parties(trainer, mean)
             report.publish(trainer, {f"federated/{name}": value for name, value in mean.items()})
 
     @override
@@ -260,7 +304,14 @@ class FederatedAveraging(Callback):
         """Run the last, incomplete round; then answer the others' rounds until every party is through."""
         if trainer.global_step > self._since.step:
             self._run_round(trainer, pl_module, on_bar=False)
-        while (done := self._in_party.speak(lambda: next(self._drained, None))) is not None:
+
+        def drained() -> RoundReport | str | None:
+            return self._or_why_not(lambda: next(self._drained, None))
+
+        while (done := self._in_party.speak(drained)) is not None:
+            if isinstance(done, str):
+                log.warning("[party %s] Ends without the others. %s", self._topology.name, done)
+                break
             self._took_over(trainer, pl_module, done, on_bar=False)
         if self._joined is not None:
             self._joined.close()
@@ -280,7 +331,7 @@ class FederatedAveraging(Callback):
             return
         if self._joined is not None and self._aggregator is None:
             why = _why_nothing_was_trained(trainer)
-            log.warning("[party %d] Left the federation: %s.", self._topology.party, why)
+            log.warning("[party %s] Left the federation: %s.", self._topology.name, why)
             self._joined.abort(why)
         self._state = self.state_dict()
         self._party = self._joined = self._aggregator = self._layout = self._plan = None
@@ -321,8 +372,8 @@ class FederatedAveraging(Callback):
 
     # ---- the parts of the hooks
 
-    def _join(self) -> None:
-        if self.federation is None and not launched():
+    def _join(self, trainer: Trainer) -> None:
+        if self.federation is None and self.job is None and not launched():
             log.warning(
                 "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
                 " this host run `torchrun --nproc-per-node N your_script.py`."
@@ -331,12 +382,16 @@ class FederatedAveraging(Callback):
         if self._joined is not None:
             known = self._topology
             self._topology = Topology(
-                self._joined.party, self._joined.num_parties, known.rank_in_party, known.party_size
+                *self._joined.place, known.rank_in_party, known.party_size, label=self._joined.name
             )
+        if isinstance(self._joined, ElasticFederation):
+            self._joined.interrupt = lambda: _raise_if_terminated(trainer)
 
     def _join_as_speaker(self) -> None:
         if self.federation is not None:
             self._joined = self.federation()
+        elif self.job is not None:
+            self._joined = self.job.join()
         else:
             party, num_parties = self._topology.party, self._topology.num_parties
             store = store_from_env(self.timeout_s)
@@ -355,17 +410,18 @@ class FederatedAveraging(Callback):
         try:
             return select(module, self.include, self.exclude)
         except ValueError as error:
-            raise MisconfigurationException(f"Party {self._topology.party}: {error}") from error
+            raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 
     def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:
             return Plan(self.aggregation, parameters, lora_modules(module))
         except ValueError as error:
-            raise MisconfigurationException(f"Party {self._topology.party}: {error}") from error
+            raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 
     def _start(
         self, trainer: Trainer, pl_module: LightningModule, parameters: dict[str, nn.Parameter]
-    ) -> None:
+    ) -> tuple[bool, int]:
+        """Start as the speaker; return whether parameters were overwritten, and the round that comes."""
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
         self._aggregator = Aggregator(
@@ -385,13 +441,21 @@ class FederatedAveraging(Callback):
             },
             files=isolation.written_paths(trainer),
             on_nonfinite=self.on_nonfinite,
+            state_dir=self._state_path(trainer),
         )
         if self._state:
             checks.own_checkpoint(self._state["party"], self._topology.party)
             self._aggregator.load_state_dict(self._state["aggregator"])
-        self._aggregator.start()
-        checks.devices(self._joined.all_gather_json("device", describe_device(trainer.strategy.root_device)))
+        overwritten = self._aggregator.start()
+        if isinstance(self._joined, Federation):
+            device = describe_device(trainer.strategy.root_device)
+            checks.devices(self._joined.all_gather_json("device", device))
         self._drained = self._aggregator.drain()
+        return overwritten, self._aggregator.round
+
+    def _state_path(self, trainer: Trainer) -> str:
+        root = isolation.below(trainer.default_root_dir, self._topology.party)
+        return self.state_dir or os.path.join(root, "federation")
 
     def _count(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
         samples = samples_in(batch, otherwise=None if self.weighting == "samples" else 1)
@@ -418,9 +482,29 @@ class FederatedAveraging(Callback):
         )
         weight = {"samples": samples, "uniform": 1.0}.get(str(self.weighting), self.weighting)
         loss = loss_sum / loss_samples if loss_samples else None
-        done = self._in_party.speak(lambda: self._speaking.step(float(weight), loss))
+        done = self._in_party.speak(
+            lambda: self._or_why_not(lambda: self._speaking.step(float(weight), loss))
+        )
+        if isinstance(done, str):
+            self._stop_for_lack_of_parties(trainer, done)
         self._since = SinceRound(trainer.global_step)
         self._took_over(trainer, pl_module, done, on_bar=on_bar)
+
+    @staticmethod
+    def _or_why_not(meet: Callable[[], T]) -> T | str:
+        """Return what ``meet`` returns; in words, why it could not for lack of others."""
+        try:
+            return meet()
+        except TooFewPartiesError as error:
+            return str(error)
+
+    def _stop_for_lack_of_parties(self, trainer: Trainer, why: str) -> NoReturn:
+        """Keep this party's own steps since the last round, then stop."""
+        path = os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt")
+        trainer.save_checkpoint(path)
+        raise TooFewPartiesError(
+            f"{why} Its own steps since the last round are in {path}; resume it from there."
+        )
 
     def _took_over(
         self, trainer: Trainer, pl_module: LightningModule, done: RoundReport, *, on_bar: bool
@@ -481,6 +565,12 @@ def _is_stopping(trainer: Trainer) -> bool:
         trainer.min_steps or 0
     )
     return trainer.should_stop and free
+
+
+def _raise_if_terminated(trainer: Trainer) -> None:
+    """Stop waiting for others when this process is told to end; Lightning looks only between batches."""
+    if trainer.received_sigterm:
+        raise SIGTERMException
 
 
 def _why_nothing_was_trained(trainer: Trainer) -> str:

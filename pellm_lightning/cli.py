@@ -1,15 +1,17 @@
 """FederatedCLI: LightningCLI with the federation among its arguments."""
 
 import os
+import sys
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-from pellm_lightning import isolation
+from pellm_lightning import commands, isolation
 from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import PartyEnvironment, shares_terminal, speak_as
+from pellm_lightning.federation.job import Job
 from pellm_lightning.federation.rendezvous import launched
 from pellm_lightning.topology import Topology
 
@@ -40,7 +42,7 @@ class FederatedCLI(LightningCLI):
         command = self.config.get(str(self.config.get("subcommand")), {})
         if command.get("ckpt_path"):
             # Parties resume their own checkpoints, so the path may name the party as the data's may.
-            party = Topology.from_env(command.get("num_parties")).party
+            party = _topology(command).party
             command["ckpt_path"] = command["ckpt_path"].replace("{party}", str(party))
 
     @override
@@ -49,12 +51,14 @@ class FederatedCLI(LightningCLI):
         plugins = trainer_config.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         environment = next((plugin for plugin in plugins if isinstance(plugin, PartyEnvironment)), None)
+        federated = self._get(self.config_init, "federated")
         if environment is None:
-            timeout_s = self._get(self.config_init, "federated").timeout_s
-            environment = PartyEnvironment(self._get(self.config_init, "num_parties"), timeout_s)
+            # The processes of a separate job are one party.
+            num_parties = 1 if federated.job else self._get(self.config_init, "num_parties")
+            environment = PartyEnvironment(num_parties, federated.timeout_s)
             if launched():
                 kwargs["plugins"] = [*plugins, environment]
-        topology = environment.topology
+        topology = federated.job.topology() if federated.job else environment.topology
         if topology.num_parties > 1:
             root = trainer_config.get("default_root_dir") or os.getcwd()
             kwargs["default_root_dir"] = isolation.below(str(root), topology.party)
@@ -68,7 +72,18 @@ class FederatedCLI(LightningCLI):
         return trainer
 
 
+def _topology(command: Any) -> Topology:
+    """Return where this process stands, before anything is built of the configuration."""
+    federated = command.get("federated") or {}
+    rendezvous, name, roster = (federated.get(key) for key in ("rendezvous", "name", "roster"))
+    job = Job.configured(rendezvous, name, roster)
+    return job.topology() if job else Topology.from_env(command.get("num_parties"))
+
+
 def main() -> None:
-    """Run the command line: ``python -m pellm_lightning fit --config run.yaml``."""
-    # The ready tasks configure their own optimizers, so the CLI needs not replace them.
-    FederatedCLI(auto_configure_optimizers=False)
+    """Run the command line: ``python -m pellm_lightning fit --config run.yaml``, or one of ``COMMANDS``."""
+    if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
+        commands.main()
+    else:
+        # The ready tasks configure their own optimizers, so the CLI needs not replace them.
+        FederatedCLI(auto_configure_optimizers=False)

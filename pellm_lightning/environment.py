@@ -18,7 +18,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.federation import FederationError
+from pellm_lightning.federation.job import Job
 from pellm_lightning.federation.rendezvous import store_from_env
+from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -124,7 +126,7 @@ class PartyEnvironment(ClusterEnvironment):
     def _form_party_group(self, topology: Topology) -> None:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore(f"party/{topology.party}", store_from_env(self.timeout_s)),
+            store=dist.PrefixStore(_fresh_prefix(topology), store_from_env(self.timeout_s)),
             rank=topology.rank_in_party,
             world_size=topology.party_size,
             timeout=timedelta(seconds=self.timeout_s),
@@ -181,7 +183,14 @@ class Party:
 
 
 def topology_of(trainer: Trainer) -> Topology:
-    """Return where this process stands; without a PartyEnvironment each process is a party."""
+    """Return where this process stands; without a PartyEnvironment each process is a party.
+
+    A launch that is one party of separate jobs says so in its callback.
+    """
+    for callback in callbacks_of(trainer):
+        job = getattr(callback, "job", None)
+        if isinstance(job, Job):
+            return job.topology()
     # A single-device strategy does not expose its environment, so this reads the connector.
     environment = trainer._accelerator_connector.cluster_environment
     return environment.topology if isinstance(environment, PartyEnvironment) else Topology.from_env()
@@ -201,6 +210,11 @@ def speak_as(rank_in_party: int) -> None:
 def shares_terminal(topology: Topology) -> bool:
     """Whether several parties run on this host under one launcher, and so print into one terminal."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > topology.party_size
+
+
+def _fresh_prefix(topology: Topology) -> str:
+    """Return a prefix that no earlier start of these workers used: torchrun restarts them on one store."""
+    return f"party/{topology.party}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 def _destroy_party_group() -> None:

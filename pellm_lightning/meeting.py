@@ -1,12 +1,37 @@
-"""How parties meet: each says why it comes, in a header of a fixed size, before anything else crosses."""
+"""How parties meet: each says why it comes before anything else crosses, and all agree on what came of it.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Parties of one launch meet all or not at all. Separate jobs meet with those who are there, and the result of a
+round is everybody's or nobody's.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
+from typing_extensions import override
 
-from pellm_lightning.federation import Federation
+from pellm_lightning import durable, passport
+from pellm_lightning.durable import StateDir
+from pellm_lightning.federation import (
+    Collectives,
+    ElasticFederation,
+    FederationError,
+    MismatchError,
+    PartyLostError,
+    Version,
+    Wants,
+)
+from pellm_lightning.passport import Passport
+
+log = logging.getLogger(__name__)
 
 
 class Purpose(IntEnum):
@@ -15,6 +40,7 @@ class Purpose(IntEnum):
     ROUND = 1
     METRICS = 2
     DONE = 3
+    JOIN = 4
 
 
 @dataclass(frozen=True)
@@ -24,38 +50,306 @@ class Header:
     purpose: Purpose
     round: int
     weight: float
+    behind: bool = False
+    """Whether the party lacks the newest global parameters, and so needs them and counts 0."""
 
 
-def meet(federation: Federation, mine: Header) -> list[Header]:
-    """Wait for all parties and learn why each came; help those that came for metrics first.
+class Meeting(ABC):
+    """How the parties of an aggregator come together, and how the result of a round becomes everybody's."""
 
-    Parties are uneven: one validates while another is already in its next round. Every header has the same
-    size, so they can meet anywhere, and whoever came for something else meets again afterwards.
+    rejoins: bool
+    """Whether parties may be lost and come back; then an attempt at a round may fail and is made again."""
+
+    @abstractmethod
+    def introduce(self, mine: Passport) -> None:
+        """Compare what all parties must share.
+
+        Raises:
+            MismatchError: If parties differ; no parameter was touched.
+        """
+
+    @abstractmethod
+    def passports(self) -> list[Passport]:
+        """Return the passports of those who meet, in their order."""
+
+    @abstractmethod
+    def meet(self, mine: Header, version: Version | None) -> list[Header]:
+        """Wait for the parties and learn why each came; help those that came for metrics first."""
+
+    @abstractmethod
+    def mean(
+        self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
+    ) -> dict[str, float]:
+        """Return the weighted mean over the parties of each named (value, weight), equal on all parties."""
+
+    @abstractmethod
+    def version(self, round: int) -> Version | None:
+        """Return the version of the global parameters that the present attempt makes."""
+
+    @abstractmethod
+    def settle(self, round: int, state: Mapping[str, Any]) -> None:
+        """Agree with the others that the result of this attempt stands.
+
+        Raises:
+            PartyLostError: If it does not; nothing may be kept of it.
+        """
+
+    @abstractmethod
+    def again(self, error: PartyLostError) -> bool:
+        """Give up an attempt that failed; return whether to make another."""
+
+    @abstractmethod
+    def restored(self) -> dict[str, Any] | None:
+        """Return the state that this party made durable in an earlier life, None if there is none."""
+
+    @abstractmethod
+    def finished(self, version: Version | None) -> None:
+        """Forget what was kept for coming back, since the federation has ended."""
+
+
+class FixedMeeting(Meeting):
+    """All parties of one launch: whoever is lost, all stop.
+
+    Args:
+        federation: The joined parties.
     """
-    while True:
-        federation.enter(f"meeting for round {mine.round}")
-        headers = _exchanged(federation, mine)
-        if mine.purpose is Purpose.METRICS or all(h.purpose is not Purpose.METRICS for h in headers):
-            federation.enter(f"in round {mine.round}")
-            return headers
-        mean(federation, {})
+
+    rejoins = False
+
+    def __init__(self, federation: Any) -> None:
+        self._federation = federation
+        self._passports: list[Passport] = []
+
+    @override
+    def introduce(self, mine: Passport) -> None:
+        self._passports = self._federation.all_gather_json("passport", mine)
+        difference = passport.first_difference(self._passports)
+        if difference:
+            raise MismatchError(difference)
+
+    @override
+    def passports(self) -> list[Passport]:
+        return self._passports
+
+    @override
+    def meet(self, mine: Header, version: Version | None) -> list[Header]:
+        """Wait for all parties.
+
+        Parties are uneven: one validates while another is already in its next round. Every header has the
+        same size, so they can meet anywhere, and whoever came for something else meets again afterwards.
+        """
+        while True:
+            self._federation.enter(f"meeting for round {mine.round}")
+            headers = self._exchanged(mine)
+            if mine.purpose is Purpose.METRICS or all(h.purpose is not Purpose.METRICS for h in headers):
+                self._federation.enter(f"in round {mine.round}")
+                return headers
+            self._mean({})
+
+    @override
+    def mean(
+        self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
+    ) -> dict[str, float]:
+        self.meet(Header(Purpose.METRICS, round, 0.0), None)
+        return self._mean(values)
+
+    @override
+    def version(self, round: int) -> None:
+        return None
+
+    @override
+    def settle(self, round: int, state: Mapping[str, Any]) -> None:
+        pass  # whoever fails from here on stops all others, too
+
+    @override
+    def again(self, error: PartyLostError) -> bool:
+        return False
+
+    @override
+    def restored(self) -> None:
+        return None
+
+    @override
+    def finished(self, version: Version | None) -> None:
+        pass
+
+    def _exchanged(self, mine: Header) -> list[Header]:
+        federation = self._federation
+        rows = torch.zeros(federation.num_parties, 3, dtype=torch.float64)
+        rows[federation.party] = torch.tensor([mine.purpose, mine.round, mine.weight], dtype=torch.float64)
+        federation.all_reduce_(rows)
+        return [
+            Header(Purpose(int(purpose)), int(number), weight) for purpose, number, weight in rows.tolist()
+        ]
+
+    def _mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        known = self._federation.all_gather_json("metrics", sorted(values))
+        names = sorted({name for party_names in known for name in party_names})
+        sums = torch.zeros(len(names), 2, dtype=torch.float64)
+        for row, name in enumerate(names):
+            value, weight = values.get(name, (0.0, 0.0))
+            if weight > 0:
+                sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
+        self._federation.all_reduce_(sums)
+        return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
 
 
-def mean(federation: Federation, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Return the weighted mean over the parties of each named (value, weight), equal on all parties."""
-    known = federation.all_gather_json("metrics", sorted(values))
-    names = sorted({name for party_names in known for name in party_names})
-    sums = torch.zeros(len(names), 2, dtype=torch.float64)
-    for row, name in enumerate(names):
-        value, weight = values.get(name, (0.0, 0.0))
-        if weight > 0:
-            sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
-    federation.all_reduce_(sums)
-    return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
+class ElasticMeeting(Meeting):
+    """Separate jobs: those who are there go on, and whoever comes back takes over where they are.
+
+    Args:
+        federation: The joined parties.
+        state_dir: Where this party keeps the global state through its own death; None keeps it in memory.
+    """
+
+    rejoins = True
+
+    def __init__(self, federation: ElasticFederation, state_dir: StateDir | None) -> None:
+        self._federation = federation
+        self._state_dir = state_dir
+        self._attempt = 0
+        self._lineage = ""
+
+    @override
+    def introduce(self, mine: Passport) -> None:
+        federation = self._federation
+        mine = mine | {"config": mine["config"] | federation.shared}
+        shared = json.dumps(passport.common(mine), sort_keys=True)
+        if self._state_dir is not None:
+            federation.remember(self._state_dir.reserved())
+        others = federation.introduce(mine, hashlib.sha256(shared.encode()).hexdigest(), _difference)
+        with _readable("the others"):
+            conflict = passport.shared_file([mine, *others.values()], [federation.name, *others])
+        if conflict:
+            raise MismatchError(conflict)
+
+    @override
+    def passports(self) -> list[Passport]:
+        told = [dict(self._federation.passport_of(party)) for party in range(self._federation.num_parties)]
+        for name, of_party in zip(self._federation.names, told, strict=True):
+            with _readable(name):
+                of_party["lora"] = {
+                    str(pair): [int(rank), float(scaling)]
+                    for pair, (rank, scaling) in of_party["lora"].items()
+                }
+                if of_party["lora"].keys() != told[self._federation.party]["lora"].keys():
+                    raise ValueError("other pairs")
+        return told
+
+    @override
+    def meet(self, mine: Header, version: Version | None) -> list[Header]:
+        wants: Wants = "rest" if mine.purpose is Purpose.DONE else "exchange"
+        words = {"purpose": int(mine.purpose), "round": mine.round, "weight": mine.weight}
+        while True:
+            self._federation.enter(f"meeting for round {mine.round}")
+            plan = self._federation.muster(wants, version, words)
+            self._attempt, self._lineage = plan.attempt, plan.lineage
+            if self._state_dir is not None:
+                self._state_dir.reserve(plan.attempt)  # before any member can make its result durable
+            newest = plan.newest
+            headers = [
+                replace(_header(name, roll.words), behind=roll.version != newest)
+                for name, roll in plan.rolls.items()
+            ]
+            if all(header.purpose is not Purpose.METRICS for header in headers):
+                self._federation.enter(f"in round {mine.round}")
+                return headers
+
+    @override
+    def mean(
+        self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
+    ) -> dict[str, float]:
+        words = {"purpose": int(Purpose.METRICS), "round": round, "weight": 0.0, "metrics": dict(values)}
+        self._federation.enter("averaging metrics")
+        plan = self._federation.muster("words", version, words)
+        told = [_metrics(name, roll.words.get("metrics", {})) for name, roll in plan.rolls.items()]
+        totals: dict[str, list[float]] = {}
+        for of_party in told:
+            for metric, (value, weight) in of_party.items():
+                if weight > 0:
+                    total = totals.setdefault(metric, [0.0, 0.0])
+                    total[0] += value * weight
+                    total[1] += weight
+        return {metric: total / weight for metric, (total, weight) in sorted(totals.items())}
+
+    @override
+    def version(self, round: int) -> Version:
+        return Version(self._lineage, round, self._attempt)
+
+    @override
+    def settle(self, round: int, state: Mapping[str, Any]) -> None:
+        kept = self._state_dir
+        self._federation.settle(durable.digest(state) if kept is None else kept.keep(round, state))
+
+    @override
+    def again(self, error: PartyLostError) -> bool:
+        self._federation.fail(error)
+        return True
+
+    @override
+    def restored(self) -> dict[str, Any] | None:
+        return None if self._state_dir is None else self._state_dir.newest()
+
+    @override
+    def finished(self, version: Version | None) -> None:
+        if version is not None:
+            self._federation.ended(version)
+        if self._state_dir is not None:
+            self._state_dir.clear()
 
 
-def _exchanged(federation: Federation, mine: Header) -> list[Header]:
-    rows = torch.zeros(federation.num_parties, 3, dtype=torch.float64)
-    rows[federation.party] = torch.tensor([mine.purpose, mine.round, mine.weight], dtype=torch.float64)
-    federation.all_reduce_(rows)
-    return [Header(Purpose(int(purpose)), int(number), weight) for purpose, number, weight in rows.tolist()]
+def meeting(federation: Collectives, state_dir: StateDir | None) -> Meeting:
+    """Return how the parties of a federation meet."""
+    if isinstance(federation, ElasticFederation):
+        return ElasticMeeting(federation, state_dir)
+    return FixedMeeting(federation)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Say whose passport it is that cannot be read."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise MismatchError(
+            f"What party {name} introduces itself with cannot be read ({error}). Install the same version of"
+            " pellm-lightning at all parties."
+        ) from error
+
+
+def _difference(passports: Sequence[Passport], names: Sequence[str]) -> str | None:
+    try:
+        found = passport.first_difference(passports, names)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"Party {names[0]} shows what party {names[1]} cannot read. Install the same version at both."
+    unlike = [name for name, shown in zip(names, passports, strict=True) if shown["base"] is None]
+    if found is None and len(unlike) == 1:
+        return f"Party {unlike[0]} has check_base=False, the other has not. Give all parties the same."
+    return found
+
+
+def _header(name: str, words: Mapping[str, Any]) -> Header:
+    """Return what a peer has said, or raise: it may have said anything."""
+    purpose, round, weight = words.get("purpose"), words.get("round"), words.get("weight")
+    if (
+        purpose not in list(Purpose)
+        or not isinstance(round, int)
+        or not isinstance(weight, int | float)
+        or not (math.isfinite(weight) and weight >= 0)
+    ):
+        raise FederationError(
+            f"Party {name} came to meet with {dict(words)!r:.200}, which is no purpose, round and weight"
+            " >= 0. Install the same version of pellm-lightning at all parties."
+        )
+    return Header(Purpose(purpose), round, float(weight))
+
+
+def _metrics(name: str, told: Any) -> dict[str, tuple[float, float]]:
+    """Return the metrics that a peer has told, or raise."""
+    try:
+        return {str(metric): (float(value), float(weight)) for metric, (value, weight) in told.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FederationError(
+            f"Party {name} told {told!r:.200} for its metrics, which are no pairs of a value and a weight."
+            " Install the same version of pellm-lightning at all parties."
+        ) from error

@@ -32,61 +32,73 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.blake2b(values.numpy().data, digest_size=8).hexdigest()
 
 
-def first_difference(passports: Sequence[Passport]) -> str | None:
-    """Return what the first party that differs from party 0 should know, or None if all agree."""
+def first_difference(passports: Sequence[Passport], names: Sequence[str] | None = None) -> str | None:
+    """Return what the first party that differs from the first of all should know, or None if all agree.
+
+    Args:
+        passports: What the parties have shown.
+        names: What the parties are called; their indices if None.
+    """
+    names = names or [str(party) for party in range(len(passports))]
     first = passports[0]
-    for party, other in enumerate(passports[1:], start=1):
+    for party, other in zip(names[1:], passports[1:], strict=True):
         for compare in (_protocol, _config, _schema, _lora, _base, _round):
-            message = compare(party, first, other)
+            message = compare(names[0], party, first, other)
             if message:
                 return message
-    return _files(passports)
+    return shared_file(passports, names)
 
 
-def _protocol(party: int, first: Passport, other: Passport) -> str | None:
+def common(passport: Passport) -> Passport:
+    """Return that part of a passport which must be the same at all parties."""
+    part = {key: passport[key] for key in ("protocol", "schema", "config", "base", "ranks_may_differ")}
+    return part if passport["ranks_may_differ"] else part | {"lora": passport["lora"]}
+
+
+def _protocol(base: str, party: str, first: Passport, other: Passport) -> str | None:
     if first["protocol"] == other["protocol"]:
         return None
     return (
-        f"Party {party} speaks protocol version {other['protocol']}, party 0 version {first['protocol']}."
-        " Install the same version of pellm-lightning at both."
+        f"Party {party} speaks protocol version {other['protocol']}, party {base} version"
+        f" {first['protocol']}. Install the same version of pellm-lightning at both."
     )
 
 
-def _schema(party: int, first: Passport, other: Passport) -> str | None:
+def _schema(base: str, party: str, first: Passport, other: Passport) -> str | None:
     ours = {name: (shape, dtype) for name, shape, dtype in first["schema"]}
     theirs = {name: (shape, dtype) for name, shape, dtype in other["schema"]}
     for name in sorted(ours.keys() ^ theirs.keys()):
-        has, lacks = (0, party) if name in ours else (party, 0)
+        has, lacks = (base, party) if name in ours else (party, base)
         return (
             f"Party {has} trains parameter {name!r}, party {lacks} does not ({len(ours)} parameters at party"
-            f" 0, {len(theirs)} at party {party}). Give both the same model, the same PEFT configuration and"
-            " the same include and exclude patterns."
+            f" {base}, {len(theirs)} at party {party}). Give both the same model, the same PEFT configuration"
+            " and the same include and exclude patterns."
         )
     for name, (shape, dtype) in ours.items():
         if theirs[name] != (shape, dtype):
             their_shape, their_dtype = theirs[name]
             return (
-                f"Parameter {name!r} is {dtype} of shape {shape} at party 0 but {their_dtype} of shape"
+                f"Parameter {name!r} is {dtype} of shape {shape} at party {base} but {their_dtype} of shape"
                 f" {their_shape} at party {party}. Use the same model, PEFT configuration (rank!) and"
                 " precision at both."
             )
     return None
 
 
-def _config(party: int, first: Passport, other: Passport) -> str | None:
+def _config(base: str, party: str, first: Passport, other: Passport) -> str | None:
     for key in sorted(first["config"].keys() | other["config"].keys()):
         ours, theirs = first["config"].get(key), other["config"].get(key)
         if ours != theirs:
             return (
-                f"Party 0 has {key}={ours!r}, party {party} has {key}={theirs!r}. Give all parties the same"
-                f" {key}."
+                f"Party {base} has {key}={ours!r}, party {party} has {key}={theirs!r}. Give all parties the"
+                f" same {key}."
             )
     return None
 
 
-def _lora(party: int, first: Passport, other: Passport) -> str | None:
+def _lora(base: str, party: str, first: Passport, other: Passport) -> str | None:
     for name in sorted(first["lora"].keys() ^ other["lora"].keys()):
-        has, lacks = (0, party) if name in first["lora"] else (party, 0)
+        has, lacks = (base, party) if name in first["lora"] else (party, base)
         return (
             f"The LoRA module {name!r} adds the product of its factors at party {has}, not at party {lacks}."
             " Give both the same PEFT configuration and the same version of peft."
@@ -95,21 +107,21 @@ def _lora(party: int, first: Passport, other: Passport) -> str | None:
         theirs = other["lora"][name][1]
         if theirs != scaling and not first["ranks_may_differ"]:
             return (
-                f"The LoRA module {name!r} has scaling {scaling:g} (lora_alpha over rank) at party 0 but"
+                f"The LoRA module {name!r} has scaling {scaling:g} (lora_alpha over rank) at party {base} but"
                 f" {theirs:g} at party {party}, so equal factors are different updates. Give both the same"
                 " lora_alpha and use_rslora, or use the aggregation HeterogeneousRank."
             )
     return None
 
 
-def _base(party: int, first: Passport, other: Passport) -> str | None:
+def _base(base: str, party: str, first: Passport, other: Passport) -> str | None:
     ours, theirs = first["base"], other["base"]
     if ours is None or theirs is None:
         return None
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             return (
-                f"The frozen base model of party {party} is not that of party 0: the first tensor that"
+                f"The frozen base model of party {party} is not that of party {base}: the first tensor that"
                 f" differs is {name!r}. Load the same checkpoint and revision in the same dtype, or pass"
                 " check_base=False if the difference is intended (for example a quantised base at one"
                 " party)."
@@ -117,23 +129,24 @@ def _base(party: int, first: Passport, other: Passport) -> str | None:
     return None
 
 
-def _round(party: int, first: Passport, other: Passport) -> str | None:
+def _round(base: str, party: str, first: Passport, other: Passport) -> str | None:
     if first["round"] != other["round"]:
         return (
-            f"Party 0 starts at round {first['round']}, party {party} at round {other['round']}. Resume all"
-            " parties from checkpoints of the same round, or none."
+            f"Party {base} starts at round {first['round']}, party {party} at round {other['round']}. Resume"
+            " all parties from checkpoints of the same round, or none."
         )
     if first["checksum"] != other["checksum"]:
         return (
-            f"Parties 0 and {party} resume round {first['round']} with different global vectors. Their"
+            f"Parties {base} and {party} resume round {first['round']} with different global vectors. Their"
             " checkpoints are from different federations: resume all parties from the same run."
         )
     return None
 
 
-def _files(passports: Sequence[Passport]) -> str | None:
-    writers: dict[str, int] = {}
-    for party, passport in enumerate(passports):
+def shared_file(passports: Sequence[Passport], names: Sequence[str]) -> str | None:
+    """Return what two parties that write to the same path should know, or None if there are none."""
+    writers: dict[str, str] = {}
+    for party, passport in zip(names, passports, strict=True):
         for path in sorted(set(passport["files"])):
             if path in writers:
                 return (

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from pellm_lightning.aggregation.deviation import Deviation, deviation, missed
 from pellm_lightning.aggregation.into_base import write_rest_
 from pellm_lightning.aggregation.lora import Pair, matrix
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.federation import Federation
+from pellm_lightning.federation import Collectives
 from pellm_lightning.layout import Layout
 
 
@@ -35,36 +36,49 @@ class Products:
         plan: The rule applied to this party's parameters.
         parameters: This party's federated parameters.
         federation: The joined parties.
-        told: Rank and scaling of each pair at each party, by the pair's name.
+        told: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
         measure: Whether to measure the deviation, where the rule does not know it anyway.
+        reference: Rank and scaling of the global factors, by the pair's name; None takes the largest rank of
+            the parties, and the scaling of the first party that has it.
     """
 
     def __init__(
         self,
         plan: Plan,
         parameters: Mapping[str, Tensor],
-        federation: Federation,
+        federation: Collectives,
         told: Sequence[Mapping[str, Any]],
         measure: bool,
+        reference: Mapping[str, Any] | None = None,
     ) -> None:
         self._plan = plan
         self._parameters = parameters
         self._federation = federation
-        self._told = told
+        self.told = told
         self._measure = measure
+        self.reference: dict[str, list[Any]] = {
+            pair.name: list(reference[pair.name]) if reference else max(self._told(pair), key=itemgetter(0))
+            for pair in plan.products
+        }
+        """Rank and scaling of the global factors, by the pair's name."""
 
     def rank(self, pair: Pair) -> int:
-        """Return the rank of the global factors, the largest of the parties'."""
-        return max(self._ranks(pair))
+        """Return the rank of the global factors."""
+        return int(self.reference[pair.name][0])
 
     def source(self, pair: Pair) -> int:
         """Return the first party of the largest rank, whose factors the others take over at the start."""
-        return self._ranks(pair).index(self.rank(pair))
+        ranks = self._ranks(pair)
+        return ranks.index(max(ranks))
 
     def ratio(self, pair: Pair) -> float:
-        """Return this party's scaling over that of the global factors, which is their source's."""
-        scalings = self._scalings(pair)
-        return scalings[self._federation.party] / scalings[self.source(pair)]
+        """Return this party's scaling over that of the global factors."""
+        return self._plan.module(pair).scaling / self._scaling(pair)
+
+    def larger(self) -> str | None:
+        """Return the name of a pair whose rank at this party is above that of the global factors, if any."""
+        own = {pair.name: self._parameters[pair.a].shape[0] for pair in self._plan.products}
+        return next((name for name, rank in own.items() if rank > self.reference[name][0]), None)
 
     def combine(self, layout: Layout, global_: Tensor, staging: Tensor, counting: Counting) -> Outcome:
         """Let the rule combine the pairs, and measure what comes of it; nothing is written yet."""
@@ -127,7 +141,7 @@ class Products:
                 anchor_a=matrix(layout.view(global_, pair.a)),
                 ranks=self._ranks(pair),
                 scalings=self._scalings(pair),
-                scaling=self._scalings(pair)[self.source(pair)],
+                scaling=self._scaling(pair),
                 base=self._plan.module(pair).base,
             )
             for pair in self._plan.products
@@ -141,8 +155,14 @@ class Products:
         """Return the anchor as the parameters hold it, rounded to their dtype; float32."""
         return matrix(layout.view(global_, name).to(self._parameters[name].dtype).float())
 
+    def _scaling(self, pair: Pair) -> float:
+        return float(self.reference[pair.name][1])
+
+    def _told(self, pair: Pair) -> list[list[Any]]:
+        return [of_party[pair.name] for of_party in self.told]
+
     def _ranks(self, pair: Pair) -> list[int]:
-        return [of_party[pair.name][0] for of_party in self._told]
+        return [rank for rank, _ in self._told(pair)]
 
     def _scalings(self, pair: Pair) -> list[float]:
-        return [of_party[pair.name][1] for of_party in self._told]
+        return [scaling for _, scaling in self._told(pair)]

@@ -35,8 +35,8 @@ def announce(
     leaving = sum(p.numel() for p in parameters.values())
     total = sum(p.numel() for p in module.parameters())
     log.info(
-        "[party %d] federation of %d %s: %s of %s parameters leave a party (%.3g %%), %s per round",
-        topology.party,
+        "[party %s] federation of %d %s: %s of %s parameters leave a party (%.3g %%), %s per round",
+        topology.name,
         topology.num_parties,
         "party" if topology.num_parties == 1 else "parties",
         f"{leaving:,}",
@@ -44,24 +44,24 @@ def announce(
         100 * leaving / total,
         megabytes(4 * leaving),
     )
-    log.info("[party %d] these are %s", topology.party, _first(parameters))
+    log.info("[party %s] these are %s", topology.name, _first(parameters))
     if plan.pairs:
-        log.info("[party %d] %d LoRA modules, aggregated by %r", topology.party, len(plan.pairs), plan.rule)
+        log.info("[party %s] %d LoRA modules, aggregated by %r", topology.name, len(plan.pairs), plan.rule)
     trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
     local = trainable - parameters.keys()
     if local:
-        log.info("[party %d] %s of its own stay local: %s", topology.party, _counted(local), _first(local))
+        log.info("[party %s] %s of its own stay local: %s", topology.name, _counted(local), _first(local))
     outside = share_outside_adapter(parameters)
     if outside > 0.5 and total > leaving:
         log.warning(
-            "[party %d] %.0f %% of what crosses each round is embeddings, heads or modules_to_save, not"
+            "[party %s] %.0f %% of what crosses each round is embeddings, heads or modules_to_save, not"
             " adapter. If that is not intended, name them in `exclude` (they stay local) or freeze them.",
-            topology.party,
+            topology.name,
             100 * outside,
         )
     if topology.party > 0:
         for path in written_paths(trainer):
-            log.info("[party %d] writes to %s", topology.party, path.partition(":")[2])
+            log.info("[party %s] writes to %s", topology.name, path.partition(":")[2])
 
 
 def note(
@@ -70,6 +70,7 @@ def note(
     """Put a round's figures into the loggers, the progress bar (where Lightning allows it) and the log."""
     figures = {
         "round": done.round,
+        "parties": len(done.parties),
         "active_parties": done.active_parties,
         "weight": done.weight,
         "total_weight": done.total_weight,
@@ -90,8 +91,8 @@ def note(
         module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
     if topology.is_speaker and (topology.party > 0 or bar is None):
         log.info(
-            "[party %d] round %d: loss %s, weight %g of %g, %s in %.2f s%s",
-            topology.party,
+            "[party %s] round %d: loss %s, weight %g of %g, %s in %.2f s%s",
+            topology.name,
             done.round,
             "unknown" if done.loss is None else f"{done.loss:.4f}",
             done.weight,

@@ -5,25 +5,38 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pellm_lightning import meeting, outer, passport
+from pellm_lightning import durable, outer, passport
 from pellm_lightning.aggregation.base import Aggregation, Counting, Part, Parts
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.aggregation.ranks import PaddedFactors
-from pellm_lightning.federation import Federation, FederationError, MismatchError
+from pellm_lightning.durable import StateDir
+from pellm_lightning.federation import (
+    Collectives,
+    FederationError,
+    MismatchError,
+    PartyLostError,
+    Version,
+)
 from pellm_lightning.layout import Chunk, Layout
-from pellm_lightning.meeting import Header, Purpose
+from pellm_lightning.meeting import Header, Purpose, meeting
 from pellm_lightning.outer import OptimizerFactory
 from pellm_lightning.products import Products
 
 log = logging.getLogger(__name__)
+
+# What a global state may weigh: an outer optimizer with a few vectors of its own, and words.
+_MAX_STATE = 16
+_MAX_WORDS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ class RoundReport:
 
     round: int
     """Index of the round, from 0."""
+    parties: tuple[int, ...]
+    """Parties that took part, by index in the federation."""
     active_parties: int
     """Parties whose parameters counted: weight above 0 and all values finite."""
     total_weight: float
@@ -77,6 +92,10 @@ class Aggregator:
     Every party must own one, call ``start()``, then ``step()`` once a round; a party that is through calls
     ``drain()`` so that the others can go on. A failed round leaves the parameters as they were.
 
+    In an ``ElasticFederation`` a round is tried again without a party that was lost, and is everybody's or
+    nobody's: each makes the result durable, then all agree that it stands, then it is written. Who comes
+    late, or back, takes over the newest global state and counts 0 in that round.
+
     Args:
         federation: The joined parties.
         parameters: Named floating-point tensors on one device; the same names, shapes and dtypes at every
@@ -93,6 +112,8 @@ class Aggregator:
         files: Paths this party writes to ("host:path"), which no other party may share.
         on_nonfinite: What to do when a party's parameters hold NaN or infinity: leave it out of the round
             (the result heals it), or raise at every party.
+        state_dir: Where a party of an ``ElasticFederation`` keeps the global state through its own death;
+            None keeps it in memory only.
 
     Raises:
         ValueError: If the parameters cannot be laid out as one float32 vector, or the aggregation cannot
@@ -101,7 +122,7 @@ class Aggregator:
 
     def __init__(
         self,
-        federation: Federation,
+        federation: Collectives,
         parameters: Mapping[str, Tensor],
         *,
         aggregation: Aggregation | None = None,
@@ -112,14 +133,23 @@ class Aggregator:
         config: Mapping[str, str | int | float | None] | None = None,
         files: Iterable[str] = (),
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
+        state_dir: str | Path | None = None,
     ) -> None:
         self.federation = federation
         self.round = 0
+        self._meeting = meeting(federation, None if state_dir is None else StateDir(state_dir))
+        self._version: Version | None = None
         self._plan = Plan(aggregation, parameters, lora)
+        if self._meeting.rejoins and self._plan.rule.writes_base:
+            raise ValueError(
+                f"{self._plan.rule!r} writes into the frozen weights, which a party that comes back cannot be"
+                " given. Between separate jobs use LowRankMean() or another rule, or launch all parties by"
+                " one torchrun."
+            )
         for name, words in self._plan.unmanaged.items():
             log.warning(
-                "[party %d] The factors of the LoRA module %r are averaged one by one, since %s.",
-                federation.party,
+                "[party %s] The factors of the LoRA module %r are averaged one by one, since %s.",
+                federation.name,
                 name,
                 words,
             )
@@ -131,6 +161,8 @@ class Aggregator:
         self._on_nonfinite = on_nonfinite
         self._products: Products | None = None
         self._padded: PaddedFactors | None = None
+        self._stale = False
+        self._before = torch.empty(0)
         self._loaded: Mapping[str, Any] | None = None
         self._started = False
         self._lay_out(self._parameters)
@@ -154,29 +186,32 @@ class Aggregator:
     # ---- what a party calls
 
     @torch.no_grad()
-    def start(self) -> None:
-        """Compare what all parties must share, then take over party 0's parameters.
+    def start(self) -> bool:
+        """Compare what all parties must share, then take over the parameters of one of them.
 
-        With a loaded state, every party keeps its own parameters instead and goes on from there.
+        With a loaded state, every party keeps its own parameters instead and goes on from there. In an
+        ``ElasticFederation`` that is under way, it takes over the newest global state with the next round.
+
+        Returns:
+            Whether the parameters were overwritten.
 
         Raises:
-            MismatchError: If parties differ; every party raises it, and no parameter was touched.
+            MismatchError: If parties differ; no parameter was touched.
         """
         self.federation.enter("starting")
-        passports = self.federation.all_gather_json("passport", self._passport())
-        difference = passport.first_difference(passports)
-        if difference:
-            raise MismatchError(difference)
-        if self._plan.products:
-            told = [of_party["lora"] for of_party in passports]
-            self._products = Products(
-                self._plan, self._parameters, self.federation, told, self._measure_deviation
-            )
-            if self._plan.rule.ranks_may_differ:
-                self._pad(self._products)
+        self._meeting.introduce(self._passport())
+        if self._meeting.rejoins:
+            had = self._version
+            self._resume()
+            self._started = True
+            self._next(Purpose.JOIN)
+            return self._version != had
+        self._know_products()
         if self._loaded is None:
-            self._take_over_()
+            self._take_over()
+            self._write_()
         self._started = True
+        return self._loaded is None
 
     @torch.no_grad()
     def step(self, weight: float, loss: float | None = None) -> RoundReport:
@@ -189,16 +224,15 @@ class Aggregator:
         Raises:
             ValueError: If the weight is negative or not finite.
             MismatchError: If a party is in another round.
-            PartyLostError: If a party is gone or too late.
+            PartyLostError: If a party is gone or too late, and the federation is not elastic.
             FederationError: If no party counts.
         """
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f"Party {self.federation.party} has weight={weight}; it must be finite and >= 0."
-            )
-        coming = self._now()
-        headers = self._meet(Purpose.ROUND, weight)
-        return self._round(headers, loss, coming)
+            raise ValueError(f"Party {self.federation.name} has weight={weight}; it must be finite and >= 0.")
+        report = self._next(Purpose.ROUND, weight, loss)
+        if report is None:
+            raise FederationError(f"Party {self.federation.name} came to a round, but none was run.")
+        return report
 
     @torch.no_grad()
     def drain(self) -> Iterator[RoundReport]:
@@ -207,28 +241,24 @@ class Aggregator:
         Call it when this party has made its last step, and exhaust it: all parties end with the same
         parameters.
         """
-        while True:
-            coming = self._now()
-            headers = self._meet(Purpose.DONE)
-            if all(header.purpose is Purpose.DONE for header in headers):
-                return
-            yield self._round(headers, None, coming)
+        while (report := self._next(Purpose.DONE)) is not None:
+            yield report
+        self._meeting.finished(self._version)
 
     def mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the weighted mean over the parties of each named (value, weight), equal on all parties.
 
         A party that is elsewhere (in a round, or done) counts 0, and so does one that lacks a name.
         """
-        self._meet(Purpose.METRICS)
-        return meeting.mean(self.federation, values)
+        self._check_started()
+        return self._meeting.mean(values, self.round, self._version)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
-        return {
-            "round": self.round,
-            "shapes": self._layout.shapes,
-            "global": self._global.detach().clone(),
-            "outer_optimizer": copy.deepcopy(self._outer_optimizer.state_dict()),
+        state = self._state()
+        return state | {
+            "global": state["global"].clone(),
+            "outer_optimizer": copy.deepcopy(state["outer_optimizer"]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -238,6 +268,7 @@ class Aggregator:
             ValueError: If the state is of other parameters.
         """
         self.round = state["round"]
+        self._version = Version(*state["version"]) if state.get("version") else None
         self._loaded = state
         if not self._plan.rule.ranks_may_differ:  # else the shapes depend on the other parties' ranks
             self._restore(state)
@@ -251,9 +282,28 @@ class Aggregator:
         self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
         self._outer_optimizer = self._make_outer_optimizer([self._global])
         # The parties' ballot follows the vector: a flag each, and the loss with its weight.
-        self._staging = self._layout.new_vector(extra=self.federation.num_parties + 2)
+        self._staging = self._layout.new_vector(extra=self.federation.max_parties + 2)
         self._scratch = self._layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
+
+    def _know_products(self) -> None:
+        """Learn what the parties' pairs are, now that they have met; lay out those of unlike ranks."""
+        if not self._plan.products or self._products is not None:
+            return
+        told = [of_party["lora"] for of_party in self._meeting.passports()]
+        reference = self._loaded.get("lora") if self._loaded is not None and self._meeting.rejoins else None
+        self._products = Products(
+            self._plan, self._parameters, self.federation, told, self._measure_deviation, reference
+        )
+        if self._plan.rule.ranks_may_differ:
+            larger = self._products.larger()
+            if larger is not None:
+                raise MismatchError(
+                    f"The rank of {larger!r} at party {self.federation.name} is above that of the"
+                    " global factors, which was settled when the federation began. Give it a lower rank, or"
+                    " begin anew."
+                )
+            self._pad(self._products)
 
     def _pad(self, products: Products) -> None:
         """Lay out factors of the largest rank of the parties, and go on from a loaded state."""
@@ -266,19 +316,111 @@ class Aggregator:
         if self._loaded is not None:
             self._restore(self._loaded)
 
-    def _take_over_(self) -> None:
-        """Give all parties the parameters of one: party 0, but of factors a party of the largest rank."""
+    def _take_over(self) -> None:
+        """Let the global vector be that of one party: party 0, but of factors a party of the largest rank."""
         if self._padded is None or self._products is None:
             self.federation.broadcast_(self._global.data)
+            return
+        sources = dict.fromkeys(self._parameters, 0)
+        for pair in self._plan.products:
+            sources[pair.a] = sources[pair.b] = self._products.source(pair)
+        for name, source in sources.items():
+            if source != self.federation.party:
+                self._layout.view(self._global.data, name).zero_()
+        self.federation.all_reduce_(self._global.data)  # each value comes from one party alone
+
+    # ---- coming back
+
+    def _resume(self) -> None:
+        """Go on from the state that this party made durable in an earlier life, if it is the newest."""
+        kept = self._meeting.restored()
+        if kept is None:
+            return
+        version = Version(*kept["version"])
+        if self._version is None or version > self._version:
+            self._loaded = None
+            self._adopt(kept)
+            log.info(
+                "[party %s] goes on from round %d of an unfinished federation",
+                self.federation.name,
+                self.round,
+            )
+
+    def _adopt(self, state: Mapping[str, Any]) -> None:
+        """Let the global state be another one; the parameters are written when it is settled."""
+        if self._products is None:
+            self.load_state_dict(state)
         else:
-            sources = dict.fromkeys(self._parameters, 0)
-            for pair in self._plan.products:
-                sources[pair.a] = sources[pair.b] = self._products.source(pair)
-            for name, source in sources.items():
-                if source != self.federation.party:
-                    self._layout.view(self._global.data, name).zero_()
-            self.federation.all_reduce_(self._global.data)  # each value comes from one party alone
-        self._unpack_()
+            self.round, self._version = state["round"], Version(*state["version"])
+            self._restore(state)
+        self._stale = True
+
+    def _bring_up_to_date(self, headers: list[Header]) -> None:
+        """Hand the newest global state to those who lack it."""
+        behind = [header.behind for header in headers]
+        if not any(behind):
+            return
+        source = behind.index(False)
+        here = self.federation.party
+        packed = durable.pack(self._state()) if source == here else b""
+        size = torch.tensor([len(packed)], dtype=torch.int64)
+        size_bytes = int(self.federation.all_reduce_(size))
+        if size_bytes > _MAX_STATE * self.size_bytes + _MAX_WORDS:
+            raise FederationError(
+                f"Party {self.federation.called([source])} would send {size_bytes} bytes of global state,"
+                f" more than {self.size_bytes} bytes of parameters can have. Install the same version at all"
+                " parties."
+            )
+        blob = (
+            torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+            if packed
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        parts = [blob if lacks and source == here else blob[:0] for lacks in behind]
+        sizes = [size_bytes if party == source and behind[here] else 0 for party in range(len(headers))]
+        received = self.federation.all_to_all(parts, sizes)[source]
+        if behind[here]:
+            try:
+                state = durable.unpack(received.numpy().data)
+            except durable.DamagedError as error:
+                raise PartyLostError(f"The global state arrived damaged: {error}") from error
+            self._adopt(state)
+            log.info(
+                "[party %s] takes over round %d from party %s",
+                self.federation.name,
+                self.round,
+                self.federation.called([source]),
+            )
+
+    @contextmanager
+    def _reversible(self) -> Iterator[None]:
+        """Undo what an attempt has done to the global state if it fails; the parameters come last of all."""
+        if not self._meeting.rejoins:
+            yield
+            return
+        before, version, stale, loaded = self._state(), self._version, self._stale, self._loaded
+        optimizer = copy.deepcopy(before["outer_optimizer"])
+        if self._before.numel() != self._layout.size:
+            self._before = torch.empty_like(self._global.data)
+        self._before.copy_(self._global.data)
+        try:
+            yield
+        except BaseException:
+            self.round, self._version, self._stale, self._loaded = before["round"], version, stale, loaded
+            if self._layout.shapes == before["shapes"]:
+                self._restore(before | {"global": self._before, "outer_optimizer": optimizer})
+            raise
+
+    def _state(self) -> dict[str, Any]:
+        """Return the state as it lies in memory, to be looked at before anything goes on."""
+        return {
+            "round": self.round,
+            "version": None if self._version is None else list(self._version),
+            "shapes": self._layout.shapes,
+            "lora": self._products.reference if self._products else None,
+            "global": self._global.detach(),
+            "outer_optimizer": self._outer_optimizer.state_dict(),
+        }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         saved, ours = state["shapes"], self._layout.shapes
@@ -301,9 +443,59 @@ class Aggregator:
 
     # ---- the round
 
-    def _round(self, headers: list[Header], loss: float | None, coming: tuple[float, int]) -> RoundReport:
-        came, sent_before = coming
-        arrived, _ = self._now()
+    def _next(self, purpose: Purpose, weight: float = 0.0, loss: float | None = None) -> RoundReport | None:
+        """Come to the next round; return its report, or None if there was none: all are through, or begin."""
+        came, sent_before = self._now()
+        while True:
+            headers = self._meet(purpose, weight)
+            if all(header.purpose is Purpose.DONE for header in headers):
+                return None
+            arrived, _ = self._now()
+            try:
+                report = self._attempt(headers, loss)
+            except PartyLostError as error:
+                if not self._meeting.again(error):
+                    raise
+                continue
+            if report is not None:
+                return replace(
+                    report,
+                    seconds=time.perf_counter() - arrived,
+                    waited_seconds=arrived - came,
+                    bytes_sent=self.federation.bytes_sent - sent_before,
+                )
+            if purpose is Purpose.JOIN:
+                return None
+
+    def _attempt(self, headers: list[Header], loss: float | None) -> RoundReport | None:
+        """Make one attempt at a round, which stands at all parties or at none."""
+        report = None
+        with self._reversible():
+            self._prepare(headers)
+            if any(header.purpose is Purpose.ROUND for header in headers):
+                report = self._round(headers, loss)
+            if self._meeting.rejoins:
+                self._meeting.settle(self.round, self._state())
+        if self._stale:
+            self._write_()
+        self.federation.enter(f"training after round {self.round - 1}" if self.round else "training")
+        return report
+
+    def _prepare(self, headers: list[Header]) -> None:
+        """Bring all to the same global state: the newest, or if there is none, that of one of them."""
+        if not self._meeting.rejoins:
+            return
+        if any(header.behind for header in headers):
+            self._bring_up_to_date(headers)
+        self._know_products()
+        if self._products is not None:
+            self._products.told = [of_party["lora"] for of_party in self._meeting.passports()]
+        if self._version is None:
+            self._take_over()
+            self._version = self._meeting.version(0)
+            self._stale = True
+
+    def _round(self, headers: list[Header], loss: float | None) -> RoundReport:
         weights = self._weights(headers)
         if self._padded is not None:
             self._padded.read_()
@@ -321,45 +513,49 @@ class Aggregator:
             deviation = outcome.deviation
             lands = outer.is_sgd_one(self._outer_optimizer)
             products.put_(self._layout, self._global.data, self._staging, outcome.replaced, lands=lands)
-        distance = self._commit()
+        distance = self._advance()
         if products is not None and outcome.terms is not None:
             deviation = products.write_base_(self._layout, self._global.data, outcome.terms)
         report = RoundReport(
             round=self.round,
+            parties=tuple(self.federation.members),
             active_parties=sum(weight > 0 for weight in weights),
             total_weight=sum(weights),
             weight=weights[self.federation.party],
-            excluded=tuple(excluded),
+            excluded=tuple(self.federation.members[party] for party in excluded),
             loss=ballot.loss,
-            seconds=time.perf_counter() - arrived,
-            waited_seconds=arrived - came,
-            bytes_sent=self.federation.bytes_sent - sent_before,
+            seconds=0.0,
+            waited_seconds=0.0,
+            bytes_sent=0,
             update_norm=update_norm,
             distance=distance,
             deviation=deviation,
         )
-        self.federation.enter(f"training after round {self.round}")
         self.round += 1
+        self._version = self._meeting.version(self.round)
         return report
 
-    def _meet(self, purpose: Purpose, weight: float = 0.0) -> list[Header]:
+    def _meet(self, purpose: Purpose, weight: float) -> list[Header]:
+        self._check_started()
+        return self._meeting.meet(Header(purpose, self.round, weight), self._version)
+
+    def _check_started(self) -> None:
         if not self._started:
             raise FederationError(
-                f"Party {self.federation.party} comes to a round before the parties have agreed on what they"
+                f"Party {self.federation.name} comes to a round before the parties have agreed on what they"
                 " share. Call start() first, at every party."
             )
-        return meeting.meet(self.federation, Header(purpose, self.round, weight))
 
     def _weights(self, headers: list[Header]) -> list[float]:
-        rounds = [header.round for header in headers]
+        rounds = [header.round for header in headers if not header.behind]
         if len(set(rounds)) > 1:
             raise MismatchError(
                 f"The parties are in different rounds ({_by_party(rounds)}). They must start together: resume"
                 " all from checkpoints of the same round."
             )
-        weights = [header.weight for header in headers]
+        weights = [0.0 if header.behind else header.weight for header in headers]
         # Where others are done, a party of weight 0 may be the last one active: then nothing moves.
-        if sum(weights) == 0 and all(header.purpose is Purpose.ROUND for header in headers):
+        if sum(weights) == 0 and all(h.purpose is Purpose.ROUND and not h.behind for h in headers):
             raise FederationError(
                 f"No party has weight above 0 in round {self.round}, so there is no mean. With"
                 " weighting='samples' this means that no party consumed a training sample: check the data of"
@@ -417,14 +613,15 @@ class Aggregator:
         fine = math.isfinite(update_norm)
         known = share > 0 and loss is not None and math.isfinite(loss)
         mine = [
-            float(party == self.federation.party and fine) for party in range(self.federation.num_parties)
+            float(party == self.federation.party and fine) for party in range(self.federation.max_parties)
         ]
         mine += [share * loss if known and loss is not None else 0.0, share if known else 0.0]
         self._staging[self._layout.size :] = torch.tensor(mine, dtype=torch.float32)
 
     def _counted(self) -> Ballot:
         *fine, loss, share = self._staging[self._layout.size :].tolist()
-        return Ballot([vote == 1.0 for vote in fine], loss / share if share else None)
+        met = fine[: self.federation.num_parties]
+        return Ballot([vote == 1.0 for vote in met], loss / share if share else None)
 
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
         """Return the weights without those whose values are not finite, or raise at every party."""
@@ -435,22 +632,27 @@ class Aggregator:
                 f" Here the first such parameter is {name!r}." if name else " Here an update exceeds float32."
             )
         message = (
-            f"Round {self.round}: the parameters of party {_listed(excluded)} hold NaN or infinity.{here}"
+            f"Round {self.round}: the parameters of party {self.federation.called(excluded)} hold NaN or"
+            f" infinity.{here}"
         )
         rest = [0.0 if party in excluded else weight for party, weight in enumerate(weights)]
         cure = " Lower that party's learning rate, clip its gradients, or look at its data."
         if self._on_nonfinite == "raise" or sum(rest) == 0:
             raise FederationError(message + " No parameter was changed." + cure)
         log.warning(
-            "[party %d] %s It counts 0 in this round and takes over the result.%s",
-            self.federation.party,
+            "[party %s] %s It counts 0 in this round and takes over the result.%s",
+            self.federation.name,
             message,
             cure,
         )
         return rest
 
-    def _commit(self) -> float:
-        """Step the outer optimizer by the pseudo-gradient, write back; return the distance from the mean."""
+    def _advance(self) -> float:
+        """Step the outer optimizer by the pseudo-gradient; return the distance from the mean.
+
+        Where the parties stop together, the parameters are written at once, while they are in the cache;
+        where the result may be given up yet, they are written when it is settled.
+        """
         plain = outer.is_sgd_one(self._outer_optimizer)
         squares: list[float] = []
         for chunk in self._layout.chunks():
@@ -464,20 +666,27 @@ class Aggregator:
             away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
             squares.append(_squared_norm(away))
             if plain:  # bit for bit what SGD(lr=1) does
-                chunk.scatter_(global_.sub_(pseudo_gradient) if chunk.rounds else global_)
+                values = global_.sub_(pseudo_gradient) if chunk.rounds else global_
+                if not self._meeting.rejoins:
+                    chunk.scatter_(values)
         if not plain:
             self._global.grad = self._staging[: self._layout.size]
             self._outer_optimizer.step()
             self._global.grad = None
-            self._layout.unpack_(self._global.data)
-        if self._padded is not None:
+        if self._meeting.rejoins:
+            self._stale = True
+        elif not plain:
+            self._write_()
+        elif self._padded is not None:
             self._padded.write_()
         return self._norm(squares)
 
-    def _unpack_(self) -> None:
+    def _write_(self) -> None:
+        """Write the global vector into the parameters."""
         self._layout.unpack_(self._global.data)
         if self._padded is not None:
             self._padded.write_()
+        self._stale = False
 
     # ---- small parts
 
@@ -526,7 +735,3 @@ def _squared_norm(values: Tensor) -> float:
 
 def _by_party(values: list[int]) -> str:
     return ", ".join(f"party {party}: {value}" for party, value in enumerate(values))
-
-
-def _listed(parties: list[int]) -> str:
-    return ", ".join(map(str, parties))

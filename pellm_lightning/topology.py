@@ -17,12 +17,19 @@ class Topology:
         num_parties: Number of parties in the federation.
         rank_in_party: Index of this process among the party's processes, 0-based.
         party_size: Number of processes of a party.
+        label: What the party is called; its index if empty.
     """
 
     party: int = 0
     num_parties: int = 1
     rank_in_party: int = 0
     party_size: int = 1
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the party is called in messages."""
+        return self.label or str(self.party)
 
     @property
     def is_speaker(self) -> bool:

@@ -638,3 +638,10 @@ def test_a_party_that_takes_the_store_with_it(wait_for_others: Callable[[Federat
     began = time.monotonic()
     run_parties(3, act, store=store)
     assert time.monotonic() - began < SOON_S
+
+
+def test_a_tls_that_gloo_does_not_have_is_refused_in_words() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_DEVICE_TRANSPORT", "tcp_tls")
+        errors = run_parties(2, lambda federation: None, may_fail=True)
+    assert all("torch's released builds do not have" in str(error) for error in errors)

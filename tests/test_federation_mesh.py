@@ -827,3 +827,11 @@ def test_a_frame_that_claims_too_much_is_refused_before_anything_is_read() -> No
         coming.room()[:] = label.pack() + struct.pack("!I", length)
         with pytest.raises(UnexpectedFrameError):
             coming.advance(HEADER_BYTES)
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("::1", False), ("0.0.0.0", True)])
+def test_whoever_listens_openly_is_warned(host: str, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+    Listener(host, name="a", roster=["a", "b"]).close()
+    assert ("[party a] listens at 0.0.0.0" in caplog.text) == warned
+    Listener(host, name="a", roster=["a", "b"], tls=tls_of("a")).close()
+    assert caplog.text.count("listens at") == warned

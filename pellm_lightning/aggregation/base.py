@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from pellm_lightning.aggregation.lora import LoraModule, Pair
-from pellm_lightning.federation import Federation
+from pellm_lightning.federation import Collectives
 
 
 class Part(Enum):
@@ -38,7 +38,7 @@ class Counting:
         round: Index of the round.
     """
 
-    federation: Federation
+    federation: Collectives
     shares: Sequence[float]
     round: int = 0
 

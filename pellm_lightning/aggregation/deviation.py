@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pellm_lightning.aggregation.base import Factors, Term
 from pellm_lightning.aggregation.factors import Stack
-from pellm_lightning.federation import Federation
+from pellm_lightning.federation import Collectives
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def missed(
 
 
 def deviation(
-    pairs: Sequence[Factors], squares: Mapping[int, tuple[float, float]], federation: Federation
+    pairs: Sequence[Factors], squares: Mapping[int, tuple[float, float]], federation: Collectives
 ) -> Deviation:
     """Put together what the owners of the pairs found; the same at every party."""
     table = torch.zeros(len(pairs), 2, dtype=torch.float64)

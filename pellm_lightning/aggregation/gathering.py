@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from pellm_lightning.aggregation.base import Counting, Factors, Part, Parts, Term
-from pellm_lightning.federation import Federation
+from pellm_lightning.federation import Collectives
 from pellm_lightning.passport import checksum
 
 
-def owned(num_pairs: int, federation: Federation) -> list[int]:
+def owned(num_pairs: int, federation: Collectives) -> list[int]:
     """Return the indices of the pairs that this party computes for all: every N-th."""
     return list(range(federation.party, num_pairs, federation.num_parties))
 
@@ -48,7 +48,7 @@ def to_all(pairs: Sequence[Factors], counting: Counting, parts: Parts) -> dict[i
 
 
 def from_owners(
-    pairs: Sequence[Factors], results: dict[int, tuple[Tensor, Tensor]], federation: Federation
+    pairs: Sequence[Factors], results: dict[int, tuple[Tensor, Tensor]], federation: Collectives
 ) -> list[tuple[Tensor, Tensor]]:
     """Give all parties the results (B, A) that the owners of the pairs computed, in float32."""
     shapes = [(pair.anchor_b.shape, pair.anchor_a.shape) for pair in pairs]
@@ -62,13 +62,13 @@ def from_owners(
     return [found[k] for k in range(len(pairs))]
 
 
-def summed(terms: Sequence[Tensor], federation: Federation, dtype: torch.dtype) -> list[Tensor]:
+def summed(terms: Sequence[Tensor], federation: Collectives, dtype: torch.dtype) -> list[Tensor]:
     """Return the sums over the parties of each tensor, in float64; ``dtype`` is what crosses."""
     vector = federation.all_reduce_(flat([term.to(dtype) for term in terms]))
     return [part.double() for part in split(vector, [term.shape for term in terms])]
 
 
-def agree_(tensors: Sequence[Tensor], federation: Federation) -> None:
+def agree_(tensors: Sequence[Tensor], federation: Collectives) -> None:
     """Make sure, in place, that what every party computed for itself has the same bits at all of them.
 
     Linear algebra in float64, rounded to float32, nearly always gives the same bits whatever the processor

@@ -19,7 +19,7 @@ from pellm_lightning.aggregation.base import (
 from pellm_lightning.aggregation.deviation import stack_of
 from pellm_lightning.aggregation.factors import Stack
 from pellm_lightning.aggregation.lora import LoraModule
-from pellm_lightning.federation import Federation
+from pellm_lightning.federation import Collectives
 
 # Scalars of a base weight that are updated at a time, in float64: no second copy of a weight is ever held.
 _BLOCK = 1 << 20
@@ -96,7 +96,7 @@ class Stacking(Aggregation):
 
 
 def write_rest_(
-    pairs: Sequence[Factors], terms: Mapping[int, Sequence[Term]], federation: Federation
+    pairs: Sequence[Factors], terms: Mapping[int, Sequence[Term]], federation: Collectives
 ) -> dict[int, tuple[float, float]]:
     """Add to each frozen weight what the written factors ``pair.b`` and ``pair.a`` lack of the mean product.
 

@@ -9,11 +9,13 @@ class FederationError(RuntimeError):
     Args:
         message: What happened, where, and what to do.
         parties: Names of those who are lost or disagree, as far as they are known.
+        by: Name of the party that noticed it, if it was not this one.
     """
 
-    def __init__(self, message: str = "", *, parties: Sequence[str] = ()) -> None:
+    def __init__(self, message: str = "", *, parties: Sequence[str] = (), by: str | None = None) -> None:
         super().__init__(message)
         self.parties = tuple(parties)
+        self.by = by
 
 
 class MismatchError(FederationError):

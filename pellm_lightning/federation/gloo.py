@@ -4,11 +4,14 @@ A stand-alone group is no default group: nothing of Lightning (barriers, ``sync_
 torchmetrics) sees it.
 """
 
+import os
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+
+from pellm_lightning.federation.errors import FederationError
 
 
 class Pending:
@@ -47,9 +50,17 @@ class GlooGroup:
         rank: This party.
         size: Number of parties.
         timeout_s: Seconds a member may be late for a collective.
+
+    Raises:
+        FederationError: If the environment asks for a TLS that is not there.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+        if os.environ.get("GLOO_DEVICE_TRANSPORT", "").upper() == "TCP_TLS":
+            raise FederationError(
+                "GLOO_DEVICE_TRANSPORT=TCP_TLS asks Gloo for TLS, which torch's released builds do not have."
+                " Unset it and run the parties as separate jobs with tls=TLS(...), or inside a VPN."
+            )
         # The group keeps no reference to a store subclass written in Python, so we do.
         self._store = store
         # torch's stubs do not know the collectives of this class.

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from pellm_lightning.federation.board import Board
+from pellm_lightning.federation.collectives import Collectives
 from pellm_lightning.federation.errors import FederationError, PartyLostError
 from pellm_lightning.federation.gloo import GlooGroup
 from pellm_lightning.federation.rendezvous import store_from_env
@@ -22,8 +24,8 @@ _NUM_LANES = 2
 _SPLIT_BYTES = 4 << 20
 
 
-class Federation:
-    """All parties, joined over a store; each party constructs its own.
+class Federation(Collectives):
+    """All parties of one launch, joined over a store; each constructs its own. If one is lost, all stop.
 
     Nothing here is global: N parties can be N threads of one process over one ``HashStore``. Over one store a
     party may join again after ``close()``; each joining gets fresh keys.
@@ -46,10 +48,9 @@ class Federation:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
         self.party = party
-        self.num_parties = num_parties
+        self.names = [str(index) for index in range(num_parties)]
         self.timeout_s = timeout_s
         self.bytes_sent = 0
-        """Bytes this party has handed to the group so far."""
         joined = store.add(f"pellm/joined/{party}", 1)
         self._store = dist.PrefixStore(f"pellm/{joined}", store)
         self._board = Board(self._store, party, num_parties, timeout_s)
@@ -75,34 +76,20 @@ class Federation:
             )
         return cls(store_from_env(timeout_s), topology.party, topology.num_parties, timeout_s=timeout_s)
 
+    @override
     def enter(self, phase: str) -> None:
-        """Say what this party does from now on, so that errors at any party can tell where each one was."""
         self._board.enter(phase)
 
     # ---- tensors
 
+    @override
     def all_reduce_(self, x: Tensor) -> Tensor:
-        """Sum ``x`` over the parties, in place, and return it: the same bits on every party.
-
-        Every party must pass the same shape and dtype at the same time; the schema check at the start of an
-        ``Aggregator`` sees to that. A failure leaves ``x`` half reduced.
-
-        Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
-        """
         flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
         self.all_reduce_each_(flat.chunk(_NUM_LANES) if flat.nbytes >= _SPLIT_BYTES else [flat])
         return x if x.is_contiguous() else x.copy_(flat.view_as(x))
 
+    @override
     def all_reduce_each_(self, tensors: Iterable[Tensor]) -> None:
-        """Sum each of ``tensors`` (contiguous) over the parties, in place, several at a time.
-
-        A lazy iterable is advanced while the tensors before are on their way, so that filling one overlaps
-        the reduction of the next.
-
-        Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
-        """
         under_way: list[Callable[[], None]] = []
         for index, tensor in enumerate(tensors):
             with self._translated():
@@ -111,12 +98,8 @@ class Federation:
             with self._translated():
                 finish()
 
+    @override
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
-        """Overwrite ``x`` by the one of party ``source``, in place, and return it.
-
-        Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
-        """
         staged = x.detach().to("cpu", copy=False).contiguous()
         with self._translated():
             if self._lanes:
@@ -124,16 +107,8 @@ class Federation:
                 self._lanes[0].broadcast(staged, source).wait()
         return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
 
+    @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Send ``parts[i]`` to party i; return what the parties sent to this one, in order, on the CPU.
-
-        Args:
-            parts: One flat tensor per party, all of one dtype; each may have its own size, 0 included.
-            sizes: Scalars that each party sends to this one. All must know beforehand who sends how much.
-
-        Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
-        """
         staged = torch.cat([part.detach().to("cpu") for part in parts])
         out = staged.new_empty(sum(sizes))
         with self._translated():
@@ -144,24 +119,6 @@ class Federation:
             else:
                 out.copy_(staged)
         return list(out.split(list(sizes)))
-
-    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Return every party's ``x``, in order, on the CPU.
-
-        Args:
-            x: Flat tensor; the parties' may differ in size, not in dtype.
-            sizes: Scalars of each party's.
-
-        Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
-        """
-        mine = x.detach().to("cpu").contiguous()
-        gathered = [
-            mine.clone() if party == self.party else mine.new_empty(size) for party, size in enumerate(sizes)
-        ]
-        for party, of_party in enumerate(gathered):
-            self.broadcast_(of_party, party)
-        return gathered
 
     def _start_all_reduce(self, tensor: Tensor, lane: int) -> Callable[[], None]:
         """Start one reduction; the returned function waits for it and brings the sum back to the tensor."""
@@ -192,18 +149,14 @@ class Federation:
 
     # ---- coming and going
 
+    @override
     def close(self) -> None:
-        """Part together: leave when no party needs the group any more. Every party must call it."""
         if not self._closed and self._lanes:
             self._board.part_together()
         self._leave()
 
+    @override
     def abort(self, reason: str | None = None) -> None:
-        """Leave at once: what others wait for fails in seconds, not after the timeout, and tells the reason.
-
-        Args:
-            reason: What happened here; None if the others know already. After ``close()`` nothing happens.
-        """
         if not self._closed and self._lanes and reason is not None:
             self._board.say_why(reason)
         self._leave()

@@ -1,5 +1,6 @@
 """Where the other members of the federation come in: one port for the life of the process."""
 
+import ipaddress
 import logging
 import os
 import socket
@@ -60,6 +61,13 @@ class Listener:
         bound_host, bound_port = self._server.getsockname()[:2]
         self.address = join_address(bound_host, bound_port)
         """Where it listens, as "host:port"."""
+        if tls is None and not ipaddress.ip_address(bound_host.partition("%")[0]).is_loopback:
+            log.warning(
+                "[party %s] listens at %s without TLS: whoever reaches it can pass for a party, and nothing"
+                " is encrypted. Use TLS, or an address of a private network.",
+                name,
+                self.address,
+            )
         self._lock = threading.Lock()
         self._waiting: dict[str, dict[str, socket.socket]] = {}
         self._closing = threading.Event()
@@ -80,8 +88,8 @@ class Listener:
         """Hang up on everybody who waits, and free the port."""
         if self._closing.is_set():
             return
+        self._ring.send(b"x")  # first, since the thread may see the other at any time, and closes this
         self._closing.set()
-        self._ring.send(b"x")
         self._thread.join()
 
     def _listen(self) -> None:

@@ -369,8 +369,9 @@ class Mesh:
     def _called(self, rank: int) -> str:
         return f"{self._names[rank]} ({self._addresses[rank]})"
 
-    def _lost(self, ranks: Iterable[int], message: str) -> PartyLostError:
-        return PartyLostError(message, parties=[self._names[rank] for rank in ranks])
+    def _lost(self, ranks: Iterable[int], message: str, by: int | None = None) -> PartyLostError:
+        names = [self._names[rank] for rank in ranks]
+        return PartyLostError(message, parties=names, by=None if by is None else self._names[by])
 
     def _late(self, ranks: Sequence[int]) -> PartyLostError:
         who = " and ".join(self._called(rank) for rank in ranks)
@@ -405,7 +406,7 @@ class Mesh:
             why = f"got something unexpected from {' and '.join(self._called(rank) for rank in ranks)}"
         message = f"{self._called(peer)} {why}, while {self._here}. Look at the logs of these parties."
         if label.kind == Kind.LOST:
-            return self._lost(ranks, message)
+            return self._lost(ranks, message, None if ranks == [peer] else peer)
         return MismatchError(message, parties=[self._names[rank] for rank in ranks])
 
     def _say_farewell(self, error: FederationError) -> None:

@@ -1,0 +1,178 @@
+"""The global state as bytes: whole or refused, and never half on disk."""
+
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from pellm_lightning import durable
+from pellm_lightning.durable import DamagedError, StateDir
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+
+tensors = st.builds(
+    lambda dtype, shape, seed: torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).to(
+        dtype
+    ),
+    st.sampled_from(DTYPES),
+    st.lists(st.integers(0, 3), max_size=3).map(tuple),
+    st.integers(0, 99),
+)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+values = st.recursive(
+    scalars | tensors,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.integers() | st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+states = st.dictionaries(st.text(), values, max_size=4)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal in value and kind, tensors bit for bit; what was a tuple may be a list."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+def adam_state() -> dict[str, Any]:
+    parameter = torch.nn.Parameter(torch.arange(6.0))
+    optimizer = torch.optim.Adam([parameter], lr=0.1, betas=(0.9, 0.99))
+    parameter.grad = torch.ones(6)
+    optimizer.step()
+    return {"round": 3, "global": parameter.detach(), "outer_optimizer": optimizer.state_dict()}
+
+
+@given(state=states)
+def test_what_is_packed_comes_back(state: dict[str, Any]) -> None:
+    assert same(state, durable.unpack(durable.pack(state)))
+
+
+def test_an_optimizer_goes_on_from_its_unpacked_state() -> None:
+    state = adam_state()
+    found = durable.unpack(durable.pack(state))
+    assert same(state, found)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(6))])
+    optimizer.load_state_dict(found["outer_optimizer"])
+    assert optimizer.param_groups[0]["betas"] == [0.9, 0.99]
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], torch.full((6,), 0.1))
+
+
+def test_the_bytes_are_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(durable.pack(adam_state()))
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor("t0"), adam_state()["global"])
+        assert json.loads(file.metadata()["words"])
+
+
+@given(state=states, data=st.data())
+def test_a_damaged_state_is_refused(state: dict[str, Any], data: st.DataObject) -> None:
+    packed = durable.pack(state)
+    where = data.draw(st.integers(0, len(packed) - 1))
+    cut = packed[:where]
+    with pytest.raises(DamagedError):
+        durable.unpack(cut)
+    changed = bytearray(packed)
+    changed[where] ^= 1 << data.draw(st.integers(0, 7))
+    # A bit of the header may mean nothing, such as one of a blank; then what is read is the same.
+    try:
+        found = durable.unpack(bytes(changed))
+    except DamagedError:
+        return
+    assert same(state, found)
+
+
+@given(raw=st.binary(max_size=200))
+def test_other_bytes_are_refused(raw: bytes) -> None:
+    with pytest.raises(DamagedError):
+        durable.unpack(raw)
+
+
+class Planted:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("planted code was run",)
+
+
+def test_no_planted_code_runs(tmp_path: Path) -> None:
+    """A peer, or whoever can write into the folder, sends what others load by pickle."""
+    for number, save in enumerate((torch.save, lambda x, path: path.write_bytes(pickle.dumps(x)))):
+        path = tmp_path / f"round-{number}.safetensors"
+        save({"round": Planted()}, path)
+        with pytest.raises(DamagedError):
+            durable.unpack(path.read_bytes())
+        with pytest.raises(DamagedError):
+            StateDir(tmp_path).newest()
+
+
+def test_equal_states_have_equal_digests_and_no_others() -> None:
+    state = adam_state()
+    assert durable.digest(state) == durable.digest(adam_state())
+    for change in ({"round": 4}, {"global": state["global"].double()}, {"global": state["global"].flip(0)}):
+        assert durable.digest(state | change) != durable.digest(state)
+    nudged = state["global"].clone()
+    nudged[5] = math.nextafter(float(nudged[5]), 100) + 1e-6
+    assert durable.digest(state | {"global": nudged}) != durable.digest(state)
+
+
+def test_an_object_is_no_state() -> None:
+    with pytest.raises(TypeError, match="cannot hold a object"):
+        durable.pack({"x": object()})
+
+
+def test_the_last_two_rounds_are_kept(tmp_path: Path) -> None:
+    states = StateDir(tmp_path / "new" / "federation")
+    assert states.newest() is None
+    for round in (8, 9, 10, 10):
+        states.keep(round, {"round": round})
+    assert sorted(path.name for path in states.path.iterdir()) == [
+        "round-10.safetensors",
+        "round-9.safetensors",
+    ]
+    assert states.newest() == {"round": 10}
+    states.clear()
+    assert states.newest() is None
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_file_cut_in_half_is_refused_with_the_last_good_one(tmp_path: Path, good: bool) -> None:
+    states = StateDir(tmp_path)
+    states.keep(4, adam_state())
+    assert states.keep(5, adam_state()) == durable.digest(adam_state())
+    newest, before = tmp_path / "round-5.safetensors", tmp_path / "round-4.safetensors"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    if not good:
+        before.write_bytes(b"")
+    with pytest.raises(DamagedError) as caught:
+        states.newest()
+    message = str(caught.value)
+    assert str(newest) in message
+    assert (f"The last good one is {before}: remove" in message) == good
+    newest.unlink()
+    if good:
+        assert same(states.newest(), adam_state())
+
+
+def test_a_write_that_fails_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = StateDir(tmp_path)
+    states.keep(1, {"round": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pellm_lightning.durable.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        states.keep(2, {"round": 2})
+    assert states.newest() == {"round": 1}
