@@ -1,9 +1,12 @@
 """A module and data that a command line can build."""
 
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from parties import ValidatedClassifier, data
 from torch import nn
 from torch.utils.data import DataLoader
@@ -49,3 +52,54 @@ class LittleData(LightningDataModule):
         return data(4, seed=100 + party_of(self.trainer))
 
     test_dataloader = predict_dataloader = val_dataloader
+
+
+class Scene(Callback):
+    """What happens to a process of a party, and when.
+
+    Args:
+        announce: File to make when the fit starts.
+        hold_at: Step before which to wait.
+        until: File to wait for there.
+        signal_at: Step before which the process sends itself a signal.
+        signal: Number of the signal.
+        rank: Process of the party to which this happens.
+        once: File that says that it has happened already.
+        final: File for the parameters at the end.
+    """
+
+    def __init__(
+        self,
+        announce: str | None = None,
+        hold_at: int = -1,
+        until: str = "",
+        signal_at: int = -1,
+        signal: int = 9,
+        rank: int = 0,
+        once: str = "",
+        final: str | None = None,
+    ) -> None:
+        self.announce, self.final = announce, final
+        self.hold_at, self.until = hold_at, until
+        self.signal_at, self.signal, self.rank, self.once = signal_at, signal, rank, once
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.announce:
+            Path(self.announce).touch()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self.hold_at:
+            deadline = time.monotonic() + 90
+            while not Path(self.until).exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        here = self.rank == int(os.environ.get("RANK", 0))
+        if step == self.signal_at and here and not Path(self.once).exists():
+            Path(self.once).touch()
+            os.kill(os.getpid(), self.signal)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.final and trainer.is_global_zero:
+            torch.save(module.vector(), self.final)

@@ -113,6 +113,8 @@ def test_the_printed_configuration_runs_again(
         "timeout_s": 1800,
         "check_base": True,
         "save_frozen": True,
+        **dict.fromkeys(("rendezvous", "name", "listen", "advertise", "tls", "membership", "state_dir")),
+        "roster": [],
         "federation": None,
     }
     assert config["federated"]["outer_optimizer"]["init_args"]["lr"] == 1.0

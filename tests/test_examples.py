@@ -29,6 +29,8 @@ from transformers import (
 )
 
 from pellm_lightning import cli
+from pellm_lightning.federation import Membership
+from pellm_lightning.federation.job import Job
 from pellm_lightning.tasks.partition import dirichlet
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -180,11 +182,29 @@ def test_overlay_parses(
     assert printed["model"]["class_path"] == "pellm_lightning.tasks.TextClassification"
 
 
+def test_parties_as_separate_jobs_parse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, module, name, *words = shlex.split(documented("jobs/separate_jobs.yaml"))
+    assert (program, module, name) == ("python", "-m", "pellm_lightning")
+    words = [word.replace("examples/", f"{EXAMPLES}/") for word in words]
+    monkeypatch.setattr(sys, "argv", [name, *words, "--print_config"])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["federated"]
+    job = Job.configured(printed["rendezvous"], printed["name"], printed["roster"], environ={})
+    assert job is not None
+    assert (job.name, job.roster) == ("a", ("a", "b", "c"))
+    assert Membership(**printed["membership"]).wait_s == 600
+
+
 def test_every_example_is_listed_with_its_command() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")):
         assert f"({path.name})" in readme
-    for config in (*CONFIGS, *(f"aggregation/{name}.yaml" for name in OVERLAYS)):
+    overlays = ["jobs/separate_jobs.yaml", *(f"aggregation/{name}.yaml" for name in OVERLAYS)]
+    for config in (*CONFIGS, *overlays):
         assert f"#   {documented(config)}\n" in (EXAMPLES / config).read_text()
 
 
