@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 from pellm_lightning.federation.talks import split_address
 
@@ -140,13 +140,14 @@ class Plan:
         return cls(epoch, value["attempt"], value["group"], value["lineage"], rolls)
 
     @classmethod
-    def of(cls, epoch: int, new: str, rolls: Mapping[str, Roll]) -> "Plan":
+    def of(cls, epoch: int, new: str, rolls: Mapping[str, Roll], last_attempt: int = 0) -> "Plan":
         """Return the plan by which those who called go on.
 
         Args:
             epoch: The meeting.
             new: A name that nothing has had before.
             rolls: Who goes on, in the order of the roster.
+            last_attempt: Number of the plan before.
         """
         groups = {roll.group for roll in rolls.values()}
         versions = [roll.version for roll in rolls.values() if roll.version]
@@ -155,7 +156,7 @@ class Plan:
         between = "/" + hashlib.sha256(" ".join(rolls).encode()).hexdigest()[:16]
         return cls(
             epoch=epoch,
-            attempt=1 + last.attempt,
+            attempt=1 + max(last.attempt, last_attempt),
             group=groups.pop()
             if len(groups) == 1 and all(g.endswith(between) for g in groups)
             else new + between,
@@ -175,7 +176,7 @@ def stage(rolls: Mapping[str, Roll], needed: int) -> Literal["beginning", "resum
     return "resuming" if sum(roll.version is not None for roll in rolls.values()) >= needed else "beginning"
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: Any) -> TypeGuard[int]:
     """Tell whether something is a whole number of decent size."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 

@@ -7,6 +7,8 @@ from typing import Any
 # Failed attempts that a party is involved in before it may be left out.
 _ATTEMPTS = 3
 _KEPT = 16
+# Rounds for which one is left out at most before it is tried again.
+_MAX_WAIT = 32
 
 
 class Rifts:
@@ -22,6 +24,8 @@ class Rifts:
     def __init__(self, roster: Sequence[str]) -> None:
         self._roster = list(roster)
         self._failures: deque[tuple[str, frozenset[str]]] = deque(maxlen=_KEPT)
+        self._rounds_apart = 0
+        self._rounds_to_wait = 1
 
     def note(self, decision: Any) -> None:
         """Remember who accused whom, by the decision on an attempt; a peer wrote it, it may be anything."""
@@ -51,7 +55,14 @@ class Rifts:
     def bridged(self, members: Collection[str]) -> None:
         """Forget what was between parties that have completed a round.
 
-        Who was left out gets one more try in the next one, not three.
+        Who was left out gets one more try, not three: in the next round, then after 2, 4 and so on, since
+        each costs the others an attempt.
         """
         open_ = [failure for failure in self._failures if not {failure[0], *failure[1]} <= set(members)]
-        self._failures = deque(open_[1 - _ATTEMPTS :], maxlen=_KEPT)
+        self._rounds_apart += 1
+        if not open_:
+            self._rounds_apart, self._rounds_to_wait = 0, 1
+        elif self._rounds_apart >= self._rounds_to_wait:
+            self._rounds_apart, self._rounds_to_wait = 0, min(2 * self._rounds_to_wait, _MAX_WAIT)
+            open_ = open_[1 - _ATTEMPTS :]
+        self._failures = deque(open_, maxlen=_KEPT)

@@ -85,8 +85,15 @@ class RollCall:
             ready = self._ready(rolls, mine, patience)
             if ready:
                 new = f"{self._register.life}/{epoch}/{secrets.token_hex(4)}"
-                self._register.claim(f"plan/{epoch}", Plan.of(epoch, new, ready).to_json())
+                plan = Plan.of(epoch, new, ready, self._last_attempt(epoch))
+                self._register.claim(f"plan/{epoch}", plan.to_json())
         raise AssertionError("polls without end have ended")
+
+    def _last_attempt(self, epoch: int) -> int:
+        """Return the number of the plan before, which perhaps none of those who go on knows any more."""
+        (last,) = self._register.read(f"plan/{epoch - 1}")
+        attempt = last.get("attempt") if isinstance(last, dict) else None
+        return attempt if is_count(attempt) else 0
 
     def _read(self, value: Any, mine: Roll) -> Plan:
         epoch = mine.epoch

@@ -1,0 +1,100 @@
+"""Who is left out when parties that live cannot reach each other."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pellm_lightning.federation.rifts import Rifts
+
+ROSTER = ["a", "b", "c", "d"]
+
+
+def after(*failures: tuple[str, str]) -> Rifts:
+    rifts = Rifts(ROSTER)
+    for by, blamed in failures:
+        rifts.note({"abort": "", "by": by, "blamed": list(blamed)})
+    return rifts
+
+
+@pytest.mark.parametrize(
+    ("failures", "passable"),
+    [
+        ([], "abcd"),
+        ([("d", "abc")] * 2, "abcd"),
+        # Who is cut off and always speaks first accuses all; who is silent is accused by all.
+        ([("d", "abc")] * 3, "abc"),
+        ([("a", "bcd")] * 3, "bcd"),
+        ([("a", "d"), ("b", "d"), ("c", "d")], "abc"),
+        ([("d", "abc"), ("a", "d"), ("d", "abc"), ("b", "d")], "abc"),
+        # Between two either may stay away: all must choose the same.
+        ([("a", "c"), ("c", "a"), ("a", "c")], "abd"),
+        ([("a", "b")] * 3 + [("c", "d")] * 3, "ac"),
+    ],
+)
+def test_who_is_at_the_end_of_most_failures_is_left_out(
+    failures: list[tuple[str, str]], passable: str
+) -> None:
+    assert "".join(after(*failures).passable(ROSTER)) == passable
+
+
+def test_only_what_is_between_those_who_are_there_counts() -> None:
+    assert after(*[("a", "c")] * 3).passable(["a", "b", "d"]) == ["a", "b", "d"]
+
+
+def test_a_round_without_a_party_leaves_it_one_try() -> None:
+    rifts = after(*[("d", "abc")] * 3)
+    rifts.bridged("abc")
+    assert rifts.passable(ROSTER) == ROSTER
+    rifts.note({"by": "b", "blamed": ["d"]})
+    assert rifts.passable(ROSTER) == ["a", "b", "c"]
+    rifts.bridged("abcd")
+    rifts.note({"by": "b", "blamed": ["d"]})
+    assert rifts.passable(ROSTER) == ROSTER
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(anything | st.fixed_dictionaries({"by": anything, "blamed": anything}))
+def test_what_a_peer_writes_breaks_nothing(decision: Any) -> None:
+    rifts = Rifts(ROSTER)
+    for _ in range(3):
+        rifts.note(decision)
+    assert rifts.passable(ROSTER) == ROSTER
+
+
+names = st.sampled_from(ROSTER)
+
+
+@given(st.lists(st.tuples(names, st.lists(names, max_size=4)), max_size=30), st.sets(names))
+def test_those_who_are_left_have_no_rift(failures: list[tuple[str, list[str]]], there: set[str]) -> None:
+    rifts = Rifts(ROSTER)
+    for by, blamed in failures:
+        rifts.note({"by": by, "blamed": blamed})
+    kept = rifts.passable(there)
+    assert set(kept) <= there
+    assert rifts.passable(kept) == kept
+    assert len(kept) >= min(1, len(there))  # alone nobody fails
+
+
+def test_who_stays_apart_is_tried_less_and_less_often() -> None:
+    rifts = Rifts("abcd")
+    for _ in range(3):
+        rifts.note({"blamed": ["d"], "by": "a"})
+    tried = []
+    for round in range(16):
+        if "d" in rifts.passable("abcd"):
+            tried.append(round)
+            rifts.note({"blamed": ["d"], "by": "a"})
+        assert rifts.passable("abcd") == ["a", "b", "c"]
+        rifts.bridged("abc")
+    # After one round without it, then two, four and eight.
+    assert tried == [1, 3, 7, 15]
+    rifts.bridged("abcd")
+    assert rifts.passable("abcd") == ["a", "b", "c", "d"]
