@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format types docs coverage bench clean
+.PHONY: help setup test demo lint format types docs coverage bench chaos soak clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
@@ -51,6 +51,12 @@ coverage: setup  ## run the tests and show the branches they miss
 bench: setup  ## time a round against a raw all-reduce, and the aggregation rules against each other
 	$(BIN)/python benchmarks/round.py
 	$(BIN)/python benchmarks/aggregation.py
+
+chaos: setup  ## kill, stop and restart separate jobs at random, and look for what was lost
+	$(BIN)/python benchmarks/chaos.py
+
+soak: setup  ## make ten thousand rounds, and look for what has grown
+	$(BIN)/python benchmarks/soak.py
 
 clean:  ## remove what the other targets left behind, but not .venv
 	rm -rf docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov

@@ -360,7 +360,7 @@ def test_who_lives_but_does_not_come_cannot_be_waited_for_forever(world: Callabl
     w = world(3, rounds=MANY, wait_s=1.0, round_timeout_s=0.5)
     (other,) = w.start("p0", pace_s=0.02)
     w.start("p1", faults={"training@3": die})
-    (stuck,) = w.start("p2", faults={"training@3": dawdles(3.5)})
+    (stuck,) = w.start("p2", faults={"training@3": dawdles(3.0)})
     began = time.monotonic()
     other.join(5)
     assert isinstance(other.error, TooFewPartiesError)
@@ -445,9 +445,9 @@ POINTS = [
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("durable", [False, True], ids=["memory", "disk"])
-def test_killed_at(world: Callable[..., World], tmp_path: Path, point: str, durable: bool) -> None:
-    w = world(3, rounds=MANY, state_dir=tmp_path if durable else None, wait_s=20.0)
+def test_killed_at(world: Callable[..., World], tmp_path: Path, point: str) -> None:
+    made = POINTS.index(point) >= POINTS.index("voting@3")  # before, a disk makes no difference
+    w = world(3, rounds=MANY, state_dir=tmp_path if made else None, wait_s=20.0)
     w.start("p0", "p2", pace_s=0.03)
     (killed,) = w.start("p1", pace_s=0.03, faults={point: die})
     # Only whoever is first writes plan or decision.
@@ -485,8 +485,16 @@ def test_killed_during_the_transfer_of_state(world: Callable[..., World], role: 
     w.judged()
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("happens", [loses_rendezvous, without_rendezvous(0.3)], ids=["restart", "away"])
+AWAY = ["roll:before@2", "exchanging@2", "vote:after@3", "settled@3"]
+
+
+@pytest.mark.parametrize(
+    ("point", "happens"),
+    [
+        *(pytest.param(point, loses_rendezvous, id=f"restart-{point}") for point in POINTS),
+        *(pytest.param(point, without_rendezvous(0.3), id=f"away-{point}") for point in AWAY),
+    ],
+)
 def test_rendezvous_lost_at(world: Callable[..., World], point: str, happens: Act) -> None:
     w = world(3, rounds=MANY)
     w.start(pace_s=0.02, faults={})
@@ -703,7 +711,7 @@ def test_a_rendezvous_that_is_lost_again_at_once_is_waited_for(world: Callable[.
     w.judged()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_random_faults_at_random_points(world: Callable[..., World], tmp_path: Path, seed: int) -> None:
     dice = Random(seed)
     w = world(4, rounds=MANY, state_dir=tmp_path, wait_s=20.0)
@@ -711,7 +719,7 @@ def test_random_faults_at_random_points(world: Callable[..., World], tmp_path: P
     acts: list[Act] = [die, die, sleeps(1.5 * TTL_S), sleeps(0.3), loses_rendezvous, without_rendezvous(0.4)]
     points = [point.partition("@")[0] for point in POINTS] + ["keeping", "handing", "receiving", "transfer"]
     lives = {life.name: life for life in w.lives}
-    until = time.monotonic() + 4
+    until = time.monotonic() + 5
     while time.monotonic() < until:
         time.sleep(dice.uniform(0.0, 0.2))
         name = dice.choice(w.roster)
@@ -781,3 +789,22 @@ def test_a_death_leaves_no_keys_behind(victim: int) -> None:
     kept = {int(key.rpartition("/")[2]) for key in rendezvous.values("/plan/")}
     assert kept == set(range(79 - KEPT_EPOCHS + 1, 80))
     assert len(rendezvous.values("/decision/")) == KEPT_EPOCHS
+
+
+def test_without_disks_what_two_majorities_made_is_told_apart(world: Callable[..., World]) -> None:
+    """Without a disk a round can be made a second time; but never by the same number, or all would stop."""
+    w = world(3, rounds=MANY)
+    w.start("p0", pace_s=0.02, faults={"training@3": die})
+    (late,) = w.start("p1", pace_s=0.02, faults={"training@3": sleeps(4.5 * TTL_S)})
+    w.start("p2", pace_s=0.02, faults={"training@2": sleeps(2.5 * TTL_S)})
+    w.lives[0].join()
+    w.until(lambda: not late.faults)
+    w.start("p0", pace_s=0.02)
+    w.until(lambda: any("p1" not in entry.members and entry.round == 3 for entry in w.settled))
+    before = w.reached
+    w.until(lambda: w.counts("p1", since=before))
+    w.finish()
+    made = {(entry.digest, entry.round, entry.attempt) for entry in w.entries}
+    assert len({entry.digest for entry in w.settled if entry.round == 3}) == 2
+    assert len({(round, attempt) for _, round, attempt in made}) == len(made)
+    assert len({entry.digest for entry in w.settled if entry.round == w.reached}) == 1

@@ -1,0 +1,330 @@
+"""Kill, stop and restart the parties of an elastic federation at random; tell whether anything was lost.
+
+Run `make chaos`. Each party is a process with a disk, the rendezvous another. A seed fixes the schedule of
+the faults, not what they meet. Afterwards all that the parties have settled is compared, and replayed in
+one process.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+_TESTS = Path(__file__).parent.parent / "tests"
+sys.path[:0] = [str(_TESTS), str(_TESTS / "scripts")]
+
+from chaos_party import Task, run  # noqa: E402
+from history import Entry, findings  # noqa: E402
+
+from pellm_lightning import commands  # noqa: E402
+
+# What happens how often.
+_FAULTS = {
+    "kill": 8,
+    "short stop": 4,
+    "long stop": 4,
+    "rendezvous": 3,
+    "kill two": 2,
+    "kill all": 1,
+    "lost disk": 1,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=120, help="of faults, for each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--parties", type=int, default=4)
+    parser.add_argument("--ttl", type=float, default=1.5, help="heartbeat_ttl_s")
+    parser.add_argument("--kinds", nargs="+", default=list(_FAULTS), choices=list(_FAULTS))
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--keep", help="folder for logs and records")
+    arguments = parser.parse_args()
+    rows = []
+    for seed in arguments.seeds:
+        with tempfile.TemporaryDirectory() as scratch:
+            directory = Path(arguments.keep or scratch) / f"seed-{seed}"
+            directory.mkdir(parents=True)
+            dice = random.Random(seed)
+            chaos = Chaos(directory, arguments.parties, arguments.ttl, dice, arguments.kinds)
+            rows.append({"seed": seed} | chaos.run(arguments.seconds))
+            show(rows[-1])
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1))
+
+
+@dataclass
+class Process:
+    """A process that is killed and started again at will."""
+
+    act: Callable[[], None]
+    log: Path
+    pid: int = 0
+    begins_at: float = 0.0
+    wakes_at: float = 0.0
+
+    @property
+    def runs(self) -> bool:
+        return self.pid > 0
+
+    @property
+    def is_awake(self) -> bool:
+        return self.runs and not self.wakes_at
+
+    def start(self) -> None:
+        """Fork: all modules are loaded already, so that a restart costs what it does on a host of its own."""
+        self.begins_at = 0.0
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                self.act()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def kill(self, begins_at: float) -> None:
+        """Kill it; it begins again then."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.pid, self.wakes_at, self.begins_at = 0, 0.0, begins_at
+
+    def stop(self, wakes_at: float) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        self.wakes_at = wakes_at
+
+    def wake(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+        self.wakes_at = 0.0
+
+    def exit_code(self) -> int | None:
+        """Return how it has ended by itself, None if it runs."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0:
+            return None
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+
+@dataclass
+class Chaos:
+    """One federation and what happens to it.
+
+    Args:
+        directory: For logs, records and the parties' disks.
+        parties: How many there are.
+        ttl_s: After how long without a sign of life a party counts as dead.
+        dice: Whence the schedule comes.
+        kinds: Of faults, of those in ``_FAULTS``.
+    """
+
+    directory: Path
+    num_parties: int
+    ttl_s: float
+    dice: random.Random
+    kinds: list[str]
+    faults: Counter[str] = field(default_factory=Counter)
+    kills: list[tuple[float, str]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.roster = [f"p{i}" for i in range(self.num_parties)]
+        words = ["rendezvous", "--listen", address]
+        self.rendezvous = Process(lambda: commands.main(words), self.directory / "rendezvous.log")
+        tasks = [
+            Task(str(self.directory), name, self.roster, f"tcp://{address}", self.ttl_s, pace_s=0.03)
+            for name in self.roster
+        ]
+        self.parties = {
+            task.name: Process(lambda task=task: run(task), self.directory / f"{task.name}.log")
+            for task in tasks
+        }
+        self.wiped = ""
+
+    # ---- the schedule
+
+    def run(self, seconds: float) -> dict[str, object]:
+        """Let faults happen for so long, then let all end; return what came of it."""
+        now = time.time()
+        self.rendezvous.start()
+        for index, process in enumerate(self.parties.values()):
+            process.begins_at = now + (2.0 if index == self.num_parties - 1 else 0.1)
+        next_fault = now + 4.0
+        try:
+            while time.time() < now + seconds:
+                self._tend()
+                if time.time() >= next_fault:
+                    next_fault = time.time() + self._strike()
+                time.sleep(0.01)
+            ended = self._end()
+        finally:
+            for process in [*self.parties.values(), self.rendezvous]:
+                if process.runs:
+                    process.kill(0.0)
+        return self._figures(ended)
+
+    def _tend(self) -> None:
+        """Start and wake who is due; note who ended by itself."""
+        now = time.time()
+        for name, process in [*self.parties.items(), ("rendezvous", self.rendezvous)]:
+            if process.runs and process.wakes_at and now >= process.wakes_at:
+                process.wake()
+                self.times.append(now)
+            if process.runs and process.exit_code():
+                self.errors.append(f"{name}: {_last_line(process.log)}")
+                process.begins_at = now + 0.5
+            if not process.runs and process.begins_at and now >= process.begins_at:
+                process.start()
+                self.times.append(now)
+
+    def _strike(self) -> float:
+        """Do the next fault; return how many seconds to wait before the one after."""
+        dice, now = self.dice, time.time()
+        kind = dice.choices(self.kinds, [_FAULTS[kind] for kind in self.kinds])[0]
+        awake = [name for name, process in self.parties.items() if process.is_awake]
+        victims = dice.sample(awake, min(len(awake), {"kill two": 2, "kill all": len(awake)}.get(kind, 1)))
+        again = now + dice.uniform(0.05, 2.5) * self.ttl_s
+        pause = dice.choice([dice.uniform(0.1, 1.0), dice.uniform(1.0, 2.0) + 1.5 * self.ttl_s])
+        if kind == "rendezvous":
+            if not self.rendezvous.is_awake:
+                return 0.1
+            self.rendezvous.kill(again)
+        elif kind == "lost disk":
+            if not victims or not self._may_lose(victims[0]):
+                return 0.1
+            self.parties[victims[0]].kill(again)
+            shutil.rmtree(self.directory / f"state-{victims[0]}", ignore_errors=True)
+            self.wiped = victims[0]
+        elif not victims:
+            return 0.1
+        elif "stop" in kind:
+            short, long = dice.uniform(0.1, 0.8), dice.uniform(1.2, 3.0)
+            self.parties[victims[0]].stop(now + self.ttl_s * (short if kind == "short stop" else long))
+        else:
+            for name in victims:
+                self.parties[name].kill(again)
+            if kind == "kill":
+                self.kills.append((now, victims[0]))
+        self.faults[kind] += 1
+        self.times.append(now)
+        return pause
+
+    def _may_lose(self, name: str) -> bool:
+        """Tell whether another disk may be lost: not before the last one's owner is up to date again.
+
+        Of four parties three have each round. Two disks lost leave one, and a majority without it.
+        """
+        if self.num_parties != 4:
+            return False
+        if not self.wiped:
+            return True
+        entries = _entries(self.directory / f"{self.wiped}.jsonl")
+        return bool(entries) and entries[-1].time > max(self.times, default=0.0)
+
+    def _end(self) -> bool:
+        """Bring everybody back and let them end; return whether they all did."""
+        for process in self.parties.values():
+            if process.wakes_at:
+                process.wake()
+            if not process.runs:
+                process.begins_at = time.time()
+        if not self.rendezvous.runs:
+            self.rendezvous.begins_at = time.time()
+        for _ in range(600):
+            self._tend()
+            if all(process.runs for process in [*self.parties.values(), self.rendezvous]):
+                break
+            time.sleep(0.01)
+        time.sleep(3 * self.ttl_s)
+        last = max((entry.round for entry in self._records()), default=0)
+        (self.directory / "end").write_text(str(last + 10))
+        deadline = time.time() + 60
+        while time.time() < deadline and any(process.runs for process in self.parties.values()):
+            for name, process in self.parties.items():
+                if process.runs and process.exit_code():
+                    self.errors.append(f"{name} at the end: {_last_line(process.log)}")
+            time.sleep(0.05)
+        return not any(process.runs for process in self.parties.values())
+
+    # ---- what came of it
+
+    def _records(self) -> list[Entry]:
+        return [entry for name in self.roster for entry in _entries(self.directory / f"{name}.jsonl")]
+
+    def _figures(self, ended: bool) -> dict[str, object]:
+        entries = self._records()
+        found = findings(entries, self.roster)
+        recovered = self._recoveries(entries)
+        return {
+            "faults": dict(self.faults),
+            "total": sum(self.faults.values()),
+            "ended": ended,
+            "sound": found.is_sound,
+            **asdict(found),
+            "in_doubt": sum(entry.stage == "in doubt" for entry in entries),
+            "errors": self.errors,
+            "recoveries": len(recovered),
+            "recovery_median_s": statistics.median(recovered) if recovered else None,
+            "recovery_worst_s": max(recovered, default=None),
+            "allowed_s": self.ttl_s + 1,
+        }
+
+    def _recoveries(self, entries: list[Entry]) -> list[float]:
+        """Return by how much each kill alone has delayed the next commit of the others."""
+        commits = sorted({entry.round: entry.time for entry in entries if entry.stage == "settled"}.values())
+        usual = statistics.median(b - a for a, b in pairwise(commits))
+        delays = []
+        for killed_at, name in self.kills:
+            others = [e.time for e in entries if e.party != name and e.stage != "made" and e.time > killed_at]
+            back = min(others, default=float("inf"))
+            before = [at for at in self.times if killed_at - 1.0 < at < killed_at]
+            if not before and not any(killed_at < at < back for at in self.times):
+                delays.append(max(0.0, back - killed_at - usual))
+        return delays
+
+
+def show(row: dict[str, object]) -> None:
+    """Print one seed's figures."""
+    for name, value in row.items():
+        print(f"{name:>20}  {value}")
+    print(flush=True)
+
+
+def _entries(path: Path) -> list[Entry]:
+    """Return what a party has recorded; the last line may be half written."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [Entry.from_json(line) for line in lines if line.endswith("}")]
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text().strip().splitlines()
+    return lines[-1] if lines else "nothing"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Real processes that are killed, stopped and restarted at random: see benchmarks/chaos.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+def test_nothing_is_lost_whatever_is_killed_when(tmp_path: Path) -> None:
+    told = tmp_path / "figures.json"
+    done = run("chaos.py", "--seconds=80", "--seeds=7", f"--json={told}", f"--keep={tmp_path}")
+    assert done.returncode == 0, done.stdout
+    (figures,) = json.loads(told.read_text())
+    assert figures["sound"], figures
+    assert figures["ended"], figures
+    assert not figures["errors"], figures
+    assert figures["total"] >= 20, figures
+    assert figures["rounds"] >= 50, figures
+
+
+@pytest.mark.timeout(120)
+def test_many_rounds_leave_nothing_behind(tmp_path: Path) -> None:
+    figures = soak(tmp_path, "--rounds=600", "--crowd=8")
+    long, crowd = figures["long"], figures["crowd"]
+    assert long["rounds"] == 600
+    assert long["threads"][0] == long["threads"][1], long
+    assert long["descriptors"][0] == long["descriptors"][1], long
+    assert long["keys"][1] <= long["keys"][0] + 2, long
+    assert long["memory_mb"][1] < long["memory_mb"][0] + 20, long
+    assert crowd["sound"], crowd
+    assert crowd["lost"] == 1, crowd
+
+
+def soak(tmp_path: Path, *words: str) -> Any:
+    told = tmp_path / "figures.json"
+    done = run("soak.py", *words, f"--json={told}")
+    assert done.returncode == 0, done.stdout
+    return json.loads(told.read_text())
