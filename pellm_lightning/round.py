@@ -381,10 +381,12 @@ class Aggregator:
         received = self.federation.all_to_all(parts, sizes)[source]
         if behind[here]:
             try:
-                state = durable.unpack(received.numpy().data)
-            except durable.DamagedError as error:
-                raise PartyLostError(f"The global state arrived damaged: {error}") from error
-            self._adopt(state)
+                self._adopt(durable.unpack(received.numpy().data))
+            except (ValueError, KeyError, TypeError) as error:  # a peer sent it, it may be anything
+                raise FederationError(
+                    f"Party {self.federation.name} cannot take over the global state of party"
+                    f" {self.federation.called([source])}: {error}. Install the same version at all parties."
+                ) from error
             log.info(
                 "[party %s] takes over round %d from party %s",
                 self.federation.name,
