@@ -18,8 +18,8 @@ import torch.distributed as dist
 from processes import rows_of, timed
 
 from pellm_lightning.federation.certs import make_ca, make_certificate
-from pellm_lightning.federation.gloo import GlooGroup
-from pellm_lightning.federation.mesh import Listener, Mesh
+from pellm_lightning.federation.launch.gloo import GlooGroup
+from pellm_lightning.federation.mesh.mesh import Listener, Mesh
 from pellm_lightning.federation.tls import TLS
 
 WAYS = ("gloo", "mesh", "mesh, TLS")

@@ -32,8 +32,8 @@ from pellm_lightning.federation import (
     Membership,
     TooFewPartiesError,
 )
-from pellm_lightning.federation.job import Job
-from pellm_lightning.federation.rendezvous import launched, store_from_env
+from pellm_lightning.federation.elastic.job import Job
+from pellm_lightning.federation.launch.store import launched, store_from_env
 from pellm_lightning.layout import Layout
 from pellm_lightning.parameters import frozen, select
 from pellm_lightning.round import Aggregator, RoundReport

@@ -11,8 +11,8 @@ from typing_extensions import override
 from pellm_lightning import commands, isolation
 from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import PartyEnvironment, shares_terminal, speak_as
-from pellm_lightning.federation.job import Job
-from pellm_lightning.federation.rendezvous import launched
+from pellm_lightning.federation.elastic.job import Job
+from pellm_lightning.federation.launch.store import launched
 from pellm_lightning.topology import Topology
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from pellm_lightning.federation.server import RendezvousServer
-from pellm_lightning.federation.talks import split_address
+from pellm_lightning.federation.mesh.talks import split_address
+from pellm_lightning.federation.rendezvous.server import RendezvousServer
 from pellm_lightning.federation.tls import TLS
 
 COMMANDS = ("rendezvous", "certs")

@@ -18,8 +18,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.federation import FederationError
-from pellm_lightning.federation.job import Job
-from pellm_lightning.federation.rendezvous import store_from_env
+from pellm_lightning.federation.elastic.job import Job
+from pellm_lightning.federation.launch.store import store_from_env
 from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.topology import Topology
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pellm_lightning import Aggregator
 from pellm_lightning.federation import ElasticFederation, FederationError, Membership
-from pellm_lightning.federation.frames import Op
-from pellm_lightning.federation.table import RefusedError, Table
+from pellm_lightning.federation.rendezvous.frames import Op
+from pellm_lightning.federation.rendezvous.table import RefusedError, Table
 
 TTL_S = 0.6
 

@@ -20,8 +20,8 @@ from network import Network, enter
 
 from pellm_lightning import Aggregator
 from pellm_lightning.federation import TLS, Membership
-from pellm_lightning.federation.job import Job
-from pellm_lightning.federation.server import RendezvousServer
+from pellm_lightning.federation.elastic.job import Job
+from pellm_lightning.federation.rendezvous.server import RendezvousServer
 
 log = logging.getLogger(__name__)
 RENDEZVOUS = "rendezvous"

@@ -133,10 +133,10 @@ def test_all_stop_when_one_is_lost_if_they_were_told_to(tmp_path: Path) -> None:
     in_threads([lambda: jobs.fit("a"), lambda: jobs.fit("b"), lambda: jobs.fit("c", At(3, crash))])
     for name in ("a", "b"):
         assert isinstance(jobs.results[name], FederationError)
-        assert (
-            "Party c was lost (it left while training after round 0: RuntimeError: the disk is full)"
-            in str(jobs.results[name])
-        )
+        assert "Party c was lost (" in str(jobs.results[name])
+    # Whoever notices first has seen why; the other may have it from the plan only.
+    told = "".join(str(jobs.results[name]) for name in ("a", "b"))
+    assert "it left while training after round 0: RuntimeError: the disk is full" in told
 
 
 def test_a_job_that_comes_late_takes_over_and_counts_0(jobs: Jobs) -> None:

@@ -15,7 +15,7 @@ import pytest
 from certificates import files, tls_of
 
 from pellm_lightning import cli, commands
-from pellm_lightning.federation.store import RemoteStore
+from pellm_lightning.federation.rendezvous.store import RemoteStore
 
 
 @pytest.fixture(autouse=True)

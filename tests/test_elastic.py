@@ -38,9 +38,9 @@ from pellm_lightning.federation import (
     MismatchError,
     TooFewPartiesError,
 )
-from pellm_lightning.federation.decisions import Decisions
-from pellm_lightning.federation.plan import Plan, Roll
-from pellm_lightning.federation.register import KEPT_EPOCHS, Register
+from pellm_lightning.federation.elastic.decisions import Decisions
+from pellm_lightning.federation.elastic.plan import Plan, Roll
+from pellm_lightning.federation.elastic.register import KEPT_EPOCHS, Register
 
 MANY = 1_000_000
 

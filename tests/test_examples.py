@@ -30,7 +30,7 @@ from transformers import (
 
 from pellm_lightning import cli
 from pellm_lightning.federation import Membership
-from pellm_lightning.federation.job import Job
+from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.tasks.partition import dirichlet
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -20,8 +20,8 @@ from test_federation_store import agree, free_port, steps
 
 from pellm_lightning.federation import FederationError
 from pellm_lightning.federation.certs import make_certificate
-from pellm_lightning.federation.etcd import EtcdStore
-from pellm_lightning.federation.store import connect
+from pellm_lightning.federation.rendezvous.etcd import EtcdStore
+from pellm_lightning.federation.rendezvous.store import connect
 from pellm_lightning.federation.tls import TLS
 
 needs_etcd = pytest.mark.skipif(
@@ -177,6 +177,6 @@ def test_arguments_are_checked() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "etcd3gw", None)
-    monkeypatch.delitem(sys.modules, "pellm_lightning.federation.etcd")
+    monkeypatch.delitem(sys.modules, "pellm_lightning.federation.rendezvous.etcd")
     with pytest.raises(ImportError, match=r"pip install 'pellm-lightning\[etcd\]'"):
-        importlib.import_module("pellm_lightning.federation.etcd")
+        importlib.import_module("pellm_lightning.federation.rendezvous.etcd")

@@ -4,7 +4,7 @@ import pytest
 from certificates import tls_of
 
 from pellm_lightning.federation import Membership
-from pellm_lightning.federation.job import Job
+from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.topology import Topology
 
 ROSTER = ("a", "b", "c")

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pellm_lightning.federation import mesh as mesh_module
 from pellm_lightning.federation.errors import FederationError, MismatchError, PartyLostError
-from pellm_lightning.federation.mesh import Listener, Mesh
-from pellm_lightning.federation.talks import split_address
-from pellm_lightning.federation.wire import (
+from pellm_lightning.federation.mesh import mesh as mesh_module
+from pellm_lightning.federation.mesh.mesh import Listener, Mesh
+from pellm_lightning.federation.mesh.talks import split_address
+from pellm_lightning.federation.mesh.wire import (
     HEADER_BYTES,
     Incoming,
     Kind,
@@ -642,7 +642,7 @@ def test_a_member_at_anothers_address_is_not_taken_for_it(secure: bool) -> None:
 
 
 def test_strangers_do_not_disturb_members(secure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pellm_lightning.federation.listener._GREETING_S", 1.0)
+    monkeypatch.setattr("pellm_lightning.federation.mesh.listener._GREETING_S", 1.0)
     threads, before = threading.active_count(), descriptors()
     stop = threading.Event()
 
@@ -682,7 +682,7 @@ def test_strangers_do_not_disturb_members(secure: bool, monkeypatch: pytest.Monk
 
 
 def test_a_slow_greeting_holds_up_nobody_and_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pellm_lightning.federation.listener._GREETING_S", 1.0)
+    monkeypatch.setattr("pellm_lightning.federation.mesh.listener._GREETING_S", 1.0)
     with members(2) as found:
         slow = call(found.addresses[0])
         begun = time.monotonic()

@@ -16,11 +16,12 @@ from certificates import tls_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pellm_lightning.federation import FederationError, frames, hall, table
-from pellm_lightning.federation.frames import HELLO, FrameError, Op, length, pack, unpack
-from pellm_lightning.federation.server import RendezvousServer
-from pellm_lightning.federation.store import RemoteStore
-from pellm_lightning.federation.table import RefusedError, Table
+from pellm_lightning.federation import FederationError
+from pellm_lightning.federation.rendezvous import frames, hall, table
+from pellm_lightning.federation.rendezvous.frames import HELLO, FrameError, Op, length, pack, unpack
+from pellm_lightning.federation.rendezvous.server import RendezvousServer
+from pellm_lightning.federation.rendezvous.store import RemoteStore
+from pellm_lightning.federation.rendezvous.table import RefusedError, Table
 
 ROSTER = ["clinic-a", "clinic-b"]
 SOON_S = 0.5

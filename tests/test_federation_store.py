@@ -21,14 +21,15 @@ from hypothesis import strategies as st
 from parties import in_threads
 
 import pellm_lightning
-from pellm_lightning.federation import FederationError, frames
+from pellm_lightning.federation import FederationError
 from pellm_lightning.federation.certs import make_ca, make_certificate
-from pellm_lightning.federation.frames import DONE, HELLO, pack, unpack
-from pellm_lightning.federation.gloo import GlooGroup
-from pellm_lightning.federation.polled import PolledStore
-from pellm_lightning.federation.server import RendezvousServer
-from pellm_lightning.federation.store import RemoteStore, connect
-from pellm_lightning.federation.table import Table
+from pellm_lightning.federation.launch.gloo import GlooGroup
+from pellm_lightning.federation.rendezvous import frames
+from pellm_lightning.federation.rendezvous.frames import DONE, HELLO, pack, unpack
+from pellm_lightning.federation.rendezvous.polled import PolledStore
+from pellm_lightning.federation.rendezvous.server import RendezvousServer
+from pellm_lightning.federation.rendezvous.store import RemoteStore, connect
+from pellm_lightning.federation.rendezvous.table import Table
 from pellm_lightning.federation.tls import TLS
 
 ROSTER = ["clinic-a", "clinic-b"]
@@ -255,7 +256,7 @@ def test_errors_pass_through_torch(plain: RendezvousServer) -> None:
 
 SERVE = """
 import signal
-from pellm_lightning.federation.server import RendezvousServer
+from pellm_lightning.federation.rendezvous.server import RendezvousServer
 from pellm_lightning.federation.tls import TLS
 tls = TLS(*sys.argv[3:6]) if len(sys.argv) > 3 else None
 server = RendezvousServer("127.0.0.1", int(sys.argv[2]), roster=["clinic-a", "clinic-b"], tls=tls)
@@ -320,7 +321,7 @@ def test_a_forgotten_client_is_closed_without_a_word(plain: RendezvousServer) ->
     gc.collect()
     assert sock.fileno() == -1
     script = f"""
-from pellm_lightning.federation.store import RemoteStore
+from pellm_lightning.federation.rendezvous.store import RemoteStore
 stores = [RemoteStore({plain.address!r}) for _ in range(3)]
 stores.append(stores)
 """

@@ -149,7 +149,7 @@ def test_process_groups_are_made_in_one_module() -> None:
             for node in ast.walk(tree)
         )
     ]
-    assert makers == ["federation.gloo"]
+    assert makers == ["federation.launch.gloo"]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name])

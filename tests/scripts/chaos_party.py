@@ -18,7 +18,7 @@ from history import SIZE, Entry, noise, recorded
 
 from pellm_lightning import Aggregator
 from pellm_lightning.federation import ElasticFederation, Membership
-from pellm_lightning.federation.store import connect
+from pellm_lightning.federation.rendezvous.store import connect
 
 
 @dataclass(frozen=True)

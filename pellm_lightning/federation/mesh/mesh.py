@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellm_lightning.federation.addition import BLOCK_BYTES, Addition
-from pellm_lightning.federation.calls import Calls
 from pellm_lightning.federation.errors import FederationError, MismatchError, PartyLostError
-from pellm_lightning.federation.listener import Listener
-from pellm_lightning.federation.talks import GREETING_BYTES, greet, split_address
-from pellm_lightning.federation.tls import TLS
-from pellm_lightning.federation.wire import (
+from pellm_lightning.federation.mesh.addition import BLOCK_BYTES, Addition
+from pellm_lightning.federation.mesh.calls import Calls
+from pellm_lightning.federation.mesh.listener import Listener
+from pellm_lightning.federation.mesh.talks import GREETING_BYTES, greet, split_address
+from pellm_lightning.federation.mesh.wire import (
     DTYPES,
     HungUpError,
     Incoming,
@@ -33,6 +32,7 @@ from pellm_lightning.federation.wire import (
     Outgoing,
     UnexpectedFrameError,
 )
+from pellm_lightning.federation.tls import TLS
 
 __all__ = ["Listener", "Mesh"]
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 
-from pellm_lightning.federation.frames import (
+from pellm_lightning.federation.rendezvous.frames import (
     MAX_FRAME_BYTES,
     FrameError,
     Op,

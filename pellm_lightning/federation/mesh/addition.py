@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pellm_lightning.federation.wire import Incoming, Outgoing
+from pellm_lightning.federation.mesh.wire import Incoming, Outgoing
 
 BLOCK_BYTES = 256 << 10
 """So much is added at a time: it fits into a core's cache, and is a multiple of every scalar's size."""

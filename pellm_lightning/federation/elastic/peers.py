@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pellm_lightning.federation.elastic.heartbeat import Heartbeat
+from pellm_lightning.federation.elastic.plan import Plan, Roll
 from pellm_lightning.federation.errors import FederationError
-from pellm_lightning.federation.heartbeat import Heartbeat
-from pellm_lightning.federation.plan import Plan, Roll
 
 
 class Peers:

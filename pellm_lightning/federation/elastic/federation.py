@@ -27,18 +27,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.federation.collectives import Collectives
-from pellm_lightning.federation.decisions import Decision, Decisions
+from pellm_lightning.federation.elastic.decisions import Decision, Decisions
+from pellm_lightning.federation.elastic.heartbeat import Heartbeat, sign_of
+from pellm_lightning.federation.elastic.introductions import Difference, Introductions, Passport
+from pellm_lightning.federation.elastic.membership import Membership, check_roster
+from pellm_lightning.federation.elastic.peers import Peers
+from pellm_lightning.federation.elastic.plan import Plan, Roll, Version, Wants, is_count
+from pellm_lightning.federation.elastic.register import Register, RestartedError, UnreachableError
+from pellm_lightning.federation.elastic.rifts import Rifts
+from pellm_lightning.federation.elastic.roll_call import Patience, RollCall
 from pellm_lightning.federation.errors import FederationError, MismatchError, PartyLostError
-from pellm_lightning.federation.heartbeat import Heartbeat, sign_of
-from pellm_lightning.federation.introductions import Difference, Introductions, Passport
-from pellm_lightning.federation.membership import Membership, check_roster
-from pellm_lightning.federation.mesh import Listener, Mesh
-from pellm_lightning.federation.peers import Peers
-from pellm_lightning.federation.plan import Plan, Roll, Version, Wants, is_count
+from pellm_lightning.federation.mesh.mesh import Listener, Mesh
 from pellm_lightning.federation.polling import polls
-from pellm_lightning.federation.register import Register, RestartedError, UnreachableError
-from pellm_lightning.federation.rifts import Rifts
-from pellm_lightning.federation.roll_call import Patience, RollCall
 from pellm_lightning.federation.tls import TLS
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, TypeGuard
 
-from pellm_lightning.federation.talks import split_address
+from pellm_lightning.federation.mesh.talks import split_address
 
 Wants = Literal["exchange", "words", "rest"]
 _WANTS = ("exchange", "words", "rest")

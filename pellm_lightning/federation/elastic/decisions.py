@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pellm_lightning.federation.peers import Peers
-from pellm_lightning.federation.plan import Plan
+from pellm_lightning.federation.elastic.peers import Peers
+from pellm_lightning.federation.elastic.plan import Plan
+from pellm_lightning.federation.elastic.register import KEPT_EPOCHS, Register, RestartedError
 from pellm_lightning.federation.polling import polls
-from pellm_lightning.federation.register import KEPT_EPOCHS, Register, RestartedError
 
 Decision = dict[str, Any]
 

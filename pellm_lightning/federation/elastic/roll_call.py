@@ -5,19 +5,19 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from pellm_lightning.federation.elastic.introductions import Introductions, alike
+from pellm_lightning.federation.elastic.membership import Membership
+from pellm_lightning.federation.elastic.peers import Peers
+from pellm_lightning.federation.elastic.plan import Plan, Roll, is_count, stage
+from pellm_lightning.federation.elastic.register import KEPT_EPOCHS, Register, UnreachableError
+from pellm_lightning.federation.elastic.rifts import Rifts
 from pellm_lightning.federation.errors import (
     FederationError,
     MismatchError,
     PartyLostError,
     TooFewPartiesError,
 )
-from pellm_lightning.federation.introductions import Introductions, alike
-from pellm_lightning.federation.membership import Membership
-from pellm_lightning.federation.peers import Peers
-from pellm_lightning.federation.plan import Plan, Roll, is_count, stage
 from pellm_lightning.federation.polling import polls
-from pellm_lightning.federation.register import KEPT_EPOCHS, Register, UnreachableError
-from pellm_lightning.federation.rifts import Rifts
 
 
 class RollCall:

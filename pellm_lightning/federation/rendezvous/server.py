@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from typing_extensions import Self
 
-from pellm_lightning.federation.hall import Hall
+from pellm_lightning.federation.rendezvous.hall import Hall
 from pellm_lightning.federation.tls import RENDEZVOUS, TLS, check_name
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.federation.board import Board
 from pellm_lightning.federation.collectives import Collectives
 from pellm_lightning.federation.errors import FederationError, PartyLostError
-from pellm_lightning.federation.gloo import GlooGroup
-from pellm_lightning.federation.rendezvous import store_from_env
+from pellm_lightning.federation.launch.board import Board
+from pellm_lightning.federation.launch.gloo import GlooGroup
+from pellm_lightning.federation.launch.store import store_from_env
 from pellm_lightning.topology import Topology
 
 # One Gloo group leaves cores idle while it waits for the network; two reduced in 0.78-0.9x of the time.

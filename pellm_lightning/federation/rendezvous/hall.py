@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pellm_lightning.federation.frames import (
+from pellm_lightning.federation.rendezvous.frames import (
     DONE,
     HELLO,
     LENGTH_BYTES,
@@ -22,7 +22,7 @@ from pellm_lightning.federation.frames import (
     pack,
     unpack,
 )
-from pellm_lightning.federation.table import RefusedError, Table
+from pellm_lightning.federation.rendezvous.table import RefusedError, Table
 from pellm_lightning.federation.tls import peer_name
 
 log = logging.getLogger(__name__)

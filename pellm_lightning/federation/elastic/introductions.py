@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pellm_lightning.federation.elastic.plan import Roll
+from pellm_lightning.federation.elastic.register import Register
 from pellm_lightning.federation.errors import MismatchError
-from pellm_lightning.federation.plan import Roll
-from pellm_lightning.federation.register import Register
 
 Passport = dict[str, Any]
 Difference = Callable[[Sequence[Passport], Sequence[str]], str | None]

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from typing_extensions import Self, override
 
 from pellm_lightning.federation.errors import FederationError
-from pellm_lightning.federation.frames import (
+from pellm_lightning.federation.mesh.talks import split_address
+from pellm_lightning.federation.polling import polls
+from pellm_lightning.federation.rendezvous.frames import (
     DONE,
     MAX_FIELDS,
     REFUSED,
@@ -20,10 +22,8 @@ from pellm_lightning.federation.frames import (
     check_value,
     pack,
 )
-from pellm_lightning.federation.line import HungUpError, Line
-from pellm_lightning.federation.polled import PolledStore, encoded
-from pellm_lightning.federation.polling import polls
-from pellm_lightning.federation.talks import split_address
+from pellm_lightning.federation.rendezvous.line import HungUpError, Line
+from pellm_lightning.federation.rendezvous.polled import PolledStore, encoded
 from pellm_lightning.federation.tls import TLS
 
 # A server that stops closes connections before it closes its port; one that shuts us out does so every time.
@@ -229,7 +229,7 @@ def connect(url: str, tls: TLS | None = None, *, timeout_s: float = 300, retry_s
     if kind == "tcp":
         return RemoteStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s)
     if kind == "etcd":
-        from pellm_lightning.federation.etcd import EtcdStore  # an optional dependency
+        from pellm_lightning.federation.rendezvous.etcd import EtcdStore  # an optional dependency
 
         return EtcdStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s)
     raise ValueError(f"{url!r} names no rendezvous: give tcp://host:port or etcd://host:port.")

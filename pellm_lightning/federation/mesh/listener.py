@@ -10,7 +10,7 @@ from collections.abc import Collection
 from selectors import EVENT_READ, DefaultSelector
 
 from pellm_lightning.federation.errors import FederationError
-from pellm_lightning.federation.talks import (
+from pellm_lightning.federation.mesh.talks import (
     BadPeerError,
     Talk,
     Talks,

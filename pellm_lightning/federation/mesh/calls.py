@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from errno import EINPROGRESS, EWOULDBLOCK
 from selectors import EVENT_WRITE, DefaultSelector
 
-from pellm_lightning.federation.talks import (
+from pellm_lightning.federation.mesh.talks import (
     BadPeerError,
     Talk,
     Talks,

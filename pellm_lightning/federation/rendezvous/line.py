@@ -5,8 +5,8 @@ import socket
 import ssl
 import weakref
 
-from pellm_lightning.federation.frames import HELLO, LENGTH_BYTES, FrameError, length, unpack
-from pellm_lightning.federation.talks import split_address
+from pellm_lightning.federation.mesh.talks import split_address
+from pellm_lightning.federation.rendezvous.frames import HELLO, LENGTH_BYTES, FrameError, length, unpack
 from pellm_lightning.federation.tls import RENDEZVOUS, peer_name
 
 _PIECE_BYTES = 64 << 10

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pellm_lightning.federation.elastic.register import Register, RestartedError, UnreachableError
 from pellm_lightning.federation.errors import FederationError
 from pellm_lightning.federation.polling import polls
-from pellm_lightning.federation.register import Register, RestartedError, UnreachableError
 
 log = logging.getLogger(__name__)
 

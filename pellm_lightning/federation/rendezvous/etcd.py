@@ -12,9 +12,9 @@ import torch.distributed as dist
 from typing_extensions import Self, override
 
 from pellm_lightning.federation.errors import FederationError
-from pellm_lightning.federation.polled import PolledStore, encoded
+from pellm_lightning.federation.mesh.talks import split_address
 from pellm_lightning.federation.polling import polls
-from pellm_lightning.federation.talks import split_address
+from pellm_lightning.federation.rendezvous.polled import PolledStore, encoded
 from pellm_lightning.federation.tls import TLS
 
 try:

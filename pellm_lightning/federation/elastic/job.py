@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from pellm_lightning.federation.elastic import ElasticFederation
-from pellm_lightning.federation.membership import Membership, check_roster
+from pellm_lightning.federation.elastic.federation import ElasticFederation
+from pellm_lightning.federation.elastic.membership import Membership, check_roster
 from pellm_lightning.federation.tls import TLS
 from pellm_lightning.topology import Topology
 
@@ -126,7 +126,7 @@ class Job:
         )
 
     def _connect(self) -> dist.Store:
-        from pellm_lightning.federation.store import connect
+        from pellm_lightning.federation.rendezvous.store import connect
 
         return connect(self.rendezvous, tls=self.tls)
 
