@@ -13,6 +13,7 @@ KEPT_EPOCHS = 16
 
 _MAX_BYTES = 4 << 20
 _LIFE = "life"
+_NOTHING = "-"
 
 
 class RestartedError(Exception):
@@ -93,8 +94,10 @@ class Register:
         if many is not None:
             found: list[bytes | None] = many(keys)
             return found
-        # torch's own stores wait for what is missing.
-        return [self._store.get(key) if self._store.check([key]) else None for key in keys]
+        # torch's own stores wait for what is missing, or was deleted since it was looked for. Comparing does
+        # not: of what is missing it returns what was expected, here something that is no JSON.
+        values = [self._store.compare_set(key, _NOTHING, _NOTHING) for key in keys]
+        return [None if value.decode(errors="replace") == _NOTHING else value for value in values]
 
 
 def _json(value: object) -> str:
