@@ -7,6 +7,7 @@ import random
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 _groups = iter(range(10**9))
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only there 127.0.0.2 is this host, too")
 
 
 class Members:
@@ -272,7 +274,7 @@ def test_ipv6() -> None:
         {"names": ["a", "a"]},
         {"addresses": ["127.0.0.1:1"]},
         {"timeout_s": 0},
-        {"group": "g" * 2000},
+        {"group": "g" * 5000},
         {"addresses": ["nowhere", "127.0.0.1:1"]},
     ],
 )
@@ -631,6 +633,69 @@ def test_a_tls_client_of_a_plain_listener_is_hung_up_on() -> None:
             tls_of("clinic-1").client_context().wrap_socket(call(found.addresses[0]))
         group = found.form()
         at_all(group, lambda mesh: mesh.all_reduce(torch.ones(3)))
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["callee", "caller"])
+def test_tls_at_one_end_only_is_told_at_both(rank: int) -> None:
+    with members(2) as found:
+        found.tls[rank] = tls_of(found.names[rank])
+        found.listeners[rank].close()
+        found.listeners[rank] = Listener(
+            "127.0.0.1", name=found.names[rank], roster=found.names, tls=found.tls[rank]
+        )
+        found.addresses[rank] = found.listeners[rank].address
+        errors = at_all([0, 1], lambda rank: found.mesh(rank, "g", timeout_s=0.3), may_fail=True)
+    assert all(isinstance(error, PartyLostError) for error in errors)
+    assert all("all parties use TLS" in str(error) for error in errors)
+    why = "does not speak as members do" if rank else "SSL"
+    assert why in str(errors[0]), "who is called knows whom it has turned away"
+
+
+@pytest.mark.parametrize("address", ["x" * 64 + ":1", "clinic..org:1", "a\0b:1"])
+def test_an_address_that_cannot_be_is_told(address: str) -> None:
+    with members(2) as found:
+        found.addresses[0] = address
+        with pytest.raises(PartyLostError, match=r"clinic-0 \("):
+            found.mesh(1, "g", timeout_s=0.1)
+    with pytest.raises(FederationError, match="cannot listen on"):
+        Listener(address.removesuffix(":1"), name="a", roster=["a", "b"])
+
+
+@LINUX
+def test_each_members_addresses_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that have two addresses each, one is not there: the other is found all the same."""
+    resolve = socket.getaddrinfo
+
+    def two(host: str, port: int, **kwargs: Any) -> list:
+        return [*resolve("127.0.0.9", port, **kwargs), *resolve("127.0.0.1", port, **kwargs)]
+
+    with members(3) as found:
+        for rank in (0, 1):
+            found.listeners[rank].close()
+            found.listeners[rank] = Listener("127.0.0.1", name=found.names[rank], roster=found.names)
+            found.addresses[rank] = found.listeners[rank].address
+        found.listeners[0].close()
+        monkeypatch.setattr(socket, "getaddrinfo", two)
+        with pytest.raises(PartyLostError) as caught:
+            found.mesh(2, "g", timeout_s=0.3)
+        assert len(found.listeners[1]._waiting["clinic-2"]) == 1, caught.value
+
+
+@LINUX
+def test_a_crowd_crowds_out_itself() -> None:
+    with members(2) as found:
+        slow = call(found.addresses[0])
+        said = hello("clinic-1", "g")
+        slow.sendall(said[:9])
+        source = ("127.0.0.2", 0)
+        with contextlib.ExitStack() as stack:
+            for _ in range(300):
+                address = split_address(found.addresses[0])
+                stack.enter_context(socket.create_connection(address, source_address=source))
+            assert settled(lambda: 256 - len(found.listeners[0]._talks), 0)
+            slow.sendall(said[9:])
+            assert settled(lambda: 1 - len(found.listeners[0]._waiting.get("clinic-1", {})), 0)
+        slow.close()
 
 
 def test_a_member_at_anothers_address_is_not_taken_for_it(secure: bool) -> None:

@@ -4,6 +4,7 @@ import os
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from errno import EINPROGRESS, EWOULDBLOCK
 from selectors import EVENT_WRITE, DefaultSelector
@@ -46,7 +47,7 @@ class Calls:
         self._callees = callees
         self._context = None if tls is None else tls.client_context()
         self._due = dict.fromkeys(callees, 0.0)
-        self._attempts = 0
+        self._attempts = Counter[int]()
         self._selector = DefaultSelector()
         self._talks: Talks[socket.socket] = Talks(self._selector)
         self._ranks: dict[Talk[socket.socket], int] = {}
@@ -72,7 +73,7 @@ class Calls:
         now = time.monotonic()
         for rank in [rank for rank, at in self._due.items() if at <= now]:
             del self._due[rank]
-            talk = self._talks.begin(self._call(*self._callees[rank]), _ATTEMPT_S)
+            talk = self._talks.begin(self._call(rank), _ATTEMPT_S)
             self._ranks[talk] = rank
             # The first turn only starts to connect.
             for _ in self._go_on(talk):
@@ -91,13 +92,17 @@ class Calls:
             del self.troubles[rank]
             yield rank, sock
 
-    def _call(self, name: str, address: str) -> Turns[socket.socket]:
-        """Return a connection to the member ``name`` on which it has confirmed who and where it is."""
+    def _call(self, rank: int) -> Turns[socket.socket]:
+        """Return a connection to a member on which it has confirmed who and where it is."""
+        name, address = self._callees[rank]
         host, port = split_address(address)
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:  # the member itself told the name, which may be anything
+            raise BadPeerError(f"{host!r} cannot be the name of a host: {error}") from error
         # A name may stand for several addresses, of which only one listens.
-        self._attempts += 1
-        family, kind, protocol, _, where = found[self._attempts % len(found)]
+        family, kind, protocol, _, where = found[self._attempts[rank] % len(found)]
+        self._attempts[rank] += 1
         sock = socket.socket(family, kind, protocol)
         try:
             yield from _connect(sock, where)

@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Collection
 from selectors import EVENT_READ, DefaultSelector
 
@@ -26,8 +27,10 @@ log = logging.getLogger(__name__)
 
 # Whoever has not shaken hands and said who it is by then is a stranger.
 _GREETING_S = 5.0
-# So many may be at it at a time; each costs a descriptor. When all are strangers, the oldest goes.
+# So many may be at it at a time; each costs a descriptor.
 _MAX_UNFINISHED = 256
+# So many are accepted before those who are at it have their turn.
+_MAX_ACCEPTED = 64
 # Groups for which a member may be waiting: it is in one at a time, but may have given up on others.
 _MAX_WAITING = 4
 
@@ -70,6 +73,7 @@ class Listener:
             )
         self._lock = threading.Lock()
         self._waiting: dict[str, dict[str, socket.socket]] = {}
+        self._rebuffed = (0.0, "")
         self._closing = threading.Event()
         self._selector = DefaultSelector()
         self._talks: Talks[Guest] = Talks(self._selector)
@@ -83,6 +87,11 @@ class Listener:
         """Return a connection on which ``peer`` has asked for ``group``, None if there is none yet."""
         with self._lock:
             return self._waiting.get(peer, {}).pop(group, None)
+
+    def rebuffed(self, since: float) -> str:
+        """Return in words who was hung up on last; empty if nobody was since (``time.monotonic()``)."""
+        at, whom = self._rebuffed
+        return whom if at >= since else ""
 
     def close(self) -> None:
         """Hang up on everybody who waits, and free the port."""
@@ -106,9 +115,9 @@ class Listener:
             self._hang_up()
 
     def _accept(self) -> None:
-        while True:
+        for _ in range(_MAX_ACCEPTED):
             try:
-                sock, _ = self._server.accept()
+                sock, address = self._server.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -118,26 +127,32 @@ class Listener:
                 self._closing.wait(0.05)
                 return
             self._make_room(_MAX_UNFINISHED - 1)
-            self._go_on(self._talks.begin(_received(sock, self._context), _GREETING_S))
+            self._go_on(self._talks.begin(_received(sock, self._context), _GREETING_S, address[0]))
 
     def _make_room(self, most: int) -> None:
-        while len(self._talks) > most and (oldest := self._talks.oldest()):
-            self._talks.end(oldest)
+        while len(self._talks) > max(most, 0):
+            self._talks.end(self._talks.most_dispensable())
 
     def _go_on(self, talk: Talk[Guest]) -> None:
         try:
             guest = self._talks.go_on(talk)
         except (OSError, BadPeerError) as error:
-            log.debug("hung up on a stranger: %s", error)
+            self._rebuff(talk.host, str(error))
             return
-        if guest is not None:
-            self._admit(*guest)
+        if guest is None:
+            return
+        peer, group, sock = guest
+        if peer in self._roster:
+            self._admit(peer, group, sock)
+        else:
+            self._rebuff(talk.host, f"it calls itself {peer!r}, which is not in the roster")
+            sock.close()
+
+    def _rebuff(self, host: str, why: str) -> None:
+        self._rebuffed = (time.monotonic(), f"somebody at {host}: {why}")
+        log.debug("hung up on %s", self._rebuffed[1])
 
     def _admit(self, peer: str, group: str, sock: socket.socket) -> None:
-        if peer not in self._roster:
-            log.debug("hung up on %r, which is not in the roster", peer)
-            sock.close()
-            return
         with self._lock:
             waiting = self._waiting.setdefault(peer, {})
             left = [waiting.pop(group)] if group in waiting else []
@@ -184,7 +199,7 @@ def _bound(host: str, port: int) -> socket.socket:
         sock.bind(address)
         sock.listen(_MAX_UNFINISHED)
         sock.setblocking(False)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         if sock is not None:
             sock.close()
         raise FederationError(

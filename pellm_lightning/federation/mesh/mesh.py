@@ -212,7 +212,7 @@ class Mesh:
         me = self._names[self.rank]
         callees = {peer: (self._names[peer], self._addresses[peer]) for peer in range(self.rank)}
         calls = Calls(me, self._group, callees, tls)
-        deadline = time.monotonic() + self._timeout_s
+        began = time.monotonic()
         pause = 0.001
         try:
             while not self._admit(listener, me):
@@ -220,8 +220,8 @@ class Mesh:
                     self._links[peer] = Link(sock, peer)
                 pause = min(2 * pause, _LOOK_S)
                 self._look_out()
-                if time.monotonic() >= deadline:
-                    raise self._not_formed(calls.troubles)
+                if time.monotonic() >= began + self._timeout_s:
+                    raise self._not_formed(calls.troubles, listener.rebuffed(began))
         finally:
             calls.close()
 
@@ -243,15 +243,15 @@ class Mesh:
                 self._links[peer] = Link(sock, peer)
         return len(self._links) == self.size - 1
 
-    def _not_formed(self, troubles: Mapping[int, str]) -> PartyLostError:
+    def _not_formed(self, troubles: Mapping[int, str], rebuffed: str) -> PartyLostError:
         missing = [peer for peer in range(self.size) if peer != self.rank and peer not in self._links]
-        told = "; ".join(
-            f"{self._called(peer)}: {troubles.get(peer, 'it has not called')}" for peer in missing
-        )
+        uncalled = f"it has not called, or was hung up on ({rebuffed})" if rebuffed else "it has not called"
+        told = "; ".join(f"{self._called(peer)}: {troubles.get(peer, uncalled)}" for peer in missing)
         return self._lost(
             missing,
             f"Not all members of group {self._group} were there within {self._timeout_s:g} s. {told}. Check"
-            " that these parties run, and that each address can be reached from here and is not blocked.",
+            " that these parties run, that each address can be reached from here and is not blocked, and that"
+            " all parties use TLS and have the same ca.pem, or none uses TLS.",
         )
 
     # ---- exchanging

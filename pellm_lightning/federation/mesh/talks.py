@@ -9,6 +9,7 @@ import socket
 import ssl
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +24,8 @@ Turns = Generator[tuple[int, int], None, T]
 
 _GREETING = struct.Struct("!4sBH")
 _GREETING_MAGIC, _VERSION = b"PeLH", 1
-GREETING_BYTES = 1024
-"""No greeting is longer."""
+GREETING_BYTES = 4096
+"""No greeting is longer: room for 256 characters of a group's name, even if each is escaped."""
 
 
 class BadPeerError(Exception):
@@ -135,6 +136,7 @@ class Talk(Generic[T]):
 
     turns: Turns[T]
     deadline: float
+    host: str
     descriptor: int = -1
     events: int = 0
 
@@ -153,9 +155,9 @@ class Talks(Generic[T]):
     def __len__(self) -> int:
         return len(self._under_way)
 
-    def begin(self, turns: Turns[T], seconds: float) -> Talk[T]:
-        """Start a conversation that may take so long; ``go_on`` makes its first turn."""
-        talk = Talk(turns, time.monotonic() + seconds)
+    def begin(self, turns: Turns[T], seconds: float, host: str = "") -> Talk[T]:
+        """Start a conversation with a host that may take so long; ``go_on`` makes its first turn."""
+        talk = Talk(turns, time.monotonic() + seconds, host)
         self._under_way[talk] = None
         return talk
 
@@ -197,9 +199,10 @@ class Talks(Generic[T]):
         now = time.monotonic()
         return [talk for talk in self._under_way if talk.deadline <= now]
 
-    def oldest(self) -> Talk[T] | None:
-        """Return the one that was begun first."""
-        return next(iter(self._under_way), None)
+    def most_dispensable(self) -> Talk[T]:
+        """Return the one that was begun first with the host that has the most: a crowd crowds out itself."""
+        crowd = Counter(talk.host for talk in self._under_way).most_common(1)[0][0]
+        return next(talk for talk in self._under_way if talk.host == crowd)
 
     def end_all(self) -> None:
         """Break all off."""
