@@ -314,6 +314,23 @@ def test_who_takes_no_answer_is_shown_out(either: RendezvousServer, monkeypatch:
     assert client.delete_key("@clinic-a/large")
 
 
+def test_answers_that_nobody_takes_are_not_piled_up(plain: RendezvousServer) -> None:
+    client = client_of(plain)
+    client.set("large", bytes(4 << 20))
+    with contextlib.ExitStack() as stack:
+        guests = [stack.enter_context(raw(plain)) for _ in range(20)]
+        for guest in guests:
+            assert guest.recv(10) == HELLO
+        tracemalloc.start()
+        for guest in guests:
+            guest.sendall(pack(Op.MULTI_GET, [b"large"] * 2))
+        time.sleep(0.2)
+        client.check(["x"])  # who comes after them is served
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20  # one answer of 8 MiB and its copies, not 20
+        tracemalloc.stop()
+    assert client.delete_key("large")
+
+
 def test_the_newest_connections_of_a_party_win(encrypted: RendezvousServer) -> None:
     socks = [raw(encrypted, name="clinic-b") for _ in range(hall.MAX_CONNECTIONS_PER_NAME + 2)]
     for sock in socks:

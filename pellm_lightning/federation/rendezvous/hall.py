@@ -27,8 +27,9 @@ from pellm_lightning.federation.tls import peer_name
 
 log = logging.getLogger(__name__)
 
-# Both, and what else is open, fit into the 1024 descriptors that a process usually may have.
-MAX_CONNECTIONS = 256
+# Both, and what else is open, fit into the 1024 descriptors that a process usually may have. The 128 parties
+# that a round can have take three each.
+MAX_CONNECTIONS = 512
 MAX_STRANGERS = 256
 # A party has two or three; more are left over from a host that vanished.
 MAX_CONNECTIONS_PER_NAME = 8
@@ -225,18 +226,20 @@ class Hall:
     async def _attend(self, guest: _Guest, connection: _Connection) -> None:
         """Answer one request after the other. No local variable holds one while the next is waited for."""
         while True:
-            await _send(guest, connection, self._answered(guest, connection, await _body(guest, connection)))
+            await _send(guest, connection, *self._answered(guest, connection, await _body(guest, connection)))
             await asyncio.sleep(0)  # others' turn, even if the next request is here already
 
-    def _answered(self, guest: _Guest, connection: _Connection, body: bytes) -> bytes:
+    def _answered(
+        self, guest: _Guest, connection: _Connection, body: bytes
+    ) -> tuple[int, list[bytes | None]]:
         if connection.writer.is_closing():
             # What was buffered before the cut will be asked again: an addition must not count twice.
             raise ConnectionResetError("the connection was cut")
         op, fields = unpack(body)
         try:
-            return pack(DONE, self._table.answer(op, fields, guest.name))
+            return DONE, self._table.answer(op, fields, guest.name)
         except RefusedError as error:
-            return pack(REFUSED, [str(error).encode()])
+            return REFUSED, [str(error).encode()]
 
     def _count_turned_away(self, host: str, error: BaseException) -> None:
         """Log strangers, but not each one: they must not fill the disk."""
@@ -257,9 +260,12 @@ async def _body(guest: _Guest, connection: _Connection) -> bytes:
             return await connection.reader.readexactly(size)
 
 
-async def _send(guest: _Guest, connection: _Connection, answer: bytes) -> None:
+async def _send(guest: _Guest, connection: _Connection, tag: int, fields: list[bytes | None]) -> None:
     """Send an answer piece by piece, so that what is not taken is noticed and not piled up."""
-    async with guest.large if len(answer) > _LARGE_BYTES else contextlib.nullcontext():
+    size = sum(len(field or b"") for field in fields)
+    async with guest.large if size > _LARGE_BYTES else contextlib.nullcontext():
+        # Only here: until then its fields are the table's own, and cost nothing.
+        answer = pack(tag, fields)
         with connection.within(_FRAME_S):
             for at in range(0, len(answer), _LARGE_BYTES):
                 connection.writer.write(answer[at : at + _LARGE_BYTES])
