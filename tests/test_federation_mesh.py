@@ -613,7 +613,7 @@ def test_strangers_with_and_without_certificates_learn_nothing() -> None:
         anonymous = ssl.create_default_context()
         anonymous.check_hostname, anonymous.verify_mode = False, ssl.CERT_NONE
         strangers = (tls_of("clinic-1", "theirs"), tls_of("stranger"), tls_of("clinic-7"))
-        for context in (anonymous, *(tls.client_context() for tls in strangers)):
+        for context in (anonymous, *(tls.client_context for tls in strangers)):
             with contextlib.suppress(OSError), context.wrap_socket(call(address)) as sock:
                 sock.sendall(hello("clinic-1"))
                 assert hung_up(sock)
@@ -630,7 +630,7 @@ def test_strangers_with_and_without_certificates_learn_nothing() -> None:
 def test_a_tls_client_of_a_plain_listener_is_hung_up_on() -> None:
     with members(2) as found:
         with pytest.raises(OSError):  # noqa: PT011  # whatever the platform calls it
-            tls_of("clinic-1").client_context().wrap_socket(call(found.addresses[0]))
+            tls_of("clinic-1").client_context.wrap_socket(call(found.addresses[0]))
         group = found.form()
         at_all(group, lambda mesh: mesh.all_reduce(torch.ones(3)))
 

@@ -59,7 +59,7 @@ def raw(server: RendezvousServer, hello: bytes = HELLO, name: str = "clinic-a") 
     """A connection in the hands of the test."""
     sock = socket.create_connection(("127.0.0.1", port_of(server)), 5)
     if server._encrypted:
-        sock = tls_of(name).client_context().wrap_socket(sock)
+        sock = tls_of(name).client_context.wrap_socket(sock)
     sock.sendall(hello)
     return sock
 
@@ -236,7 +236,7 @@ def test_strangers_get_no_answer(encrypted: RendezvousServer) -> None:
 
     def foreign() -> bytes:
         sock = socket.create_connection(("127.0.0.1", port_of(encrypted)), 5)
-        context = tls_of("clinic-a", "theirs").client_context()
+        context = tls_of("clinic-a", "theirs").client_context
         context.verify_mode = ssl.CERT_NONE
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             sock = context.wrap_socket(sock)

@@ -512,7 +512,7 @@ def test_a_party_of_another_authority_is_told_so(encrypted: RendezvousServer, tm
         RemoteStore(encrypted.address, tls=tls_of("clinic-a", "theirs"))
     store = RemoteStore(encrypted.address, tls=tls_of("clinic-a"))
     foreign = tls_of("clinic-a", "theirs")
-    store._context = foreign.client_context()
+    store._context = foreign.client_context
     store._context.load_verify_locations(tls_of("clinic-a").ca)
     store._hang_up()
     with pytest.raises(FederationError, match=r"does not admit this party.*(UNKNOWN_CA|without a word)"):
@@ -533,7 +533,7 @@ def test_an_expired_certificate_is_told_so(tmp_path: Path) -> None:
 def test_only_the_rendezvous_is_trusted() -> None:
     # A member has a certificate of our authority, too, but that does not make it the rendezvous.
     def act(sock: socket.socket) -> None:
-        with tls_of("clinic-b").server_context().wrap_socket(sock, server_side=True) as encrypted:
+        with tls_of("clinic-b").server_context.wrap_socket(sock, server_side=True) as encrypted:
             encrypted.recv(10)
 
     with Impostor(act) as server, pytest.raises(FederationError, match="named 'clinic-b', not 'rendezvous'"):

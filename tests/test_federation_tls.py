@@ -1,6 +1,8 @@
 """Certificates: made with care, read with care, and the name in them counts."""
 
+import copy
 import importlib
+import shutil
 import socket
 import ssl
 import stat
@@ -54,9 +56,28 @@ def call(port: int, context: ssl.SSLContext) -> tuple[str | None, bytes]:
 # ---- the contexts
 
 
+def test_files_are_read_once(tmp_path: Path) -> None:
+    """A connection in the middle of a run must not depend on a file that is just being renewed."""
+    kept = tls_of("clinic-a")
+    own = TLS(*(shutil.copy(path, tmp_path) for path in (kept.cert, kept.key, kept.ca)))
+    for path in tmp_path.iterdir():
+        path.write_text("half of a")
+    with accepting(tls_of("rendezvous").server_context) as (port, names):
+        assert call(port, own.client_context) == ("rendezvous", b"welcome")
+    assert names == ["clinic-a"]
+
+
+def test_another_process_reads_the_files_itself() -> None:
+    own = tls_of("clinic-a")
+    other = copy.deepcopy(own)
+    assert other == own
+    assert other.name == "clinic-a"
+    assert other.client_context is not own.client_context
+
+
 def test_both_ends_learn_each_others_name() -> None:
-    with accepting(tls_of("rendezvous").server_context()) as (port, names):
-        assert call(port, tls_of("clinic-a").client_context()) == ("rendezvous", b"welcome")
+    with accepting(tls_of("rendezvous").server_context) as (port, names):
+        assert call(port, tls_of("clinic-a").client_context) == ("rendezvous", b"welcome")
     assert names == ["clinic-a"]
     assert tls_of("clinic-a").name == "clinic-a"
 
@@ -65,25 +86,25 @@ def test_a_client_without_a_certificate_gets_nothing() -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    with accepting(tls_of("rendezvous").server_context()) as (port, names), pytest.raises(REFUSED):
+    with accepting(tls_of("rendezvous").server_context) as (port, names), pytest.raises(REFUSED):
         assert call(port, context)[1] == b"welcome"
     assert names == []
 
 
 def test_foreign_authorities_are_refused_on_both_ends() -> None:
-    with accepting(tls_of("rendezvous").server_context()) as (port, names), pytest.raises(REFUSED):
-        call(port, tls_of("clinic-a", "theirs").client_context())
+    with accepting(tls_of("rendezvous").server_context) as (port, names), pytest.raises(REFUSED):
+        call(port, tls_of("clinic-a", "theirs").client_context)
     assert names == []
     refused = pytest.raises(ssl.SSLCertVerificationError)
-    with accepting(tls_of("rendezvous", "theirs").server_context()) as (port, _), refused:
-        call(port, tls_of("clinic-a").client_context())
+    with accepting(tls_of("rendezvous", "theirs").server_context) as (port, _), refused:
+        call(port, tls_of("clinic-a").client_context)
 
 
 def test_only_the_newest_version_is_spoken() -> None:
-    context = tls_of("clinic-a").client_context()
+    context = tls_of("clinic-a").client_context
     assert context.minimum_version == ssl.TLSVersion.TLSv1_3
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
-    with accepting(tls_of("rendezvous").server_context()) as (port, _), pytest.raises(REFUSED):
+    with accepting(tls_of("rendezvous").server_context) as (port, _), pytest.raises(REFUSED):
         call(port, context)
 
 
@@ -224,9 +245,9 @@ def test_hosts_are_written_down(tmp_path: Path) -> None:
 
 def test_strict_verification_accepts_what_we_make() -> None:
     # RFC 5280 to the letter, which newer versions of Python ask for by default.
-    context = tls_of("clinic-a").client_context()
+    context = tls_of("clinic-a").client_context
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    with accepting(tls_of("rendezvous").server_context()) as (port, _):
+    with accepting(tls_of("rendezvous").server_context) as (port, _):
         assert call(port, context) == ("rendezvous", b"welcome")
 
 

@@ -35,7 +35,8 @@ def check_name(name: str) -> str:
 class TLS:
     """The certificate by which this process proves its name, and the authority by which it judges others.
 
-    Version 1.3 only (RFC 8446), and both ends must show a certificate.
+    Version 1.3 only (RFC 8446), and both ends must show a certificate. The files are read once: a run goes on
+    while they are renewed or put away, and what is new counts from the next start.
 
     Args:
         cert: Path of this process' certificate, PEM.
@@ -59,7 +60,7 @@ class TLS:
     def name(self) -> str:
         """The common name of ``cert``: the party that this process speaks for."""
         try:
-            name = _shaken(self.client_context(), self.server_context())
+            name = _shaken(self.client_context, self.server_context)
         except ssl.SSLCertVerificationError as error:
             raise ValueError(
                 f"The certificate {self.cert} is not accepted by the authority {self.ca}:"
@@ -78,16 +79,22 @@ class TLS:
             )
         return check_name(name)
 
+    @cached_property
     def server_context(self) -> ssl.SSLContext:
-        """Return settings for accepting connections: the other end must show a certificate of ``ca``."""
+        """Settings for accepting connections: the other end must show a certificate of ``ca``."""
         context = self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
         # Without tickets nothing is resumed: every connection shows its certificate.
         context.num_tickets = 0
         return context
 
+    @cached_property
     def client_context(self) -> ssl.SSLContext:
-        """Return settings for opening connections: the other end must show a certificate of ``ca``."""
+        """Settings for opening connections: the other end must show a certificate of ``ca``."""
         return self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+
+    def __getstate__(self) -> dict[str, str]:
+        """Return the paths alone: another process reads the files for itself."""
+        return {"cert": self.cert, "key": self.key, "ca": self.ca}
 
     def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -45,7 +45,7 @@ class Calls:
         self._name = name
         self._group = group
         self._callees = callees
-        self._context = None if tls is None else tls.client_context()
+        self._context = None if tls is None else tls.client_context
         self._due = dict.fromkeys(callees, 0.0)
         self._attempts = Counter[int]()
         self._selector = DefaultSelector()

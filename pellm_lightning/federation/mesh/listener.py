@@ -59,7 +59,7 @@ class Listener:
         self, host: str, port: int = 0, *, name: str, roster: Collection[str], tls: TLS | None = None
     ) -> None:
         self._roster = frozenset(roster) - {name}
-        self._context = None if tls is None else tls.server_context()
+        self._context = None if tls is None else tls.server_context
         self._server = _bound(host, port)
         bound_host, bound_port = self._server.getsockname()[:2]
         self.address = join_address(bound_host, bound_port)

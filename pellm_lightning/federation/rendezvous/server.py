@@ -57,7 +57,7 @@ class RendezvousServer:
         if RENDEZVOUS in (roster or ()):
             raise ValueError(f"No party can be called {RENDEZVOUS!r}. Give it another name.")
         names = frozenset(check_name(name) for name in roster or ())
-        self._hall = Hall(names, None if tls is None else tls.server_context())
+        self._hall = Hall(names, None if tls is None else tls.server_context)
         self._host, self._port = host, port
         self._encrypted = tls is not None
         self._address: str | None = None

@@ -64,7 +64,7 @@ class RemoteStore(PolledStore):
         split_address(address)
         self.address = address
         self._tls = tls
-        self._context = None if tls is None else tls.client_context()
+        self._context = None if tls is None else tls.client_context
         self._retry_s = retry_s
         self._lock = threading.Lock()
         self.num_keys()  # who is not admitted learns it here
