@@ -1,21 +1,40 @@
 """Global state as bytes: what a party keeps on disk through its own death, and hands to one that comes back.
 
 The bytes are a safetensors file whose metadata hold everything that is no tensor, as JSON; nothing in them
-can run code.
+can run code. They are written and read here and not by safetensors' own functions, which hold the interpreter
+while they copy: seconds for a large state, in which this party's heartbeat would stand still and the others
+take it for dead.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save, save_file
 from torch import Tensor
+
+# What safetensors calls the dtypes.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# As in safetensors.
+_MAX_HEADER = 100_000_000
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 _KEPT = 2
@@ -28,9 +47,13 @@ class DamagedError(ValueError):
     """Bytes that are no whole state."""
 
 
-def pack(state: Mapping[str, Any]) -> bytes:
+def pack(state: Mapping[str, Any]) -> memoryview:
     """Return a state of tensors, numbers, strings, lists and dictionaries as bytes."""
-    return save(*_apart(state))
+    tensors, metadata = _apart(state)
+    parts = [np.frombuffer(_header(tensors, metadata), np.uint8), *map(_bytes_of, tensors.values())]
+    packed = np.empty(sum(part.nbytes for part in parts), np.uint8)
+    np.concatenate(parts, out=packed)
+    return packed.data
 
 
 def unpack(packed: bytes | memoryview) -> dict[str, Any]:
@@ -40,17 +63,22 @@ def unpack(packed: bytes | memoryview) -> dict[str, Any]:
         DamagedError: If the bytes are cut short, changed, or something else.
     """
     try:
-        raw = bytes(packed)
-        tensors = load(raw)
-        length = int.from_bytes(raw[:8], "little")
-        metadata = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
-        if metadata.get("digest") != _digest(metadata["words"], tensors):
+        tensors, metadata = _read(memoryview(packed))
+        if metadata["digest"] != _digest(metadata["words"], tensors):
             raise DamagedError("its digest is not that of what it holds")
         state = _put_together(json.loads(metadata["words"]), tensors)
-    except (SafetensorError, KeyError, TypeError, RecursionError, IndexError) as error:
+    except DamagedError:
+        raise
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        RuntimeError,
+    ) as error:
         raise DamagedError(f"it is no whole state: {error}") from error
-    except ValueError as error:
-        raise DamagedError(str(error)) from error
     if not isinstance(state, dict):
         raise DamagedError("it is no state")
     return state
@@ -75,7 +103,14 @@ class StateDir:
     def keep(self, round: int, state: Mapping[str, Any]) -> str:
         """Make a state durable, so that it survives the machine's loss of power; return its digest."""
         tensors, metadata = _apart(state)
-        self._replace(self._file(round), lambda partial: save_file(tensors, partial, metadata))
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:
+                file.write(_header(tensors, metadata))
+                for tensor in tensors.values():
+                    file.write(_bytes_of(tensor).data)
+
+        self._replace(self._file(round), write)
         for old in self._rounds()[:-_KEPT]:
             self._file(old).unlink()
         return metadata["digest"]
@@ -165,17 +200,60 @@ def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, {"words": words, "digest": _digest(words, tensors)}
 
 
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return what comes before the tensors: where each one lies, and the metadata."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    return len(words).to_bytes(8, "little") + words
+
+
+def _read(packed: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata; what a peer sent may be anything."""
+    length = int.from_bytes(packed[:8], "little")
+    if not length <= min(len(packed) - 8, _MAX_HEADER):
+        raise DamagedError("its header is cut short")
+    header = json.loads(bytes(packed[8 : 8 + length]))
+    metadata = header.pop("__metadata__")
+    data = np.frombuffer(packed[8 + length :], np.uint8)
+    tensors, end = {}, 0
+    # Each byte belongs to one tensor, so that a short file cannot stand for large ones.
+    for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (begin, stop), shape, dtype = told["data_offsets"], told["shape"], _DTYPES[told["dtype"]]
+        size = math.prod(shape) * dtype.itemsize
+        if begin != end or min(shape, default=0) < 0 or stop - begin != size or stop > len(data):
+            raise DamagedError(f"{name!r:.100} does not fit its place")
+        tensors[name], end = torch.empty(shape, dtype=dtype), stop
+        np.copyto(_bytes_of(tensors[name]), data[begin:stop])
+    if end != len(data):
+        raise DamagedError("it is longer than its tensors")
+    return tensors, metadata
+
+
+def _bytes_of(tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """Return a contiguous tensor's memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
 def _digest(words: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(words.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes_of(tensor).data)
     return digest.hexdigest()
 
 
 def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Return a value as JSON can hold it; its tensors are put aside, by numbered names."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.dtype in _CODES:
         name = f"t{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous()
         return {"tensor": name}
@@ -186,7 +264,8 @@ def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_taken_apart(item, tensors) for item in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    raise TypeError(f"A state cannot hold a {type(value).__name__}.")
+    kind = f" of {str(value.dtype).removeprefix('torch.')}" if isinstance(value, Tensor) else ""
+    raise TypeError(f"A state cannot hold a {type(value).__name__}{kind}.")
 
 
 def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
