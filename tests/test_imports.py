@@ -11,13 +11,15 @@ import pellm_lightning
 PACKAGE = Path(pellm_lightning.__file__).parent
 
 LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable"}
+PRIVACY = {"privacy"}
 FEDERATION = {"federation"}
 AGGREGATION = {"aggregation"}
 BELOW_ROUND = {"meeting", "outer", "products"}
 ROUND = {"round"}
 LIGHTNING_SIDE = {"environment", "checks", "isolation", "report", "samples", "validation"}
 ABOVE = ["callback", "tasks", "commands", "cli", "__main__"]
-ORDER = [LEAVES, FEDERATION, AGGREGATION, BELOW_ROUND, ROUND, LIGHTNING_SIDE, *({name} for name in ABOVE)]
+ORDER = [LEAVES, PRIVACY, FEDERATION, AGGREGATION, BELOW_ROUND, ROUND, LIGHTNING_SIDE]
+ORDER += [{name} for name in ABOVE]
 MAY_IMPORT_LIGHTNING = LIGHTNING_SIDE | set(ABOVE)
 MAY_IMPORT_C10D = {"federation", "environment"}
 

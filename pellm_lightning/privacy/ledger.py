@@ -1,0 +1,188 @@
+"""The ledger: every noisy release so far, and what they cost together."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+Accountant: TypeAlias = Literal["pld", "rdp"]
+ACCOUNTANTS = ("pld", "rdp")
+MAX_MULTIPLIER = 1e6
+"""More noise than any budget asks for."""
+
+
+class Ledger:
+    """The noisy releases of a federation and the (epsilon, delta) that they have cost.
+
+    A release is one Gaussian mechanism with the noise multiplier z = standard deviation / sensitivity, and
+    every party's data is in every release: no amplification by sampling is claimed. T such releases are
+    together exactly one Gaussian mechanism, of multiplier 1 / sqrt(sum 1 / z_t^2) (Dong, Roth and Su 2019,
+    arXiv:1905.02383, corollary 3.3), which dp-accounting is asked about:
+    test_equals_dp_accounting_release_by_release.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[float, int]] = []
+
+    @property
+    def releases(self) -> int:
+        """Number of releases so far."""
+        return sum(count for _, count in self._runs)
+
+    def release(self, noise_multiplier: float) -> None:
+        """Enter one more release.
+
+        Args:
+            noise_multiplier: Standard deviation of its noise over its sensitivity; 0 for one without noise.
+
+        Raises:
+            ValueError: If the multiplier is not a number from 0 to 1e6.
+        """
+        self._enter(_multiplier(noise_multiplier), 1)
+
+    def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
+        """Return the epsilon of all releases together; 0 before the first, infinite if one had no noise.
+
+        Args:
+            delta: Probability that the bound may fail, above 0 and below 1.
+            accountant: "pld" is exact here: a Gaussian's privacy loss distribution in closed form (Balle and
+                Wang 2018, arXiv:1805.06530). "rdp" is the bound by Rényi divergences, about 7 % above it.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+            ImportError: If dp-accounting is not installed.
+        """
+        return gaussian_epsilon(self._combined(), delta, accountant)
+
+    def epsilon_after(self, noise_multiplier: float, delta: float, accountant: Accountant = "pld") -> float:
+        """Return the epsilon as it would be after one more release with this multiplier."""
+        after = Ledger()
+        after._runs = [*self._runs, (_multiplier(noise_multiplier), 1)]
+        return after.epsilon(delta, accountant)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the releases as plain JSON: ``{"releases": [[noise_multiplier, count], ...]}``, in order."""
+        return {"releases": [list(run) for run in self._runs]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the releases of another ledger; nothing changes if they cannot be read.
+
+        Raises:
+            ValueError: If the state is none of `state_dict`. It may come from a peer.
+        """
+        loaded = Ledger()
+        runs = state_dict.get("releases") if isinstance(state_dict, Mapping) else None
+        if not isinstance(runs, list):
+            raise ValueError(f"A ledger's state must hold a list under 'releases', not {_short(state_dict)}.")
+        for run in runs:
+            if not isinstance(run, list | tuple) or len(run) != 2:
+                raise ValueError(f"A ledger's entry must be [noise_multiplier, count], not {_short(run)}.")
+            multiplier, count = run
+            if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < 2**53:
+                raise ValueError(f"A ledger's count must be an integer from 1 to 2^53, not {_short(count)}.")
+            loaded._enter(_multiplier(multiplier), count)
+        self._runs = loaded._runs
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ledger) and self._runs == other._runs
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def __repr__(self) -> str:
+        return f"Ledger({self._runs})"
+
+    def _enter(self, multiplier: float, count: int) -> None:
+        if self._runs and self._runs[-1][0] == multiplier:
+            count += self._runs.pop()[1]
+        self._runs.append((multiplier, count))
+
+    def _combined(self) -> float:
+        """Return the multiplier of the one release that costs as much as all."""
+        if any(multiplier == 0 for multiplier, _ in self._runs):
+            return 0.0
+        # Like hypot, it neither overflows nor underflows on the way.
+        rate = math.hypot(*(math.sqrt(count) / multiplier for multiplier, count in self._runs))
+        return math.inf if rate == 0 else 1 / rate
+
+
+def noise_multiplier_for(epsilon: float, delta: float, rounds: int, accountant: Accountant = "pld") -> float:
+    """Return the least noise multiplier z with which ``rounds`` releases cost no more than ``epsilon``.
+
+    Args:
+        epsilon: What all rounds together may cost, above 0.
+        delta: Probability that the bound may fail, above 0 and below 1.
+        rounds: Number of releases, all parties in each.
+        accountant: As in `Ledger.epsilon`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"epsilon={epsilon} must be a finite number above 0.")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds={rounds!r} must be an integer above 0.")
+    low, high = 0.0, 1.0
+    while gaussian_epsilon(high, delta, accountant) > epsilon:
+        low, high = high, 2 * high
+        if high > MAX_MULTIPLIER:
+            raise ValueError(
+                f"epsilon={epsilon} at delta={delta} takes more noise than any use would survive."
+            )
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        if gaussian_epsilon(middle, delta, accountant) > epsilon:
+            low = middle
+        else:
+            high = middle
+    return high * math.sqrt(rounds)
+
+
+def gaussian_epsilon(noise_multiplier: float, delta: float, accountant: Accountant) -> float:
+    """Return the epsilon of one Gaussian mechanism; see `Ledger.epsilon`."""
+    check_delta(delta)
+    check_accountant(accountant)
+    if noise_multiplier == math.inf:
+        return 0.0
+    if noise_multiplier < 1e-6:  # epsilon above 10^11, where the search for it no longer ends well
+        return math.inf
+    try:
+        import dp_accounting
+        import numpy as np
+        from dp_accounting.rdp import RdpAccountant
+    except ImportError as error:
+        raise ImportError(
+            'Accounting for privacy needs the package dp-accounting: pip install "pellm-lightning[privacy]".'
+        ) from error
+    if accountant == "pld":
+        with np.errstate(divide="ignore"):  # it takes the logarithm of 0 where epsilon nears 0
+            return float(dp_accounting.get_epsilon_gaussian(noise_multiplier, delta))
+    spent = RdpAccountant().compose(dp_accounting.GaussianDpEvent(noise_multiplier))
+    return float(spent.get_epsilon(delta))
+
+
+def check_delta(delta: float) -> None:
+    """Check the argument of that name."""
+    if not _is_number(delta) or not 0 < delta < 1:
+        raise ValueError(
+            f"delta={delta!r} must be above 0 and below 1, well below one over the number of those protected."
+        )
+
+
+def check_accountant(accountant: str) -> None:
+    """Check the argument of that name."""
+    if accountant not in ACCOUNTANTS:
+        raise ValueError(f"accountant={accountant!r} must be one of {', '.join(map(repr, ACCOUNTANTS))}.")
+
+
+def _multiplier(value: Any) -> float:
+    if not _is_number(value) or not 0 <= value <= MAX_MULTIPLIER:  # nan, too
+        raise ValueError(f"A noise multiplier must be a number from 0 to 1e6, not {_short(value)}.")
+    return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: object) -> str:
+    words = repr(value)
+    return words if len(words) <= 80 else f"{words[:77]}..."
