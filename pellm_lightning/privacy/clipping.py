@@ -1,0 +1,56 @@
+"""Clip an update to a norm that it never exceeds, whatever it holds and however its products round."""
+
+import math
+
+import torch
+from torch import Tensor
+
+MIN_NORM, MAX_NORM = 2.0**-64, 2.0**64
+"""Norms that updates can be clipped to: so far from where float32 ends that only relative errors count."""
+# Room for the roundings to float32 between here and the sum, 2^-24 each: of the factor, of the products with
+# it, and of their products with a share.
+_SLACK = 2.0**-20
+_MIN_FACTOR = 2.0**-100
+
+
+def squared_norm(chunk: Tensor) -> float:
+    """Return the sum of squares of a float32 tensor, accurate in float64; not finite if a value is not.
+
+    A clipping bound that a float32 sum has measured holds only to about 1e-4.
+    """
+    return float(torch.linalg.vector_norm(chunk, dtype=torch.float64)) ** 2
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Return min(1, max_norm / norm), a hair below, so that the clipped norm is at most ``max_norm``.
+
+    A hair is 2^-20, for what rounds afterwards. The factor is 0 for a norm that is not finite, and for one
+    beyond 10^30 times the bound: that is no update.
+
+    Args:
+        norm: 2-norm of the whole update, measured in float64.
+        max_norm: The bound C, from 2^-64 to 2^64.
+    """
+    within = max_norm * (1 - _SLACK)
+    if not math.isfinite(norm):
+        return 0.0
+    if norm <= within:
+        return 1.0
+    factor = within / norm
+    return factor if factor >= _MIN_FACTOR else 0.0
+
+
+def clip_(chunk: Tensor, factor: float) -> Tensor:
+    """Multiply by the factor in place; 0 clears NaN and infinity, too, which a product would not."""
+    return chunk.mul_(factor) if factor else chunk.zero_()
+
+
+def check_max_norm(max_norm: float) -> None:
+    """Check the argument of that name."""
+    if isinstance(max_norm, bool) or not isinstance(max_norm, int | float):
+        raise ValueError(f"max_norm={max_norm!r} must be a number.")
+    if not MIN_NORM <= max_norm <= MAX_NORM:
+        raise ValueError(
+            f"max_norm={max_norm} must be between 2^-64 and 2^64. Take about the median of the updates'"
+            " norms, which a run without privacy, on data that may be seen, logs as federated/update_norm."
+        )
