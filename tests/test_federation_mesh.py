@@ -340,6 +340,11 @@ def test_who_disagrees_is_named_by_all_others(how: str, secure: bool) -> None:
         assert time.monotonic() - before < 3
         assert all(isinstance(error, MismatchError) for error in errors), errors
         assert [errors[i].parties for i in (0, 1, 3)] == [("clinic-2",)] * 3
+        # Whoever has it from another says so; who told it is no less suspect than the one it blames.
+        told = {errors[i].by for i in (0, 1, 3)}
+        assert None in told
+        assert told <= {None, "clinic-0", "clinic-1", "clinic-3"}
+        assert all((error.by is not None) == (" got something unexpected " in str(error)) for error in errors)
         assert "clinic-2" in str(errors[0])
 
 

@@ -5,11 +5,10 @@ knows what must come, checks every frame against it, and says whom it lost befor
 """
 
 import contextlib
-import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import Any
@@ -17,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellm_lightning.federation.errors import FederationError, MismatchError, PartyLostError
+from pellm_lightning.federation.errors import FederationError
 from pellm_lightning.federation.mesh.addition import BLOCK_BYTES, Addition
 from pellm_lightning.federation.mesh.calls import Calls
+from pellm_lightning.federation.mesh.group import Group
 from pellm_lightning.federation.mesh.listener import Listener
-from pellm_lightning.federation.mesh.talks import GREETING_BYTES, greet, split_address
+from pellm_lightning.federation.mesh.patience import Patience
+from pellm_lightning.federation.mesh.talks import greet
 from pellm_lightning.federation.mesh.wire import (
     DTYPES,
     HungUpError,
@@ -36,8 +37,6 @@ from pellm_lightning.federation.tls import TLS
 
 __all__ = ["Listener", "Mesh"]
 
-# The mask of the lost in a farewell has as many bits.
-_MAX_MEMBERS = 128
 # Room for what other members send before it can be added, for each of them and for all together.
 _RING_BYTES = 1 << 20
 _RINGS_BYTES = 16 << 20
@@ -47,8 +46,6 @@ _WATCH_S = 0.1
 _FAREWELL_S = 0.3
 # How often a forming mesh looks for members that have called.
 _LOOK_S = 0.02
-# Whoever waits for a sum waits a little longer, so that whoever waits for the culprit itself speaks first.
-_SECOND_HAND_S = 0.5
 
 
 class Mesh:
@@ -84,12 +81,11 @@ class Mesh:
         watch: Callable[[], None] = lambda: None,
         tls: TLS | None = None,
     ) -> None:
-        _check(group, rank, names, addresses, timeout_s)
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
         self.rank = rank
         self.size = len(names)
-        self._group = group
-        self._names = tuple(names)
-        self._addresses = tuple(addresses)
+        self._group = Group(group, rank, tuple(names), tuple(addresses))
         self._timeout_s = timeout_s
         self._watch = watch
         self._watched = time.monotonic()
@@ -209,50 +205,41 @@ class Mesh:
 
     def _form(self, listener: Listener, tls: TLS | None) -> None:
         """Get one connection to each peer: the lower ranks are called, the higher ones call."""
-        me = self._names[self.rank]
-        callees = {peer: (self._names[peer], self._addresses[peer]) for peer in range(self.rank)}
-        calls = Calls(me, self._group, callees, tls)
+        group = self._group
+        callees = {peer: (group.names[peer], group.addresses[peer]) for peer in range(self.rank)}
+        calls = Calls(group.me, group.name, callees, tls)
         began = time.monotonic()
         pause = 0.001
         try:
-            while not self._admit(listener, me):
+            while not self._admit(listener):
                 for peer, sock in calls.go_on(pause):
                     self._links[peer] = Link(sock, peer)
                 pause = min(2 * pause, _LOOK_S)
                 self._look_out()
                 if time.monotonic() >= began + self._timeout_s:
-                    raise self._not_formed(calls.troubles, listener.rebuffed(began))
+                    missing = [peer for peer in range(self.size) if peer not in {self.rank, *self._links}]
+                    rebuffed = listener.rebuffed(began)
+                    raise group.absent(missing, self._timeout_s, calls.troubles, rebuffed)
         finally:
             calls.close()
 
-    def _admit(self, listener: Listener, me: str) -> bool:
+    def _admit(self, listener: Listener) -> bool:
         """Answer the members that have called; return whether all members are joined."""
         for peer in range(self.rank + 1, self.size):
-            sock = listener.take(self._names[peer], self._group)
+            sock = listener.take(self._group.names[peer], self._group.name)
             if sock is None:
                 continue
             # A member that calls again has given up its first call.
             if peer in self._links:
                 self._links.pop(peer).sock.close()
             try:
-                for _ in greet(sock, me, self._group):
+                for _ in greet(sock, self._group.me, self._group.name):
                     raise BlockingIOError("a fresh connection has no room for a greeting")
             except OSError:
                 sock.close()
             else:
                 self._links[peer] = Link(sock, peer)
         return len(self._links) == self.size - 1
-
-    def _not_formed(self, troubles: Mapping[int, str], rebuffed: str) -> PartyLostError:
-        missing = [peer for peer in range(self.size) if peer != self.rank and peer not in self._links]
-        uncalled = f"it has not called, or was hung up on ({rebuffed})" if rebuffed else "it has not called"
-        told = "; ".join(f"{self._called(peer)}: {troubles.get(peer, uncalled)}" for peer in missing)
-        return self._lost(
-            missing,
-            f"Not all members of group {self._group} were there within {self._timeout_s:g} s. {told}. Check"
-            " that these parties run, that each address can be reached from here and is not blocked, and that"
-            " all parties use TLS and have the same ca.pem, or none uses TLS.",
-        )
 
     # ---- exchanging
 
@@ -282,19 +269,18 @@ class Mesh:
             ready = self._ready({link: link.events for link in undone}, 0.0 if moved else _WATCH_S)
             turning = list({*ready, *(link for link in undone if link.is_hot)})
             if not turning and not moved and (late := patience.over(undone, now)):
-                raise self._late(late)
+                raise self._group.late(late, self._timeout_s, self._here)
 
     def _turn(self, link: Link) -> int:
         try:
             return link.turn()
         except HungUpError as error:
-            raise self._lost(
-                [link.rank],
-                f"{self._called(link.rank)} left while {self._here}: {error}. Its process ended or it gave up"
-                " this group: look at the end of its log.",
-            ) from error
+            raise self._group.gone(link.rank, str(error), self._here) from error
         except UnexpectedFrameError as error:
-            raise self._unexpected(link, error.label, error.length) from error
+            expected = link.inbox[0].label
+            raise self._group.unexpected(
+                link.rank, error.label, error.length, expected, self._here
+            ) from error
 
     def _ready(self, events: Mapping[Link, int], timeout_s: float) -> list[Link]:
         """Wait until one of the links can go on; return those that can."""
@@ -344,7 +330,7 @@ class Mesh:
         with self._in_use:
             if self._aborted.is_set():
                 raise FederationError(
-                    f"The mesh of group {self._group} is broken. Form a new one, of a new group."
+                    f"The mesh of group {self._group.name} is broken. Form a new one, of a new group."
                 )
             self._phase = phase
             self._sequence += 1
@@ -364,59 +350,13 @@ class Mesh:
     @property
     def _here(self) -> str:
         number = "" if self._phase == "forming" else f" number {self._sequence}"
-        return f"{self._names[self.rank]} was in {self._phase}{number} of group {self._group}"
-
-    def _called(self, rank: int) -> str:
-        return f"{self._names[rank]} ({self._addresses[rank]})"
-
-    def _lost(self, ranks: Iterable[int], message: str, by: int | None = None) -> PartyLostError:
-        names = [self._names[rank] for rank in ranks]
-        return PartyLostError(message, parties=names, by=None if by is None else self._names[by])
-
-    def _late(self, ranks: Sequence[int]) -> PartyLostError:
-        who = " and ".join(self._called(rank) for rank in ranks)
-        return self._lost(
-            ranks,
-            f"Nothing moved between {self._names[self.rank]} and {who} for {self._timeout_s:g} s while"
-            f" {self._here}. Look at their logs, check the network between, or raise timeout_s above the time"
-            " by which the slowest party's local steps outlast the fastest's.",
-        )
-
-    def _unexpected(self, link: Link, label: Label | None, length: int) -> FederationError:
-        """Return the error for a frame that must not come, or for a farewell."""
-        if label is not None and label.kind in (Kind.LOST, Kind.MISMATCH):
-            return self._farewell(link.rank, label)
-        sent = "bytes that are no frame" if label is None else f"{label} (frame of {length} bytes)"
-        return MismatchError(
-            f"{self._called(link.rank)} sent {sent} while {self._here}, which expects {link.inbox[0].label}."
-            " Give every party the same parameters, schedule and version.",
-            parties=[self._names[link.rank]],
-        )
-
-    def _farewell(self, peer: int, label: Label) -> FederationError:
-        """Return the error for what a peer said before it hung up."""
-        mask = label.whole | label.size << 64
-        ranks = [rank for rank in range(self.size) if mask >> rank & 1 and rank != self.rank]
-        if mask >> self.rank & 1 or not ranks:
-            ranks = [peer]
-            why = "gave up on this party: it was late, or what it sent did not fit"
-        elif label.kind == Kind.LOST:
-            why = f"has lost {' and '.join(self._called(rank) for rank in ranks)}"
-        else:
-            why = f"got something unexpected from {' and '.join(self._called(rank) for rank in ranks)}"
-        message = f"{self._called(peer)} {why}, while {self._here}. Look at the logs of these parties."
-        if label.kind == Kind.LOST:
-            return self._lost(ranks, message, None if ranks == [peer] else peer)
-        return MismatchError(message, parties=[self._names[rank] for rank in ranks])
+        return f"{self._group.me} was in {self._phase}{number} of group {self._group.name}"
 
     def _say_farewell(self, error: FederationError) -> None:
         """Tell the others whose fault it is, so that each of them blames the same and not us."""
-        blamed = [rank for rank, name in enumerate(self._names) if name in error.parties]
+        blamed, label = self._group.farewell(error, self._sequence)
         if not blamed:
             return
-        mask = sum(1 << rank for rank in blamed)
-        kind = Kind.MISMATCH if isinstance(error, MismatchError) else Kind.LOST
-        label = Label(kind, 0, 0, self._sequence, mask & (1 << 64) - 1, mask >> 64)
         for link in self._links.values():
             link.part(label)
         scrap = bytearray(BLOCK_BYTES)
@@ -437,56 +377,6 @@ class Mesh:
         self._selector.close()
         self._registered.clear()
         self._scratch = torch.empty(0, dtype=torch.uint8)
-
-
-class Patience:
-    """How long each peer has not moved.
-
-    Args:
-        timeout_s: Seconds that a member may be late.
-        links: The connections that are waited for.
-    """
-
-    def __init__(self, timeout_s: float, links: Iterable[Link]) -> None:
-        self._timeout_s = timeout_s
-        self._last = time.monotonic()
-        self._moved = dict.fromkeys(links, self._last)
-
-    def moved(self, links: Iterable[Link]) -> None:
-        """Note that something went through."""
-        for link in links:
-            self._last = self._moved[link] = time.monotonic()
-
-    def over(self, undone: Iterable[Link], now: float) -> list[int]:
-        """Return the ranks that are late, if any; as long as it is not clear whose fault it is, none.
-
-        A sum may not come because of a third member, and whoever does not read may be waiting for a third.
-        So they are blamed only when nobody is left who owes something of its own.
-        """
-        owing = [link for link in undone if link.events & EVENT_READ and link.inbox[0].label.kind != Kind.SUM]
-        if owing:
-            return [link.rank for link in owing if now - self._moved[link] > self._timeout_s]
-        if now - self._last > self._timeout_s + _SECOND_HAND_S:
-            return [link.rank for link in undone]
-        return []
-
-
-def _check(group: str, rank: int, names: Sequence[str], addresses: Sequence[str], timeout_s: float) -> None:
-    if not 0 <= rank < len(names) <= _MAX_MEMBERS:
-        raise ValueError(
-            f"rank={rank} must lie in 0..{len(names) - 1}, and {_MAX_MEMBERS} members are the most."
-        )
-    if len(set(names)) < len(names) or len(addresses) != len(names):
-        raise ValueError(
-            f"names={list(names)} must be different from each other, and each needs one of the"
-            f" {len(addresses)} addresses={list(addresses)}."
-        )
-    if not timeout_s > 0:
-        raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
-    if any(len(json.dumps({"from": name, "group": group})) > GREETING_BYTES for name in names):
-        raise ValueError(f"group={group[:40]!r}… has {len(group)} characters. Give a shorter name.")
-    for peer in range(rank):
-        split_address(addresses[peer])
 
 
 def _bytes(tensor: Tensor) -> memoryview:
