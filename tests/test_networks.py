@@ -18,8 +18,8 @@ pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.skipif(WHY_NONE is not None, reason=str(WHY_NONE)),
 ]
-TTL_S = 1.5
-EXCHANGE_S = 1.0
+TTL_S = 1.0
+EXCHANGE_S = 0.5
 Start = Callable[..., Parties]
 
 
@@ -52,7 +52,7 @@ def test_rounds_over_lines_that_are_slow_and_lossy(start: Start) -> None:
     slow = {"delay_s": 0.04, "loss": 0.02, "bits_per_s": 20e6}
     patient = {"heartbeat_ttl_s": 10, "exchange_timeout_s": 10}
     parties = start(4, slow=slow, tls=tls_of, size=50_000, membership=patient)
-    parties.wait_for(lambda: all(parties.reached(name) >= 6 for name in parties.roster), 60)
+    parties.wait_for(lambda: all(parties.reached(name) >= 3 for name in parties.roster), 60)
     assert parties.network.lost["loss"]
     rounds = [done for name in parties.roster for done in parties.rounds(name)[1:]]
     assert {members for _, members, _, _ in rounds} == {4}
@@ -84,7 +84,7 @@ def test_a_network_in_parts(start: Start) -> None:
     ]:
         parties.network.split(*sides)
         if stops:
-            time.sleep(1.5 * TTL_S)
+            time.sleep(TTL_S)  # by then what was under way is through, or has failed
             before = parties.reached("a")
             time.sleep(2 * EXCHANGE_S)
             assert parties.reached("a") == before, sides
@@ -99,7 +99,7 @@ def test_a_network_in_parts(start: Start) -> None:
 def test_of_two_that_cannot_reach_each_other_one_stays_away(start: Start) -> None:
     parties = start(4)
     parties.network.cut("a", "c")
-    # After three attempts, of a second each, and then one more in each round.
+    # After three attempts, of half a second each, and then one more in each round.
     parties.wait_for(together(parties, "a", "b", "d"))
     before = parties.reached("b")
     parties.wait_for(lambda: parties.reached("b") >= before + 3)
