@@ -24,6 +24,7 @@ from pellm_lightning.environment import (
     speak_as,
     topology_of,
 )
+from pellm_lightning.exchange import Exchange, Plain
 from pellm_lightning.federation import (
     TLS,
     ElasticFederation,
@@ -76,7 +77,10 @@ class FederatedAveraging(Callback):
         aggregation: What is computed from the parties' parameters, from ``pellm_lightning.aggregation``.
             Default: ``LowRankMean()`` for LoRA, the weighted mean for all else.
         measure_deviation: Report each round by how much the result misses the mean of the LoRA products. It
-            takes half as many bytes again as averaging the factors.
+            takes half as many bytes again as averaging the factors, and other parties see these. Default:
+            where the exchange does not hide them.
+        exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``, or
+            ``Masked(...)`` so that nobody sees another's.
         include: Glob patterns over names of trainable parameters; only what matches one federates. Default:
             all.
         exclude: Glob patterns over names of trainable parameters that stay local.
@@ -119,7 +123,8 @@ class FederatedAveraging(Callback):
         every_n_steps: int | None = None,
         weighting: Literal["samples", "uniform"] | float = "samples",
         aggregation: Aggregation | None = None,
-        measure_deviation: bool = True,
+        measure_deviation: bool | None = None,
+        exchange: Exchange | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         outer_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1.0),
@@ -152,6 +157,7 @@ class FederatedAveraging(Callback):
         self.weighting = weighting
         self.aggregation = aggregation
         self.measure_deviation = measure_deviation
+        self.exchange: Exchange = Plain() if exchange is None else exchange
         self.include = include
         self.exclude = exclude
         self.outer_optimizer = outer_optimizer
@@ -414,7 +420,7 @@ class FederatedAveraging(Callback):
 
     def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:
-            return Plan(self.aggregation, parameters, lora_modules(module))
+            return Plan(self.aggregation, parameters, lora_modules(module), hidden=self.exchange.hides)
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 
@@ -430,6 +436,7 @@ class FederatedAveraging(Callback):
             aggregation=self.aggregation,
             lora=lora_modules(pl_module),
             measure_deviation=self.measure_deviation,
+            exchange=self.exchange,
             outer_optimizer=self.outer_optimizer,
             frozen=frozen(pl_module) if self.check_base else None,
             config={
@@ -520,6 +527,8 @@ class FederatedAveraging(Callback):
             for optimizer in trainer.optimizers:
                 optimizer.state.pop(parameter, None)
         self._resting = self._parameters(self._planned.rule.resting(done.round + 1))
+        if done.last:
+            trainer.should_stop = True
         report.note(trainer, pl_module, self._topology, done, on_bar=on_bar)
 
     def _share_in_party(self) -> None:

@@ -9,7 +9,8 @@ import json
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -20,12 +21,14 @@ from typing_extensions import override
 
 from pellm_lightning import durable, passport
 from pellm_lightning.durable import StateDir
+from pellm_lightning.exchange import Exchange
 from pellm_lightning.federation import (
     Collectives,
     ElasticFederation,
     FederationError,
     MismatchError,
     PartyLostError,
+    Plan,
     Version,
     Wants,
 )
@@ -50,6 +53,11 @@ class Header:
     purpose: Purpose
     round: int
     weight: float
+    """How much the party counts; where the exchange hides that, 1 if it counts at all."""
+    fine: bool = True
+    """Whether all values of the party are finite, as far as it knows yet."""
+    exposed: tuple[str, ...] = ()
+    """With whom the party has revealed a sum of its present values, in an attempt that failed then."""
     behind: bool = False
     """Whether the party lacks the newest global parameters, and so needs them and counts 0."""
 
@@ -112,12 +120,14 @@ class FixedMeeting(Meeting):
 
     Args:
         federation: The joined parties.
+        exchange: How metrics are summed.
     """
 
     rejoins = False
 
-    def __init__(self, federation: Any) -> None:
+    def __init__(self, federation: Any, exchange: Exchange) -> None:
         self._federation = federation
+        self._exchange = exchange
         self._passports: list[Passport] = []
 
     @override
@@ -175,23 +185,19 @@ class FixedMeeting(Meeting):
 
     def _exchanged(self, mine: Header) -> list[Header]:
         federation = self._federation
-        rows = torch.zeros(federation.num_parties, 3, dtype=torch.float64)
-        rows[federation.party] = torch.tensor([mine.purpose, mine.round, mine.weight], dtype=torch.float64)
+        rows = torch.zeros(federation.num_parties, 4, dtype=torch.float64)
+        rows[federation.party] = torch.tensor(
+            [mine.purpose, mine.round, mine.weight, mine.fine], dtype=torch.float64
+        )
         federation.all_reduce_(rows)
         return [
-            Header(Purpose(int(purpose)), int(number), weight) for purpose, number, weight in rows.tolist()
+            Header(Purpose(int(purpose)), int(number), weight, fine == 1)
+            for purpose, number, weight, fine in rows.tolist()
         ]
 
     def _mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        known = self._federation.all_gather_json("metrics", sorted(values))
-        names = sorted({name for party_names in known for name in party_names})
-        sums = torch.zeros(len(names), 2, dtype=torch.float64)
-        for row, name in enumerate(names):
-            value, weight = values.get(name, (0.0, 0.0))
-            if weight > 0:
-                sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
-        self._federation.all_reduce_(sums)
-        return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
+        told = self._federation.all_gather_json("metrics", _known(values))
+        return summed(values, told, self._federation, self._exchange)
 
 
 class ElasticMeeting(Meeting):
@@ -199,13 +205,15 @@ class ElasticMeeting(Meeting):
 
     Args:
         federation: The joined parties.
+        exchange: How metrics are summed.
         state_dir: Where this party keeps the global state through its own death; None keeps it in memory.
     """
 
     rejoins = True
 
-    def __init__(self, federation: ElasticFederation, state_dir: StateDir | None) -> None:
+    def __init__(self, federation: ElasticFederation, exchange: Exchange, state_dir: StateDir | None) -> None:
         self._federation = federation
+        self._exchange = exchange
         self._state_dir = state_dir
         self._attempt = 0
         self._lineage = ""
@@ -239,7 +247,13 @@ class ElasticMeeting(Meeting):
     @override
     def meet(self, mine: Header, version: Version | None) -> list[Header]:
         wants: Wants = "rest" if mine.purpose is Purpose.DONE else "exchange"
-        words = {"purpose": int(mine.purpose), "round": mine.round, "weight": mine.weight}
+        words = {
+            "purpose": int(mine.purpose),
+            "round": mine.round,
+            "weight": mine.weight,
+            "fine": mine.fine,
+            "exposed": list(mine.exposed),
+        }
         while True:
             self._federation.enter(f"meeting for round {mine.round}")
             plan = self._federation.muster(wants, version, words)
@@ -254,9 +268,51 @@ class ElasticMeeting(Meeting):
             if all(header.purpose is not Purpose.METRICS for header in headers):
                 self._federation.enter(f"in round {mine.round}")
                 return headers
+            if plan.exchanges:
+                self._sum_metrics(plan, {})
 
     @override
     def mean(
+        self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
+    ) -> dict[str, float]:
+        return (self._hidden_mean if self._exchange.hides else self._open_mean)(values, round, version)
+
+    def _hidden_mean(
+        self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
+    ) -> dict[str, float]:
+        """Sum metrics as a round sums parameters: nobody's own values may be told in words."""
+        values = dict(values)
+        while True:
+            words = {"purpose": int(Purpose.METRICS), "round": round, "weight": 0.0, "names": _known(values)}
+            self._federation.enter("averaging metrics")
+            plan = self._federation.muster("exchange", version, words)
+            mean = self._sum_metrics(plan, values)
+            if mean is not None:
+                return mean
+
+    def _sum_metrics(self, plan: Plan, values: dict[str, tuple[float, float]]) -> dict[str, float] | None:
+        """Sum what the members told that they have; None if the attempt failed.
+
+        What a sum may have shown already is not summed again with others: their difference would show more.
+        """
+        told = [_names(name, roll.words.get("names", [])) for name, roll in plan.rolls.items()]
+        revealed = False
+
+        def revealing() -> None:
+            nonlocal revealed
+            revealed = True
+
+        try:
+            mean = summed(values, told, self._federation, self._exchange, revealing)
+            self._federation.settle(durable.digest({"metrics": sorted(mean.items())}))
+        except PartyLostError as error:
+            self._federation.fail(error)
+            if revealed:
+                values.clear()
+            return None
+        return mean
+
+    def _open_mean(
         self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
     ) -> dict[str, float]:
         words = {"purpose": int(Purpose.METRICS), "round": round, "weight": 0.0, "metrics": dict(values)}
@@ -298,11 +354,49 @@ class ElasticMeeting(Meeting):
             self._state_dir.clear()
 
 
-def meeting(federation: Collectives, state_dir: StateDir | None) -> Meeting:
+def meeting(federation: Collectives, exchange: Exchange, state_dir: StateDir | None) -> Meeting:
     """Return how the parties of a federation meet."""
     if isinstance(federation, ElasticFederation):
-        return ElasticMeeting(federation, state_dir)
-    return FixedMeeting(federation)
+        return ElasticMeeting(federation, exchange, state_dir)
+    return FixedMeeting(federation, exchange)
+
+
+def summed(
+    values: Mapping[str, tuple[float, float]],
+    told: Sequence[Collection[str]],
+    federation: Collectives,
+    exchange: Exchange,
+    revealing: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Return the weighted mean over the parties of each named (value, weight) that enough of them have.
+
+    Args:
+        values: What this party has.
+        told: Names of what each party has, in their order.
+        federation: The parties that meet.
+        exchange: How sums are formed.
+        revealing: As in ``Exchange.open``.
+    """
+    having = Counter(name for names in told for name in names)
+    few = sorted(name for name, count in having.items() if count < exchange.min_counting)
+    if few:
+        log.warning(
+            "[party %s] No mean of %s: fewer than %d parties have them at this moment, and each would see"
+            " what the others have. Let all parties validate at the same rounds.",
+            federation.name,
+            ", ".join(few),
+            exchange.min_counting,
+        )
+    names = sorted(having.keys() - few)
+    if not names:
+        return {}
+    sums = torch.zeros(len(names), 2, dtype=torch.float64)
+    for row, name in enumerate(names):
+        value, weight = values.get(name, (0.0, 0.0))
+        if weight > 0:
+            sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
+    exchange.open(federation, revealing).all_reduce_each_([sums.view(-1)])
+    return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
 
 
 @contextmanager
@@ -331,17 +425,34 @@ def _difference(passports: Sequence[Passport], names: Sequence[str]) -> str | No
 def _header(name: str, words: Mapping[str, Any]) -> Header:
     """Return what a peer has said, or raise: it may have said anything."""
     purpose, round, weight = words.get("purpose"), words.get("round"), words.get("weight")
+    exposed = words.get("exposed", [])
     if (
         purpose not in list(Purpose)
         or not isinstance(round, int)
         or not isinstance(weight, int | float)
         or not (math.isfinite(weight) and weight >= 0)
+        or not isinstance(exposed, list)
     ):
         raise FederationError(
             f"Party {name} came to meet with {dict(words)!r:.200}, which is no purpose, round and weight"
             " >= 0. Install the same version of pellm-lightning at all parties."
         )
-    return Header(Purpose(purpose), round, float(weight))
+    fine = words.get("fine", True) is True
+    return Header(Purpose(purpose), round, float(weight), fine, tuple(map(str, exposed)))
+
+
+def _known(values: Mapping[str, tuple[float, float]]) -> list[str]:
+    return sorted(name for name, (_, weight) in values.items() if weight > 0)
+
+
+def _names(name: str, told: Any) -> list[str]:
+    """Return the names of the metrics that a peer has, or raise."""
+    if not isinstance(told, list) or not all(isinstance(metric, str) for metric in told):
+        raise FederationError(
+            f"Party {name} told {told!r:.200} for the names of its metrics. Install the same version of"
+            " pellm-lightning at all parties."
+        )
+    return told
 
 
 def _metrics(name: str, told: Any) -> dict[str, tuple[float, float]]:

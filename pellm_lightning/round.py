@@ -20,6 +20,7 @@ from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.aggregation.ranks import PaddedFactors
 from pellm_lightning.durable import StateDir
+from pellm_lightning.exchange import Exchange, Plain
 from pellm_lightning.federation import (
     Collectives,
     FederationError,
@@ -45,6 +46,8 @@ class Ballot:
 
     fine: list[bool]
     """Party by party, whether all its values are finite."""
+    total_weight: float
+    """Sum of the weights as they were summed: 1, or where the exchange hides them, that of the parties'."""
     loss: float | None
     """Mean of the parties' training losses, weighted; None if no party gave one."""
 
@@ -79,6 +82,8 @@ class RoundReport:
     """2-norm of this party's parameters minus the aggregation's result."""
     deviation: Deviation | None
     """By how much the LoRA factors miss the mean of the products; None without LoRA, or if not measured."""
+    last: bool = False
+    """Whether no further round can move anything: too few parties still train to hide in a sum."""
 
 
 class Aggregator:
@@ -104,7 +109,9 @@ class Aggregator:
             pairs, which are recognised by PEFT's names, and the weighted mean for all else.
         lora: What the modules of the LoRA pairs say, from ``lora_modules(model)``; scaling 1 without.
         measure_deviation: Whether each round measures by how much the result misses the mean of the LoRA
-            products. It takes half as many bytes again as averaging the factors.
+            products. It takes half as many bytes again as averaging the factors, and the parties' factors:
+            None measures where the exchange does not hide these.
+        exchange: How values are summed over the parties; None is ``exchange.Plain()``.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
         frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
             sample.
@@ -116,8 +123,8 @@ class Aggregator:
             None keeps it in memory only.
 
     Raises:
-        ValueError: If the parameters cannot be laid out as one float32 vector, or the aggregation cannot
-            handle them or the outer optimizer.
+        ValueError: If the parameters cannot be laid out as one float32 vector, the aggregation cannot handle
+            them or the outer optimizer, or the exchange hides what it needs.
     """
 
     def __init__(
@@ -127,7 +134,8 @@ class Aggregator:
         *,
         aggregation: Aggregation | None = None,
         lora: Mapping[str, LoraModule] | None = None,
-        measure_deviation: bool = True,
+        measure_deviation: bool | None = None,
+        exchange: Exchange | None = None,
         outer_optimizer: OptimizerFactory = outer.sgd_one,
         frozen: Mapping[str, Tensor] | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
@@ -137,9 +145,20 @@ class Aggregator:
     ) -> None:
         self.federation = federation
         self.round = 0
-        self._meeting = meeting(federation, None if state_dir is None else StateDir(state_dir))
+        self._exchange = Plain() if exchange is None else exchange
+        self._exchange.check(federation)
+        self._meeting = meeting(
+            federation, self._exchange, None if state_dir is None else StateDir(state_dir)
+        )
         self._version: Version | None = None
-        self._plan = Plan(aggregation, parameters, lora)
+        self._plan = Plan(aggregation, parameters, lora, hidden=self._exchange.hides)
+        if measure_deviation is None:
+            measure_deviation = not self._exchange.hides
+        elif measure_deviation and self._exchange.hides:
+            raise ValueError(
+                "measure_deviation=True needs the parties' own factors, which a masked exchange hides. Leave"
+                " it out, or measure with exchange.Plain()."
+            )
         if self._meeting.rejoins and self._plan.rule.writes_base:
             raise ValueError(
                 f"{self._plan.rule!r} writes into the frozen weights, which a party that comes back cannot be"
@@ -161,6 +180,8 @@ class Aggregator:
         self._on_nonfinite = on_nonfinite
         self._products: Products | None = None
         self._padded: PaddedFactors | None = None
+        self._weight = 0.0
+        self._exposed: tuple[str, ...] = ()
         self._stale = False
         self._before = torch.empty(0)
         self._loaded: Mapping[str, Any] | None = None
@@ -172,6 +193,7 @@ class Aggregator:
         self._config.setdefault("outer_optimizer", outer.describe(self._outer_optimizer))
         self._config.setdefault("aggregation", repr(self._plan.rule))
         self._config.setdefault("measure_deviation", measure_deviation)
+        self._config.setdefault("exchange", repr(self._exchange))
 
     @property
     def size_bytes(self) -> int:
@@ -281,8 +303,8 @@ class Aggregator:
         self._layout = Layout(tensors, groups)
         self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
         self._outer_optimizer = self._make_outer_optimizer([self._global])
-        # The parties' ballot follows the vector: a flag each, and the loss with its weight.
-        self._staging = self._layout.new_vector(extra=self.federation.max_parties + 2)
+        # The parties' ballot follows the vector: a flag each, the loss with its weight, the weight.
+        self._staging = self._layout.new_vector(extra=self.federation.max_parties + 3)
         self._scratch = self._layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
 
@@ -459,6 +481,7 @@ class Aggregator:
                 if not self._meeting.again(error):
                     raise
                 continue
+            self._exposed = ()
             if report is not None:
                 return replace(
                     report,
@@ -501,13 +524,23 @@ class Aggregator:
         weights = self._weights(headers)
         if self._padded is not None:
             self._padded.read_()
-        counting = self._counting(weights)
-        update_norm, ballot = self._exchange(counting, loss)
-        excluded = [party for party, fine in enumerate(ballot.fine) if not fine and weights[party] > 0]
+        excluded = [party for party, header in enumerate(headers) if not header.fine]
         if excluded:
             weights = self._without(excluded, weights)
-            counting = self._counting(weights)
-            self._exchange(counting, loss)
+        weights = self._enough(headers, weights)
+        names = tuple(self.federation.names[party] for party, weight in enumerate(weights) if weight > 0)
+        sums = self._exchange.open(self.federation, lambda: self._reveal(names))
+        counting = self._counting(sums, weights)
+        update_norm, ballot = self._average(counting, loss)
+        if not excluded:
+            excluded = [party for party, fine in enumerate(ballot.fine) if not fine and weights[party] > 0]
+            if excluded:
+                weights = self._without(excluded, weights)
+                counting = self._counting(sums, weights)
+                _, ballot = self._average(counting, loss)
+        total_weight = sum(weights)
+        if self._exchange.hides:
+            counting, total_weight = self._scaled(counting, ballot)
         products = self._products if any(counting.shares) else None
         deviation = None
         if products is not None:
@@ -521,9 +554,9 @@ class Aggregator:
         report = RoundReport(
             round=self.round,
             parties=tuple(self.federation.members),
-            active_parties=sum(weight > 0 for weight in weights),
-            total_weight=sum(weights),
-            weight=weights[self.federation.party],
+            active_parties=counting.num_counting,
+            total_weight=total_weight,
+            weight=self._weight if weights[self.federation.party] > 0 else 0.0,
             excluded=tuple(self.federation.members[party] for party in excluded),
             loss=ballot.loss,
             seconds=0.0,
@@ -532,6 +565,7 @@ class Aggregator:
             update_norm=update_norm,
             distance=distance,
             deviation=deviation,
+            last=self._is_last(headers),
         )
         self.round += 1
         self._version = self._meeting.version(self.round)
@@ -539,7 +573,11 @@ class Aggregator:
 
     def _meet(self, purpose: Purpose, weight: float) -> list[Header]:
         self._check_started()
-        return self._meeting.meet(Header(purpose, self.round, weight), self._version)
+        self._weight, fine = weight, True
+        if self._exchange.hides:  # NaN has no place in a masked sum, so it must be known before
+            fine = weight == 0 or self._layout.first_nonfinite() is None
+            weight = float(weight > 0 and fine)
+        return self._meeting.meet(Header(purpose, self.round, weight, fine, self._exposed), self._version)
 
     def _check_started(self) -> None:
         if not self._started:
@@ -565,19 +603,86 @@ class Aggregator:
             )
         return weights
 
-    def _counting(self, weights: list[float]) -> Counting:
-        total = sum(weights)
-        return Counting(self.federation, [weight / total if total else 0.0 for weight in weights], self.round)
+    def _enough(self, headers: list[Header], weights: list[float]) -> list[float]:
+        """Return the weights without those that the exchange cannot hide in a sum."""
+        names = self.federation.names
+        counting = {name for name, weight in zip(names, weights, strict=True) if weight > 0}
+        exposed = [bool(header.exposed) and {*header.exposed} != counting for header in headers]
+        weights = [0.0 if burnt else weight for burnt, weight in zip(exposed, weights, strict=True)]
+        count = sum(weight > 0 for weight in weights)
+        if exposed[self.federation.party]:
+            log.warning(
+                "[party %s] Round %d: a sum of this party's update was revealed in an attempt that failed. It"
+                " is not sent again in a sum of others, which would tell the parties apart: this party counts"
+                " 0 and takes over the result.",
+                self.federation.name,
+                self.round,
+            )
+        if 0 < count < self._exchange.min_counting:
+            log.warning(
+                "[party %s] Round %d: only %d parties count, and each would see what the others sent."
+                " Nothing is sent; all go back to the last global parameters.",
+                self.federation.name,
+                self.round,
+                count,
+            )
+            return [0.0] * len(weights)
+        return weights
 
-    def _exchange(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
+    def _is_last(self, headers: list[Header]) -> bool:
+        done = sum(header.purpose is Purpose.DONE for header in headers)
+        left = self.federation.max_parties - done
+        if not done or left >= self._exchange.min_counting:
+            return False
+        log.warning(
+            "[party %s] Round %d is the last: %d parties have made all their steps, and the %d that have not"
+            " are too few to hide in a sum. Give all parties equally many rounds, by every_n_steps and"
+            " max_steps, if the others' steps shall count.",
+            self.federation.name,
+            self.round,
+            done,
+            left,
+        )
+        return True
+
+    def _reveal(self, names: tuple[str, ...]) -> None:
+        self._exposed = names
+
+    def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
+        if self._exchange.hides:
+            shares = [math.nan if weight else 0.0 for weight in weights]
+            if weights[sums.party]:
+                shares[sums.party] = self._weight
+        else:
+            total = sum(weights)
+            shares = [weight / total if total else 0.0 for weight in weights]
+        return Counting(sums, shares, self.round)
+
+    def _scaled(self, counting: Counting, ballot: Ballot) -> tuple[Counting, float]:
+        """Make means of what was summed with hidden weights; return the shares, and the total weight."""
+        total = ballot.total_weight
+        if counting.num_counting and total <= 0:
+            raise FederationError(
+                f"The weights of round {self.round} are too small for the digits behind the point that a"
+                " masked exchange has: their sum is 0. Give larger weights, or a larger fractional_bits."
+            )
+        if total > 0:
+            self._staging[: self._layout.size].mul_(1 / total)
+        shares = [share / total if share else 0.0 for share in counting.shares]
+        return Counting(counting.federation, shares, self.round), total
+
+    def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
         """Fill the staging vector with the mean of ``anchor - x``; return the norm of this party's update.
 
         Parts that the rule does not average stay at home, and zero in the vector. Behind the last bucket
         rides the ballot: what each party has to say once it has seen all its values.
         """
         share = counting.share
-        averaged = self._plan.rule.averaged(self.round, sum(share > 0 for share in counting.shares))
+        averaged = self._plan.rule.averaged(self.round, counting.num_counting)
         squares: list[float] = []
+        told = self._staging[self._layout.size :]
+        if self._exchange.hides:  # weights need more digits than updates
+            told = told.double()
 
         def packed() -> Iterator[Tensor]:
             *buckets, last = self._layout.buckets()
@@ -586,11 +691,16 @@ class Aggregator:
                 if self._crosses(bucket, averaged):
                     yield self._staging[bucket[0].start : bucket[-1].stop]
             squares.extend(self._pack(last, share))
-            self._cast(self._norm(squares), loss, share)
-            yield self._staging[last[0].start if self._crosses(last, averaged) else self._layout.size :]
+            self._cast(told, self._norm(squares), loss, share)
+            start = last[0].start if self._crosses(last, averaged) else self._layout.size
+            if self._exchange.hides:
+                yield self._staging[start : self._layout.size]
+                yield told
+            else:
+                yield self._staging[start:]
 
-        self.federation.all_reduce_each_(packed())
-        return self._norm(squares), self._counted()
+        counting.federation.all_reduce_each_(packed())
+        return self._norm(squares), self._counted(told)
 
     def _crosses(self, bucket: list[Chunk], averaged: Parts) -> bool:
         """Tell whether a bucket's part is averaged; if not, nothing moves there."""
@@ -610,20 +720,20 @@ class Aggregator:
             else:
                 update.zero_()  # and not a product: 0 * nan is nan
 
-    def _cast(self, update_norm: float, loss: float | None, share: float) -> None:
+    def _cast(self, told: Tensor, update_norm: float, loss: float | None, share: float) -> None:
         """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
         fine = math.isfinite(update_norm)
         known = share > 0 and loss is not None and math.isfinite(loss)
         mine = [
             float(party == self.federation.party and fine) for party in range(self.federation.max_parties)
         ]
-        mine += [share * loss if known and loss is not None else 0.0, share if known else 0.0]
-        self._staging[self._layout.size :] = torch.tensor(mine, dtype=torch.float32)
+        mine += [share * loss if known and loss is not None else 0.0, share if known else 0.0, share]
+        told.copy_(torch.tensor(mine, dtype=told.dtype))
 
-    def _counted(self) -> Ballot:
-        *fine, loss, share = self._staging[self._layout.size :].tolist()
+    def _counted(self, told: Tensor) -> Ballot:
+        *fine, loss, share, total = told.tolist()
         met = fine[: self.federation.num_parties]
-        return Ballot([vote == 1.0 for vote in met], loss / share if share else None)
+        return Ballot([vote == 1.0 for vote in met], total, loss / share if share else None)
 
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
         """Return the weights without those whose values are not finite, or raise at every party."""

@@ -1196,8 +1196,8 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         assert all(torch.equal(values, starts[0]) for values in synchronised)
         # The round: a header, then this party's share of its update, and the ballot right behind it.
         header, *rest = summed
-        mine = torch.zeros(num_parties, 3, dtype=torch.float64)
-        mine[party] = torch.tensor([1, 0, weights[party]])
+        mine = torch.zeros(num_parties, 4, dtype=torch.float64)
+        mine[party] = torch.tensor([1, 0, weights[party], 1])
         assert torch.equal(header, mine.flatten())
         payload = torch.cat(rest)
         share = weights[party] / sum(weights)
@@ -1206,7 +1206,7 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         assert share or bits(payload[:size]) == bytes(4 * size)
         ballot = payload[size:]
         votes = [1.0 if other == party else 0.0 for other in range(num_parties)]
-        assert ballot.tolist() == pytest.approx([*votes, 0.5 * share, share])
+        assert ballot.tolist() == pytest.approx([*votes, 0.5 * share, share, share])
         # Bytes are those handed over, no more and no fewer.
         assert in_all == sum(values.nbytes for values in [*synchronised, *summed])
         assert report.bytes_sent == in_all - first_sync, "the report must count all that its round has sent"

@@ -34,7 +34,8 @@ class Counting:
 
     Args:
         federation: The joined parties.
-        shares: Weight of each party over the sum of the weights; 0 for who does not count.
+        shares: Weight of each party over the sum of the weights; 0 for who does not count. Where the exchange
+            hides weights, NaN for all that count but this party.
         round: Index of the round.
     """
 
@@ -46,6 +47,11 @@ class Counting:
     def share(self) -> float:
         """Share of this party."""
         return self.shares[self.federation.party]
+
+    @property
+    def num_counting(self) -> int:
+        """Number of parties that count."""
+        return sum(share != 0 for share in self.shares)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,9 @@ class Aggregation(ABC):
     """Outer optimizers that make sense: any, those without momentum or decay, or only ``SGD(lr=1)``."""
     ranks_may_differ: bool = False
     """Whether parties may have other ranks and scalings than one another."""
+    needs: Literal["means", "sums", "parties"] = "parties"
+    """What ``combine`` needs: only means of the parts, sums over the parties, or what single parties have
+    (which a masked exchange hides)."""
     writes_base: bool = False
     """Whether the frozen weights take up what the factors cannot hold."""
 

@@ -59,6 +59,7 @@ class LowRankMean(Aggregation):
         self.solver = solver
         self.steps = steps
         self.gauge = gauge
+        self.needs = "sums" if solver == "power" else "parties"
         self.outer = "any" if gauge == "procrustes" else "mean"
 
     def averaged(self, round: int, counting: int) -> Parts:
@@ -75,7 +76,7 @@ class LowRankMean(Aggregation):
 
     def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
         """Return the best factors of each pair; of a single party that counts they are its own."""
-        if sum(share > 0 for share in counting.shares) == 1:
+        if counting.num_counting == 1:
             return Combined()
         return self.solve(pairs, counting)
 

@@ -14,6 +14,8 @@ class Mean(Aggregation):
     which misses the mean of the products by ``sum(w_i (B_i - B) (A_i - A))``. The report says by how much.
     """
 
+    needs = "means"
+
     def __repr__(self) -> str:
         return "Mean()"
 
@@ -25,6 +27,8 @@ class FrozenA(Aggregation):
     the bytes, but each party trains half the adapter. What is no LoRA factor is trained and averaged beside
     it.
     """
+
+    needs = "means"
 
     outer = "memoryless"
 
@@ -53,6 +57,8 @@ class Alternating(Aggregation):
     neither its values nor its optimizer state move; the moments it had are there when its turn comes.
     """
 
+    needs = "means"
+
     outer = "memoryless"
 
     def averaged(self, round: int, counting: int) -> Parts:
@@ -74,6 +80,8 @@ class ShareA(Aggregation):
     A: for data that differ in what is to be learned, not only in how much. No deviation is reported, as there
     is no common product to deviate from.
     """
+
+    needs = "means"
 
     shared = _A
 

@@ -21,6 +21,8 @@ class Plan:
         names: Names of the trainable parameters that may federate.
         modules: What the modules of the pairs say, by the pairs' names; a pair that is not among them has
             scaling 1.
+        hidden: Whether rules get sums over the parties only; None then chooses
+            ``LowRankMean(solver="power")``.
 
     Raises:
         ValueError: If the rule finds no LoRA pair, or cannot handle one: it is named, with the reason.
@@ -31,9 +33,17 @@ class Plan:
         rule: Aggregation | None,
         names: Iterable[str],
         modules: Mapping[str, LoraModule] | None = None,
+        *,
+        hidden: bool = False,
     ) -> None:
         names = sorted(names)
-        self.rule: Aggregation = LowRankMean() if rule is None else rule
+        self.rule: Aggregation = rule or LowRankMean(solver="power" if hidden else "exact")
+        if hidden and self.rule.needs == "parties":
+            raise ValueError(
+                f"{self.rule!r} needs what single parties have, and a masked exchange gives sums only. Use"
+                " Mean(), FrozenA(), Alternating(), ShareA() or LowRankMean(solver='power'), or"
+                " exchange.Plain()."
+            )
         self.modules = dict(modules or {})
         pairs = find_pairs(names)
         obstacles = {pair.name: self._obstacle(pair) for pair in pairs}

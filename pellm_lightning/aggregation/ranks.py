@@ -61,6 +61,7 @@ class HeterogeneousRank(Aggregation):
         self.method = method
         self.gauge = gauge
         self._low_rank = LowRankMean(solver, steps, gauge)
+        self.needs = "means" if method == "zero_pad" else self._low_rank.needs
 
     def averaged(self, round: int, counting: int) -> Parts:
         """Return what is no factor, with "zero_pad" everything."""

@@ -3,7 +3,7 @@
 from pellm_lightning.federation.collectives import Collectives
 from pellm_lightning.federation.elastic.federation import ElasticFederation
 from pellm_lightning.federation.elastic.membership import Membership
-from pellm_lightning.federation.elastic.plan import Version, Wants
+from pellm_lightning.federation.elastic.plan import Plan, Version, Wants
 from pellm_lightning.federation.errors import (
     FederationError,
     MismatchError,
@@ -22,6 +22,7 @@ __all__ = [
     "Membership",
     "MismatchError",
     "PartyLostError",
+    "Plan",
     "TooFewPartiesError",
     "Version",
     "Wants",

@@ -17,6 +17,8 @@ class Collectives(ABC):
     """Index of this party among those that meet."""
     names: Sequence[str]
     """Names of the parties that meet, in their order."""
+    roster: Sequence[str]
+    """Names of all parties that may ever meet, present or not."""
     timeout_s: float
     """Seconds a party may be late."""
     bytes_sent: int

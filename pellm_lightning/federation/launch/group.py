@@ -48,7 +48,7 @@ class Federation(Collectives):
         if not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
         self.party = party
-        self.names = [str(index) for index in range(num_parties)]
+        self.names = self.roster = [str(index) for index in range(num_parties)]
         self.timeout_s = timeout_s
         self.bytes_sent = 0
         joined = store.add(f"pellm/joined/{party}", 1)

@@ -1,0 +1,98 @@
+"""Real numbers as integers of a ring, and the masks that hide them there. Pure.
+
+Sums modulo 2^bits do not depend on the order of the summands, so they have the same bits for any number of
+threads and any topology. A summand plus a uniformly random integer is itself uniformly random: it says
+nothing about the summand.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from torch import Tensor
+
+# Bytes masked at a time: what is added, its mask and zeros to make it from stay in a core's cache together.
+_BLOCK_BYTES = 1 << 18
+_ZEROS = bytes(_BLOCK_BYTES)
+
+KEY_BYTES = 32
+
+
+class Ring:
+    """Fixed-point numbers modulo 2^bits: ``round(x 2^fractional_bits)``, halves to even.
+
+    A sum of N numbers is off by at most ``N / 2 * 2^-fractional_bits``. It cannot overflow if no summand
+    exceeds ``limit``.
+
+    Args:
+        bits: 32 or 64.
+        fractional_bits: Binary digits behind the point.
+        parties: Number of summands N.
+    """
+
+    def __init__(self, bits: int, fractional_bits: int, parties: int) -> None:
+        self.dtype = torch.int32 if bits == 32 else torch.int64
+        self._scale = 2.0**fractional_bits
+        self.limit = (2 ** (bits - 1) - 1) // parties / self._scale
+        """Largest absolute value of a summand."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return flat numbers as integers on the CPU; in the memory of ``x`` if it is as wide and lies there.
+
+        Integers stay what they are.
+
+        Raises:
+            OverflowError: If a number exceeds the limit, or is not finite.
+        """
+        if not x.is_floating_point():
+            return x.to("cpu", self.dtype, copy=True)
+        in_place = x.device.type == "cpu" and x.itemsize == self.dtype.itemsize
+        encoded = x.view(self.dtype) if in_place else torch.empty(x.shape, dtype=self.dtype)
+        for values, into in zip(x.split(_numbers(x)), encoded.split(_numbers(x)), strict=True):
+            largest = float(values.abs().max()) if values.numel() else 0.0
+            if not largest <= self.limit:
+                raise OverflowError(largest)
+            into.copy_((values * self._scale).round_().to("cpu", self.dtype))
+        return encoded
+
+    def decode_(self, encoded: Tensor, into: Tensor) -> None:
+        """Write what integers stand for into a tensor, which may share their memory."""
+        if not into.is_floating_point():
+            into.copy_(encoded)
+            return
+        for integers, values in zip(encoded.split(_numbers(into)), into.split(_numbers(into)), strict=True):
+            values.copy_(integers.double().mul_(1 / self._scale))
+
+
+class Mask:
+    """An endless stream of random integers that whoever has the key can make again: ChaCha20 (RFC 8439).
+
+    Args:
+        key: 32 bytes.
+        nonce: Number that this key is used with only once, below 2^96.
+    """
+
+    def __init__(self, key: bytes, nonce: int = 0) -> None:
+        counter = (0).to_bytes(4, "little")
+        cipher = Cipher(algorithms.ChaCha20(key, counter + nonce.to_bytes(12, "little")), mode=None)
+        self._stream = cipher.encryptor()
+        self._scratch = bytearray(_BLOCK_BYTES)
+
+    def next(self, block: Tensor) -> Tensor:
+        """Return the stream's next integers, of a block's dtype and size, until it is called again."""
+        size = block.nbytes
+        self._stream.update_into(memoryview(_ZEROS)[:size], self._scratch)
+        return torch.frombuffer(self._scratch, dtype=block.dtype, count=block.numel())
+
+
+def add_masks_(integers: Tensor, added: Sequence[Mask], subtracted: Sequence[Mask] = ()) -> None:
+    """Add the next integers of some masks, and subtract those of others, in place and modulo 2^bits."""
+    for block in integers.split(_BLOCK_BYTES // integers.itemsize):
+        for mask in added:
+            block += mask.next(block)
+        for mask in subtracted:
+            block -= mask.next(block)
+
+
+def _numbers(x: Tensor) -> int:
+    return _BLOCK_BYTES // x.itemsize
