@@ -37,6 +37,7 @@ from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched, store_from_env
 from pellm_lightning.layout import Layout
 from pellm_lightning.parameters import frozen, select
+from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.round import Aggregator, RoundReport
 from pellm_lightning.samples import samples_in
 from pellm_lightning.schedule import schedule
@@ -81,6 +82,8 @@ class FederatedAveraging(Callback):
             where the exchange does not hide them.
         exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``, or
             ``Masked(...)`` so that nobody sees another's.
+        privacy: Differential privacy of each party's updates, from ``pellm_lightning.privacy``. It needs
+            weighting="uniform".
         include: Glob patterns over names of trainable parameters; only what matches one federates. Default:
             all.
         exclude: Glob patterns over names of trainable parameters that stay local.
@@ -125,6 +128,7 @@ class FederatedAveraging(Callback):
         aggregation: Aggregation | None = None,
         measure_deviation: bool | None = None,
         exchange: Exchange | None = None,
+        privacy: GaussianMechanism | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         outer_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1.0),
@@ -145,6 +149,7 @@ class FederatedAveraging(Callback):
     ) -> None:
         self._schedule = schedule(every_n_epochs, every_n_steps)
         checks.weighting(weighting)
+        checks.privacy(privacy, weighting)
         checks.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
         checks.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
         checks.patterns("include", include)
@@ -158,6 +163,7 @@ class FederatedAveraging(Callback):
         self.aggregation = aggregation
         self.measure_deviation = measure_deviation
         self.exchange: Exchange = Plain() if exchange is None else exchange
+        self.privacy = privacy
         self.include = include
         self.exclude = exclude
         self.outer_optimizer = outer_optimizer
@@ -437,6 +443,7 @@ class FederatedAveraging(Callback):
             lora=lora_modules(pl_module),
             measure_deviation=self.measure_deviation,
             exchange=self.exchange,
+            privacy=self.privacy,
             outer_optimizer=self.outer_optimizer,
             frozen=frozen(pl_module) if self.check_base else None,
             config={

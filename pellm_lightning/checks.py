@@ -33,6 +33,15 @@ def weighting(value: object) -> None:
         raise ValueError(f"weighting={value!r} must be 'samples', 'uniform' or a finite number >= 0.")
 
 
+def privacy(mechanism: object, weighting: object) -> None:
+    """Check the argument of that name."""
+    if mechanism is not None and weighting != "uniform":
+        raise ValueError(
+            f"weighting={weighting!r} does not go with differential privacy: a weight would be a factor of"
+            " what one party can change. Set weighting='uniform'."
+        )
+
+
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:
     """Check an argument that has few choices."""
     if value not in choices:

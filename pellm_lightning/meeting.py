@@ -32,6 +32,7 @@ from pellm_lightning.federation import (
     Version,
     Wants,
 )
+from pellm_lightning.federation.elastic.plan import is_count
 from pellm_lightning.passport import Passport
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class Header:
     """Whether all values of the party are finite, as far as it knows yet."""
     exposed: tuple[str, ...] = ()
     """With whom the party has revealed a sum of its present values, in an attempt that failed then."""
+    releases: int = 0
+    """Noisy releases of the party in attempts at this round that failed."""
     behind: bool = False
     """Whether the party lacks the newest global parameters, and so needs them and counts 0."""
 
@@ -253,6 +256,7 @@ class ElasticMeeting(Meeting):
             "weight": mine.weight,
             "fine": mine.fine,
             "exposed": list(mine.exposed),
+            "releases": mine.releases,
         }
         while True:
             self._federation.enter(f"meeting for round {mine.round}")
@@ -425,20 +429,21 @@ def _difference(passports: Sequence[Passport], names: Sequence[str]) -> str | No
 def _header(name: str, words: Mapping[str, Any]) -> Header:
     """Return what a peer has said, or raise: it may have said anything."""
     purpose, round, weight = words.get("purpose"), words.get("round"), words.get("weight")
-    exposed = words.get("exposed", [])
+    exposed, releases = words.get("exposed", []), words.get("releases", 0)
     if (
         purpose not in list(Purpose)
         or not isinstance(round, int)
         or not isinstance(weight, int | float)
         or not (math.isfinite(weight) and weight >= 0)
         or not isinstance(exposed, list)
+        or not is_count(releases)
     ):
         raise FederationError(
             f"Party {name} came to meet with {dict(words)!r:.200}, which is no purpose, round and weight"
             " >= 0. Install the same version of pellm-lightning at all parties."
         )
     fine = words.get("fine", True) is True
-    return Header(Purpose(purpose), round, float(weight), fine, tuple(map(str, exposed)))
+    return Header(Purpose(purpose), round, float(weight), fine, tuple(map(str, exposed)), releases)
 
 
 def _known(values: Mapping[str, tuple[float, float]]) -> list[str]:

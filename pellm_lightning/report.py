@@ -84,6 +84,8 @@ def note(
         figures |= {"deviation": done.deviation.total, "worst_deviation": done.deviation.worst}
     if done.loss is not None:
         figures["loss"] = done.loss
+    if done.epsilon is not None and done.clipping_norm is not None:
+        figures |= {"epsilon": done.epsilon, "clipping_norm": done.clipping_norm}
     publish(trainer, {f"federated/{name}": float(value) for name, value in figures.items()})
     bar = trainer.progress_bar_callback
     if on_bar and bar is not None:

@@ -31,6 +31,9 @@ from pellm_lightning.federation import (
 from pellm_lightning.layout import Chunk, Layout
 from pellm_lightning.meeting import Header, Purpose, meeting
 from pellm_lightning.outer import OptimizerFactory
+from pellm_lightning.privacy.clipping import squared_norm
+from pellm_lightning.privacy.gaussian import GaussianMechanism
+from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.products import Products
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,8 @@ class Ballot:
     """Party by party, whether all its values are finite."""
     total_weight: float
     """Sum of the weights as they were summed: 1, or where the exchange hides them, that of the parties'."""
+    clipping_bit: float
+    """Mean of the parties' clipping bits; 0 without adaptive clipping."""
     loss: float | None
     """Mean of the parties' training losses, weighted; None if no party gave one."""
 
@@ -82,8 +87,13 @@ class RoundReport:
     """2-norm of this party's parameters minus the aggregation's result."""
     deviation: Deviation | None
     """By how much the LoRA factors miss the mean of the products; None without LoRA, or if not measured."""
+    epsilon: float | None = None
+    """What differential privacy has cost so far, this round included; None without."""
+    clipping_norm: float | None = None
+    """Norm to which the next round's updates are clipped; None without differential privacy."""
     last: bool = False
-    """Whether no further round can move anything: too few parties still train to hide in a sum."""
+    """Whether no further round can move anything: the privacy budget is used up, or too few parties still
+    train to hide in a sum."""
 
 
 class Aggregator:
@@ -112,6 +122,8 @@ class Aggregator:
             products. It takes half as many bytes again as averaging the factors, and the parties' factors:
             None measures where the exchange does not hide these.
         exchange: How values are summed over the parties; None is ``exchange.Plain()``.
+        privacy: Differential privacy of each party's updates. Every weight must be 1 or 0 then; no training
+            loss is exchanged.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
         frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
             sample.
@@ -136,6 +148,7 @@ class Aggregator:
         lora: Mapping[str, LoraModule] | None = None,
         measure_deviation: bool | None = None,
         exchange: Exchange | None = None,
+        privacy: GaussianMechanism | None = None,
         outer_optimizer: OptimizerFactory = outer.sgd_one,
         frozen: Mapping[str, Tensor] | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
@@ -152,13 +165,16 @@ class Aggregator:
         )
         self._version: Version | None = None
         self._plan = Plan(aggregation, parameters, lora, hidden=self._exchange.hides)
-        if measure_deviation is None:
-            measure_deviation = not self._exchange.hides
-        elif measure_deviation and self._exchange.hides:
+        hides = self._exchange.hides or privacy is not None
+        if measure_deviation and hides:
             raise ValueError(
-                "measure_deviation=True needs the parties' own factors, which a masked exchange hides. Leave"
-                " it out, or measure with exchange.Plain()."
+                "measure_deviation=True needs the parties' own factors, which a masked exchange or"
+                " differential privacy hides. Leave it out."
             )
+        measure_deviation = not hides if measure_deviation is None else measure_deviation
+        self._private = None if privacy is None else PrivateUpdates(privacy)
+        if privacy is not None:
+            _check_privacy(privacy, self._plan.rule, self._exchange)
         if self._meeting.rejoins and self._plan.rule.writes_base:
             raise ValueError(
                 f"{self._plan.rule!r} writes into the frozen weights, which a party that comes back cannot be"
@@ -182,6 +198,7 @@ class Aggregator:
         self._padded: PaddedFactors | None = None
         self._weight = 0.0
         self._exposed: tuple[str, ...] = ()
+        self._told_of_metrics = False
         self._stale = False
         self._before = torch.empty(0)
         self._loaded: Mapping[str, Any] | None = None
@@ -194,6 +211,7 @@ class Aggregator:
         self._config.setdefault("aggregation", repr(self._plan.rule))
         self._config.setdefault("measure_deviation", measure_deviation)
         self._config.setdefault("exchange", repr(self._exchange))
+        self._config.setdefault("privacy", repr(privacy))
 
     @property
     def size_bytes(self) -> int:
@@ -251,6 +269,12 @@ class Aggregator:
         """
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"Party {self.federation.name} has weight={weight}; it must be finite and >= 0.")
+        if self._private is not None and weight not in (0.0, 1.0):
+            raise ValueError(
+                f"Party {self.federation.name} has weight={weight}, but with differential privacy all parties"
+                " must count alike: a weight would be a factor of what one party can change. Use"
+                " weighting='uniform', which is the weight 1."
+            )
         report = self._next(Purpose.ROUND, weight, loss)
         if report is None:
             raise FederationError(f"Party {self.federation.name} came to a round, but none was run.")
@@ -273,6 +297,13 @@ class Aggregator:
         A party that is elsewhere (in a round, or done) counts 0, and so does one that lacks a name.
         """
         self._check_started()
+        if values and self._private is not None and not self._told_of_metrics:
+            self._told_of_metrics = True
+            log.warning(
+                "[party %s] Metrics are averaged as they are, and epsilon does not cover them. Log none of"
+                " private data, or on data that may be seen.",
+                self.federation.name,
+            )
         return self._meeting.mean(values, self.round, self._version)
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,8 +334,9 @@ class Aggregator:
         self._layout = Layout(tensors, groups)
         self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
         self._outer_optimizer = self._make_outer_optimizer([self._global])
-        # The parties' ballot follows the vector: a flag each, the loss with its weight, the weight.
-        self._staging = self._layout.new_vector(extra=self.federation.max_parties + 3)
+        # The parties' ballot follows the vector: a flag each, the clipping bit, the loss with its weight, the
+        # weight.
+        self._staging = self._layout.new_vector(extra=self.federation.max_parties + 4)
         self._scratch = self._layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
 
@@ -444,6 +476,7 @@ class Aggregator:
             "lora": self._products.reference if self._products else None,
             "global": self._global.detach(),
             "outer_optimizer": self._outer_optimizer.state_dict(),
+            "privacy": None if self._private is None else self._private.state_dict(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -460,6 +493,8 @@ class Aggregator:
                 f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
                 " exclude patterns of the checkpoint."
             )
+        if self._private is not None:
+            self._private.load_state_dict(state["privacy"])
         with torch.no_grad():
             self._global.copy_(state["global"])
         # A copy, since the optimizer goes on in the very tensors that it is given.
@@ -482,6 +517,8 @@ class Aggregator:
                     raise
                 continue
             self._exposed = ()
+            if self._private is not None:
+                self._private.given_away = 0
             if report is not None:
                 return replace(
                     report,
@@ -527,8 +564,10 @@ class Aggregator:
         excluded = [party for party, header in enumerate(headers) if not header.fine]
         if excluded:
             weights = self._without(excluded, weights)
-        weights = self._enough(headers, weights)
+        failed = max(header.releases for header in headers)
+        weights = self._enough(headers, weights, failed)
         names = tuple(self.federation.names[party] for party, weight in enumerate(weights) if weight > 0)
+        given_away = self._given_away
         sums = self._exchange.open(self.federation, lambda: self._reveal(names))
         counting = self._counting(sums, weights)
         update_norm, ballot = self._average(counting, loss)
@@ -541,6 +580,9 @@ class Aggregator:
         total_weight = sum(weights)
         if self._exchange.hides:
             counting, total_weight = self._scaled(counting, ballot)
+        if self._private is not None:
+            releases = self._given_away - given_away
+            self._private.end_round(failed + releases if releases else 0, ballot.clipping_bit)
         products = self._products if any(counting.shares) else None
         deviation = None
         if products is not None:
@@ -565,6 +607,8 @@ class Aggregator:
             update_norm=update_norm,
             distance=distance,
             deviation=deviation,
+            epsilon=None if self._private is None else self._private.epsilon,
+            clipping_norm=None if self._private is None else self._private.max_norm,
             last=self._is_last(headers),
         )
         self.round += 1
@@ -577,7 +621,8 @@ class Aggregator:
         if self._exchange.hides:  # NaN has no place in a masked sum, so it must be known before
             fine = weight == 0 or self._layout.first_nonfinite() is None
             weight = float(weight > 0 and fine)
-        return self._meeting.meet(Header(purpose, self.round, weight, fine, self._exposed), self._version)
+        header = Header(purpose, self.round, weight, fine, self._exposed, self._given_away)
+        return self._meeting.meet(header, self._version)
 
     def _check_started(self) -> None:
         if not self._started:
@@ -603,8 +648,8 @@ class Aggregator:
             )
         return weights
 
-    def _enough(self, headers: list[Header], weights: list[float]) -> list[float]:
-        """Return the weights without those that the exchange cannot hide in a sum."""
+    def _enough(self, headers: list[Header], weights: list[float], failed: int) -> list[float]:
+        """Return the weights without those that could not be hidden in a sum, or exceed the budget."""
         names = self.federation.names
         counting = {name for name, weight in zip(names, weights, strict=True) if weight > 0}
         exposed = [bool(header.exposed) and {*header.exposed} != counting for header in headers]
@@ -618,7 +663,16 @@ class Aggregator:
                 self.federation.name,
                 self.round,
             )
-        if 0 < count < self._exchange.min_counting:
+        if count and self._private is not None and not self._private.affords(failed):
+            log.warning(
+                "[party %s] Round %d: one more would exceed max_epsilon=%g. Nothing is sent; all go back to"
+                " the last global parameters.",
+                self.federation.name,
+                self.round,
+                self._private.mechanism.max_epsilon,
+            )
+            return [0.0] * len(weights)
+        if 0 < count < self._min_counting:
             log.warning(
                 "[party %s] Round %d: only %d parties count, and each would see what the others sent."
                 " Nothing is sent; all go back to the last global parameters.",
@@ -629,10 +683,22 @@ class Aggregator:
             return [0.0] * len(weights)
         return weights
 
+    @property
+    def _min_counting(self) -> int:
+        return max(self._exchange.min_counting, 1 if self._private is None else self._private.min_counting)
+
     def _is_last(self, headers: list[Header]) -> bool:
+        if self._private is not None and not self._private.affords():
+            log.warning(
+                "[party %s] Round %d is the last: one more would exceed max_epsilon=%g.",
+                self.federation.name,
+                self.round,
+                self._private.mechanism.max_epsilon,
+            )
+            return True
         done = sum(header.purpose is Purpose.DONE for header in headers)
         left = self.federation.max_parties - done
-        if not done or left >= self._exchange.min_counting:
+        if not done or left >= self._min_counting:
             return False
         log.warning(
             "[party %s] Round %d is the last: %d parties have made all their steps, and the %d that have not"
@@ -647,6 +713,16 @@ class Aggregator:
 
     def _reveal(self, names: tuple[str, ...]) -> None:
         self._exposed = names
+        if names:
+            self._note_release()
+
+    def _note_release(self) -> None:
+        if self._private is not None:
+            self._private.given_away += 1
+
+    @property
+    def _given_away(self) -> int:
+        return 0 if self._private is None else self._private.given_away
 
     def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
         if self._exchange.hides:
@@ -683,6 +759,16 @@ class Aggregator:
         told = self._staging[self._layout.size :]
         if self._exchange.hides:  # weights need more digits than updates
             told = told.double()
+        elif counting.num_counting:
+            self._note_release()
+        bit = 0.0
+        if self._private is not None and share:
+            norm = self._norm(
+                [square for bucket in self._layout.buckets() for square in self._squares(bucket, averaged)]
+            )
+            self._private.prepare(norm, counting.num_counting)
+            bit = self._private.noisy_bit(norm, counting.num_counting)
+            loss = None
 
         def packed() -> Iterator[Tensor]:
             *buckets, last = self._layout.buckets()
@@ -691,7 +777,7 @@ class Aggregator:
                 if self._crosses(bucket, averaged):
                     yield self._staging[bucket[0].start : bucket[-1].stop]
             squares.extend(self._pack(last, share))
-            self._cast(told, self._norm(squares), loss, share)
+            self._cast(told, self._norm(squares), bit, loss, share)
             start = last[0].start if self._crosses(last, averaged) else self._layout.size
             if self._exchange.hides:
                 yield self._staging[start : self._layout.size]
@@ -709,31 +795,52 @@ class Aggregator:
         self._staging[bucket[0].start : bucket[-1].stop].zero_()
         return False
 
+    def _squares(self, bucket: list[Chunk], averaged: Parts) -> Iterator[float]:
+        """Yield the squared norms of what is about to cross, accurately."""
+        if averaged.issuperset(self._plan.groups[bucket[0].group]):
+            for chunk in bucket:
+                yield squared_norm(self._update(chunk, out=self._scratch2[: chunk.size]))
+
+    def _update(self, chunk: Chunk, out: Tensor) -> Tensor:
+        """Return the anchor minus the parameters."""
+        anchor = chunk.as_written(self._global[chunk.start : chunk.stop], self._scratch[: chunk.size])
+        return chunk.subtracted_from(anchor, out=out)
+
     def _pack(self, bucket: list[Chunk], share: float) -> Iterator[float]:
         for chunk in bucket:
-            update = self._staging[chunk.start : chunk.stop]
-            anchor = chunk.as_written(self._global[chunk.start : chunk.stop], self._scratch[: chunk.size])
-            chunk.subtracted_from(anchor, out=update)
+            update = self._update(chunk, out=self._staging[chunk.start : chunk.stop])
             yield _squared_norm(update)
             if share > 0:
+                if self._private is not None:
+                    self._private.hide_(update)
                 update.mul_(share)
             else:
                 update.zero_()  # and not a product: 0 * nan is nan
 
-    def _cast(self, told: Tensor, update_norm: float, loss: float | None, share: float) -> None:
+    def _cast(self, told: Tensor, update_norm: float, bit: float, loss: float | None, share: float) -> None:
         """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
         fine = math.isfinite(update_norm)
         known = share > 0 and loss is not None and math.isfinite(loss)
         mine = [
             float(party == self.federation.party and fine) for party in range(self.federation.max_parties)
         ]
-        mine += [share * loss if known and loss is not None else 0.0, share if known else 0.0, share]
+        mine += [
+            share * bit,
+            share * loss if known and loss is not None else 0.0,
+            share if known else 0.0,
+            share,
+        ]
         told.copy_(torch.tensor(mine, dtype=told.dtype))
 
     def _counted(self, told: Tensor) -> Ballot:
-        *fine, loss, share, total = told.tolist()
+        *fine, bit, loss, share, total = told.tolist()
         met = fine[: self.federation.num_parties]
-        return Ballot([vote == 1.0 for vote in met], total, loss / share if share else None)
+        return Ballot(
+            fine=[vote == 1.0 for vote in met],
+            total_weight=total,
+            clipping_bit=bit / total if total else 0.0,
+            loss=loss / share if share else None,
+        )
 
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
         """Return the weights without those whose values are not finite, or raise at every party."""
@@ -828,6 +935,19 @@ class Aggregator:
             "checksum": None if self._loaded is None else passport.checksum(self._loaded["global"]),
             "files": self._files,
         }
+
+
+def _check_privacy(privacy: GaussianMechanism, rule: Aggregation, exchange: Exchange) -> None:
+    if rule.needs != "means":
+        raise ValueError(
+            f"{rule!r} sums more than the parties' updates, without noise. With differential privacy use"
+            " FrozenA() or Alternating(), whose products the noise does not multiply, or Mean()."
+        )
+    if privacy.distributed and privacy.noise_multiplier > 0 and not exchange.hides:
+        raise ValueError(
+            f"{privacy!r} lets the parties' noise add up, so each update alone has too little. Hide them with"
+            " exchange.Masked(...), or let each party add all of the noise with distributed=False."
+        )
 
 
 def _without_ranks(schema: list[list[Any]], a: set[str], b: set[str]) -> list[list[Any]]:

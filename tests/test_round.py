@@ -1206,7 +1206,7 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         assert share or bits(payload[:size]) == bytes(4 * size)
         ballot = payload[size:]
         votes = [1.0 if other == party else 0.0 for other in range(num_parties)]
-        assert ballot.tolist() == pytest.approx([*votes, 0.5 * share, share, share])
+        assert ballot.tolist() == pytest.approx([*votes, 0.0, 0.5 * share, share, share])
         # Bytes are those handed over, no more and no fewer.
         assert in_all == sum(values.nbytes for values in [*synchronised, *summed])
         assert report.bytes_sent == in_all - first_sync, "the report must count all that its round has sent"

@@ -59,6 +59,10 @@ class Noise:
             block.copy_(noisy.div_(grid).round_().mul_(grid))
         return chunk
 
+    def draw(self, mean: float, std: float) -> float:
+        """Return a draw from N(mean, std^2)."""
+        return float(self.add_(torch.tensor([mean], dtype=torch.float32), std))
+
     def _normal(self, size: int) -> Tensor:
         """Draw from N(0, 1), (size,) float64."""
         pairs = (size + 1) // 2
