@@ -345,6 +345,51 @@ def member(store: Any, name: str, roster: list[str] = ROSTER, **membership: Any)
     return ElasticFederation(lambda: store, name, roster, membership=Membership(**patience))
 
 
+@pytest.mark.parametrize("before", ["nothing", "a farewell", "a dead one's sign"])
+def test_of_one_name_twice_at_the_very_start_one_is_refused(before: str) -> None:
+    """Whoever writes anything beside the one that goes on overwrites what that has said, for good."""
+    store = AtOnce(dist.HashStore(), "at/@a")
+    if before != "nothing":
+        first = member(store, "a", ["a"])
+        first.abort("it had to")
+        if before == "a dead one's sign":
+            store.set(f"{first._register.life}/at/@a", '{"incarnation":"of one that is gone"}')
+    store.meet = threading.Barrier(2)
+    came: list[Any] = []
+
+    def start() -> None:
+        try:
+            came.append(member(store, "a", ["a"]))
+        except FederationError as error:
+            came.append(str(error))
+
+    in_threads([start, start])
+    words = [one for one in came if isinstance(one, str)]
+    (left,) = (one for one in came if not isinstance(one, str))
+    assert left.muster("words", None, {}).members == ["a"]
+    left.close()
+    assert len(words) == 1
+    assert "A process that runs as party a is there already" in words[0]
+
+
+class AtOnce:
+    """A store at which two ask for a key for the first time at the same time."""
+
+    def __init__(self, store: Any, key: str) -> None:
+        self._store, self._key, self.meet = store, key, threading.Barrier(1)
+        self._came = threading.local()
+
+    def compare_set(self, key: str, expected: str, desired: str) -> Any:
+        found = self._store.compare_set(key, expected, desired)
+        if key.endswith(self._key) and not getattr(self._came, "once", self.meet.parties == 1):
+            self._came.once = True
+            self.meet.wait(5)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
 def test_who_was_taken_for_dead_and_replaced_stops_when_it_wakes_up() -> None:
     """A process that was stopped for a while must not go on beside the one that was started in its place."""
     store = Sleeper(dist.HashStore())

@@ -106,7 +106,8 @@ class ElasticFederation(Collectives):
             self._heartbeat = Heartbeat(hearts, name, roster, signs, self.membership.heartbeat_ttl_s)
         except BaseException as error:
             self._listener.close()
-            self._close_stores()
+            for store in self._stores:
+                _close(store)
             if not isinstance(error, UnreachableError | RestartedError):
                 raise
             raise PartyLostError(
@@ -254,7 +255,7 @@ class ElasticFederation(Collectives):
             self._drop_mesh()
             return
         if "abort" in decision:
-            self._aborted(plan, decision)
+            self._try(lambda: self._aborted(plan, decision))
             raise PartyLostError(f"The round's attempt was given up: {decision['abort']}")
         if "diverged" in decision:
             raise FederationError(
@@ -340,7 +341,8 @@ class ElasticFederation(Collectives):
             own = [f"{key}/@{self._name}" for key in ("roll", "vote", "passport")]
             self._try(lambda: self._register.delete(*own))
         self._listener.close()
-        self._close_stores()
+        for store in self._stores:
+            _close(store)
 
     # ---- meeting
 
@@ -350,8 +352,8 @@ class ElasticFederation(Collectives):
         """Come to the present epoch; return its plan, or None if it went on without this party."""
         if self._closed:
             raise FederationError(f"Party {self._name} has left this federation. Join it again.")
+        roll = self._roll(wants, version, words)  # first, since it finds out who was replaced
         self._introductions.show()
-        roll = self._roll(wants, version, words)
         plan = self._roll_call.call(roll, patience)
         if plan is None:
             return None
@@ -496,6 +498,7 @@ class ElasticFederation(Collectives):
         """Return a register over a client of its own; the rendezvous may not be up yet."""
         told = False
         for _ in polls(self.membership.wait_s):
+            store = None
             try:
                 store = connect()
                 register = Register(store)
@@ -505,16 +508,11 @@ class ElasticFederation(Collectives):
                 if not told:
                     log.warning("[party %s] waits for the rendezvous: %s", self._name, error)
                 told = True
+                _close(store)
                 continue
             self._stores.append(store)
             return register
         raise unreachable
-
-    def _close_stores(self) -> None:
-        for store in self._stores:
-            close = getattr(store, "close", None)
-            if close is not None:
-                close()
 
     def _try(self, act: Callable[[], None]) -> None:
         """Do what the next meeting would make good anyway, if the rendezvous is there."""
@@ -522,3 +520,10 @@ class ElasticFederation(Collectives):
             act()
         except UnreachableError as error:
             log.debug("[party %s] %s", self._name, error)
+
+
+def _close(store: dist.Store | None) -> None:
+    """Close a client of the rendezvous; torch's own cannot be closed."""
+    close = getattr(store, "close", None)
+    if close is not None:
+        close()

@@ -56,7 +56,7 @@ class Heartbeat:
         self.is_replaced = False
         """Whether another process has taken this one's place; then it writes nothing any more."""
         with contextlib.suppress(UnreachableError, RestartedError):  # the thread goes on trying
-            self._check_free()
+            self._take_name()
             self._round_trip()  # so that the first look knows who is there
         self._thread = threading.Thread(target=self._run, name=f"heartbeat-{name}", daemon=True)
         self._thread.start()
@@ -127,19 +127,26 @@ class Heartbeat:
         except UnreachableError:
             log.debug("[party %s] left without a goodbye: the rendezvous is gone", self._name)
 
-    def _check_free(self) -> None:
-        """Raise if another process under this name lives: its sign changes while this one looks."""
-        key = sign_of(self._name)
-        (before,) = self._register.read(key)
-        if not self.is_foreign(before):
+    def _take_name(self) -> None:
+        """Claim the name, or raise if another process under it lives: its sign changes while this one looks.
+
+        Of two that start at once one must be refused before it has written anything else: each would go on
+        overwriting what the other has said.
+        """
+        key, mine = sign_of(self._name), self._words | {"beat": 0}
+        before = self._register.claim(key, mine)
+        if before == mine:
             return
-        for _ in polls(self._ttl_s / 2):
+        for _ in polls(self._ttl_s / 2 if self.is_foreign(before) else 0.0):
             (now,) = self._register.read(key)
-            if now != before and self.is_foreign(now):
-                raise FederationError(
-                    f"A process that runs as party {self._name} is there already. Give every party a name of"
-                    " its own, and start each once. One that hangs must be ended first."
-                )
+            if now != before:
+                break
+        now = self._register.swap(key, before, mine)
+        if now != before and self.is_foreign(now):
+            raise FederationError(
+                f"A process that runs as party {self._name} is there already. Give every party a name of"
+                " its own, and start each once. One that hangs must be ended first."
+            )
 
     def _run(self) -> None:
         looked, alive = time.monotonic(), self._alive()

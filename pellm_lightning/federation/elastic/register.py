@@ -75,10 +75,10 @@ class Register:
         with _reached():
             return _parsed(self._store.compare_set(self._key(key), "", _json(value)))
 
-    def swap(self, key: str, old: object, new: object) -> None:
-        """Replace a value, unless another party has done so already."""
+    def swap(self, key: str, old: object, new: object) -> Any:
+        """Replace a value, unless another party has done so already; return what stands."""
         with _reached():
-            self._store.compare_set(self._key(key), _json(old), _json(new))
+            return _parsed(self._store.compare_set(self._key(key), _json(old), _json(new)))
 
     def delete(self, *keys: str) -> None:
         """Remove values."""
