@@ -108,9 +108,9 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
         seen["weights"] = []
         prepare(*arguments)
 
-    def counts(weights: list[float]) -> Any:
-        seen["weights"] = weights
-        return counting(weights)
+    def counts(*arguments: Any) -> Any:
+        seen["weights"] = arguments[-1]
+        return counting(*arguments)
 
     def decides(*arguments: Any) -> Any:
         decision = decided(*arguments)

@@ -20,7 +20,7 @@ from pellm_lightning.federation import ElasticFederation, FederationError, Membe
 from pellm_lightning.federation.rendezvous.frames import Op
 from pellm_lightning.federation.rendezvous.table import RefusedError, Table
 
-TTL_S = 0.6
+TTL_S = 0.4
 
 
 class Killed(BaseException):

@@ -24,10 +24,10 @@ def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.torchrun
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(180)
 def test_nothing_is_lost_whatever_is_killed_when(tmp_path: Path) -> None:
     told = tmp_path / "figures.json"
-    done = run("chaos.py", "--seconds=80", "--seeds=7", f"--json={told}", f"--keep={tmp_path}")
+    done = run("chaos.py", "--seconds=40", "--ttl=0.75", "--seeds=7", f"--json={told}", f"--keep={tmp_path}")
     assert done.returncode == 0, done.stdout
     (figures,) = json.loads(told.read_text())
     assert figures["sound"], figures
@@ -39,13 +39,13 @@ def test_nothing_is_lost_whatever_is_killed_when(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_many_rounds_leave_nothing_behind(tmp_path: Path) -> None:
-    figures = soak(tmp_path, "--rounds=600", "--crowd=8")
+    figures = soak(tmp_path, "--rounds=300", "--crowd=8")
     long, crowd = figures["long"], figures["crowd"]
-    assert long["rounds"] == 600
+    assert long["rounds"] == 300
     assert long["threads"][0] == long["threads"][1], long
     assert long["descriptors"][0] == long["descriptors"][1], long
     assert long["keys"][1] <= long["keys"][0] + 2, long
-    assert long["memory_mb"][1] < long["memory_mb"][0] + 20, long
+    assert long["memory_mb"][1] < long["memory_mb"][0] + 12, long
     assert crowd["sound"], crowd
     assert crowd["lost"] == 1, crowd
 

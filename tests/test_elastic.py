@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from history import noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs import (
@@ -131,6 +132,26 @@ def test_a_party_with_nan_is_left_out_and_healed(world: Callable[..., World]) ->
     w.judged()
     assert [entry.weights for entry in w.settled if entry.weights] == [[1, 2, 0]] * 9
     assert [report.excluded for report in w.lives[0].reports] == [(2,)] * 3
+
+
+def test_different_results_are_not_committed(world: Callable[..., World], tmp_path: Path) -> None:
+    """One party's hardware or libraries compute something else, by the least that there is."""
+    w = world(3, rounds=MANY, state_dir=tmp_path)
+
+    def errs(life: Life) -> None:
+        assert life.aggregator is not None
+        life.aggregator.global_vector[5:6].view(torch.int32).bitwise_xor_(1)
+
+    w.start("p0", "p1")
+    w.start("p2", faults={"keeping@3": errs})
+    for life in w.lives:
+        error = life.join().error
+        assert isinstance(error, FederationError)
+        assert "The parties computed different results from the same values" in str(error)
+        assert "No parameter was changed" in str(error)
+        trained = life.parameters - noise(life.index, 2)
+        assert torch.allclose(trained, w.lives[0].parameters - noise(0, 2), atol=1e-6)
+    assert w.reached == 2
 
 
 # ---- late, and back
@@ -326,14 +347,14 @@ def test_without_a_majority_of_the_same_all_are_told(world: Callable[..., World]
 
 
 def test_two_of_four_never_go_on(world: Callable[..., World]) -> None:
-    w = world(4, rounds=MANY, wait_s=1.5)
+    w = world(4, rounds=MANY, wait_s=0.6)
     w.start("p0", "p1", pace_s=0.02)
     w.start("p2", "p3", pace_s=0.02, faults={"training@3": die})
     for life in w.lives:
         life.join()
     for life in w.lives[:2]:
         assert isinstance(life.error, TooFewPartiesError)
-        assert "has waited 2 s (wait_s) for 3 of the 4 parties; missing: p" in str(life.error)
+        assert "has waited 1 s (wait_s) for 3 of the 4 parties; missing: p" in str(life.error)
         assert "p3 (it has shown no sign of life for" in str(life.error)
     assert w.reached == 3
     w.judged()
@@ -348,7 +369,7 @@ def test_two_of_four_go_on_if_told_to(world: Callable[..., World]) -> None:
 
 
 def test_a_minority_does_not_begin(world: Callable[..., World]) -> None:
-    w = world(4, rounds=3, wait_s=1.0)
+    w = world(4, rounds=3, wait_s=0.4)
     w.start("p0", "p1")
     for life in w.lives:
         assert isinstance(life.join().error, TooFewPartiesError)
@@ -357,15 +378,15 @@ def test_a_minority_does_not_begin(world: Callable[..., World]) -> None:
 
 
 def test_who_lives_but_does_not_come_cannot_be_waited_for_forever(world: Callable[..., World]) -> None:
-    w = world(3, rounds=MANY, wait_s=1.0, round_timeout_s=0.5)
+    w = world(3, rounds=MANY, wait_s=0.6, round_timeout_s=0.4)
+    over = threading.Event()
     (other,) = w.start("p0", pace_s=0.02)
     w.start("p1", faults={"training@3": die})
-    (stuck,) = w.start("p2", faults={"training@3": dawdles(3.0)})
-    began = time.monotonic()
+    (stuck,) = w.start("p2", faults={"training@3": lambda _: over.wait(20)})
     other.join(5)
+    over.set()
     assert isinstance(other.error, TooFewPartiesError)
     assert "p2 (it did not come" in str(other.error)
-    assert time.monotonic() - began < 5
     stuck.join()
 
 
@@ -386,9 +407,9 @@ def test_a_lost_party_stops_all_if_told_to(world: Callable[..., World]) -> None:
 
 
 def test_a_straggler_is_left_out_and_comes_back(world: Callable[..., World]) -> None:
-    w = world(3, rounds=MANY, round_timeout_s=0.4)
+    w = world(3, rounds=MANY, round_timeout_s=0.25)
     w.start("p0", "p1", pace_s=0.05)
-    w.start("p2", pace_s=0.02, faults={"training@3": dawdles(1.5)})
+    w.start("p2", pace_s=0.02, faults={"training@3": dawdles(0.8)})
     w.until(lambda: any(entry.members == ["p0", "p1"] for entry in w.settled))
     before = w.reached
     w.until(lambda: w.counts("p2", since=before))
@@ -502,6 +523,20 @@ def test_rendezvous_lost_at(world: Callable[..., World], point: str, happens: Ac
     w.until(lambda: not w.lives[1].faults or w.reached > 6)
     before = w.reached
     w.wait_for(before + 2)
+    w.finish()
+    w.judged()
+
+
+def test_rendezvous_lost_after_a_decision_to_abort(world: Callable[..., World]) -> None:
+    w = world(3, rounds=MANY)
+    w.start("p2", faults={"voting@3": die})
+    # Its vote is given up, and the next that it writes is the number of the next meeting.
+    (outlives,) = w.start("p0", faults={"epoch:before@3": without_rendezvous(0.3)})
+    w.start("p1")
+    w.until(lambda: not outlives.faults)
+    w.start("p2")
+    before = w.reached
+    w.until(lambda: w.counts("p2", since=before))
     w.finish()
     w.judged()
 
@@ -684,8 +719,8 @@ def test_a_group_is_never_used_again_with_other_members(world: Callable[..., Wor
 def test_new_processes_do_not_begin_anew_while_one_that_has_the_state_lives(
     world: Callable[..., World],
 ) -> None:
-    w = world(3, rounds=MANY, wait_s=0.8)
-    (holder,) = w.start("p0", faults={"training@3": dawdles(2.0)})
+    w = world(3, rounds=MANY, wait_s=0.6)
+    (holder,) = w.start("p0", faults={"training@3": dawdles(1.4)})
     w.start("p1", "p2", faults={"training@3": die})
     w.lives[1].join(), w.lives[2].join()
     w.start("p1", "p2", pace_s=0.02)
