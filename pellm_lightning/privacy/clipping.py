@@ -40,17 +40,23 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return factor if factor >= _MIN_FACTOR else 0.0
 
 
+def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
+    """Return `clip_factor` of each norm, (B,) float64."""
+    factors = (max_norm * (1 - _SLACK) / norms).clamp(max=1)
+    return torch.where(norms.isfinite() & (factors >= _MIN_FACTOR), factors, 0)
+
+
 def clip_(chunk: Tensor, factor: float) -> Tensor:
     """Multiply by the factor in place; 0 clears NaN and infinity, too, which a product would not."""
     return chunk.mul_(factor) if factor else chunk.zero_()
 
 
-def check_max_norm(max_norm: float) -> None:
-    """Check the argument of that name."""
+def check_max_norm(max_norm: float, name: str = "max_norm") -> None:
+    """Check an argument that is a clipping norm."""
     if isinstance(max_norm, bool) or not isinstance(max_norm, int | float):
-        raise ValueError(f"max_norm={max_norm!r} must be a number.")
+        raise ValueError(f"{name}={max_norm!r} must be a number.")
     if not MIN_NORM <= max_norm <= MAX_NORM:
         raise ValueError(
-            f"max_norm={max_norm} must be between 2^-64 and 2^64. Take about the median of the updates'"
-            " norms, which a run without privacy, on data that may be seen, logs as federated/update_norm."
+            f"{name}={max_norm} must be between 2^-64 and 2^64. Take about the median of the norms that are"
+            " clipped, as seen in a run without privacy on data that may be seen."
         )

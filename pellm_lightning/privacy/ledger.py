@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 Accountant: TypeAlias = Literal["pld", "rdp"]
 ACCOUNTANTS = ("pld", "rdp")
 MAX_MULTIPLIER = 1e6
@@ -144,19 +146,25 @@ def gaussian_epsilon(noise_multiplier: float, delta: float, accountant: Accounta
         return 0.0
     if noise_multiplier < 1e-6:  # epsilon above 10^11, where the search for it no longer ends well
         return math.inf
+    dp = dp_accounting()
+    if accountant == "pld":
+        with np.errstate(divide="ignore"):  # it takes the logarithm of 0 where epsilon nears 0
+            return float(dp.get_epsilon_gaussian(noise_multiplier, delta))
+    spent = dp.rdp.RdpAccountant().compose(dp.GaussianDpEvent(noise_multiplier))
+    return float(spent.get_epsilon(delta))
+
+
+def dp_accounting() -> Any:
+    """Import the package of that name, which only accounting needs."""
     try:
         import dp_accounting
-        import numpy as np
-        from dp_accounting.rdp import RdpAccountant
+        import dp_accounting.pld
+        import dp_accounting.rdp
     except ImportError as error:
         raise ImportError(
             'Accounting for privacy needs the package dp-accounting: pip install "pellm-lightning[privacy]".'
         ) from error
-    if accountant == "pld":
-        with np.errstate(divide="ignore"):  # it takes the logarithm of 0 where epsilon nears 0
-            return float(dp_accounting.get_epsilon_gaussian(noise_multiplier, delta))
-    spent = RdpAccountant().compose(dp_accounting.GaussianDpEvent(noise_multiplier))
-    return float(spent.get_epsilon(delta))
+    return dp_accounting
 
 
 def check_delta(delta: float) -> None:
