@@ -1,10 +1,10 @@
 """Keys that two parties share and nobody else knows, made anew for every attempt.
 
-Each party shows a fresh X25519 key (RFC 7748), then signs by its Ed25519 identity everything that all have
-shown. A signature is good for this very set of fresh keys only, so neither a stranger, nor a recorded key,
-nor one that was swapped on its way passes. From what two parties' fresh keys have in common comes the key of
-their mask by HKDF-SHA256 (RFC 5869). The fresh keys are forgotten with the attempt: who steals an identity
-later cannot open what was sent before.
+Each party shows a fresh X25519 key (RFC 7748), sees that what came back holds it unchanged, then signs by its
+Ed25519 identity everything that all have shown. A signature is good for this very set of fresh keys only, so
+neither a stranger, nor a recorded key, nor one that was swapped on its way passes. From what two parties'
+fresh keys have in common comes the key of their mask by HKDF-SHA256 (RFC 5869). The fresh keys are forgotten
+with the attempt: who steals an identity later cannot open what was sent before.
 """
 
 import hashlib
@@ -45,10 +45,11 @@ def agree(federation: Collectives, identity: Identity, peers: Peers, settings: s
     for name, signature in zip(federation.names, signatures, strict=True):
         if not peers.signed(name, signature, _statement(transcript, name)):
             raise FederationError(
-                f"Party {federation.name} cannot tell whether party {name} is party {name}: the signature of"
-                f" its key is not by {peers.of(name)}, which is pinned for it. Nothing of this round was"
-                f" sent. Either another key belongs to party {name}, then correct peers at all parties; or"
-                " somebody on the way exchanges keys."
+                f"Party {federation.name} cannot tell whether party {name} is party {name}: what both were"
+                f" told of this round's keys and members is not signed by {peers.of(name)}, which is pinned"
+                f" for it. Nothing of this round was sent. Either another key belongs to party {name}, then"
+                " correct peers at all parties; or somebody on the way changes what the parties tell each"
+                " other."
             )
     return {
         party: shared_key(fresh, public, transcript, federation.party, party)
@@ -73,11 +74,23 @@ def shared_key(fresh: X25519PrivateKey, public: bytes, transcript: bytes, one: i
 
 
 def tell(federation: Collectives, mine: bytes, size: int) -> list[bytes]:
-    """Tell all parties some bytes, the same number of each party's; return all of theirs, in order."""
+    """Tell all parties some bytes, the same number of each party's; return all of theirs, in order.
+
+    Raises:
+        FederationError: If this party's were changed on their way. Others may hold the changed ones for its
+            own, and what it signs or does next would speak for these.
+    """
     rows = torch.zeros(federation.num_parties, size // 8, dtype=torch.int64)
     rows[federation.party] = torch.frombuffer(bytearray(mine), dtype=torch.int64)
     federation.all_reduce_(rows)  # one row each: the sum is all of them
-    return [_bytes_of(row) for row in rows]
+    told = [_bytes_of(row) for row in rows]
+    if told[federation.party] != mine:
+        raise FederationError(
+            f"What party {federation.name} told the others came back changed. Nothing of its values was"
+            " revealed. A party runs another version of pellm-lightning, or somebody on the way changes what"
+            " the parties tell each other: connect them by TLS, or by a network that you trust."
+        )
+    return told
 
 
 def _bytes_of(row: Tensor) -> bytes:

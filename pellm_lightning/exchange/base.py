@@ -24,12 +24,15 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def open(self, federation: Collectives, revealing: Callable[[], None]) -> Collectives:
+    def open(self, federation: Collectives, revealing: Callable[[], None], view: str = "") -> Collectives:
         """Return the collectives that sum for the present attempt; every party must call it.
 
         Args:
             federation: The parties that meet.
             revealing: Called before this party gives away what makes a sum of its values readable.
+            view: What this party was told of the attempt, such as the round and who counts. An exchange that
+                hides values fails unless all were told the same: who makes a party believe that others count,
+                too, sees what it sends.
         """
 
     @abstractmethod
@@ -41,7 +44,7 @@ class Plain(Exchange):
     """Sum what the parties hold as it is: the neighbours that add it up see it."""
 
     @override
-    def open(self, federation: Collectives, revealing: Callable[[], None]) -> Collectives:
+    def open(self, federation: Collectives, revealing: Callable[[], None], view: str = "") -> Collectives:
         """Return the federation itself."""
         return federation
 

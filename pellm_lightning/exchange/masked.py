@@ -96,7 +96,7 @@ class Masked(Exchange):
         self._identity_of(federation.name)
 
     @override
-    def open(self, federation: Collectives, revealing: Callable[[], None]) -> Collectives:
+    def open(self, federation: Collectives, revealing: Callable[[], None], view: str = "") -> Collectives:
         """Agree on fresh keys; return sums that are masked by them.
 
         Raises:
@@ -110,7 +110,8 @@ class Masked(Exchange):
                 f"Only {federation.num_parties} parties meet, too few for a masked sum: it needs"
                 f" {MIN_PARTIES}."
             )
-        keys = agreement.agree(federation, self._identity_of(federation.name), self._peers, repr(self))
+        identity = self._identity_of(federation.name)
+        keys = agreement.agree(federation, identity, self._peers, f"{self!r} {view}")
         return MaskedSums(federation, keys, self.bits, self.fractional_bits, revealing)
 
     def __repr__(self) -> str:

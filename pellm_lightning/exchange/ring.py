@@ -5,6 +5,7 @@ threads and any topology. A summand plus a uniformly random integer is itself un
 nothing about the summand.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,10 @@ class Ring:
     def __init__(self, bits: int, fractional_bits: int, parties: int) -> None:
         self.dtype = torch.int32 if bits == 32 else torch.int64
         self._scale = 2.0**fractional_bits
-        self.limit = (2 ** (bits - 1) - 1) // parties / self._scale
+        largest = (2 ** (bits - 1) - 1) // parties
+        # Of 64 bits float64 holds 53, and may be the next above.
+        rounded = float(largest) if float(largest) <= largest else math.nextafter(float(largest), 0.0)
+        self.limit = rounded / self._scale
         """Largest absolute value of a summand."""
 
     def encode(self, x: Tensor) -> Tensor:
@@ -49,6 +53,8 @@ class Ring:
         in_place = x.device.type == "cpu" and x.itemsize == self.dtype.itemsize
         encoded = x.view(self.dtype) if in_place else torch.empty(x.shape, dtype=self.dtype)
         for values, into in zip(x.split(_numbers(x)), encoded.split(_numbers(x)), strict=True):
+            if x.itemsize < 4:
+                values = values.float()  # the scaled ones exceed what halves can hold
             largest = float(values.abs().max()) if values.numel() else 0.0
             if not largest <= self.limit:
                 raise OverflowError(largest)
@@ -81,6 +87,8 @@ class Mask:
     def next(self, block: Tensor) -> Tensor:
         """Return the stream's next integers, of a block's dtype and size, until it is called again."""
         size = block.nbytes
+        if not size:
+            return block  # torch makes no tensor of nothing
         self._stream.update_into(memoryview(_ZEROS)[:size], self._scratch)
         return torch.frombuffer(self._scratch, dtype=block.dtype, count=block.numel())
 
