@@ -38,7 +38,7 @@ from pellm_lightning.federation.launch.store import launched, store_from_env
 from pellm_lightning.layout import Layout
 from pellm_lightning.parameters import frozen, select
 from pellm_lightning.privacy import GaussianMechanism
-from pellm_lightning.round import Aggregator, RoundReport
+from pellm_lightning.round import Aggregator, RoundReport, granted
 from pellm_lightning.samples import samples_in
 from pellm_lightning.schedule import schedule
 from pellm_lightning.topology import Topology
@@ -426,7 +426,12 @@ class FederatedAveraging(Callback):
 
     def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:
-            return Plan(self.aggregation, parameters, lora_modules(module), hidden=self.exchange.hides)
+            return Plan(
+                self.aggregation,
+                parameters,
+                lora_modules(module),
+                granted=granted(self.exchange, self.privacy),
+            )
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 

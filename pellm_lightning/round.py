@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pellm_lightning import durable, outer, passport
-from pellm_lightning.aggregation.base import Aggregation, Counting, Part, Parts
+from pellm_lightning.aggregation.base import Aggregation, Counting, Needs, Part, Parts
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
@@ -164,7 +164,7 @@ class Aggregator:
             federation, self._exchange, None if state_dir is None else StateDir(state_dir)
         )
         self._version: Version | None = None
-        self._plan = Plan(aggregation, parameters, lora, hidden=self._exchange.hides)
+        self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy))
         hides = self._exchange.hides or privacy is not None
         if measure_deviation and hides:
             raise ValueError(
@@ -174,7 +174,7 @@ class Aggregator:
         measure_deviation = not hides if measure_deviation is None else measure_deviation
         self._private = None if privacy is None else PrivateUpdates(privacy)
         if privacy is not None:
-            _check_privacy(privacy, self._plan.rule, self._exchange)
+            _check_privacy(privacy, self._exchange)
         if self._meeting.rejoins and self._plan.rule.writes_base:
             raise ValueError(
                 f"{self._plan.rule!r} writes into the frozen weights, which a party that comes back cannot be"
@@ -425,11 +425,7 @@ class Aggregator:
                 f" more than {self.size_bytes} bytes of parameters can have. Install the same version at all"
                 " parties."
             )
-        blob = (
-            torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-            if packed
-            else torch.empty(0, dtype=torch.uint8)
-        )
+        blob = torch.frombuffer(packed, dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
         parts = [blob if lacks and source == here else blob[:0] for lacks in behind]
         sizes = [size_bytes if party == source and behind[here] else 0 for party in range(len(headers))]
         received = self.federation.all_to_all(parts, sizes)[source]
@@ -582,7 +578,7 @@ class Aggregator:
             counting, total_weight = self._scaled(counting, ballot)
         if self._private is not None:
             releases = self._given_away - given_away
-            self._private.end_round(failed + releases if releases else 0, ballot.clipping_bit)
+            self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
         products = self._products if any(counting.shares) else None
         deviation = None
         if products is not None:
@@ -937,12 +933,14 @@ class Aggregator:
         }
 
 
-def _check_privacy(privacy: GaussianMechanism, rule: Aggregation, exchange: Exchange) -> None:
-    if rule.needs != "means":
-        raise ValueError(
-            f"{rule!r} sums more than the parties' updates, without noise. With differential privacy use"
-            " FrozenA() or Alternating(), whose products the noise does not multiply, or Mean()."
-        )
+def granted(exchange: Exchange, privacy: GaussianMechanism | None) -> Needs:
+    """Return what an aggregation may have of the parties."""
+    if privacy is not None:
+        return "means"
+    return "sums" if exchange.hides else "parties"
+
+
+def _check_privacy(privacy: GaussianMechanism, exchange: Exchange) -> None:
     if privacy.distributed and privacy.noise_multiplier > 0 and not exchange.hides:
         raise ValueError(
             f"{privacy!r} lets the parties' noise add up, so each update alone has too little. Hide them with"

@@ -22,6 +22,7 @@ class Part(Enum):
 
 
 Parts: TypeAlias = frozenset[Part]
+Needs: TypeAlias = Literal["means", "sums", "parties"]
 EVERYTHING: Parts = frozenset(Part)
 FACTORS: Parts = frozenset({Part.A, Part.B})
 OTHERS: Parts = frozenset({Part.OTHER})
@@ -119,9 +120,8 @@ class Aggregation(ABC):
     """Outer optimizers that make sense: any, those without momentum or decay, or only ``SGD(lr=1)``."""
     ranks_may_differ: bool = False
     """Whether parties may have other ranks and scalings than one another."""
-    needs: Literal["means", "sums", "parties"] = "parties"
-    """What ``combine`` needs: only means of the parts, sums over the parties, or what single parties have
-    (which a masked exchange hides)."""
+    needs: Needs = "parties"
+    """What ``combine`` needs: only means of the parts, sums over the parties, or what single parties have."""
     writes_base: bool = False
     """Whether the frozen weights take up what the factors cannot hold."""
 

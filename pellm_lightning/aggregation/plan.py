@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, Part, Parts
+from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, Needs, Part, Parts
 from pellm_lightning.aggregation.lora import LoraModule, Pair, find_pairs
 from pellm_lightning.aggregation.low_rank import LowRankMean
 from pellm_lightning.aggregation.mean import Mean
@@ -21,8 +21,8 @@ class Plan:
         names: Names of the trainable parameters that may federate.
         modules: What the modules of the pairs say, by the pairs' names; a pair that is not among them has
             scaling 1.
-        hidden: Whether rules get sums over the parties only; None then chooses
-            ``LowRankMean(solver="power")``.
+        granted: What the rule may have of the parties. Sums, with a masked exchange: None then chooses
+            ``LowRankMean(solver="power")``. Means, with differential privacy: None then chooses ``Mean()``.
 
     Raises:
         ValueError: If the rule finds no LoRA pair, or cannot handle one: it is named, with the reason.
@@ -34,16 +34,11 @@ class Plan:
         names: Iterable[str],
         modules: Mapping[str, LoraModule] | None = None,
         *,
-        hidden: bool = False,
+        granted: Needs = "parties",
     ) -> None:
         names = sorted(names)
-        self.rule: Aggregation = rule or LowRankMean(solver="power" if hidden else "exact")
-        if hidden and self.rule.needs == "parties":
-            raise ValueError(
-                f"{self.rule!r} needs what single parties have, and a masked exchange gives sums only. Use"
-                " Mean(), FrozenA(), Alternating(), ShareA() or LowRankMean(solver='power'), or"
-                " exchange.Plain()."
-            )
+        self.rule: Aggregation = _default(granted) if rule is None else rule
+        _check_needs(self.rule, granted)
         self.modules = dict(modules or {})
         pairs = find_pairs(names)
         obstacles = {pair.name: self._obstacle(pair) for pair in pairs}
@@ -110,3 +105,22 @@ class Plan:
         if self.rule.writes_base and module.base is None and module.base_obstacle is None:
             return "no frozen weight is known for it (pass lora={...: LoraModule(base=...)})"
         return self.rule.obstacle(module)
+
+
+def _default(granted: Needs) -> Aggregation:
+    if granted == "means":
+        return Mean()
+    return LowRankMean(solver="power" if granted == "sums" else "exact")
+
+
+def _check_needs(rule: Aggregation, granted: Needs) -> None:
+    if granted == "sums" and rule.needs == "parties":
+        raise ValueError(
+            f"{rule!r} needs what single parties have, and a masked exchange gives sums only. Use Mean(),"
+            " FrozenA(), Alternating(), ShareA() or LowRankMean(solver='power'), or exchange.Plain()."
+        )
+    if granted == "means" and rule.needs != "means":
+        raise ValueError(
+            f"{rule!r} sums more than the parties' updates, without noise. With differential privacy use"
+            " FrozenA() or Alternating(), whose products the noise does not multiply, or Mean()."
+        )

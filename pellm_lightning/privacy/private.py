@@ -77,16 +77,16 @@ class PrivateUpdates:
             return 0.0
         return self._noise.draw(adaptive.bit(norm, self.max_norm), self.mechanism.bit_noise_std(counting))
 
-    def end_round(self, releases: int, mean_bit: float) -> None:
+    def end_round(self, releases: int, mean_bit: float | None) -> None:
         """Enter what a round has released, and move the clipping norm.
 
         Args:
             releases: Of the round, those of failed attempts included.
-            mean_bit: Mean of the counting parties' noisy bits.
+            mean_bit: Mean of the counting parties' noisy bits; None if the round moved nothing.
         """
         for _ in range(releases):
             self.ledger.release(self.mechanism.noise_multiplier)
-        if releases and self.mechanism.adaptive is not None:
+        if mean_bit is not None and self.mechanism.adaptive is not None:
             self.max_norm = self.mechanism.adaptive.updated(self.max_norm, mean_bit)
 
     def state_dict(self) -> dict[str, Any]:
