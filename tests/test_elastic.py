@@ -29,6 +29,7 @@ from jobs import (
 )
 from parties import in_threads, run_parties
 from products import adapter, drift
+from torch import Tensor
 
 from pellm_lightning import Aggregator
 from pellm_lightning.aggregation import HeterogeneousRank, LowRankMean, Mean
@@ -42,6 +43,7 @@ from pellm_lightning.federation import (
 from pellm_lightning.federation.elastic.decisions import Decisions
 from pellm_lightning.federation.elastic.plan import Plan, Roll
 from pellm_lightning.federation.elastic.register import KEPT_EPOCHS, Register
+from pellm_lightning.federation.mesh.mesh import Mesh
 
 MANY = 1_000_000
 
@@ -824,6 +826,25 @@ def test_a_death_leaves_no_keys_behind(victim: int) -> None:
     kept = {int(key.rpartition("/")[2]) for key in rendezvous.values("/plan/")}
     assert kept == set(range(79 - KEPT_EPOCHS + 1, 80))
     assert len(rendezvous.values("/decision/")) == KEPT_EPOCHS
+
+
+def test_a_member_that_speaks_out_of_turn_costs_an_attempt(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_reduce, wrong = Mesh.all_reduce, []
+
+    def out_of_turn(self: Mesh, x: Tensor) -> None:
+        if self._group.me == "p2" and self._sequence >= 3 and not wrong:
+            wrong.append(self._sequence)
+            self._sequence += 1
+        all_reduce(self, x)
+
+    monkeypatch.setattr(Mesh, "all_reduce", out_of_turn)
+    all_of_them = world(3, rounds=4, wait_s=2.0, exchange_timeout_s=1.0)
+    all_of_them.start()
+    all_of_them.join()
+    assert wrong
+    assert all_of_them.judged().rounds == 4
 
 
 def test_without_disks_what_two_majorities_made_is_told_apart(world: Callable[..., World]) -> None:

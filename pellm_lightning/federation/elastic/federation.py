@@ -15,10 +15,11 @@ lost. The scheme is that of an atomic commitment over single-decree registers; t
 docs/reliability.md.
 """
 
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -296,7 +297,8 @@ class ElasticFederation(Collectives):
     def all_reduce_(self, x: Tensor) -> Tensor:
         staged = x.detach().to("cpu").contiguous()
         self.bytes_sent += staged.nbytes if self.num_parties > 1 else 0
-        self._connections.all_reduce(staged.view(-1))
+        with self._exchanging() as mesh:
+            mesh.all_reduce(staged.view(-1))
         return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
 
     @override
@@ -308,7 +310,8 @@ class ElasticFederation(Collectives):
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         staged = x.detach().to("cpu").contiguous()
         self.bytes_sent += staged.nbytes if source == self.party and self.num_parties > 1 else 0
-        self._connections.broadcast(staged.view(-1), source)
+        with self._exchanging() as mesh:
+            mesh.broadcast(staged.view(-1), source)
         return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
 
     @override
@@ -316,7 +319,8 @@ class ElasticFederation(Collectives):
         staged = torch.cat([part.detach().to("cpu") for part in parts])
         out = staged.new_empty(sum(sizes))
         self.bytes_sent += staged.nbytes - parts[self.party].nbytes
-        self._connections.all_to_all(out, staged, list(sizes), [part.numel() for part in parts])
+        with self._exchanging() as mesh:
+            mesh.all_to_all(out, staged, list(sizes), [part.numel() for part in parts])
         return list(out.split(list(sizes)))
 
     # ---- going
@@ -475,11 +479,17 @@ class ElasticFederation(Collectives):
             self._mesh.abort()
             self._mesh = None
 
-    @property
-    def _connections(self) -> Mesh:
+    @contextlib.contextmanager
+    def _exchanging(self) -> Iterator[Mesh]:
+        """Lend the mesh; a member that speaks out of turn is lost to the others if they can do without it."""
         if self._mesh is None:
             raise FederationError(f"Party {self._name} is not connected to the others: it must muster first.")
-        return self._mesh
+        try:
+            yield self._mesh
+        except MismatchError as error:
+            if self.num_parties - len(error.parties) < self.membership.needed(self.roster):
+                raise
+            raise PartyLostError(str(error), parties=error.parties, by=error.by) from error
 
     @property
     def _planned(self) -> Plan:
