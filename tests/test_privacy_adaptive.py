@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, Noise
@@ -36,6 +36,7 @@ def test_few_parties_get_a_split_where_flower_refuses() -> None:
     assert adaptive.update_multiplier(4.0, 4) == pytest.approx(4.0 / math.sqrt(3 / 4))
 
 
+@settings(deadline=None)
 @given(
     multiplier=st.floats(1e-3, 1e3),
     counting=st.integers(1, 10**6),
@@ -82,6 +83,7 @@ def test_finds_the_quantile(quantile: float, start: float) -> None:
     assert sum(tail) / len(tail) == pytest.approx(1 + 2 * quantile, rel=0.1)
 
 
+@settings(deadline=None)
 @given(bound=st.floats(MIN_NORM, MAX_NORM), mean=st.floats(-1e30, 1e30), rate=st.floats(1e-3, 1e3))
 def test_stays_where_clipping_is_exact(bound: float, mean: float, rate: float) -> None:
     moved = AdaptiveClipping(0.5, rate).updated(bound, mean)

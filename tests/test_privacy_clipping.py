@@ -20,7 +20,7 @@ def clipped(values: torch.Tensor, max_norm: float) -> torch.Tensor:
     return clip_(values.clone(), clip_factor(math.sqrt(squared_norm(values)), max_norm))
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(values=st.lists(FLOATS, min_size=1, max_size=40), max_norm=st.floats(MIN_NORM, MAX_NORM))
 def test_never_exceeds_the_norm(values: list[float], max_norm: float) -> None:
     result = clipped(torch.tensor(values), max_norm)
@@ -30,7 +30,7 @@ def test_never_exceeds_the_norm(values: list[float], max_norm: float) -> None:
     assert exact_norm(result.mul_(1 / 3)) <= max_norm / 3
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     exponent=st.integers(-149, 127),
     size=st.integers(1, 2000),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from scipy import stats
@@ -14,6 +14,7 @@ from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, Ledger,
 from pellm_lightning.privacy.clipping import clip_factor
 
 
+@settings(deadline=None)
 @given(
     counting=st.integers(1, 50),
     colluders=st.integers(0, 49),

@@ -9,7 +9,7 @@ import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellm_lightning.privacy import Ledger, noise_multiplier_for
@@ -53,6 +53,7 @@ def test_equals_dp_accounting_release_by_release(runs: list[tuple[float, int]]) 
     assert spent.epsilon(1e-5, "rdp") == pytest.approx(rdp.get_epsilon(1e-5), rel=1e-9)
 
 
+@settings(deadline=None)
 @given(multiplier=st.floats(0.3, 50), rounds=st.integers(1, 500), log_delta=st.floats(-20, -2))
 def test_closed_form(multiplier: float, rounds: int, log_delta: float) -> None:
     # delta(epsilon) of a Gaussian, mu = sqrt(T) / z (Balle and Wang 2018, theorem 8), in logarithms.
@@ -65,6 +66,7 @@ def test_closed_form(multiplier: float, rounds: int, log_delta: float) -> None:
         assert math.exp(first) - math.exp(second) == pytest.approx(delta, rel=1e-3, abs=1e-13)
 
 
+@settings(deadline=None)
 @given(epsilon=st.floats(0.05, 50), rounds=st.integers(1, 1000), accountant=st.sampled_from(["pld", "rdp"]))
 def test_calibration_spends_the_budget_and_no_more(epsilon: float, rounds: int, accountant: Any) -> None:
     multiplier = noise_multiplier_for(epsilon, 1e-5, rounds, accountant)
@@ -91,6 +93,7 @@ def test_what_the_next_release_would_cost(accountant: Any) -> None:
     assert spent == ledger((4.0, 3))
 
 
+@settings(deadline=None)
 @given(RUNS)
 def test_round_trip(runs: list[tuple[float, int]]) -> None:
     spent, loaded = Ledger(), ledger((1.0, 1))

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import seed_everything
 from parties import in_threads
@@ -122,6 +122,7 @@ def test_the_least_word_has_a_finite_logarithm() -> None:
     assert float(added.norm()) == pytest.approx(math.sqrt(2 * 53 * math.log(2)), rel=1e-6)
 
 
+@settings(deadline=None)
 @given(
     value=st.floats(-100, 100, width=32),
     std=st.floats(2.0**-40, 2.0**40),

@@ -1,7 +1,9 @@
 """The ledger: every noisy release so far, and what they cost together."""
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -165,6 +167,16 @@ def dp_accounting() -> Any:
             'Accounting for privacy needs the package dp-accounting: pip install "pellm-lightning[privacy]".'
         ) from error
     return dp_accounting
+
+
+@contextmanager
+def root_logger_kept() -> Iterator[None]:
+    """Undo what others' ``logging.basicConfig`` does to the root logger: every line would appear twice."""
+    handlers, level = list(logging.root.handlers), logging.root.level
+    try:
+        yield
+    finally:
+        logging.root.handlers[:], logging.root.level = handlers, level
 
 
 def check_delta(delta: float) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from pellm_lightning.privacy.clipping import check_max_norm, clip_factors
-from pellm_lightning.privacy.ledger import Accountant, check_accountant, check_delta
+from pellm_lightning.privacy.ledger import Accountant, check_accountant, check_delta, root_logger_kept
 from pellm_lightning.privacy.noise import Noise
 from pellm_lightning.privacy.sampled import PoissonBatches, SampledLedger, poisson
 
@@ -346,8 +346,9 @@ def _check_batch_norm(module: nn.Module) -> None:
 
 def _grad_sample_hooks(module: LightningModule) -> Any:
     try:
-        from opacus.grad_sample import GradSampleHooks
-        from opacus.validators import ModuleValidator
+        with root_logger_kept():
+            from opacus.grad_sample import GradSampleHooks
+            from opacus.validators import ModuleValidator
     except ImportError as error:
         raise ImportError(
             'RecordLevel needs the package opacus: pip install "pellm-lightning[privacy]".'
