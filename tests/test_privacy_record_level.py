@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
-from parties import Classifier, Rounds, data, dataset, fit_parties, linear, quiet_trainer
+from parties import Classifier, Rounds, ValidatedClassifier, data, dataset, fit_parties, linear, quiet_trainer
 from scipy import stats
 from torch import nn
 from torch.utils.data import (
@@ -486,14 +486,6 @@ class Manual(Classifier):
         self.automatic_optimization = False
 
 
-class TwoOptimizers(Classifier):
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD([p], lr=0.1) for p in self.head.parameters()]
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx)
-
-
 class Normed(Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -538,6 +530,14 @@ class Evaluating(Classifier):
         self.head.eval()
 
 
+class Recurrent(Classifier):
+    """Trains a layer that Opacus refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16)
+
+
 class Flattened(Classifier):
     """Its head sees two rows for each record."""
 
@@ -560,6 +560,7 @@ class Flattened(Classifier):
         (Bare, {}, "no gradient of its own"),
         (Unused, {}, "the loss does not depend on it"),
         (Evaluating, {}, "'head' is trained but in eval mode"),
+        (Recurrent, {}, "Opacus cannot tell this module's gradients apart"),
         (Flattened, {}, "first dimension of its layer's input is not the record"),
     ],
 )
@@ -593,6 +594,18 @@ def test_refuses_a_schedule_of_accumulation(tmp_path: Path) -> None:
 def test_refuses_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RecordLevel(**{"noise_multiplier": 1.0, "max_grad_norm": 1.0} | settings)
+
+
+def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
+    with pytest.raises(ImportError, match=r"pip install \"pellm-lightning\[privacy\]\""):
+        fit(tmp_path, RecordLevel(1.0, 1.0))
+
+
+def test_evaluation_is_left_alone(tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, [RecordLevel(1.0, 1.0)]).validate(
+        ValidatedClassifier(), data(4, seed=0), verbose=False
+    )
 
 
 def test_leaves_module_and_trainer_as_they_were(tmp_path: Path) -> None:

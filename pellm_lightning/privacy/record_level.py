@@ -48,7 +48,7 @@ class RecordLevel(Callback):
     one at a time: ``FrozenA`` or ``Alternating``. Any rule of aggregation keeps the guarantee, since it only
     sees what is noisy already.
 
-    What it cannot make right is refused: more than one process, optimizer or batch per step, manual
+    What it cannot make right is refused: more than one process, more than one batch per step, manual
     optimization, ``16-mixed``, batch norm, layers without per-sample gradients, and a training loss that is
     not the mean over records of a loss of each alone. The last is tried out at the start, on a few records:
     ``training_step`` runs, without gradients and without logging.
@@ -111,10 +111,6 @@ class RecordLevel(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the gradient of each record, and find out how many steps the budget allows."""
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"RecordLevel works with one optimizer, configure_optimizers has {len(trainer.optimizers)}."
-            )
         _check_batch_norm(pl_module)
         _check_loss(trainer, pl_module, self._loader)
         self._hooks = _grad_sample_hooks(pl_module)
