@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pellm_lightning import durable, outer, passport
-from pellm_lightning.aggregation.base import Aggregation, Counting, Needs, Part, Parts
+from pellm_lightning.aggregation.base import Aggregation, Counting, Needs, Part
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
@@ -28,33 +28,20 @@ from pellm_lightning.federation import (
     PartyLostError,
     Version,
 )
-from pellm_lightning.layout import Chunk, Layout
+from pellm_lightning.layout import Layout
 from pellm_lightning.meeting import Header, Purpose, meeting
 from pellm_lightning.outer import OptimizerFactory
-from pellm_lightning.privacy.clipping import squared_norm
 from pellm_lightning.privacy.gaussian import GaussianMechanism
 from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.products import Products
+from pellm_lightning.updates import Ballot, Updates
+from pellm_lightning.who_counts import WhoCounts
 
 log = logging.getLogger(__name__)
 
 # What a global state may weigh: an outer optimizer with a few vectors of its own, and words.
 _MAX_STATE = 16
 _MAX_WORDS = 1 << 28
-
-
-@dataclass(frozen=True)
-class Ballot:
-    """What the parties say when each has seen all its values."""
-
-    fine: list[bool]
-    """Party by party, whether all its values are finite."""
-    total_weight: float
-    """Sum of the weights as they were summed: 1, or where the exchange hides them, that of the parties'."""
-    clipping_bit: float
-    """Mean of the parties' clipping bits; 0 without adaptive clipping."""
-    loss: float | None
-    """Mean of the parties' training losses, weighted; None if no party gave one."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +180,7 @@ class Aggregator:
         self._make_outer_optimizer = outer_optimizer
         self._frozen = frozen
         self._files = list(files)
-        self._on_nonfinite = on_nonfinite
+        self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite)
         self._products: Products | None = None
         self._padded: PaddedFactors | None = None
         self._weight = 0.0
@@ -204,10 +191,10 @@ class Aggregator:
         self._loaded: Mapping[str, Any] | None = None
         self._started = False
         self._lay_out(self._parameters)
-        outer.check(self._plan.rule, self._outer_optimizer)
+        outer.check(self._plan.rule, self._updates.optimizer)
         self._config = dict(config or {})
         self._config.setdefault("on_nonfinite", on_nonfinite)
-        self._config.setdefault("outer_optimizer", outer.describe(self._outer_optimizer))
+        self._config.setdefault("outer_optimizer", outer.describe(self._updates.optimizer))
         self._config.setdefault("aggregation", repr(self._plan.rule))
         self._config.setdefault("measure_deviation", measure_deviation)
         self._config.setdefault("exchange", repr(self._exchange))
@@ -221,7 +208,7 @@ class Aggregator:
     @property
     def global_vector(self) -> Tensor:
         """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
-        return self._global.detach()
+        return self._updates.global_
 
     # ---- what a party calls
 
@@ -332,13 +319,14 @@ class Aggregator:
         """Build what has the size of the global vector."""
         groups = [self._plan.named(parts) & tensors.keys() for parts in self._plan.groups]
         self._layout = Layout(tensors, groups)
-        self._global = nn.Parameter(self._layout.pack_(self._layout.new_vector()))
-        self._outer_optimizer = self._make_outer_optimizer([self._global])
-        # The parties' ballot follows the vector: a flag each, the clipping bit, the loss with its weight, the
-        # weight.
-        self._staging = self._layout.new_vector(extra=self.federation.max_parties + 4)
-        self._scratch = self._layout.new_scratch()
-        self._scratch2 = torch.empty_like(self._scratch)
+        self._updates = Updates(
+            self._layout,
+            self._plan,
+            self._make_outer_optimizer,
+            self.federation,
+            hides=self._exchange.hides,
+            private=self._private,
+        )
 
     def _know_products(self) -> None:
         """Learn what the parties' pairs are, now that they have met; lay out those of unlike ranks."""
@@ -373,15 +361,15 @@ class Aggregator:
     def _take_over(self) -> None:
         """Let the global vector be that of one party: party 0, but of factors a party of the largest rank."""
         if self._padded is None or self._products is None:
-            self.federation.broadcast_(self._global.data)
+            self.federation.broadcast_(self._updates.global_)
             return
         sources = dict.fromkeys(self._parameters, 0)
         for pair in self._plan.products:
             sources[pair.a] = sources[pair.b] = self._products.source(pair)
         for name, source in sources.items():
             if source != self.federation.party:
-                self._layout.view(self._global.data, name).zero_()
-        self.federation.all_reduce_(self._global.data)  # each value comes from one party alone
+                self._layout.view(self._updates.global_, name).zero_()
+        self.federation.all_reduce_(self._updates.global_)  # each value comes from one party alone
 
     # ---- coming back
 
@@ -453,8 +441,8 @@ class Aggregator:
         before, version, stale, loaded = self._state(), self._version, self._stale, self._loaded
         optimizer = copy.deepcopy(before["outer_optimizer"])
         if self._before.numel() != self._layout.size:
-            self._before = torch.empty_like(self._global.data)
-        self._before.copy_(self._global.data)
+            self._before = torch.empty_like(self._updates.global_)
+        self._before.copy_(self._updates.global_)
         try:
             yield
         except BaseException:
@@ -470,8 +458,8 @@ class Aggregator:
             "version": None if self._version is None else list(self._version),
             "shapes": self._layout.shapes,
             "lora": self._products.reference if self._products else None,
-            "global": self._global.detach(),
-            "outer_optimizer": self._outer_optimizer.state_dict(),
+            "global": self._updates.global_,
+            "outer_optimizer": self._updates.optimizer.state_dict(),
             "privacy": None if self._private is None else self._private.state_dict(),
         }
 
@@ -491,10 +479,9 @@ class Aggregator:
             )
         if self._private is not None:
             self._private.load_state_dict(state["privacy"])
-        with torch.no_grad():
-            self._global.copy_(state["global"])
+        self._updates.global_.copy_(state["global"])
         # A copy, since the optimizer goes on in the very tensors that it is given.
-        self._outer_optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
+        self._updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
 
     # ---- the round
 
@@ -554,17 +541,16 @@ class Aggregator:
             self._stale = True
 
     def _round(self, headers: list[Header], loss: float | None) -> RoundReport:
-        weights = self._weights(headers)
+        weights = self._who.weights(headers, self.round)
         if self._padded is not None:
             self._padded.read_()
         excluded = [party for party, header in enumerate(headers) if not header.fine]
         if excluded:
             weights = self._without(excluded, weights)
         failed = max(header.releases for header in headers)
-        weights = self._enough(headers, weights, failed)
-        names = tuple(self.federation.names[party] for party, weight in enumerate(weights) if weight > 0)
+        weights = self._who.allowed(headers, weights, self.round, failed)
         given_away = self._given_away
-        sums = self._exchange.open(self.federation, lambda: self._reveal(names))
+        sums = self._exchange.open(self.federation, lambda: self._reveal(weights))
         counting = self._counting(sums, weights)
         update_norm, ballot = self._average(counting, loss)
         if not excluded:
@@ -574,21 +560,34 @@ class Aggregator:
                 counting = self._counting(sums, weights)
                 _, ballot = self._average(counting, loss)
         total_weight = sum(weights)
-        if self._exchange.hides:
-            counting, total_weight = self._scaled(counting, ballot)
+        if self._exchange.hides and counting.num_counting:
+            counting, total_weight = self._who.scaled(counting, ballot.total_weight), ballot.total_weight
+            self._updates.divide_(total_weight)
         if self._private is not None:
             releases = self._given_away - given_away
             self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
         products = self._products if any(counting.shares) else None
         deviation = None
         if products is not None:
-            outcome = products.combine(self._layout, self._global.data, self._staging, counting)
+            outcome = products.combine(
+                self._layout, self._updates.global_, self._updates.pseudo_gradient, counting
+            )
             deviation = outcome.deviation
-            lands = outer.is_sgd_one(self._outer_optimizer)
-            products.put_(self._layout, self._global.data, self._staging, outcome.replaced, lands=lands)
-        distance = self._advance()
+            lands = outer.is_sgd_one(self._updates.optimizer)
+            products.put_(
+                self._layout,
+                self._updates.global_,
+                self._updates.pseudo_gradient,
+                outcome.replaced,
+                lands=lands,
+            )
+        distance = self._updates.advance(writes=not self._meeting.rejoins)
+        if self._meeting.rejoins:
+            self._stale = True  # the result may be given up yet, so it is written when it is settled
+        elif self._padded is not None:
+            self._padded.write_()
         if products is not None and outcome.terms is not None:
-            deviation = products.write_base_(self._layout, self._global.data, outcome.terms)
+            deviation = products.write_base_(self._layout, self._updates.global_, outcome.terms)
         report = RoundReport(
             round=self.round,
             parties=tuple(self.federation.members),
@@ -605,7 +604,7 @@ class Aggregator:
             deviation=deviation,
             epsilon=None if self._private is None else self._private.epsilon,
             clipping_norm=None if self._private is None else self._private.max_norm,
-            last=self._is_last(headers),
+            last=self._who.none_after(headers, self.round),
         )
         self.round += 1
         self._version = self._meeting.version(self.round)
@@ -627,92 +626,26 @@ class Aggregator:
                 " share. Call start() first, at every party."
             )
 
-    def _weights(self, headers: list[Header]) -> list[float]:
-        rounds = [header.round for header in headers if not header.behind]
-        if len(set(rounds)) > 1:
-            raise MismatchError(
-                f"The parties are in different rounds ({_by_party(rounds)}). They must start together: resume"
-                " all from checkpoints of the same round."
-            )
-        weights = [0.0 if header.behind else header.weight for header in headers]
-        # Where others are done, a party of weight 0 may be the last one active: then nothing moves.
-        if sum(weights) == 0 and all(h.purpose is Purpose.ROUND and not h.behind for h in headers):
-            raise FederationError(
-                f"No party has weight above 0 in round {self.round}, so there is no mean. With"
-                " weighting='samples' this means that no party consumed a training sample: check the data of"
-                " each party."
-            )
-        return weights
+    def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
+        return self._who.without(excluded, weights, self.round, self._layout.first_nonfinite())
 
-    def _enough(self, headers: list[Header], weights: list[float], failed: int) -> list[float]:
-        """Return the weights without those that could not be hidden in a sum, or exceed the budget."""
-        names = self.federation.names
-        counting = {name for name, weight in zip(names, weights, strict=True) if weight > 0}
-        exposed = [bool(header.exposed) and {*header.exposed} != counting for header in headers]
-        weights = [0.0 if burnt else weight for burnt, weight in zip(exposed, weights, strict=True)]
-        count = sum(weight > 0 for weight in weights)
-        if exposed[self.federation.party]:
-            log.warning(
-                "[party %s] Round %d: a sum of this party's update was revealed in an attempt that failed. It"
-                " is not sent again in a sum of others, which would tell the parties apart: this party counts"
-                " 0 and takes over the result.",
-                self.federation.name,
-                self.round,
-            )
-        if count and self._private is not None and not self._private.affords(failed):
-            log.warning(
-                "[party %s] Round %d: one more would exceed max_epsilon=%g. Nothing is sent; all go back to"
-                " the last global parameters.",
-                self.federation.name,
-                self.round,
-                self._private.mechanism.max_epsilon,
-            )
-            return [0.0] * len(weights)
-        if 0 < count < self._min_counting:
-            log.warning(
-                "[party %s] Round %d: only %d parties count, and each would see what the others sent."
-                " Nothing is sent; all go back to the last global parameters.",
-                self.federation.name,
-                self.round,
-                count,
-            )
-            return [0.0] * len(weights)
-        return weights
+    def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
+        return self._who.counting(sums, weights, self._weight, self.round)
 
-    @property
-    def _min_counting(self) -> int:
-        return max(self._exchange.min_counting, 1 if self._private is None else self._private.min_counting)
+    def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
+        if counting.num_counting and not self._exchange.hides:
+            self._give_away()
+        return self._updates.average(counting, loss)
 
-    def _is_last(self, headers: list[Header]) -> bool:
-        if self._private is not None and not self._private.affords():
-            log.warning(
-                "[party %s] Round %d is the last: one more would exceed max_epsilon=%g.",
-                self.federation.name,
-                self.round,
-                self._private.mechanism.max_epsilon,
-            )
-            return True
-        done = sum(header.purpose is Purpose.DONE for header in headers)
-        left = self.federation.max_parties - done
-        if not done or left >= self._min_counting:
-            return False
-        log.warning(
-            "[party %s] Round %d is the last: %d parties have made all their steps, and the %d that have not"
-            " are too few to hide in a sum. Give all parties equally many rounds, by every_n_steps and"
-            " max_steps, if the others' steps shall count.",
-            self.federation.name,
-            self.round,
-            done,
-            left,
+    def _reveal(self, weights: list[float]) -> None:
+        """Note that a sum is about to become readable, and whose."""
+        self._exposed = tuple(
+            name for name, weight in zip(self.federation.names, weights, strict=True) if weight > 0
         )
-        return True
+        if self._exposed:
+            self._give_away()
 
-    def _reveal(self, names: tuple[str, ...]) -> None:
-        self._exposed = names
-        if names:
-            self._note_release()
-
-    def _note_release(self) -> None:
+    def _give_away(self) -> None:
         if self._private is not None:
             self._private.given_away += 1
 
@@ -720,185 +653,9 @@ class Aggregator:
     def _given_away(self) -> int:
         return 0 if self._private is None else self._private.given_away
 
-    def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
-        if self._exchange.hides:
-            shares = [math.nan if weight else 0.0 for weight in weights]
-            if weights[sums.party]:
-                shares[sums.party] = self._weight
-        else:
-            total = sum(weights)
-            shares = [weight / total if total else 0.0 for weight in weights]
-        return Counting(sums, shares, self.round)
-
-    def _scaled(self, counting: Counting, ballot: Ballot) -> tuple[Counting, float]:
-        """Make means of what was summed with hidden weights; return the shares, and the total weight."""
-        total = ballot.total_weight
-        if counting.num_counting and total <= 0:
-            raise FederationError(
-                f"The weights of round {self.round} are too small for the digits behind the point that a"
-                " masked exchange has: their sum is 0. Give larger weights, or a larger fractional_bits."
-            )
-        if total > 0:
-            self._staging[: self._layout.size].mul_(1 / total)
-        shares = [share / total if share else 0.0 for share in counting.shares]
-        return Counting(counting.federation, shares, self.round), total
-
-    def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
-        """Fill the staging vector with the mean of ``anchor - x``; return the norm of this party's update.
-
-        Parts that the rule does not average stay at home, and zero in the vector. Behind the last bucket
-        rides the ballot: what each party has to say once it has seen all its values.
-        """
-        share = counting.share
-        averaged = self._plan.rule.averaged(self.round, counting.num_counting)
-        squares: list[float] = []
-        told = self._staging[self._layout.size :]
-        if self._exchange.hides:  # weights need more digits than updates
-            told = told.double()
-        elif counting.num_counting:
-            self._note_release()
-        bit = 0.0
-        if self._private is not None and share:
-            norm = self._norm(
-                [square for bucket in self._layout.buckets() for square in self._squares(bucket, averaged)]
-            )
-            self._private.prepare(norm, counting.num_counting)
-            bit = self._private.noisy_bit(norm, counting.num_counting)
-            loss = None
-
-        def packed() -> Iterator[Tensor]:
-            *buckets, last = self._layout.buckets()
-            for bucket in buckets:
-                squares.extend(self._pack(bucket, share))
-                if self._crosses(bucket, averaged):
-                    yield self._staging[bucket[0].start : bucket[-1].stop]
-            squares.extend(self._pack(last, share))
-            self._cast(told, self._norm(squares), bit, loss, share)
-            start = last[0].start if self._crosses(last, averaged) else self._layout.size
-            if self._exchange.hides:
-                yield self._staging[start : self._layout.size]
-                yield told
-            else:
-                yield self._staging[start:]
-
-        counting.federation.all_reduce_each_(packed())
-        return self._norm(squares), self._counted(told)
-
-    def _crosses(self, bucket: list[Chunk], averaged: Parts) -> bool:
-        """Tell whether a bucket's part is averaged; if not, nothing moves there."""
-        if averaged.issuperset(self._plan.groups[bucket[0].group]):
-            return True
-        self._staging[bucket[0].start : bucket[-1].stop].zero_()
-        return False
-
-    def _squares(self, bucket: list[Chunk], averaged: Parts) -> Iterator[float]:
-        """Yield the squared norms of what is about to cross, accurately."""
-        if averaged.issuperset(self._plan.groups[bucket[0].group]):
-            for chunk in bucket:
-                yield squared_norm(self._update(chunk, out=self._scratch2[: chunk.size]))
-
-    def _update(self, chunk: Chunk, out: Tensor) -> Tensor:
-        """Return the anchor minus the parameters."""
-        anchor = chunk.as_written(self._global[chunk.start : chunk.stop], self._scratch[: chunk.size])
-        return chunk.subtracted_from(anchor, out=out)
-
-    def _pack(self, bucket: list[Chunk], share: float) -> Iterator[float]:
-        for chunk in bucket:
-            update = self._update(chunk, out=self._staging[chunk.start : chunk.stop])
-            yield _squared_norm(update)
-            if share > 0:
-                if self._private is not None:
-                    self._private.hide_(update)
-                update.mul_(share)
-            else:
-                update.zero_()  # and not a product: 0 * nan is nan
-
-    def _cast(self, told: Tensor, update_norm: float, bit: float, loss: float | None, share: float) -> None:
-        """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
-        fine = math.isfinite(update_norm)
-        known = share > 0 and loss is not None and math.isfinite(loss)
-        mine = [
-            float(party == self.federation.party and fine) for party in range(self.federation.max_parties)
-        ]
-        mine += [
-            share * bit,
-            share * loss if known and loss is not None else 0.0,
-            share if known else 0.0,
-            share,
-        ]
-        told.copy_(torch.tensor(mine, dtype=told.dtype))
-
-    def _counted(self, told: Tensor) -> Ballot:
-        *fine, bit, loss, share, total = told.tolist()
-        met = fine[: self.federation.num_parties]
-        return Ballot(
-            fine=[vote == 1.0 for vote in met],
-            total_weight=total,
-            clipping_bit=bit / total if total else 0.0,
-            loss=loss / share if share else None,
-        )
-
-    def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
-        """Return the weights without those whose values are not finite, or raise at every party."""
-        here = ""
-        if self.federation.party in excluded:
-            name = self._layout.first_nonfinite()
-            here = (
-                f" Here the first such parameter is {name!r}." if name else " Here an update exceeds float32."
-            )
-        message = (
-            f"Round {self.round}: the parameters of party {self.federation.called(excluded)} hold NaN or"
-            f" infinity.{here}"
-        )
-        rest = [0.0 if party in excluded else weight for party, weight in enumerate(weights)]
-        cure = " Lower that party's learning rate, clip its gradients, or look at its data."
-        if self._on_nonfinite == "raise" or sum(rest) == 0:
-            raise FederationError(message + " No parameter was changed." + cure)
-        log.warning(
-            "[party %s] %s It counts 0 in this round and takes over the result.%s",
-            self.federation.name,
-            message,
-            cure,
-        )
-        return rest
-
-    def _advance(self) -> float:
-        """Step the outer optimizer by the pseudo-gradient; return the distance from the mean.
-
-        Where the parties stop together, the parameters are written at once, while they are in the cache;
-        where the result may be given up yet, they are written when it is settled.
-        """
-        plain = outer.is_sgd_one(self._outer_optimizer)
-        squares: list[float] = []
-        for chunk in self._layout.chunks():
-            at = slice(chunk.start, chunk.stop)
-            pseudo_gradient, global_ = self._staging[at], self._global.data[at]
-            if plain and not chunk.rounds:  # in place, while the chunk is in the cache
-                mean = global_.sub_(pseudo_gradient)
-            else:
-                mean = self._scratch2[: chunk.size]
-                torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
-            away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
-            squares.append(_squared_norm(away))
-            if plain:  # bit for bit what SGD(lr=1) does
-                values = global_.sub_(pseudo_gradient) if chunk.rounds else global_
-                if not self._meeting.rejoins:
-                    chunk.scatter_(values)
-        if not plain:
-            self._global.grad = self._staging[: self._layout.size]
-            self._outer_optimizer.step()
-            self._global.grad = None
-        if self._meeting.rejoins:
-            self._stale = True
-        elif not plain:
-            self._write_()
-        elif self._padded is not None:
-            self._padded.write_()
-        return self._norm(squares)
-
     def _write_(self) -> None:
         """Write the global vector into the parameters."""
-        self._layout.unpack_(self._global.data)
+        self._updates.write_()
         if self._padded is not None:
             self._padded.write_()
         self._stale = False
@@ -907,10 +664,6 @@ class Aggregator:
 
     def _now(self) -> tuple[float, int]:
         return time.perf_counter(), self.federation.bytes_sent
-
-    @staticmethod
-    def _norm(squares: list[float]) -> float:
-        return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
 
     def _passport(self) -> passport.Passport:
         plan = self._plan
@@ -955,13 +708,3 @@ def _without_ranks(schema: list[list[Any]], a: set[str], b: set[str]) -> list[li
         [name, ["rank" if dim == free.get(name) else size for dim, size in enumerate(shape)], dtype]
         for name, shape, dtype in schema
     ]
-
-
-def _squared_norm(values: Tensor) -> float:
-    squared = float(torch.dot(values, values))
-    # Squares of large finite values overflow float32; those of infinite ones float64, too.
-    return squared if math.isfinite(squared) else float(values.double().square().sum())
-
-
-def _by_party(values: list[int]) -> str:
-    return ", ".join(f"party {party}: {value}" for party, value in enumerate(values))

@@ -1,0 +1,112 @@
+"""What masking costs: a round over the masked exchange, in units of a round over the plain one.
+
+Run `make bench`. It starts N processes by torchrun and prints a table. All timings of a table come from one
+interleaved run, so that a busy machine slows all of them alike; compare ratios, not milliseconds.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+
+import torch
+import torch.distributed as dist
+from processes import rows_of, timed
+from round import CASES, peak_memory_bytes, reset_peak_memory, resident_bytes
+
+from pellm_lightning import Aggregator, Federation
+from pellm_lightning.exchange import Exchange, Masked, Plain
+from pellm_lightning.exchange.identity import make_identity
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parties", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--keys", help="folder with the parties' keys; set by the script itself")
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        measure(arguments.keys, arguments.repeats)
+        return
+    rows = []
+    for parties in arguments.parties:
+        with tempfile.TemporaryDirectory() as keys:
+            for party in range(parties):
+                make_identity(keys, str(party))
+            rows += rows_of(__file__, parties, ["--repeats", str(arguments.repeats), "--keys", keys])
+    show(rows)
+
+
+def measure(keys: str, repeats: int) -> None:
+    dist.init_process_group("gloo")
+    federation = Federation.from_env()
+    for case, shapes in CASES.items():
+        rounds = {
+            "plain": Round(federation, shapes, Plain()),
+            "64 bits": Round(federation, shapes, Masked(f"{keys}/{{party}}.key", keys)),
+            "32 bits": Round(federation, shapes, Masked(f"{keys}/{{party}}.key", keys, bits=32)),
+        }
+        times: dict[str, list[float]] = {name: [] for name in rounds}
+        for repeat in range(repeats + 1):
+            for name, round in rounds.items():
+                seconds = round.run(federation.party)
+                if repeat:  # the first touches new memory
+                    times[name].append(seconds)
+        if federation.party == 0:
+            for name, round in rounds.items():
+                print(json.dumps(row(case, name, federation, round, rounds["plain"], times)), flush=True)
+    federation.close()
+    dist.destroy_process_group()
+
+
+class Round:
+    """One federation's parameters, and an aggregator over an exchange."""
+
+    def __init__(self, federation: Federation, shapes: list[tuple[int, int]], exchange: Exchange) -> None:
+        self.parameters = {f"layer{i:03}": torch.zeros(shape) for i, shape in enumerate(shapes)}
+        self.aggregator = Aggregator(federation, self.parameters, exchange=exchange)
+        self.aggregator.start()
+        self.memory = 0
+
+    def run(self, party: int) -> float:
+        """Return the seconds of one round, which must give the mean."""
+        for parameter in self.parameters.values():
+            parameter.fill_(1.0 + party)
+        reset_peak_memory()
+        before = resident_bytes()
+        seconds = timed(lambda: self.aggregator.step(1.0))
+        self.memory = peak_memory_bytes() - before
+        mean = 1 + (self.aggregator.federation.num_parties - 1) / 2
+        assert all(torch.allclose(p, torch.tensor(mean), rtol=1e-6) for p in self.parameters.values())
+        return seconds
+
+
+def row(
+    case: str, name: str, federation: Federation, round: Round, plain: Round, times: dict[str, list[float]]
+) -> dict:
+    median = statistics.median(times[name])
+    return {
+        "case": case,
+        "megabytes": round.aggregator.size_bytes / 1e6,
+        "parties": federation.num_parties,
+        "exchange": name,
+        "ms": 1e3 * median,
+        "ratio": median / statistics.median(times["plain"]),
+        "memory": (round.memory - plain.memory) / round.aggregator.size_bytes,
+    }
+
+
+def show(rows: list[dict]) -> None:
+    print("\nmedian of one interleaved run; ratios in units of a round with exchange.Plain()\n")
+    print("| case | parties | exchange | ms | ratio | extra memory in the round |")
+    print("|---|---|---|---|---|---|")
+    for r in rows:
+        print(
+            f"| {r['case']}, {r['megabytes']:.1f} MB | {r['parties']} | {r['exchange']} | {r['ms']:.1f} |"
+            f" {r['ratio']:.2f}x | {r['memory']:.2f} x trainable |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""A party's update on its way into the mean of all, and the step of the global vector."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pellm_lightning import outer
+from pellm_lightning.aggregation.base import Counting, Parts
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.federation import Collectives
+from pellm_lightning.layout import Chunk, Layout
+from pellm_lightning.privacy.clipping import squared_norm
+from pellm_lightning.privacy.private import PrivateUpdates
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What the parties say when each has seen all its values."""
+
+    fine: list[bool]
+    """Party by party, whether all its values are finite."""
+    total_weight: float
+    """Sum of the weights as they were summed: 1, or where the exchange hides them, that of the parties'."""
+    clipping_bit: float
+    """Mean of the parties' clipping bits; 0 without adaptive clipping."""
+    loss: float | None
+    """Mean of the parties' training losses, weighted; None if no party gave one."""
+
+
+class Updates:
+    """The vectors of the rounds of one layout: what the parties share, and what crosses between them.
+
+    Args:
+        layout: Of the parameters.
+        plan: The rule applied to them.
+        optimizer: Makes the outer optimizer of the global vector.
+        federation: The joined parties.
+        hides: Whether the exchange hides weights; then updates are multiplied by them, not by shares.
+        private: Makes updates differentially private; None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        plan: Plan,
+        optimizer: outer.OptimizerFactory,
+        federation: Collectives,
+        *,
+        hides: bool,
+        private: PrivateUpdates | None,
+    ) -> None:
+        self.layout = layout
+        self._plan = plan
+        self._federation = federation
+        self._hides = hides
+        self._private = private
+        self._parameter = nn.Parameter(layout.pack_(layout.new_vector()))
+        self.optimizer = optimizer([self._parameter])
+        # The parties' ballot follows the vector: a flag each, the clipping bit, the loss with its weight, the
+        # weight.
+        self._staging = layout.new_vector(extra=federation.max_parties + 4)
+        self._scratch = layout.new_scratch()
+        self._scratch2 = torch.empty_like(self._scratch)
+
+    @property
+    def global_(self) -> Tensor:
+        """The global vector, (D,) float32."""
+        return self._parameter.data
+
+    @property
+    def pseudo_gradient(self) -> Tensor:
+        """What the outer optimizer gets: after ``average`` the mean of ``anchor - x``, (D,) float32."""
+        return self._staging[: self.layout.size]
+
+    # ---- the mean of the updates
+
+    def average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
+        """Sum the parties' ``share * (anchor - x)``; return the norm of this party's update, and the ballot.
+
+        Parts that the rule does not average stay at home, and zero in the vector. Behind the last bucket
+        rides the ballot: what each party has to say once it has seen all its values.
+        """
+        share = counting.share
+        averaged = self._plan.rule.averaged(counting.round, counting.num_counting)
+        told = self._staging[self.layout.size :]
+        if self._hides:  # weights need more digits than updates
+            told = told.double()
+        bit = 0.0
+        if self._private is not None and share:
+            bit = self._make_private(self._private, averaged, counting.num_counting)
+            loss = None
+        squares: list[float] = []
+
+        def packed() -> Iterator[Tensor]:
+            *buckets, last = self.layout.buckets()
+            for bucket in buckets:
+                squares.extend(self._pack(bucket, share))
+                if self._crosses(bucket, averaged):
+                    yield self._staging[bucket[0].start : bucket[-1].stop]
+            squares.extend(self._pack(last, share))
+            self._cast(told, _norm(squares), bit, loss, share)
+            start = last[0].start if self._crosses(last, averaged) else self.layout.size
+            if self._hides:
+                yield self._staging[start : self.layout.size]
+                yield told
+            else:
+                yield self._staging[start:]
+
+        counting.federation.all_reduce_each_(packed())
+        return _norm(squares), self._counted(told)
+
+    def divide_(self, total_weight: float) -> None:
+        """Make a mean of a sum of updates times their weights."""
+        self.pseudo_gradient.mul_(1 / total_weight)
+
+    def _make_private(self, private: PrivateUpdates, averaged: Parts, counting: int) -> float:
+        """Settle how the update is clipped and how much noise it gets; return the noisy clipping bit."""
+        crossing = [
+            chunk
+            for bucket in self.layout.buckets()
+            if averaged.issuperset(self._plan.groups[bucket[0].group])
+            for chunk in bucket
+        ]
+        norm = _norm([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
+        private.prepare(norm, counting)
+        return private.noisy_bit(norm, counting)
+
+    def _crosses(self, bucket: list[Chunk], averaged: Parts) -> bool:
+        """Tell whether a bucket's part is averaged; if not, nothing moves there."""
+        if averaged.issuperset(self._plan.groups[bucket[0].group]):
+            return True
+        self._staging[bucket[0].start : bucket[-1].stop].zero_()
+        return False
+
+    def _pack(self, bucket: list[Chunk], share: float) -> Iterator[float]:
+        for chunk in bucket:
+            update = self._update(chunk, out=self._staging[chunk.start : chunk.stop])
+            yield _squared_norm(update)
+            if share > 0:
+                if self._private is not None:
+                    self._private.hide_(update)
+                update.mul_(share)
+            else:
+                update.zero_()  # and not a product: 0 * nan is nan
+
+    def _update(self, chunk: Chunk, out: Tensor) -> Tensor:
+        """Return the anchor minus the parameters."""
+        anchor = chunk.as_written(self.global_[chunk.start : chunk.stop], self._scratch[: chunk.size])
+        return chunk.subtracted_from(anchor, out=out)
+
+    def _cast(self, told: Tensor, update_norm: float, bit: float, loss: float | None, share: float) -> None:
+        """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
+        fine = math.isfinite(update_norm)
+        known = loss if share > 0 and loss is not None and math.isfinite(loss) else None
+        mine = [
+            float(party == self._federation.party and fine) for party in range(self._federation.max_parties)
+        ]
+        of_loss = [0.0, 0.0] if known is None else [share * known, share]
+        told.copy_(torch.tensor([*mine, share * bit, *of_loss, share], dtype=told.dtype))
+
+    def _counted(self, told: Tensor) -> Ballot:
+        *fine, bit, loss, share, total = told.tolist()
+        met = fine[: self._federation.num_parties]
+        return Ballot(
+            fine=[vote == 1.0 for vote in met],
+            total_weight=total,
+            clipping_bit=bit / total if total else 0.0,
+            loss=loss / share if share else None,
+        )
+
+    # ---- the step
+
+    def advance(self, *, writes: bool) -> float:
+        """Step the outer optimizer by the pseudo-gradient; return the parameters' distance from the mean.
+
+        Args:
+            writes: Write the parameters at once, while they are in the cache.
+        """
+        plain = outer.is_sgd_one(self.optimizer)
+        squares: list[float] = []
+        for chunk in self.layout.chunks():
+            at = slice(chunk.start, chunk.stop)
+            pseudo_gradient, global_ = self._staging[at], self.global_[at]
+            if plain and not chunk.rounds:  # in place, while the chunk is in the cache
+                mean = global_.sub_(pseudo_gradient)
+            else:
+                mean = self._scratch2[: chunk.size]
+                torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
+            away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
+            squares.append(_squared_norm(away))
+            if plain:  # bit for bit what SGD(lr=1) does
+                values = global_.sub_(pseudo_gradient) if chunk.rounds else global_
+                if writes:
+                    chunk.scatter_(values)
+        if not plain:
+            self._parameter.grad = self.pseudo_gradient
+            self.optimizer.step()
+            self._parameter.grad = None
+            if writes:
+                self.write_()
+        return _norm(squares)
+
+    def write_(self) -> None:
+        """Write the global vector into the parameters."""
+        self.layout.unpack_(self.global_)
+
+
+def _norm(squares: list[float]) -> float:
+    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
+
+
+def _squared_norm(values: Tensor) -> float:
+    squared = float(torch.dot(values, values))
+    # Squares of large finite values overflow float32; those of infinite ones float64, too.
+    return squared if math.isfinite(squared) else float(values.double().square().sum())

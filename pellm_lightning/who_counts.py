@@ -1,0 +1,199 @@
+"""Who counts in a round, and how much: what the parties have said, less what must not be summed."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pellm_lightning.aggregation.base import Counting
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.federation import Collectives, FederationError, MismatchError
+from pellm_lightning.meeting import Header, Purpose
+from pellm_lightning.privacy.private import PrivateUpdates
+
+log = logging.getLogger(__name__)
+
+
+class WhoCounts:
+    """Judges the parties' headers; every party comes to the same.
+
+    Weights are those of the parties that meet, in their order; where the exchange hides them, 1 for who
+    counts.
+
+    Args:
+        federation: The joined parties.
+        exchange: How values are summed.
+        private: Differential privacy, if any.
+        on_nonfinite: As in ``Aggregator``.
+    """
+
+    def __init__(
+        self,
+        federation: Collectives,
+        exchange: Exchange,
+        private: PrivateUpdates | None,
+        on_nonfinite: Literal["exclude", "raise"],
+    ) -> None:
+        self._federation = federation
+        self._hides = exchange.hides
+        self._private = private
+        self._on_nonfinite = on_nonfinite
+        self._min_counting = max(exchange.min_counting, 1 if private is None else private.min_counting)
+
+    def weights(self, headers: Sequence[Header], round: int) -> list[float]:
+        """Return the weights that the parties came with.
+
+        Raises:
+            MismatchError: If a party is in another round.
+            FederationError: If all train, and none counts.
+        """
+        rounds = [header.round for header in headers if not header.behind]
+        if len(set(rounds)) > 1:
+            raise MismatchError(
+                f"The parties are in different rounds ({_by_party(rounds)}). They must start together: resume"
+                " all from checkpoints of the same round."
+            )
+        weights = [0.0 if header.behind else header.weight for header in headers]
+        # Where others are done, a party of weight 0 may be the last one active: then nothing moves.
+        all_train = all(header.purpose is Purpose.ROUND and not header.behind for header in headers)
+        if sum(weights) == 0 and all_train and all(header.fine for header in headers):
+            raise FederationError(
+                f"No party has weight above 0 in round {round}, so there is no mean. With"
+                " weighting='samples' this means that no party consumed a training sample: check the data of"
+                " each party."
+            )
+        return weights
+
+    def without(
+        self, excluded: Sequence[int], weights: Sequence[float], round: int, first: str | None
+    ) -> list[float]:
+        """Return the weights without those whose values are not finite.
+
+        Args:
+            excluded: Whose values are not, by index.
+            weights: The weights.
+            round: The round.
+            first: Name of this party's first parameter that is not finite, if any.
+
+        Raises:
+            FederationError: If that shall stop all, or nobody is left.
+        """
+        federation, here = self._federation, ""
+        if federation.party in excluded:
+            here = " Here an update exceeds float32."
+            if first:
+                here = f" Here the first such parameter is {first!r}."
+        message = f"Round {round}: the parameters of party {federation.called(excluded)} hold NaN or infinity.{here}"
+        rest = [0.0 if party in excluded else weight for party, weight in enumerate(weights)]
+        cure = " Lower that party's learning rate, clip its gradients, or look at its data."
+        if self._on_nonfinite == "raise" or sum(rest) == 0:
+            raise FederationError(message + " No parameter was changed." + cure)
+        log.warning(
+            "[party %s] %s It counts 0 in this round and takes over the result.%s",
+            federation.name,
+            message,
+            cure,
+        )
+        return rest
+
+    def allowed(
+        self, headers: Sequence[Header], weights: Sequence[float], round: int, failed: int
+    ) -> list[float]:
+        """Return the weights without those that could not be hidden in a sum, or that exceed the budget.
+
+        Args:
+            headers: What the parties said.
+            weights: Their weights.
+            round: The round.
+            failed: Noisy releases of attempts at this round that failed.
+        """
+        federation = self._federation
+        counting = {name for name, weight in zip(federation.names, weights, strict=True) if weight > 0}
+        exposed = [bool(header.exposed) and {*header.exposed} != counting for header in headers]
+        weights = [0.0 if burnt else weight for burnt, weight in zip(exposed, weights, strict=True)]
+        count = sum(weight > 0 for weight in weights)
+        if exposed[federation.party]:
+            log.warning(
+                "[party %s] Round %d: a sum of this party's update was revealed in an attempt that failed. It"
+                " is not sent again in a sum of others, which would tell the parties apart: this party counts"
+                " 0 and takes over the result.",
+                federation.name,
+                round,
+            )
+        if count and self._private is not None and not self._private.affords(failed):
+            log.warning(
+                "[party %s] Round %d: one more would exceed max_epsilon=%g. Nothing is sent; all go back to"
+                " the last global parameters.",
+                federation.name,
+                round,
+                self._private.mechanism.max_epsilon,
+            )
+            return [0.0] * len(weights)
+        if 0 < count < self._min_counting:
+            log.warning(
+                "[party %s] Round %d: only %d parties count, and each would see what the others sent."
+                " Nothing is sent; all go back to the last global parameters.",
+                federation.name,
+                round,
+                count,
+            )
+            return [0.0] * len(weights)
+        return weights
+
+    def counting(
+        self, sums: Collectives, weights: Sequence[float], own_weight: float, round: int
+    ) -> Counting:
+        """Return the shares; where weights are hidden, this party's weight itself, and NaN of the others."""
+        if self._hides:
+            shares = [math.nan if weight else 0.0 for weight in weights]
+            if weights[sums.party]:
+                shares[sums.party] = own_weight
+        else:
+            total = sum(weights)
+            shares = [weight / total if total else 0.0 for weight in weights]
+        return Counting(sums, shares, round)
+
+    @staticmethod
+    def scaled(counting: Counting, total_weight: float) -> Counting:
+        """Return the shares, once the total of the hidden weights is known.
+
+        Raises:
+            FederationError: If some count, yet all together weigh nothing.
+        """
+        if counting.num_counting and total_weight <= 0:
+            raise FederationError(
+                f"The weights of round {counting.round} are too small for the digits behind the point that a"
+                " masked exchange has: their sum is 0. Give larger weights, or a larger fractional_bits."
+            )
+        shares = [share / total_weight if share else 0.0 for share in counting.shares]
+        return Counting(counting.federation, shares, counting.round)
+
+    def none_after(self, headers: Sequence[Header], round: int) -> bool:
+        """Tell whether no further round can move anything, the present one being through."""
+        federation = self._federation
+        if self._private is not None and not self._private.affords():
+            log.warning(
+                "[party %s] Round %d is the last: one more would exceed max_epsilon=%g.",
+                federation.name,
+                round,
+                self._private.mechanism.max_epsilon,
+            )
+            return True
+        done = sum(header.purpose is Purpose.DONE for header in headers)
+        left = federation.max_parties - done
+        if not done or left >= self._min_counting:
+            return False
+        log.warning(
+            "[party %s] Round %d is the last: %d parties have made all their steps, and the %d that have not"
+            " are too few to hide in a sum. Give all parties equally many rounds, by every_n_steps and"
+            " max_steps, if the others' steps shall count.",
+            federation.name,
+            round,
+            done,
+            left,
+        )
+        return True
+
+
+def _by_party(values: Sequence[int]) -> str:
+    return ", ".join(f"party {party}: {value}" for party, value in enumerate(values))
