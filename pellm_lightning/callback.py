@@ -192,6 +192,7 @@ class FederatedAveraging(Callback):
         self._resting: list[nn.Parameter] = []
         self._drained: Iterator[RoundReport] = iter(())
         self._since = SinceRound()
+        self._tells_loss = True
         self._validation = ValidationMetrics()
         # The state of a checkpoint that was loaded, or of the fit that has ended.
         self._state: dict[str, Any] = {}
@@ -217,6 +218,7 @@ class FederatedAveraging(Callback):
                 checks.checkpoints(trainer)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
+            self._tells_loss = not checks.protects_records(trainer, self.weighting)
         speak_as(self._topology.rank_in_party)
         if self._topology.party > 0:
             # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do
@@ -500,7 +502,7 @@ class FederatedAveraging(Callback):
             [since.samples, float(since.loss_sum), since.loss_samples]
         )
         weight = {"samples": samples, "uniform": 1.0}.get(str(self.weighting), self.weighting)
-        loss = loss_sum / loss_samples if loss_samples else None
+        loss = loss_sum / loss_samples if loss_samples and self._tells_loss else None
         done = self._in_party.speak(
             lambda: self._or_why_not(lambda: self._speaking.step(float(weight), loss))
         )

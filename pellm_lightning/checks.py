@@ -1,5 +1,6 @@
 """What the callback refuses, each in words that say what to do."""
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning.isolation import callbacks_of
+from pellm_lightning.privacy import RecordLevel
 from pellm_lightning.topology import Topology
+
+log = logging.getLogger(__name__)
 
 
 def weighting(value: object) -> None:
@@ -40,6 +44,23 @@ def privacy(mechanism: object, weighting: object) -> None:
             f"weighting={weighting!r} does not go with differential privacy: a weight would be a factor of"
             " what one party can change. Set weighting='uniform'."
         )
+
+
+def protects_records(trainer: Trainer, weighting: object) -> bool:
+    """Tell whether single records are protected, so that nothing else of the data may leave the party."""
+    if not any(isinstance(other, RecordLevel) for other in callbacks_of(trainer)):
+        return False
+    if weighting == "samples":
+        raise MisconfigurationException(
+            "weighting='samples' tells the others how many records a party has drawn, which RecordLevel's"
+            " guarantee does not cover. Set weighting='uniform', or a number of your own."
+        )
+    if trainer.limit_val_batches and trainer.enable_validation:
+        log.warning(
+            "Validation metrics are averaged over the parties as they are, which RecordLevel's guarantee does"
+            " not cover. Validate on data that may be seen, or set limit_val_batches=0."
+        )
+    return True
 
 
 def one_of(name: str, value: object, choices: Sequence[str]) -> None:

@@ -83,7 +83,8 @@ class WhoCounts:
             here = " Here an update exceeds float32."
             if first:
                 here = f" Here the first such parameter is {first!r}."
-        message = f"Round {round}: the parameters of party {federation.called(excluded)} hold NaN or infinity.{here}"
+        who = federation.called(excluded)
+        message = f"Round {round}: the parameters of party {who} hold NaN or infinity.{here}"
         rest = [0.0 if party in excluded else weight for party, weight in enumerate(weights)]
         cure = " Lower that party's learning rate, clip its gradients, or look at its data."
         if self._on_nonfinite == "raise" or sum(rest) == 0:

@@ -407,6 +407,23 @@ def test_what_rests_gets_neither_step_nor_noise(tmp_path: Path, rule: Any) -> No
     assert spent != less, "each party has a ledger of its own"
 
 
+def test_nothing_else_of_the_records_leaves_a_party(tmp_path: Path) -> None:
+    def party(index: int, federated: Any, weighting: Any = "uniform") -> list[dict[str, float]]:
+        logger = Rounds()
+        callbacks = [federated(weighting=weighting), RecordLevel(1.0, 1.0)]
+        trainer = quiet_trainer(tmp_path / str(index), callbacks, logger=logger, max_epochs=1)
+        trainer.fit(Classifier(seed=index), data(16, seed=index))
+        return logger.rounds
+
+    for rounds in fit_parties(2, party):
+        assert len(rounds) == 1
+        assert "loss" not in rounds[0]
+        assert rounds[0]["total_weight"] == 2
+    by_samples = fit_parties(2, lambda *known: party(*known, weighting="samples"), may_fail=True)
+    assert all(isinstance(error, MisconfigurationException) for error in by_samples)
+    assert all("weighting='uniform'" in str(error) for error in by_samples)
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`:UserWarning")
 def test_peft_classifier_trains_privately(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")

@@ -39,10 +39,10 @@ class RecordLevel(Callback):
 
     Neighbouring: one record of the training DataLoader's dataset more or less; their number is taken as
     public. Protected are the parameters after every step, so all rounds, the adapter and whatever is computed
-    from them, against anyone who sees them. Not protected are numbers that come from the data otherwise: the
-    training loss, validation metrics, how many samples a party has drawn. ``weighting="uniform"`` or a number
-    keeps the last one at home. Assumed is that a person has one record, and that noise and samples stay
-    unknown; both come from the operating system's generator, not from a seed.
+    from them, against anyone who sees them. Not protected are numbers that come from the data otherwise.
+    ``FederatedAveraging`` keeps the training loss at home then, and refuses ``weighting="samples"``, which
+    tells how many a party has drawn; validation metrics it averages. Assumed is that a person has one record,
+    and that noise and samples stay unknown; both come from the operating system's generator, not from a seed.
 
     Noise on both factors of a LoRA pair is multiplied in their product, so combine it with a rule that trains
     one at a time: ``FrozenA`` or ``Alternating``. Any rule of aggregation keeps the guarantee, since it only

@@ -1,6 +1,6 @@
 """A causal language model as a LightningModule: fine-tuned in full, or through a PEFT adapter."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -8,9 +8,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pellm_lightning.checks import one_of
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
 from pellm_lightning.tasks.optimizing import optimize_trainable
 from pellm_lightning.tasks.pretrained import Dtype, load_model, load_tokenizer
@@ -47,6 +49,8 @@ class CausalLM(LightningModule):
         dtype: Of the loaded parameters; ``auto`` keeps what the file holds. The Trainer's ``precision``
             counts too.
         max_new_tokens: Length of a predicted continuation, in tokens.
+        mean_over: What the training loss is the mean over: the tokens of the batch that count, or its records
+            (of the mean over each one's tokens), as differential privacy of records needs it.
     """
 
     model: PreTrainedModel | PeftModel
@@ -60,6 +64,7 @@ class CausalLM(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
         dtype: Dtype = "auto",
         max_new_tokens: int = 32,
+        mean_over: Literal["tokens", "records"] = "tokens",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -68,6 +73,8 @@ class CausalLM(LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.dtype_name = dtype
         self.max_new_tokens = max_new_tokens
+        one_of("mean_over", mean_over, ("tokens", "records"))
+        self.mean_over = mean_over
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
 
     def configure_model(self) -> None:
@@ -86,8 +93,13 @@ class CausalLM(LightningModule):
         return self.model(**batch)
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        """Return the mean loss over the tokens of the batch that count."""
-        loss: Tensor = self(batch).loss
+        """Return the mean loss over the tokens of the batch that count, or over its records."""
+        if self.mean_over == "tokens":
+            loss: Tensor = self(batch).loss
+        else:
+            logits, labels = self(batch).logits[:, :-1].float(), batch["labels"][:, 1:]
+            losses = cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
+            loss = (losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).mean()
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -64,6 +64,21 @@ def test_a_fit_reduces_the_loss(
     assert trainer.callback_metrics["val_perplexity"] == pytest.approx(math.exp(after["val_loss"]))
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log.*` but the `self.trainer`:UserWarning")
+def test_a_mean_over_records_weighs_every_record_alike(llama: str) -> None:
+    labels = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, -100, -100, -100, -100]])
+    batch = {"input_ids": labels.clamp(min=0), "attention_mask": (labels >= 0).long(), "labels": labels}
+    torch.manual_seed(0)
+    module = CausalLM(llama, mean_over="records")
+    module.configure_model()
+    alone = [
+        module.model(**{key: value[row : row + 1] for key, value in batch.items()}).loss for row in (0, 1)
+    ]
+    torch.testing.assert_close(module.training_step(batch, 0), (alone[0] + alone[1]) / 2)
+    module.mean_over = "tokens"
+    torch.testing.assert_close(module.training_step(batch, 0), (5 * alone[0] + alone[1]) / 6)
+
+
 def test_perplexity_weights_every_token_alike(
     data: TextDataModule, llama: str, quiet_trainer: Arguments
 ) -> None:
