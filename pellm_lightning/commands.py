@@ -1,4 +1,4 @@
-"""Commands beside training: the rendezvous of parties in separate jobs, and the certificates it needs."""
+"""Commands beside training: the rendezvous of parties in separate jobs, certificates, and keys of parties."""
 
 import logging
 import signal
@@ -12,7 +12,7 @@ from pellm_lightning.federation.mesh.talks import split_address
 from pellm_lightning.federation.rendezvous.server import RendezvousServer
 from pellm_lightning.federation.tls import TLS
 
-COMMANDS = ("rendezvous", "certs")
+COMMANDS = ("rendezvous", "certs", "keys")
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,29 @@ def certs(directory: Path, names: str, days: float = 365) -> None:
         log.info("made %s", make_certificate(directory, name, days))
 
 
+def keys(directory: Path, names: str) -> None:
+    """Make a key for each name: what ``exchange.Masked`` tells the parties of a masked sum apart by.
+
+    Each party makes its own on its own host and hands out <name>.pub only, or the line that is printed, on a
+    way that others can check. <name>.key stays where it is: whoever has it can be that party.
+
+    Args:
+        directory: Folder for the files.
+        names: Names, separated by commas; often one.
+    """
+    from pellm_lightning.exchange.identity import make_identity  # an optional dependency
+
+    for name in _names(names):
+        private, public = make_identity(directory, name)
+        log.info("made %s; keep it secret. For the peers of all parties:", private)
+        print(f'"{name}": "{public}"')  # as YAML, where the party 0 of a launch would be a number
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run one of ``COMMANDS`` as the command line asks; tell what goes wrong in words, with exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        auto_cli([rendezvous, certs], args=None if words is None else list(words), as_positional=False)
+        auto_cli([rendezvous, certs, keys], args=None if words is None else list(words), as_positional=False)
     except (ValueError, ImportError, OSError) as error:
         sys.exit(str(error))
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from certificates import files, tls_of
 
 from pellm_lightning import cli, commands
+from pellm_lightning.exchange.identity import Identity, Peers
 from pellm_lightning.federation.rendezvous.store import RemoteStore
 
 
@@ -43,6 +45,33 @@ def test_certs_makes_the_authority_and_what_is_missing(tmp_path: Path) -> None:
     commands.main(["certs", f"--directory={tmp_path}", "--names=clinic-b", "--days=1"])
     assert (tmp_path / "ca.pem").read_bytes() == ca
     assert files(tmp_path, "clinic-b").name == "clinic-b"
+
+
+def test_keys_prints_what_belongs_into_the_peers_of_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        commands.main(["keys", f"--directory={tmp_path / 'new'}", "--names=clinic-a, 0"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed.keys() == {"clinic-a", "0"}
+    for name, public in printed.items():
+        private = tmp_path / f"new/{name}.key"
+        assert Identity(private).public == public
+        assert f"made {private}; keep it secret" in caplog.text
+    assert Peers(printed).fingerprint == Peers(tmp_path / "new").fingerprint
+    with pytest.raises(SystemExit, match=r"clinic-a\.key exists already\. Remove it first"):
+        commands.main(["keys", f"--directory={tmp_path / 'new'}", "--names=clinic-a"])
+    with pytest.raises(SystemExit, match="name"):
+        commands.main(["keys", f"--directory={tmp_path}", "--names=../a"])
+
+
+def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pellm_lightning.exchange.identity", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(SystemExit, match=r"pip install 'pellm-lightning\[masked\]'"):
+        commands.main(["keys", f"--directory={tmp_path}", "--names=a"])
 
 
 def test_what_goes_wrong_is_told_in_words(tmp_path: Path) -> None:

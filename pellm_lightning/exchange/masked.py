@@ -57,12 +57,8 @@ class Masked(Exchange):
         self.identity = str(identity)
         self.bits = bits
         self.fractional_bits = fractional_bits
-        try:
-            from pellm_lightning.exchange.identity import Peers
-        except ImportError as error:
-            raise ImportError(
-                "A masked exchange needs the package cryptography: pip install 'pellm-lightning[masked]'."
-            ) from error
+        from pellm_lightning.exchange.identity import Peers
+
         self._peers = Peers(peers)
 
     @override
