@@ -203,7 +203,11 @@ def test_every_example_is_listed_with_its_command() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")):
         assert f"({path.name})" in readme
-    overlays = ["jobs/separate_jobs.yaml", *(f"aggregation/{name}.yaml" for name in OVERLAYS)]
+    overlays = [
+        "jobs/separate_jobs.yaml",
+        "privacy/masked.yaml",
+        *(f"aggregation/{name}.yaml" for name in OVERLAYS),
+    ]
     for config in (*CONFIGS, *overlays):
         assert f"#   {documented(config)}\n" in (EXAMPLES / config).read_text()
 
@@ -349,6 +353,35 @@ def test_an_overlay_changes_what_becomes_of_the_factors(home: Path, overlaid: Pa
         assert not any(factor.any() for key, factor in factors.items() if "lora_B" in key)
     else:
         adapter(parties[0] / "adapter", base, **LABELS)
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+def test_masked_sums_make_the_same_adapter(home: Path) -> None:
+    program, *launch = shlex.split(documented("privacy/masked.yaml"))
+    assert program == "torchrun"
+    words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in launch]
+    header = (EXAMPLES / "privacy/masked.yaml").read_text()
+    make_keys = next(line for line in header.splitlines() if " keys --directory" in line)
+    run(home, *shlex.split(make_keys.removeprefix("#   python ")))
+    few = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    adapters = {}
+    for name in ("masked", "plain"):
+        root = f"runs/{name}"
+        where = [f"--trainer.default_root_dir={root}", f"--trainer.logger.init_args.save_dir={root}"]
+        more: list[str] = []
+        if name == "plain":  # with the rule that a masked exchange has by default
+            at = words.index(f"{EXAMPLES}/privacy/masked.yaml")
+            del words[at - 1 : at + 1]
+            more = ["--federated.aggregation=LowRankMean", "--federated.aggregation.solver=power"]
+        run(home, "-m", "torch.distributed.run", *words, *few, *where, *more)
+        parties = [home / root / f"party-{party}" for party in range(3)]
+        adapters[name] = adapter(parties[0] / "adapter", home / "runs/examples/minilm", **LABELS)
+        for seen in ("federated/val_loss", "federated/total_weight"):
+            assert metrics(parties[1], seen) == metrics(parties[0], seen)
+    for name, values in adapters["plain"].items():
+        # 48 to 96 samples count: 3 / (2 * 48) * 2^-24 = 2e-9 a round, and roundings of float32.
+        torch.testing.assert_close(adapters["masked"][name], values, rtol=0, atol=1e-6)
 
 
 @pytest.mark.torchrun
