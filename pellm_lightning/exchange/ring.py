@@ -13,8 +13,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
 # Bytes masked at a time: what is added, its mask and zeros to make it from stay in a core's cache together.
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 17
 _ZEROS = bytes(_BLOCK_BYTES)
+# Numbers encoded at a time, for the same reason.
+_NUMBERS = 1 << 15
 
 KEY_BYTES = 32
 
@@ -52,13 +54,15 @@ class Ring:
             return x.to("cpu", self.dtype, copy=True)
         in_place = x.device.type == "cpu" and x.itemsize == self.dtype.itemsize
         encoded = x.view(self.dtype) if in_place else torch.empty(x.shape, dtype=self.dtype)
-        for values, into in zip(x.split(_numbers(x)), encoded.split(_numbers(x)), strict=True):
-            if x.itemsize < 4:
-                values = values.float()  # the scaled ones exceed what halves can hold
-            largest = float(values.abs().max()) if values.numel() else 0.0
+        # Halves cannot hold what is scaled; a power of two costs the others no digit.
+        scaled = torch.empty(min(_NUMBERS, x.numel()), dtype=torch.promote_types(x.dtype, torch.float32))
+        for values, into in zip(x.split(_NUMBERS), encoded.split(_NUMBERS), strict=True):
+            block = scaled[: values.numel()]
+            torch.mul(values.to(block), self._scale, out=block)
+            largest = max(map(abs, map(float, torch.aminmax(block)))) / self._scale if len(block) else 0.0
             if not largest <= self.limit:
                 raise OverflowError(largest)
-            into.copy_((values * self._scale).round_().to("cpu", self.dtype))
+            into.copy_(block.round_())
         return encoded
 
     def decode_(self, encoded: Tensor, into: Tensor) -> None:
@@ -66,8 +70,11 @@ class Ring:
         if not into.is_floating_point():
             into.copy_(encoded)
             return
-        for integers, values in zip(encoded.split(_numbers(into)), into.split(_numbers(into)), strict=True):
-            values.copy_(integers.double().mul_(1 / self._scale))
+        scaled = torch.empty(
+            min(_NUMBERS, into.numel()), dtype=torch.promote_types(into.dtype, torch.float32)
+        )
+        for integers, values in zip(encoded.split(_NUMBERS), into.split(_NUMBERS), strict=True):
+            values.copy_(scaled[: values.numel()].copy_(integers).mul_(1 / self._scale))
 
 
 class Mask:
@@ -100,7 +107,3 @@ def add_masks_(integers: Tensor, added: Sequence[Mask], subtracted: Sequence[Mas
             block += mask.next(block)
         for mask in subtracted:
             block -= mask.next(block)
-
-
-def _numbers(x: Tensor) -> int:
-    return _BLOCK_BYTES // x.itemsize
