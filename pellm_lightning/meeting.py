@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -57,12 +57,19 @@ class Header:
     """How much the party counts; where the exchange hides that, 1 if it counts at all."""
     fine: bool = True
     """Whether all values of the party are finite, as far as it knows yet."""
+    tag: str = ""
+    """Of the party's present values: another one after each round, and in each process."""
     exposed: tuple[str, ...] = ()
-    """With whom the party has revealed a sum of its present values, in an attempt that failed then."""
+    """Whose values were in a sum with its present ones that it has revealed, in an attempt that failed then;
+    as ``values_of`` says."""
     releases: int = 0
     """Noisy releases of the party in attempts at this round that failed."""
     behind: bool = False
     """Whether the party lacks the newest global parameters, and so needs them and counts 0."""
+
+    def values_of(self, name: str) -> str:
+        """Return what names the present values of the party that said this."""
+        return f"{name}/{self.tag}"
 
 
 class Meeting(ABC):
@@ -193,12 +200,16 @@ class FixedMeeting(Meeting):
             [mine.purpose, mine.round, mine.weight, mine.fine], dtype=torch.float64
         )
         federation.all_reduce_(rows)
+        if self._exchange.hides and rows[federation.party].tolist() != [*map(float, astuple(mine)[:4])]:
+            raise _changed(federation.name)
         return [
             Header(Purpose(int(purpose)), int(number), weight, fine == 1)
             for purpose, number, weight, fine in rows.tolist()
         ]
 
     def _mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        if self._exchange.hides:
+            values = _finite(values, self._federation.name)
         told = self._federation.all_gather_json("metrics", _known(values))
         return summed(values, told, self._federation, self._exchange)
 
@@ -255,6 +266,7 @@ class ElasticMeeting(Meeting):
             "round": mine.round,
             "weight": mine.weight,
             "fine": mine.fine,
+            "tag": mine.tag,
             "exposed": list(mine.exposed),
             "releases": mine.releases,
         }
@@ -264,6 +276,8 @@ class ElasticMeeting(Meeting):
             self._attempt, self._lineage = plan.attempt, plan.lineage
             if self._state_dir is not None:
                 self._state_dir.reserve(plan.attempt)  # before any member can make its result durable
+            if self._exchange.hides and plan.rolls[self._federation.name].words != words:
+                raise _changed(self._federation.name)
             newest = plan.newest
             headers = [
                 replace(_header(name, roll.words), behind=roll.version != newest)
@@ -285,7 +299,7 @@ class ElasticMeeting(Meeting):
         self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
     ) -> dict[str, float]:
         """Sum metrics as a round sums parameters: nobody's own values may be told in words."""
-        values = dict(values)
+        values = _finite(values, self._federation.name)
         while True:
             words = {"purpose": int(Purpose.METRICS), "round": round, "weight": 0.0, "names": _known(values)}
             self._federation.enter("averaging metrics")
@@ -381,6 +395,8 @@ def summed(
         exchange: How sums are formed.
         revealing: As in ``Exchange.open``.
     """
+    if exchange.hides and list(told[federation.party]) != _known(values):
+        raise _changed(federation.name)
     having = Counter(name for names in told for name in names)
     few = sorted(name for name, count in having.items() if count < exchange.min_counting)
     if few:
@@ -399,7 +415,8 @@ def summed(
         value, weight = values.get(name, (0.0, 0.0))
         if weight > 0:
             sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
-    exchange.open(federation, revealing).all_reduce_each_([sums.view(-1)])
+    sums_of = exchange.open(federation, revealing, view=json.dumps(["metrics", [*map(list, told)]]))
+    sums_of.all_reduce_each_([sums.view(-1)])
     return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
 
 
@@ -430,12 +447,14 @@ def _header(name: str, words: Mapping[str, Any]) -> Header:
     """Return what a peer has said, or raise: it may have said anything."""
     purpose, round, weight = words.get("purpose"), words.get("round"), words.get("weight")
     exposed, releases = words.get("exposed", []), words.get("releases", 0)
+    tag = words.get("tag", "")
     if (
         purpose not in list(Purpose)
         or not isinstance(round, int)
         or not isinstance(weight, int | float)
         or not (math.isfinite(weight) and weight >= 0)
         or not isinstance(exposed, list)
+        or not isinstance(tag, str)
         or not is_count(releases)
     ):
         raise FederationError(
@@ -443,7 +462,25 @@ def _header(name: str, words: Mapping[str, Any]) -> Header:
             " >= 0. Install the same version of pellm-lightning at all parties."
         )
     fine = words.get("fine", True) is True
-    return Header(Purpose(purpose), round, float(weight), fine, tuple(map(str, exposed)), releases)
+    return Header(Purpose(purpose), round, float(weight), fine, tag, tuple(map(str, exposed)), releases)
+
+
+def _changed(name: str) -> FederationError:
+    return FederationError(
+        f"What party {name} said as it came to meet the others came back changed. A masked exchange goes by"
+        " what all say, so nothing was sent. Somebody on the way changes what the parties tell each other:"
+        " connect them by TLS, or by a network that you trust."
+    )
+
+
+def _finite(values: Mapping[str, tuple[float, float]], name: str) -> dict[str, tuple[float, float]]:
+    """Return the metrics that a masked sum has a place for."""
+    finite = {metric: both for metric, both in values.items() if all(map(math.isfinite, both))}
+    for metric in sorted(values.keys() - finite):
+        log.warning(
+            "[party %s] %s is %g here, so the mean is that of the others.", name, metric, values[metric][0]
+        )
+    return finite
 
 
 def _known(values: Mapping[str, tuple[float, float]]) -> list[str]:

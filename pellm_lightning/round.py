@@ -1,8 +1,10 @@
 """One round, top to bottom: meet, pack, exchange, vote, commit."""
 
 import copy
+import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -184,6 +186,7 @@ class Aggregator:
         self._products: Products | None = None
         self._padded: PaddedFactors | None = None
         self._weight = 0.0
+        self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
         self._told_of_metrics = False
         self._stale = False
@@ -499,7 +502,7 @@ class Aggregator:
                 if not self._meeting.again(error):
                     raise
                 continue
-            self._exposed = ()
+            self._tag, self._exposed = secrets.token_hex(8), ()
             if self._private is not None:
                 self._private.given_away = 0
             if report is not None:
@@ -550,13 +553,23 @@ class Aggregator:
         failed = max(header.releases for header in headers)
         weights = self._who.allowed(headers, weights, self.round, failed)
         given_away = self._given_away
-        sums = self._exchange.open(self.federation, lambda: self._reveal(weights))
+        valued = [
+            header.values_of(name) if weight > 0 else ""
+            for header, name, weight in zip(headers, self.federation.names, weights, strict=True)
+        ]
+        view = json.dumps([self.round, valued])
+        sums = self._exchange.open(self.federation, lambda: self._reveal(valued), view)
         counting = self._counting(sums, weights)
         update_norm, ballot = self._average(counting, loss)
         if not excluded:
             excluded = [party for party, fine in enumerate(ballot.fine) if not fine and weights[party] > 0]
             if excluded:
                 weights = self._without(excluded, weights)
+                if self._exchange.hides:  # the difference of two sums would be what was left out
+                    raise FederationError(
+                        f"Round {self.round}: an update of party {self.federation.called(excluded)} exceeds"
+                        " float32. No parameter was changed. Lower that party's learning rate."
+                    )
                 counting = self._counting(sums, weights)
                 _, ballot = self._average(counting, loss)
         total_weight = sum(weights)
@@ -616,7 +629,7 @@ class Aggregator:
         if self._exchange.hides:  # NaN has no place in a masked sum, so it must be known before
             fine = weight == 0 or self._layout.first_nonfinite() is None
             weight = float(weight > 0 and fine)
-        header = Header(purpose, self.round, weight, fine, self._exposed, self._given_away)
+        header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._given_away)
         return self._meeting.meet(header, self._version)
 
     def _check_started(self) -> None:
@@ -637,12 +650,11 @@ class Aggregator:
             self._give_away()
         return self._updates.average(counting, loss)
 
-    def _reveal(self, weights: list[float]) -> None:
-        """Note that a sum is about to become readable, and whose."""
-        self._exposed = tuple(
-            name for name, weight in zip(self.federation.names, weights, strict=True) if weight > 0
-        )
-        if self._exposed:
+    def _reveal(self, valued: list[str]) -> None:
+        """Note that a sum is about to become readable, and whose values are in it."""
+        if valued[self.federation.party]:
+            self._exposed = tuple(filter(None, valued))
+        if any(valued):
             self._give_away()
 
     def _give_away(self) -> None:

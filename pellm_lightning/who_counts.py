@@ -109,11 +109,11 @@ class WhoCounts:
             failed: Noisy releases of attempts at this round that failed.
         """
         federation = self._federation
-        counting = {name for name, weight in zip(federation.names, weights, strict=True) if weight > 0}
-        exposed = [bool(header.exposed) and {*header.exposed} != counting for header in headers]
-        weights = [0.0 if burnt else weight for burnt, weight in zip(exposed, weights, strict=True)]
-        count = sum(weight > 0 for weight in weights)
-        if exposed[federation.party]:
+        together = _counting_together(headers, weights, federation.names)
+        exposed = weights[federation.party] > 0 and federation.party not in together
+        weights = [weight if party in together else 0.0 for party, weight in enumerate(weights)]
+        count = len(together)
+        if exposed:
             log.warning(
                 "[party %s] Round %d: a sum of this party's update was revealed in an attempt that failed. It"
                 " is not sent again in a sum of others, which would tell the parties apart: this party counts"
@@ -194,6 +194,17 @@ class WhoCounts:
             left,
         )
         return True
+
+
+def _counting_together(headers: Sequence[Header], weights: Sequence[float], names: Sequence[str]) -> set[int]:
+    """Return who counts, less those whose values were revealed in a sum of others than all these."""
+    together = {party for party, weight in enumerate(weights) if weight > 0}
+    while True:
+        sum_ = {headers[party].values_of(names[party]) for party in together}
+        burnt = {party for party in together if headers[party].exposed and {*headers[party].exposed} != sum_}
+        if not burnt:
+            return together
+        together -= burnt
 
 
 def _by_party(values: Sequence[int]) -> str:

@@ -250,9 +250,6 @@ def test_each_party_is_killed_between_confirmation_and_reveal(
     assert set(sums[1:]) <= {(1, ()), (1, rest)}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="finding: an attempt in which nobody counts makes all forget the one before"
-)
 def test_what_was_revealed_is_remembered_through_attempts_in_which_nobody_counts(
     world: Callable[..., World],
 ) -> None:
@@ -319,12 +316,6 @@ def test_who_comes_back_counts_again(world: Callable[..., World]) -> None:
 
 # ---- a rendezvous that lies
 
-LIES = pytest.mark.xfail(
-    strict=True, reason="finding: the meeting's words are believed as the store tells them"
-)
-
-
-@LIES
 def test_zeros_are_not_taken_for_others_that_count(world: Callable[..., World]) -> None:
     """Who makes a party believe that two others count, too, sees what it sends: they must notice."""
     w, transcript = world(3, rounds=2, min_parties=3, wait_s=2.0), Transcript()
@@ -345,7 +336,6 @@ def test_zeros_are_not_taken_for_others_that_count(world: Callable[..., World]) 
     assert not [of_sum for _, of_sum in told(transcript, w.roster) if len(of_sum) == 1]
 
 
-@LIES
 def test_what_was_revealed_is_remembered_against_the_store(world: Callable[..., World]) -> None:
     """A party knows best whether it has revealed a sum, whatever the store says that it has said."""
     w, transcript = world(4, rounds=3, min_parties=3, wait_s=2.0), Transcript()
