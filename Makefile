@@ -51,6 +51,7 @@ coverage: setup  ## run the tests and show the branches they miss
 bench: setup  ## time a round against a raw all-reduce, and the aggregation rules against each other
 	$(BIN)/python benchmarks/round.py
 	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/masked.py
 
 chaos: setup  ## kill, stop and restart separate jobs at random, and look for what was lost
 	$(BIN)/python benchmarks/chaos.py

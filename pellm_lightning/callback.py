@@ -254,7 +254,9 @@ class FederatedAveraging(Callback):
             self._since = SinceRound(trainer.global_step)
         self._resting = self._parameters(self._plan.rule.resting(round))
         if self._topology.is_speaker:
-            report.announce(trainer, pl_module, self._topology, self._plan, parameters)
+            report.announce(
+                trainer, pl_module, self._topology, self._plan, parameters, self.exchange, self.privacy
+            )
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

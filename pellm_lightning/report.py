@@ -8,8 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.exchange import Exchange
 from pellm_lightning.isolation import written_paths
 from pellm_lightning.parameters import plain_name, share_outside_adapter
+from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.round import RoundReport
 from pellm_lightning.topology import Topology
 
@@ -30,6 +32,8 @@ def announce(
     topology: Topology,
     plan: Plan,
     parameters: Mapping[str, nn.Parameter],
+    exchange: Exchange,
+    privacy: GaussianMechanism | None,
 ) -> None:
     """Say at the start what will leave this party: people ask whether it is the adapter only."""
     leaving = sum(p.numel() for p in parameters.values())
@@ -47,6 +51,10 @@ def announce(
     log.info("[party %s] these are %s", topology.name, _first(parameters))
     if plan.pairs:
         log.info("[party %s] %d LoRA modules, aggregated by %r", topology.name, len(plan.pairs), plan.rule)
+    if exchange.hides:
+        log.info("[party %s] the other parties see sums over all only: %r", topology.name, exchange)
+    if privacy is not None:
+        log.info("[party %s] updates are clipped and noisy: %r", topology.name, privacy)
     trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
     local = trainable - parameters.keys()
     if local:

@@ -31,6 +31,7 @@ from transformers import (
 from pellm_lightning import cli
 from pellm_lightning.federation import Membership
 from pellm_lightning.federation.elastic.job import Job
+from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.tasks.partition import dirichlet
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -199,6 +200,21 @@ def test_parties_as_separate_jobs_parse(
     assert Membership(**printed["membership"]).wait_s == 600
 
 
+def test_party_level_privacy_is_laid_over_masked_sums(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, _, _, _, *words = shlex.split(documented("privacy/party_level.yaml"))
+    words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["federated"]
+    assert printed["exchange"]["class_path"].endswith("Masked")
+    GaussianMechanism(**printed["privacy"]["init_args"])
+    assert printed["weighting"] == "uniform"
+
+
 def test_every_example_is_listed_with_its_command() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")):
@@ -206,6 +222,7 @@ def test_every_example_is_listed_with_its_command() -> None:
     overlays = [
         "jobs/separate_jobs.yaml",
         "privacy/masked.yaml",
+        "privacy/party_level.yaml",
         *(f"aggregation/{name}.yaml" for name in OVERLAYS),
     ]
     for config in (*CONFIGS, *overlays):
