@@ -177,7 +177,7 @@ class Layout:
 
     def first_nonfinite(self) -> str | None:
         """Return the name of the first parameter that holds NaN or infinity, if any does."""
-        return next((name for name, p in self._parameters.items() if not torch.isfinite(p).all()), None)
+        return next((name for name, p in self._parameters.items() if not _is_finite(p)), None)
 
     def _check_shapes(self) -> None:
         for name, parameter in self._parameters.items():
@@ -214,6 +214,11 @@ class Layout:
                     close()
         close()
         self._buckets = _group(self._chunks)
+
+
+def _is_finite(x: Tensor) -> bool:
+    # A sum is finite only if all is; where it is not, it may just have overflowed.
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _piece(parameter: Tensor, start: int, stop: int) -> Tensor | Strided:

@@ -42,18 +42,25 @@ class Ring:
         self.limit = rounded / self._scale
         """Largest absolute value of a summand."""
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Return flat numbers as integers on the CPU; in the memory of ``x`` if it is as wide and lies there.
+    def encodes_in_place(self, x: Tensor) -> bool:
+        """Tell whether the integers are put where the numbers lie: on the CPU, and as wide."""
+        return x.is_floating_point() and x.device.type == "cpu" and x.itemsize == self.dtype.itemsize
 
-        Integers stay what they are.
+    def encode(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return flat numbers as integers on the CPU. Integers stay what they are.
+
+        Args:
+            x: The numbers, (D,).
+            out: Where to put the integers if not in the place of the numbers, (D,); None for new memory.
 
         Raises:
             OverflowError: If a number exceeds the limit, or is not finite.
         """
+        encoded = torch.empty(x.shape, dtype=self.dtype) if out is None else out
         if not x.is_floating_point():
-            return x.to("cpu", self.dtype, copy=True)
-        in_place = x.device.type == "cpu" and x.itemsize == self.dtype.itemsize
-        encoded = x.view(self.dtype) if in_place else torch.empty(x.shape, dtype=self.dtype)
+            return encoded.copy_(x)
+        if self.encodes_in_place(x):
+            encoded = x.view(self.dtype)
         # Halves cannot hold what is scaled; a power of two costs the others no digit.
         scaled = torch.empty(min(_NUMBERS, x.numel()), dtype=torch.promote_types(x.dtype, torch.float32))
         for values, into in zip(x.split(_NUMBERS), encoded.split(_NUMBERS), strict=True):

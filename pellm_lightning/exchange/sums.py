@@ -9,6 +9,7 @@ its recovery of lost parties: here whoever is lost breaks the attempt, which is 
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from pellm_lightning.federation import Collectives, FederationError
 
 # Rules sum what is scaled by the parties' shares, and small: there is room for more digits.
 _FINE_BITS = 40
+
+# What the attempts of a federation have used for integers, by the index of the tensor in its sum.
+_memory: WeakKeyDictionary[Collectives, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 class MaskedSums(Collectives):
@@ -51,6 +55,7 @@ class MaskedSums(Collectives):
         self._fine = Ring(64, _FINE_BITS, federation.num_parties)
         self._revealing = revealing
         self._sums = 0
+        self._memory = _memory.setdefault(federation, {})
         self.party = federation.party
         self.names = federation.names
         self.roster = federation.roster
@@ -143,12 +148,24 @@ class MaskedSums(Collectives):
         for tensor in tensors:
             ring = ring_of(tensor.dtype)
             try:
-                integers = ring.encode(tensor)
+                integers = ring.encode(tensor, self._memory_for(tensor, ring, len(held)))
             except OverflowError as error:
                 raise self._too_large(error, ring) from error
             add_masks_(integers, added, subtracted)
             held.append((tensor, integers, ring))
             yield integers
+
+    def _memory_for(self, tensor: Tensor, ring: Ring, index: int) -> Tensor | None:
+        """Return the memory in which the last attempt has put the integers of a tensor, if it is enough.
+
+        New memory of the size of a large adapter costs more time than all that is computed there.
+        """
+        if ring.encodes_in_place(tensor):
+            return None
+        kept = self._memory.get(index)
+        if kept is None or kept.dtype != ring.dtype or len(kept) < len(tensor):
+            kept = self._memory[index] = torch.empty(len(tensor), dtype=ring.dtype)
+        return kept[: len(tensor)]
 
     def _confirm(self) -> None:
         """Return when every party holds the masked sum."""
