@@ -59,7 +59,7 @@ def certs(directory: Path, names: str, days: float = 365) -> None:
         log.info("made %s", make_certificate(directory, name, days))
 
 
-def keys(directory: Path, names: str) -> None:
+def new_keys(directory: Path, names: str) -> None:
     """Make a key for each name: what ``exchange.Masked`` tells the parties of a masked sum apart by.
 
     Each party makes its own on its own host and hands out <name>.pub only, or the line that is printed, on a
@@ -80,8 +80,9 @@ def keys(directory: Path, names: str) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Run one of ``COMMANDS`` as the command line asks; tell what goes wrong in words, with exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    components = {"rendezvous": rendezvous, "certs": certs, "keys": {"new": new_keys}}
     try:
-        auto_cli([rendezvous, certs, keys], args=None if words is None else list(words), as_positional=False)
+        auto_cli(components, args=None if words is None else list(words), as_positional=False)
     except (ValueError, ImportError, OSError) as error:
         sys.exit(str(error))
 

@@ -51,7 +51,7 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        commands.main(["keys", f"--directory={tmp_path / 'new'}", "--names=clinic-a, 0"])
+        commands.main(["keys", "new", f"--directory={tmp_path / 'new'}", "--names=clinic-a, 0"])
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed.keys() == {"clinic-a", "0"}
     for name, public in printed.items():
@@ -60,9 +60,9 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
         assert f"made {private}; keep it secret" in caplog.text
     assert Peers(printed).fingerprint == Peers(tmp_path / "new").fingerprint
     with pytest.raises(SystemExit, match=r"clinic-a\.key exists already\. Remove it first"):
-        commands.main(["keys", f"--directory={tmp_path / 'new'}", "--names=clinic-a"])
+        commands.main(["keys", "new", f"--directory={tmp_path / 'new'}", "--names=clinic-a"])
     with pytest.raises(SystemExit, match="name"):
-        commands.main(["keys", f"--directory={tmp_path}", "--names=../a"])
+        commands.main(["keys", "new", f"--directory={tmp_path}", "--names=../a"])
 
 
 def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(SystemExit, match=r"pip install 'pellm-lightning\[masked\]'"):
-        commands.main(["keys", f"--directory={tmp_path}", "--names=a"])
+        commands.main(["keys", "new", f"--directory={tmp_path}", "--names=a"])
 
 
 def test_what_goes_wrong_is_told_in_words(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_masked_sums_make_the_same_adapter(home: Path) -> None:
     assert program == "torchrun"
     words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in launch]
     header = (EXAMPLES / "privacy/masked.yaml").read_text()
-    make_keys = next(line for line in header.splitlines() if " keys --directory" in line)
+    make_keys = next(line for line in header.splitlines() if " keys new --directory" in line)
     run(home, *shlex.split(make_keys.removeprefix("#   python ")))
     few = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     adapters = {}

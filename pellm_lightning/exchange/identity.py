@@ -38,12 +38,12 @@ class Identity:
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"The identity {str(path)!r} cannot be read: {error}. Make one by"
-                " `python -m pellm_lightning keys`, and give each party its own."
+                " `python -m pellm_lightning keys new`, and give each party its own."
             ) from error
         if not isinstance(key, Ed25519PrivateKey):
             raise ValueError(
                 f"The identity {str(path)!r} is no Ed25519 key, but {type(key).__name__}. Make one by"
-                " `python -m pellm_lightning keys`."
+                " `python -m pellm_lightning keys new`."
             )
         self._key = key
 
@@ -150,5 +150,5 @@ def _key_of(name: str, words: str) -> Ed25519PublicKey:
     except (ValueError, binascii.Error, AttributeError) as error:
         raise ValueError(
             f"The public key of party {name} is no key ({error}). Copy the line that"
-            " `python -m pellm_lightning keys` printed, or pass the folder with the .pub files."
+            " `python -m pellm_lightning keys new` printed, or pass the folder with the .pub files."
         ) from error

@@ -24,7 +24,7 @@ class Masked(Exchange):
     does not protect, is in docs/privacy.md.
 
     Args:
-        identity: Path of this party's private key, as ``python -m pellm_lightning keys`` makes it; "{party}"
+        identity: Path of this party's private key, as ``python -m pellm_lightning keys new`` makes it; "{party}"
             stands for the party's name.
         peers: Public key of each party by its name, or the folder with all ``<name>.pub`` files.
         fractional_bits: Binary digits behind the point; the mean over N parties of total weight W is off by
@@ -87,7 +87,7 @@ class Masked(Exchange):
         if missing:
             raise ValueError(
                 f"peers has no public key of party {', '.join(missing)}. Parties are called"
-                f" {', '.join(federation.roster)}; make a key for each by `python -m pellm_lightning keys`."
+                f" {', '.join(federation.roster)}; make a key for each by `python -m pellm_lightning keys new`."
             )
         self._identity_of(federation.name)
 
