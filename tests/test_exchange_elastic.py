@@ -316,6 +316,7 @@ def test_who_comes_back_counts_again(world: Callable[..., World]) -> None:
 
 # ---- a rendezvous that lies
 
+
 def test_zeros_are_not_taken_for_others_that_count(world: Callable[..., World]) -> None:
     """Who makes a party believe that two others count, too, sees what it sends: they must notice."""
     w, transcript = world(3, rounds=2, min_parties=3, wait_s=2.0), Transcript()

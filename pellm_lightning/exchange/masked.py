@@ -24,8 +24,8 @@ class Masked(Exchange):
     does not protect, is in docs/privacy.md.
 
     Args:
-        identity: Path of this party's private key, as ``python -m pellm_lightning keys new`` makes it; "{party}"
-            stands for the party's name.
+        identity: Path of this party's private key, as ``python -m pellm_lightning keys new`` makes it;
+            "{party}" stands for the party's name.
         peers: Public key of each party by its name, or the folder with all ``<name>.pub`` files.
         fractional_bits: Binary digits behind the point; the mean over N parties of total weight W is off by
             at most ``N / (2 W) * 2^-fractional_bits``.
