@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -80,7 +81,7 @@ def new_keys(directory: Path, names: str) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Run one of ``COMMANDS`` as the command line asks; tell what goes wrong in words, with exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    components = {"rendezvous": rendezvous, "certs": certs, "keys": {"new": new_keys}}
+    components: dict[str, Any] = {"rendezvous": rendezvous, "certs": certs, "keys": {"new": new_keys}}
     try:
         auto_cli(components, args=None if words is None else list(words), as_positional=False)
     except (ValueError, ImportError, OSError) as error:

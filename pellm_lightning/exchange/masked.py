@@ -87,7 +87,8 @@ class Masked(Exchange):
         if missing:
             raise ValueError(
                 f"peers has no public key of party {', '.join(missing)}. Parties are called"
-                f" {', '.join(federation.roster)}; make a key for each by `python -m pellm_lightning keys new`."
+                f" {', '.join(federation.roster)}; make a key for each by `python -m pellm_lightning keys"
+                " new`."
             )
         self._identity_of(federation.name)
 
