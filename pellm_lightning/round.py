@@ -627,6 +627,8 @@ class Aggregator:
         self._check_started()
         self._weight, fine = weight, True
         if self._exchange.hides:  # NaN has no place in a masked sum, so it must be known before
+            if self._padded is not None:
+                self._padded.read_()
             fine = weight == 0 or self._layout.first_nonfinite() is None
             weight = float(weight > 0 and fine)
         header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._given_away)

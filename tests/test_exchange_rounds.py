@@ -288,6 +288,20 @@ def test_a_party_with_nan_is_left_out_and_healed() -> None:
         assert report.active_parties == 3
 
 
+def test_nan_in_factors_of_a_rank_of_ones_own_is_seen_before_the_sum() -> None:
+    def act(federation: Federation) -> tuple[Parameters, RoundReport]:
+        parameters = adapter(3, SIZES, 2 + federation.party)
+        aggregator = aggregator_of(federation, parameters, aggregation=HeterogeneousRank(solver="power"))
+        drift(0.05)(federation.party, 0, parameters)
+        if federation.party == 1:
+            next(iter(parameters.values()))[0, 0] = math.nan
+        return parameters, aggregator.step(1.0)
+
+    for parameters, report in run_parties(4, act):
+        assert report.excluded == (1,)
+        assert all(x.isfinite().all() for x in parameters.values())
+
+
 def sums_sent(messages: Sequence[Message], size: int) -> list[Message]:
     return [message for message in messages if message.values.numel() == size]
 
