@@ -43,14 +43,14 @@ class Ring:
         """Largest absolute value of a summand."""
 
     def encodes_in_place(self, x: Tensor) -> bool:
-        """Tell whether the integers are put where the numbers lie: on the CPU, and as wide."""
-        return x.is_floating_point() and x.device.type == "cpu" and x.itemsize == self.dtype.itemsize
+        """Tell whether the integers are put where the numbers lie, since they are as wide."""
+        return x.is_floating_point() and x.itemsize == self.dtype.itemsize
 
     def encode(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return flat numbers as integers on the CPU. Integers stay what they are.
+        """Return flat numbers as integers. Integers stay what they are.
 
         Args:
-            x: The numbers, (D,).
+            x: The numbers, (D,), on the CPU.
             out: Where to put the integers if not in the place of the numbers, (D,); None for new memory.
 
         Raises:
@@ -65,7 +65,7 @@ class Ring:
         scaled = torch.empty(min(_NUMBERS, x.numel()), dtype=torch.promote_types(x.dtype, torch.float32))
         for values, into in zip(x.split(_NUMBERS), encoded.split(_NUMBERS), strict=True):
             block = scaled[: values.numel()]
-            torch.mul(values.to(block), self._scale, out=block)
+            torch.mul(values.to(block.dtype), self._scale, out=block)
             largest = max(map(abs, map(float, torch.aminmax(block)))) / self._scale if len(block) else 0.0
             if not largest <= self.limit:
                 raise OverflowError(largest)

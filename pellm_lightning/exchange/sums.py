@@ -9,6 +9,7 @@ its recovery of lost parties: here whoever is lost breaks the attempt, which is 
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +25,17 @@ _FINE_BITS = 40
 
 # What the attempts of a federation have used for integers, by the index of the tensor in its sum.
 _memory: WeakKeyDictionary[Collectives, dict[int, Tensor]] = WeakKeyDictionary()
+
+
+class Held(NamedTuple):
+    """One tensor of a sum that is not readable yet."""
+
+    tensor: Tensor
+    numbers: Tensor
+    """The tensor, or if that lies on another device a copy of it on the CPU."""
+    integers: Tensor
+    """Its masked integers, then their sum; maybe in the memory of the numbers."""
+    ring: Ring
 
 
 class MaskedSums(Collectives):
@@ -124,21 +136,23 @@ class MaskedSums(Collectives):
 
     def _sum_each_(self, tensors: Iterable[Tensor], ring_of: Callable[[torch.dtype], Ring]) -> None:
         own = secrets.token_bytes(KEY_BYTES)
-        held: list[tuple[Tensor, Tensor, Ring]] = []
+        held: list[Held] = []
         self._federation.all_reduce_each_(self._masked(tensors, own, ring_of, held))
         self._confirm()
         self._revealing()
         masks = [Mask(key) for key in agreement.tell(self._federation, own, KEY_BYTES)]
-        for tensor, sum_, ring in held:
-            add_masks_(sum_, [], masks)
-            ring.decode_(sum_, tensor)
+        for of in held:
+            add_masks_(of.integers, [], masks)
+            of.ring.decode_(of.integers, of.numbers)
+            if of.tensor.device != of.numbers.device:
+                of.tensor.copy_(of.numbers)
 
     def _masked(
         self,
         tensors: Iterable[Tensor],
         own: bytes,
         ring_of: Callable[[torch.dtype], Ring],
-        held: list[tuple[Tensor, Tensor, Ring]],
+        held: list[Held],
     ) -> Iterator[Tensor]:
         """Yield what leaves this party, one tensor after the other, while the last ones cross."""
         number, self._sums = self._sums, self._sums + 1
@@ -146,13 +160,13 @@ class MaskedSums(Collectives):
         added = [Mask(own), *(mask for party, mask in shared.items() if party > self.party)]
         subtracted = [mask for party, mask in shared.items() if party < self.party]
         for tensor in tensors:
-            ring = ring_of(tensor.dtype)
+            ring, numbers = ring_of(tensor.dtype), tensor.detach().to("cpu")
             try:
-                integers = ring.encode(tensor, self._memory_for(tensor, ring, len(held)))
+                integers = ring.encode(numbers, self._memory_for(numbers, ring, len(held)))
             except OverflowError as error:
                 raise self._too_large(error, ring) from error
             add_masks_(integers, added, subtracted)
-            held.append((tensor, integers, ring))
+            held.append(Held(tensor, numbers, integers, ring))
             yield integers
 
     def _memory_for(self, tensor: Tensor, ring: Ring, index: int) -> Tensor | None:
