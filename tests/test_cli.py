@@ -101,7 +101,9 @@ def test_the_printed_configuration_runs_again(
         "every_n_steps": None,
         "weighting": 2.5,
         "aggregation": None,
-        "measure_deviation": True,
+        "measure_deviation": None,
+        "exchange": None,
+        "privacy": None,
         "include": [],
         "exclude": [],
         "outer_optimizer": {
