@@ -1,14 +1,21 @@
 """What masking costs: a round over the masked exchange, in units of a round over the plain one.
 
 Run `make bench`. It starts N processes by torchrun and prints a table. All timings of a table come from one
-interleaved run, so that a busy machine slows all of them alike; compare ratios, not milliseconds.
+interleaved run, so that a busy machine slows all of them alike; compare ratios, not milliseconds. With
+`--line-mbit 50` the parties are hosts of their own, each of which sends so many megabits per second; that
+takes Linux and root.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from multiprocessing import Queue
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,29 +26,74 @@ from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Exchange, Masked, Plain
 from pellm_lightning.exchange.identity import make_identity
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from network import Network, enter
+
+# 16 MB: a tenth of the large case, since the lines are simulated packet by packet.
+THIN = {"a tenth": CASES["large"][:44]}
+_PORT = 29555
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parties", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--keys", help="folder with the parties' keys; set by the script itself")
+    parser.add_argument("--line-mbit", type=float, help="what each party's line carries")
+    parser.add_argument("--keys", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        measure(arguments.keys, arguments.repeats)
+        dist.init_process_group("gloo")
+        measure(Federation.from_env(), CASES, arguments.keys, arguments.repeats)
         return
     rows = []
     for parties in arguments.parties:
         with tempfile.TemporaryDirectory() as keys:
             for party in range(parties):
                 make_identity(keys, str(party))
-            rows += rows_of(__file__, parties, ["--repeats", str(arguments.repeats), "--keys", keys])
+            if arguments.line_mbit:
+                rows += over_lines(parties, arguments.line_mbit, keys, arguments.repeats)
+            else:
+                rows += rows_of(__file__, parties, ["--repeats", str(arguments.repeats), "--keys", keys])
     show(rows)
 
 
-def measure(keys: str, repeats: int) -> None:
-    dist.init_process_group("gloo")
-    federation = Federation.from_env()
-    for case, shapes in CASES.items():
+def over_lines(parties: int, line_mbit: float, keys: str, repeats: int) -> list[dict]:
+    """Return the rows of parties that are hosts of their own."""
+    network = Network(*map(str, range(parties)))
+    network.bits_per_s = 1e6 * line_mbit
+    processes = multiprocessing.get_context("spawn")
+    rows = processes.Queue()
+    try:
+        started = [
+            processes.Process(target=on_host, args=(host.entrance, party, parties, keys, repeats, rows))
+            for party, host in enumerate(network.hosts.values())
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+    finally:
+        network.close()
+    return [rows.get() for _ in range(3 * len(THIN))]
+
+
+def on_host(entrance: str, party: int, parties: int, keys: str, repeats: int, rows: Queue) -> None:
+    enter(entrance)
+    os.environ["GLOO_SOCKET_IFNAME"] = "line"
+    store = dist.TCPStore("10.77.0.1", _PORT, is_master=party == 0)
+    dist.init_process_group("gloo", store=dist.PrefixStore("timing", store), rank=party, world_size=parties)
+    measure(Federation(store, party, parties), THIN, keys, repeats, rows.put)
+
+
+def measure(
+    federation: Federation,
+    cases: Mapping[str, list[tuple[int, int]]],
+    keys: str,
+    repeats: int,
+    tell: Callable[[dict], object] = lambda row: print(json.dumps(row), flush=True),
+) -> None:
+    for case, shapes in cases.items():
         rounds = {
             "plain": Round(federation, shapes, Plain()),
             "64 bits": Round(federation, shapes, Masked(f"{keys}/{{party}}.key", keys)),
@@ -55,7 +107,7 @@ def measure(keys: str, repeats: int) -> None:
                     times[name].append(seconds)
         if federation.party == 0:
             for name, round in rounds.items():
-                print(json.dumps(row(case, name, federation, round, rounds["plain"], times)), flush=True)
+                tell(row(case, name, federation, round, rounds["plain"], times))
     federation.close()
     dist.destroy_process_group()
 
