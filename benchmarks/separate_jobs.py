@@ -87,7 +87,10 @@ def measure(folder: Path, repeats: int) -> None:
     for case, shapes in CASES.items():
         parameters = {f"layer{i:03}": torch.randn(shape) for i, shape in enumerate(shapes)}
         joined = [job.join() for job in jobs]
-        places = [None, *(folder / f"{case}-{rank}-{way}" if "disk" in way else None for way in WAYS[1:])]
+        places = [
+            None,
+            *(folder / f"{case}-{rank}-of-{size}-{way}" if "disk" in way else None for way in WAYS[1:]),
+        ]
         aggregators = [
             Aggregator(federation, parameters, state_dir=place)
             for federation, place in zip([fixed, *joined], places, strict=True)
