@@ -594,7 +594,7 @@ class Aggregator:
                 outcome.replaced,
                 lands=lands,
             )
-        distance = self._updates.advance(writes=not self._meeting.rejoins)
+        distance = self._updates.advance(writes=not self._meeting.rejoins, moves=counting.num_counting > 0)
         if self._meeting.rejoins:
             self._stale = True  # the result may be given up yet, so it is written when it is settled
         elif self._padded is not None:

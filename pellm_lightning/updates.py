@@ -173,11 +173,12 @@ class Updates:
 
     # ---- the step
 
-    def advance(self, *, writes: bool) -> float:
+    def advance(self, *, writes: bool, moves: bool) -> float:
         """Step the outer optimizer by the pseudo-gradient; return the parameters' distance from the mean.
 
         Args:
             writes: Write the parameters at once, while they are in the cache.
+            moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers.
         """
         plain = outer.is_sgd_one(self.optimizer)
         squares: list[float] = []
@@ -196,9 +197,10 @@ class Updates:
                 if writes:
                     chunk.scatter_(values)
         if not plain:
-            self._parameter.grad = self.pseudo_gradient
-            self.optimizer.step()
-            self._parameter.grad = None
+            if moves:
+                self._parameter.grad = self.pseudo_gradient
+                self.optimizer.step()
+                self._parameter.grad = None
             if writes:
                 self.write_()
         return _norm(squares)

@@ -302,6 +302,25 @@ def test_nan_in_factors_of_a_rank_of_ones_own_is_seen_before_the_sum() -> None:
         assert all(x.isfinite().all() for x in parameters.values())
 
 
+def test_an_outer_momentum_does_not_move_what_nobody_counts_for() -> None:
+    """Three parties count in the first round, two in the second: nothing is sent, and all go back."""
+
+    def act(federation: Federation) -> tuple[Tensor, Tensor]:
+        parameters = {"w": torch.zeros(20)}
+        momentum = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+        aggregator = aggregator_of(federation, parameters, outer_optimizer=momentum)
+        parameters["w"].add_(1.0)
+        aggregator.step(1.0)
+        before = parameters["w"].clone()
+        parameters["w"].add_(1.0)
+        assert aggregator.step(float(federation.party > 0)).active_parties == 0
+        return before, parameters["w"]
+
+    for before, after in run_parties(3, act):
+        assert torch.equal(before, torch.full((20,), 0.5))
+        assert torch.equal(after, before)
+
+
 def sums_sent(messages: Sequence[Message], size: int) -> list[Message]:
     return [message for message in messages if message.values.numel() == size]
 
