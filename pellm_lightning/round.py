@@ -480,8 +480,17 @@ class Aggregator:
                 f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
                 " exclude patterns of the checkpoint."
             )
-        if self._private is not None:
-            self._private.load_state_dict(state["privacy"])
+        spent = state.get("privacy")
+        if (spent is None) != (self._private is None):
+            how = "with differential privacy, and is to go on without it, which would end its guarantee"
+            if spent is None:
+                how = "without differential privacy, and is to go on with it"
+            raise ValueError(
+                f"The federated state was saved {how}. Resume with the privacy of the checkpoint, or begin"
+                " anew from its weights."
+            )
+        if self._private is not None and spent is not None:
+            self._private.load_state_dict(spent)
         self._updates.global_.copy_(state["global"])
         # A copy, since the optimizer goes on in the very tensors that it is given.
         self._updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))

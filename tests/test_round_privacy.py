@@ -179,6 +179,24 @@ def test_a_resumed_run_goes_on_with_ledger_and_clipping_norm() -> None:
     assert len({report.clipping_norm for report in resumed}) == 1
 
 
+@pytest.mark.parametrize("was_private", [True, False])
+def test_a_checkpoint_goes_on_as_private_as_it_was(was_private: bool) -> None:
+    def mechanism(private: bool) -> GaussianMechanism | None:
+        return GaussianMechanism(1.0, 1.0) if private else None
+
+    def act(federation: Federation) -> None:
+        saved = Aggregator(
+            federation, {"w": torch.zeros(3)}, privacy=mechanism(was_private), exchange=masked()
+        )
+        other = Aggregator(
+            federation, {"w": torch.zeros(3)}, privacy=mechanism(not was_private), exchange=masked()
+        )
+        with pytest.raises(ValueError, match="differential privacy, and is to go on with"):
+            other.load_state_dict(saved.state_dict())
+
+    run_parties(3, act)
+
+
 def test_the_clipping_norm_follows_the_updates() -> None:
     moves = updates(scale=0.01)  # norms of about 1.4
 
