@@ -22,7 +22,7 @@ from masked import identity_of, keys, masked
 from torch import Tensor
 
 from pellm_lightning import FederationError
-from pellm_lightning.exchange.ring import KEY_BYTES, Mask, Ring, add_masks_
+from pellm_lightning.exchange.ring import KEY_BYTES, Mask, Ring
 
 DIGITS = 24
 BALLOT = 3
@@ -73,7 +73,7 @@ class Transcript:
 
             def sends(x: Tensor) -> Tensor:
                 nonlocal stage
-                stage = self._stage(stage, x, len(federation.names))
+                stage = self._stage(x, len(federation.names))
                 self._note(life, stage, x)
                 life.reach(f"{stage}:before")
                 summed = send(x)
@@ -85,9 +85,11 @@ class Transcript:
         return listen
 
     @staticmethod
-    def _stage(before: str, x: Tensor, parties: int) -> str:
+    def _stage(x: Tensor, parties: int) -> str:
         if x.shape == (parties, KEY_BYTES // 8):
-            return "reveal" if before == "confirmation" else "keys"
+            return "reveal"
+        if x.shape == (parties, 4):
+            return "keys"
         if x.shape == (parties, 8):
             return "signatures"
         if x.numel() == 1:
@@ -113,10 +115,10 @@ class Transcript:
         for attempt in self.attempts.values():
             if attempt.masked.keys() == set(attempt.members) == attempt.revealed.keys():
                 total = torch.stack(list(attempt.masked.values())).sum(0)
-                # The vector comes first in each party's stream.
-                add_masks_(total, [], [Mask(key) for key in attempt.revealed.values()])
                 value = torch.empty(SIZE, dtype=torch.float64)
-                Ring(64, DIGITS, len(attempt.members)).decode_(total, value)
+                # The vector comes first in each party's stream.
+                masks = [Mask(key) for key in attempt.revealed.values()]
+                Ring(64, DIGITS, len(attempt.members)).decode_(total, value, masks)
                 read.append((attempt, value))
         return read
 

@@ -21,7 +21,7 @@ from pellm_lightning.exchange.ring import KEY_BYTES, Mask
 from pellm_lightning.federation import PartyLostError
 
 SOON_S = 8.0
-KEY_WORDS, SIGNATURE_WORDS = 4, 8
+KEY_WORDS, SIGNATURE_WORDS, MASK_WORDS = 4, 8, KEY_BYTES // 8
 """How many integers of 64 bits a row of keys has, and one of signatures."""
 IMPROBABLE = 1e-9
 """What a statistic of fresh random numbers stays above, but for once in 10^9 times."""
@@ -271,6 +271,7 @@ def test_no_stream_masks_twice(streams: Counter[tuple[bytes, int]]) -> None:
 def steps_of(messages: Sequence[Message], party: int, size: int) -> Iterator[str]:
     """Name what a party has sent, in order."""
     names = {3 * KEY_WORDS: "key", 3 * SIGNATURE_WORDS: "signature", size: "sum", 1: "confirmation"}
+    names[3 * MASK_WORDS] = "reveal"
     yield from (names[message.values.numel()] for message in messages if message.party == party)
 
 
@@ -289,7 +290,7 @@ def test_own_masks_are_revealed_when_all_have_confirmed_the_sum(monkeypatch: pyt
     run_parties(3, act)
     for party in range(3):
         steps = list(steps_of(messages, party, 1000))
-        assert steps == ["key", "signature", "sum", "confirmation", "key"]
+        assert steps == ["key", "signature", "sum", "confirmation", "reveal"]
     assert sorted(revealed) == [(0, 4), (1, 4), (2, 4)], "told before the key is sent"
 
 
@@ -343,7 +344,13 @@ class Lying:
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         self._federation.all_reduce_(x)
-        self._forge({1: "confirmation", KEY_BYTES // 8: "keys", 8: "signatures"}[x.shape[-1]], x)
+        kinds = {
+            1: "confirmation",
+            KEY_WORDS: "public",
+            MASK_WORDS: "revealed",
+            SIGNATURE_WORDS: "signatures",
+        }
+        self._forge(kinds[x.shape[-1]], x)
         return x
 
 
@@ -363,12 +370,8 @@ def test_a_confirmation_that_is_missing_stops_all() -> None:
 
 def test_a_revealed_key_that_comes_back_changed_is_noticed_by_its_owner() -> None:
     def act(federation: Federation) -> None:
-        told = 0
-
         def forge(kind: str, x: Tensor) -> None:
-            nonlocal told
-            told += kind == "keys"
-            if told == 2:
+            if kind == "revealed":
                 x[1] += 1
 
         lying: Any = Lying(federation, forge)

@@ -27,7 +27,7 @@ _CONTEXT = "pellm-lightning/masked/1"
 
 
 def agree(federation: Collectives, identity: Identity, peers: Peers, settings: str) -> dict[int, bytes]:
-    """Return the key that this party shares with each other one that meets, 32 bytes, by its index.
+    """Return the key that this party shares with each other one that meets, KEY_BYTES, by its index.
 
     Args:
         federation: The parties that meet; each must call it.
@@ -59,7 +59,7 @@ def agree(federation: Collectives, identity: Identity, peers: Peers, settings: s
 
 
 def shared_key(fresh: X25519PrivateKey, public: bytes, transcript: bytes, one: int, other: int) -> bytes:
-    """Return the key of two parties, 32 bytes; the same at both.
+    """Return the key of two parties, KEY_BYTES; the same at both.
 
     Raises:
         FederationError: If the public key is one that gives no secret.

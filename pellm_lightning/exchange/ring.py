@@ -8,17 +8,16 @@ nothing about the summand.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-# Bytes masked at a time: what is added, its mask and zeros to make it from stay in a core's cache together.
-_BLOCK_BYTES = 1 << 17
-_ZEROS = bytes(_BLOCK_BYTES)
-# Numbers encoded at a time, for the same reason.
-_NUMBERS = 1 << 15
+# Numbers worked on at a time: they, their integers and a mask stay in a core's cache together.
+_NUMBERS = 1 << 14
+_ZEROS = bytes(8 * _NUMBERS)
 
-KEY_BYTES = 32
+KEY_BYTES = 16
 
 
 class Ring:
@@ -46,71 +45,103 @@ class Ring:
         """Tell whether the integers are put where the numbers lie, since they are as wide."""
         return x.is_floating_point() and x.itemsize == self.dtype.itemsize
 
-    def encode(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return flat numbers as integers. Integers stay what they are.
+    def encode(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        added: "Sequence[Mask]" = (),
+        subtracted: "Sequence[Mask]" = (),
+    ) -> Tensor:
+        """Return flat numbers as integers, masked. Integers are masked as they are.
 
         Args:
             x: The numbers, (D,), on the CPU.
             out: Where to put the integers if not in the place of the numbers, (D,); None for new memory.
+            added: Streams whose next integers are added.
+            subtracted: Streams whose next integers are subtracted.
 
         Raises:
             OverflowError: If a number exceeds the limit, or is not finite.
         """
-        encoded = torch.empty(x.shape, dtype=self.dtype) if out is None else out
-        if not x.is_floating_point():
-            return encoded.copy_(x)
         if self.encodes_in_place(x):
-            encoded = x.view(self.dtype)
-        # Halves cannot hold what is scaled; a power of two costs the others no digit.
-        scaled = torch.empty(min(_NUMBERS, x.numel()), dtype=torch.promote_types(x.dtype, torch.float32))
-        for values, into in zip(x.split(_NUMBERS), encoded.split(_NUMBERS), strict=True):
-            block = scaled[: values.numel()]
-            torch.mul(values.to(block.dtype), self._scale, out=block)
-            largest = max(map(abs, map(float, torch.aminmax(block)))) / self._scale if len(block) else 0.0
-            if not largest <= self.limit:
-                raise OverflowError(largest)
-            into.copy_(block.round_())
-        return encoded
+            out = x.view(self.dtype)
+        elif out is None:
+            out = torch.empty(x.shape, dtype=self.dtype)
+        # numpy adds integers and rounds with all the width a core has; torch does not.
+        numbers, integers = _as_numpy(x), out.numpy()
+        scaled = np.empty(min(_NUMBERS, len(numbers)), numbers.dtype)
+        stream = np.empty(len(scaled), integers.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
+            for start in range(0, len(numbers), _NUMBERS):
+                values = numbers[start : start + _NUMBERS]
+                block = integers[start : start + _NUMBERS]
+                block[:] = self._rounded(values, scaled[: len(values)]) if x.is_floating_point() else values
+                _mask(block, stream[: len(block)], added, subtracted)
+        return out
 
-    def decode_(self, encoded: Tensor, into: Tensor) -> None:
-        """Write what integers stand for into a tensor, which may share their memory."""
-        if not into.is_floating_point():
-            into.copy_(encoded)
-            return
-        scaled = torch.empty(
-            min(_NUMBERS, into.numel()), dtype=torch.promote_types(into.dtype, torch.float32)
-        )
-        for integers, values in zip(encoded.split(_NUMBERS), into.split(_NUMBERS), strict=True):
-            values.copy_(scaled[: values.numel()].copy_(integers).mul_(1 / self._scale))
+    def decode_(self, encoded: Tensor, into: Tensor, masks: "Sequence[Mask]" = ()) -> None:
+        """Write what integers stand for into a tensor, which may share their memory; they are overwritten.
+
+        Args:
+            encoded: The integers, (D,).
+            into: Of the same shape, on the CPU.
+            masks: Streams whose next integers are subtracted first.
+        """
+        integers = encoded.numpy()
+        numbers = _as_numpy(into)
+        stream = np.empty(min(_NUMBERS, len(integers)), integers.dtype)
+        scaled = np.empty(len(stream), numbers.dtype)
+        for start in range(0, len(integers), _NUMBERS):
+            block = integers[start : start + _NUMBERS]
+            values = numbers[start : start + _NUMBERS]
+            _mask(block, stream[: len(block)], (), masks)
+            if into.is_floating_point():
+                scaled[: len(block)] = block
+                np.multiply(scaled[: len(block)], 1 / self._scale, out=values)
+            else:
+                values[:] = block
+        if numbers.dtype.itemsize != into.itemsize:
+            into.copy_(torch.from_numpy(numbers))
+
+    def _rounded(self, values: np.ndarray, scaled: np.ndarray) -> np.ndarray:
+        np.multiply(values, self._scale, out=scaled)
+        largest = float(max(scaled.max(), -scaled.min())) / self._scale
+        if not largest <= self.limit:
+            raise OverflowError(largest)
+        np.rint(scaled, out=scaled)
+        return scaled
 
 
 class Mask:
-    """An endless stream of random integers that whoever has the key can make again: ChaCha20 (RFC 8439).
+    """An endless stream of random integers that whoever has the key can make again.
+
+    It is AES-128 in counter mode (NIST SP 800-38A): the nonce is the upper half of the first counter block.
 
     Args:
-        key: 32 bytes.
-        nonce: Number that this key is used with only once, below 2^96.
+        key: 16 bytes.
+        nonce: Number that this key is used with only once, below 2^64.
     """
 
     def __init__(self, key: bytes, nonce: int = 0) -> None:
-        counter = (0).to_bytes(4, "little")
-        cipher = Cipher(algorithms.ChaCha20(key, counter + nonce.to_bytes(12, "little")), mode=None)
-        self._stream = cipher.encryptor()
-        self._scratch = bytearray(_BLOCK_BYTES)
+        first = nonce.to_bytes(8, "big") + bytes(8)
+        self._stream = Cipher(algorithms.AES128(key), modes.CTR(first)).encryptor()
 
-    def next(self, block: Tensor) -> Tensor:
-        """Return the stream's next integers, of a block's dtype and size, until it is called again."""
-        size = block.nbytes
-        if not size:
-            return block  # torch makes no tensor of nothing
-        self._stream.update_into(memoryview(_ZEROS)[:size], self._scratch)
-        return torch.frombuffer(self._scratch, dtype=block.dtype, count=block.numel())
+    def write(self, block: np.ndarray) -> None:
+        """Overwrite a block by the stream's next integers."""
+        if len(block):
+            self._stream.update_into(memoryview(_ZEROS)[: block.nbytes], block.data.cast("B"))
 
 
-def add_masks_(integers: Tensor, added: Sequence[Mask], subtracted: Sequence[Mask] = ()) -> None:
+def _mask(block: np.ndarray, stream: np.ndarray, added: Sequence[Mask], subtracted: Sequence[Mask]) -> None:
     """Add the next integers of some masks, and subtract those of others, in place and modulo 2^bits."""
-    for block in integers.split(_BLOCK_BYTES // integers.itemsize):
-        for mask in added:
-            block += mask.next(block)
-        for mask in subtracted:
-            block -= mask.next(block)
+    for mask in added:
+        mask.write(stream)
+        np.add(block, stream, out=block)
+    for mask in subtracted:
+        mask.write(stream)
+        np.subtract(block, stream, out=block)
+
+
+def _as_numpy(x: Tensor) -> np.ndarray:
+    """Return the memory of a tensor; of halves, which cannot hold what is scaled, a wider copy."""
+    return (x.float() if x.is_floating_point() and x.itemsize < 4 else x).numpy()

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.exchange import agreement
-from pellm_lightning.exchange.ring import KEY_BYTES, Mask, Ring, add_masks_
+from pellm_lightning.exchange.ring import KEY_BYTES, Mask, Ring
 from pellm_lightning.federation import Collectives, FederationError
 
 # Rules sum what is scaled by the parties' shares, and small: there is room for more digits.
@@ -142,8 +142,7 @@ class MaskedSums(Collectives):
         self._revealing()
         masks = [Mask(key) for key in agreement.tell(self._federation, own, KEY_BYTES)]
         for of in held:
-            add_masks_(of.integers, [], masks)
-            of.ring.decode_(of.integers, of.numbers)
+            of.ring.decode_(of.integers, of.numbers, masks)
             if of.tensor.device != of.numbers.device:
                 of.tensor.copy_(of.numbers)
 
@@ -162,10 +161,10 @@ class MaskedSums(Collectives):
         for tensor in tensors:
             ring, numbers = ring_of(tensor.dtype), tensor.detach().to("cpu")
             try:
-                integers = ring.encode(numbers, self._memory_for(numbers, ring, len(held)))
+                memory = self._memory_for(numbers, ring, len(held))
+                integers = ring.encode(numbers, memory, added, subtracted)
             except OverflowError as error:
                 raise self._too_large(error, ring) from error
-            add_masks_(integers, added, subtracted)
             held.append(Held(tensor, numbers, integers, ring))
             yield integers
 
