@@ -21,6 +21,7 @@ from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.aggregation.ranks import PaddedFactors
+from pellm_lightning.beside import Beside, Contribution
 from pellm_lightning.durable import StateDir
 from pellm_lightning.exchange import Exchange, Plain
 from pellm_lightning.federation import (
@@ -113,6 +114,8 @@ class Aggregator:
         exchange: How values are summed over the parties; None is ``exchange.Plain()``.
         privacy: Differential privacy of each party's updates. Every weight must be 1 or 0 then; no training
             loss is exchanged.
+        beside: What a method that corrects drift carries beside the updates, for example
+            ``drift.SCAFFOLD().beside``.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
         frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
             sample.
@@ -138,6 +141,7 @@ class Aggregator:
         measure_deviation: bool | None = None,
         exchange: Exchange | None = None,
         privacy: GaussianMechanism | None = None,
+        beside: Beside | None = None,
         outer_optimizer: OptimizerFactory = outer.sgd_one,
         frozen: Mapping[str, Tensor] | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
@@ -153,7 +157,7 @@ class Aggregator:
             federation, self._exchange, None if state_dir is None else StateDir(state_dir)
         )
         self._version: Version | None = None
-        self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy))
+        self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy, beside))
         hides = self._exchange.hides or privacy is not None
         if measure_deviation and hides:
             raise ValueError(
@@ -185,7 +189,9 @@ class Aggregator:
         self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite)
         self._products: Products | None = None
         self._padded: PaddedFactors | None = None
+        self._beside = beside
         self._weight = 0.0
+        self._contribution: Contribution | None = None
         self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
         self._told_of_metrics = False
@@ -195,6 +201,8 @@ class Aggregator:
         self._started = False
         self._lay_out(self._parameters)
         outer.check(self._plan.rule, self._updates.optimizer)
+        if beside is not None:
+            beside.check(private=privacy is not None, lands=outer.is_sgd_one(self._updates.optimizer))
         self._config = dict(config or {})
         self._config.setdefault("on_nonfinite", on_nonfinite)
         self._config.setdefault("outer_optimizer", outer.describe(self._updates.optimizer))
@@ -202,6 +210,8 @@ class Aggregator:
         self._config.setdefault("measure_deviation", measure_deviation)
         self._config.setdefault("exchange", repr(self._exchange))
         self._config.setdefault("privacy", repr(privacy))
+        if beside is not None:
+            self._config.setdefault("drift correction", beside.method)
 
     @property
     def size_bytes(self) -> int:
@@ -212,6 +222,16 @@ class Aggregator:
     def global_vector(self) -> Tensor:
         """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
         return self._updates.global_
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """The mean of what the parties carried beside their updates, by parameter, float32; empty if nothing.
+
+        These are views of the global state, zero before the first round.
+        """
+        if self._updates.carried is None:
+            return {}
+        return {name: self._layout.view(self._updates.carried, name) for name in self._layout.names}
 
     # ---- what a party calls
 
@@ -244,15 +264,19 @@ class Aggregator:
         return self._loaded is None
 
     @torch.no_grad()
-    def step(self, weight: float, loss: float | None = None) -> RoundReport:
+    def step(
+        self, weight: float, loss: float | None = None, contribution: Contribution | None = None
+    ) -> RoundReport:
         """Run one round with all parties.
 
         Args:
             weight: How much this party counts, finite and >= 0; 0 sends zeros, yet receives the result.
             loss: Mean training loss of this party since the last round, for the report.
+            contribution: What this party gives beside its update, if a method asks for it.
 
         Raises:
-            ValueError: If the weight is negative or not finite.
+            ValueError: If the weight is negative or not finite, or the contribution is not what the method
+                asks for.
             MismatchError: If a party is in another round.
             PartyLostError: If a party is gone or too late, and the federation is not elastic.
             FederationError: If no party counts.
@@ -265,7 +289,12 @@ class Aggregator:
                 " must count alike: a weight would be a factor of what one party can change. Use"
                 " weighting='uniform', which is the weight 1."
             )
-        report = self._next(Purpose.ROUND, weight, loss)
+        self._check_contribution(contribution, weight)
+        self._contribution = contribution
+        try:
+            report = self._next(Purpose.ROUND, weight, loss)
+        finally:
+            self._contribution = None
         if report is None:
             raise FederationError(f"Party {self.federation.name} came to a round, but none was run.")
         return report
@@ -299,8 +328,10 @@ class Aggregator:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
         state = self._state()
+        carried = state["carried"]
         return state | {
             "global": state["global"].clone(),
+            "carried": None if carried is None else carried.clone(),
             "outer_optimizer": copy.deepcopy(state["outer_optimizer"]),
         }
 
@@ -329,6 +360,7 @@ class Aggregator:
             self.federation,
             hides=self._exchange.hides,
             private=self._private,
+            beside=self._beside,
         )
 
     def _know_products(self) -> None:
@@ -443,6 +475,7 @@ class Aggregator:
             return
         before, version, stale, loaded = self._state(), self._version, self._stale, self._loaded
         optimizer = copy.deepcopy(before["outer_optimizer"])
+        carried = None if before["carried"] is None else before["carried"].clone()
         if self._before.numel() != self._layout.size:
             self._before = torch.empty_like(self._updates.global_)
         self._before.copy_(self._updates.global_)
@@ -451,7 +484,8 @@ class Aggregator:
         except BaseException:
             self.round, self._version, self._stale, self._loaded = before["round"], version, stale, loaded
             if self._layout.shapes == before["shapes"]:
-                self._restore(before | {"global": self._before, "outer_optimizer": optimizer})
+                undone = {"global": self._before, "outer_optimizer": optimizer, "carried": carried}
+                self._restore(before | undone)
             raise
 
     def _state(self) -> dict[str, Any]:
@@ -464,6 +498,7 @@ class Aggregator:
             "global": self._updates.global_,
             "outer_optimizer": self._updates.optimizer.state_dict(),
             "privacy": None if self._private is None else self._private.state_dict(),
+            "carried": self._updates.carried,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -489,8 +524,20 @@ class Aggregator:
                 f"The federated state was saved {how}. Resume with the privacy of the checkpoint, or begin"
                 " anew from its weights."
             )
+        carried, ours_carried = state.get("carried"), self._updates.carried
+        shape = None if ours_carried is None else ours_carried.shape
+        if getattr(carried, "shape", None) != shape:
+            raise ValueError(
+                "The federated state was saved "
+                + ("without" if carried is None else "with another")
+                + " vector beside the global parameters than"
+                f" {self._beside.method if self._beside else 'plain averaging'} keeps. Resume with the drift"
+                " correction of the checkpoint, or begin anew from its weights."
+            )
         if self._private is not None and spent is not None:
             self._private.load_state_dict(spent)
+        if ours_carried is not None and carried is not None:
+            ours_carried.copy_(carried)
         self._updates.global_.copy_(state["global"])
         # A copy, since the optimizer goes on in the very tensors that it is given.
         self._updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
@@ -585,6 +632,8 @@ class Aggregator:
         if self._exchange.hides and counting.num_counting:
             counting, total_weight = self._who.scaled(counting, ballot.total_weight), ballot.total_weight
             self._updates.divide_(total_weight)
+        if counting.num_counting:
+            self._updates.finish_(counting, ballot.extent)
         if self._private is not None:
             releases = self._given_away - given_away
             self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
@@ -639,6 +688,9 @@ class Aggregator:
             if self._padded is not None:
                 self._padded.read_()
             fine = weight == 0 or self._layout.first_nonfinite() is None
+        if weight > 0 and self._contribution is not None:  # once summed it would be in the global state
+            fine = fine and self._contribution.first_nonfinite() is None
+        if self._exchange.hides:
             weight = float(weight > 0 and fine)
         header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._given_away)
         return self._meeting.meet(header, self._version)
@@ -650,8 +702,33 @@ class Aggregator:
                 " share. Call start() first, at every party."
             )
 
+    def _check_contribution(self, contribution: Contribution | None, weight: float) -> None:
+        """Refuse a contribution that is not what the method asks for."""
+        if self._beside is None or not self._beside.sums or weight == 0:
+            return
+        who = f"Party {self.federation.name} comes to round {self.round} of {self._beside.method}"
+        if contribution is None:
+            raise ValueError(f"{who} without a contribution. Pass step(..., contribution=Contribution(...)).")
+        if not (math.isfinite(contribution.extent) and contribution.extent >= 0):
+            raise ValueError(
+                f"{who} with extent={contribution.extent}; it must be finite and >= 0: the sum of the"
+                " learning rates of its steps."
+            )
+        given = {name: list(part.shape) for name, part in contribution.vector.items()}
+        if self._beside.vector and given != self._layout.shapes:
+            both = sorted({*given, *self._layout.shapes})
+            first = next(name for name in both if given.get(name) != self._layout.shapes.get(name))
+            raise ValueError(
+                f"{who} with a vector that does not fit the parameters: {first!r} has shape"
+                f" {given.get(first)} there and {self._layout.shapes.get(first)} here. Give one"
+                " tensor per parameter."
+            )
+
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
-        return self._who.without(excluded, weights, self.round, self._layout.first_nonfinite())
+        first = self._layout.first_nonfinite()
+        if first is None and self._contribution is not None:
+            first = self._contribution.first_nonfinite()
+        return self._who.without(excluded, weights, self.round, first)
 
     def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
         return self._who.counting(sums, weights, self._weight, self.round)
@@ -659,7 +736,7 @@ class Aggregator:
     def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
         if counting.num_counting and not self._exchange.hides:
             self._give_away()
-        return self._updates.average(counting, loss)
+        return self._updates.average(counting, loss, self._contribution)
 
     def _reveal(self, valued: list[str]) -> None:
         """Note that a sum is about to become readable, and whose values are in it."""
@@ -709,9 +786,9 @@ class Aggregator:
         }
 
 
-def granted(exchange: Exchange, privacy: GaussianMechanism | None) -> Needs:
+def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Beside | None = None) -> Needs:
     """Return what an aggregation may have of the parties."""
-    if privacy is not None:
+    if privacy is not None or (beside is not None and beside.sums):
         return "means"
     return "sums" if exchange.hides else "parties"
 
