@@ -32,7 +32,7 @@ from pellm_lightning.federation import (
 )
 from pellm_lightning.layout import Layout
 from pellm_lightning.meeting import Header, Purpose, meeting
-from pellm_lightning.outer import OptimizerFactory
+from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.privacy.gaussian import GaussianMechanism
 from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.products import Products
@@ -80,6 +80,8 @@ class RoundReport:
     """What differential privacy has cost so far, this round included; None without."""
     clipping_norm: float | None = None
     """Norm to which the next round's updates are clipped; None without differential privacy."""
+    outer_lr: float | None = None
+    """Learning rate of the outer optimizer in this round; None if nobody counted, so that nothing moved."""
     last: bool = False
     """Whether no further round can move anything: the privacy budget is used up, or too few parties still
     train to hide in a sum."""
@@ -114,6 +116,9 @@ class Aggregator:
         privacy: Differential privacy of each party's updates. Every weight must be 1 or 0 then; no training
             loss is exchanged.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
+            It must move each element by its own gradients.
+        outer_scheduler: Makes a torch scheduler of that optimizer's learning rate, stepped once for each
+            round in which a party counted.
         frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
             sample.
         config: Settings that must be equal at all parties, by name; compared at the start.
@@ -139,6 +144,7 @@ class Aggregator:
         exchange: Exchange | None = None,
         privacy: GaussianMechanism | None = None,
         outer_optimizer: OptimizerFactory = outer.sgd_one,
+        outer_scheduler: SchedulerFactory | None = None,
         frozen: Mapping[str, Tensor] | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
         files: Iterable[str] = (),
@@ -180,6 +186,7 @@ class Aggregator:
         self._parameters = {name: parameters[name] for name in sorted(self._plan.shared)}
         self._measure_deviation = measure_deviation
         self._make_outer_optimizer = outer_optimizer
+        self._make_outer_scheduler = outer_scheduler
         self._frozen = frozen
         self._files = list(files)
         self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite)
@@ -193,11 +200,14 @@ class Aggregator:
         self._before = torch.empty(0)
         self._loaded: Mapping[str, Any] | None = None
         self._started = False
+        tried = outer.tried(outer_optimizer)
+        outer.check(self._plan.rule, tried, scheduled=outer_scheduler is not None)
+        schedule = outer.described_schedule(outer_optimizer, outer_scheduler)
         self._lay_out(self._parameters)
-        outer.check(self._plan.rule, self._updates.optimizer)
         self._config = dict(config or {})
         self._config.setdefault("on_nonfinite", on_nonfinite)
-        self._config.setdefault("outer_optimizer", outer.describe(self._updates.optimizer))
+        self._config.setdefault("outer_optimizer", outer.describe(tried))
+        self._config.setdefault("outer_scheduler", schedule)
         self._config.setdefault("aggregation", repr(self._plan.rule))
         self._config.setdefault("measure_deviation", measure_deviation)
         self._config.setdefault("exchange", repr(self._exchange))
@@ -329,6 +339,7 @@ class Aggregator:
             self.federation,
             hides=self._exchange.hides,
             private=self._private,
+            scheduler=self._make_outer_scheduler,
         )
 
     def _know_products(self) -> None:
@@ -462,7 +473,9 @@ class Aggregator:
             "shapes": self._layout.shapes,
             "lora": self._products.reference if self._products else None,
             "global": self._updates.global_,
+            "outer_class": type(self._updates.optimizer).__name__,
             "outer_optimizer": self._updates.optimizer.state_dict(),
+            "outer_scheduler": self._updates.schedule.state,
             "privacy": None if self._private is None else self._private.state_dict(),
         }
 
@@ -480,6 +493,13 @@ class Aggregator:
                 f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
                 " exclude patterns of the checkpoint."
             )
+        name = type(self._updates.optimizer).__name__
+        if state.get("outer_class", name) != name:
+            raise ValueError(
+                f"The saved federated state is of the outer optimizer {state['outer_class']:.100}, this party"
+                f" has {name}. Resume with the outer_optimizer of the checkpoint."
+            )
+        self._updates.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
         if self._private is not None:
             self._private.load_state_dict(state["privacy"])
         self._updates.global_.copy_(state["global"])
@@ -544,6 +564,7 @@ class Aggregator:
             self._stale = True
 
     def _round(self, headers: list[Header], loss: float | None) -> RoundReport:
+        self._updates.schedule.check(self.round)
         weights = self._who.weights(headers, self.round)
         if self._padded is not None:
             self._padded.read_()
@@ -594,7 +615,8 @@ class Aggregator:
                 outcome.replaced,
                 lands=lands,
             )
-        distance = self._updates.advance(writes=not self._meeting.rejoins)
+        outer_lr = self._updates.schedule.lr if counting.num_counting else None
+        distance = self._updates.advance(writes=not self._meeting.rejoins, moves=counting.num_counting > 0)
         if self._meeting.rejoins:
             self._stale = True  # the result may be given up yet, so it is written when it is settled
         elif self._padded is not None:
@@ -617,6 +639,7 @@ class Aggregator:
             deviation=deviation,
             epsilon=None if self._private is None else self._private.epsilon,
             clipping_norm=None if self._private is None else self._private.max_norm,
+            outer_lr=outer_lr,
             last=self._who.none_after(headers, self.round),
         )
         self.round += 1

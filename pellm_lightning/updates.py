@@ -40,6 +40,7 @@ class Updates:
         federation: The joined parties.
         hides: Whether the exchange hides weights; then updates are multiplied by them, not by shares.
         private: Makes updates differentially private; None leaves them as they are.
+        scheduler: Makes the schedule of the outer optimizer's learning rate; None leaves it as it is.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Updates:
         *,
         hides: bool,
         private: PrivateUpdates | None,
+        scheduler: outer.SchedulerFactory | None = None,
     ) -> None:
         self.layout = layout
         self._plan = plan
@@ -59,6 +61,7 @@ class Updates:
         self._private = private
         self._parameter = nn.Parameter(layout.pack_(layout.new_vector()))
         self.optimizer = optimizer([self._parameter])
+        self.schedule = outer.Schedule(scheduler, self.optimizer)
         # The parties' ballot follows the vector: a flag each, the clipping bit, the loss with its weight, the
         # weight.
         self._staging = layout.new_vector(extra=federation.max_parties + 4)
@@ -173,11 +176,13 @@ class Updates:
 
     # ---- the step
 
-    def advance(self, *, writes: bool) -> float:
+    def advance(self, *, writes: bool, moves: bool) -> float:
         """Step the outer optimizer by the pseudo-gradient; return the parameters' distance from the mean.
 
         Args:
             writes: Write the parameters at once, while they are in the cache.
+            moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers,
+                and so does the learning rate.
         """
         plain = outer.is_sgd_one(self.optimizer)
         squares: list[float] = []
@@ -196,12 +201,20 @@ class Updates:
                 if writes:
                     chunk.scatter_(values)
         if not plain:
-            self._parameter.grad = self.pseudo_gradient
-            self.optimizer.step()
-            self._parameter.grad = None
+            if moves:
+                self._step()
             if writes:
                 self.write_()
+        if moves:
+            self.schedule.step()
         return _norm(squares)
+
+    def _step(self) -> None:
+        self._parameter.grad = self.pseudo_gradient
+        try:
+            self.optimizer.step()
+        finally:
+            self._parameter.grad = None
 
     def write_(self) -> None:
         """Write the global vector into the parameters."""
