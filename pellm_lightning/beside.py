@@ -39,7 +39,7 @@ class Beside:
 
         Args:
             private: Whether differential privacy is asked for.
-            lands: Whether the outer optimizer lands on the mean, as SGD(lr=1) does.
+            lands: Whether the outer optimizer lands on the mean in every round, as SGD(lr=1) does.
 
         Raises:
             ValueError: If it cannot.
@@ -52,8 +52,8 @@ class Beside:
             )
         if self.recoil and not lands:
             raise ValueError(
-                f"{self.method} says itself where the global parameters go, and another outer_optimizer would"
-                " undo that. Leave out outer_optimizer, which is SGD with lr=1."
+                f"{self.method} says itself where the global parameters go, and another outer_optimizer or an"
+                " outer_scheduler would undo that. Leave out both, which is SGD with lr=1."
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor, nn
 from typing_extensions import override
@@ -92,6 +92,9 @@ class FederatedAveraging(Callback):
         outer_optimizer: Optimizer of the global parameters, fed with the pseudo-gradient. ``SGD(lr=1)`` is
             FedAvg, ``SGD(lr=1, momentum=0.9)`` FedAvgM, ``Adam`` FedAdam, and ``SGD(lr=0.7, momentum=0.9,
             nesterov=True)`` DiLoCo.
+        outer_scheduler: Learning rate of the outer optimizer by round: any scheduler of
+            ``torch.optim.lr_scheduler`` that needs no metric, stepped once for each round in which a party
+            counted. Its epochs are rounds.
         inner_optimizer_state: "keep" lets the local optimizers go on with their moments after a round,
             "reset" clears them.
         on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
@@ -134,6 +137,7 @@ class FederatedAveraging(Callback):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         outer_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1.0),
+        outer_scheduler: LRSchedulerCallable | None = None,
         inner_optimizer_state: Literal["keep", "reset"] = "keep",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
         timeout_s: float = 1800,
@@ -157,6 +161,7 @@ class FederatedAveraging(Callback):
         checks.patterns("include", include)
         checks.patterns("exclude", exclude)
         checks.seconds("timeout_s", timeout_s)
+        checks.outer(outer_optimizer, outer_scheduler)
         self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership)
         """How this party joins separate jobs; None if all parties come from one launch."""
         self.every_n_epochs = every_n_epochs
@@ -169,6 +174,7 @@ class FederatedAveraging(Callback):
         self.include = include
         self.exclude = exclude
         self.outer_optimizer = outer_optimizer
+        self.outer_scheduler = outer_scheduler
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
         self.timeout_s = timeout_s
@@ -463,6 +469,7 @@ class FederatedAveraging(Callback):
             privacy=self.privacy,
             beside=self._beside,
             outer_optimizer=self.outer_optimizer,
+            outer_scheduler=self.outer_scheduler,
             frozen=frozen(pl_module) if self.check_base else None,
             config={
                 "every_n_epochs": self.every_n_epochs,
@@ -584,7 +591,8 @@ class FederatedAveraging(Callback):
         """Return the Trainer's drift correction; refuse what it cannot go with."""
         drift = drift_correction_of(trainer, module)
         if drift is not None:
-            lands = outer.is_sgd_one(self.outer_optimizer([nn.Parameter(torch.zeros(1))]))
+            optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
+            lands = outer.always_lands(optimizer, scheduled=self.outer_scheduler is not None)
             try:
                 drift.beside.check(private=self.privacy is not None, lands=lands)
             except ValueError as error:

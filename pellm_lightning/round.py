@@ -33,7 +33,7 @@ from pellm_lightning.federation import (
 )
 from pellm_lightning.layout import Layout
 from pellm_lightning.meeting import Header, Purpose, meeting
-from pellm_lightning.outer import OptimizerFactory
+from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.privacy.gaussian import GaussianMechanism
 from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.products import Products
@@ -81,6 +81,8 @@ class RoundReport:
     """What differential privacy has cost so far, this round included; None without."""
     clipping_norm: float | None = None
     """Norm to which the next round's updates are clipped; None without differential privacy."""
+    outer_lr: float | None = None
+    """Learning rate of the outer optimizer in this round; None if nobody counted, so that nothing moved."""
     last: bool = False
     """Whether no further round can move anything: the privacy budget is used up, or too few parties still
     train to hide in a sum."""
@@ -117,6 +119,9 @@ class Aggregator:
         beside: What a method that corrects drift carries beside the updates, for example
             ``drift.SCAFFOLD().beside``.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
+            It must move each element by its own gradients.
+        outer_scheduler: Makes a torch scheduler of that optimizer's learning rate, stepped once for each
+            round in which a party counted.
         frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
             sample.
         config: Settings that must be equal at all parties, by name; compared at the start.
@@ -143,6 +148,7 @@ class Aggregator:
         privacy: GaussianMechanism | None = None,
         beside: Beside | None = None,
         outer_optimizer: OptimizerFactory = outer.sgd_one,
+        outer_scheduler: SchedulerFactory | None = None,
         frozen: Mapping[str, Tensor] | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
         files: Iterable[str] = (),
@@ -184,6 +190,7 @@ class Aggregator:
         self._parameters = {name: parameters[name] for name in sorted(self._plan.shared)}
         self._measure_deviation = measure_deviation
         self._make_outer_optimizer = outer_optimizer
+        self._make_outer_scheduler = outer_scheduler
         self._frozen = frozen
         self._files = list(files)
         self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite)
@@ -199,19 +206,22 @@ class Aggregator:
         self._before = torch.empty(0)
         self._loaded: Mapping[str, Any] | None = None
         self._started = False
+        tried = outer.tried(outer_optimizer)
+        outer.check(self._plan.rule, tried, scheduled=outer_scheduler is not None)
+        schedule = outer.described_schedule(outer_optimizer, outer_scheduler)
         self._lay_out(self._parameters)
-        outer.check(self._plan.rule, self._updates.optimizer)
         if beside is not None:
-            beside.check(private=privacy is not None, lands=outer.is_sgd_one(self._updates.optimizer))
+            lands = outer.always_lands(tried, scheduled=outer_scheduler is not None)
+            beside.check(private=privacy is not None, lands=lands)
         self._config = dict(config or {})
         self._config.setdefault("on_nonfinite", on_nonfinite)
-        self._config.setdefault("outer_optimizer", outer.describe(self._updates.optimizer))
+        self._config.setdefault("outer_optimizer", outer.describe(tried))
+        self._config.setdefault("outer_scheduler", schedule)
         self._config.setdefault("aggregation", repr(self._plan.rule))
         self._config.setdefault("measure_deviation", measure_deviation)
         self._config.setdefault("exchange", repr(self._exchange))
         self._config.setdefault("privacy", repr(privacy))
-        if beside is not None:
-            self._config.setdefault("drift correction", beside.method)
+        self._config.setdefault("drift correction", None if beside is None else beside.method)
 
     @property
     def size_bytes(self) -> int:
@@ -361,6 +371,7 @@ class Aggregator:
             hides=self._exchange.hides,
             private=self._private,
             beside=self._beside,
+            scheduler=self._make_outer_scheduler,
         )
 
     def _know_products(self) -> None:
@@ -496,7 +507,9 @@ class Aggregator:
             "shapes": self._layout.shapes,
             "lora": self._products.reference if self._products else None,
             "global": self._updates.global_,
+            "outer_class": type(self._updates.optimizer).__name__,
             "outer_optimizer": self._updates.optimizer.state_dict(),
+            "outer_scheduler": self._updates.schedule.state,
             "privacy": None if self._private is None else self._private.state_dict(),
             "carried": self._updates.carried,
         }
@@ -514,6 +527,12 @@ class Aggregator:
                 f"The checkpoint's federated state is of {len(saved)} parameters, this module trains"
                 f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
                 " exclude patterns of the checkpoint."
+            )
+        name = type(self._updates.optimizer).__name__
+        if state.get("outer_class", name) != name:
+            raise ValueError(
+                f"The saved federated state is of the outer optimizer {state['outer_class']:.100}, this party"
+                f" has {name}. Resume with the outer_optimizer of the checkpoint."
             )
         spent = state.get("privacy")
         if (spent is None) != (self._private is None):
@@ -534,6 +553,7 @@ class Aggregator:
                 f" {self._beside.method if self._beside else 'plain averaging'} keeps. Resume with the drift"
                 " correction of the checkpoint, or begin anew from its weights."
             )
+        self._updates.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
         if self._private is not None and spent is not None:
             self._private.load_state_dict(spent)
         if ours_carried is not None and carried is not None:
@@ -600,6 +620,7 @@ class Aggregator:
             self._stale = True
 
     def _round(self, headers: list[Header], loss: float | None) -> RoundReport:
+        self._updates.schedule.check(self.round)
         weights = self._who.weights(headers, self.round)
         if self._padded is not None:
             self._padded.read_()
@@ -652,6 +673,7 @@ class Aggregator:
                 outcome.replaced,
                 lands=lands,
             )
+        outer_lr = self._updates.schedule.lr if counting.num_counting else None
         distance = self._updates.advance(writes=not self._meeting.rejoins, moves=counting.num_counting > 0)
         if self._meeting.rejoins:
             self._stale = True  # the result may be given up yet, so it is written when it is settled
@@ -675,6 +697,7 @@ class Aggregator:
             deviation=deviation,
             epsilon=None if self._private is None else self._private.epsilon,
             clipping_norm=None if self._private is None else self._private.max_norm,
+            outer_lr=outer_lr,
             last=self._who.none_after(headers, self.round),
         )
         self.round += 1

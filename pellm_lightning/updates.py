@@ -44,6 +44,7 @@ class Updates:
         hides: Whether the exchange hides weights; then updates are multiplied by them, not by shares.
         private: Makes updates differentially private; None leaves them as they are.
         beside: What crosses beside the updates; None if nothing does.
+        scheduler: Makes the schedule of the outer optimizer's learning rate; None leaves it as it is.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Updates:
         hides: bool,
         private: PrivateUpdates | None,
         beside: Beside | None = None,
+        scheduler: outer.SchedulerFactory | None = None,
     ) -> None:
         self.layout = layout
         self._plan = plan
@@ -68,6 +70,7 @@ class Updates:
         self._carrying = None if self.carried is None else layout.new_vector()
         self._parameter = nn.Parameter(layout.pack_(layout.new_vector()))
         self.optimizer = optimizer([self._parameter])
+        self.schedule = outer.Schedule(scheduler, self.optimizer)
         # The parties' ballot follows the vector: a flag each, the clipping bit, the loss with its weight, the
         # weight, and the extent if updates are rescaled.
         self._rescales = beside is not None and beside.rescales
@@ -236,7 +239,8 @@ class Updates:
 
         Args:
             writes: Write the parameters at once, while they are in the cache.
-            moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers.
+            moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers,
+                and so does the learning rate.
         """
         plain = outer.is_sgd_one(self.optimizer)
         squares: list[float] = []
@@ -256,12 +260,19 @@ class Updates:
                     chunk.scatter_(values)
         if not plain:
             if moves:
-                self._parameter.grad = self.pseudo_gradient
-                self.optimizer.step()
-                self._parameter.grad = None
+                self._step()
             if writes:
                 self.write_()
+        if moves:
+            self.schedule.step()
         return _norm(squares)
+
+    def _step(self) -> None:
+        self._parameter.grad = self.pseudo_gradient
+        try:
+            self.optimizer.step()
+        finally:
+            self._parameter.grad = None
 
     def write_(self) -> None:
         """Write the global vector into the parameters."""

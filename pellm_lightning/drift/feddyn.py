@@ -24,8 +24,9 @@ class FedDyn(DriftCorrection):
     The paper's server adds up changes of h, which counts on every party's memory for ever. Here the h_i
     themselves are averaged in every round, over who counts in it: the same while all count alike, and a party
     that is lost, comes late or resumes an old state leaves no error behind. That costs a second vector as
-    large as the update in each round. ``outer_optimizer`` must be left out: the rule itself says where the
-    global parameters go. With one party it is not plain training, but goes to the same minimiser.
+    large as the update in each round. ``outer_optimizer`` and ``outer_scheduler`` must be left out: the rule
+    itself says where the global parameters go. With one party it is not plain training, but goes to the same
+    minimiser.
 
     Args:
         alpha: Strength of the regulariser, in units of the loss's curvature. The paper's values are 0.001 to
