@@ -120,6 +120,15 @@ def test_resuming_another_method_is_refused(
         saved.fit(4, name=resumed_by)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("name", ["FedProx", "FedNova"])
+def test_resuming_without_what_a_party_has_for_itself_warns(tmp_path: Path, name: str) -> None:
+    saved = Saved(tmp_path, name)
+    saved.fit()
+    with pytest.raises(UserWarning, match=f"add the following callbacks: .*{name}"):
+        saved.fit(4, name="none")
+
+
 def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
     corrections = [SCAFFOLD(), SCAFFOLD()]
 
