@@ -659,11 +659,15 @@ class Aggregator:
             releases = self._given_away - given_away
             self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
         products = self._products if any(counting.shares) else None
-        deviation = None
+        outcome = None
         if products is not None:
             outcome = products.combine(
                 self._layout, self._updates.global_, self._updates.pseudo_gradient, counting
             )
+        if counting.num_counting:
+            self._updates.keep_(counting)
+        deviation = None
+        if products is not None and outcome is not None:
             deviation = outcome.deviation
             lands = outer.is_sgd_one(self._updates.optimizer)
             products.put_(
@@ -679,7 +683,7 @@ class Aggregator:
             self._stale = True  # the result may be given up yet, so it is written when it is settled
         elif self._padded is not None:
             self._padded.write_()
-        if products is not None and outcome.terms is not None:
+        if products is not None and outcome is not None and outcome.terms is not None:
             deviation = products.write_base_(self._layout, self._updates.global_, outcome.terms)
         report = RoundReport(
             round=self.round,

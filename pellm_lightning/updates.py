@@ -137,20 +137,14 @@ class Updates:
             self._carrying.mul_(1 / total_weight)
 
     def finish_(self, counting: Counting, extent: float) -> None:
-        """Let the means of what crossed beside the updates act on the pseudo-gradient, and keep the vector's.
-
-        What did not cross in this round stays as it was.
-        """
-        if self._beside is None:
+        """Let the means of what crossed beside the updates act on the pseudo-gradient."""
+        if self._beside is None or not self._beside.sums:
             return
-        for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_counting)):
-            at = slice(bucket[0].start, bucket[-1].stop)
+        for at in self._crossed(counting):
             if self._rescales:
                 self.pseudo_gradient[at].mul_(extent)
-            if self.carried is not None and self._carrying is not None:
-                self.carried[at].copy_(self._carrying[at])
-                if self._beside.recoil:
-                    self.pseudo_gradient[at].add_(self._carrying[at], alpha=self._beside.recoil)
+            if self._carrying is not None and self._beside.recoil:
+                self.pseudo_gradient[at].add_(self._carrying[at], alpha=self._beside.recoil)
 
     def _carry(
         self, counting: Counting, averaged: Parts, contribution: Contribution | None
@@ -169,6 +163,11 @@ class Updates:
         """Return the buckets of the parts that are averaged."""
         groups = self._plan.groups
         return [bucket for bucket in self.layout.buckets() if averaged.issuperset(groups[bucket[0].group])]
+
+    def _crossed(self, counting: Counting) -> Iterator[slice]:
+        """Yield where the vectors hold what crossed in this round."""
+        for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_counting)):
+            yield slice(bucket[0].start, bucket[-1].stop)
 
     def _make_private(self, private: PrivateUpdates, averaged: Parts, counting: int) -> float:
         """Settle how the update is clipped and how much noise it gets; return the noisy clipping bit."""
@@ -233,6 +232,13 @@ class Updates:
         )
 
     # ---- the step
+
+    def keep_(self, counting: Counting) -> None:
+        """Let the mean of the parties' vectors be that of this round; what did not cross stays as it was."""
+        if self.carried is None or self._carrying is None:
+            return
+        for at in self._crossed(counting):
+            self.carried[at].copy_(self._carrying[at])
 
     def advance(self, *, writes: bool, moves: bool) -> float:
         """Step the outer optimizer by the pseudo-gradient; return the parameters' distance from the mean.

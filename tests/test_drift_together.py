@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from masked import masked
 from parties import Classifier, data, fit_parties, quiet_trainer, run_parties
+from products import adapter
 from quadratics import CURVATURES, LR, MINIMISERS, SHARES, STEPS, train
 from test_drift_rounds import ALL, Saved, each, summing, tuned
 from torch import Tensor
@@ -219,6 +220,34 @@ def test_what_share_a_leaves_at_home_is_not_corrected(tmp_path: Path, name: str)
     assert_same(*factors[A])
     assert differ(*factors[B])
     assert corrected == [set(factors[A][0])] * 2
+
+
+def test_a_round_that_fails_after_the_sum_leaves_what_was_carried() -> None:
+    """So does a checkpoint that is saved because of the failure."""
+
+    def fails(*_: Any) -> Any:
+        raise FederationError("while the products were measured")
+
+    def act(federation: Federation) -> dict[str, Any]:
+        parameters = adapter(3, {"q": (6, 9)}, 2)
+        aggregator = Aggregator(federation, parameters, beside=Beside("Test()", vector=True))
+        aggregator.start()
+        given = Contribution(vector={name: torch.ones_like(p) for name, p in parameters.items()})
+        aggregator.step(1.0, None, given)
+        before = aggregator.state_dict()
+        for parameter in parameters.values():
+            parameter += 1.0
+        twice = Contribution(vector={name: 2 * part for name, part in given.vector.items()})
+        aggregator._products.combine = fails  # type: ignore[method-assign, union-attr]
+        with pytest.raises(FederationError, match="products"):
+            aggregator.step(1.0, None, twice)
+        after = aggregator.state_dict()
+        return {name: (before[name], after[name]) for name in ("global", "carried")}
+
+    for state in run_parties(2, act):
+        assert state["carried"][0].eq(1.0).all()
+        for before, after in state.values():
+            assert torch.equal(before, after)
 
 
 # ---- outer learning rates by round
