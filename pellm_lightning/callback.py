@@ -8,15 +8,17 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pellm_lightning import checks, isolation, report
+from pellm_lightning import checks, isolation, outer, report
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.base import Parts
 from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.beside import Beside, Contribution
+from pellm_lightning.drift.base import DriftCorrection, check_optimizer, drift_correction_of
 from pellm_lightning.environment import (
     Party,
     describe_device,
@@ -90,6 +92,9 @@ class FederatedAveraging(Callback):
         outer_optimizer: Optimizer of the global parameters, fed with the pseudo-gradient. ``SGD(lr=1)`` is
             FedAvg, ``SGD(lr=1, momentum=0.9)`` FedAvgM, ``Adam`` FedAdam, and ``SGD(lr=0.7, momentum=0.9,
             nesterov=True)`` DiLoCo.
+        outer_scheduler: Learning rate of the outer optimizer by round: any scheduler of
+            ``torch.optim.lr_scheduler`` that needs no metric, stepped once for each round in which a party
+            counted. Its epochs are rounds.
         inner_optimizer_state: "keep" lets the local optimizers go on with their moments after a round,
             "reset" clears them.
         on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
@@ -132,6 +137,7 @@ class FederatedAveraging(Callback):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         outer_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1.0),
+        outer_scheduler: LRSchedulerCallable | None = None,
         inner_optimizer_state: Literal["keep", "reset"] = "keep",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
         timeout_s: float = 1800,
@@ -155,6 +161,7 @@ class FederatedAveraging(Callback):
         checks.patterns("include", include)
         checks.patterns("exclude", exclude)
         checks.seconds("timeout_s", timeout_s)
+        checks.outer(outer_optimizer, outer_scheduler)
         self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership)
         """How this party joins separate jobs; None if all parties come from one launch."""
         self.every_n_epochs = every_n_epochs
@@ -167,6 +174,7 @@ class FederatedAveraging(Callback):
         self.include = include
         self.exclude = exclude
         self.outer_optimizer = outer_optimizer
+        self.outer_scheduler = outer_scheduler
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
         self.timeout_s = timeout_s
@@ -184,6 +192,7 @@ class FederatedAveraging(Callback):
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
+        self._drift: DriftCorrection | None = None
         self._joined: Federation | ElasticFederation | None = None
         self._aggregator: Aggregator | None = None
         self._plan: Plan | None = None
@@ -210,6 +219,7 @@ class FederatedAveraging(Callback):
         self._topology = topology_of(trainer)
         if stage == "fit":
             self._state, self._aggregator = {}, None  # of an earlier fit, which may have failed
+            self._drift = self._drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
             report.show_log_lines()
             self._join(trainer)
@@ -245,13 +255,17 @@ class FederatedAveraging(Callback):
         for_good = self._plan.rule.resting(0) & self._plan.rule.resting(1)
         trained = parameters.keys() - self._plan.named(for_good)
         checks.optimizers(trainer, {name: parameters[name] for name in sorted(trained)})
+        self._check_drift(trainer, parameters)
         self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
         self._trainable = trainable
         self._layout = Layout(parameters)
         overwritten, round = self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
+        resumed = bool(self._state) and not overwritten
         if overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
             self._since = SinceRound(trainer.global_step)
+        if self._drift is not None:
+            self._drift.begin(parameters, self._carried(), resumed=resumed)
         self._resting = self._parameters(self._plan.rule.resting(round))
         if self._topology.is_speaker:
             report.announce(
@@ -350,7 +364,7 @@ class FederatedAveraging(Callback):
             log.warning("[party %s] Left the federation: %s.", self._topology.name, why)
             self._joined.abort(why)
         self._state = self.state_dict()
-        self._party = self._joined = self._aggregator = self._layout = self._plan = None
+        self._party = self._joined = self._aggregator = self._layout = self._plan = self._drift = None
         self._trainable, self._resting = {}, []
         self._drained = iter(())
 
@@ -434,7 +448,7 @@ class FederatedAveraging(Callback):
                 self.aggregation,
                 parameters,
                 lora_modules(module),
-                granted=granted(self.exchange, self.privacy),
+                granted=granted(self.exchange, self.privacy, self._beside),
             )
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
@@ -453,7 +467,9 @@ class FederatedAveraging(Callback):
             measure_deviation=self.measure_deviation,
             exchange=self.exchange,
             privacy=self.privacy,
+            beside=self._beside,
             outer_optimizer=self.outer_optimizer,
+            outer_scheduler=self.outer_scheduler,
             frozen=frozen(pl_module) if self.check_base else None,
             config={
                 "every_n_epochs": self.every_n_epochs,
@@ -505,8 +521,9 @@ class FederatedAveraging(Callback):
         )
         weight = {"samples": samples, "uniform": 1.0}.get(str(self.weighting), self.weighting)
         loss = loss_sum / loss_samples if loss_samples and self._tells_loss else None
+        given = Contribution() if self._drift is None else self._drift.contribution()
         done = self._in_party.speak(
-            lambda: self._or_why_not(lambda: self._speaking.step(float(weight), loss))
+            lambda: self._or_why_not(lambda: self._speaking.step(float(weight), loss, given))
         )
         if isinstance(done, str):
             self._stop_for_lack_of_parties(trainer, done)
@@ -534,6 +551,8 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Finish a round that has written this party's parameters."""
         self._share_in_party()
+        if self._drift is not None:
+            self._drift.end_round(self._carried(), counted=done.weight > 0)
         # What made parameters NaN has made the moments NaN as well, and the next step would bring it back.
         if self.inner_optimizer_state == "reset" or self._topology.party in done.excluded:
             for optimizer in trainer.optimizers:
@@ -556,6 +575,41 @@ class FederatedAveraging(Callback):
         self._layout.unpack_(vector)
         for base in self._planned.written_bases:
             self._in_party.broadcast_(base)
+
+    def _carried(self) -> dict[str, Tensor]:
+        """Return the mean of what the parties carried beside their updates, in every process of the party."""
+        if self._layout is None or self._beside is None or not self._beside.vector:
+            return {}
+        vector = self._layout.new_vector()
+        if self._aggregator is not None:
+            for name, part in self._aggregator.carried.items():
+                self._layout.view(vector, name).copy_(part)
+        self._in_party.broadcast_(vector)
+        return {name: self._layout.view(vector, name) for name in self._layout.names}
+
+    def _drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
+        """Return the Trainer's drift correction; refuse what it cannot go with."""
+        drift = drift_correction_of(trainer, module)
+        if drift is not None:
+            optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
+            lands = outer.always_lands(optimizer, scheduled=self.outer_scheduler is not None)
+            try:
+                drift.beside.check(private=self.privacy is not None, lands=lands)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
+        return drift
+
+    def _check_drift(self, trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Refuse optimizers with which the drift correction would be wrong."""
+        if self._drift is None:
+            return
+        for optimizer in trainer.optimizers:
+            check_optimizer(trainer, optimizer, self._drift)
+            self._drift.check(optimizer, parameters, resets=self.inner_optimizer_state == "reset")
+
+    @property
+    def _beside(self) -> Beside | None:
+        return None if self._drift is None else self._drift.beside
 
     def _parameters(self, parts: Parts) -> list[nn.Parameter]:
         """Return this party's parameters that are such parts."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning.isolation import callbacks_of
+from pellm_lightning.outer import OptimizerFactory, SchedulerFactory, described_schedule, tried
 from pellm_lightning.privacy import RecordLevel
 from pellm_lightning.topology import Topology
 
@@ -44,6 +45,12 @@ def privacy(mechanism: object, weighting: object) -> None:
             f"weighting={weighting!r} does not go with differential privacy: a weight would be a factor of"
             " what one party can change. Set weighting='uniform'."
         )
+
+
+def outer(optimizer: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
+    """Check the outer optimizer and its schedule."""
+    tried(optimizer)
+    described_schedule(optimizer, scheduler)
 
 
 def protects_records(trainer: Trainer, weighting: object) -> bool:

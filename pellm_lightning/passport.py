@@ -87,7 +87,7 @@ def _schema(base: str, party: str, first: Passport, other: Passport) -> str | No
 
 def _config(base: str, party: str, first: Passport, other: Passport) -> str | None:
     # Others follow from these.
-    causes = ("exchange", "privacy")
+    causes = ("exchange", "privacy", "drift correction")
     for key in sorted(first["config"].keys() | other["config"].keys(), key=lambda k: (k not in causes, k)):
         ours, theirs = first["config"].get(key), other["config"].get(key)
         if ours != theirs:

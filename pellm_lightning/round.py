@@ -21,6 +21,7 @@ from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.aggregation.ranks import PaddedFactors
+from pellm_lightning.beside import Beside, Contribution
 from pellm_lightning.durable import StateDir
 from pellm_lightning.exchange import Exchange, Plain
 from pellm_lightning.federation import (
@@ -32,7 +33,7 @@ from pellm_lightning.federation import (
 )
 from pellm_lightning.layout import Layout
 from pellm_lightning.meeting import Header, Purpose, meeting
-from pellm_lightning.outer import OptimizerFactory
+from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.privacy.gaussian import GaussianMechanism
 from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.products import Products
@@ -80,6 +81,8 @@ class RoundReport:
     """What differential privacy has cost so far, this round included; None without."""
     clipping_norm: float | None = None
     """Norm to which the next round's updates are clipped; None without differential privacy."""
+    outer_lr: float | None = None
+    """Learning rate of the outer optimizer in this round; None if nobody counted, so that nothing moved."""
     last: bool = False
     """Whether no further round can move anything: the privacy budget is used up, or too few parties still
     train to hide in a sum."""
@@ -113,7 +116,12 @@ class Aggregator:
         exchange: How values are summed over the parties; None is ``exchange.Plain()``.
         privacy: Differential privacy of each party's updates. Every weight must be 1 or 0 then; no training
             loss is exchanged.
+        beside: What a method that corrects drift carries beside the updates, for example
+            ``drift.SCAFFOLD().beside``.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
+            It must move each element by its own gradients.
+        outer_scheduler: Makes a torch scheduler of that optimizer's learning rate, stepped once for each
+            round in which a party counted.
         frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
             sample.
         config: Settings that must be equal at all parties, by name; compared at the start.
@@ -138,7 +146,9 @@ class Aggregator:
         measure_deviation: bool | None = None,
         exchange: Exchange | None = None,
         privacy: GaussianMechanism | None = None,
+        beside: Beside | None = None,
         outer_optimizer: OptimizerFactory = outer.sgd_one,
+        outer_scheduler: SchedulerFactory | None = None,
         frozen: Mapping[str, Tensor] | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
         files: Iterable[str] = (),
@@ -153,7 +163,7 @@ class Aggregator:
             federation, self._exchange, None if state_dir is None else StateDir(state_dir)
         )
         self._version: Version | None = None
-        self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy))
+        self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy, beside))
         hides = self._exchange.hides or privacy is not None
         if measure_deviation and hides:
             raise ValueError(
@@ -180,12 +190,15 @@ class Aggregator:
         self._parameters = {name: parameters[name] for name in sorted(self._plan.shared)}
         self._measure_deviation = measure_deviation
         self._make_outer_optimizer = outer_optimizer
+        self._make_outer_scheduler = outer_scheduler
         self._frozen = frozen
         self._files = list(files)
         self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite)
         self._products: Products | None = None
         self._padded: PaddedFactors | None = None
+        self._beside = beside
         self._weight = 0.0
+        self._contribution: Contribution | None = None
         self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
         self._told_of_metrics = False
@@ -193,15 +206,22 @@ class Aggregator:
         self._before = torch.empty(0)
         self._loaded: Mapping[str, Any] | None = None
         self._started = False
+        tried = outer.tried(outer_optimizer)
+        outer.check(self._plan.rule, tried, scheduled=outer_scheduler is not None)
+        schedule = outer.described_schedule(outer_optimizer, outer_scheduler)
         self._lay_out(self._parameters)
-        outer.check(self._plan.rule, self._updates.optimizer)
+        if beside is not None:
+            lands = outer.always_lands(tried, scheduled=outer_scheduler is not None)
+            beside.check(private=privacy is not None, lands=lands)
         self._config = dict(config or {})
         self._config.setdefault("on_nonfinite", on_nonfinite)
-        self._config.setdefault("outer_optimizer", outer.describe(self._updates.optimizer))
+        self._config.setdefault("outer_optimizer", outer.describe(tried))
+        self._config.setdefault("outer_scheduler", schedule)
         self._config.setdefault("aggregation", repr(self._plan.rule))
         self._config.setdefault("measure_deviation", measure_deviation)
         self._config.setdefault("exchange", repr(self._exchange))
         self._config.setdefault("privacy", repr(privacy))
+        self._config.setdefault("drift correction", None if beside is None else beside.method)
 
     @property
     def size_bytes(self) -> int:
@@ -212,6 +232,16 @@ class Aggregator:
     def global_vector(self) -> Tensor:
         """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
         return self._updates.global_
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """The mean of what the parties carried beside their updates, by parameter, float32; empty if nothing.
+
+        These are views of the global state, zero before the first round.
+        """
+        if self._updates.carried is None:
+            return {}
+        return {name: self._layout.view(self._updates.carried, name) for name in self._layout.names}
 
     # ---- what a party calls
 
@@ -244,15 +274,19 @@ class Aggregator:
         return self._loaded is None
 
     @torch.no_grad()
-    def step(self, weight: float, loss: float | None = None) -> RoundReport:
+    def step(
+        self, weight: float, loss: float | None = None, contribution: Contribution | None = None
+    ) -> RoundReport:
         """Run one round with all parties.
 
         Args:
             weight: How much this party counts, finite and >= 0; 0 sends zeros, yet receives the result.
             loss: Mean training loss of this party since the last round, for the report.
+            contribution: What this party gives beside its update, if a method asks for it.
 
         Raises:
-            ValueError: If the weight is negative or not finite.
+            ValueError: If the weight is negative or not finite, or the contribution is not what the method
+                asks for.
             MismatchError: If a party is in another round.
             PartyLostError: If a party is gone or too late, and the federation is not elastic.
             FederationError: If no party counts.
@@ -265,7 +299,12 @@ class Aggregator:
                 " must count alike: a weight would be a factor of what one party can change. Use"
                 " weighting='uniform', which is the weight 1."
             )
-        report = self._next(Purpose.ROUND, weight, loss)
+        self._check_contribution(contribution, weight)
+        self._contribution = contribution
+        try:
+            report = self._next(Purpose.ROUND, weight, loss)
+        finally:
+            self._contribution = None
         if report is None:
             raise FederationError(f"Party {self.federation.name} came to a round, but none was run.")
         return report
@@ -299,8 +338,10 @@ class Aggregator:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
         state = self._state()
+        carried = state["carried"]
         return state | {
             "global": state["global"].clone(),
+            "carried": None if carried is None else carried.clone(),
             "outer_optimizer": copy.deepcopy(state["outer_optimizer"]),
         }
 
@@ -329,6 +370,8 @@ class Aggregator:
             self.federation,
             hides=self._exchange.hides,
             private=self._private,
+            beside=self._beside,
+            scheduler=self._make_outer_scheduler,
         )
 
     def _know_products(self) -> None:
@@ -443,6 +486,7 @@ class Aggregator:
             return
         before, version, stale, loaded = self._state(), self._version, self._stale, self._loaded
         optimizer = copy.deepcopy(before["outer_optimizer"])
+        carried = None if before["carried"] is None else before["carried"].clone()
         if self._before.numel() != self._layout.size:
             self._before = torch.empty_like(self._updates.global_)
         self._before.copy_(self._updates.global_)
@@ -451,7 +495,8 @@ class Aggregator:
         except BaseException:
             self.round, self._version, self._stale, self._loaded = before["round"], version, stale, loaded
             if self._layout.shapes == before["shapes"]:
-                self._restore(before | {"global": self._before, "outer_optimizer": optimizer})
+                undone = {"global": self._before, "outer_optimizer": optimizer, "carried": carried}
+                self._restore(before | undone)
             raise
 
     def _state(self) -> dict[str, Any]:
@@ -462,8 +507,11 @@ class Aggregator:
             "shapes": self._layout.shapes,
             "lora": self._products.reference if self._products else None,
             "global": self._updates.global_,
+            "outer_class": type(self._updates.optimizer).__name__,
             "outer_optimizer": self._updates.optimizer.state_dict(),
+            "outer_scheduler": self._updates.schedule.state,
             "privacy": None if self._private is None else self._private.state_dict(),
+            "carried": self._updates.carried,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -480,6 +528,12 @@ class Aggregator:
                 f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
                 " exclude patterns of the checkpoint."
             )
+        name = type(self._updates.optimizer).__name__
+        if state.get("outer_class", name) != name:
+            raise ValueError(
+                f"The saved federated state is of the outer optimizer {state['outer_class']:.100}, this party"
+                f" has {name}. Resume with the outer_optimizer of the checkpoint."
+            )
         spent = state.get("privacy")
         if (spent is None) != (self._private is None):
             how = "with differential privacy, and is to go on without it, which would end its guarantee"
@@ -489,8 +543,21 @@ class Aggregator:
                 f"The federated state was saved {how}. Resume with the privacy of the checkpoint, or begin"
                 " anew from its weights."
             )
+        carried, ours_carried = state.get("carried"), self._updates.carried
+        shape = None if ours_carried is None else ours_carried.shape
+        if getattr(carried, "shape", None) != shape:
+            raise ValueError(
+                "The federated state was saved "
+                + ("without" if carried is None else "with another")
+                + " vector beside the global parameters than"
+                f" {self._beside.method if self._beside else 'plain averaging'} keeps. Resume with the drift"
+                " correction of the checkpoint, or begin anew from its weights."
+            )
+        self._updates.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
         if self._private is not None and spent is not None:
             self._private.load_state_dict(spent)
+        if ours_carried is not None and carried is not None:
+            ours_carried.copy_(carried)
         self._updates.global_.copy_(state["global"])
         # A copy, since the optimizer goes on in the very tensors that it is given.
         self._updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
@@ -553,6 +620,7 @@ class Aggregator:
             self._stale = True
 
     def _round(self, headers: list[Header], loss: float | None) -> RoundReport:
+        self._updates.schedule.check(self.round)
         weights = self._who.weights(headers, self.round)
         if self._padded is not None:
             self._padded.read_()
@@ -585,15 +653,21 @@ class Aggregator:
         if self._exchange.hides and counting.num_counting:
             counting, total_weight = self._who.scaled(counting, ballot.total_weight), ballot.total_weight
             self._updates.divide_(total_weight)
+        if counting.num_counting:
+            self._updates.finish_(counting, ballot.extent)
         if self._private is not None:
             releases = self._given_away - given_away
             self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
         products = self._products if any(counting.shares) else None
-        deviation = None
+        outcome = None
         if products is not None:
             outcome = products.combine(
                 self._layout, self._updates.global_, self._updates.pseudo_gradient, counting
             )
+        if counting.num_counting:
+            self._updates.keep_(counting)
+        deviation = None
+        if products is not None and outcome is not None:
             deviation = outcome.deviation
             lands = outer.is_sgd_one(self._updates.optimizer)
             products.put_(
@@ -603,12 +677,13 @@ class Aggregator:
                 outcome.replaced,
                 lands=lands,
             )
+        outer_lr = self._updates.schedule.lr if counting.num_counting else None
         distance = self._updates.advance(writes=not self._meeting.rejoins, moves=counting.num_counting > 0)
         if self._meeting.rejoins:
             self._stale = True  # the result may be given up yet, so it is written when it is settled
         elif self._padded is not None:
             self._padded.write_()
-        if products is not None and outcome.terms is not None:
+        if products is not None and outcome is not None and outcome.terms is not None:
             deviation = products.write_base_(self._layout, self._updates.global_, outcome.terms)
         report = RoundReport(
             round=self.round,
@@ -626,6 +701,7 @@ class Aggregator:
             deviation=deviation,
             epsilon=None if self._private is None else self._private.epsilon,
             clipping_norm=None if self._private is None else self._private.max_norm,
+            outer_lr=outer_lr,
             last=self._who.none_after(headers, self.round),
         )
         self.round += 1
@@ -639,6 +715,9 @@ class Aggregator:
             if self._padded is not None:
                 self._padded.read_()
             fine = weight == 0 or self._layout.first_nonfinite() is None
+        if weight > 0 and self._contribution is not None:  # once summed it would be in the global state
+            fine = fine and self._contribution.first_nonfinite() is None
+        if self._exchange.hides:
             weight = float(weight > 0 and fine)
         header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._given_away)
         return self._meeting.meet(header, self._version)
@@ -650,8 +729,33 @@ class Aggregator:
                 " share. Call start() first, at every party."
             )
 
+    def _check_contribution(self, contribution: Contribution | None, weight: float) -> None:
+        """Refuse a contribution that is not what the method asks for."""
+        if self._beside is None or not self._beside.sums or weight == 0:
+            return
+        who = f"Party {self.federation.name} comes to round {self.round} of {self._beside.method}"
+        if contribution is None:
+            raise ValueError(f"{who} without a contribution. Pass step(..., contribution=Contribution(...)).")
+        if not (math.isfinite(contribution.extent) and contribution.extent >= 0):
+            raise ValueError(
+                f"{who} with extent={contribution.extent}; it must be finite and >= 0: the sum of the"
+                " learning rates of its steps."
+            )
+        given = {name: list(part.shape) for name, part in contribution.vector.items()}
+        if self._beside.vector and given != self._layout.shapes:
+            both = sorted({*given, *self._layout.shapes})
+            first = next(name for name in both if given.get(name) != self._layout.shapes.get(name))
+            raise ValueError(
+                f"{who} with a vector that does not fit the parameters: {first!r} has shape"
+                f" {given.get(first)} there and {self._layout.shapes.get(first)} here. Give one"
+                " tensor per parameter."
+            )
+
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
-        return self._who.without(excluded, weights, self.round, self._layout.first_nonfinite())
+        first = self._layout.first_nonfinite()
+        if first is None and self._contribution is not None:
+            first = self._contribution.first_nonfinite()
+        return self._who.without(excluded, weights, self.round, first)
 
     def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
         return self._who.counting(sums, weights, self._weight, self.round)
@@ -659,7 +763,7 @@ class Aggregator:
     def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
         if counting.num_counting and not self._exchange.hides:
             self._give_away()
-        return self._updates.average(counting, loss)
+        return self._updates.average(counting, loss, self._contribution)
 
     def _reveal(self, valued: list[str]) -> None:
         """Note that a sum is about to become readable, and whose values are in it."""
@@ -709,9 +813,9 @@ class Aggregator:
         }
 
 
-def granted(exchange: Exchange, privacy: GaussianMechanism | None) -> Needs:
+def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Beside | None = None) -> Needs:
     """Return what an aggregation may have of the parties."""
-    if privacy is not None:
+    if privacy is not None or (beside is not None and beside.sums):
         return "means"
     return "sums" if exchange.hides else "parties"
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pellm_lightning import outer
 from pellm_lightning.aggregation.base import Counting, Parts
 from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.beside import Beside, Contribution
 from pellm_lightning.federation import Collectives
 from pellm_lightning.layout import Chunk, Layout
 from pellm_lightning.privacy.clipping import squared_norm
@@ -28,6 +29,8 @@ class Ballot:
     """Mean of the parties' clipping bits; 0 without adaptive clipping."""
     loss: float | None
     """Mean of the parties' training losses, weighted; None if no party gave one."""
+    extent: float
+    """Mean of the parties' extents, weighted; 0 if updates are not rescaled."""
 
 
 class Updates:
@@ -40,6 +43,8 @@ class Updates:
         federation: The joined parties.
         hides: Whether the exchange hides weights; then updates are multiplied by them, not by shares.
         private: Makes updates differentially private; None leaves them as they are.
+        beside: What crosses beside the updates; None if nothing does.
+        scheduler: Makes the schedule of the outer optimizer's learning rate; None leaves it as it is.
     """
 
     def __init__(
@@ -51,17 +56,25 @@ class Updates:
         *,
         hides: bool,
         private: PrivateUpdates | None,
+        beside: Beside | None = None,
+        scheduler: outer.SchedulerFactory | None = None,
     ) -> None:
         self.layout = layout
         self._plan = plan
         self._federation = federation
         self._hides = hides
         self._private = private
+        self._beside = beside
+        self.carried = layout.new_vector() if beside is not None and beside.vector else None
+        """Mean of the parties' vectors of the last round in which each part crossed, (D,) float32."""
+        self._carrying = None if self.carried is None else layout.new_vector()
         self._parameter = nn.Parameter(layout.pack_(layout.new_vector()))
         self.optimizer = optimizer([self._parameter])
+        self.schedule = outer.Schedule(scheduler, self.optimizer)
         # The parties' ballot follows the vector: a flag each, the clipping bit, the loss with its weight, the
-        # weight.
-        self._staging = layout.new_vector(extra=federation.max_parties + 4)
+        # weight, and the extent if updates are rescaled.
+        self._rescales = beside is not None and beside.rescales
+        self._staging = layout.new_vector(extra=federation.max_parties + 4 + self._rescales)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
 
@@ -77,7 +90,9 @@ class Updates:
 
     # ---- the mean of the updates
 
-    def average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
+    def average(
+        self, counting: Counting, loss: float | None, contribution: Contribution | None = None
+    ) -> tuple[float, Ballot]:
         """Sum the parties' ``share * (anchor - x)``; return the norm of this party's update, and the ballot.
 
         Parts that the rule does not average stay at home, and zero in the vector. Behind the last bucket
@@ -93,15 +108,18 @@ class Updates:
             bit = self._make_private(self._private, averaged, counting.num_counting)
             loss = None
         squares: list[float] = []
+        extent = 0.0 if contribution is None else contribution.extent
+        factor = share if not self._rescales else share / extent if extent else 0.0
 
         def packed() -> Iterator[Tensor]:
+            yield from self._carry(counting, averaged, contribution)
             *buckets, last = self.layout.buckets()
             for bucket in buckets:
-                squares.extend(self._pack(bucket, share))
+                squares.extend(self._pack(bucket, factor))
                 if self._crosses(bucket, averaged):
                     yield self._staging[bucket[0].start : bucket[-1].stop]
-            squares.extend(self._pack(last, share))
-            self._cast(told, _norm(squares), bit, loss, share)
+            squares.extend(self._pack(last, factor))
+            self._cast(told, _norm(squares), bit, loss, share, extent)
             start = last[0].start if self._crosses(last, averaged) else self.layout.size
             if self._hides:
                 yield self._staging[start : self.layout.size]
@@ -113,17 +131,47 @@ class Updates:
         return _norm(squares), self._counted(told)
 
     def divide_(self, total_weight: float) -> None:
-        """Make a mean of a sum of updates times their weights."""
+        """Make a mean of a sum of updates times their weights, and of what crossed with them."""
         self.pseudo_gradient.mul_(1 / total_weight)
+        if self._carrying is not None:
+            self._carrying.mul_(1 / total_weight)
+
+    def finish_(self, counting: Counting, extent: float) -> None:
+        """Let the means of what crossed beside the updates act on the pseudo-gradient."""
+        if self._beside is None or not self._beside.sums:
+            return
+        for at in self._crossed(counting):
+            if self._rescales:
+                self.pseudo_gradient[at].mul_(extent)
+            if self._carrying is not None and self._beside.recoil:
+                self.pseudo_gradient[at].add_(self._carrying[at], alpha=self._beside.recoil)
+
+    def _carry(
+        self, counting: Counting, averaged: Parts, contribution: Contribution | None
+    ) -> Iterator[Tensor]:
+        """Yield the parts of this party's vector that cross, times its share."""
+        if self._carrying is None:
+            return
+        self._carrying.zero_()
+        if counting.share and contribution is not None:
+            for name, part in contribution.vector.items():
+                torch.mul(part, counting.share, out=self.layout.view(self._carrying, name))
+        for bucket in self._crossing(averaged):
+            yield self._carrying[bucket[0].start : bucket[-1].stop]
+
+    def _crossing(self, averaged: Parts) -> list[list[Chunk]]:
+        """Return the buckets of the parts that are averaged."""
+        groups = self._plan.groups
+        return [bucket for bucket in self.layout.buckets() if averaged.issuperset(groups[bucket[0].group])]
+
+    def _crossed(self, counting: Counting) -> Iterator[slice]:
+        """Yield where the vectors hold what crossed in this round."""
+        for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_counting)):
+            yield slice(bucket[0].start, bucket[-1].stop)
 
     def _make_private(self, private: PrivateUpdates, averaged: Parts, counting: int) -> float:
         """Settle how the update is clipped and how much noise it gets; return the noisy clipping bit."""
-        crossing = [
-            chunk
-            for bucket in self.layout.buckets()
-            if averaged.issuperset(self._plan.groups[bucket[0].group])
-            for chunk in bucket
-        ]
+        crossing = [chunk for bucket in self._crossing(averaged) for chunk in bucket]
         norm = _norm([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
         private.prepare(norm, counting)
         return private.noisy_bit(norm, counting)
@@ -135,14 +183,14 @@ class Updates:
         self._staging[bucket[0].start : bucket[-1].stop].zero_()
         return False
 
-    def _pack(self, bucket: list[Chunk], share: float) -> Iterator[float]:
+    def _pack(self, bucket: list[Chunk], factor: float) -> Iterator[float]:
         for chunk in bucket:
             update = self._update(chunk, out=self._staging[chunk.start : chunk.stop])
             yield _squared_norm(update)
-            if share > 0:
+            if factor > 0:
                 if self._private is not None:
                     self._private.hide_(update)
-                update.mul_(share)
+                update.mul_(factor)
             else:
                 update.zero_()  # and not a product: 0 * nan is nan
 
@@ -151,7 +199,15 @@ class Updates:
         anchor = chunk.as_written(self.global_[chunk.start : chunk.stop], self._scratch[: chunk.size])
         return chunk.subtracted_from(anchor, out=out)
 
-    def _cast(self, told: Tensor, update_norm: float, bit: float, loss: float | None, share: float) -> None:
+    def _cast(
+        self,
+        told: Tensor,
+        update_norm: float,
+        bit: float,
+        loss: float | None,
+        share: float,
+        extent: float,
+    ) -> None:
         """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
         fine = math.isfinite(update_norm)
         known = loss if share > 0 and loss is not None and math.isfinite(loss) else None
@@ -159,26 +215,38 @@ class Updates:
             float(party == self._federation.party and fine) for party in range(self._federation.max_parties)
         ]
         of_loss = [0.0, 0.0] if known is None else [share * known, share]
-        told.copy_(torch.tensor([*mine, share * bit, *of_loss, share], dtype=told.dtype))
+        numbers = [*mine, share * bit, *of_loss, share, *([share * extent] if self._rescales else [])]
+        told.copy_(torch.tensor(numbers, dtype=told.dtype))
 
     def _counted(self, told: Tensor) -> Ballot:
-        *fine, bit, loss, share, total = told.tolist()
+        numbers = told.tolist()
+        extent = numbers.pop() if self._rescales else 0.0
+        *fine, bit, loss, share, total = numbers
         met = fine[: self._federation.num_parties]
         return Ballot(
             fine=[vote == 1.0 for vote in met],
             total_weight=total,
             clipping_bit=bit / total if total else 0.0,
             loss=loss / share if share else None,
+            extent=extent / total if total else 0.0,
         )
 
     # ---- the step
+
+    def keep_(self, counting: Counting) -> None:
+        """Let the mean of the parties' vectors be that of this round; what did not cross stays as it was."""
+        if self.carried is None or self._carrying is None:
+            return
+        for at in self._crossed(counting):
+            self.carried[at].copy_(self._carrying[at])
 
     def advance(self, *, writes: bool, moves: bool) -> float:
         """Step the outer optimizer by the pseudo-gradient; return the parameters' distance from the mean.
 
         Args:
             writes: Write the parameters at once, while they are in the cache.
-            moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers.
+            moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers,
+                and so does the learning rate.
         """
         plain = outer.is_sgd_one(self.optimizer)
         squares: list[float] = []
@@ -198,12 +266,19 @@ class Updates:
                     chunk.scatter_(values)
         if not plain:
             if moves:
-                self._parameter.grad = self.pseudo_gradient
-                self.optimizer.step()
-                self._parameter.grad = None
+                self._step()
             if writes:
                 self.write_()
+        if moves:
+            self.schedule.step()
         return _norm(squares)
+
+    def _step(self) -> None:
+        self._parameter.grad = self.pseudo_gradient
+        try:
+            self.optimizer.step()
+        finally:
+            self._parameter.grad = None
 
     def write_(self) -> None:
         """Write the global vector into the parameters."""

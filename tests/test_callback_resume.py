@@ -12,9 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from parties import Classifier, Rounds, ValidatedClassifier, batches, data, fit_parties, quiet_trainer
 
 from pellm_lightning import FederationError
+from pellm_lightning.optim import Yogi
 
 DILOCO = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 FEDADAM = partial(torch.optim.Adam, lr=0.05, eps=1e-3)
+YOGI = partial(Yogi, lr=0.05)
+COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)
 SIZES = ((4, 2, 1, 4, 3), (8, 1, 2, 5, 5))
 """Two parties' batches; each epoch's weights differ."""
 
@@ -83,7 +86,7 @@ def assert_goes_on_exactly(whole: Run, resumed: Run, step: str) -> None:
         later = [done for done in logger.rounds if done["step"] > int(step)]
         assert 0 < len(later) == len(other_logger.rounds)
         for done, again in zip(later, other_logger.rounds, strict=True):
-            keys = ("round", "step", "weight", "total_weight", "loss", "update_norm", "distance")
+            keys = ("round", "step", "weight", "total_weight", "loss", "update_norm", "distance", "outer_lr")
             assert {key: done[key] for key in keys} == {key: again[key] for key in keys}
 
 
@@ -94,6 +97,8 @@ def assert_goes_on_exactly(whole: Run, resumed: Run, step: str) -> None:
         # Five steps an epoch, three epochs. Rounds after epochs 2 and 3: saved in the middle of the first.
         ({"every_n_epochs": 2}, {}, "5"),
         ({"every_n_epochs": 2, "outer_optimizer": FEDADAM}, {}, "5"),
+        ({"every_n_epochs": 2, "outer_optimizer": YOGI}, {}, "5"),
+        ({"every_n_epochs": 1, "outer_scheduler": COSINE}, {}, "10"),
         ({"every_n_epochs": 2, "inner_optimizer_state": "reset"}, {}, "5"),
         ({"every_n_epochs": 2, "weighting": "uniform"}, {}, "5"),
         ({"every_n_epochs": 2}, {"precision": "bf16-true"}, "5"),

@@ -1,5 +1,7 @@
 """The command line, in this process; test_launched.py runs it under torchrun."""
 
+import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +89,40 @@ def test_fit_with_a_yaml(command: Any, tmp_path: Path) -> None:
     assert cli.model.lr == 0.5
 
 
+PAGE = Path(__file__).parents[1] / "docs/outer_optimizers.md"
+RECIPES = re.findall(r"```yaml\n(federated:.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipes_of_the_documentation_train(command: Any, tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    cli = command("fit", "--config=recipe.yaml", "--federated.every_n_steps=1")
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
+    given = yaml.safe_load(recipe)["federated"]
+    state = callback.state_dict()["aggregator"]
+    assert state["round"] == cli.trainer.global_step > 2
+    assert state["outer_class"] == given["outer_optimizer"]["class_path"].rpartition(".")[2]
+    (group,) = state["outer_optimizer"]["param_groups"]
+    settings = dict(given["outer_optimizer"]["init_args"])
+    lr = settings.pop("lr")
+    assert {key: list(group[key]) if key == "betas" else group[key] for key in settings} == settings
+    logged = float(cli.trainer.callback_metrics["federated/outer_lr"])
+    if "outer_scheduler" in given:
+        assert state["outer_scheduler"] == state["round"]
+        arguments = given["outer_scheduler"]["init_args"]
+        low, part = arguments["eta_min"], (state["round"] - 1) / arguments["T_max"]
+        lr = low + (lr - low) * (1 + math.cos(math.pi * part)) / 2
+    assert logged == pytest.approx(lr, rel=1e-6)
+
+
+def test_every_recipe_is_documented() -> None:
+    classes = [yaml.safe_load(recipe)["federated"]["outer_optimizer"]["class_path"] for recipe in RECIPES]
+    sgd = ["torch.optim.SGD"] * 4
+    assert sorted(classes) == [
+        "pellm_lightning.optim.Yogi", "torch.optim.Adagrad", "torch.optim.Adam", *sgd,
+    ]  # fmt: skip
+
+
 def test_the_printed_configuration_runs_again(
     command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +146,7 @@ def test_the_printed_configuration_runs_again(
             "class_path": "torch.optim.SGD",
             "init_args": config["federated"]["outer_optimizer"]["init_args"],
         },
+        "outer_scheduler": None,
         "inner_optimizer_state": "keep",
         "on_nonfinite": "exclude",
         "timeout_s": 1800,

@@ -10,20 +10,20 @@ import pellm_lightning
 
 PACKAGE = Path(pellm_lightning.__file__).parent
 
-LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable"}
+LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable", "optim"}
 PRIVACY = {"privacy"}
 FEDERATION = {"federation"}
 EXCHANGE = {"exchange"}
 AGGREGATION = {"aggregation"}
-BELOW_ROUND = {"meeting", "outer", "products"}
+BELOW_ROUND = {"meeting", "outer", "products", "beside"}
 PARTS_OF_ROUND = {"updates", "who_counts"}
 ROUND = {"round"}
 LIGHTNING_SIDE = {"environment", "checks", "isolation", "report", "samples", "validation"}
 ABOVE = ["callback", "tasks", "commands", "cli", "__main__"]
 ORDER = [LEAVES, PRIVACY, FEDERATION, EXCHANGE, AGGREGATION, BELOW_ROUND, PARTS_OF_ROUND, ROUND]
-ORDER += [LIGHTNING_SIDE]
+ORDER += [LIGHTNING_SIDE, {"drift"}]
 ORDER += [{name} for name in ABOVE]
-MAY_IMPORT_LIGHTNING = LIGHTNING_SIDE | set(ABOVE) | {"privacy.record_level"}
+MAY_IMPORT_LIGHTNING = LIGHTNING_SIDE | set(ABOVE) | {"drift", "privacy.record_level"}
 MAY_IMPORT_C10D = {"federation", "environment"}
 
 

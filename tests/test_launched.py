@@ -69,7 +69,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return Launch(4, ("ddp", "ddp_products"), tmp_path_factory.mktemp("four"))
+    return Launch(4, ("ddp", "ddp_products", "ddp_drift"), tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture
@@ -226,6 +226,22 @@ def test_parties_of_two_processes_resume_to_the_bit(four: Launch) -> None:
         for done, again in zip(whole["rounds"][1:], resumed["rounds"], strict=True):
             assert done["weight"] == again["weight"]
             assert done["update_norm"] == again["update_norm"]
+
+
+@pytest.mark.parametrize("name", ["FedProx", "SCAFFOLD", "FedNova", "FedDyn"])
+def test_drift_is_corrected_alike_in_all_processes_of_a_party(
+    four: Launch, scenarios: Any, tmp_path: Path, name: str
+) -> None:
+    answers = [answer[name] for answer in four["ddp_drift"]]
+    for vector in (vector for both in answers for vector in both):
+        assert torch.equal(vector, answers[0][0])
+
+    def fit(party: int, federated: Any) -> torch.Tensor:
+        root = tmp_path / str(party)
+        return scenarios.fit_corrected(root, party, quiet_trainer, federated(every_n_steps=3), name, 4)
+
+    # Some twenty steps of lr 0.1, each with one more rounding of a mean; FedDyn divides by alpha = 0.5.
+    torch.testing.assert_close(answers[0][0], fit_parties(2, fit)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["low rank", "residual", "alternating"])

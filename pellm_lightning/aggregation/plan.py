@@ -121,6 +121,7 @@ def _check_needs(rule: Aggregation, granted: Needs) -> None:
         )
     if granted == "means" and rule.needs != "means":
         raise ValueError(
-            f"{rule!r} sums more than the parties' updates, without noise. With differential privacy use"
-            " FrozenA() or Alternating(), whose products the noise does not multiply, or Mean()."
+            f"{rule!r} sums more than the parties' updates. With differential privacy, which adds no noise to"
+            " the rest, and with SCAFFOLD, FedNova or FedDyn, which correct parameters one by one, use"
+            " FrozenA() or Alternating(), which train one factor at a time, or Mean()."
         )

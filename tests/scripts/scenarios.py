@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
 from pellm_lightning.aggregation import Alternating, LowRankMean, ResidualMean
+from pellm_lightning.drift import SCAFFOLD, FedDyn, FedNova, FedProx
 
 OUT = Path(sys.argv[1])
 RANK = int(os.environ["RANK"])
@@ -268,6 +270,39 @@ def ddp_products() -> Any:
         )
         for name, rule in RULES.items()
     }
+
+
+CORRECTIONS = {"FedProx": partial(FedProx, 0.5), "SCAFFOLD": SCAFFOLD, "FedNova": FedNova}
+CORRECTIONS["FedDyn"] = partial(FedDyn, 0.5)
+
+
+def fit_corrected(
+    root: Path, party: int, make_trainer: Any, callback: Any, name: str, batch_size: int, **fit: Any
+) -> torch.Tensor:
+    """Epochs of four batches at party 0, of eight at party 1; batch size as in ``fit_products``."""
+    module = Classifier(seed=party + 10 * bool(fit))
+    checkpoint = ModelCheckpoint(root, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    callbacks = [callback, CORRECTIONS[name](), checkpoint]
+    trainer = make_trainer(root, callbacks, enable_checkpointing=True, max_epochs=3)
+    samples = dataset(16 + 16 * party, seed=party)
+    sampler = (
+        None if make_trainer is quiet_trainer else DistributedSampler(samples, 2, RANK % 2, shuffle=False)
+    )
+    trainer.fit(module, DataLoader(samples, batch_size, sampler=sampler), **fit)
+    return module.vector()
+
+
+def ddp_drift() -> Any:
+    """Two parties of DDP(2) with each drift correction; the whole, and resumed in the third round."""
+    answers = {}
+    for name in CORRECTIONS:
+        root = OUT / "drift" / name
+        whole = fit_corrected(root, RANK // 2, ddp_trainer, FederatedAveraging(every_n_steps=3), name, 2)
+        path = (root / "party-1" if RANK > 1 else root) / "step=8.ckpt"
+        callback = FederatedAveraging(every_n_steps=3)
+        again = root / "again"
+        answers[name] = whole, fit_corrected(again, RANK // 2, ddp_trainer, callback, name, 2, ckpt_path=path)
+    return answers
 
 
 def ddp_over_parties() -> Any:

@@ -1,0 +1,74 @@
+"""What rounds carry beside the parties' updates, for methods that correct the drift between parties."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a method adds to the rounds; the same at every party.
+
+    With a share w_i per party, update u_i = anchor - x_i, vector v_i and extent a_i, the mean of the updates
+    ``g = sum(w_i u_i)`` becomes ``g = sum(w_i a_i) sum(w_i u_i / a_i)`` if it rescales, and ``g + recoil v``
+    where ``v = sum(w_i v_i)``. The outer optimizer steps on that. All sums go through the exchange, as the
+    updates do, so a masked one hides them.
+
+    Args:
+        method: The method and its settings, which must be the same at every party.
+        vector: Whether a vector of each party, (D,) float32, crosses with its update. Its mean is part of the
+            global state: it is in checkpoints, and who comes late is given it.
+        rescales: Whether updates are divided by the party's extent.
+        recoil: How many times the mean vector is added to the pseudo-gradient.
+    """
+
+    method: str
+    vector: bool = False
+    rescales: bool = False
+    recoil: float = 0.0
+
+    @property
+    def sums(self) -> bool:
+        """Whether more is summed than the updates, or something else in their place."""
+        return self.vector or self.rescales
+
+    def check(self, *, private: bool, lands: bool) -> None:
+        """Refuse what the method cannot go with.
+
+        Args:
+            private: Whether differential privacy is asked for.
+            lands: Whether the outer optimizer lands on the mean in every round, as SGD(lr=1) does.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        if private and self.sums:
+            raise ValueError(
+                f"{self.method} sums more than the clipped and noisy updates, which differential privacy of a"
+                " party does not cover. Use FedProx, which adds nothing to what leaves a party; or no"
+                " privacy=GaussianMechanism(...)."
+            )
+        if self.recoil and not lands:
+            raise ValueError(
+                f"{self.method} says itself where the global parameters go, and another outer_optimizer or an"
+                " outer_scheduler would undo that. Leave out both, which is SGD with lr=1."
+            )
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one party gives to a round beside its update.
+
+    Args:
+        extent: By what its update is divided if updates are rescaled, >= 0; at 0 the update counts as zero.
+        vector: Its vector by name of the parameters, float32, each of the parameter's shape.
+    """
+
+    extent: float = 1.0
+    vector: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def first_nonfinite(self) -> str | None:
+        """Return the name of the first parameter whose part of the vector holds NaN or infinity."""
+        return next((name for name, part in self.vector.items() if not torch.isfinite(part).all()), None)
