@@ -4,6 +4,7 @@ from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.cli import FederatedCLI
 from pellm_lightning.environment import PartyEnvironment
 from pellm_lightning.federation import Federation, FederationError
+from pellm_lightning.overlap import Overlap
 from pellm_lightning.round import Aggregator, RoundReport
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "FederatedCLI",
     "Federation",
     "FederationError",
+    "Overlap",
     "PartyEnvironment",
     "RoundReport",
 ]

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -38,11 +40,12 @@ from pellm_lightning.federation import (
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched, store_from_env
 from pellm_lightning.layout import Layout
+from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.parameters import frozen, select
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.round import Aggregator, RoundReport, granted
 from pellm_lightning.samples import samples_in
-from pellm_lightning.schedule import schedule
+from pellm_lightning.schedule import Clock, schedule
 from pellm_lightning.topology import Topology
 from pellm_lightning.validation import ValidationMetrics
 
@@ -75,6 +78,10 @@ class FederatedAveraging(Callback):
         every_n_epochs: A round at the end of every n-th epoch, before that epoch's validation. Default: every
             epoch.
         every_n_steps: Instead, a round after every n optimizer steps (``trainer.global_step``).
+        every_n_seconds: Instead, a round whenever n seconds of training are over, counted from the end of the
+            last exchange: all parties come at about the same time, however many steps each has made.
+        overlap: Lets rounds run in the background while training goes on; see ``Overlap``. Default: training
+            stands still for a round.
         weighting: How much a party counts: "samples" by the training samples it consumed since the last
             round, all its processes together; "uniform" all alike; a number is this party's own fixed weight.
         aggregation: What is computed from the parties' parameters, from ``pellm_lightning.aggregation``.
@@ -129,6 +136,8 @@ class FederatedAveraging(Callback):
         self,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
+        every_n_seconds: float | None = None,
+        overlap: Overlap | None = None,
         weighting: Literal["samples", "uniform"] | float = "samples",
         aggregation: Aggregation | None = None,
         measure_deviation: bool | None = None,
@@ -153,7 +162,8 @@ class FederatedAveraging(Callback):
         membership: Membership | None = None,
         state_dir: str | None = None,
     ) -> None:
-        self._schedule = schedule(every_n_epochs, every_n_steps)
+        self._schedule = schedule(every_n_epochs, every_n_steps, every_n_seconds)
+        checks.overlap(overlap, every_n_steps)
         checks.weighting(weighting)
         checks.privacy(privacy, weighting)
         checks.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
@@ -166,6 +176,8 @@ class FederatedAveraging(Callback):
         """How this party joins separate jobs; None if all parties come from one launch."""
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
+        self.every_n_seconds = every_n_seconds
+        self.overlap = overlap
         self.weighting = weighting
         self.aggregation = aggregation
         self.measure_deviation = measure_deviation
@@ -201,6 +213,8 @@ class FederatedAveraging(Callback):
         self._resting: list[nn.Parameter] = []
         self._drained: Iterator[RoundReport] = iter(())
         self._since = SinceRound()
+        self._exchanged_at = 0.0  # by the clock of time.monotonic
+        self._under_way_since: int | None = None  # step at which the round in the background began
         self._tells_loss = True
         self._validation = ValidationMetrics()
         # The state of a checkpoint that was loaded, or of the fit that has ended.
@@ -257,16 +271,18 @@ class FederatedAveraging(Callback):
         checks.optimizers(trainer, {name: parameters[name] for name in sorted(trained)})
         self._check_drift(trainer, parameters)
         self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
+        self._under_way_since = self._state.get("under_way_since")
         self._trainable = trainable
         self._layout = Layout(parameters)
         overwritten, round = self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
         resumed = bool(self._state) and not overwritten
         if overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
-            self._since = SinceRound(trainer.global_step)
+            self._since, self._under_way_since = SinceRound(trainer.global_step), None
         if self._drift is not None:
             self._drift.begin(parameters, self._carried(), resumed=resumed)
         self._resting = self._parameters(self._plan.rule.resting(round))
+        self._exchanged_at = time.monotonic()
         if self._topology.is_speaker:
             report.announce(
                 trainer, pl_module, self._topology, self._plan, parameters, self.exchange, self.privacy
@@ -287,16 +303,21 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Count what was consumed; run the round that is due, before Lightning validates and saves."""
         self._count(trainer, outputs, batch)
+        if self._may_land(trainer):
+            self._land(trainer, pl_module, on_bar=True)
         if self._is_due(trainer, epoch_ends=trainer.is_last_batch):
-            self._run_round(trainer, pl_module)
+            if self.overlap is None:
+                self._run_round(trainer, pl_module)
+            else:
+                self._begin_round(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the round first if training is over; remember which metrics are older than now."""
         if not _validates_in_fit(trainer):
             return
-        if _is_stopping(trainer) and trainer.global_step > self._since.step:
-            self._run_round(trainer, pl_module, on_bar=False)
+        if _is_stopping(trainer):
+            self._close_round(trainer, pl_module)
         self._validation.start(trainer)
 
     @override
@@ -332,8 +353,7 @@ class FederatedAveraging(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the last, incomplete round; then answer the others' rounds until every party is through."""
-        if trainer.global_step > self._since.step:
-            self._run_round(trainer, pl_module, on_bar=False)
+        self._close_round(trainer, pl_module)
 
         def drained() -> RoundReport | str | None:
             return self._or_why_not(lambda: next(self._drained, None))
@@ -375,8 +395,12 @@ class FederatedAveraging(Callback):
         """Return what a resumed run needs to go on exactly, in the middle of a round too."""
         if self._aggregator is None:
             return self._state
-        since = asdict(self._since) | {"loss_sum": float(self._since.loss_sum)}
-        return {"party": self._topology.party, "aggregator": self._aggregator.state_dict(), "since": since}
+        return {
+            "party": self._topology.party,
+            "aggregator": self._aggregator.state_dict(),
+            "since": asdict(self._since) | {"loss_sum": float(self._since.loss_sum)},
+            "under_way_since": self._under_way_since,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -444,12 +468,15 @@ class FederatedAveraging(Callback):
 
     def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:
-            return Plan(
+            plan = Plan(
                 self.aggregation,
                 parameters,
                 lora_modules(module),
                 granted=granted(self.exchange, self.privacy, self._beside),
             )
+            if self.overlap is not None:
+                self.overlap.check(plan.rule)
+            return plan
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 
@@ -459,7 +486,8 @@ class FederatedAveraging(Callback):
         """Start as the speaker; return whether parameters were overwritten, and the round that comes."""
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
-        self._aggregator = Aggregator(
+        make = Aggregator if self.overlap is None else partial(OverlappedAggregator, overlap=self.overlap)
+        self._aggregator = make(
             self._joined,
             parameters,
             aggregation=self.aggregation,
@@ -474,6 +502,8 @@ class FederatedAveraging(Callback):
             config={
                 "every_n_epochs": self.every_n_epochs,
                 "every_n_steps": self.every_n_steps,
+                "every_n_seconds": self.every_n_seconds,
+                "overlap": repr(self.overlap),
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "on_nonfinite": self.on_nonfinite,
                 "inner_optimizer_state": self.inner_optimizer_state,
@@ -508,13 +538,70 @@ class FederatedAveraging(Callback):
             self._since.loss_samples += samples
 
     def _is_due(self, trainer: Trainer, *, epoch_ends: bool) -> bool:
-        return self._schedule.due(
-            steps_since_round=trainer.global_step - self._since.step,
+        clock = Clock(
+            steps=trainer.global_step - self._since.step,
+            seconds=time.monotonic() - self._exchanged_at,
             epoch=trainer.current_epoch,
             epoch_ends=epoch_ends,
         )
+        if self.every_n_seconds is None:
+            return self._schedule.due(clock)
+        return self._in_party.speak(lambda: self._schedule.due(clock))  # clocks differ
 
     def _run_round(self, trainer: Trainer, pl_module: LightningModule, *, on_bar: bool = True) -> None:
+        """Run a round while training stands still."""
+        self._land(trainer, pl_module, on_bar=on_bar)
+        weight, loss, given = self._since_round()
+        done = self._in_party.speak(
+            lambda: self._or_why_not(lambda: self._speaking.step(weight, loss, given))
+        )
+        if isinstance(done, str):
+            self._stop_for_lack_of_parties(trainer, done)
+        self._since = SinceRound(trainer.global_step)
+        self._exchanged_at = time.monotonic()
+        self._took_over(trainer, pl_module, done, on_bar=on_bar)
+
+    def _close_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the last, incomplete round; all parties end with the same parameters."""
+        if trainer.global_step > self._since.step:
+            self._run_round(trainer, pl_module, on_bar=False)
+        else:
+            self._land(trainer, pl_module, on_bar=False, last=True)
+
+    def _begin_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let a round run in the background."""
+        self._land(trainer, pl_module, on_bar=True)
+        weight, loss, _ = self._since_round()
+        self._in_party.speak(lambda: self._overlapped.begin(weight, loss))
+        self._since = SinceRound(trainer.global_step)
+        self._under_way_since = trainer.global_step
+        if self._may_land(trainer):
+            self._land(trainer, pl_module, on_bar=True)
+
+    def _may_land(self, trainer: Trainer) -> bool:
+        """Tell whether the round in the background has had its time, or has failed."""
+        if self._under_way_since is None or self.overlap is None:
+            return False
+        alone = self._topology.party_size == 1  # else all processes of the party must decide alike
+        failed = alone and self._overlapped.failed
+        return failed or trainer.global_step - self._under_way_since >= self.overlap.delay_steps
+
+    def _land(
+        self, trainer: Trainer, pl_module: LightningModule, *, on_bar: bool, last: bool = False
+    ) -> None:
+        """Wait for the round in the background, if there is one, and take over its result."""
+        if self._under_way_since is None:
+            return
+        done = self._in_party.speak(lambda: self._or_why_not(lambda: self._overlapped.land(last=last)))
+        if isinstance(done, str):
+            self._stop_for_lack_of_parties(trainer, done)
+        self._under_way_since = None
+        if self._topology.is_speaker:
+            self._exchanged_at = self._overlapped.completed
+        self._took_over(trainer, pl_module, done, on_bar=on_bar)
+
+    def _since_round(self) -> tuple[float, float | None, Contribution]:
+        """Return what this party brings to a round: its weight, its loss, what a drift correction adds."""
         since = self._since
         samples, loss_sum, loss_samples = self._in_party.sum(
             [since.samples, float(since.loss_sum), since.loss_samples]
@@ -522,13 +609,7 @@ class FederatedAveraging(Callback):
         weight = {"samples": samples, "uniform": 1.0}.get(str(self.weighting), self.weighting)
         loss = loss_sum / loss_samples if loss_samples and self._tells_loss else None
         given = Contribution() if self._drift is None else self._drift.contribution()
-        done = self._in_party.speak(
-            lambda: self._or_why_not(lambda: self._speaking.step(float(weight), loss, given))
-        )
-        if isinstance(done, str):
-            self._stop_for_lack_of_parties(trainer, done)
-        self._since = SinceRound(trainer.global_step)
-        self._took_over(trainer, pl_module, done, on_bar=on_bar)
+        return float(weight), loss, given
 
     @staticmethod
     def _or_why_not(meet: Callable[[], T]) -> T | str:
@@ -593,6 +674,11 @@ class FederatedAveraging(Callback):
         if drift is not None:
             optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
             lands = outer.always_lands(optimizer, scheduled=self.outer_scheduler is not None)
+            if self.overlap is not None:
+                raise MisconfigurationException(
+                    f"{drift.beside.method} corrects each local step by what the last round gave, which with"
+                    " an overlap is not there yet. Leave out one of them."
+                )
             try:
                 drift.beside.check(private=self.privacy is not None, lands=lands)
             except ValueError as error:
@@ -606,6 +692,12 @@ class FederatedAveraging(Callback):
         for optimizer in trainer.optimizers:
             check_optimizer(trainer, optimizer, self._drift)
             self._drift.check(optimizer, parameters, resets=self.inner_optimizer_state == "reset")
+
+    @property
+    def _overlapped(self) -> OverlappedAggregator:
+        if not isinstance(self._aggregator, OverlappedAggregator):
+            raise RuntimeError("Only the party's first process aggregates, and only during a fit.")
+        return self._aggregator
 
     @property
     def _beside(self) -> Beside | None:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.outer import OptimizerFactory, SchedulerFactory, described_schedule, tried
+from pellm_lightning.overlap import Overlap
 from pellm_lightning.privacy import RecordLevel
 from pellm_lightning.topology import Topology
 
@@ -85,6 +86,15 @@ def patterns(name: str, value: object) -> None:
     ):
         raise ValueError(
             f"{name}={value!r} must be a list of glob patterns, for example {name}=['*lora_A*']."
+        )
+
+
+def overlap(value: Overlap | None, every_n_steps: int | None) -> None:
+    """Check that a round can be through before the next one begins."""
+    if value is not None and every_n_steps is not None and value.delay_steps >= every_n_steps:
+        raise ValueError(
+            f"overlap={value!r} lands a round after the next one has begun, every_n_steps={every_n_steps}"
+            " later. Choose a smaller delay_steps, or rounds that are further apart."
         )
 
 

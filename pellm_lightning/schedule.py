@@ -1,6 +1,21 @@
-"""When a round is due. Pure: the callback tells it the clock, it answers."""
+"""When a round is due. Pure: the callback tells it the clocks, it answers."""
 
+import math
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What a party has done since the last round, at the end of a batch."""
+
+    steps: int
+    """Optimizer steps."""
+    seconds: float
+    """Seconds since the last exchange was through."""
+    epoch: int
+    """The epoch under way, 0-based."""
+    epoch_ends: bool
+    """Whether the batch was its last."""
 
 
 @dataclass(frozen=True)
@@ -9,9 +24,9 @@ class EveryEpochs:
 
     n: int
 
-    def due(self, *, steps_since_round: int, epoch: int, epoch_ends: bool) -> bool:
-        """Whether a round is due now, after a batch; ``epoch`` is 0-based."""
-        return epoch_ends and (epoch + 1) % self.n == 0 and steps_since_round > 0
+    def due(self, since: Clock) -> bool:
+        """Whether a round is due now."""
+        return since.epoch_ends and (since.epoch + 1) % self.n == 0 and since.steps > 0
 
 
 @dataclass(frozen=True)
@@ -20,27 +35,48 @@ class EverySteps:
 
     n: int
 
-    def due(self, *, steps_since_round: int, epoch: int, epoch_ends: bool) -> bool:
-        """Whether a round is due now, after a batch; several optimizers may move the count by more than 1."""
-        return steps_since_round >= self.n
+    def due(self, since: Clock) -> bool:
+        """Whether a round is due now; several optimizers may move the count by more than 1."""
+        return since.steps >= self.n
 
 
-Schedule = EveryEpochs | EverySteps
+@dataclass(frozen=True)
+class EverySeconds:
+    """A round after the batch in which n seconds are over, at about the same time at all parties."""
+
+    n: float
+
+    def due(self, since: Clock) -> bool:
+        """Whether a round is due now."""
+        return since.seconds >= self.n and since.steps > 0
 
 
-def schedule(every_n_epochs: int | None, every_n_steps: int | None) -> Schedule:
-    """Return the schedule the two arguments ask for; neither given means every epoch.
+Schedule = EveryEpochs | EverySteps | EverySeconds
+
+
+def schedule(
+    every_n_epochs: int | None, every_n_steps: int | None, every_n_seconds: float | None = None
+) -> Schedule:
+    """Return the schedule that the arguments ask for; none given means every epoch.
 
     Raises:
-        ValueError: If both are given or one is below 1.
+        ValueError: If two are given, or one is below its least.
     """
-    if every_n_epochs is not None and every_n_steps is not None:
-        raise ValueError(
-            f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} are both given; a round has"
-            " one schedule. Keep one of them."
-        )
-    for name, n in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
-        if n is not None and n < 1:
+    asked = {
+        "every_n_epochs": every_n_epochs,
+        "every_n_steps": every_n_steps,
+        "every_n_seconds": every_n_seconds,
+    }
+    given = {name: n for name, n in asked.items() if n is not None}
+    if len(given) > 1:
+        words = " and ".join(f"{name}={n}" for name, n in given.items())
+        raise ValueError(f"{words} are both given; a round has one schedule. Keep one of them.")
+    if every_n_seconds is not None:
+        if not (math.isfinite(every_n_seconds) and every_n_seconds > 0):
+            raise ValueError(f"every_n_seconds={every_n_seconds} must be a number of seconds above 0.")
+        return EverySeconds(every_n_seconds)
+    for name, n in given.items():
+        if n < 1:
             raise ValueError(f"{name}={n} must be at least 1. Use {name}=1 for the shortest round.")
     if every_n_steps is not None:
         return EverySteps(every_n_steps)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from parties import Classifier, Rounds, ValidatedClassifier, batches, data, fit_parties, quiet_trainer
 
-from pellm_lightning import FederationError
+from pellm_lightning import FederationError, Overlap
 from pellm_lightning.optim import Yogi
 
 DILOCO = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
@@ -131,6 +131,15 @@ def test_resume_with_gradient_accumulation(tmp_path: Path) -> None:
     trainer = {"accumulate_grad_batches": 2}
     whole = Run(tmp_path, "every_n_train_steps", options, **trainer)
     assert_goes_on_exactly(whole, Run(tmp_path, "every_n_train_steps", options, **trainer), "3")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("step", ["3", "4", "5", "6", "8"])
+def test_resume_while_a_round_is_under_way(tmp_path: Path, step: str) -> None:
+    # Rounds begin after steps 4, 8 and 12 and land two steps later.
+    options = {"every_n_steps": 4, "outer_optimizer": DILOCO, "overlap": Overlap(2, mix=0.25)}
+    whole = Run(tmp_path, "every_n_train_steps", options)
+    assert_goes_on_exactly(whole, Run(tmp_path, "every_n_train_steps", options), step)
 
 
 def save(root: Path, name: str, *, parties: int = 2, seed: int = 0, **options: Any) -> list[Path]:

@@ -135,6 +135,8 @@ def test_the_printed_configuration_runs_again(
     assert config["federated"] == {
         "every_n_epochs": None,
         "every_n_steps": None,
+        "every_n_seconds": None,
+        "overlap": None,
         "weighting": 2.5,
         "aggregation": None,
         "measure_deviation": None,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pellm_lightning.schedule import EveryEpochs, EverySteps, Schedule, schedule
+from pellm_lightning.schedule import Clock, EveryEpochs, EverySeconds, EverySteps, Schedule, schedule
 
 
 def rounds_of(plan: Schedule, epochs: int, steps_per_batch: list[int]) -> list[tuple[int, int]]:
@@ -11,7 +11,7 @@ def rounds_of(plan: Schedule, epochs: int, steps_per_batch: list[int]) -> list[t
     for epoch in range(epochs):
         for batch, steps in enumerate(steps_per_batch):
             since += steps
-            if plan.due(steps_since_round=since, epoch=epoch, epoch_ends=batch == len(steps_per_batch) - 1):
+            if plan.due(Clock(since, 0.0, epoch, epoch_ends=batch == len(steps_per_batch) - 1)):
                 rounds.append((epoch, batch))
                 since = 0
     return rounds
@@ -36,6 +36,8 @@ def test_arguments_name_the_schedule(
 def test_two_schedules_at_once_are_refused() -> None:
     with pytest.raises(ValueError, match=r"every_n_epochs=1 and every_n_steps=10 are both given.*Keep one"):
         schedule(1, 10)
+    with pytest.raises(ValueError, match=r"every_n_steps=10 and every_n_seconds=2\.5 are both given"):
+        schedule(None, 10, 2.5)
 
 
 @pytest.mark.parametrize("n", [0, -1])
@@ -69,3 +71,16 @@ def test_gradient_accumulation_makes_no_round_without_a_step() -> None:
 def test_two_optimizers_step_over_the_mark() -> None:
     # Counts 2, 4: the third step is inside the second batch, and is not missed.
     assert rounds_of(EverySteps(3), 1, [2, 2, 2]) == [(0, 1)]
+
+
+@pytest.mark.parametrize("n", [0, -1.0, float("nan"), float("inf")])
+def test_seconds_are_above_zero(n: float) -> None:
+    with pytest.raises(ValueError, match=f"every_n_seconds={n} must be a number of seconds above 0"):
+        schedule(None, None, n)
+
+
+def test_seconds_end_with_the_batch_in_which_they_are_over() -> None:
+    plan = schedule(None, None, 2.5)
+    assert plan == EverySeconds(2.5)
+    told = [plan.due(Clock(steps, seconds, 0, False)) for steps, seconds in [(9, 2.4), (9, 2.5), (0, 9.0)]]
+    assert told == [False, True, False], "not before, and not without a step"
