@@ -1,5 +1,6 @@
 """What rounds carry beside the parties' updates, for methods that correct the drift between parties."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -54,6 +55,37 @@ class Beside:
             raise ValueError(
                 f"{self.method} says itself where the global parameters go, and another outer_optimizer or an"
                 " outer_scheduler would undo that. Leave out both, which is SGD with lr=1."
+            )
+
+    def check_contribution(
+        self, contribution: "Contribution | None", shapes: Mapping[str, list[int]], who: str
+    ) -> None:
+        """Refuse a contribution that is not what the method asks for.
+
+        Args:
+            contribution: Of a party that counts.
+            shapes: Of the parameters, by name.
+            who: Begins the error: which party comes to which round.
+
+        Raises:
+            ValueError: If it is missing, reaches no finite distance, or has a vector of other shapes.
+        """
+        if not self.sums:
+            return
+        who = f"{who} of {self.method}"
+        if contribution is None:
+            raise ValueError(f"{who} without a contribution. Pass step(..., contribution=Contribution(...)).")
+        if not (math.isfinite(contribution.extent) and contribution.extent >= 0):
+            raise ValueError(
+                f"{who} with extent={contribution.extent}; it must be finite and >= 0: the sum of the"
+                " learning rates of its steps."
+            )
+        given = {name: list(part.shape) for name, part in contribution.vector.items()}
+        if self.vector and given != shapes:
+            first = next(name for name in sorted({*given, *shapes}) if given.get(name) != shapes.get(name))
+            raise ValueError(
+                f"{who} with a vector that does not fit the parameters: {first!r} has shape"
+                f" {given.get(first)} there and {shapes.get(first)} here. Give one tensor per parameter."
             )
 
 

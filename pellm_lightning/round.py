@@ -1,6 +1,5 @@
 """One round, top to bottom: meet, pack, exchange, vote, commit."""
 
-import copy
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pellm_lightning import durable, outer, passport
+from pellm_lightning import global_state, outer, passport
 from pellm_lightning.aggregation.base import Aggregation, Counting, Needs, Part
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
@@ -31,20 +30,17 @@ from pellm_lightning.federation import (
     PartyLostError,
     Version,
 )
+from pellm_lightning.global_state import hand_over
 from pellm_lightning.layout import Layout
 from pellm_lightning.meeting import Header, Purpose, meeting
 from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.privacy.gaussian import GaussianMechanism
 from pellm_lightning.privacy.private import PrivateUpdates
-from pellm_lightning.products import Products
+from pellm_lightning.products import Outcome, Products
 from pellm_lightning.updates import Ballot, Updates
 from pellm_lightning.who_counts import WhoCounts
 
 log = logging.getLogger(__name__)
-
-# What a global state may weigh: an outer optimizer with a few vectors of its own, and words.
-_MAX_STATE = 16
-_MAX_WORDS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,23 @@ class RoundReport:
     last: bool = False
     """Whether no further round can move anything: the privacy budget is used up, or too few parties still
     train to hide in a sum."""
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """What the exchange of a round has brought; nothing of it is applied yet."""
+
+    weights: list[float]
+    """Of the parties that met; 0 for who does not count."""
+    excluded: list[int]
+    """Parties left out, by their place among those that met."""
+    counting: Counting
+    ballot: Ballot
+    update_norm: float
+    """2-norm of this party's update."""
+    total_weight: float
+    combined: Outcome | None
+    """What the LoRA factors become; None without any, or if nobody counted."""
 
 
 class Aggregator:
@@ -165,12 +178,7 @@ class Aggregator:
         self._version: Version | None = None
         self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy, beside))
         hides = self._exchange.hides or privacy is not None
-        if measure_deviation and hides:
-            raise ValueError(
-                "measure_deviation=True needs the parties' own factors, which a masked exchange or"
-                " differential privacy hides. Leave it out."
-            )
-        measure_deviation = not hides if measure_deviation is None else measure_deviation
+        self._measure_deviation = _measures(measure_deviation, hides)
         self._private = None if privacy is None else PrivateUpdates(privacy)
         if privacy is not None:
             _check_privacy(privacy, self._exchange)
@@ -188,7 +196,6 @@ class Aggregator:
                 words,
             )
         self._parameters = {name: parameters[name] for name in sorted(self._plan.shared)}
-        self._measure_deviation = measure_deviation
         self._make_outer_optimizer = outer_optimizer
         self._make_outer_scheduler = outer_scheduler
         self._frozen = frozen
@@ -209,19 +216,21 @@ class Aggregator:
         tried = outer.tried(outer_optimizer)
         outer.check(self._plan.rule, tried, scheduled=outer_scheduler is not None)
         schedule = outer.described_schedule(outer_optimizer, outer_scheduler)
-        self._lay_out(self._parameters)
         if beside is not None:
             lands = outer.always_lands(tried, scheduled=outer_scheduler is not None)
             beside.check(private=privacy is not None, lands=lands)
-        self._config = dict(config or {})
-        self._config.setdefault("on_nonfinite", on_nonfinite)
-        self._config.setdefault("outer_optimizer", outer.describe(tried))
-        self._config.setdefault("outer_scheduler", schedule)
-        self._config.setdefault("aggregation", repr(self._plan.rule))
-        self._config.setdefault("measure_deviation", measure_deviation)
-        self._config.setdefault("exchange", repr(self._exchange))
-        self._config.setdefault("privacy", repr(privacy))
-        self._config.setdefault("drift correction", None if beside is None else beside.method)
+        self._lay_out(self._parameters)
+        self._config = {
+            "on_nonfinite": on_nonfinite,
+            "outer_optimizer": outer.describe(tried),
+            "outer_scheduler": schedule,
+            "aggregation": repr(self._plan.rule),
+            "measure_deviation": self._measure_deviation,
+            "exchange": repr(self._exchange),
+            "privacy": repr(privacy),
+            "drift correction": None if beside is None else beside.method,
+            **(config or {}),
+        }
 
     @property
     def size_bytes(self) -> int:
@@ -299,7 +308,9 @@ class Aggregator:
                 " must count alike: a weight would be a factor of what one party can change. Use"
                 " weighting='uniform', which is the weight 1."
             )
-        self._check_contribution(contribution, weight)
+        if self._beside is not None and weight > 0:
+            who = f"Party {self.federation.name} comes to round {self.round}"
+            self._beside.check_contribution(contribution, self._layout.shapes, who)
         self._contribution = contribution
         try:
             report = self._next(Purpose.ROUND, weight, loss)
@@ -337,13 +348,7 @@ class Aggregator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
-        state = self._state()
-        carried = state["carried"]
-        return state | {
-            "global": state["global"].clone(),
-            "carried": None if carried is None else carried.clone(),
-            "outer_optimizer": copy.deepcopy(state["outer_optimizer"]),
-        }
+        return global_state.copied(self._state())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``; call it before ``start()``.
@@ -446,37 +451,8 @@ class Aggregator:
     def _bring_up_to_date(self, headers: list[Header]) -> None:
         """Hand the newest global state to those who lack it."""
         behind = [header.behind for header in headers]
-        if not any(behind):
-            return
-        source = behind.index(False)
-        here = self.federation.party
-        packed = durable.pack(self._state()) if source == here else b""
-        size = torch.tensor([len(packed)], dtype=torch.int64)
-        size_bytes = int(self.federation.all_reduce_(size))
-        if size_bytes > _MAX_STATE * self.size_bytes + _MAX_WORDS:
-            raise FederationError(
-                f"Party {self.federation.called([source])} would send {size_bytes} bytes of global state,"
-                f" more than {self.size_bytes} bytes of parameters can have. Install the same version at all"
-                " parties."
-            )
-        blob = torch.frombuffer(packed, dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
-        parts = [blob if lacks and source == here else blob[:0] for lacks in behind]
-        sizes = [size_bytes if party == source and behind[here] else 0 for party in range(len(headers))]
-        received = self.federation.all_to_all(parts, sizes)[source]
-        if behind[here]:
-            try:
-                self._adopt(durable.unpack(received.numpy().data))
-            except (ValueError, KeyError, TypeError) as error:  # a peer sent it, it may be anything
-                raise FederationError(
-                    f"Party {self.federation.name} cannot take over the global state of party"
-                    f" {self.federation.called([source])}: {error}. Install the same version at all parties."
-                ) from error
-            log.info(
-                "[party %s] takes over round %d from party %s",
-                self.federation.name,
-                self.round,
-                self.federation.called([source]),
-            )
+        if any(behind):
+            hand_over(self.federation, behind, self._state, self._adopt, self.size_bytes)
 
     @contextmanager
     def _reversible(self) -> Iterator[None]:
@@ -484,83 +460,24 @@ class Aggregator:
         if not self._meeting.rejoins:
             yield
             return
-        before, version, stale, loaded = self._state(), self._version, self._stale, self._loaded
-        optimizer = copy.deepcopy(before["outer_optimizer"])
-        carried = None if before["carried"] is None else before["carried"].clone()
         if self._before.numel() != self._layout.size:
             self._before = torch.empty_like(self._updates.global_)
-        self._before.copy_(self._updates.global_)
+        before = global_state.copied(self._state(), self._before)
+        version, stale, loaded = self._version, self._stale, self._loaded
         try:
             yield
         except BaseException:
             self.round, self._version, self._stale, self._loaded = before["round"], version, stale, loaded
             if self._layout.shapes == before["shapes"]:
-                undone = {"global": self._before, "outer_optimizer": optimizer, "carried": carried}
-                self._restore(before | undone)
+                self._restore(before)
             raise
 
     def _state(self) -> dict[str, Any]:
-        """Return the state as it lies in memory, to be looked at before anything goes on."""
-        return {
-            "round": self.round,
-            "version": None if self._version is None else list(self._version),
-            "shapes": self._layout.shapes,
-            "lora": self._products.reference if self._products else None,
-            "global": self._updates.global_,
-            "outer_class": type(self._updates.optimizer).__name__,
-            "outer_optimizer": self._updates.optimizer.state_dict(),
-            "outer_scheduler": self._updates.schedule.state,
-            "privacy": None if self._private is None else self._private.state_dict(),
-            "carried": self._updates.carried,
-        }
+        lora = self._products.reference if self._products else None
+        return global_state.state_of(self.round, self._version, lora, self._updates, self._private)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        saved, ours = state["shapes"], self._layout.shapes
-        if list(saved.items()) != list(ours.items()):
-            differ = sorted(name for name in {*saved, *ours} if saved.get(name) != ours.get(name))
-            first = (
-                f"the first that differs is {differ[0]!r}"
-                if differ
-                else "their order differs, as with another aggregation"
-            )
-            raise ValueError(
-                f"The checkpoint's federated state is of {len(saved)} parameters, this module trains"
-                f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
-                " exclude patterns of the checkpoint."
-            )
-        name = type(self._updates.optimizer).__name__
-        if state.get("outer_class", name) != name:
-            raise ValueError(
-                f"The saved federated state is of the outer optimizer {state['outer_class']:.100}, this party"
-                f" has {name}. Resume with the outer_optimizer of the checkpoint."
-            )
-        spent = state.get("privacy")
-        if (spent is None) != (self._private is None):
-            how = "with differential privacy, and is to go on without it, which would end its guarantee"
-            if spent is None:
-                how = "without differential privacy, and is to go on with it"
-            raise ValueError(
-                f"The federated state was saved {how}. Resume with the privacy of the checkpoint, or begin"
-                " anew from its weights."
-            )
-        carried, ours_carried = state.get("carried"), self._updates.carried
-        shape = None if ours_carried is None else ours_carried.shape
-        if getattr(carried, "shape", None) != shape:
-            raise ValueError(
-                "The federated state was saved "
-                + ("without" if carried is None else "with another")
-                + " vector beside the global parameters than"
-                f" {self._beside.method if self._beside else 'plain averaging'} keeps. Resume with the drift"
-                " correction of the checkpoint, or begin anew from its weights."
-            )
-        self._updates.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
-        if self._private is not None and spent is not None:
-            self._private.load_state_dict(spent)
-        if ours_carried is not None and carried is not None:
-            ours_carried.copy_(carried)
-        self._updates.global_.copy_(state["global"])
-        # A copy, since the optimizer goes on in the very tensors that it is given.
-        self._updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
+        global_state.restore_(state, self._updates, self._private)
 
     # ---- the round
 
@@ -620,7 +537,39 @@ class Aggregator:
             self._stale = True
 
     def _round(self, headers: list[Header], loss: float | None) -> RoundReport:
+        """Run one round: first all that is sent and received, then all that is applied."""
         self._updates.schedule.check(self.round)
+        crossed = self._cross(headers, loss)
+        outer_lr = self._updates.schedule.lr if crossed.counting.num_counting else None
+        distance, deviation = self._apply_(crossed)
+        report = RoundReport(
+            round=self.round,
+            parties=tuple(self.federation.members),
+            active_parties=crossed.counting.num_counting,
+            total_weight=crossed.total_weight,
+            weight=self._weight if crossed.weights[self.federation.party] > 0 else 0.0,
+            excluded=tuple(self.federation.members[party] for party in crossed.excluded),
+            loss=crossed.ballot.loss,
+            seconds=0.0,
+            waited_seconds=0.0,
+            bytes_sent=0,
+            update_norm=crossed.update_norm,
+            distance=distance,
+            deviation=deviation,
+            epsilon=None if self._private is None else self._private.epsilon,
+            clipping_norm=None if self._private is None else self._private.max_norm,
+            outer_lr=outer_lr,
+            last=self._who.none_after(headers, self.round),
+        )
+        self.round += 1
+        self._version = self._meeting.version(self.round)
+        return report
+
+    def _cross(self, headers: list[Header], loss: float | None) -> Crossed:
+        """Send this party's update and receive the mean; parameters and global vector stay what they are.
+
+        What it cost in privacy is entered at once, whatever comes of the round.
+        """
         weights = self._who.weights(headers, self.round)
         if self._padded is not None:
             self._padded.read_()
@@ -630,12 +579,7 @@ class Aggregator:
         failed = max(header.releases for header in headers)
         weights = self._who.allowed(headers, weights, self.round, failed)
         given_away = self._given_away
-        valued = [
-            header.values_of(name) if weight > 0 else ""
-            for header, name, weight in zip(headers, self.federation.names, weights, strict=True)
-        ]
-        view = json.dumps([self.round, valued])
-        sums = self._exchange.open(self.federation, lambda: self._reveal(valued), view)
+        sums = self._open(headers, weights)
         counting = self._counting(sums, weights)
         update_norm, ballot = self._average(counting, loss)
         if not excluded:
@@ -658,55 +602,46 @@ class Aggregator:
         if self._private is not None:
             releases = self._given_away - given_away
             self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
-        products = self._products if any(counting.shares) else None
-        outcome = None
-        if products is not None:
-            outcome = products.combine(
+        combined = None
+        if self._products is not None and counting.num_counting:
+            combined = self._products.combine(
                 self._layout, self._updates.global_, self._updates.pseudo_gradient, counting
             )
-        if counting.num_counting:
-            self._updates.keep_(counting)
-        deviation = None
-        if products is not None and outcome is not None:
-            deviation = outcome.deviation
-            lands = outer.is_sgd_one(self._updates.optimizer)
+        return Crossed(weights, excluded, counting, ballot, update_norm, total_weight, combined)
+
+    def _open(self, headers: list[Header], weights: list[float]) -> Collectives:
+        """Return the sums of this attempt, which all parties see alike: the round, and whose values count."""
+        valued = [
+            header.values_of(name) if weight > 0 else ""
+            for header, name, weight in zip(headers, self.federation.names, weights, strict=True)
+        ]
+        view = json.dumps([self.round, valued])
+        return self._exchange.open(self.federation, lambda: self._reveal(valued), view)
+
+    def _apply_(self, crossed: Crossed) -> tuple[float, Deviation | None]:
+        """Step the global vector, and write it; return the parameters' distance from the mean, and LoRA's.
+
+        Nothing crosses here but for rules that write into the base: the parties agree on what they wrote.
+        """
+        updates, products, combined = self._updates, self._products, crossed.combined
+        moves = crossed.counting.num_counting > 0
+        if moves:
+            updates.keep_(crossed.counting)
+        if products is not None and combined is not None:
+            lands = outer.is_sgd_one(updates.optimizer)
             products.put_(
-                self._layout,
-                self._updates.global_,
-                self._updates.pseudo_gradient,
-                outcome.replaced,
-                lands=lands,
+                self._layout, updates.global_, updates.pseudo_gradient, combined.replaced, lands=lands
             )
-        outer_lr = self._updates.schedule.lr if counting.num_counting else None
-        distance = self._updates.advance(writes=not self._meeting.rejoins, moves=counting.num_counting > 0)
+        distance = updates.advance(writes=not self._meeting.rejoins, moves=moves)
         if self._meeting.rejoins:
             self._stale = True  # the result may be given up yet, so it is written when it is settled
         elif self._padded is not None:
             self._padded.write_()
-        if products is not None and outcome is not None and outcome.terms is not None:
-            deviation = products.write_base_(self._layout, self._updates.global_, outcome.terms)
-        report = RoundReport(
-            round=self.round,
-            parties=tuple(self.federation.members),
-            active_parties=counting.num_counting,
-            total_weight=total_weight,
-            weight=self._weight if weights[self.federation.party] > 0 else 0.0,
-            excluded=tuple(self.federation.members[party] for party in excluded),
-            loss=ballot.loss,
-            seconds=0.0,
-            waited_seconds=0.0,
-            bytes_sent=0,
-            update_norm=update_norm,
-            distance=distance,
-            deviation=deviation,
-            epsilon=None if self._private is None else self._private.epsilon,
-            clipping_norm=None if self._private is None else self._private.max_norm,
-            outer_lr=outer_lr,
-            last=self._who.none_after(headers, self.round),
-        )
-        self.round += 1
-        self._version = self._meeting.version(self.round)
-        return report
+        if products is None or combined is None:
+            return distance, None
+        if combined.terms is None:
+            return distance, combined.deviation
+        return distance, products.write_base_(self._layout, updates.global_, combined.terms)
 
     def _meet(self, purpose: Purpose, weight: float) -> list[Header]:
         self._check_started()
@@ -727,28 +662,6 @@ class Aggregator:
             raise FederationError(
                 f"Party {self.federation.name} comes to a round before the parties have agreed on what they"
                 " share. Call start() first, at every party."
-            )
-
-    def _check_contribution(self, contribution: Contribution | None, weight: float) -> None:
-        """Refuse a contribution that is not what the method asks for."""
-        if self._beside is None or not self._beside.sums or weight == 0:
-            return
-        who = f"Party {self.federation.name} comes to round {self.round} of {self._beside.method}"
-        if contribution is None:
-            raise ValueError(f"{who} without a contribution. Pass step(..., contribution=Contribution(...)).")
-        if not (math.isfinite(contribution.extent) and contribution.extent >= 0):
-            raise ValueError(
-                f"{who} with extent={contribution.extent}; it must be finite and >= 0: the sum of the"
-                " learning rates of its steps."
-            )
-        given = {name: list(part.shape) for name, part in contribution.vector.items()}
-        if self._beside.vector and given != self._layout.shapes:
-            both = sorted({*given, *self._layout.shapes})
-            first = next(name for name in both if given.get(name) != self._layout.shapes.get(name))
-            raise ValueError(
-                f"{who} with a vector that does not fit the parameters: {first!r} has shape"
-                f" {given.get(first)} there and {self._layout.shapes.get(first)} here. Give one"
-                " tensor per parameter."
             )
 
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
@@ -818,6 +731,16 @@ def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Besid
     if privacy is not None or (beside is not None and beside.sums):
         return "means"
     return "sums" if exchange.hides else "parties"
+
+
+def _measures(asked: bool | None, hides: bool) -> bool:
+    """Return whether rounds measure the deviation, which takes the parties' own factors."""
+    if asked and hides:
+        raise ValueError(
+            "measure_deviation=True needs the parties' own factors, which a masked exchange or"
+            " differential privacy hides. Leave it out."
+        )
+    return not hides if asked is None else asked
 
 
 def _check_privacy(privacy: GaussianMechanism, exchange: Exchange) -> None:

@@ -64,7 +64,7 @@ class Updates:
         self._federation = federation
         self._hides = hides
         self._private = private
-        self._beside = beside
+        self.beside = beside
         self.carried = layout.new_vector() if beside is not None and beside.vector else None
         """Mean of the parties' vectors of the last round in which each part crossed, (D,) float32."""
         self._carrying = None if self.carried is None else layout.new_vector()
@@ -138,13 +138,13 @@ class Updates:
 
     def finish_(self, counting: Counting, extent: float) -> None:
         """Let the means of what crossed beside the updates act on the pseudo-gradient."""
-        if self._beside is None or not self._beside.sums:
+        if self.beside is None or not self.beside.sums:
             return
         for at in self._crossed(counting):
             if self._rescales:
                 self.pseudo_gradient[at].mul_(extent)
-            if self._carrying is not None and self._beside.recoil:
-                self.pseudo_gradient[at].add_(self._carrying[at], alpha=self._beside.recoil)
+            if self._carrying is not None and self.beside.recoil:
+                self.pseudo_gradient[at].add_(self._carrying[at], alpha=self.beside.recoil)
 
     def _carry(
         self, counting: Counting, averaged: Parts, contribution: Contribution | None
