@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,6 +39,7 @@ from pellm_lightning.federation import (
 )
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched, store_from_env
+from pellm_lightning.fragments import FragmentedAggregator, Turns, check_rule, fragments_of
 from pellm_lightning.layout import Layout
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.parameters import frozen, select
@@ -67,6 +68,18 @@ class SinceRound:
     """Samples behind ``loss_sum``."""
 
 
+class Brought(NamedTuple):
+    """What a party brings to a round."""
+
+    weight: float
+    loss: float | None
+    """Mean training loss since the last round."""
+    contribution: Contribution
+    """What a drift correction adds."""
+    turns: Turns
+    """Whose turn it is when the round is over."""
+
+
 class FederatedAveraging(Callback):
     """Averages the trainable parameters over all parties, round by round, while ``trainer.fit`` goes on.
 
@@ -80,6 +93,8 @@ class FederatedAveraging(Callback):
         every_n_steps: Instead, a round after every n optimizer steps (``trainer.global_step``).
         every_n_seconds: Instead, a round whenever n seconds of training are over, counted from the end of the
             last exchange: all parties come at about the same time, however many steps each has made.
+        fragments: Number of groups of layers that take turns: each has a round as often as the schedule says,
+            and at each exchange only a K-th of the parameters crosses.
         overlap: Lets rounds run in the background while training goes on; see ``Overlap``. Default: training
             stands still for a round.
         weighting: How much a party counts: "samples" by the training samples it consumed since the last
@@ -137,6 +152,7 @@ class FederatedAveraging(Callback):
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         every_n_seconds: float | None = None,
+        fragments: int = 1,
         overlap: Overlap | None = None,
         weighting: Literal["samples", "uniform"] | float = "samples",
         aggregation: Aggregation | None = None,
@@ -162,8 +178,9 @@ class FederatedAveraging(Callback):
         membership: Membership | None = None,
         state_dir: str | None = None,
     ) -> None:
-        self._schedule = schedule(every_n_epochs, every_n_steps, every_n_seconds)
-        checks.overlap(overlap, every_n_steps)
+        checks.fragments(fragments, every_n_steps, every_n_seconds)
+        checks.overlap(overlap, every_n_steps, fragments)
+        self._schedule = schedule(every_n_epochs, every_n_steps, every_n_seconds).shared_by(fragments)
         checks.weighting(weighting)
         checks.privacy(privacy, weighting)
         checks.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
@@ -177,6 +194,7 @@ class FederatedAveraging(Callback):
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
+        self.fragments = fragments
         self.overlap = overlap
         self.weighting = weighting
         self.aggregation = aggregation
@@ -206,13 +224,15 @@ class FederatedAveraging(Callback):
         self._party: Party | None = None
         self._drift: DriftCorrection | None = None
         self._joined: Federation | ElasticFederation | None = None
-        self._aggregator: Aggregator | None = None
+        self._aggregator: Aggregator | FragmentedAggregator | None = None
         self._plan: Plan | None = None
         self._trainable: dict[str, nn.Parameter] = {}
         self._layout: Layout | None = None
         self._resting: list[nn.Parameter] = []
         self._drained: Iterator[RoundReport] = iter(())
         self._since = SinceRound()
+        self._turns = Turns.from_step(fragments, 0)
+        self._dealt: list[set[str]] = []  # what crosses in which turn
         self._exchanged_at = 0.0  # by the clock of time.monotonic
         self._under_way_since: int | None = None  # step at which the round in the background began
         self._tells_loss = True
@@ -271,6 +291,10 @@ class FederatedAveraging(Callback):
         checks.optimizers(trainer, {name: parameters[name] for name in sorted(trained)})
         self._check_drift(trainer, parameters)
         self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
+        self._dealt = [set(names) for names in fragments_of(parameters, self.fragments)]
+        self._turns = Turns.from_step(self.fragments, self._since.step)
+        if "turns" in self._state:
+            self._turns = Turns(**self._state["turns"])
         self._under_way_since = self._state.get("under_way_since")
         self._trainable = trainable
         self._layout = Layout(parameters)
@@ -279,6 +303,7 @@ class FederatedAveraging(Callback):
         if overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
             self._since, self._under_way_since = SinceRound(trainer.global_step), None
+            self._turns = Turns.from_step(self.fragments, trainer.global_step)
         if self._drift is not None:
             self._drift.begin(parameters, self._carried(), resumed=resumed)
         self._resting = self._parameters(self._plan.rule.resting(round))
@@ -399,6 +424,7 @@ class FederatedAveraging(Callback):
             "party": self._topology.party,
             "aggregator": self._aggregator.state_dict(),
             "since": asdict(self._since) | {"loss_sum": float(self._since.loss_sum)},
+            "turns": asdict(self._turns),
             "under_way_since": self._under_way_since,
         }
 
@@ -476,6 +502,9 @@ class FederatedAveraging(Callback):
             )
             if self.overlap is not None:
                 self.overlap.check(plan.rule)
+            if self.fragments > 1:
+                check_rule(plan.rule)
+                fragments_of(plan.shared, self.fragments)
             return plan
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
@@ -486,7 +515,12 @@ class FederatedAveraging(Callback):
         """Start as the speaker; return whether parameters were overwritten, and the round that comes."""
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
-        make = Aggregator if self.overlap is None else partial(OverlappedAggregator, overlap=self.overlap)
+        whole: Callable[..., Aggregator] = Aggregator
+        if self.overlap is not None:
+            whole = partial(OverlappedAggregator, overlap=self.overlap)
+        make: Callable[..., Aggregator | FragmentedAggregator] = whole
+        if self.fragments > 1:
+            make = partial(FragmentedAggregator, fragments=self.fragments, make=whole)
         self._aggregator = make(
             self._joined,
             parameters,
@@ -503,6 +537,7 @@ class FederatedAveraging(Callback):
                 "every_n_epochs": self.every_n_epochs,
                 "every_n_steps": self.every_n_steps,
                 "every_n_seconds": self.every_n_seconds,
+                "fragments": self.fragments,
                 "overlap": repr(self.overlap),
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "on_nonfinite": self.on_nonfinite,
@@ -551,29 +586,30 @@ class FederatedAveraging(Callback):
     def _run_round(self, trainer: Trainer, pl_module: LightningModule, *, on_bar: bool = True) -> None:
         """Run a round while training stands still."""
         self._land(trainer, pl_module, on_bar=on_bar)
-        weight, loss, given = self._since_round()
+        brought = self._brought(trainer)
         done = self._in_party.speak(
-            lambda: self._or_why_not(lambda: self._speaking.step(weight, loss, given))
+            lambda: self._or_why_not(
+                lambda: self._speaking.step(brought.weight, brought.loss, brought.contribution)
+            )
         )
         if isinstance(done, str):
             self._stop_for_lack_of_parties(trainer, done)
-        self._since = SinceRound(trainer.global_step)
+        self._since, self._turns = SinceRound(trainer.global_step), brought.turns
         self._exchanged_at = time.monotonic()
         self._took_over(trainer, pl_module, done, on_bar=on_bar)
 
     def _close_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the last, incomplete round; all parties end with the same parameters."""
-        if trainer.global_step > self._since.step:
+        """Run the last, incomplete round of each fragment; all parties end with the same parameters."""
+        while self._turns.behind(trainer.global_step):
             self._run_round(trainer, pl_module, on_bar=False)
-        else:
-            self._land(trainer, pl_module, on_bar=False, last=True)
+        self._land(trainer, pl_module, on_bar=False)
 
     def _begin_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let a round run in the background."""
         self._land(trainer, pl_module, on_bar=True)
-        weight, loss, _ = self._since_round()
-        self._in_party.speak(lambda: self._overlapped.begin(weight, loss))
-        self._since = SinceRound(trainer.global_step)
+        brought = self._brought(trainer)
+        self._in_party.speak(lambda: self._overlapped.begin(brought.weight, brought.loss))
+        self._since, self._turns = SinceRound(trainer.global_step), brought.turns
         self._under_way_since = trainer.global_step
         if self._may_land(trainer):
             self._land(trainer, pl_module, on_bar=True)
@@ -586,12 +622,11 @@ class FederatedAveraging(Callback):
         failed = alone and self._overlapped.failed
         return failed or trainer.global_step - self._under_way_since >= self.overlap.delay_steps
 
-    def _land(
-        self, trainer: Trainer, pl_module: LightningModule, *, on_bar: bool, last: bool = False
-    ) -> None:
+    def _land(self, trainer: Trainer, pl_module: LightningModule, *, on_bar: bool) -> None:
         """Wait for the round in the background, if there is one, and take over its result."""
         if self._under_way_since is None:
             return
+        last = trainer.global_step == self._under_way_since  # nothing was learned since that could be mixed
         done = self._in_party.speak(lambda: self._or_why_not(lambda: self._overlapped.land(last=last)))
         if isinstance(done, str):
             self._stop_for_lack_of_parties(trainer, done)
@@ -600,16 +635,18 @@ class FederatedAveraging(Callback):
             self._exchanged_at = self._overlapped.completed
         self._took_over(trainer, pl_module, done, on_bar=on_bar)
 
-    def _since_round(self) -> tuple[float, float | None, Contribution]:
+    def _brought(self, trainer: Trainer) -> Brought:
         """Return what this party brings to a round: its weight, its loss, what a drift correction adds."""
         since = self._since
         samples, loss_sum, loss_samples = self._in_party.sum(
             [since.samples, float(since.loss_sum), since.loss_samples]
         )
+        turns = self._turns.passed_on(samples, trainer.global_step)
+        samples += self._turns.samples[self._turns.next]
         weight = {"samples": samples, "uniform": 1.0}.get(str(self.weighting), self.weighting)
         loss = loss_sum / loss_samples if loss_samples and self._tells_loss else None
         given = Contribution() if self._drift is None else self._drift.contribution()
-        return float(weight), loss, given
+        return Brought(float(weight), loss, given, turns)
 
     @staticmethod
     def _or_why_not(meet: Callable[[], T]) -> T | str:
@@ -639,7 +676,9 @@ class FederatedAveraging(Callback):
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
         # Moments in coordinates that are no more.
-        for parameter in self._parameters(self._planned.rule.regauged(done.active_parties)):
+        regauged = self._planned.named(self._planned.rule.regauged(done.active_parties))
+        crossed = self._dealt[done.round % self.fragments]
+        for parameter in [self._trainable[name] for name in sorted(regauged & crossed)]:
             for optimizer in trainer.optimizers:
                 optimizer.state.pop(parameter, None)
         self._resting = self._parameters(self._planned.rule.resting(done.round + 1))
@@ -674,10 +713,10 @@ class FederatedAveraging(Callback):
         if drift is not None:
             optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
             lands = outer.always_lands(optimizer, scheduled=self.outer_scheduler is not None)
-            if self.overlap is not None:
+            if self.overlap is not None or self.fragments > 1:
                 raise MisconfigurationException(
-                    f"{drift.beside.method} corrects each local step by what the last round gave, which with"
-                    " an overlap is not there yet. Leave out one of them."
+                    f"{drift.beside.method} corrects each local step by what the last round gave for all"
+                    " parameters, which with an overlap or fragments is not there yet. Leave out one of them."
                 )
             try:
                 drift.beside.check(private=self.privacy is not None, lands=lands)
@@ -694,8 +733,8 @@ class FederatedAveraging(Callback):
             self._drift.check(optimizer, parameters, resets=self.inner_optimizer_state == "reset")
 
     @property
-    def _overlapped(self) -> OverlappedAggregator:
-        if not isinstance(self._aggregator, OverlappedAggregator):
+    def _overlapped(self) -> OverlappedAggregator | FragmentedAggregator:
+        if not isinstance(self._aggregator, OverlappedAggregator | FragmentedAggregator):
             raise RuntimeError("Only the party's first process aggregates, and only during a fit.")
         return self._aggregator
 
@@ -720,7 +759,7 @@ class FederatedAveraging(Callback):
         return self._party
 
     @property
-    def _speaking(self) -> Aggregator:
+    def _speaking(self) -> Aggregator | FragmentedAggregator:
         if self._aggregator is None:
             raise RuntimeError("Only the party's first process aggregates, and only during a fit.")
         return self._aggregator

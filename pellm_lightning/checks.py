@@ -89,12 +89,23 @@ def patterns(name: str, value: object) -> None:
         )
 
 
-def overlap(value: Overlap | None, every_n_steps: int | None) -> None:
-    """Check that a round can be through before the next one begins."""
-    if value is not None and every_n_steps is not None and value.delay_steps >= every_n_steps:
+def fragments(value: object, every_n_steps: int | None, every_n_seconds: float | None) -> None:
+    """Check that fragments can take turns."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"fragments={value!r} must be a whole number, 1 or more.")
+    if value > 1 and every_n_seconds is None and (every_n_steps is None or every_n_steps % value):
         raise ValueError(
-            f"overlap={value!r} lands a round after the next one has begun, every_n_steps={every_n_steps}"
-            " later. Choose a smaller delay_steps, or rounds that are further apart."
+            f"fragments={value} take turns between two rounds of one of them, so every_n_steps="
+            f"{every_n_steps} must be a multiple of {value}; or give every_n_seconds."
+        )
+
+
+def overlap(value: Overlap | None, every_n_steps: int | None, fragments: int) -> None:
+    """Check that a round can be through before the next one begins."""
+    if value is not None and every_n_steps is not None and value.delay_steps >= every_n_steps // fragments:
+        raise ValueError(
+            f"overlap={value!r} lands a round after the next one has begun, {every_n_steps // fragments}"
+            " steps later. Choose a smaller delay_steps, or rounds that are further apart."
         )
 
 

@@ -28,6 +28,10 @@ class EveryEpochs:
         """Whether a round is due now."""
         return since.epoch_ends and (since.epoch + 1) % self.n == 0 and since.steps > 0
 
+    def shared_by(self, fragments: int) -> "EveryEpochs":
+        """Return the schedule itself: epochs are not divided."""
+        return self
+
 
 @dataclass(frozen=True)
 class EverySteps:
@@ -39,6 +43,10 @@ class EverySteps:
         """Whether a round is due now; several optimizers may move the count by more than 1."""
         return since.steps >= self.n
 
+    def shared_by(self, fragments: int) -> "EverySteps":
+        """Return the schedule by which each of so many fragments has its round once in n steps."""
+        return EverySteps(self.n // fragments)
+
 
 @dataclass(frozen=True)
 class EverySeconds:
@@ -49,6 +57,10 @@ class EverySeconds:
     def due(self, since: Clock) -> bool:
         """Whether a round is due now."""
         return since.seconds >= self.n and since.steps > 0
+
+    def shared_by(self, fragments: int) -> "EverySeconds":
+        """Return the schedule by which each of so many fragments has its round once in n seconds."""
+        return EverySeconds(self.n / fragments)
 
 
 Schedule = EveryEpochs | EverySteps | EverySeconds

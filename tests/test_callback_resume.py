@@ -9,7 +9,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from parties import Classifier, Rounds, ValidatedClassifier, batches, data, fit_parties, quiet_trainer
+from parties import (
+    Classifier,
+    Rounds,
+    ValidatedClassifier,
+    batches,
+    data,
+    fit_parties,
+    linear,
+    quiet_trainer,
+)
 
 from pellm_lightning import FederationError, Overlap
 from pellm_lightning.optim import Yogi
@@ -87,7 +96,7 @@ def assert_goes_on_exactly(whole: Run, resumed: Run, step: str) -> None:
         assert 0 < len(later) == len(other_logger.rounds)
         for done, again in zip(later, other_logger.rounds, strict=True):
             keys = ("round", "step", "weight", "total_weight", "loss", "update_norm", "distance", "outer_lr")
-            assert {key: done[key] for key in keys} == {key: again[key] for key in keys}
+            assert {key: done.get(key) for key in keys} == {key: again.get(key) for key in keys}
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -138,6 +147,29 @@ def test_resume_with_gradient_accumulation(tmp_path: Path) -> None:
 def test_resume_while_a_round_is_under_way(tmp_path: Path, step: str) -> None:
     # Rounds begin after steps 4, 8 and 12 and land two steps later.
     options = {"every_n_steps": 4, "outer_optimizer": DILOCO, "overlap": Overlap(2, mix=0.25)}
+    whole = Run(tmp_path, "every_n_train_steps", options)
+    assert_goes_on_exactly(whole, Run(tmp_path, "every_n_train_steps", options), step)
+
+
+class Layered(Classifier):
+    """A classifier with three trained layers, which can be fragments."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        seed = arguments.get("seed", 0)
+        layers = [linear(16, 16, seed=10 * seed + 1), linear(16, 16, seed=10 * seed + 2), self.head]
+        self.head = torch.nn.Sequential(*layers)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("overlap", [None, Overlap(1, mix=0.25)])
+@pytest.mark.parametrize("step", ["4", "5", "7"])
+def test_resume_between_fragments(
+    tmp_path: Path, step: str, overlap: Overlap | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A fragment after steps 2, 4, 6...: each after six.
+    monkeypatch.setitem(globals(), "Classifier", Layered)
+    options = {"every_n_steps": 6, "fragments": 3, "outer_optimizer": DILOCO, "overlap": overlap}
     whole = Run(tmp_path, "every_n_train_steps", options)
     assert_goes_on_exactly(whole, Run(tmp_path, "every_n_train_steps", options), step)
 

@@ -136,6 +136,7 @@ def test_the_printed_configuration_runs_again(
         "every_n_epochs": None,
         "every_n_steps": None,
         "every_n_seconds": None,
+        "fragments": 1,
         "overlap": None,
         "weighting": 2.5,
         "aggregation": None,

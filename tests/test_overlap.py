@@ -385,7 +385,7 @@ def test_drift_corrections_are_refused(tmp_path: Path) -> None:
         callbacks = [FedProx(0.1), federated(every_n_steps=5, overlap=Overlap(1))]
         quiet_trainer(tmp_path, callbacks).fit(Classifier(), data(8, seed=party))
 
-    with pytest.raises(MisconfigurationException, match="with an overlap is not there yet"):
+    with pytest.raises(MisconfigurationException, match="with an overlap or fragments is not there yet"):
         fit_parties(1, fit)
 
 
