@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -110,6 +110,7 @@ class OverlappedAggregator(Aggregator):
         self._overlap = overlap
         self._under_way: Future[RoundReport] | None = None
         self._report: RoundReport | None = None
+        self._stalled = 0.0
         self.completed = time.monotonic()
         """When the last round was through, by this process's clock; about the same moment at all parties."""
 
@@ -143,6 +144,7 @@ class OverlappedAggregator(Aggregator):
         """
         if self._under_way is not None or self._report is not None:
             raise RuntimeError(f"Party {self.federation.name} begins a round before the last has landed.")
+        begun = time.perf_counter()
         step = super().step
         self._staging.take()
 
@@ -153,6 +155,7 @@ class OverlappedAggregator(Aggregator):
             return report
 
         self._under_way = _in_background(round)
+        self._stalled = time.perf_counter() - begun
 
     def land(self, *, last: bool = False) -> RoundReport:
         """Wait for the round under way, and mix its result into the parameters.
@@ -164,13 +167,14 @@ class OverlappedAggregator(Aggregator):
             RuntimeError: If none is under way.
             FederationError: As ``step``.
         """
+        begun = time.perf_counter()
         self._wait()
         if self._report is None:
             raise RuntimeError(f"No round of party {self.federation.name} is under way. Call begin() first.")
         report, self._report = self._report, None
         healed = self.federation.place[0] in report.excluded  # NaN would survive any mixing
         self._staging.put(mix=0 if last or healed else self._overlap.mix)
-        return report
+        return replace(report, stalled_seconds=self._stalled + time.perf_counter() - begun)
 
     @override
     def step(

@@ -84,6 +84,7 @@ def note(
         "total_weight": done.total_weight,
         "seconds": done.seconds,
         "waited_seconds": done.waited_seconds,
+        "stalled_seconds": done.stalled_seconds,
         "bytes_sent": done.bytes_sent,
         "update_norm": done.update_norm,
         "distance": done.distance,

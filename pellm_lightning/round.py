@@ -65,6 +65,8 @@ class RoundReport:
     """Seconds from the moment all parties had arrived until the parameters were written."""
     waited_seconds: float
     """Seconds this party waited for the others to arrive."""
+    stalled_seconds: float
+    """Seconds in which this party's training stood still: all of these, or with an overlap what is left."""
     bytes_sent: int
     """Bytes this party handed to the group."""
     update_norm: float
@@ -499,10 +501,12 @@ class Aggregator:
             if self._private is not None:
                 self._private.given_away = 0
             if report is not None:
+                through = time.perf_counter()
                 return replace(
                     report,
-                    seconds=time.perf_counter() - arrived,
+                    seconds=through - arrived,
                     waited_seconds=arrived - came,
+                    stalled_seconds=through - came,
                     bytes_sent=self.federation.bytes_sent - sent_before,
                 )
             if purpose is Purpose.JOIN:
@@ -552,6 +556,7 @@ class Aggregator:
             loss=crossed.ballot.loss,
             seconds=0.0,
             waited_seconds=0.0,
+            stalled_seconds=0.0,
             bytes_sent=0,
             update_norm=crossed.update_norm,
             distance=distance,

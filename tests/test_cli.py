@@ -14,7 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 from little import LittleData, LittleModule
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
+from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap, PartyEnvironment
 from pellm_lightning.cli import main
 
 # Lightning calls jsonargparse in a way that has gone out of use.
@@ -113,6 +113,17 @@ def test_the_recipes_of_the_documentation_train(command: Any, tmp_path: Path, re
         low, part = arguments["eta_min"], (state["round"] - 1) / arguments["T_max"]
         lr = low + (lr - low) * (1 + math.cos(math.pi * part)) / 2
     assert logged == pytest.approx(lr, rel=1e-6)
+
+
+def test_the_overlap_of_the_documentation_trains(command: Any, tmp_path: Path) -> None:
+    page = (PAGE.parent / "overlap.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(federated:.*?)```", page, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    short = ["--federated.every_n_steps=2", "--federated.overlap.delay_steps=1"]
+    cli = command("fit", "--config=recipe.yaml", *short)
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
+    assert callback.overlap == Overlap(1, 0.5)
+    assert callback.state_dict()["aggregator"]["round"] == math.ceil(cli.trainer.global_step / 2)
 
 
 def test_every_recipe_is_documented() -> None:
