@@ -15,6 +15,8 @@ import torch
 from parties import data, fit_parties, quiet_trainer
 from tuned import Tuned, assert_same
 
+from pellm_lightning import Overlap
+
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(180)]
@@ -69,7 +71,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    return Launch(4, ("ddp", "ddp_products", "ddp_drift"), tmp_path_factory.mktemp("four"))
+    return Launch(4, ("ddp", "ddp_overlap", "ddp_products", "ddp_drift"), tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture
@@ -226,6 +228,21 @@ def test_parties_of_two_processes_resume_to_the_bit(four: Launch) -> None:
         for done, again in zip(whole["rounds"][1:], resumed["rounds"], strict=True):
             assert done["weight"] == again["weight"]
             assert done["update_norm"] == again["update_norm"]
+
+
+def test_rounds_land_alike_in_all_processes_of_a_party(four: Launch, scenarios: Any, tmp_path: Path) -> None:
+    def fit(party: int, federated: Any) -> torch.Tensor:
+        callback = federated(**scenarios.DILOCO, overlap=Overlap(2))
+        return scenarios.fit_pairs(tmp_path / str(party), party, quiet_trainer, callback, 4)
+
+    expected = fit_parties(2, fit)
+    for rank, (whole, resumed, by_clock) in enumerate(four["ddp_overlap"]):
+        assert torch.equal(whole["vector"], four["ddp_overlap"][0][0]["vector"])
+        assert torch.equal(whole["vector"], resumed["vector"])
+        assert torch.equal(by_clock["vector"], four["ddp_overlap"][0][2]["vector"])
+        torch.testing.assert_close(whole["vector"], expected[rank // 2]["vector"], rtol=0, atol=2e-6)
+        # Begun after steps 3 and 6; the last at the end. Resumed after step 4.
+        assert [done["step"] for done in whole["rounds"]] == [5, 8, 8]
 
 
 @pytest.mark.parametrize("name", ["FedProx", "SCAFFOLD", "FedNova", "FedDyn"])

@@ -19,7 +19,7 @@ from little import LittleData, LittleModule
 from parties import Classifier, Rounds, ValidatedClassifier, batches, data, dataset, quiet_trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
+from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap, PartyEnvironment
 from pellm_lightning.aggregation import Alternating, LowRankMean, ResidualMean
 from pellm_lightning.drift import SCAFFOLD, FedDyn, FedNova, FedProx
 
@@ -238,6 +238,16 @@ def ddp() -> Any:
     whole = fit_pairs(OUT / "whole", RANK // 2, ddp_trainer, callback, 2, files)
     path = f"{whole['dirpath']}/step=4.ckpt"
     return whole, fit_pairs(OUT / "resumed", RANK // 2, ddp_trainer, callback, 2, ckpt_path=path)
+
+
+def ddp_overlap() -> Any:
+    """Two parties of DDP(2) whose rounds land two steps later: whole, resumed under way, by the clock."""
+    callback = FederatedAveraging(**DILOCO, overlap=Overlap(2))
+    whole = fit_pairs(OUT / "overlap", RANK // 2, ddp_trainer, callback, 2)
+    path, again = f"{whole['dirpath']}/step=4.ckpt", OUT / "overlap-resumed"
+    resumed = fit_pairs(again, RANK // 2, ddp_trainer, callback, 2, ckpt_path=path)
+    callback = FederatedAveraging(every_n_seconds=0.02, overlap=Overlap(1))
+    return whole, resumed, fit_pairs(OUT / "clock", RANK // 2, ddp_trainer, callback, 2)
 
 
 RULES = {"low rank": LowRankMean("exact"), "residual": ResidualMean(), "alternating": Alternating()}
