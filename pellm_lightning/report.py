@@ -92,6 +92,8 @@ def note(
         figures |= {"deviation": done.deviation.total, "worst_deviation": done.deviation.worst}
     if done.loss is not None:
         figures["loss"] = done.loss
+    if done.compression_error is not None:
+        figures["compression_error"] = done.compression_error
     if done.epsilon is not None and done.clipping_norm is not None:
         figures |= {"epsilon": done.epsilon, "clipping_norm": done.clipping_norm}
     publish(trainer, {f"federated/{name}": float(value) for name, value in figures.items()})

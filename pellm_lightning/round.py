@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pellm_lightning import durable, outer, passport
-from pellm_lightning.aggregation.base import Aggregation, Counting, Needs, Part
+from pellm_lightning.aggregation.base import Aggregation, Counting, Granted, Part
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.aggregation.ranks import PaddedFactors
 from pellm_lightning.durable import StateDir
-from pellm_lightning.exchange import Exchange, Plain
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.exchange.base import chosen
 from pellm_lightning.federation import (
     Collectives,
     FederationError,
@@ -78,6 +79,8 @@ class RoundReport:
     """By how much the LoRA factors miss the mean of the products; None without LoRA, or if not measured."""
     epsilon: float | None = None
     """What differential privacy has cost so far, this round included; None without."""
+    compression_error: float | None = None
+    """2-norm of what this party's codes have lost, relative to what they say; None if nothing was encoded."""
     clipping_norm: float | None = None
     """Norm to which the next round's updates are clipped; None without differential privacy."""
     last: bool = False
@@ -109,7 +112,8 @@ class Aggregator:
         lora: What the modules of the LoRA pairs say, from ``lora_modules(model)``; scaling 1 without.
         measure_deviation: Whether each round measures by how much the result misses the mean of the LoRA
             products. It takes half as many bytes again as averaging the factors, and the parties' factors:
-            None measures where the exchange does not hide these.
+            None measures where the exchange does not hide these, and with a compressed exchange only where
+            the rule gathers them anyway.
         exchange: How values are summed over the parties; None is ``exchange.Plain()``.
         privacy: Differential privacy of each party's updates. Every weight must be 1 or 0 then; no training
             loss is exchanged.
@@ -147,7 +151,7 @@ class Aggregator:
     ) -> None:
         self.federation = federation
         self.round = 0
-        self._exchange = Plain() if exchange is None else exchange
+        self._exchange = chosen(exchange)
         self._exchange.check(federation)
         self._meeting = meeting(
             federation, self._exchange, None if state_dir is None else StateDir(state_dir)
@@ -160,7 +164,15 @@ class Aggregator:
                 "measure_deviation=True needs the parties' own factors, which a masked exchange or"
                 " differential privacy hides. Leave it out."
             )
-        measure_deviation = not hides if measure_deviation is None else measure_deviation
+        if measure_deviation and self._exchange.gives == "sparse":
+            raise ValueError(
+                f"measure_deviation=True needs the parties' whole factors, which {self._exchange!r} does not"
+                " send. Leave it out."
+            )
+        if measure_deviation is None:
+            # What compression saves is not spent on measuring; rules that gather factors have them anyway.
+            gathers = self._exchange.exact or self._plan.rule.needs == "parties"
+            measure_deviation = not hides and gathers
         self._private = None if privacy is None else PrivateUpdates(privacy)
         if privacy is not None:
             _check_privacy(privacy, self._exchange)
@@ -302,6 +314,7 @@ class Aggregator:
         return state | {
             "global": state["global"].clone(),
             "outer_optimizer": copy.deepcopy(state["outer_optimizer"]),
+            "memory": None if self._memory is None else self._memory.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -327,9 +340,10 @@ class Aggregator:
             self._plan,
             self._make_outer_optimizer,
             self.federation,
-            hides=self._exchange.hides,
+            exact=self._exchange.exact,
             private=self._private,
         )
+        self._memory = self._exchange.memory(self._layout.size)
 
     def _know_products(self) -> None:
         """Learn what the parties' pairs are, now that they have met; lay out those of unlike ranks."""
@@ -393,6 +407,8 @@ class Aggregator:
 
     def _adopt(self, state: Mapping[str, Any]) -> None:
         """Let the global state be another one; the parameters are written when it is settled."""
+        if self._memory is not None:
+            self._memory.overtaken()
         if self._products is None:
             self.load_state_dict(state)
         else:
@@ -491,6 +507,8 @@ class Aggregator:
             )
         if self._private is not None and spent is not None:
             self._private.load_state_dict(spent)
+        if self._memory is not None and state.get("memory") is not None:
+            self._memory.load_state_dict(state["memory"])
         self._updates.global_.copy_(state["global"])
         # A copy, since the optimizer goes on in the very tensors that it is given.
         self._updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
@@ -527,12 +545,16 @@ class Aggregator:
     def _attempt(self, headers: list[Header], loss: float | None) -> RoundReport | None:
         """Make one attempt at a round, which stands at all parties or at none."""
         report = None
+        if self._memory is not None:
+            self._memory.discard()  # of an attempt that failed
         with self._reversible():
             self._prepare(headers)
             if any(header.purpose is Purpose.ROUND for header in headers):
                 report = self._round(headers, loss)
             if self._meeting.rejoins:
                 self._meeting.settle(self.round, self._state())
+        if self._memory is not None:
+            self._memory.commit()
         if self._stale:
             self._write_()
         self.federation.enter(f"training after round {self.round - 1}" if self.round else "training")
@@ -567,7 +589,7 @@ class Aggregator:
             for header, name, weight in zip(headers, self.federation.names, weights, strict=True)
         ]
         view = json.dumps([self.round, valued])
-        sums = self._exchange.open(self.federation, lambda: self._reveal(valued), view)
+        sums = self._exchange.open(self.federation, lambda: self._reveal(valued), view, self._memory)
         counting = self._counting(sums, weights)
         update_norm, ballot = self._average(counting, loss)
         if not excluded:
@@ -625,6 +647,7 @@ class Aggregator:
             distance=distance,
             deviation=deviation,
             epsilon=None if self._private is None else self._private.epsilon,
+            compression_error=None if self._memory is None else self._memory.error,
             clipping_norm=None if self._private is None else self._private.max_norm,
             last=self._who.none_after(headers, self.round),
         )
@@ -654,6 +677,8 @@ class Aggregator:
         return self._who.without(excluded, weights, self.round, self._layout.first_nonfinite())
 
     def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
+        if self._memory is not None:
+            self._memory.begin(self.round, [weight > 0 for weight in weights])
         return self._who.counting(sums, weights, self._weight, self.round)
 
     def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
@@ -709,11 +734,9 @@ class Aggregator:
         }
 
 
-def granted(exchange: Exchange, privacy: GaussianMechanism | None) -> Needs:
+def granted(exchange: Exchange, privacy: GaussianMechanism | None) -> Granted:
     """Return what an aggregation may have of the parties."""
-    if privacy is not None:
-        return "means"
-    return "sums" if exchange.hides else "parties"
+    return exchange.gives if privacy is None else "means"
 
 
 def _check_privacy(privacy: GaussianMechanism, exchange: Exchange) -> None:

@@ -38,7 +38,7 @@ class Updates:
         plan: The rule applied to them.
         optimizer: Makes the outer optimizer of the global vector.
         federation: The joined parties.
-        hides: Whether the exchange hides weights; then updates are multiplied by them, not by shares.
+        exact: Whether the exchange sums float32 exactly; if not, the parties' ballot crosses apart.
         private: Makes updates differentially private; None leaves them as they are.
     """
 
@@ -49,13 +49,13 @@ class Updates:
         optimizer: outer.OptimizerFactory,
         federation: Collectives,
         *,
-        hides: bool,
+        exact: bool,
         private: PrivateUpdates | None,
     ) -> None:
         self.layout = layout
         self._plan = plan
         self._federation = federation
-        self._hides = hides
+        self._exact = exact
         self._private = private
         self._parameter = nn.Parameter(layout.pack_(layout.new_vector()))
         self.optimizer = optimizer([self._parameter])
@@ -86,7 +86,7 @@ class Updates:
         share = counting.share
         averaged = self._plan.rule.averaged(counting.round, counting.num_counting)
         told = self._staging[self.layout.size :]
-        if self._hides:  # weights need more digits than updates
+        if not self._exact:  # weights need more digits than updates
             told = told.double()
         bit = 0.0
         if self._private is not None and share:
@@ -103,11 +103,11 @@ class Updates:
             squares.extend(self._pack(last, share))
             self._cast(told, _norm(squares), bit, loss, share)
             start = last[0].start if self._crosses(last, averaged) else self.layout.size
-            if self._hides:
+            if self._exact:
+                yield self._staging[start:]
+            else:
                 yield self._staging[start : self.layout.size]
                 yield told
-            else:
-                yield self._staging[start:]
 
         counting.federation.all_reduce_each_(packed())
         return _norm(squares), self._counted(told)
