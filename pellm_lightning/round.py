@@ -343,7 +343,7 @@ class Aggregator:
             exact=self._exchange.exact,
             private=self._private,
         )
-        self._memory = self._exchange.memory(self._layout.size)
+        self._memory = self._exchange.memory(self._updates.pseudo_gradient)
 
     def _know_products(self) -> None:
         """Learn what the parties' pairs are, now that they have met; lay out those of unlike ranks."""

@@ -294,14 +294,14 @@ def test_residuals_are_a_partys_own() -> None:
 
 
 def test_residuals_of_other_parameters_are_refused() -> None:
-    memory = TopK().memory(10)
+    memory = TopK().memory(torch.zeros(10))
     with pytest.raises(ValueError, match="are 11 numbers, but the parameters are 10"):
         memory.load_state_dict({"residuals": torch.ones(11)})
 
 
 def test_residuals_of_a_checkpoint_that_the_others_have_gone_beyond_are_forgotten() -> None:
     state = {"residuals": torch.ones(10)}
-    behind, present = TopK().memory(10), TopK().memory(10)
+    behind, present = TopK().memory(torch.zeros(10)), TopK().memory(torch.zeros(10))
     for memory in (behind, present):
         memory.load_state_dict(state)
     present.begin(7, [True, True])
@@ -312,8 +312,29 @@ def test_residuals_of_a_checkpoint_that_the_others_have_gone_beyond_are_forgotte
     assert torch.equal(present.state_dict()["residuals"], torch.ones(10))
 
 
+def test_what_is_no_part_of_the_vector_crosses_exactly() -> None:
+    """Other vectors of float32 have no residuals here, and must not take those of the parameters."""
+
+    def act(federation: Federation) -> None:
+        exchange, vector, other = TopK(chunk_size=8, k=1), random(federation.party, 40), random(9, 40)
+        memory = exchange.memory(vector)
+        assert memory is not None
+        memory.begin(0, [True, True])
+        exchange.open(federation, lambda: None, memory=memory).all_reduce_each_([vector[8:32], other[8:32]])
+        assert torch.equal(other[8:32], 2 * random(9, 40)[8:32])
+        assert torch.equal(vector[:8], random(federation.party, 40)[:8])
+        memory.commit()
+        owes = memory.state_dict()["residuals"]
+        assert owes[8:32].count_nonzero() >= 21
+        assert not torch.cat([owes[:8], owes[32:]]).any()
+        kept = random(federation.party, 40)[8:32] - owes[8:32]  # this party's part of the sum
+        assert kept.abs().gt(1e-6).sum() == 3
+
+    run_parties(2, act)
+
+
 def test_an_attempt_that_is_given_up_changes_no_residual() -> None:
-    memory = TopK().memory(10)
+    memory = TopK().memory(torch.zeros(10))
     for end in (memory.discard, lambda: memory.begin(3, [True])):
         memory.begin(3, [True])
         memory.lost(2, 5).fill_(1.0)

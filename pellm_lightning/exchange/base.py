@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
+from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.exchange.memory import Memory
@@ -30,8 +31,8 @@ class Exchange(ABC):
             ValueError: If it would not.
         """
 
-    def memory(self, size: int) -> Memory | None:
-        """Return what a party keeps from round to round of a vector of that length; None keeps nothing."""
+    def memory(self, vector: Tensor) -> Memory | None:
+        """Return what a party keeps from round to round of what it sums in a vector; None keeps nothing."""
         return None
 
     @abstractmethod

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
+from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.exchange.base import Exchange
@@ -24,9 +25,9 @@ class _Compressed(Exchange):
     seed: int
 
     @override
-    def memory(self, size: int) -> Memory:
+    def memory(self, vector: Tensor) -> Memory:
         """Return this party's residuals, zeros."""
-        return Memory(size, keeps=self.error_feedback)
+        return Memory(vector, keeps=self.error_feedback)
 
     @override
     def open(

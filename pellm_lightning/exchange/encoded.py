@@ -18,10 +18,10 @@ from pellm_lightning.federation import Collectives
 class EncodedSums(Wrapped):
     """The sums of one attempt; how a bucket is summed is up to those below.
 
-    ``all_reduce_each_`` sums the vector of a round: its float32 buckets are encoded, all else is exact, and
-    so is what ``all_reduce_`` sums. The buckets are parts of one vector; where they lie in its memory tells
-    which residuals are theirs. What is gathered in float32 is encoded, too, without residuals, and every
-    party goes on with what the others decode, its own included.
+    ``all_reduce_each_`` sums the vector of a round: its buckets are encoded. All else is exact, and so is
+    what ``all_reduce_`` sums. Where a bucket lies in the vector tells which residuals are its own. What is
+    gathered in float32 is encoded, too, without residuals, and every party goes on with what the others
+    decode, its own included.
 
     Args:
         federation: The parties that meet.
@@ -48,13 +48,14 @@ class EncodedSums(Wrapped):
     @override
     def all_reduce_each_(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            if tensor.dtype != torch.float32:
+            at = self._memory.place(tensor)
+            if at is None:
                 self._federation.all_reduce_(tensor)
             elif not any(self._memory.counting):
                 tensor.zero_()  # nobody says anything, and what is owed stays owed
             elif tensor.numel():
                 on_cpu = tensor.detach().to("cpu")
-                (self._sum_ if self.num_parties > 1 else self._keep_)(on_cpu, int(tensor.storage_offset()))
+                (self._sum_ if self.num_parties > 1 else self._keep_)(on_cpu, at)
                 if on_cpu.data_ptr() != tensor.data_ptr():
                     tensor.copy_(on_cpu)
 

@@ -17,11 +17,13 @@ class Memory:
     Nothing changes before ``commit``: an attempt that is made again begins from the same residuals.
 
     Args:
-        size: Length of the vector D.
+        vector: What is summed in each round, (D,) float32; its buckets are known by where they lie in it.
         keeps: Whether there are residuals at all; they take 8 bytes for each number of the vector.
     """
 
-    def __init__(self, size: int, *, keeps: bool) -> None:
+    def __init__(self, vector: Tensor, *, keeps: bool) -> None:
+        size = len(vector)
+        self._vector = vector
         self.keeps = keeps
         self.round = 0
         self.counting: list[bool] = []
@@ -60,6 +62,12 @@ class Memory:
         if self.counting:
             self._restored = False
         self._touched, self.counting = [], []
+
+    def place(self, bucket: Tensor) -> int | None:
+        """Return where a bucket begins in the vector, None if it is of another."""
+        if bucket.untyped_storage().data_ptr() != self._vector.untyped_storage().data_ptr():
+            return None
+        return int(bucket.storage_offset()) - int(self._vector.storage_offset())
 
     def owed(self, start: int, stop: int) -> Tensor | None:
         """Return the residuals of a range of the vector, None without."""
