@@ -53,6 +53,7 @@ bench: setup  ## time a round against a raw all-reduce, and the aggregation rule
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/masked.py
 	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/compressed.py
 	$(BIN)/python benchmarks/separate_jobs.py
 
 chaos: setup  ## kill, stop and restart separate jobs at random, and look for what was lost

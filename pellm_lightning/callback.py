@@ -28,7 +28,8 @@ from pellm_lightning.environment import (
     speak_as,
     topology_of,
 )
-from pellm_lightning.exchange import Exchange, Plain
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.exchange.base import chosen
 from pellm_lightning.federation import (
     TLS,
     ElasticFederation,
@@ -103,9 +104,10 @@ class FederatedAveraging(Callback):
             Default: ``LowRankMean()`` for LoRA, the weighted mean for all else.
         measure_deviation: Report each round by how much the result misses the mean of the LoRA products. It
             takes half as many bytes again as averaging the factors, and other parties see these. Default:
-            where the exchange does not hide them.
-        exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``, or
-            ``Masked(...)`` so that nobody sees another's.
+            where the exchange does not hide them, nor would have to send them for it alone to be compressed.
+        exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``,
+            ``Masked(...)`` so that nobody sees another's, or in fewer bytes ``Cast("bfloat16")``,
+            ``Quantized(...)`` and ``TopK(...)``.
         privacy: Differential privacy of each party's updates, from ``pellm_lightning.privacy``. It needs
             weighting="uniform".
         include: Glob patterns over names of trainable parameters; only what matches one federates. Default:
@@ -199,7 +201,7 @@ class FederatedAveraging(Callback):
         self.weighting = weighting
         self.aggregation = aggregation
         self.measure_deviation = measure_deviation
-        self.exchange: Exchange = Plain() if exchange is None else exchange
+        self.exchange: Exchange = chosen(exchange)
         self.privacy = privacy
         self.include = include
         self.exclude = exclude

@@ -95,6 +95,8 @@ def note(
         figures["loss"] = done.loss
     if done.outer_lr is not None:
         figures["outer_lr"] = done.outer_lr
+    if done.compression_error is not None:
+        figures["compression_error"] = done.compression_error
     if done.epsilon is not None and done.clipping_norm is not None:
         figures |= {"epsilon": done.epsilon, "clipping_norm": done.clipping_norm}
     publish(trainer, {f"federated/{name}": float(value) for name, value in figures.items()})

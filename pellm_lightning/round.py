@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from pellm_lightning import global_state, outer, passport
-from pellm_lightning.aggregation.base import Aggregation, Counting, Needs, Part
+from pellm_lightning.aggregation.base import Aggregation, Counting, Granted, Part
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.aggregation.ranks import PaddedFactors
 from pellm_lightning.beside import Beside, Contribution
 from pellm_lightning.durable import StateDir
-from pellm_lightning.exchange import Exchange, Plain
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.exchange.base import chosen
 from pellm_lightning.federation import (
     Collectives,
     FederationError,
@@ -77,6 +78,8 @@ class RoundReport:
     """By how much the LoRA factors miss the mean of the products; None without LoRA, or if not measured."""
     epsilon: float | None = None
     """What differential privacy has cost so far, this round included; None without."""
+    compression_error: float | None = None
+    """2-norm of what this party's codes have lost, relative to what they say; None if nothing was encoded."""
     clipping_norm: float | None = None
     """Norm to which the next round's updates are clipped; None without differential privacy."""
     outer_lr: float | None = None
@@ -127,7 +130,8 @@ class Aggregator:
         lora: What the modules of the LoRA pairs say, from ``lora_modules(model)``; scaling 1 without.
         measure_deviation: Whether each round measures by how much the result misses the mean of the LoRA
             products. It takes half as many bytes again as averaging the factors, and the parties' factors:
-            None measures where the exchange does not hide these.
+            None measures where the exchange does not hide these, and with a compressed exchange only where
+            the rule gathers them anyway.
         exchange: How values are summed over the parties; None is ``exchange.Plain()``.
         privacy: Differential privacy of each party's updates. Every weight must be 1 or 0 then; no training
             loss is exchanged.
@@ -172,7 +176,7 @@ class Aggregator:
     ) -> None:
         self.federation = federation
         self.round = 0
-        self._exchange = Plain() if exchange is None else exchange
+        self._exchange = chosen(exchange)
         self._exchange.check(federation)
         self._meeting = meeting(
             federation, self._exchange, None if state_dir is None else StateDir(state_dir)
@@ -180,7 +184,7 @@ class Aggregator:
         self._version: Version | None = None
         self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy, beside))
         hides = self._exchange.hides or privacy is not None
-        self._measure_deviation = _measures(measure_deviation, hides)
+        self._measure_deviation = _measures(measure_deviation, hides, self._exchange, self._plan.rule)
         self._private = None if privacy is None else PrivateUpdates(privacy)
         if privacy is not None:
             _check_privacy(privacy, self._exchange)
@@ -350,7 +354,8 @@ class Aggregator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
-        return global_state.copied(self._state())
+        kept = {"memory": None if self._memory is None else self._memory.state_dict()}  # this party's own
+        return global_state.copied(self._state()) | kept
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``; call it before ``start()``.
@@ -375,11 +380,12 @@ class Aggregator:
             self._plan,
             self._make_outer_optimizer,
             self.federation,
-            hides=self._exchange.hides,
+            exact=self._exchange.exact,
             private=self._private,
             beside=self._beside,
             scheduler=self._make_outer_scheduler,
         )
+        self._memory = self._exchange.memory(self._updates.pseudo_gradient)
 
     def _know_products(self) -> None:
         """Learn what the parties' pairs are, now that they have met; lay out those of unlike ranks."""
@@ -443,6 +449,8 @@ class Aggregator:
 
     def _adopt(self, state: Mapping[str, Any]) -> None:
         """Let the global state be another one; the parameters are written when it is settled."""
+        if self._memory is not None:
+            self._memory.overtaken()
         if self._products is None:
             self.load_state_dict(state)
         else:
@@ -480,6 +488,8 @@ class Aggregator:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         global_state.restore_(state, self._updates, self._private)
+        if self._memory is not None and state.get("memory") is not None:
+            self._memory.load_state_dict(state["memory"])
 
     # ---- the round
 
@@ -515,12 +525,16 @@ class Aggregator:
     def _attempt(self, headers: list[Header], loss: float | None) -> RoundReport | None:
         """Make one attempt at a round, which stands at all parties or at none."""
         report = None
+        if self._memory is not None:
+            self._memory.discard()  # of an attempt that failed
         with self._reversible():
             self._prepare(headers)
             if any(header.purpose is Purpose.ROUND for header in headers):
                 report = self._round(headers, loss)
             if self._meeting.rejoins:
                 self._meeting.settle(self.round, self._state())
+        if self._memory is not None:
+            self._memory.commit()
         if self._stale:
             self._write_()
         self.federation.enter(f"training after round {self.round - 1}" if self.round else "training")
@@ -562,6 +576,7 @@ class Aggregator:
             distance=distance,
             deviation=deviation,
             epsilon=None if self._private is None else self._private.epsilon,
+            compression_error=None if self._memory is None else self._memory.error,
             clipping_norm=None if self._private is None else self._private.max_norm,
             outer_lr=outer_lr,
             last=self._who.none_after(headers, self.round),
@@ -621,7 +636,7 @@ class Aggregator:
             for header, name, weight in zip(headers, self.federation.names, weights, strict=True)
         ]
         view = json.dumps([self.round, valued])
-        return self._exchange.open(self.federation, lambda: self._reveal(valued), view)
+        return self._exchange.open(self.federation, lambda: self._reveal(valued), view, self._memory)
 
     def _apply_(self, crossed: Crossed) -> tuple[float, Deviation | None]:
         """Step the global vector, and write it; return the parameters' distance from the mean, and LoRA's.
@@ -676,6 +691,8 @@ class Aggregator:
         return self._who.without(excluded, weights, self.round, first)
 
     def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
+        if self._memory is not None:
+            self._memory.begin(self.round, [weight > 0 for weight in weights])
         return self._who.counting(sums, weights, self._weight, self.round)
 
     def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
@@ -731,21 +748,29 @@ class Aggregator:
         }
 
 
-def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Beside | None = None) -> Needs:
+def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Beside | None = None) -> Granted:
     """Return what an aggregation may have of the parties."""
     if privacy is not None or (beside is not None and beside.sums):
         return "means"
-    return "sums" if exchange.hides else "parties"
+    return exchange.gives
 
 
-def _measures(asked: bool | None, hides: bool) -> bool:
+def _measures(asked: bool | None, hides: bool, exchange: Exchange, rule: Aggregation) -> bool:
     """Return whether rounds measure the deviation, which takes the parties' own factors."""
     if asked and hides:
         raise ValueError(
             "measure_deviation=True needs the parties' own factors, which a masked exchange or"
             " differential privacy hides. Leave it out."
         )
-    return not hides if asked is None else asked
+    if asked and exchange.gives == "sparse":
+        raise ValueError(
+            f"measure_deviation=True needs the parties' whole factors, which {exchange!r} does not send."
+            " Leave it out."
+        )
+    if asked is not None:
+        return asked
+    # What compression saves is not spent on measuring; rules that gather factors have them anyway.
+    return not hides and (exchange.exact or rule.needs == "parties")
 
 
 def _check_privacy(privacy: GaussianMechanism, exchange: Exchange) -> None:

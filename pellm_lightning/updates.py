@@ -41,7 +41,7 @@ class Updates:
         plan: The rule applied to them.
         optimizer: Makes the outer optimizer of the global vector.
         federation: The joined parties.
-        hides: Whether the exchange hides weights; then updates are multiplied by them, not by shares.
+        exact: Whether the exchange sums float32 exactly; if not, the parties' ballot crosses apart.
         private: Makes updates differentially private; None leaves them as they are.
         beside: What crosses beside the updates; None if nothing does.
         scheduler: Makes the schedule of the outer optimizer's learning rate; None leaves it as it is.
@@ -54,7 +54,7 @@ class Updates:
         optimizer: outer.OptimizerFactory,
         federation: Collectives,
         *,
-        hides: bool,
+        exact: bool,
         private: PrivateUpdates | None,
         beside: Beside | None = None,
         scheduler: outer.SchedulerFactory | None = None,
@@ -62,7 +62,7 @@ class Updates:
         self.layout = layout
         self._plan = plan
         self._federation = federation
-        self._hides = hides
+        self._exact = exact
         self._private = private
         self.beside = beside
         self.carried = layout.new_vector() if beside is not None and beside.vector else None
@@ -101,7 +101,7 @@ class Updates:
         share = counting.share
         averaged = self._plan.rule.averaged(counting.round, counting.num_counting)
         told = self._staging[self.layout.size :]
-        if self._hides:  # weights need more digits than updates
+        if not self._exact:  # weights need more digits than updates
             told = told.double()
         bit = 0.0
         if self._private is not None and share:
@@ -121,11 +121,11 @@ class Updates:
             squares.extend(self._pack(last, factor))
             self._cast(told, _norm(squares), bit, loss, share, extent)
             start = last[0].start if self._crosses(last, averaged) else self.layout.size
-            if self._hides:
+            if self._exact:
+                yield self._staging[start:]
+            else:
                 yield self._staging[start : self.layout.size]
                 yield told
-            else:
-                yield self._staging[start:]
 
         counting.federation.all_reduce_each_(packed())
         return _norm(squares), self._counted(told)

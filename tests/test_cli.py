@@ -134,6 +134,23 @@ def test_every_recipe_is_documented() -> None:
     ]  # fmt: skip
 
 
+def test_a_compressed_exchange_by_yaml(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        """
+        federated:
+          exchange: {class_path: pellm_lightning.exchange.Quantized, init_args: {bits: 4}}
+        """
+    )
+    cli = command("fit", "--config=run.yaml", "--federated.exchange.error_feedback=true")
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
+    assert repr(callback.exchange) == "Quantized(bits=4, block_size=128, error_feedback=True, seed=0)"
+    assert len(callback.state_dict()["aggregator"]["memory"]["residuals"])
+    with pytest.raises(SystemExit):
+        command("fit", "--federated.exchange=Quantized", "--federated.exchange.bits=2")
+    command("fit", "--federated.exchange=TopK", "--federated.exchange.k=8")
+    command("fit", "--federated.exchange=Cast")
+
+
 def test_the_printed_configuration_runs_again(
     command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from pellm_lightning import cli
+from pellm_lightning.exchange import Quantized
 from pellm_lightning.federation import Membership
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.privacy import GaussianMechanism
@@ -215,12 +216,27 @@ def test_party_level_privacy_is_laid_over_masked_sums(
     assert printed["weighting"] == "uniform"
 
 
+def test_compression_is_laid_over_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, _, _, _, *words = shlex.split(documented("compression/quantized.yaml"))
+    words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["federated"]["exchange"]
+    assert printed["class_path"].endswith("Quantized")
+    assert Quantized(**printed["init_args"]).error_feedback
+
+
 def test_every_example_is_listed_with_its_command() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")):
         assert f"({path.name})" in readme
     overlays = [
         "jobs/separate_jobs.yaml",
+        "compression/quantized.yaml",
         "privacy/masked.yaml",
         "privacy/party_level.yaml",
         *(f"aggregation/{name}.yaml" for name in OVERLAYS),

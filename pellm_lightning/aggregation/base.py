@@ -23,6 +23,7 @@ class Part(Enum):
 
 Parts: TypeAlias = frozenset[Part]
 Needs: TypeAlias = Literal["means", "sums", "parties"]
+Granted: TypeAlias = Literal["means", "sums", "parties", "rounded", "sparse"]
 EVERYTHING: Parts = frozenset(Part)
 FACTORS: Parts = frozenset({Part.A, Part.B})
 OTHERS: Parts = frozenset({Part.OTHER})

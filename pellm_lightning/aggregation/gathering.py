@@ -1,4 +1,8 @@
-"""How factors cross between parties: to the party that owns a pair, to all, or in sums."""
+"""How factors cross between parties: to the party that owns a pair, to all, or in sums.
+
+Where an exchange rounds what is gathered, factors cross as differences from those that every party started
+the round from: these are small, and so is what rounding them loses.
+"""
 
 from collections.abc import Sequence
 
@@ -28,7 +32,7 @@ def to_owners(pairs: Sequence[Factors], counting: Counting, parts: Parts) -> dic
     """
     federation = counting.federation
     mine = [
-        _packed(pairs[party :: federation.num_parties], parts, counts=counting.share > 0)
+        _packed(pairs[party :: federation.num_parties], parts, counting)
         for party in range(federation.num_parties)
     ]
     indices = owned(len(pairs), federation)
@@ -40,7 +44,7 @@ def to_owners(pairs: Sequence[Factors], counting: Counting, parts: Parts) -> dic
 
 def to_all(pairs: Sequence[Factors], counting: Counting, parts: Parts) -> dict[int, list[Term]]:
     """Send all factors to all parties; return the terms of every pair."""
-    mine = _packed(pairs, parts, counts=counting.share > 0)
+    mine = _packed(pairs, parts, counting)
     sizes = [sum(_size(pair, party, parts) for pair in pairs) for party in _all(counting)]
     sizes = [size if counting.shares[party] > 0 else 0 for party, size in enumerate(sizes)]
     received = counting.federation.all_gather(mine, sizes)
@@ -54,11 +58,20 @@ def from_owners(
     shapes = [(pair.anchor_b.shape, pair.anchor_a.shape) for pair in pairs]
     of_party = [range(party, len(pairs), federation.num_parties) for party in range(federation.num_parties)]
     sizes = [sum(shapes[k][0].numel() + shapes[k][1].numel() for k in indices) for indices in of_party]
-    mine = flat([factor.float() for k in of_party[federation.party] for factor in results[k]])
+    anchors = [(pair.anchor_b.cpu(), pair.anchor_a.cpu()) for pair in pairs]
+    mine = flat(
+        [
+            factor.float() - anchor if federation.lossy else factor.float()
+            for k in of_party[federation.party]
+            for factor, anchor in zip(results[k], anchors[k], strict=True)
+        ]
+    )
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for indices, values in zip(of_party, federation.all_gather(mine, sizes), strict=True):
         parts = iter(split(values, [shape for k in indices for shape in shapes[k]]))
         found.update({k: (next(parts), next(parts)) for k in indices})
+    if federation.lossy:
+        found = {k: (b + anchors[k][0], a + anchors[k][1]) for k, (b, a) in found.items()}
     return [found[k] for k in range(len(pairs))]
 
 
@@ -99,17 +112,25 @@ def _all(counting: Counting) -> range:
     return range(counting.federation.num_parties)
 
 
-def _packed(pairs: Sequence[Factors], parts: Parts, *, counts: bool) -> Tensor:
-    if not counts:
+def _packed(pairs: Sequence[Factors], parts: Parts, counting: Counting) -> Tensor:
+    if not counting.share > 0:
         return torch.zeros(0)
-    return flat(
-        [
-            factor.detach().to("cpu", torch.float32)
-            for pair in pairs
-            for part, factor in ((Part.B, pair.b), (Part.A, pair.a))
-            if part in parts
-        ]
-    )
+    party, lossy = counting.federation.party, counting.federation.lossy
+    packed = []
+    for pair in pairs:
+        both = [(Part.B, pair.b), (Part.A, pair.a)]
+        starts = _starts(pair, party) if lossy else (None, None)
+        for (part, factor), start in zip(both, starts, strict=True):
+            if part in parts:
+                factor = factor.detach().to("cpu", torch.float32)
+                packed.append(factor if start is None else factor - start)
+    return flat(packed)
+
+
+def _starts(pair: Factors, party: int) -> tuple[Tensor, Tensor]:
+    """Return what a party's factors (B, A) began as: the anchors, cut to its rank and in its scaling."""
+    rank, ratio = pair.ranks[party], pair.scaling / pair.scalings[party]
+    return pair.anchor_b.cpu()[:, :rank] * ratio, pair.anchor_a.cpu()[:rank]
 
 
 def _shapes(pair: Factors, party: int) -> tuple[torch.Size, torch.Size]:
@@ -142,8 +163,12 @@ def _terms(
         )
         for k in indices:
             pair = pairs[k]
+            starts = _starts(pair, party) if counting.federation.lossy else None
             # As the parameters hold the anchor, which rounds it.
             b = next(sent) if Part.B in parts else pair.anchor_b.to("cpu", pair.b.dtype)
             a = next(sent) if Part.A in parts else pair.anchor_a.to("cpu", pair.a.dtype)
+            if starts is not None:
+                b = b + starts[0] if Part.B in parts else b
+                a = a + starts[1] if Part.A in parts else a
             terms[k].append(Term(counting.shares[party], pair.scalings[party], b, a))
     return terms

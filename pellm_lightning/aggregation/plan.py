@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, Needs, Part, Parts
+from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, Granted, Part, Parts
 from pellm_lightning.aggregation.lora import LoraModule, Pair, find_pairs
 from pellm_lightning.aggregation.low_rank import LowRankMean
 from pellm_lightning.aggregation.mean import Mean
@@ -22,7 +22,8 @@ class Plan:
         modules: What the modules of the pairs say, by the pairs' names; a pair that is not among them has
             scaling 1.
         granted: What the rule may have of the parties. Sums, with a masked exchange: None then chooses
-            ``LowRankMean(solver="power")``. Means, with differential privacy: None then chooses ``Mean()``.
+            ``LowRankMean(solver="power")``. Means, with differential privacy: None then chooses ``Mean()``,
+            and so it does with sparse updates. Rounded values with other compressed exchanges.
 
     Raises:
         ValueError: If the rule finds no LoRA pair, or cannot handle one: it is named, with the reason.
@@ -34,7 +35,7 @@ class Plan:
         names: Iterable[str],
         modules: Mapping[str, LoraModule] | None = None,
         *,
-        granted: Needs = "parties",
+        granted: Granted = "parties",
     ) -> None:
         names = sorted(names)
         self.rule: Aggregation = _default(granted) if rule is None else rule
@@ -107,13 +108,13 @@ class Plan:
         return self.rule.obstacle(module)
 
 
-def _default(granted: Needs) -> Aggregation:
-    if granted == "means":
+def _default(granted: Granted) -> Aggregation:
+    if granted in ("means", "sparse"):
         return Mean()
     return LowRankMean(solver="power" if granted == "sums" else "exact")
 
 
-def _check_needs(rule: Aggregation, granted: Needs) -> None:
+def _check_needs(rule: Aggregation, granted: Granted) -> None:
     if granted == "sums" and rule.needs == "parties":
         raise ValueError(
             f"{rule!r} needs what single parties have, and a masked exchange gives sums only. Use Mean(),"
@@ -124,4 +125,22 @@ def _check_needs(rule: Aggregation, granted: Needs) -> None:
             f"{rule!r} sums more than the parties' updates. With differential privacy, which adds no noise to"
             " the rest, and with SCAFFOLD, FedNova or FedDyn, which correct parameters one by one, use"
             " FrozenA() or Alternating(), which train one factor at a time, or Mean()."
+        )
+    if granted == "sparse" and rule.needs != "means":
+        raise ValueError(
+            f"{rule!r} needs the parties' whole factors in each round, and exchange.TopK(...) sends a"
+            " small part of an update. Use Mean(), FrozenA(), Alternating() or ShareA(), or"
+            " exchange.Quantized(...)."
+        )
+    if granted == "rounded" and rule.needs == "sums":
+        raise ValueError(
+            f"{rule!r} sums what must cross exactly, so a compressed exchange would save nothing of it. Use"
+            " solver='exact', whose factors are compressed, or exchange.Plain()."
+        )
+    if granted == "rounded" and rule.needs == "parties" and rule.regauged(2) and not rule.writes_base:
+        raise ValueError(
+            f"{rule!r} gives the factors new coordinates in each round, so the result is far from what every"
+            " party has, and a compressed exchange, which sends the difference, would round it coarsely. Use"
+            " LowRankMean() with gauge='procrustes', HeterogeneousRank(method='zero_pad'), or"
+            " exchange.Plain()."
         )

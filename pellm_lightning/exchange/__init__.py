@@ -1,6 +1,7 @@
-"""How sums over the parties come about: openly, or so that nobody sees another's values."""
+"""How sums over the parties come about: openly, in few bytes, or so that nobody sees another's values."""
 
 from pellm_lightning.exchange.base import Exchange, Plain
+from pellm_lightning.exchange.compressed import Cast, Quantized, TopK
 from pellm_lightning.exchange.masked import Masked
 
-__all__ = ["Exchange", "Masked", "Plain"]
+__all__ = ["Cast", "Exchange", "Masked", "Plain", "Quantized", "TopK"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from pellm_lightning.exchange.base import Exchange
+from pellm_lightning.exchange.memory import Memory
 from pellm_lightning.federation import Collectives, ElasticFederation, FederationError
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Masked(Exchange):
     """
 
     hides = True
+    exact = False
+    gives = "sums"
     min_counting = MIN_PARTIES
 
     def __init__(
@@ -93,7 +96,13 @@ class Masked(Exchange):
         self._identity_of(federation.name)
 
     @override
-    def open(self, federation: Collectives, revealing: Callable[[], None], view: str = "") -> Collectives:
+    def open(
+        self,
+        federation: Collectives,
+        revealing: Callable[[], None],
+        view: str = "",
+        memory: Memory | None = None,
+    ) -> Collectives:
         """Agree on fresh keys; return sums that are masked by them.
 
         Raises:

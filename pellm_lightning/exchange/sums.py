@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from pellm_lightning.exchange import agreement
 from pellm_lightning.exchange.ring import KEY_BYTES, Mask, Ring
+from pellm_lightning.exchange.wrapped import Wrapped
 from pellm_lightning.federation import Collectives, FederationError
 
 # Rules sum what is scaled by the parties' shares, and small: there is room for more digits.
@@ -38,7 +39,7 @@ class Held(NamedTuple):
     ring: Ring
 
 
-class MaskedSums(Collectives):
+class MaskedSums(Wrapped):
     """The sums of one attempt. Nothing else of a party's values crosses: gathering them is refused.
 
     ``all_reduce_each_`` sums the vector of a round: float32 as ``Masked`` says, all else with 64 bits.
@@ -60,7 +61,7 @@ class MaskedSums(Collectives):
         fractional_bits: int,
         revealing: Callable[[], None],
     ) -> None:
-        self._federation = federation
+        super().__init__(federation)
         self._keys = keys
         self._ring = Ring(bits, fractional_bits, federation.num_parties)
         self._wide = Ring(64, min(fractional_bits, 32), federation.num_parties)
@@ -68,38 +69,8 @@ class MaskedSums(Collectives):
         self._revealing = revealing
         self._sums = 0
         self._memory = _memory.setdefault(federation, {})
-        self.party = federation.party
-        self.names = federation.names
-        self.roster = federation.roster
-        self.timeout_s = federation.timeout_s
-
-    # ---- who meets
-
-    @property
-    @override
-    def bytes_sent(self) -> int:  # type: ignore[override]
-        return self._federation.bytes_sent
-
-    @property
-    @override
-    def members(self) -> Sequence[int]:
-        return self._federation.members
-
-    @property
-    @override
-    def place(self) -> tuple[int, int]:
-        return self._federation.place
-
-    @property
-    @override
-    def max_parties(self) -> int:
-        return self._federation.max_parties
 
     # ---- tensors
-
-    @override
-    def enter(self, phase: str) -> None:
-        self._federation.enter(phase)
 
     @override
     def all_reduce_(self, x: Tensor) -> Tensor:
@@ -112,25 +83,12 @@ class MaskedSums(Collectives):
         self._sum_each_(tensors, lambda dtype: self._ring if dtype == torch.float32 else self._wide)
 
     @override
-    def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
-        """Overwrite what all have by one party's: for what is a sum already."""
-        return self._federation.broadcast_(x, source)
-
-    @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         raise self._refused()
 
     @override
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         raise self._refused()
-
-    @override
-    def close(self) -> None:
-        self._federation.close()
-
-    @override
-    def abort(self, reason: str | None = None) -> None:
-        self._federation.abort(reason)
 
     # ---- the protocol
 

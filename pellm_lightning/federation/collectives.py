@@ -23,6 +23,8 @@ class Collectives(ABC):
     """Seconds a party may be late."""
     bytes_sent: int
     """Bytes this party has handed to the others so far."""
+    lossy: bool = False
+    """Whether float32 that is gathered comes rounded, by so much of its size: then send small differences."""
 
     @property
     def num_parties(self) -> int:

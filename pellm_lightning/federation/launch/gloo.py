@@ -75,6 +75,10 @@ class GlooGroup:
         """Start to overwrite a contiguous CPU tensor by the one of party ``source``."""
         return self._started(self._group.broadcast(tensor, source))
 
+    def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
+        """Start to fill ``gathered`` by the ranks' ``tensor``, contiguous CPU tensors of one size."""
+        return self._started(self._group.allgather([gathered], [tensor]))
+
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
         """Start to send each rank its part of ``tensor``, flat on the CPU, and to fill ``out`` by theirs."""
         return self._started(self._group.alltoall_base(out, tensor, out_sizes, sizes))

@@ -120,6 +120,17 @@ class Federation(Collectives):
                 out.copy_(staged)
         return list(out.split(list(sizes)))
 
+    @override
+    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        if not self._lanes or len(set(sizes)) > 1:
+            return super().all_gather(x, sizes)
+        mine = x.detach().to("cpu").contiguous()
+        gathered = [torch.empty_like(mine) for _ in sizes]
+        self.bytes_sent += mine.nbytes
+        with self._translated():
+            self._lanes[0].all_gather(gathered, mine).wait()
+        return gathered
+
     def _start_all_reduce(self, tensor: Tensor, lane: int) -> Callable[[], None]:
         """Start one reduction; the returned function waits for it and brings the sum back to the tensor."""
         if not self._lanes:
