@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format types docs coverage bench chaos soak clean
+.PHONY: help setup test demo lint format types docs coverage bench thin chaos soak clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
@@ -55,6 +55,9 @@ bench: setup  ## time a round against a raw all-reduce, and the aggregation rule
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compressed.py
 	$(BIN)/python benchmarks/separate_jobs.py
+
+thin: setup  ## train by fewer and fewer bytes: validation loss against bytes sent, about half an hour
+	$(BIN)/python benchmarks/low_communication.py
 
 chaos: setup  ## kill, stop and restart separate jobs at random, and look for what was lost
 	$(BIN)/python benchmarks/chaos.py

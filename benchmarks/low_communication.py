@@ -5,7 +5,7 @@ with the same weights and make the same number of local steps on the same batche
 party hands to its group in rounds, as the federation counts them. Parties are threads of this process.
 
 Each run goes into a JSON file when it ends; what is there already is not run again, so variants can be run
-one by one. `--smollm2` trains SmolLM2-135M by LoRA instead.
+one by one.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from low_communication_data import ERAS, Task, byte_task, smollm2_task
+from low_communication_data import ERAS, Task, byte_task
 from low_communication_report import REFERENCE, report
 from torch import Tensor, nn
 
@@ -44,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, help="local steps of each party")
     parser.add_argument("--image", type=Path, help="default: in the folder")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with LoRA")
-    which.add_argument("--tiny", action="store_true", help="some seconds, to see that everything works")
+    parser.add_argument("--tiny", action="store_true", help="some seconds, to see that everything works")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # each party is a thread already
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -77,13 +75,11 @@ def kept(path: Path) -> list[dict[str, Any]]:
 
 def setting(options: argparse.Namespace) -> tuple[Task, int, dict[str, "Variant"]]:
     """Return the task, the number of local steps, and the variants."""
-    if options.smollm2:
-        return smollm2_task(options.folder, context=64, batch_size=2), options.steps or 40, of_smollm2()
     if options.tiny:
         task = byte_task(options.folder, width=32, depth=1, context=16, batch_size=2, warm_up=5, name="tiny")
         return task, options.steps or 9, {name: shortened(variant) for name, variant in variants().items()}
-    task = byte_task(options.folder, width=256, depth=3, context=64, batch_size=8, warm_up=300)
-    return task, options.steps or 600, variants()
+    task = byte_task(options.folder, width=256, depth=3, context=64, batch_size=8, warm_up=1200)
+    return task, options.steps or 400, variants()
 
 
 def shortened(variant: "Variant") -> "Variant":
@@ -139,16 +135,6 @@ def variants() -> dict[str, Variant]:
         "DiLoCo, 4 bits, overlapped": diloco(50, exchange=four, overlap=late),
         "DiLoCo, 4 bits, overlapped, H=60": diloco(60, exchange=four, overlap=late),
         "DiLoCo, 4 bits, overlapped, H=100": diloco(100, exchange=four, overlap=late),
-    }
-
-
-def of_smollm2() -> dict[str, Variant]:
-    everything = variants()
-    quick = {name: everything[name] for name in (REFERENCE, "DiLoCo, H=10")}
-    four, late = Quantized(bits=4, error_feedback=True), Overlap(delay_steps=2, mix=0.5)
-    return quick | {
-        "FedAvg, H=10": Variant(10),
-        "DiLoCo, H=10, 4 bits, overlapped": diloco(10, exchange=four, overlap=late),
     }
 
 
@@ -228,8 +214,8 @@ def train(
 
 
 def rate(step: int, steps: int) -> float:
-    """Return the learning rate's factor: up over 20 steps, then down to a tenth as a cosine."""
-    return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)))
+    """Return the learning rate's factor: up over a tenth of the steps, then down to a tenth as a cosine."""
+    return min(1.0, 10 * (step + 1) / steps) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)))
 
 
 class EveryStep:

