@@ -16,6 +16,7 @@ from little import LittleData, LittleModule
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap, PartyEnvironment
 from pellm_lightning.cli import main
+from pellm_lightning.exchange import Quantized
 
 # Lightning calls jsonargparse in a way that has gone out of use.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -124,6 +125,19 @@ def test_the_overlap_of_the_documentation_trains(command: Any, tmp_path: Path) -
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
     assert callback.overlap == Overlap(1, 0.5)
     assert callback.state_dict()["aggregator"]["round"] == math.ceil(cli.trainer.global_step / 2)
+
+
+def test_the_recipe_of_few_bytes_trains(command: Any, tmp_path: Path) -> None:
+    page = (PAGE.parent / "low_communication.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(federated:.*?)```", page, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    short = ["--federated.every_n_steps=2", "--federated.overlap.delay_steps=1"]
+    cli = command("fit", "--config=recipe.yaml", *short)
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
+    assert repr(callback.exchange) == repr(Quantized(bits=4, error_feedback=True))
+    state = callback.state_dict()["aggregator"]
+    assert state["round"] == math.ceil(cli.trainer.global_step / 2)
+    assert state["outer_optimizer"]["param_groups"][0]["nesterov"]
 
 
 def test_every_recipe_is_documented() -> None:
