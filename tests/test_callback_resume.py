@@ -178,6 +178,20 @@ def test_resume_between_fragments(
     assert_goes_on_exactly(whole, Run(tmp_path, "every_n_train_steps", options), step)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_what_was_under_way_is_not_resumed_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Classifier", Layered)
+    options = {"every_n_steps": 6, "fragments": 3, "overlap": Overlap(1, mix=0.25)}
+    Run(tmp_path, "every_n_train_steps", options).fit()
+    for others, words in [
+        ({"fragments": 1}, "is of fragments=3, now it is fragments=1"),
+        ({"fragments": 2}, "is of fragments=3, now it is fragments=2"),
+        ({"overlap": None}, "saved while a round was under way, begun at step 4"),
+    ]:
+        with pytest.raises(MisconfigurationException, match=words):
+            Run(tmp_path, "every_n_train_steps", options | others).fit("4")
+
+
 def save(root: Path, name: str, *, parties: int = 2, seed: int = 0, **options: Any) -> list[Path]:
     """Train for two epochs, save at the end; return each party's checkpoint."""
 

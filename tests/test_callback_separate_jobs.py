@@ -168,6 +168,7 @@ def test_who_comes_late_to_rounds_in_the_background_takes_over(jobs: Jobs) -> No
     assert {done["parties"] for done in jobs.logs["c"].rounds} == {3}
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_with_too_few_left_a_round_in_the_background_stops_the_job(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path, wait_s=1.0)
     arguments = {"every_n_steps": 3, "overlap": Overlap(1, mix=0.25)}
@@ -179,8 +180,11 @@ def test_with_too_few_left_a_round_in_the_background_stops_the_job(tmp_path: Pat
         ]
     )
     assert isinstance(jobs.results["a"], TooFewPartiesError)
-    state = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
-    assert state["global_step"] == 7, "it has begun after six steps"
+    stopped = tmp_path / "stopped.ckpt"
+    assert torch.load(stopped, weights_only=True)["global_step"] == 7, "it has begun after six steps"
+    of_each = {"arguments": arguments}
+    jobs.run(a={"ckpt_path": stopped, **of_each}, b=of_each, c=of_each)
+    assert jobs.same("a", "b", "c")
 
 
 def test_all_stop_when_one_is_lost_if_they_were_told_to(tmp_path: Path) -> None:
