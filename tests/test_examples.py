@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pellm_lightning import cli
+from pellm_lightning import Overlap, cli
 from pellm_lightning.exchange import Quantized
 from pellm_lightning.federation import Membership
 from pellm_lightning.federation.elastic.job import Job
@@ -230,6 +230,19 @@ def test_compression_is_laid_over_a_configuration(
     assert Quantized(**printed["init_args"]).error_feedback
 
 
+def test_overlap_is_laid_over_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, _, _, _, *words = shlex.split(documented("overlap/overlap.yaml"))
+    words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["federated"]
+    assert Overlap(**printed["overlap"]) == Overlap(5, 0.5)
+
+
 def test_every_example_is_listed_with_its_command() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")):
@@ -237,6 +250,7 @@ def test_every_example_is_listed_with_its_command() -> None:
     overlays = [
         "jobs/separate_jobs.yaml",
         "compression/quantized.yaml",
+        "overlap/overlap.yaml",
         "privacy/masked.yaml",
         "privacy/party_level.yaml",
         *(f"aggregation/{name}.yaml" for name in OVERLAYS),
