@@ -3,18 +3,18 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import python
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *words],
+        [python(), str(BENCHMARKS / script), *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
