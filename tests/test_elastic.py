@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -46,20 +46,6 @@ from pellm_lightning.federation.elastic.register import KEPT_EPOCHS, Register
 from pellm_lightning.federation.mesh.mesh import Mesh
 
 MANY = 1_000_000
-
-
-@pytest.fixture
-def world() -> Iterator[Callable[..., World]]:
-    """Make worlds whose threads all end."""
-    made: list[World] = []
-
-    def make(*arguments: Any, **keywords: Any) -> World:
-        made.append(World(*arguments, **keywords))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
