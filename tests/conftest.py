@@ -2,6 +2,7 @@
 
 import logging
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +14,36 @@ from jobs import World
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from pellm_lightning import layout
+from pellm_lightning.federation.launch.gloo import GlooGroup
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def groups_are_taken_down_beside() -> Iterator[None]:
+    """Let other threads take down Gloo groups: each takes 10 ms a member, and tests make thousands."""
+    aborted: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
+    abort = GlooGroup.abort
+
+    def abort_and_hand_over(self: GlooGroup) -> None:
+        last = [self._group]  # the thread that clears this takes it down
+        abort(self)
+        aborted.put(last)
+
+    def take_down() -> None:
+        while (last := aborted.get()) is not None:
+            last.clear()
+
+    threads = [threading.Thread(target=take_down, name="takes groups down") for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GlooGroup, "abort", abort_and_hand_over)
+        yield
+    for _ in threads:
+        aborted.put(None)
+    for thread in threads:
+        thread.join()
 
 
 @pytest.fixture(autouse=True)
