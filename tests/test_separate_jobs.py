@@ -4,13 +4,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from certificates import tls_of
-from forked import python
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(240)]
 TESTS = Path(__file__).parent
@@ -30,11 +30,9 @@ class Jobs:
         search = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
         with (self.cwd / f"{log}.log").open("wb") as out:
             process = subprocess.Popen(
-                [python(), *words],
+                [sys.executable, *words],
                 cwd=self.cwd,
-                env=os.environ
-                | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python()}
-                | environ,
+                env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"} | environ,
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
