@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--parties", type=int, default=4)
     parser.add_argument("--ttl", type=float, default=1.5, help="heartbeat_ttl_s")
+    parser.add_argument("--haste", type=float, default=1.0, help="how much sooner fault follows on fault")
     parser.add_argument("--kinds", nargs="+", default=list(_FAULTS), choices=list(_FAULTS))
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--keep", help="folder for logs and records")
@@ -59,7 +60,7 @@ def main() -> None:
             directory = Path(arguments.keep or scratch) / f"seed-{seed}"
             directory.mkdir(parents=True)
             dice = random.Random(seed)
-            chaos = Chaos(directory, arguments.parties, arguments.ttl, dice, arguments.kinds)
+            chaos = Chaos(directory, arguments.parties, arguments.ttl, dice, arguments.kinds, arguments.haste)
             rows.append({"seed": seed} | chaos.run(arguments.seconds))
             show(rows[-1])
     if arguments.json:
@@ -136,6 +137,7 @@ class Chaos:
         ttl_s: After how long without a sign of life a party counts as dead.
         dice: Whence the schedule comes.
         kinds: Of faults, of those in ``_FAULTS``.
+        haste: By how much the pauses between faults are shorter than usual.
     """
 
     directory: Path
@@ -143,6 +145,7 @@ class Chaos:
     ttl_s: float
     dice: random.Random
     kinds: list[str]
+    haste: float = 1.0
     faults: Counter[str] = field(default_factory=Counter)
     kills: list[tuple[float, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -172,7 +175,7 @@ class Chaos:
         self.rendezvous.start()
         for index, process in enumerate(self.parties.values()):
             process.begins_at = now + (2.0 if index == self.num_parties - 1 else 0.1)
-        next_fault = now + 4.0
+        next_fault = now + 4.0 / self.haste
         try:
             while time.time() < now + seconds:
                 self._tend()
@@ -230,7 +233,7 @@ class Chaos:
                 self.kills.append((now, victims[0]))
         self.faults[kind] += 1
         self.times.append(now)
-        return pause
+        return pause / self.haste
 
     def _may_lose(self, name: str) -> bool:
         """Tell whether another disk may be lost: not before the last one's owner is up to date again.

@@ -551,6 +551,8 @@ class FederatedAveraging(Callback):
         )
         if self._state:
             checks.own_checkpoint(self._state["party"], self._topology.party)
+            checks.same_turns(len(self._turns.steps), self.fragments)
+            checks.can_land(self._under_way_since, self.overlap)
             self._aggregator.load_state_dict(self._state["aggregator"])
         overwritten = self._aggregator.start()
         if isinstance(self._joined, Federation):
@@ -630,9 +632,9 @@ class FederatedAveraging(Callback):
             return
         last = trainer.global_step == self._under_way_since  # nothing was learned since that could be mixed
         done = self._in_party.speak(lambda: self._or_why_not(lambda: self._overlapped.land(last=last)))
+        self._under_way_since = None
         if isinstance(done, str):
             self._stop_for_lack_of_parties(trainer, done)
-        self._under_way_since = None
         if self._topology.is_speaker:
             self._exchanged_at = self._overlapped.completed
         self._took_over(trainer, pl_module, done, on_bar=on_bar)

@@ -109,6 +109,24 @@ def overlap(value: Overlap | None, every_n_steps: int | None, fragments: int) ->
         )
 
 
+def same_turns(saved: int, fragments: int) -> None:
+    """Check that a checkpoint is of as many fragments."""
+    if saved != fragments:
+        raise MisconfigurationException(
+            f"The checkpoint's federated state is of fragments={saved}, now it is fragments={fragments}."
+            " Resume with the fragments of the checkpoint, or begin anew from its weights."
+        )
+
+
+def can_land(under_way_since: int | None, overlap: Overlap | None) -> None:
+    """Check that a round that was under way when a checkpoint was saved can land."""
+    if under_way_since is not None and overlap is None:
+        raise MisconfigurationException(
+            f"The checkpoint was saved while a round was under way, begun at step {under_way_since}. Resume"
+            " with the overlap of the checkpoint; a checkpoint of another step may be resumed without."
+        )
+
+
 def seconds(name: str, value: float) -> None:
     """Check an argument that is a time span."""
     if not value > 0:

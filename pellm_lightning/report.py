@@ -53,6 +53,8 @@ def announce(
         log.info("[party %s] %d LoRA modules, aggregated by %r", topology.name, len(plan.pairs), plan.rule)
     if exchange.hides:
         log.info("[party %s] the other parties see sums over all only: %r", topology.name, exchange)
+    if exchange.gives in ("rounded", "sparse"):
+        log.info("[party %s] they cross in fewer bytes than these: %r", topology.name, exchange)
     if privacy is not None:
         log.info("[party %s] updates are clipped and noisy: %r", topology.name, privacy)
     trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}

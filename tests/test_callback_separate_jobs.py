@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from parties import Classifier, Rounds, ValidatedClassifier, data, fit_parties, in_threads, quiet_trainer
 from tuned import Tuned
 
-from pellm_lightning import FederatedAveraging
+from pellm_lightning import FederatedAveraging, Overlap
 from pellm_lightning.aggregation import ResidualMean
 from pellm_lightning.federation import (
     ElasticFederation,
@@ -126,6 +126,65 @@ def test_the_others_go_on_without_a_job_that_fails(jobs: Jobs) -> None:
     # After round 0 (two steps) party c fails in its fourth step.
     assert [done["parties"] for done in jobs.logs["a"].rounds] == [3, 2, 2, 2]
     assert list((jobs.tmp_path / "c").glob("round-*.safetensors")), "nothing to come back with"
+
+
+def test_rounds_in_the_background_go_on_without_a_job_that_fails(jobs: Jobs) -> None:
+    arguments = {"every_n_steps": 3, "overlap": Overlap(2, mix=0.25)}
+    of_each = {"arguments": arguments}
+    in_threads(
+        [
+            lambda: jobs.fit("a", **of_each),
+            lambda: jobs.fit("b", **of_each),
+            lambda: jobs.fit("c", At(4, crash), **of_each),  # while its first round is under way
+        ]
+    )
+    assert str(jobs.results["c"]) == "the disk is full"
+    assert jobs.same("a", "b")
+    # Of eight steps, begun after 3 and 6, landed after 5 and 8; the last at the end.
+    assert jobs.logs["a"].steps == jobs.logs["b"].steps == [5, 8, 8]
+    assert [done["parties"] for done in jobs.logs["a"].rounds][1:] == [2, 2]
+
+
+def test_who_comes_late_to_rounds_in_the_background_takes_over(jobs: Jobs) -> None:
+    jobs.membership["wait_s"] = 1.0
+    arguments = {"every_n_steps": 2, "overlap": Overlap(1, mix=0.25)}
+    late = threading.Thread(target=lambda: jobs.fit("c", samples=96, arguments=arguments))
+
+    def call_and_wait() -> None:
+        late.start()
+        deadline = time.monotonic() + 10
+        while not any(key.endswith("roll/@c") for key in jobs.written()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    in_threads(
+        [
+            lambda: jobs.fit("a", At(5, call_and_wait), arguments=arguments),
+            lambda: jobs.fit("b", arguments=arguments),
+        ]
+    )
+    late.join()
+    assert jobs.same("a", "b", "c"), jobs.results
+    assert jobs.logs["c"].rounds[0]["round"] > 1
+    assert {done["parties"] for done in jobs.logs["c"].rounds} == {3}
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_with_too_few_left_a_round_in_the_background_stops_the_job(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path, wait_s=1.0)
+    arguments = {"every_n_steps": 3, "overlap": Overlap(1, mix=0.25)}
+    in_threads(
+        [
+            lambda: jobs.fit("a", arguments=arguments),
+            lambda: jobs.fit("b", At(5, crash), arguments=arguments),
+            lambda: jobs.fit("c", At(5, crash), arguments=arguments),
+        ]
+    )
+    assert isinstance(jobs.results["a"], TooFewPartiesError)
+    stopped = tmp_path / "stopped.ckpt"
+    assert torch.load(stopped, weights_only=True)["global_step"] == 7, "it has begun after six steps"
+    of_each = {"arguments": arguments}
+    jobs.run(a={"ckpt_path": stopped, **of_each}, b=of_each, c=of_each)
+    assert jobs.same("a", "b", "c")
 
 
 def test_all_stop_when_one_is_lost_if_they_were_told_to(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -46,20 +46,8 @@ from pellm_lightning.federation.elastic.register import KEPT_EPOCHS, Register
 from pellm_lightning.federation.mesh.mesh import Mesh
 
 MANY = 1_000_000
-
-
-@pytest.fixture
-def world() -> Iterator[Callable[..., World]]:
-    """Make worlds whose threads all end."""
-    made: list[World] = []
-
-    def make(*arguments: Any, **keywords: Any) -> World:
-        made.append(World(*arguments, **keywords))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+BRIEF_S = 0.25
+"""A TTL for those whose death the others are to notice, in tests where a false alarm is no harm."""
 
 
 def adam(parameters: Any) -> torch.optim.Optimizer:
@@ -247,7 +235,7 @@ def test_what_a_dead_party_alone_has_made_never_replaces_what_was_committed(
     for life in w.lives:
         life.join()
     w.rendezvous.restart()
-    w.start("p1", "p2", pace_s=0.4)
+    w.start("p1", "p2", pace_s=0.15)
     w.wait_for(3)  # p1 and p2 have committed a round 2 of their own
     w.start("p0", pace_s=0.05)
     w.until(lambda: w.counts("p0", since=3))
@@ -423,9 +411,9 @@ def test_a_straggler_is_left_out_and_comes_back(world: Callable[..., World]) -> 
     "where", ["training@3", "roll:after@3", "exchanging@3", "vote:before@4", "vote:after@4"]
 )
 def test_who_slept_finds_itself_outside_and_comes_back(world: Callable[..., World], where: str) -> None:
-    w = world(4, rounds=MANY)
+    w = world(4, rounds=MANY, heartbeat_ttl_s=BRIEF_S)
     w.start("p0", "p1", "p2", pace_s=0.02)
-    (slept,) = w.start("p3", faults={where: sleeps(1.7 * TTL_S)})
+    (slept,) = w.start("p3", faults={where: sleeps(1.7 * BRIEF_S)})
     w.until(lambda: any(entry.members == ["p0", "p1", "p2"] for entry in w.settled))
     w.until(lambda: w.counts("p3", since=6))
     w.finish()
@@ -470,7 +458,8 @@ POINTS = [
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at(world: Callable[..., World], tmp_path: Path, point: str) -> None:
     made = POINTS.index(point) >= POINTS.index("voting@3")  # before, a disk makes no difference
-    w = world(3, rounds=MANY, state_dir=tmp_path if made else None, wait_s=20.0)
+    state_dir = tmp_path if made else None
+    w = world(3, rounds=MANY, state_dir=state_dir, wait_s=20.0, heartbeat_ttl_s=BRIEF_S)
     w.start("p0", "p2", pace_s=0.03)
     (killed,) = w.start("p1", pace_s=0.03, faults={point: die})
     # Only whoever is first writes plan or decision.
@@ -486,7 +475,7 @@ def test_killed_at(world: Callable[..., World], tmp_path: Path, point: str) -> N
 
 @pytest.mark.parametrize("role", ["handing", "receiving", "transfer"])
 def test_killed_during_the_transfer_of_state(world: Callable[..., World], role: str) -> None:
-    w = world(3, rounds=MANY, wait_s=1.0)
+    w = world(3, rounds=MANY, wait_s=0.7, heartbeat_ttl_s=BRIEF_S)
     w.start("p0", pace_s=0.03, faults={"handing": die} if role == "handing" else {})
     w.start("p1", "p2", pace_s=0.03) if role == "handing" else w.start("p1", pace_s=0.03)
     if role == "handing":
@@ -756,9 +745,9 @@ def test_random_faults_at_random_points(world: Callable[..., World], tmp_path: P
     acts: list[Act] = [die, die, sleeps(1.5 * TTL_S), sleeps(0.3), loses_rendezvous, without_rendezvous(0.4)]
     points = [point.partition("@")[0] for point in POINTS] + ["keeping", "handing", "receiving", "transfer"]
     lives = {life.name: life for life in w.lives}
-    until = time.monotonic() + 5
+    until = time.monotonic() + 3
     while time.monotonic() < until:
-        time.sleep(dice.uniform(0.0, 0.2))
+        time.sleep(dice.uniform(0.0, 0.12))
         name = dice.choice(w.roster)
         if lives[name].thread.is_alive():
             lives[name].faults[dice.choice(points)] = dice.choice(acts)

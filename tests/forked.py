@@ -1,0 +1,228 @@
+"""A Python that starts at once: forked from a process that has imported torch and PEFT already.
+
+A launch of three parties is four processes, and each takes seconds to import the same. ``python()`` names a
+program that takes the words that ``sys.executable`` takes, with the caller's environment, folder, streams and
+signals. Lightning and this package, which look at the environment when they are imported, each process
+imports by itself. There are two processes to fork from, of unlike hash seeds, so that the order of a set at
+one party says nothing about that at the next. What is about processes as such uses ``sys.executable``.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+_IMPORTS = ["numpy.random", "torch.distributed", "torch._dynamo", "scipy.signal", "tensorboard"]
+_IMPORTS += ["torch.utils.tensorboard", "jsonargparse", "rich", "cryptography.x509", "peft"]
+_IMPORTS += [f"transformers.models.{name}" for name in ("llama.modeling_llama", "bert.modeling_bert")]
+_REQUEST_BYTES = 1 << 20
+
+
+@cache
+def python() -> str:
+    """Return the path of the program; what it forks from ends with this process."""
+    folder = TemporaryDirectory()
+    ready, tells_ready = os.pipe()
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    originals = [
+        subprocess.Popen(
+            [sys.executable, __file__, "serve", f"{folder.name}/{seed}", str(tells_ready)],
+            stdin=subprocess.PIPE,  # it ends when nobody holds the other end
+            env=environ | {"PYTHONHASHSEED": str(seed + 1)},
+            pass_fds=[tells_ready],
+        )
+        for seed in range(2)
+    ]
+    os.close(tells_ready)
+
+    def end() -> None:
+        for original in originals:
+            original.communicate()
+        folder.cleanup()
+
+    atexit.register(end)
+    with os.fdopen(ready, "rb") as file:
+        assert file.read() == b"++", "what is forked from has not come up"
+    program = Path(folder.name, "python")
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" run "{folder.name}" "$@"\n')
+    program.chmod(0o700)
+    return str(program)
+
+
+# ---- the program
+
+
+def run(folder: str, words: list[str]) -> None:
+    """Have the words run by a fork; end as it ends, pass on the signals that come meanwhile."""
+    request = json.dumps({"words": words, "environ": dict(os.environ), "cwd": os.getcwd()}).encode()
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(f"{folder}/{int(os.environ.get('RANK', os.getpid())) % 2}")
+        socket.send_fds(line, [len(request).to_bytes(4, "big")], [0, 1, 2])
+        line.sendall(request)
+        answers = line.makefile("rb")
+        pid = int(answers.readline())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, lambda number, _: os.kill(pid, number))
+        code = int(answers.readline() or 1)
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+# ---- what is forked from
+
+
+class Original:
+    """Forks for each request; in the fork ``serve`` returns the request."""
+
+    def __init__(self, path: str) -> None:
+        self._lines: dict[int, socket.socket] = {}
+        """The line to each fork's program, by the fork's process."""
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(path)
+        self._server.listen(16)
+        self._selector = selectors.DefaultSelector()
+        ended, tells_ended = os.pipe()
+        os.set_blocking(ended, False), os.set_blocking(tells_ended, False)
+        self._pipe = (ended, tells_ended)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(tells_ended)
+        self._selector.register(ended, selectors.EVENT_READ, "ended")
+        self._selector.register(self._server, selectors.EVENT_READ, "request")
+        self._selector.register(0, selectors.EVENT_READ, "over")
+
+    def serve(self) -> dict[str, Any] | None:
+        """Return a request, in the fork that is to fulfil it; None when all is over."""
+        while True:
+            for key, _ in self._selector.select():
+                if key.data == "over":
+                    self._kill(*self._lines)
+                    return None
+                if key.data == "request":
+                    request = self._fork()
+                    if request is not None:
+                        return request
+                elif key.data == "ended":
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._pipe[0], 1024)
+                    self._report()
+                elif key.data in self._lines:  # its program was killed, and so it is
+                    self._selector.unregister(key.fileobj)
+                    self._kill(key.data)
+
+    def _fork(self) -> dict[str, Any] | None:
+        line, _ = self._server.accept()
+        head, streams, _, _ = socket.recv_fds(line, 4, 3)
+        content = bytearray()
+        while len(content) < int.from_bytes(head, "big"):
+            content += line.recv(_REQUEST_BYTES)
+        pid = os.fork()
+        if pid == 0:
+            self._leave()
+            line.close()
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+        for stream in streams:
+            os.close(stream)
+        if pid == 0:
+            return json.loads(content)
+        line.sendall(b"%d\n" % pid)
+        self._lines[pid] = line
+        self._selector.register(line, selectors.EVENT_READ, pid)
+        return None
+
+    def _leave(self) -> None:
+        """Hold nothing of what the original holds."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        self._selector.close()
+        self._server.close()
+        for line in self._lines.values():
+            line.close()
+        for end in self._pipe:
+            os.close(end)
+
+    def _report(self) -> None:
+        for pid in list(self._lines):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                line = self._lines.pop(pid)
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(line)
+                with contextlib.suppress(OSError):
+                    line.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                line.close()
+
+    def _kill(self, *pids: int) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def become(request: dict[str, Any], own: list[str]) -> None:
+    """Make this process what ``python *words`` begins as; ``own`` is where modules were found before."""
+    import numpy as np
+
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    os.chdir(request["cwd"])
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        stream.reconfigure(line_buffering=number == 2 or stream.isatty())
+        setattr(sys, name, stream)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    np.random.seed()  # as a process of its own has one
+    words = request["words"]
+    while words[0] in ("-u",):
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        words = words[1:]
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    here = os.getcwd() if words[0] in ("-m", "-c") else str(Path(words[0]).resolve().parent)
+    sys.path[:] = [here, *(path for path in added if path), *own]
+    importlib.invalidate_caches()
+    sys.argv = words
+
+
+def main() -> None:
+    verb, place, *words = sys.argv[1:]
+    if verb == "run":
+        run(place, words)
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    own = [path for path in sys.path[1:] if path not in given]
+    for name in _IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    original = Original(place)
+    os.write(int(words[0]), b"+")
+    os.close(int(words[0]))
+    gc.freeze()  # a fork need not look through what it has not made
+    request = original.serve()
+    if request is None:
+        return
+    import runpy
+
+    become(request, own)
+    if sys.argv[0] == "-m":
+        name = sys.argv[1]
+        sys.argv = sys.argv[1:]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
