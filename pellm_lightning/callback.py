@@ -422,12 +422,14 @@ class FederatedAveraging(Callback):
         """Return what a resumed run needs to go on exactly, in the middle of a round too."""
         if self._aggregator is None:
             return self._state
+        aggregator = self._aggregator.state_dict()
+        lost = self._under_way_since is not None and self._overlapped.failed
         return {
             "party": self._topology.party,
-            "aggregator": self._aggregator.state_dict(),
+            "aggregator": aggregator,
             "since": asdict(self._since) | {"loss_sum": float(self._since.loss_sum)},
             "turns": asdict(self._turns),
-            "under_way_since": self._under_way_since,
+            "under_way_since": None if lost else self._under_way_since,
         }
 
     @override
@@ -631,7 +633,11 @@ class FederatedAveraging(Callback):
         if self._under_way_since is None:
             return
         last = trainer.global_step == self._under_way_since  # nothing was learned since that could be mixed
-        done = self._in_party.speak(lambda: self._or_why_not(lambda: self._overlapped.land(last=last)))
+        try:
+            done = self._in_party.speak(lambda: self._or_why_not(lambda: self._overlapped.land(last=last)))
+        except Exception:  # the round is lost; if only the waiting was interrupted, it is not
+            self._under_way_since = None
+            raise
         self._under_way_since = None
         if isinstance(done, str):
             self._stop_for_lack_of_parties(trainer, done)

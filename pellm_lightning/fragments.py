@@ -17,8 +17,8 @@ from pellm_lightning.round import Aggregator, RoundReport
 def fragments_of(names: Collection[str], fragments: int) -> list[list[str]]:
     """Deal the layers of a model to fragments in turn, as Streaming DiLoCo's strided pattern does.
 
-    What has the same numbers in its name ("model.layers.7.mlp.up_proj" and "model.layers.7.norm") is one
-    layer, up to the first number; what has none is a layer by the module it belongs to.
+    A layer is what has the same name up to the first number ("model.layers.7.mlp.up_proj" and
+    "model.layers.7.norm"); without a number it is a module's own parameters, its adapter included.
 
     Args:
         names: Names of parameters.
@@ -29,8 +29,9 @@ def fragments_of(names: Collection[str], fragments: int) -> list[list[str]]:
     """
     layers: dict[str, list[str]] = {}
     for name in sorted(names, key=_natural):
-        numbered = re.match(r".*?\.\d+(?=\.)", f".{name}")
-        layers.setdefault(numbered[0] if numbered else name.partition(".")[0], []).append(name)
+        numbered = re.match(r".*?\.\d+(?=\.|$)", f".{name}")
+        module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
+        layers.setdefault(numbered[0] if numbered else module or name, []).append(name)
     if len(layers) < fragments:
         raise ValueError(
             f"fragments={fragments} is more than the {len(layers)} layers of what federates"
@@ -188,9 +189,9 @@ class FragmentedAggregator:
                 f"The checkpoint's federated state is of {len(saved)} fragments, these are"
                 f" {len(self._parts)}. Resume with the fragments of the checkpoint."
             )
-        self._turn = state["turn"]
         for part, of_part in zip(self._parts, saved, strict=True):
             part.load_state_dict(of_part)
+        self._turn = state["turn"]
 
     @property
     def _next(self) -> Aggregator:

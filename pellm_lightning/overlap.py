@@ -1,5 +1,6 @@
 """Rounds that run in the background while the parties go on training."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from typing_extensions import override
 from pellm_lightning.aggregation.base import Aggregation
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.beside import Contribution
-from pellm_lightning.federation import Collectives
+from pellm_lightning.federation import Collectives, FederationError
 from pellm_lightning.round import Aggregator, RoundReport
 
 T = TypeVar("T")
@@ -142,8 +143,7 @@ class OverlappedAggregator(Aggregator):
         Raises:
             RuntimeError: If the last one has not landed yet.
         """
-        if self._under_way is not None or self._report is not None:
-            raise RuntimeError(f"Party {self.federation.name} begins a round before the last has landed.")
+        self._check_landed()
         begun = time.perf_counter()
         step = super().step
         self._staging.take()
@@ -167,8 +167,8 @@ class OverlappedAggregator(Aggregator):
             RuntimeError: If none is under way.
             FederationError: As ``step``.
         """
-        begun = time.perf_counter()
         self._wait()
+        begun = time.perf_counter()
         if self._report is None:
             raise RuntimeError(f"No round of party {self.federation.name} is under way. Call begin() first.")
         report, self._report = self._report, None
@@ -195,10 +195,12 @@ class OverlappedAggregator(Aggregator):
 
     @override
     def drain(self) -> Iterator[RoundReport]:
+        self._check_landed()
         self._staging.take()
         self._staging.wait()
         for report in super().drain():
             self._staging.put(mix=0)
+            self._staging.wait()
             yield report
 
     @override
@@ -208,24 +210,37 @@ class OverlappedAggregator(Aggregator):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._wait()
+        """Return the state as of ``Aggregator``, when the round under way is through or has failed."""
+        with contextlib.suppress(FederationError):  # which land() will raise
+            self._wait(again=True)
         pending = None if self._report is None else asdict(self._report)
         return super().state_dict() | {"pending": pending}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
+        super().load_state_dict({**state, "pending": None})
         pending = state.get("pending")
         if pending is not None:
             deviation = pending["deviation"]
             pending = pending | {"deviation": None if deviation is None else Deviation(**deviation)}
             self._report = RoundReport(**pending)
 
-    def _wait(self) -> None:
-        """Return when no round is under way any more; raise what it failed with, once."""
-        round, self._under_way = self._under_way, None
-        if round is not None:
+    def _check_landed(self) -> None:
+        if self._under_way is not None or self._report is not None:
+            raise RuntimeError(f"Party {self.federation.name} begins a round before the last has landed.")
+
+    def _wait(self, *, again: bool = False) -> None:
+        """Return when no round is under way any more; raise what it failed with, once or ``again``."""
+        round, begun = self._under_way, time.perf_counter()
+        if round is None:
+            return
+        try:
             self._report = round.result()
+        finally:
+            self._stalled += time.perf_counter() - begun
+            # It may still be running, if the waiting was interrupted.
+            if round.done() and not (again and round.exception()):
+                self._under_way = None
 
 
 class Staging:

@@ -361,8 +361,13 @@ class Aggregator:
         """Restore ``state_dict()``; call it before ``start()``.
 
         Raises:
-            ValueError: If the state is of other parameters.
+            ValueError: If the state is of other parameters, of fragments, or of a round that has not landed.
         """
+        if "fragments" in state or state.get("pending") is not None:
+            raise ValueError(
+                "The federated state is of an OverlappedAggregator with a round under way, or of a"
+                " FragmentedAggregator. Resume with the overlap and the fragments with which it was saved."
+            )
         self.round = state["round"]
         self._version = Version(*state["version"]) if state.get("version") else None
         self._loaded = state

@@ -1,5 +1,6 @@
 """Fragments: who is in which, when each has its round, and that together they are the whole."""
 
+import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,20 @@ def test_layers_are_counted_as_people_count() -> None:
         ["net.0.weight", "net.2.weight"],
         ["net.1.bias", "net.1.weight", "net.10.weight"],
     ]
+
+
+def test_what_has_no_number_is_a_layer_by_its_module() -> None:
+    names = [f"model.{module}.{kind}" for module in ("embed", "norm") for kind in ("weight", "bias")]
+    head = [f"model.head.lora_{factor}.default.weight" for factor in "AB"]
+    listed = ["model.factors.0", "model.factors.1"]
+    assert fragments_of([*names, *head, *listed], 5) == [
+        ["model.embed.bias", "model.embed.weight"],
+        ["model.factors.0"],
+        ["model.factors.1"],
+        head,
+        ["model.norm.bias", "model.norm.weight"],
+    ]
+    assert fragments_of(["a", "b"], 2) == [["a"], ["b"]]
 
 
 @given(
@@ -202,6 +217,34 @@ def test_who_is_through_answers_in_turn() -> None:
     first, *others = run_parties(3, act)
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in fragments_of(SIZES, 2)[0])
+
+
+def test_one_validates_while_another_is_a_turn_ahead() -> None:
+    begun = threading.Event()
+
+    def act(federation: Federation) -> tuple[dict[str, float], dict[str, Tensor]]:
+        tensors, aggregator = in_two(federation, Overlap(2, mix=0), outer_optimizer=diloco)
+        aggregator.start()
+        train(tensors, federation.party, 1)
+        aggregator.begin(1.0)
+        if federation.party == 0:
+            begun.wait(10)  # the other is in the next fragment's round by then
+            mean = aggregator.mean({"loss": (1.0, 1.0)})
+            aggregator.land()
+            train(tensors, federation.party, 2)
+            aggregator.begin(1.0)
+        else:
+            aggregator.land()
+            train(tensors, federation.party, 2)
+            aggregator.begin(1.0)
+            begun.set()
+            mean = {"loss": 1.0}
+        assert aggregator.land().round == 1
+        return mean, tensors
+
+    (mean, first), (_, second) = run_parties(2, act)
+    assert mean == {"loss": 1.0}
+    assert all(torch.equal(first[name], second[name]) for name in fragments_of(SIZES, 2)[1])
 
 
 def test_masked_sums_in_fragments() -> None:

@@ -426,8 +426,10 @@ def test_parties_must_have_the_same_schedule(ours: str, theirs: Any) -> None:
         )
         aggregator.start()
 
-    for error in run_parties(2, act, may_fail=True):
-        assert isinstance(error, MismatchError)
+    errors = run_parties(2, act, may_fail=True)
+    assert any(isinstance(error, MismatchError) for error in errors)
+    for error in errors:  # whoever is slower may hear it from the other
+        assert isinstance(error, FederationError)
         assert "Party 0 has outer_scheduler='" in str(error)
         assert "party 1 has outer_scheduler=" in str(error)
 

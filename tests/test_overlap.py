@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,73 @@ def test_a_failure_in_the_background_is_raised_where_it_lands() -> None:
     assert "out of memory" in run_parties(2, act, may_fail=True)[0]
 
 
+def test_a_state_is_saved_though_the_round_under_way_has_failed() -> None:
+    def act(federation: Federation) -> None:
+        _, aggregator = overlapped(federation, Overlap(2))
+        aggregator.start()
+        before = aggregator.state_dict()
+        aggregator.begin(1.0)
+        if federation.party == 1:
+            federation.abort("out of memory")
+        state = aggregator.state_dict()
+        assert (state["round"], state["pending"]) == (0, None)
+        assert torch.equal(state["global"], before["global"])
+        assert aggregator.failed
+        with pytest.raises(FederationError):
+            aggregator.land()
+
+    failed = run_parties(2, act, may_fail=True)
+    assert not any(isinstance(error, AssertionError) for error in failed), failed
+
+
+def test_an_interrupted_wait_does_not_forget_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(federation: Federation) -> None:
+        _, aggregator = overlapped(federation, Overlap(2))
+        aggregator.start()
+        go_on = threading.Event()
+        step = aggregator.federation.enter
+        aggregator.federation.enter = lambda phase: (go_on.wait(10), step(phase))  # type: ignore
+        aggregator.begin(1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Future, "result", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                aggregator.land()
+        with pytest.raises(RuntimeError, match="before the last has landed"):
+            aggregator.begin(1.0)
+        go_on.set()
+        assert aggregator.land().round == 0
+
+    run_parties(1, act)
+
+
+def test_waiting_for_metrics_counts_as_standing_still() -> None:
+    def act(federation: Federation) -> float:
+        _, aggregator = overlapped(federation, Overlap(2))
+        aggregator.start()
+        if federation.party:
+            time.sleep(0.5)
+        aggregator.begin(1.0)
+        aggregator.mean({})
+        return aggregator.land().stalled_seconds
+
+    assert run_parties(2, act)[0] > 0.4
+
+
+def test_who_lands_in_time_and_who_does_not_resume_from_no_other_state() -> None:
+    def act(federation: Federation) -> None:
+        x, aggregator = overlapped(federation, Overlap(2))
+        aggregator.start()
+        aggregator.begin(1.0)
+        state = aggregator.state_dict()
+        with pytest.raises(ValueError, match="with a round under way, or of a FragmentedAggregator"):
+            Aggregator(federation, {"x": x}, outer_optimizer=diloco).load_state_dict(state)
+        with pytest.raises(RuntimeError, match="before the last has landed"):
+            next(aggregator.drain())
+        aggregator.land()
+
+    run_parties(1, act)
+
+
 def test_one_round_at_a_time() -> None:
     def act(federation: Federation) -> None:
         _, aggregator = overlapped(federation, Overlap(2))
@@ -401,6 +469,30 @@ def test_a_rule_that_cannot_land_later_stops_the_fit_before_it_begins(tmp_path: 
 
     with pytest.raises(MisconfigurationException, match="writes into the frozen weights"):
         fit_parties(1, fit)
+
+
+def test_a_fit_that_fails_while_a_round_is_under_way_can_be_saved(tmp_path: Path) -> None:
+    class Saving(Callback):
+        def on_exception(self, trainer: Any, *args: Any) -> None:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "failed.ckpt")
+
+    class Failing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == 5:
+                raise OSError("the disk is full")
+            return super().training_step(batch, batch_idx)
+
+    def fit(party: int, federated: Any) -> Any:
+        folder = tmp_path / str(party)
+        callback = federated(every_n_steps=4, overlap=Overlap(3))
+        trainer = quiet_trainer(folder, [Saving(), callback])
+        with pytest.raises((OSError, FederationError)):
+            trainer.fit((Classifier if party else Failing)(seed=party), data(40, seed=party))
+        return torch.load(folder / "failed.ckpt", weights_only=True)
+
+    for saved in fit_parties(2, fit):
+        state = saved["callbacks"]["FederatedAveraging"]
+        assert (state["under_way_since"] == 4) == (state["aggregator"]["pending"] is not None)
 
 
 @pytest.mark.parametrize("overlap", [None, Overlap(1)])
