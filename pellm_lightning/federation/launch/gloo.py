@@ -5,6 +5,8 @@ torchmetrics) sees it.
 """
 
 import os
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pellm_lightning.federation.errors import FederationError
+
+_LEFT = "this party has left the group"
 
 
 class Pending:
@@ -32,6 +36,8 @@ class Pending:
             RuntimeError: If it failed or timed out.
         """
         work, self._work = self._work, None
+        if work is None:
+            raise RuntimeError(_LEFT)
         try:
             work.wait()
         finally:
@@ -66,33 +72,41 @@ class GlooGroup:
         # torch's stubs do not know the collectives of this class.
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
         self._pending: list[Pending] = []
+        # A round in the background may start a collective while the training thread aborts: begun on a group
+        # that is broken already, it would hold the connections open until the timeout.
+        self._starting = threading.Lock()
 
     def all_reduce(self, tensor: Tensor) -> Pending:
         """Start to sum a contiguous CPU tensor in place over the group."""
-        return self._started(self._group.allreduce([tensor]))
+        return self._started(lambda group: group.allreduce([tensor]))
 
     def broadcast(self, tensor: Tensor, source: int) -> Pending:
         """Start to overwrite a contiguous CPU tensor by the one of party ``source``."""
-        return self._started(self._group.broadcast(tensor, source))
+        return self._started(lambda group: group.broadcast(tensor, source))
 
     def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
         """Start to fill ``gathered`` by the ranks' ``tensor``, contiguous CPU tensors of one size."""
-        return self._started(self._group.allgather([gathered], [tensor]))
+        return self._started(lambda group: group.allgather([gathered], [tensor]))
 
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
         """Start to send each rank its part of ``tensor``, flat on the CPU, and to fill ``out`` by theirs."""
-        return self._started(self._group.alltoall_base(out, tensor, out_sizes, sizes))
+        return self._started(lambda group: group.alltoall_base(out, tensor, out_sizes, sizes))
 
     def abort(self) -> None:
         """Break all connections, so that whoever waits for this party notices at once."""
-        self._group.abort()
-        for pending in self._pending:
-            pending.forget()
-        self._pending = []
-        self._group = None
+        with self._starting:
+            group, self._group = self._group, None
+            if group is not None:
+                group.abort()
+            for pending in self._pending:
+                pending.forget()
+            self._pending = []
 
-    def _started(self, work: Any) -> Pending:
-        pending = Pending(work)
-        self._pending = [other for other in self._pending if other._work is not None]
-        self._pending.append(pending)
+    def _started(self, start: Callable[[Any], Any]) -> Pending:
+        with self._starting:
+            if self._group is None:
+                raise RuntimeError(_LEFT)
+            pending = Pending(start(self._group))
+            self._pending = [other for other in self._pending if other._work is not None]
+            self._pending.append(pending)
         return pending

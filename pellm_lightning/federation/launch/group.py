@@ -102,9 +102,9 @@ class Federation(Collectives):
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         staged = x.detach().to("cpu", copy=False).contiguous()
         with self._translated():
-            if self._lanes:
+            if self.num_parties > 1:
                 self.bytes_sent += staged.nbytes if source == self.party else 0
-                self._lanes[0].broadcast(staged, source).wait()
+                self._lane().broadcast(staged, source).wait()
         return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
 
     @override
@@ -112,32 +112,32 @@ class Federation(Collectives):
         staged = torch.cat([part.detach().to("cpu") for part in parts])
         out = staged.new_empty(sum(sizes))
         with self._translated():
-            if self._lanes:
+            if self.num_parties > 1:
                 own = parts[self.party].nbytes
                 self.bytes_sent += staged.nbytes - own
-                self._lanes[0].all_to_all(out, staged, list(sizes), [part.numel() for part in parts]).wait()
+                self._lane().all_to_all(out, staged, list(sizes), [part.numel() for part in parts]).wait()
             else:
                 out.copy_(staged)
         return list(out.split(list(sizes)))
 
     @override
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        if not self._lanes or len(set(sizes)) > 1:
+        if self.num_parties == 1 or len(set(sizes)) > 1:
             return super().all_gather(x, sizes)
         mine = x.detach().to("cpu").contiguous()
         gathered = [torch.empty_like(mine) for _ in sizes]
         self.bytes_sent += mine.nbytes
         with self._translated():
-            self._lanes[0].all_gather(gathered, mine).wait()
+            self._lane().all_gather(gathered, mine).wait()
         return gathered
 
     def _start_all_reduce(self, tensor: Tensor, lane: int) -> Callable[[], None]:
         """Start one reduction; the returned function waits for it and brings the sum back to the tensor."""
-        if not self._lanes:
+        if self.num_parties == 1:
             return lambda: None
         staged = tensor.detach().to("cpu")
         self.bytes_sent += staged.nbytes
-        pending = self._lanes[lane].all_reduce(staged)
+        pending = self._lane(lane).all_reduce(staged)
 
         def finish() -> None:
             pending.wait()
@@ -184,6 +184,12 @@ class Federation(Collectives):
         for lane in self._lanes:
             lane.abort()
         self._lanes = []
+
+    def _lane(self, lane: int = 0) -> GlooGroup:
+        lanes = self._lanes
+        if not lanes:
+            raise RuntimeError("this party has left the group")
+        return lanes[lane]
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
