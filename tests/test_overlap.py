@@ -20,6 +20,7 @@ from pellm_lightning import Aggregator, Federation, FederationError, Overlap
 from pellm_lightning.aggregation import Alternating, LowRankMean, Mean, ResidualMean, Stacking
 from pellm_lightning.drift import FedProx
 from pellm_lightning.overlap import OverlappedAggregator
+from pellm_lightning.privacy import GaussianMechanism
 
 SIZE = 50
 
@@ -184,6 +185,31 @@ def test_masked_sums_in_the_background() -> None:
     plain, hidden = run_parties(3, result()), run_parties(3, result(exchange=masked()))
     for a, b in zip(plain, hidden, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_differential_privacy_is_counted_in_the_background() -> None:
+    private = GaussianMechanism(max_norm=1.0, noise_multiplier=1.0)
+
+    def blocking(federation: Federation) -> list[float | None]:
+        x = noise(federation.party, 99)
+        aggregator = Aggregator(federation, {"x": x}, privacy=private, exchange=masked())
+        aggregator.start()
+        return [aggregator.step(1.0).epsilon for _ in range(4)]
+
+    def act(federation: Federation) -> tuple[list[float | None], Tensor]:
+        x, aggregator = overlapped(federation, Overlap(1), privacy=private, exchange=masked())
+        aggregator.start()
+        spent = []
+        for step in range(3):
+            train(x, federation.party, step)
+            aggregator.begin(1.0)
+            train(x, federation.party, 10 + step)
+            spent.append(aggregator.land().epsilon)
+        return [*spent, aggregator.step(1.0).epsilon], x.clone()
+
+    (spent, x), *others = run_parties(3, act)
+    assert spent == run_parties(3, blocking)[0]
+    assert all(told == spent and torch.equal(other, x) for told, other in others)
 
 
 def test_resumed_under_way_it_lands_as_if_nothing_had_happened() -> None:
