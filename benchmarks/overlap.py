@@ -23,7 +23,7 @@ from pellm_lightning.overlap import OverlappedAggregator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from network import Network, enter
+from network import Network, NoNetworkError, enter
 
 _PORT = 29556
 WAYS = ("no rounds", "blocking", "overlap")
@@ -38,7 +38,11 @@ def main() -> None:
     parser.add_argument("--delay", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=6)
     arguments = parser.parse_args()
-    network = Network("trains", "answers")
+    try:
+        network = Network("trains", "answers")
+    except NoNetworkError as error:
+        print(f"Not measured: {error}")
+        return
     network.bits_per_s, network.delay_s = 1e6 * arguments.line_mbit, arguments.round_trip_ms / 2e3
     processes = multiprocessing.get_context("spawn")
     rows: Queue[list[dict[str, float | str]]] = processes.Queue()
