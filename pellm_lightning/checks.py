@@ -93,7 +93,14 @@ def fragments(value: object, every_n_steps: int | None, every_n_seconds: float |
     """Check that fragments can take turns."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"fragments={value!r} must be a whole number, 1 or more.")
-    if value > 1 and every_n_seconds is None and (every_n_steps is None or every_n_steps % value):
+    if value == 1 or every_n_seconds is not None:
+        return
+    if every_n_steps is None:
+        raise ValueError(
+            f"fragments={value} take turns between two rounds of one of them, and an epoch is not divided."
+            f" Give every_n_steps, a multiple of {value}, or every_n_seconds."
+        )
+    if every_n_steps % value:
         raise ValueError(
             f"fragments={value} take turns between two rounds of one of them, so every_n_steps="
             f"{every_n_steps} must be a multiple of {value}; or give every_n_seconds."

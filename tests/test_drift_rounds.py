@@ -1,7 +1,7 @@
 """Drift corrections in whole federations: exchanges, resumes, LoRA, parties that are lost, and refusals."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -221,19 +221,6 @@ def test_rules_that_change_coordinates_are_refused(tmp_path: Path, name: str, ru
 
 
 # ---- parties that are lost, fail, or come late
-
-
-@pytest.fixture
-def world() -> Iterator[Callable[..., World]]:
-    made: list[World] = []
-
-    def make(*arguments: Any, **keywords: Any) -> World:
-        made.append(World(*arguments, **keywords))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 CARRIES = Beside("Test()", vector=True, recoil=0.25)

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,45 +203,39 @@ def test_parties_as_separate_jobs_parse(
     assert Membership(**printed["membership"]).wait_s == 600
 
 
-def test_party_level_privacy_is_laid_over_masked_sums(
+@pytest.fixture
+def laid_over(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, _, _, _, _, *words = shlex.split(documented("privacy/party_level.yaml"))
-    words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
-    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
-    with pytest.raises(SystemExit) as exited:
-        cli.main()
-    assert exited.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)["federated"]
+) -> Callable[[str], dict[str, Any]]:
+    """Return what the federation's settings are with an overlay, by the command that the README gives."""
+
+    def settings(overlay: str) -> dict[str, Any]:
+        _, _, _, _, _, *words = shlex.split(documented(overlay))
+        words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
+        monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        assert exited.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)["federated"]
+
+    return settings
+
+
+def test_party_level_privacy_is_laid_over_masked_sums(laid_over: Callable[[str], Any]) -> None:
+    printed = laid_over("privacy/party_level.yaml")
     assert printed["exchange"]["class_path"].endswith("Masked")
     GaussianMechanism(**printed["privacy"]["init_args"])
     assert printed["weighting"] == "uniform"
 
 
-def test_compression_is_laid_over_a_configuration(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, _, _, _, _, *words = shlex.split(documented("compression/quantized.yaml"))
-    words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
-    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
-    with pytest.raises(SystemExit) as exited:
-        cli.main()
-    assert exited.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)["federated"]["exchange"]
+def test_compression_is_laid_over_a_configuration(laid_over: Callable[[str], Any]) -> None:
+    printed = laid_over("compression/quantized.yaml")["exchange"]
     assert printed["class_path"].endswith("Quantized")
     assert Quantized(**printed["init_args"]).error_feedback
 
 
-def test_overlap_is_laid_over_a_configuration(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, _, _, _, _, *words = shlex.split(documented("overlap/overlap.yaml"))
-    words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
-    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
-    with pytest.raises(SystemExit) as exited:
-        cli.main()
-    assert exited.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)["federated"]
+def test_overlap_is_laid_over_a_configuration(laid_over: Callable[[str], Any]) -> None:
+    printed = laid_over("overlap/overlap.yaml")
     assert Overlap(**printed["overlap"]) == Overlap(5, 0.5)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -379,20 +379,6 @@ def test_a_fit_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 # ---- separate jobs
-
-
-@pytest.fixture
-def world() -> Iterator[Callable[..., World]]:
-    """Make worlds whose threads all end."""
-    made: list[World] = []
-
-    def make(*arguments: Any, **keywords: Any) -> World:
-        made.append(World(*arguments, **keywords))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 @pytest.mark.parametrize("exchange", ["4 bits, feedback", "top-k"])

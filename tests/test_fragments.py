@@ -331,7 +331,7 @@ def test_the_schedule_must_divide_among_fragments() -> None:
 
     with pytest.raises(ValueError, match="every_n_steps=10 must be a multiple of 3; or give every_n_seconds"):
         make(every_n_steps=10, fragments=3)
-    with pytest.raises(ValueError, match="every_n_steps=None must be a multiple of 2"):
+    with pytest.raises(ValueError, match=r"an epoch is not divided\. Give every_n_steps, a multiple of 2"):
         make(every_n_epochs=2, fragments=2)
     with pytest.raises(ValueError, match="fragments=0 must be a whole number, 1 or more"):
         make(every_n_steps=2, fragments=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pellm_lightning.federation.errors import FederationError
 
-_LEFT = "this party has left the group"
+LEFT = "this party has left the group"
 
 
 class Pending:
@@ -37,7 +37,7 @@ class Pending:
         """
         work, self._work = self._work, None
         if work is None:
-            raise RuntimeError(_LEFT)
+            raise RuntimeError(LEFT)
         try:
             work.wait()
         finally:
@@ -105,7 +105,7 @@ class GlooGroup:
     def _started(self, start: Callable[[Any], Any]) -> Pending:
         with self._starting:
             if self._group is None:
-                raise RuntimeError(_LEFT)
+                raise RuntimeError(LEFT)
             pending = Pending(start(self._group))
             self._pending = [other for other in self._pending if other._work is not None]
             self._pending.append(pending)

@@ -14,7 +14,7 @@ from typing_extensions import override
 from pellm_lightning.federation.collectives import Collectives
 from pellm_lightning.federation.errors import FederationError, PartyLostError
 from pellm_lightning.federation.launch.board import Board
-from pellm_lightning.federation.launch.gloo import GlooGroup
+from pellm_lightning.federation.launch.gloo import LEFT, GlooGroup
 from pellm_lightning.federation.launch.store import store_from_env
 from pellm_lightning.topology import Topology
 
@@ -188,7 +188,7 @@ class Federation(Collectives):
     def _lane(self, lane: int = 0) -> GlooGroup:
         lanes = self._lanes
         if not lanes:
-            raise RuntimeError("this party has left the group")
+            raise RuntimeError(LEFT)
         return lanes[lane]
 
     @contextmanager
