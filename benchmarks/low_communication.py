@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from low_communication_data import ERAS, Task, byte_task
+from low_communication_data import ERAS, Task, byte_task, lora_task
 from low_communication_report import REFERENCE, report
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, help="local steps of each party")
     parser.add_argument("--image", type=Path, help="default: in the folder")
+    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M with LoRA, not the small model")
     parser.add_argument("--tiny", action="store_true", help="some seconds, to see that everything works")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # each party is a thread already
@@ -78,6 +79,8 @@ def setting(options: argparse.Namespace) -> tuple[Task, int, dict[str, "Variant"
     if options.tiny:
         task = byte_task(options.folder, width=32, depth=1, context=16, batch_size=2, warm_up=5, name="tiny")
         return task, options.steps or 9, {name: shortened(variant) for name, variant in variants().items()}
+    if options.smollm2:
+        return lora_task(options.folder, context=128, batch_size=2), options.steps or 200, variants()
     task = byte_task(options.folder, width=256, depth=3, context=64, batch_size=8, warm_up=1200)
     return task, options.steps or 400, variants()
 
@@ -144,7 +147,7 @@ def variants() -> dict[str, Variant]:
 def run(task: Task, variant: Variant, steps: int, seed: int) -> dict[str, Any]:
     """Train all parties, and return what came of it."""
     models = [task.build(seed)]
-    models += [copy.deepcopy(models[0]) for _ in ERAS[1:]]
+    models += [twin(models[0]) for _ in ERAS[1:]]
     start = time.perf_counter()
     of_parties = in_parties(
         lambda federation: train(federation, task, models[federation.party], variant, steps, seed)
@@ -167,6 +170,11 @@ def run(task: Task, variant: Variant, steps: int, seed: int) -> dict[str, Any]:
     }
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy that shares what is frozen."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -186,10 +194,11 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     line = (Rounds if variant.every_n_steps else EveryStep)(federation, trained, variant)
-    judged = copy.deepcopy(model)
+    judged = twin(model)
     generator = torch.Generator().manual_seed(1000 * seed + federation.party)
     bytes_start = federation.bytes_sent
-    era, curve = federation.party, [(0, 0, task.validate(model, federation.party, 64))]
+    era = federation.party
+    curve = [(0, 0, task.validate(model, era, task.curve_windows))]
     for step in range(1, steps + 1):
         loss = task.loss(model, task.batch(era, generator))
         optimizer.zero_grad(set_to_none=False)
@@ -201,13 +210,15 @@ def train(
         line.after_step(step, last=step == steps)
         if step % MEASURE_EVERY == 0 and step < steps:
             line.put_into(judged)
-            curve.append((step, federation.bytes_sent - bytes_start, task.validate(judged, era, 64)))
+            curve.append(
+                (step, federation.bytes_sent - bytes_start, task.validate(judged, era, task.curve_windows))
+            )
     sent = federation.bytes_sent - bytes_start
     return {
         "bytes_start": bytes_start,
         "bytes": sent,
         "rounds": line.rounds,
-        "curve": [*curve, (steps, sent, task.validate(model, era, 64))],
+        "curve": [*curve, (steps, sent, task.validate(model, era, task.curve_windows))],
         "loss": task.validate(model, era),
         "parameters": sum(p.numel() for p in trained.values()),
     }
@@ -292,11 +303,8 @@ class Rounds:
     @torch.no_grad()
     def put_into(self, model: nn.Module) -> None:
         """Write what the last round has made into the model; between rounds the parties differ."""
-        names = sorted(self._trained)
-        sizes = [self._trained[name].numel() for name in names]
-        for name, values in zip(names, self._aggregator.global_vector.split(sizes), strict=True):
-            parameter = model.get_parameter(name)
-            parameter.copy_(values.view_as(parameter))
+        for name, values in self._aggregator.global_parameters.items():
+            model.get_parameter(name).copy_(values)
 
 
 def in_parties(act: Callable[[Federation], dict[str, Any]]) -> list[dict[str, Any]]:

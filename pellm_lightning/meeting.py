@@ -64,6 +64,10 @@ class Header:
     as ``values_of`` says."""
     releases: int = 0
     """Noisy releases of the party in attempts at this round that failed."""
+    loss: float = math.nan
+    """Training loss of the party since the last round; NaN where that is nobody's business, or unknown."""
+    distance: float = math.nan
+    """2-norm of the party's parameters minus the result, in the round before; NaN as above."""
     behind: bool = False
     """Whether the party lacks the newest global parameters, and so needs them and counts 0."""
 
@@ -195,16 +199,16 @@ class FixedMeeting(Meeting):
 
     def _exchanged(self, mine: Header) -> list[Header]:
         federation = self._federation
-        rows = torch.zeros(federation.num_parties, 4, dtype=torch.float64)
+        rows = torch.zeros(federation.num_parties, 6, dtype=torch.float64)
         rows[federation.party] = torch.tensor(
-            [mine.purpose, mine.round, mine.weight, mine.fine], dtype=torch.float64
+            [mine.purpose, mine.round, mine.weight, mine.fine, mine.loss, mine.distance], dtype=torch.float64
         )
         federation.all_reduce_(rows)
-        if self._exchange.hides and rows[federation.party].tolist() != [*map(float, astuple(mine)[:4])]:
+        if self._exchange.hides and rows[federation.party, :4].tolist() != [*map(float, astuple(mine)[:4])]:
             raise _changed(federation.name)
         return [
-            Header(Purpose(int(purpose)), int(number), weight, fine == 1)
-            for purpose, number, weight, fine in rows.tolist()
+            Header(Purpose(int(purpose)), int(number), weight, fine == 1, loss=loss, distance=distance)
+            for purpose, number, weight, fine, loss, distance in rows.tolist()
         ]
 
     def _mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
@@ -269,6 +273,9 @@ class ElasticMeeting(Meeting):
             "tag": mine.tag,
             "exposed": list(mine.exposed),
             "releases": mine.releases,
+            # JSON has no NaN.
+            "loss": mine.loss if math.isfinite(mine.loss) else None,
+            "distance": mine.distance if math.isfinite(mine.distance) else None,
         }
         while True:
             self._federation.enter(f"meeting for round {mine.round}")
@@ -447,7 +454,7 @@ def _header(name: str, words: Mapping[str, Any]) -> Header:
     """Return what a peer has said, or raise: it may have said anything."""
     purpose, round, weight = words.get("purpose"), words.get("round"), words.get("weight")
     exposed, releases = words.get("exposed", []), words.get("releases", 0)
-    tag = words.get("tag", "")
+    tag, loss, distance = words.get("tag", ""), words.get("loss"), words.get("distance")
     if (
         purpose not in list(Purpose)
         or not isinstance(round, int)
@@ -456,13 +463,25 @@ def _header(name: str, words: Mapping[str, Any]) -> Header:
         or not isinstance(exposed, list)
         or not isinstance(tag, str)
         or not is_count(releases)
+        or not isinstance(loss, int | float | None)
+        or not isinstance(distance, int | float | None)
     ):
         raise FederationError(
             f"Party {name} came to meet with {dict(words)!r:.200}, which is no purpose, round and weight"
             " >= 0. Install the same version of pellm-lightning at all parties."
         )
     fine = words.get("fine", True) is True
-    return Header(Purpose(purpose), round, float(weight), fine, tag, tuple(map(str, exposed)), releases)
+    return Header(
+        Purpose(purpose),
+        round,
+        float(weight),
+        fine,
+        tag,
+        tuple(map(str, exposed)),
+        releases,
+        loss=math.nan if loss is None else float(loss),
+        distance=math.nan if distance is None else float(distance),
+    )
 
 
 def _changed(name: str) -> FederationError:

@@ -87,6 +87,14 @@ class RoundReport:
     last: bool = False
     """Whether no further round can move anything: the privacy budget is used up, or too few parties still
     train to hide in a sum."""
+    local_loss: float | None = None
+    """Mean training loss of this party alone."""
+    weights: tuple[float, ...] = ()
+    """Of each party that took part, 0 if it did not count; empty where the exchange hides them."""
+    losses: tuple[float | None, ...] = ()
+    """Mean training loss of each party that took part; empty where the exchange hides it, or with privacy."""
+    distances: tuple[float | None, ...] = ()
+    """``distance`` of each party that took part, in the round before; empty where losses are."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,7 @@ class Aggregator:
         self._padded: PaddedFactors | None = None
         self._beside = beside
         self._weight = 0.0
+        self._distance = math.nan  # in the last round
         self._contribution: Contribution | None = None
         self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
@@ -247,6 +256,11 @@ class Aggregator:
     def global_vector(self) -> Tensor:
         """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
         return self._updates.global_
+
+    @property
+    def global_parameters(self) -> dict[str, Tensor]:
+        """Views of the global vector by parameter, each of the parameter's shape, float32."""
+        return {name: self._layout.view(self.global_vector, name) for name in self._layout.names}
 
     @property
     def carried(self) -> dict[str, Tensor]:
@@ -461,7 +475,7 @@ class Aggregator:
         else:
             self.round, self._version = state["round"], Version(*state["version"])
             self._restore(state)
-        self._stale = True
+        self._stale, self._distance = True, math.nan
 
     def _bring_up_to_date(self, headers: list[Header]) -> None:
         """Hand the newest global state to those who lack it."""
@@ -478,11 +492,12 @@ class Aggregator:
         if self._before.numel() != self._layout.size:
             self._before = torch.empty_like(self._updates.global_)
         before = global_state.copied(self._state(), self._before)
-        version, stale, loaded = self._version, self._stale, self._loaded
+        version, stale, loaded, distance = self._version, self._stale, self._loaded, self._distance
         try:
             yield
         except BaseException:
             self.round, self._version, self._stale, self._loaded = before["round"], version, stale, loaded
+            self._distance = distance
             if self._layout.shapes == before["shapes"]:
                 self._restore(before)
             raise
@@ -502,7 +517,7 @@ class Aggregator:
         """Come to the next round; return its report, or None if there was none: all are through, or begin."""
         came, sent_before = self._now()
         while True:
-            headers = self._meet(purpose, weight)
+            headers = self._meet(purpose, weight, loss)
             if all(header.purpose is Purpose.DONE for header in headers):
                 return None
             arrived, _ = self._now()
@@ -565,6 +580,7 @@ class Aggregator:
         crossed = self._cross(headers, loss)
         outer_lr = self._updates.schedule.lr if crossed.counting.num_counting else None
         distance, deviation = self._apply_(crossed)
+        self._distance = distance
         report = RoundReport(
             round=self.round,
             parties=tuple(self.federation.members),
@@ -585,6 +601,10 @@ class Aggregator:
             clipping_norm=None if self._private is None else self._private.max_norm,
             outer_lr=outer_lr,
             last=self._who.none_after(headers, self.round),
+            local_loss=loss,
+            weights=() if self._exchange.hides else tuple(crossed.weights),
+            losses=tuple(_finite(header.loss) for header in headers) if self._tells else (),
+            distances=tuple(_finite(header.distance) for header in headers) if self._tells else (),
         )
         self.round += 1
         self._version = self._meeting.version(self.round)
@@ -668,7 +688,7 @@ class Aggregator:
             return distance, combined.deviation
         return distance, products.write_base_(self._layout, updates.global_, combined.terms)
 
-    def _meet(self, purpose: Purpose, weight: float) -> list[Header]:
+    def _meet(self, purpose: Purpose, weight: float, loss: float | None) -> list[Header]:
         self._check_started()
         self._weight, fine = weight, True
         if self._exchange.hides:  # NaN has no place in a masked sum, so it must be known before
@@ -680,7 +700,14 @@ class Aggregator:
         if self._exchange.hides:
             weight = float(weight > 0 and fine)
         header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._given_away)
+        if self._tells:
+            header = replace(header, loss=math.nan if loss is None else loss, distance=self._distance)
         return self._meeting.meet(header, self._version)
+
+    @property
+    def _tells(self) -> bool:
+        """Whether parties may tell each other figures of their own."""
+        return not self._exchange.hides and self._private is None
 
     def _check_started(self) -> None:
         if not self._started:
@@ -758,6 +785,10 @@ def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Besid
     if privacy is not None or (beside is not None and beside.sums):
         return "means"
     return exchange.gives
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _measures(asked: bool | None, hides: bool, exchange: Exchange, rule: Aggregation) -> bool:

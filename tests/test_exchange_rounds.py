@@ -43,7 +43,7 @@ from pellm_lightning.meeting import Header, Purpose
 
 SOON_S = 8.0
 SIZES: Sizes = {"k": (8, 7), "q": (6, 9)}
-HEADER = 4
+HEADER = 6
 """How many numbers a party says when it comes to meet."""
 
 
@@ -211,6 +211,7 @@ def test_a_round_tells_nothing_but_sums(monkeypatch: pytest.MonkeyPatch) -> None
         if message.values.is_floating_point():
             mine = message.values.view(3, HEADER)[message.party]
             assert mine[2] in (0, 1), "whether it counts, not how much"
+            assert mine[4:].isnan().all(), "neither its loss nor its distance"
             headers += 1
     assert headers <= 3 * 2
     assert headers >= 3

@@ -94,3 +94,36 @@ def test_waiting_is_not_counted_as_exchanging() -> None:
     assert early.waited_seconds > 0.3
     assert early.seconds < 0.3
     assert late.waited_seconds < 0.3
+
+
+def test_parties_tell_each_other_weights_losses_and_the_last_distances() -> None:
+    # From 0 with weights 1, 1 party 0 goes to 2, party 1 to 6: the mean is 4, both are 2 away. Then party 0
+    # stays and party 1, which gives no loss, goes from 4 to 10: 3 away, which the next round would tell.
+    def act(federation: Federation) -> list[RoundReport]:
+        w = torch.zeros(1)
+        aggregator = started(federation, {"w": w})
+        w.fill_([2.0, 6.0][federation.party])
+        first = aggregator.step(1.0, loss=0.5 + federation.party)
+        w.add_([0.0, 6.0][federation.party])
+        second = aggregator.step(2.0 * federation.party, loss=[0.25, math.nan][federation.party])
+        return [first, second]
+
+    for party, (first, second) in enumerate(run_parties(2, act)):
+        assert (first.weights, first.losses, first.distances) == ((1.0, 1.0), (0.5, 1.5), (None, None))
+        assert (second.weights, second.losses, second.distances) == ((0.0, 2.0), (0.25, None), (2.0, 2.0))
+        assert first.local_loss == 0.5 + party
+
+
+def test_global_parameters_have_the_parameters_names_and_shapes() -> None:
+    def act(federation: Federation) -> None:
+        parameters = {"a": random(0, 3, 5), "b": random(1, 2).bfloat16(), "c": random(2, 4, 6).t()}
+        aggregator = started(federation, parameters)
+        for parameter in parameters.values():
+            parameter += federation.party
+        aggregator.step(1.0)
+        assert aggregator.global_parameters.keys() == parameters.keys()
+        for name, values in aggregator.global_parameters.items():
+            assert values.dtype == torch.float32
+            assert torch.equal(values.to(parameters[name].dtype), parameters[name])
+
+    run_parties(2, act)

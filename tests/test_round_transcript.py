@@ -44,9 +44,9 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         assert all(torch.equal(values, starts[0]) for values in synchronised)
         # The round: a header, then this party's share of its update, and the ballot right behind it.
         header, *rest = summed
-        mine = torch.zeros(num_parties, 4, dtype=torch.float64)
-        mine[party] = torch.tensor([1, 0, weights[party], 1])
-        assert torch.equal(header, mine.flatten())
+        mine = torch.zeros(num_parties, 6, dtype=torch.float64)
+        mine[party] = torch.tensor([1, 0, weights[party], 1, 0.5, math.nan])  # there was no round before
+        torch.testing.assert_close(header, mine.flatten(), rtol=0, atol=0, equal_nan=True)
         payload = torch.cat(rest)
         share = weights[party] / sum(weights)
         # anchor - x times the share, which is party 0's start minus the own end; exact zeros at weight 0.
@@ -86,5 +86,6 @@ def test_a_second_exchange_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> No
         assert healed.excluded == (1,)
         assert usual.bytes_sent + 400 <= healed.bytes_sent <= 2 * usual.bytes_sent
     # A party that has NaN does not send them again: the last message of each party is the second exchange.
-    assert not any(message.values.isnan().any() for message in messages[-2:])
-    assert any(message.values.isnan().any() for message in messages[:-2])
+    updates = [message.values for message in messages if message.values.numel() >= 100]  # headers are smaller
+    assert not any(values.isnan().any() for values in updates[-2:])
+    assert any(values.isnan().any() for values in updates[:-2])
