@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pellm_lightning import checks, isolation, outer, report
+from pellm_lightning import checks, isolation, outer
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.base import Parts
 from pellm_lightning.aggregation.plan import Plan
@@ -45,6 +45,9 @@ from pellm_lightning.layout import Layout
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.parameters import frozen, select
 from pellm_lightning.privacy import GaussianMechanism
+from pellm_lightning.report import record as records
+from pellm_lightning.report.lines import show_log_lines
+from pellm_lightning.report.teller import Teller
 from pellm_lightning.round import Aggregator, RoundReport, granted
 from pellm_lightning.samples import samples_in
 from pellm_lightning.schedule import Clock, schedule
@@ -128,6 +131,9 @@ class FederatedAveraging(Callback):
         check_base: Compare a sample of every frozen parameter over the parties before training.
         save_frozen: Whether checkpoints hold the frozen parameters too. Without them a checkpoint is as small
             as the adapter, and is resumed on, or loaded onto, a freshly built base.
+        record: Whether each party writes what happens, round by round, into ``rounds.jsonl`` in the Trainer's
+            ``default_root_dir`` (below ``party-<k>/`` if there are several), for
+            ``python -m pellm_lightning report``. With ``fast_dev_run`` nothing is written.
         federation: Makes an already joined Federation, for parties that do not meet by the launcher's
             environment variables. Called once per fit.
         rendezvous: Makes this launch one party of several separate jobs, which join at "tcp://host:port"
@@ -170,6 +176,7 @@ class FederatedAveraging(Callback):
         timeout_s: float = 1800,
         check_base: bool = True,
         save_frozen: bool = True,
+        record: bool = True,
         federation: Callable[[], Federation | ElasticFederation] | None = None,
         rendezvous: str | None = None,
         name: str | None = None,
@@ -212,6 +219,7 @@ class FederatedAveraging(Callback):
         self.timeout_s = timeout_s
         self.check_base = check_base
         self.save_frozen = save_frozen
+        self.record = record
         self.federation = federation
         self.rendezvous = rendezvous
         self.name = name
@@ -221,6 +229,8 @@ class FederatedAveraging(Callback):
         self.tls = tls
         self.membership = membership
         self.state_dir = state_dir
+        self.rounds: list[RoundReport] = []
+        """Reports of the rounds of the present fit, or of the last one."""
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
@@ -238,6 +248,7 @@ class FederatedAveraging(Callback):
         self._exchanged_at = 0.0  # by the clock of time.monotonic
         self._under_way_since: int | None = None  # step at which the round in the background began
         self._tells_loss = True
+        self._teller: Teller | None = None
         self._validation = ValidationMetrics()
         # The state of a checkpoint that was loaded, or of the fit that has ended.
         self._state: dict[str, Any] = {}
@@ -254,10 +265,11 @@ class FederatedAveraging(Callback):
         """Keep the parties' files apart; for a fit also join the federation and refuse what cannot work."""
         self._topology = topology_of(trainer)
         if stage == "fit":
-            self._state, self._aggregator = {}, None  # of an earlier fit, which may have failed
+            # Of an earlier fit, which may have failed.
+            self._state, self._aggregator, self._teller, self.rounds = {}, None, None, []
             self._drift = self._drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
-            report.show_log_lines()
+            show_log_lines()
             self._join(trainer)
             checks.trainer(trainer, self, self._topology)
             if not self.save_frozen:
@@ -300,7 +312,7 @@ class FederatedAveraging(Callback):
         self._under_way_since = self._state.get("under_way_since")
         self._trainable = trainable
         self._layout = Layout(parameters)
-        overwritten, round = self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
+        overwritten, round, names = self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
         resumed = bool(self._state) and not overwritten
         if overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
@@ -310,9 +322,11 @@ class FederatedAveraging(Callback):
             self._drift.begin(parameters, self._carried(), resumed=resumed)
         self._resting = self._parameters(self._plan.rule.resting(round))
         self._exchanged_at = time.monotonic()
+        self._teller = Teller(trainer, self._topology, names, self.rounds, self._new_record(trainer))
         if self._topology.is_speaker:
-            report.announce(
-                trainer, pl_module, self._topology, self._plan, parameters, self.exchange, self.privacy
+            settings = self._speaking.settings
+            self._teller.began(
+                pl_module, self._plan, parameters, self.exchange, self.privacy, settings, round=round
             )
 
     @override
@@ -369,7 +383,7 @@ class FederatedAveraging(Callback):
             mean = self._in_party.speak(lambda: self._or_why_not(lambda: self._speaking.mean(local)))
             if isinstance(mean, str):
                 self._stop_for_lack_of_parties(trainer, mean)
-            report.publish(trainer, {f"federated/{name}": value for name, value in mean.items()})
+            self._telling.validated(local, mean)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -392,6 +406,7 @@ class FederatedAveraging(Callback):
             self._took_over(trainer, pl_module, done, on_bar=False)
         if self._joined is not None:
             self._joined.close()
+        self._telling.ended()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -400,6 +415,8 @@ class FederatedAveraging(Callback):
             # Of a FederationError the others know already, from us or from the party that caused it.
             known = isinstance(exception, FederationError)
             self._joined.abort(None if known else f"{type(exception).__name__}: {exception}")
+        if self._teller is not None:
+            self._teller.ended(f"{type(exception).__name__}: {exception}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -412,6 +429,7 @@ class FederatedAveraging(Callback):
             self._joined.abort(why)
         self._state = self.state_dict()
         self._party = self._joined = self._aggregator = self._layout = self._plan = self._drift = None
+        self._teller = None
         self._trainable, self._resting = {}, []
         self._drained = iter(())
 
@@ -515,8 +533,12 @@ class FederatedAveraging(Callback):
 
     def _start(
         self, trainer: Trainer, pl_module: LightningModule, parameters: dict[str, nn.Parameter]
-    ) -> tuple[bool, int]:
-        """Start as the speaker; return whether parameters were overwritten, and the round that comes."""
+    ) -> tuple[bool, int, list[str]]:
+        """Start as the speaker.
+
+        Returns:
+            Whether parameters were overwritten, the round that comes, and the names of all parties.
+        """
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
         whole: Callable[..., Aggregator] = Aggregator
@@ -561,7 +583,15 @@ class FederatedAveraging(Callback):
             device = describe_device(trainer.strategy.root_device)
             checks.devices(self._joined.all_gather_json("device", device))
         self._drained = self._aggregator.drain()
-        return overwritten, self._aggregator.round
+        return overwritten, self._aggregator.round, list(self._joined.roster)
+
+    def _new_record(self, trainer: Trainer) -> records.Record | None:
+        if not self.record or vars(trainer).get("fast_dev_run"):
+            return None
+        root = trainer.default_root_dir
+        if self._topology.num_parties > 1:
+            root = isolation.below(root, self._topology.party)
+        return records.Record(os.path.join(root, records.NAME))
 
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)
@@ -694,7 +724,7 @@ class FederatedAveraging(Callback):
         self._resting = self._parameters(self._planned.rule.resting(done.round + 1))
         if done.last:
             trainer.should_stop = True
-        report.note(trainer, pl_module, self._topology, done, on_bar=on_bar)
+        self._telling.round(pl_module, done, on_bar=on_bar)
 
     def _share_in_party(self) -> None:
         """Give the party's other processes what the speaker has just written into its parameters."""
@@ -767,6 +797,12 @@ class FederatedAveraging(Callback):
         if self._party is None:
             raise RuntimeError("The party is known only during a fit.")
         return self._party
+
+    @property
+    def _telling(self) -> Teller:
+        if self._teller is None:
+            raise RuntimeError("There is nothing to tell of before training starts.")
+        return self._teller
 
     @property
     def _speaking(self) -> Aggregator | FragmentedAggregator:

@@ -135,6 +135,11 @@ class FragmentedAggregator:
         return self._turn
 
     @property
+    def settings(self) -> Mapping[str, str | int | float | None]:
+        """As of ``Aggregator``."""
+        return self._parts[0].settings
+
+    @property
     def failed(self) -> bool:
         """As of ``OverlappedAggregator``."""
         return self._overlapped.failed

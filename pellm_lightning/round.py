@@ -253,6 +253,11 @@ class Aggregator:
         return 4 * self._layout.size
 
     @property
+    def settings(self) -> Mapping[str, str | int | float | None]:
+        """What all parties have agreed on, by name."""
+        return self._config
+
+    @property
     def global_vector(self) -> Tensor:
         """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
         return self._updates.global_

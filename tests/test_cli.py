@@ -197,6 +197,7 @@ def test_the_printed_configuration_runs_again(
         "timeout_s": 1800,
         "check_base": True,
         "save_frozen": True,
+        "record": True,
         **dict.fromkeys(("rendezvous", "name", "listen", "advertise", "tls", "membership", "state_dir")),
         "roster": [],
         "federation": None,

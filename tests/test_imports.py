@@ -21,12 +21,14 @@ GLOBAL_STATE = {"global_state"}
 ROUND = {"round"}
 OVER_ROUND = {"overlap"}
 FRAGMENTS = {"fragments"}
-LIGHTNING_SIDE = {"environment", "checks", "isolation", "report", "samples", "validation"}
+LIGHTNING_SIDE = {"environment", "checks", "isolation", "samples", "validation"}
 ABOVE = ["callback", "tasks", "commands", "cli", "__main__"]
 ORDER = [LEAVES, PRIVACY, FEDERATION, EXCHANGE, AGGREGATION, BELOW_ROUND, PARTS_OF_ROUND, GLOBAL_STATE, ROUND]
-ORDER += [OVER_ROUND, FRAGMENTS, LIGHTNING_SIDE, {"drift"}]
+ORDER += [OVER_ROUND, FRAGMENTS, LIGHTNING_SIDE, {"drift"}, {"report"}]
 ORDER += [{name} for name in ABOVE]
-MAY_IMPORT_LIGHTNING = LIGHTNING_SIDE | set(ABOVE) | {"drift", "privacy.record_level"}
+MAY_IMPORT_LIGHTNING = (
+    LIGHTNING_SIDE | set(ABOVE) | {"drift", "report.lines", "report.teller", "privacy.record_level"}
+)
 MAY_IMPORT_C10D = {"federation", "environment"}
 
 

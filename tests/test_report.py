@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from parties import Classifier, Rounds, data, fit_parties, quiet_trainer
 from torch import nn
 
-from pellm_lightning import report
+from pellm_lightning.report.lines import megabytes, show_log_lines
 
 
 def lines_of(caplog: pytest.LogCaptureFixture, party: int, level: int = logging.INFO) -> list[str]:
@@ -185,7 +185,7 @@ def test_distance_and_norm_are_those_of_the_parties(tmp_path: Path) -> None:
     [(0, "0.0 kB"), (204, "0.2 kB"), (99_999, "100.0 kB"), (1e5, "0.1 MB"), (160e6, "160.0 MB")],
 )
 def test_sizes_in_words(size: int, words: str) -> None:
-    assert report.megabytes(size) == words
+    assert megabytes(size) == words
 
 
 @pytest.fixture
@@ -204,10 +204,10 @@ def test_lines_are_shown_unless_the_application_logs_itself(
     root, package = loggers
     package.setLevel(logging.NOTSET)
     root.handlers = [logging.NullHandler()]
-    report.show_log_lines()
+    show_log_lines()
     assert package.handlers == []
     root.handlers = []
-    report.show_log_lines()
-    report.show_log_lines()
+    show_log_lines()
+    show_log_lines()
     assert len(package.handlers) == 1
     assert package.level == logging.INFO

@@ -1,4 +1,4 @@
-"""What a user sees of the rounds: log lines, the progress bar, Lightning's loggers."""
+"""What a user reads while a fit runs: log lines, figures in Lightning's loggers and progress bar."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -74,11 +74,9 @@ def announce(
             log.info("[party %s] writes to %s", topology.name, path.partition(":")[2])
 
 
-def note(
-    trainer: Trainer, module: LightningModule, topology: Topology, done: RoundReport, *, on_bar: bool
-) -> None:
-    """Put a round's figures into the loggers, the progress bar (where Lightning allows it) and the log."""
-    figures = {
+def figures(done: RoundReport) -> dict[str, float]:
+    """Return a round's figures as loggers get them."""
+    known = {
         "round": done.round,
         "parties": len(done.parties),
         "active_parties": done.active_parties,
@@ -90,34 +88,37 @@ def note(
         "bytes_sent": done.bytes_sent,
         "update_norm": done.update_norm,
         "distance": done.distance,
+        "loss": done.loss,
+        "local_loss": done.local_loss,
+        "outer_lr": done.outer_lr,
+        "compression_error": done.compression_error,
     }
     if done.deviation is not None:
-        figures |= {"deviation": done.deviation.total, "worst_deviation": done.deviation.worst}
-    if done.loss is not None:
-        figures["loss"] = done.loss
-    if done.outer_lr is not None:
-        figures["outer_lr"] = done.outer_lr
-    if done.compression_error is not None:
-        figures["compression_error"] = done.compression_error
+        known |= {"deviation": done.deviation.total, "worst_deviation": done.deviation.worst}
     if done.epsilon is not None and done.clipping_norm is not None:
-        figures |= {"epsilon": done.epsilon, "clipping_norm": done.clipping_norm}
-    publish(trainer, {f"federated/{name}": float(value) for name, value in figures.items()})
-    bar = trainer.progress_bar_callback
-    if on_bar and bar is not None:
-        shown = {"round": float(done.round)} | ({} if done.loss is None else {"global_loss": done.loss})
-        module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
-    if topology.is_speaker and (topology.party > 0 or bar is None):
-        log.info(
-            "[party %s] round %d: loss %s, weight %g of %g, %s in %.2f s%s",
-            topology.name,
-            done.round,
-            "unknown" if done.loss is None else f"{done.loss:.4f}",
-            done.weight,
-            done.total_weight,
-            megabytes(done.bytes_sent),
-            done.seconds,
-            "" if done.deviation is None else f", deviation {done.deviation.total:.2g}",
-        )
+        known |= {"epsilon": done.epsilon, "clipping_norm": done.clipping_norm}
+    return {f"federated/{name}": float(value) for name, value in known.items() if value is not None}
+
+
+def put_on_bar(module: LightningModule, done: RoundReport) -> None:
+    """Show the round and the global loss on the progress bar; Lightning allows that in some hooks only."""
+    shown = {"round": float(done.round)} | ({} if done.loss is None else {"global_loss": done.loss})
+    module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+
+
+def say_round(topology: Topology, done: RoundReport) -> None:
+    """Log one line about a round."""
+    log.info(
+        "[party %s] round %d: loss %s, weight %g of %g, %s in %.2f s%s",
+        topology.name,
+        done.round,
+        "unknown" if done.loss is None else f"{done.loss:.4f}",
+        done.weight,
+        done.total_weight,
+        megabytes(done.bytes_sent),
+        done.seconds,
+        "" if done.deviation is None else f", deviation {done.deviation.total:.2g}",
+    )
 
 
 def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:

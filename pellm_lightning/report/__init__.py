@@ -1,0 +1,1 @@
+"""What people see of a federation: while it runs, and afterwards."""

@@ -1,0 +1,126 @@
+"""Where a fit's rounds go: log lines, loggers, the progress bar, the record."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from torch import nn
+
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.isolation import callbacks_of
+from pellm_lightning.privacy import GaussianMechanism
+from pellm_lightning.report.lines import announce, figures, publish, put_on_bar, say_round
+from pellm_lightning.report.record import Record
+from pellm_lightning.round import RoundReport
+from pellm_lightning.topology import Topology
+
+
+class Teller:
+    """Tells the user of a fit what happens.
+
+    Args:
+        trainer: Of this process.
+        topology: Where this process stands.
+        names: Of all parties.
+        rounds: Where the reports of the rounds are gathered.
+        record: Where it is written down; None writes nothing.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        topology: Topology,
+        names: Sequence[str],
+        rounds: list[RoundReport],
+        record: Record | None,
+    ) -> None:
+        self._trainer = trainer
+        self._topology = topology
+        self._names = list(names)
+        self._rounds = rounds
+        self._record = record if topology.is_speaker else None
+
+    def began(
+        self,
+        module: LightningModule,
+        plan: Plan,
+        parameters: Mapping[str, nn.Parameter],
+        exchange: Exchange,
+        privacy: GaussianMechanism | None,
+        settings: Mapping[str, Any],
+        *,
+        round: int,
+    ) -> None:
+        """Tell what will leave this party, and under which settings; only its speaker calls this.
+
+        Args:
+            module: What is trained.
+            plan: The aggregation applied to the parameters.
+            parameters: What leaves.
+            exchange: How.
+            privacy: How it is made private.
+            settings: What all parties have agreed on.
+            round: Index of the round that comes.
+        """
+        trainer = self._trainer
+        announce(trainer, module, self._topology, plan, parameters, exchange, privacy)
+        if self._record is not None:
+            self._record.start(
+                party=self._topology.party,
+                name=self._topology.name,
+                parties=self._names,
+                processes=self._topology.party_size,
+                round=round,
+                step=trainer.global_step,
+                module=type(module).__qualname__,
+                device=str(trainer.strategy.root_device),
+                precision=trainer.precision,
+                leaving=sum(p.numel() for p in parameters.values()),
+                parameters=sum(p.numel() for p in module.parameters()),
+                lora_modules=len(plan.pairs),
+                settings=settings,
+                config=_config_of(trainer),
+            )
+
+    def round(self, module: LightningModule, done: RoundReport, *, on_bar: bool) -> None:
+        """Tell of a round; with ``on_bar`` on the progress bar, too."""
+        trainer, bar = self._trainer, self._trainer.progress_bar_callback
+        self._rounds.append(done)
+        publish(trainer, figures(done))
+        if on_bar and bar is not None:
+            put_on_bar(module, done)
+        silent = bar is None or getattr(bar, "quiet", False)
+        if self._topology.is_speaker and (self._topology.party > 0 or silent):
+            say_round(self._topology, done)
+        if self._record is not None:
+            self._record.round(done, step=trainer.global_step, epoch=trainer.current_epoch)
+
+    def validated(self, local: Mapping[str, tuple[float, float]], mean: Mapping[str, float]) -> None:
+        """Tell of a validation: each metric of this party with its weight, and the means of all."""
+        trainer = self._trainer
+        publish(trainer, {f"federated/{name}": value for name, value in mean.items()})
+        if self._record is not None:
+            self._record.validation(
+                {name: value for name, (value, _) in local.items()},
+                mean,
+                round=self._rounds[-1].round + 1 if self._rounds else 0,
+                step=trainer.global_step,
+                epoch=trainer.current_epoch,
+            )
+
+    def ended(self, why: str | None = None) -> None:
+        """Tell that the fit is over; ``why`` it failed, None if it did not."""
+        if self._record is not None:
+            self._record.end(why)
+            self._record = None
+
+
+def _config_of(trainer: Trainer) -> str | None:
+    """Return the configuration of the command line as YAML; None for a script."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, SaveConfigCallback):
+            text: str = callback.parser.dump(callback.config, skip_none=False)
+            return text
+    return None
