@@ -328,6 +328,8 @@ class FederatedAveraging(Callback):
             self._teller.began(
                 pl_module, self._plan, parameters, self.exchange, self.privacy, settings, round=round
             )
+            if self._joined is not None:
+                self._teller.show(self._joined.phases)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -62,6 +64,11 @@ class FederatedCLI(LightningCLI):
         if topology.num_parties > 1:
             root = trainer_config.get("default_root_dir") or os.getcwd()
             kwargs["default_root_dir"] = isolation.below(str(root), topology.party)
+        if self.subcommand == "fit" and trainer_config.get("enable_progress_bar") is not False:
+            callbacks = trainer_config.get("callbacks") or []
+            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+            if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+                kwargs["callbacks"] = [*callbacks, *_live_view()]
         trainer = super().instantiate_trainer(**kwargs)
         if topology.num_parties > 1:
             # Before the fit: its first act is to create the loggers' files.
@@ -70,6 +77,15 @@ class FederatedCLI(LightningCLI):
             if topology.party > 0 and shares_terminal(topology):
                 isolation.hush(trainer)
         return trainer
+
+
+def _live_view() -> list[Callback]:
+    """Return the live view of the federation; nothing where rich is not installed."""
+    if find_spec("rich") is None:
+        return []
+    from pellm_lightning.report.bar import FederationProgressBar  # an optional dependency
+
+    return [FederationProgressBar()]
 
 
 def _topology(command: Any) -> Topology:

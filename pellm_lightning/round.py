@@ -305,6 +305,7 @@ class Aggregator:
             self._take_over()
             self._write_()
         self._started = True
+        self.federation.enter("training")
         return self._loaded is None
 
     @torch.no_grad()

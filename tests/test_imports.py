@@ -26,9 +26,8 @@ ABOVE = ["callback", "tasks", "commands", "cli", "__main__"]
 ORDER = [LEAVES, PRIVACY, FEDERATION, EXCHANGE, AGGREGATION, BELOW_ROUND, PARTS_OF_ROUND, GLOBAL_STATE, ROUND]
 ORDER += [OVER_ROUND, FRAGMENTS, LIGHTNING_SIDE, {"drift"}, {"report"}]
 ORDER += [{name} for name in ABOVE]
-MAY_IMPORT_LIGHTNING = (
-    LIGHTNING_SIDE | set(ABOVE) | {"drift", "report.lines", "report.teller", "privacy.record_level"}
-)
+MAY_IMPORT_LIGHTNING = LIGHTNING_SIDE | set(ABOVE) | {"drift", "privacy.record_level"}
+MAY_IMPORT_LIGHTNING |= {"report.bar", "report.lines", "report.teller"}
 MAY_IMPORT_C10D = {"federation", "environment"}
 
 

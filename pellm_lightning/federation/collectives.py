@@ -59,6 +59,10 @@ class Collectives(ABC):
     def enter(self, phase: str) -> None:
         """Say what this party does from now on, so that errors at any party can tell where each one was."""
 
+    def phases(self) -> dict[str, str]:
+        """Return what each party does, by name, as far as it is known here; any thread may ask."""
+        return {}
+
     @abstractmethod
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Sum ``x`` over the parties, in place, and return it: the same bits on every party.

@@ -1,6 +1,6 @@
 """Where a fit's rounds go: log lines, loggers, the progress bar, the record."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +13,7 @@ from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.lines import announce, figures, publish, put_on_bar, say_round
 from pellm_lightning.report.record import Record
+from pellm_lightning.report.watched import LiveView, Watched
 from pellm_lightning.round import RoundReport
 from pellm_lightning.topology import Topology
 
@@ -41,6 +42,16 @@ class Teller:
         self._names = list(names)
         self._rounds = rounds
         self._record = record if topology.is_speaker else None
+
+    def show(self, phases: Callable[[], dict[str, str]]) -> None:
+        """Let the progress bar show the federation, if it can.
+
+        Args:
+            phases: Returns what each party does, by name.
+        """
+        bar: object = self._trainer.progress_bar_callback
+        if isinstance(bar, LiveView):
+            bar.watch(Watched(self._topology.party, self._names, self._rounds, phases))
 
     def began(
         self,
@@ -91,8 +102,7 @@ class Teller:
         publish(trainer, figures(done))
         if on_bar and bar is not None:
             put_on_bar(module, done)
-        silent = bar is None or getattr(bar, "quiet", False)
-        if self._topology.is_speaker and (self._topology.party > 0 or silent):
+        if self._topology.is_speaker and self._says(bar):
             say_round(self._topology, done)
         if self._record is not None:
             self._record.round(done, step=trainer.global_step, epoch=trainer.current_epoch)
@@ -115,6 +125,12 @@ class Teller:
         if self._record is not None:
             self._record.end(why)
             self._record = None
+
+    def _says(self, bar: object) -> bool:
+        """Whether each round is a line of this party's log."""
+        if isinstance(bar, LiveView):
+            return bar.quiet  # else one is shown in this terminal, here or by party 0
+        return bar is None or self._topology.party > 0
 
 
 def _config_of(trainer: Trainer) -> str | None:

@@ -294,6 +294,10 @@ class ElasticFederation(Collectives):
         self._heartbeat.say(phase=phase)
 
     @override
+    def phases(self) -> dict[str, str]:
+        return {name: self._phase if name == self._name else self._peers.phase(name) for name in self.roster}
+
+    @override
     def all_reduce_(self, x: Tensor) -> Tensor:
         staged = x.detach().to("cpu").contiguous()
         self.bytes_sent += staged.nbytes if self.num_parties > 1 else 0

@@ -62,6 +62,17 @@ class Peers:
         """Return which members of a plan have died since."""
         return [name for name, roll in plan.rolls.items() if not self.lives(name, roll.incarnation)]
 
+    def phase(self, name: str) -> str:
+        """Return what a party does, for people who watch."""
+        sign, silence = self._heartbeat.seen(name), self._heartbeat.silence(name)
+        if "left" in sign:
+            return "left"
+        if silence is None:
+            return "not seen yet"
+        if not self.alive(name):
+            return f"silent for {silence:.0f} s"
+        return str(sign.get("phase", "busy"))
+
     def fate(self, name: str) -> str:
         """Return what is known about a party that is not here."""
         sign = self._heartbeat.seen(name)

@@ -133,14 +133,18 @@ class Board:
     def _missing(self, key: str) -> list[int]:
         return [party for party in range(self.num_parties) if not self._store.check([key.format(party)])]
 
-    def _elsewhere(self) -> str:
-        """Return which parties do something else than this one, and what."""
+    def phases(self) -> dict[int, str]:
+        """Return what each party has last said that it does; nobody whom the store does not know."""
         at = {}
         with contextlib.suppress(dist.DistNetworkError):
             for party in range(self.num_parties):
                 if self._store.check([f"at/{party}"]):
                     at[party] = self._store.get(f"at/{party}").decode()
-        others = [f"party {party} ({phase})" for party, phase in at.items() if phase != self.phase]
+        return at
+
+    def _elsewhere(self) -> str:
+        """Return which parties do something else than this one, and what."""
+        others = [f"party {party} ({phase})" for party, phase in self.phases().items() if phase != self.phase]
         return " and ".join(others) or "another party"
 
     @contextlib.contextmanager

@@ -80,6 +80,10 @@ class Federation(Collectives):
     def enter(self, phase: str) -> None:
         self._board.enter(phase)
 
+    @override
+    def phases(self) -> dict[str, str]:
+        return {str(party): phase for party, phase in self._board.phases().items()}
+
     # ---- tensors
 
     @override
