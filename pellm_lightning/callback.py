@@ -46,6 +46,7 @@ from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.parameters import frozen, select
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record as records
+from pellm_lightning.report.about import About
 from pellm_lightning.report.lines import show_log_lines
 from pellm_lightning.report.teller import Teller
 from pellm_lightning.round import Aggregator, RoundReport, granted
@@ -82,6 +83,19 @@ class Brought(NamedTuple):
     """What a drift correction adds."""
     turns: Turns
     """Whose turn it is when the round is over."""
+
+
+class Started(NamedTuple):
+    """What a party's processes must know when it has started."""
+
+    overwritten: bool
+    """Whether its parameters are another party's now."""
+    round: int
+    """Index of the round that comes."""
+    names: list[str]
+    """Of all parties."""
+    settings: dict[str, str | int | float | None]
+    """What all parties have agreed on."""
 
 
 class FederatedAveraging(Callback):
@@ -231,6 +245,8 @@ class FederatedAveraging(Callback):
         self.state_dir = state_dir
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
+        self.about: About | None = None
+        """What there is to say of its federation; None before training starts."""
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
@@ -266,7 +282,8 @@ class FederatedAveraging(Callback):
         self._topology = topology_of(trainer)
         if stage == "fit":
             # Of an earlier fit, which may have failed.
-            self._state, self._aggregator, self._teller, self.rounds = {}, None, None, []
+            self._state, self._aggregator, self._teller = {}, None, None
+            self.rounds, self.about = [], None
             self._drift = self._drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
             show_log_lines()
@@ -312,21 +329,21 @@ class FederatedAveraging(Callback):
         self._under_way_since = self._state.get("under_way_since")
         self._trainable = trainable
         self._layout = Layout(parameters)
-        overwritten, round, names = self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
-        resumed = bool(self._state) and not overwritten
-        if overwritten:  # resumed in the middle of a round, each process has its own already
+        started = self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
+        resumed = bool(self._state) and not started.overwritten
+        if started.overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
             self._since, self._under_way_since = SinceRound(trainer.global_step), None
             self._turns = Turns.from_step(self.fragments, trainer.global_step)
         if self._drift is not None:
             self._drift.begin(parameters, self._carried(), resumed=resumed)
-        self._resting = self._parameters(self._plan.rule.resting(round))
+        self._resting = self._parameters(self._plan.rule.resting(started.round))
         self._exchanged_at = time.monotonic()
-        self._teller = Teller(trainer, self._topology, names, self.rounds, self._new_record(trainer))
+        self.about = About(started.names, started.settings).resumed(self._state.get("about", {}))
+        self._teller = Teller(trainer, self._topology, self.about, self.rounds, self._new_record(trainer))
         if self._topology.is_speaker:
-            settings = self._speaking.settings
             self._teller.began(
-                pl_module, self._plan, parameters, self.exchange, self.privacy, settings, round=round
+                pl_module, self._plan, parameters, self.exchange, self.privacy, round=started.round
             )
             if self._joined is not None:
                 self._teller.show(self._joined.phases)
@@ -450,6 +467,7 @@ class FederatedAveraging(Callback):
             "since": asdict(self._since) | {"loss_sum": float(self._since.loss_sum)},
             "turns": asdict(self._turns),
             "under_way_since": None if lost else self._under_way_since,
+            "about": {} if self.about is None else asdict(self.about),
         }
 
     @override
@@ -535,12 +553,8 @@ class FederatedAveraging(Callback):
 
     def _start(
         self, trainer: Trainer, pl_module: LightningModule, parameters: dict[str, nn.Parameter]
-    ) -> tuple[bool, int, list[str]]:
-        """Start as the speaker.
-
-        Returns:
-            Whether parameters were overwritten, the round that comes, and the names of all parties.
-        """
+    ) -> Started:
+        """Start as the speaker."""
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
         whole: Callable[..., Aggregator] = Aggregator
@@ -585,7 +599,8 @@ class FederatedAveraging(Callback):
             device = describe_device(trainer.strategy.root_device)
             checks.devices(self._joined.all_gather_json("device", device))
         self._drained = self._aggregator.drain()
-        return overwritten, self._aggregator.round, list(self._joined.roster)
+        aggregator = self._aggregator
+        return Started(overwritten, aggregator.round, list(self._joined.roster), dict(aggregator.settings))
 
     def _new_record(self, trainer: Trainer) -> records.Record | None:
         if not self.record or vars(trainer).get("fast_dev_run"):

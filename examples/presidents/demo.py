@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 HERE = Path(__file__).resolve().parent
 FOLDER = Path("runs/presidents")
@@ -39,7 +39,7 @@ class Demo:
         cores = os.cpu_count() or 1
         self.together, self.each = environment(cores), environment(max(1, cores // len(PARTIES)))
         self.fit = ["fit", f"--config={HERE / 'presidents.yaml'}", *(QUICK if quick else [])]
-        self.batches = ["--batches=1"] if quick else []
+        self.batches = ["--trainer.limit_test_batches=1"] if quick else []
 
     def run(self) -> None:
         """Go through all stages."""
@@ -47,13 +47,13 @@ class Demo:
         with self.stage("1/5 Unpack the model and write each party's texts", about_s=20):
             self.call([str(HERE / "prepare.py"), str(FOLDER)], self.together)
         with self.stage("2/5 Evaluate the base model on the three eras", about_s=20):
-            self.call([str(HERE / "evaluate.py"), str(FOLDER), "--only-base", *self.batches], self.together)
+            self.evaluate("base")
         with self.stage("3/5 Train each party alone, the three side by side", about_s=95):
             self.train_alone()
         with self.stage("4/5 Train the three parties federated", about_s=110):
             self.train_federated()
         with self.stage("5/5 Evaluate every adapter on every era", about_s=60):
-            self.call([str(HERE / "evaluate.py"), str(FOLDER), *self.batches], self.together)
+            self.evaluate("adapters")
 
     def train_alone(self) -> None:
         """Train three federations of one; party 0 shows its bar, the others write theirs into a file."""
@@ -88,6 +88,16 @@ class Demo:
         """Launch the same configuration as a federation of three; this is what torchrun does."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(PARTIES)}"]
         self.call([*launcher, "-m", "pellm_lightning", *self.fit], self.each)
+
+    def evaluate(self, what: Literal["base", "adapters"]) -> None:
+        """Measure the base model or all adapters on every era's held-out messages."""
+        from prepare import ERAS, adapters  # only now: the first lines should not wait for transformers
+
+        command = ["-m", "pellm_lightning", "evaluate", f"--config={HERE / 'presidents.yaml'}"]
+        command += [f"--parties={len(PARTIES)}", "--names", *ERAS, f"--out={FOLDER / what}.json"]
+        if what == "adapters":
+            command += ["--no-base", "--adapters", *(f"{k}={v}" for k, v in adapters(FOLDER).items())]
+        self.call([*command, "--data.batch_size=8", *self.batches], self.together)
 
     def call(self, command: list[str], env: dict[str, str]) -> None:
         """Run a Python command to its end."""

@@ -1,7 +1,6 @@
 """Where a fit's rounds go: log lines, loggers, the progress bar, the record."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -11,6 +10,7 @@ from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.privacy import GaussianMechanism
+from pellm_lightning.report.about import About
 from pellm_lightning.report.lines import announce, figures, publish, put_on_bar, say_round
 from pellm_lightning.report.record import Record
 from pellm_lightning.report.watched import LiveView, Watched
@@ -24,7 +24,7 @@ class Teller:
     Args:
         trainer: Of this process.
         topology: Where this process stands.
-        names: Of all parties.
+        about: What is known of the federation; each round is added.
         rounds: Where the reports of the rounds are gathered.
         record: Where it is written down; None writes nothing.
     """
@@ -33,13 +33,13 @@ class Teller:
         self,
         trainer: Trainer,
         topology: Topology,
-        names: Sequence[str],
+        about: About,
         rounds: list[RoundReport],
         record: Record | None,
     ) -> None:
         self._trainer = trainer
         self._topology = topology
-        self._names = list(names)
+        self.about = about
         self._rounds = rounds
         self._record = record if topology.is_speaker else None
 
@@ -51,7 +51,7 @@ class Teller:
         """
         bar: object = self._trainer.progress_bar_callback
         if isinstance(bar, LiveView):
-            bar.watch(Watched(self._topology.party, self._names, self._rounds, phases))
+            bar.watch(Watched(self._topology.party, self.about.parties, self._rounds, phases))
 
     def began(
         self,
@@ -60,11 +60,10 @@ class Teller:
         parameters: Mapping[str, nn.Parameter],
         exchange: Exchange,
         privacy: GaussianMechanism | None,
-        settings: Mapping[str, Any],
         *,
         round: int,
     ) -> None:
-        """Tell what will leave this party, and under which settings; only its speaker calls this.
+        """Tell what will leave this party; only its speaker calls this.
 
         Args:
             module: What is trained.
@@ -72,7 +71,6 @@ class Teller:
             parameters: What leaves.
             exchange: How.
             privacy: How it is made private.
-            settings: What all parties have agreed on.
             round: Index of the round that comes.
         """
         trainer = self._trainer
@@ -81,7 +79,7 @@ class Teller:
             self._record.start(
                 party=self._topology.party,
                 name=self._topology.name,
-                parties=self._names,
+                parties=list(self.about.parties),
                 processes=self._topology.party_size,
                 round=round,
                 step=trainer.global_step,
@@ -91,7 +89,7 @@ class Teller:
                 leaving=sum(p.numel() for p in parameters.values()),
                 parameters=sum(p.numel() for p in module.parameters()),
                 lora_modules=len(plan.pairs),
-                settings=settings,
+                settings=self.about.settings,
                 config=_config_of(trainer),
             )
 
@@ -99,6 +97,7 @@ class Teller:
         """Tell of a round; with ``on_bar`` on the progress bar, too."""
         trainer, bar = self._trainer, self._trainer.progress_bar_callback
         self._rounds.append(done)
+        self.about.count(done)
         publish(trainer, figures(done))
         if on_bar and bar is not None:
             put_on_bar(module, done)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import MutableMapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import party_of
 from pellm_lightning.isolation import callbacks_of
+from pellm_lightning.report.card import write_card
 
 
 def with_adapter(
@@ -85,10 +87,25 @@ class SaveAdapter(Callback):
         if not (writes and trainer.is_global_zero) or getattr(trainer, "fast_dev_run", False):
             return
         folder = Path(trainer.default_root_dir) / self.dirpath.replace("{party}", str(self.party))
-        model = _peft_model_in(pl_module)
-        if any(isinstance(c, FederatedAveraging) and c.writes_base for c in callbacks_of(trainer)):
-            _save_base(model, folder / "base")
-        model.save_pretrained(str(folder))
+        federated = next((c for c in callbacks_of(trainer) if isinstance(c, FederatedAveraging)), None)
+        model = peft_model_in(pl_module, "SaveAdapter")
+        base = base_of(model)
+        save_adapter(model, folder, with_base=federated is not None and federated.writes_base)
+        if federated is not None and federated.about is not None:
+            write_card(folder, asdict(federated.about), base)
+
+
+def base_of(model: PeftModel) -> str | None:
+    """Return the name of the base model of a PEFT model, None if nobody knows."""
+    name = model.peft_config[model.active_adapter].base_model_name_or_path
+    return str(name) if name else None
+
+
+def save_adapter(model: PeftModel, folder: Path, *, with_base: bool) -> None:
+    """Save an adapter, and the base model, too, in the subfolder ``base`` if training has changed it."""
+    if with_base:
+        _save_base(model, folder / "base")
+    model.save_pretrained(str(folder))
 
 
 def _save_base(model: PeftModel, folder: Path) -> None:
@@ -99,11 +116,16 @@ def _save_base(model: PeftModel, folder: Path) -> None:
         config.base_model_name_or_path = str(folder.resolve())
 
 
-def _peft_model_in(module: LightningModule) -> PeftModel:
+def peft_model_in(module: LightningModule, who: str) -> PeftModel:
+    """Return the PEFT model in a module.
+
+    Raises:
+        MisconfigurationException: If there is none; ``who`` begins the error.
+    """
     found = next((part for part in module.modules() if isinstance(part, PeftModel)), None)
     if found is None:
         raise MisconfigurationException(
-            f"SaveAdapter found no PEFT model in {type(module).__name__}. "
-            "Give the module a `peft` configuration, or leave the callback out and save the whole model."
+            f"{who} found no PEFT model in {type(module).__name__}. "
+            "Give the module a `peft` configuration, or save the whole model instead."
         )
     return found

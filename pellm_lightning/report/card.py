@@ -1,0 +1,92 @@
+"""Model cards: what an adapter is, and which federation has made it."""
+
+from collections.abc import Iterator, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pellm_lightning.report.record import versions
+
+NAME = "README.md"
+
+
+def write_card(folder: Path, about: Mapping[str, Any], base: str | None, *, merged: bool = False) -> None:
+    """Write the model card of a folder, in place of the one that PEFT writes.
+
+    Args:
+        folder: Of the adapter or model.
+        about: ``asdict`` of an ``About``; empty if nothing is known.
+        base: Name of the base model.
+        merged: Whether the folder holds a whole model and no adapter.
+    """
+    head: dict[str, Any] = {
+        "library_name": "transformers" if merged else "peft",
+        "tags": ["federated-learning", "pellm-lightning"],
+    }
+    if base:
+        head["base_model"] = base
+    if not merged:
+        head["tags"].append("lora")
+    front = yaml.safe_dump(head, sort_keys=False)
+    text = "\n".join([f"---\n{front}---\n", f"# {folder.resolve().name}\n", *_body(about, base, merged), ""])
+    (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[str]:
+    what = "A model with a merged adapter" if merged else "An adapter"
+    yield (
+        f"{what} for `{base or 'an unknown base model'}`, trained by several parties together without sharing"
+        " their data (federated learning) with pellm_lightning.\n"
+    )
+    yield "## The federation\n"
+    if not about:
+        yield "The checkpoint does not tell anything about it.\n"
+        return
+    settings = about["settings"]
+    rows = {
+        "rounds": about["rounds"],
+        "aggregation": settings.get("aggregation"),
+        "outer optimizer": settings.get("outer_optimizer"),
+        "a round every": _schedule(settings),
+        "weighting": settings.get("weighting"),
+        "exchange": settings.get("exchange"),
+        "privacy": settings.get("privacy") if about["epsilon"] is not None else "none",
+    }
+    if about["epsilon"] is not None:
+        rows["epsilon, over all rounds"] = f"{about['epsilon']:.4g}"
+    if settings.get("drift correction"):
+        rows["drift correction"] = settings["drift correction"]
+    yield from _table(["", ""], [[name, _code(value)] for name, value in rows.items()])
+    yield "## The parties\n"
+    weighed = "training samples" if settings.get("weighting") == "samples" else "sum of its weights"
+    weights = about["weights"] or [None] * len(about["parties"])
+    took_part = about["took_part"] or [0] * len(about["parties"])
+    yield from _table(
+        ["party", "rounds", weighed],
+        [
+            [_code(name), str(rounds), "hidden by the exchange" if weight is None else f"{weight:,.10g}"]
+            for name, rounds, weight in zip(about["parties"], took_part, weights, strict=True)
+        ],
+    )
+    yield "Samples are counted as often as they were trained on.\n"
+    yield "## Made with\n"
+    yield ", ".join(f"{package} {number}" for package, number in versions().items()) + f", {date.today()}.\n"
+
+
+def _schedule(settings: Mapping[str, Any]) -> str:
+    units = {"every_n_steps": "steps", "every_n_epochs": "epochs", "every_n_seconds": "seconds"}
+    found = [f"{settings[name]} {unit}" for name, unit in units.items() if settings.get(name)]
+    return found[0] if found else "1 epochs"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    yield "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _code(value: Any) -> str:
+    """Return a value as code in a table, whoever has chosen it."""
+    text = str(value).replace("`", "'").replace("|", "/").replace("\n", " ")
+    return f"`{text}`"

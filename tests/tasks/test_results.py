@@ -1,0 +1,351 @@
+"""What comes of a federation: exported folders, their cards, and the matrix of adapters and parties."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from parties import fit_parties
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pellm_lightning import FederatedAveraging, FederatedCLI
+from pellm_lightning.__main__ import main
+from pellm_lightning.results.evaluate import BASE, matrix, named, standing_as
+from pellm_lightning.results.export import export
+from pellm_lightning.tasks import CausalLM, SaveAdapter, TextDataModule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`loftq_config` specified",  # PEFT, about a default of its own that jsonargparse hands over
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # Lightning's use of it
+)
+
+IDS = torch.tensor([[3, 5, 7, 9, 11]])
+CLASS = "pellm_lightning.tasks.CausalLM"
+
+
+def lora(**changed: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 4} | changed)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for party in range(2):
+        for stage, lines in (("train", 12), ("test", 6)):
+            words = [f"w{(7 * line + k + 3 * party) % 30}" for line in range(lines) for k in range(9)]
+            (folder / f"{stage}-{party}.txt").write_text(" ".join(words))
+    return folder
+
+
+def data_of(texts: Path, llama: str, **options: Any) -> TextDataModule:
+    return TextDataModule(
+        files=f"{texts}/train-{{party}}.txt",
+        test_files=f"{texts}/test-{{party}}.txt",
+        tokenizer=llama,
+        batch_size=2,
+        block_size=8,
+        **options,
+    )
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["whole", "adapter only"])
+def fitted(
+    request: pytest.FixtureRequest, texts: Path, llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Tensor]:
+    """A checkpoint of party 1 after a federation of two, and what its model says."""
+    folder = tmp_path_factory.mktemp("fit")
+    said: list[Tensor] = [torch.empty(0)] * 2
+
+    def fit(party: int, federated: Any) -> None:
+        module = CausalLM(llama, lora())
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=4,
+            callbacks=[federated(every_n_steps=2, save_frozen=request.param), SaveAdapter("saved")],
+            default_root_dir=folder / f"of-{party}",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data_of(texts, llama, party=party))
+        trainer.save_checkpoint(folder / f"{party}.ckpt")
+        said[party] = logits(module.model)
+
+    fit_parties(2, fit)
+    assert torch.equal(said[0], said[1])
+    return folder, said[1]
+
+
+def test_the_exported_adapter_says_what_the_model_said(
+    fitted: tuple[Path, Tensor], llama: str, tmp_path: Path
+) -> None:
+    folder, said = fitted
+    export(folder / "1.ckpt", tmp_path / "out", module=CLASS)
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    assert not torch.allclose(logits(base), said, atol=1e-3)  # or nothing was learned
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "out")), said)
+
+
+def test_the_merged_model_says_the_same_and_has_its_tokenizer(
+    fitted: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    folder, said = fitted
+    export(folder / "0.ckpt", tmp_path / "out", module=CLASS, merged=True)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), said, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3 w5").input_ids == [5, 7]
+    assert "merged adapter" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("where", ["exported", "saved by SaveAdapter"])
+def test_the_card_tells_the_federation(
+    fitted: tuple[Path, Tensor], llama: str, tmp_path: Path, where: str
+) -> None:
+    folder, _ = fitted
+    out = folder / "of-1" / "saved"
+    if where == "exported":
+        out = tmp_path / "an adapter"
+        export(folder / "1.ckpt", out, module=CLASS)
+    _, front, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "peft",
+        "tags": ["federated-learning", "pellm-lightning", "lora"],
+        "base_model": llama,
+    }
+    assert text.startswith(f"\n# {out.name}\n")
+    for row in (
+        "| rounds | `2` |",
+        "| aggregation | `LowRankMean(solver='exact', steps=1, gauge='procrustes')` |",
+        "| a round every | `2 steps` |",
+        "| exchange | `Plain()` |",
+        "| privacy | `none` |",
+        # Four steps of two windows each.
+        "| party | rounds | training samples |",
+        "| `0` | 2 | 8 |",
+        "| `1` | 2 | 8 |",
+    ):
+        assert row in text
+
+
+def test_what_the_command_line_has_built_needs_no_more_words(
+    texts: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "seed_everything": False,
+                "model": {
+                    "class_path": CLASS,
+                    "init_args": {
+                        "model": llama,
+                        "peft": {
+                            "class_path": "peft.LoraConfig",
+                            "init_args": {"r": 2, "target_modules": ["q_proj"]},
+                        },
+                    },
+                },
+                "data": {
+                    "class_path": "pellm_lightning.tasks.TextDataModule",
+                    "init_args": {
+                        "files": f"{texts}/train-{{party}}.txt",
+                        "tokenizer": llama,
+                        "block_size": 8,
+                        "batch_size": 2,
+                    },
+                },
+                "trainer": {
+                    "max_steps": 2,
+                    "accelerator": "cpu",
+                    "logger": False,
+                    "default_root_dir": str(tmp_path / "run"),
+                    "enable_model_summary": False,
+                    "enable_progress_bar": False,
+                },
+            }
+        )
+    )
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning"])
+    cli = FederatedCLI(args=["fit", f"--config={config}"], auto_configure_optimizers=False)
+    said = logits(cli.model.model)
+    (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
+    for name, words in (("plain", []), ("configured", [f"--config={config}"])):
+        out = tmp_path / name
+        monkeypatch.setattr(
+            sys, "argv", ["pellm_lightning", "export", str(checkpoint), f"--out={out}", *words]
+        )
+        main()
+        base = AutoModelForCausalLM.from_pretrained(llama)
+        assert torch.equal(logits(PeftModel.from_pretrained(base, out)), said)
+
+
+def test_what_cannot_be_exported_is_refused(
+    fitted: tuple[Path, Tensor], llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = fitted
+    checkpoint, out = folder / "0.ckpt", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"There is no checkpoint .*none\.ckpt"):
+        export(tmp_path / "none.ckpt", out)
+    (tmp_path / "text").write_text("no checkpoint")
+    with pytest.raises(ValueError, match="cannot be read as a Lightning checkpoint"):
+        export(tmp_path / "text", out)
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"callbacks": {}}, tmp_path / "alone.ckpt")
+    with pytest.raises(ValueError, match="is of no federated fit"):
+        export(tmp_path / "alone.ckpt", out)
+    with pytest.raises(ValueError, match="does not tell how to build its module"):
+        export(checkpoint, out)
+    with pytest.raises(ValueError, match=r"--module no\.such cannot be imported"):
+        export(checkpoint, out, module="no.such")
+    with pytest.raises(ValueError, match=r"pathlib\.Path is no LightningModule"):
+        export(checkpoint, out, module="pathlib.Path")
+    other = CausalLM(llama, lora(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="holds the unknown parameter"):
+        export(checkpoint, out, module=other)
+    more = CausalLM(llama, lora(target_modules=["q_proj", "v_proj", "k_proj"]))
+    with pytest.raises(ValueError, match="lacks the parameter"):
+        export(checkpoint, out, module=more)
+    assert not out.exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    words = ["pellm_lightning", "export", str(checkpoint), f"--out={tmp_path}/full", f"--module={CLASS}"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"full is not empty\. Name another folder, or add --overwrite"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
+    main()
+    assert (tmp_path / "full" / "adapter_config.json").exists()
+
+
+def test_a_checkpoint_that_tells_nothing_of_its_federation_is_exported(
+    fitted: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    saved = torch.load(fitted[0] / "0.ckpt", weights_only=True)
+    del saved["callbacks"][next(n for n in saved["callbacks"] if n.startswith("Federated"))]["about"]
+    torch.save(saved, tmp_path / "old.ckpt")
+    export(tmp_path / "old.ckpt", tmp_path / "out", module=CLASS)
+    assert "does not tell anything about it" in (tmp_path / "out" / "README.md").read_text()
+
+
+# ---- the matrix
+
+
+def test_the_matrix_is_that_of_a_plain_loop(
+    fitted: tuple[Path, Tensor],
+    texts: Path,
+    llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = fitted[0] / "of-0" / "saved"
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "seed_everything": False,
+                "model": {
+                    "class_path": CLASS,
+                    "init_args": {
+                        "model": llama,
+                        "peft": {"class_path": "peft.LoraConfig", "init_args": lora_arguments()},
+                    },
+                },
+                "data": {
+                    "class_path": "pellm_lightning.tasks.TextDataModule",
+                    "init_args": {
+                        "files": f"{texts}/train-{{party}}.txt",
+                        "test_files": f"{texts}/test-{{party}}.txt",
+                        "tokenizer": llama,
+                        "block_size": 8,
+                        "batch_size": 4,
+                    },
+                },
+                "trainer": {"accelerator": "cpu"},
+            }
+        )
+    )
+    words = ["evaluate", f"--config={config}", "--parties=2", "--names", "east", "west"]
+    words += ["--adapters", f"federated={adapter}", f"--out={tmp_path}/deep/matrix.json"]
+    monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words])
+    main()
+    written = json.loads((tmp_path / "deep" / "matrix.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    expected = {BASE: [mean_loss(base, texts, llama, party) for party in range(2)]}
+    tuned = PeftModel.from_pretrained(base, adapter)
+    expected["federated"] = [mean_loss(tuned, texts, llama, party) for party in range(2)]
+    assert written["parties"] == ["east", "west"]
+    losses, perplexities = written["metrics"]["test_loss"], written["metrics"]["test_perplexity"]
+    for name, row in expected.items():
+        assert losses[name] == pytest.approx(row, rel=1e-5)
+        assert perplexities[name] == pytest.approx([math.exp(loss) for loss in row], rel=1e-5)
+    shown = capsys.readouterr().out
+    row = expected["federated"]
+    cells = " | ".join(f"{value:.4g}" for value in [*row, sum(row) / 2])
+    assert f"| federated | {cells} |" in shown
+    assert "|  | east | west | mean |" in shown
+    assert not list((tmp_path).glob("party-*"))  # nothing else is written
+
+    smaller = tmp_path / "smaller"
+    export(fitted[0] / "0.ckpt", smaller, module=CLASS)
+    with pytest.raises(ValueError, match="adapter federated does not fit the configuration's: "):
+        matrix([f"--config={config}", "--model.peft.r=4"], {"federated": smaller}, ["0"])
+
+
+def lora_arguments() -> dict[str, Any]:
+    return {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 4}
+
+
+def mean_loss(model: torch.nn.Module, texts: Path, llama: str, party: int) -> float:
+    """The mean loss over all tokens of a party's held-out windows that have one before them."""
+    data = data_of(texts, llama, party=party)
+    data.setup("test")
+    total, count = 0.0, 0
+    model.eval()
+    for batch in data.test_dataloader():
+        with torch.no_grad():
+            said = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        losses = torch.nn.functional.cross_entropy(
+            said[:, :-1].double().mT, batch["labels"][:, 1:], ignore_index=-100, reduction="sum"
+        )
+        total, count = total + losses.item(), count + int((batch["labels"][:, 1:] != -100).sum())
+    return total / count
+
+
+def test_names_may_stand_for_each_party(tmp_path: Path) -> None:
+    for name in ("all", "alone-0", "alone-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    words = [f"all={tmp_path}/all", f"{{party}} alone={tmp_path}/alone-{{party}}"]
+    assert named(words, 2) == {
+        "all": tmp_path / "all",
+        "0 alone": tmp_path / "alone-0",
+        "1 alone": tmp_path / "alone-1",
+    }
+    with pytest.raises(ValueError, match="--adapters federated is no NAME=FOLDER"):
+        named(["federated"], 2)
+    with pytest.raises(ValueError, match=r"there is no adapter_config\.json"):
+        named([f"x={tmp_path}"], 2)
+
+
+def test_standing_as_a_party_leaves_the_environment_as_it_was() -> None:
+    import os
+
+    before = dict(os.environ)
+    with standing_as(1, 3):
+        assert os.environ["RANK"] == "1"
+        assert FederatedAveraging  # what asks is tested where it asks: tests/tasks/test_text.py
+    assert dict(os.environ) == before
