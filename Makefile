@@ -25,8 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 # Tests and demo use the models that `make setup` installed: a name that needs a download fails at once.
 test demo coverage: export HF_HUB_OFFLINE := 1
 
+# Two files at a time; tests/conftest.py says which tests have nothing run beside them.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup  ## run the tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 demo: setup  ## three parties fine-tune a language model together
 	@$(BIN)/python examples/presidents/demo.py
@@ -46,7 +49,7 @@ docs: setup  ## build the documentation into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
 coverage: setup  ## run the tests and show the branches they miss
-	@$(BIN)/python -m pytest --cov
+	@$(PYTEST) --cov
 
 bench: setup  ## time a round against a raw all-reduce, and the aggregation rules against each other
 	$(BIN)/python benchmarks/round.py

@@ -29,6 +29,13 @@ class FederatedCLI(LightningCLI):
     """
 
     @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        try:
+            return super().init_parser(**kwargs)
+        except ModuleNotFoundError as error:
+            raise ImportError(commands.NEEDS_JSONARGPARSE) from error
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--num_parties",

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
 from pellm_lightning.federation.mesh.talks import split_address
 from pellm_lightning.federation.rendezvous.server import RendezvousServer
 from pellm_lightning.federation.tls import TLS
 
 COMMANDS = ("rendezvous", "certs", "keys")
+
+NEEDS_JSONARGPARSE = "The command line needs the package jsonargparse: pip install 'pellm-lightning[cli]'."
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,18 @@ def main(words: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     components: dict[str, Any] = {"rendezvous": rendezvous, "certs": certs, "keys": {"new": new_keys}}
     try:
+        auto_cli = _auto_cli()
         auto_cli(components, args=None if words is None else list(words), as_positional=False)
     except (ValueError, ImportError, OSError) as error:
         sys.exit(str(error))
+
+
+def _auto_cli() -> Any:
+    try:
+        from jsonargparse import auto_cli  # an optional dependency
+    except ImportError as error:
+        raise ImportError(NEEDS_JSONARGPARSE) from error
+    return auto_cli
 
 
 def _names(text: str) -> list[str]:

@@ -1,22 +1,80 @@
-"""Guards against leaks of environment variables, process groups, threads or ranks; fixtures of many files."""
+"""Guards against leaks of environment variables, process groups, threads or ranks; fixtures of many files.
 
+By ``pytest -n 2 --dist loadfile --no-loadscope-reorder`` two files run at a time. Tests that measure seconds,
+or whose parties give each other up after tenths of a second, run with nothing beside them all the same.
+"""
+
+import contextlib
+import fcntl
 import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 from jobs import World
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from pellm_lightning import layout
 from pellm_lightning.federation.launch.gloo import GlooGroup
 
+# A busy processor makes an example slow and no wrong: tests have a timeout, examples have none of their own.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
+
+TESTS = Path(__file__).parent
+# Besides all tests of separate jobs as threads, the fixture ``world``.
+_ALONE = {
+    "test_callback_separate_jobs",
+    "test_chaos",
+    "test_durable",
+    "test_exchange_elastic",
+    "test_networks",
+}
+_ALONE |= {f"test_federation_{name}" for name in ("job", "mesh", "rifts", "server", "store")}
+_ALONE |= {"test_overlap", "test_round_report", "test_separate_jobs_errors"}
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _runs_alone(item: pytest.Item) -> bool:
+    return item.path.stem in _ALONE or "world" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files last that run alone, and the launches first, so that two workers end together."""
+    alone = {item.path for item in items if _runs_alone(item)}
+    launched = {item.path for item in items if item.get_closest_marker("torchrun")}
+    items.sort(key=lambda item: (item.path in alone, item.path not in launched))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which must not count the waiting
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test that runs alone wait until nothing runs beside it, and others until it has ended."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    with (
+        _locked(TESTS, fcntl.LOCK_EX) as waiting,
+        _locked(TESTS / "conftest.py", fcntl.LOCK_EX if _runs_alone(item) else fcntl.LOCK_SH),
+    ):
+        fcntl.flock(waiting, fcntl.LOCK_UN)  # who waits to be alone holds it, so that nobody slips in before
+        return (yield)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield descriptor
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a fork may hold it open
+        os.close(descriptor)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -98,8 +98,17 @@ def label_table(labels: Sequence[Hashable], parts: Sequence[Sequence[int]]) -> s
 
 
 def plot_labels(labels: Sequence[Hashable], parts: Sequence[Sequence[int]]) -> Figure:
-    """Draw one bar per party, stacked by label; needs matplotlib. Save it with ``figure.savefig``."""
-    from matplotlib.figure import Figure
+    """Draw one bar per party, stacked by label. Save it with ``figure.savefig``.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plot_labels needs the package matplotlib: pip install 'pellm-lightning[plots]'."
+        ) from error
 
     figure = Figure(figsize=(8, 1.5 + 0.4 * len(parts)), layout="constrained")
     axes = figure.add_subplot()

@@ -1,5 +1,6 @@
 """Models and tokenizers by name: a hub id, a local folder or a GGUF file."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises:
         ValueError: When there is no such tokenizer, or it has no token that ends a document.
+        ImportError: When the name is a GGUF file's and the package gguf is not installed.
     """
     folder, options = _locate(name)
     try:
@@ -40,6 +42,7 @@ def load_model(auto_class: Any, name: str, dtype: Dtype = "auto", **options: Any
 
     Raises:
         ValueError: When there is no such model.
+        ImportError: When it is a GGUF file and the package gguf is not installed.
     """
     folder, gguf = _locate(name)
     if gguf:
@@ -56,6 +59,10 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
     path = Path(name)
     if path.suffix != ".gguf":
         return name, {}
+    if find_spec("gguf") is None:
+        raise ImportError(
+            f"{name!r} needs the package gguf to be read: pip install 'pellm-lightning[tasks]'."
+        )
     return str(path.parent), {"gguf_file": path.name}
 
 
