@@ -1,7 +1,7 @@
 """Draw the pictures of the concept pages: python docs/drawings.py writes docs/images/*.svg.
 
-Each has its own background and both palettes, so that it can be read on a light and on a dark page. They are 480
-wide, so that their letters are still 11 pixels high on a telephone.
+Each has its own background and both palettes, so that it can be read on a light and on a dark page. They are
+480 wide, so that their letters are still 11 pixels high on a telephone.
 """
 
 from html import escape
@@ -85,7 +85,19 @@ def a_round() -> str:
         text(162, 34, "local steps"),
         text(301, 34, "one exchange"),
         text(412, 34, "next round"),
-        box(258, 52, 86, 150, "sum over", "the parties", "result:", "same bits", "at all", kind="sum", small=True),
+        box(
+            258,
+            52,
+            86,
+            150,
+            "sum over",
+            "the parties",
+            "result:",
+            "same bits",
+            "at all",
+            kind="sum",
+            small=True,
+        ),
         line((344, 127), (362, 127), head=True),
         text(14, 230, "Who has come waits (dashed). Validation and checkpoint", "small", "start"),
         text(14, 248, "come after the exchange, so they see the shared result.", "small", "start"),

@@ -3,11 +3,12 @@
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -58,8 +59,13 @@ class Block:
 
 def blocks(page: str) -> Iterator[Block]:
     """Return the blocks of a page, in order."""
+    return found_in(MarkdownIt().parse((ROOT / page).read_text(encoding="utf-8")), page)
+
+
+def found_in(tokens: Sequence[Token], page: str) -> Iterator[Block]:
+    """Return the blocks among what a page was parsed into, in order."""
     marks: dict[str, str] = {}
-    for token in MarkdownIt().parse((ROOT / page).read_text(encoding="utf-8")):
+    for token in tokens:
         if token.type == "html_block":
             marks |= dict(re.findall(r"<!--\s*([a-z ]+?):\s*(.*?)\s*-->", token.content, re.DOTALL))
         elif token.type in ("fence", "code_block"):

@@ -1,7 +1,6 @@
 """Every block of code in the documents does what the page says: run, or parsed by what would run it."""
 
 import argparse
-import inspect
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -18,22 +18,32 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
-from documents import PAGES, ROOT, Block, blocks, commands_of, script_of, syntax_error
+from documents import PAGES, ROOT, Block, blocks, commands_of, found_in, script_of, syntax_error
 from jsonargparse import capture_parser
 from little import LittleData
+from markdown_it import MarkdownIt
+from packaging.requirements import Requirement
 from parties import data, in_threads
 from test_cli import QUIET
 from torch import nn
 from torch.distributed.run import get_args_parser
 from tuned import Tuned
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, commands
-from pellm_lightning.federation.elastic import job
+from pellm_lightning import FederatedAveraging, FederatedCLI, Federation, commands
 from pellm_lightning.federation.rendezvous.server import RendezvousServer
 
-# Lightning calls jsonargparse in a way that has gone out of use.
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+pytestmark = [
+    # Lightning calls jsonargparse in a way that has gone out of use.
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    # PEFT takes its own defaults, as jsonargparse gives them, for given.
+    pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored:UserWarning"),
+    # Of going on where an earlier fit has ended.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    # Of Opacus' hooks on a first layer, whose input needs no gradient.
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
+]
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 SHELL = ("console", "bash")
@@ -136,17 +146,25 @@ class Reader:
 
     def as_parties(self, code: Any, names: list[str]) -> None:
         """Run the same code at each of several parties, which meet; ``name`` and ``party`` tell who."""
-        (address,) = (key for key in self.ports if key.endswith(":29400"))
         failed: list[BaseException] = []
+        store, here = dist.HashStore(), threading.local()
+        made_by_page = {key: self.namespace[key] for key in self.namespace.keys() - at_hand().keys()}
 
-        def act(index: int, name: str) -> None:
+        def from_env(**settings: Any) -> Federation:
+            return Federation(store, here.party, len(names), **settings)
+
+        def act(party: int, name: str) -> None:
+            here.party = party
             try:
-                exec(code, at_hand(party=index) | {"name": name, "party": index})
+                exec(code, at_hand(party) | made_by_page | {"name": name})
             except BaseException as error:
                 failed.append(error)
 
-        with RendezvousServer("127.0.0.1", int(self.ports[address].rpartition(":")[2])):
-            in_threads([partial(act, index, name) for index, name in enumerate(names)])
+        addresses = [local for address, local in self.ports.items() if address.endswith(":29400")]
+        port = int(addresses[0].rpartition(":")[2]) if addresses else free_port()
+        with RendezvousServer("127.0.0.1", port), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Federation, "from_env", from_env)  # a thread has no environment of its own
+            in_threads([partial(act, party, name) for party, name in enumerate(names)])
         if failed:
             raise failed[0]
 
@@ -179,6 +197,8 @@ class Reader:
         """Lay a block over a little model and train it; the fit must have used the settings of the page."""
         federated = config.get("federated", {})
         short = ["--federated.every_n_steps=2"] if "every_n_steps" in federated else []
+        if "every_n_seconds" in federated:
+            short = ["--federated.every_n_seconds=1e-6"]
         if "overlap" in federated:
             short = ["--federated.every_n_steps=2", "--federated.overlap.delay_steps=1"]
         under = [f"--config={ROOT}/{block.marks['over']}"] if "over" in block.marks else []
@@ -195,6 +215,7 @@ class Reader:
         cli.trainer.fit(cli.model, cli.datamodule)
         state = callback.state_dict()["aggregator"]
         every = callback.every_n_steps
+        every = 1 if callback.every_n_seconds else every  # each step takes longer than the second's millionth
         assert state["round"] == (math.ceil(cli.trainer.global_step / every) if every else 2)
         if "outer_optimizer" in federated:
             self.stepped_as(federated, state, cli.trainer.callback_metrics)
@@ -336,7 +357,7 @@ class ParsedError(Exception):
 def parsed(words: tuple[str, ...]) -> None:
     """Parse the words of ``python -m pellm_lightning fit`` and the like, each only once."""
     if {"--help", "--print_config"} & set(words):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             cli_parser().parse_args(list(words))
     else:
         cli_parser().parse_args(list(words))
@@ -390,16 +411,15 @@ def targets() -> set[str]:
 
 
 def check_install(words: list[str]) -> None:
-    """Check that the extras of a ``pip install`` exist."""
+    """Check that what a ``pip install`` asks for is well-formed, and that our extras exist."""
     assert words[0] == "install", words
     project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     extras = set(re.findall(r"^(\w+) = \[", project.partition("\n\n")[0], re.MULTILINE))
-    ours = [word for word in words[1:] if not word.startswith("-")]
-    for word in ours:
-        match = re.fullmatch(r"(?:pellm-lightning|\.)(?:\[([\w,]+)\])?", word)
-        assert match, f"{word} is not this package"
-        asked = set(filter(None, (match.group(1) or "").split(",")))
-        assert asked <= extras, f"there is no extra {asked - extras}"
+    for word in words[1:]:
+        if not word.startswith("-"):
+            asked = Requirement(re.sub(r"^\.", "pellm-lightning", word))  # from a clone
+            if asked.name == "pellm-lightning":
+                assert asked.extras <= extras, f"there is no extra {asked.extras - extras}"
 
 
 def applied(diff: str, text: str) -> list[str]:
@@ -431,6 +451,73 @@ def test_a_diff_that_does_not_fit_is_noticed() -> None:
         applied(" b\n-a\n", "a\nb\n")
 
 
+WRONG = {
+    "python": ["1 / 0\n", "from pellm_lightning import FederatedAverage\n", "FederatedAveraging(every=\n"],
+    "yaml": [
+        "federated: {evry_n_steps: 2}\n",
+        "federated: {every_n_steps: 2, weighting: sample}\n",
+        "model: {init_args: {pfet: null}}\n",
+    ],
+    "console": [
+        "$ make everything\n",
+        "$ for name in a b; do\n",
+        "$ pyhton train.py\n",
+        "$ pyhton train.py &\n",
+        "$ python examples/finetune.py --txt a.txt\n",
+        "$ python examples/finetuned.py\n",
+        "$ python -m pellm_lightning fit --config run.yaml --federated.evry_n_steps 2\n",
+        "$ python -m pellm_lightning rendezvous --listens 127.0.0.1:29400\n",
+        "$ torchrun --nproc-per-nodes 3 train.py\n",
+        "$ torchrun --nproc-per-node 3 -m pellm_lightning fit --config run.yaml --data.batch 3\n",
+        "$ pip install 'pellm-lightning[everything]'\n",
+        "make test\n",
+    ],
+    "diff": ["-import torhc\n", "+import os\n"],
+    "json": ["{instruction: a}\n"],
+}
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), [(language, text) for language, texts in WRONG.items() for text in texts]
+)
+def test_what_is_wrong_is_noticed(language: str, text: str, reader: "Reader") -> None:
+    with pytest.raises((Exception, SystemExit)):
+        reader.follow(Block("page.md", 1, language, text, {}))
+
+
+def test_bash_tells_what_would_run(tmp_path: Path) -> None:
+    text = """
+$ export PELLM_ROSTER=a,b
+$ for name in a b; do
+    python -m pellm_lightning fit --config \\
+        'run it.yaml' --federated.name $name > $name.log 2>&1 &
+  done
+what it answers
+$ make test
+"""
+    block = Block("page.md", 1, "console", text, {})
+    (tmp_path / "home").mkdir()
+    found = commands_of(script_of(block), tmp_path / "home")
+    fits = [
+        ["python", "-m", "pellm_lightning", "fit", "--config", "run it.yaml", "--federated.name", name]
+        for name in "ab"
+    ]
+    assert sorted(found) == [["make", "test"], *fits]
+
+
+def test_marks_stand_right_before_their_block() -> None:
+    page = MarkdownIt().parse("<!-- not run: a -->\n```python\nx\n```\n\n<!-- over: b -->\ntext\n\n    y\n")
+    first, second = found_in(page, "page.md")
+    assert (first.line, first.language, first.text, first.not_run) == (2, "python", "x\n", "a")
+    assert (second.language, second.text, second.marks) == ("", "y\n", {})
+
+
+def test_the_drawings_are_drawn() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs/drawings.py"))["DRAWINGS"]
+    for name, draw in drawn.items():
+        assert (ROOT / f"docs/images/{name}.svg").read_text() == draw(), "python docs/drawings.py"
+
+
 # ---- words
 
 
@@ -459,9 +546,8 @@ def test_links_between_files_lead_somewhere() -> None:
 
 
 def test_environment_variables_are_those_that_are_read() -> None:
-    read = {*job._VARIABLES.values(), "PELLM_TLS_CERT", "PELLM_TLS_KEY", "PELLM_TLS_CA"}
-    source = inspect.getsource(job)
-    assert all(name in source for name in read)
+    sources = [path.read_text() for path in (ROOT / "pellm_lightning").rglob("*.py")]
+    read = {name for source in sources for name in re.findall(r"\bPELLM_[A-Z_]+\b", source)}
     for page in PAGES:
         named = set(re.findall(r"\bPELLM_[A-Z_]+\b", (ROOT / page).read_text()))
         assert named <= read, page
