@@ -139,7 +139,7 @@ def who_sees_what() -> str:
     """What an update passes on its way out of a party."""
     rows = [
         ("records, local steps", "one", "stays in the party"),
-        ("the update", "one", "stays in the party"),
+        ("the update", "one", "what they have changed"),
         ("clip, add noise", "three", "privacy=..., if asked for"),
         ("fewer bits, or mask", "three", "exchange=..., if asked for"),
     ]
@@ -148,9 +148,10 @@ def who_sees_what() -> str:
         y = 46 + 48 * number
         parts.append(box(26, y, 208, 34, words, kind=kind))
         parts.append(text(250, y + 22, remark, "small", "start"))
-        parts.append(line((130, y + 34), (130, y + 47), head=True))
+        if number + 1 < len(rows):
+            parts.append(line((130, y + 34), (130, y + 47), head=True))
     parts += [
-        line((130, 226), (130, 262), head=True),
+        line((130, 224), (130, 262), head=True),
         box(26, 264, 208, 44, "sum over the parties", kind="sum"),
         text(250, 270, "plain: parties see summands", "small", "start"),
         text(250, 288, "masked: only the sum comes", "small", "start"),
