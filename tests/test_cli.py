@@ -1,7 +1,5 @@
 """The command line, in this process; test_launched.py runs it under torchrun."""
 
-import math
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,30 +12,31 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 from little import LittleData, LittleModule
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap, PartyEnvironment
+from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
 from pellm_lightning.cli import main
-from pellm_lightning.exchange import Quantized
 
 # Lightning calls jsonargparse in a way that has gone out of use.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+
+QUIET = [
+    "--seed_everything=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.max_epochs=2",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Run the command line with the given words, in a new folder, with nothing on the terminal."""
     monkeypatch.chdir(tmp_path)
-    quiet = [
-        "--seed_everything=false",
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=1",
-        "--trainer.max_epochs=2",
-        "--trainer.num_sanity_val_steps=0",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_model_summary=false",
-    ]
 
     def run(*words: str, **kwargs: Any) -> FederatedCLI:
-        monkeypatch.setattr(sys, "argv", ["federate", *words[:1], *quiet, *words[1:]])
+        monkeypatch.setattr(sys, "argv", ["federate", *words[:1], *QUIET, *words[1:]])
         return FederatedCLI(LittleModule, LittleData, **kwargs)
 
     return run
@@ -88,64 +87,6 @@ def test_fit_with_a_yaml(command: Any, tmp_path: Path) -> None:
     # Two epochs of three steps, a round after every two.
     assert callback.state_dict()["aggregator"]["round"] == 3
     assert cli.model.lr == 0.5
-
-
-PAGE = Path(__file__).parents[1] / "docs/outer_optimizers.md"
-RECIPES = re.findall(r"```yaml\n(federated:.*?)```", PAGE.read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_recipes_of_the_documentation_train(command: Any, tmp_path: Path, recipe: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    cli = command("fit", "--config=recipe.yaml", "--federated.every_n_steps=1")
-    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
-    given = yaml.safe_load(recipe)["federated"]
-    state = callback.state_dict()["aggregator"]
-    assert state["round"] == cli.trainer.global_step > 2
-    assert state["outer_class"] == given["outer_optimizer"]["class_path"].rpartition(".")[2]
-    (group,) = state["outer_optimizer"]["param_groups"]
-    settings = dict(given["outer_optimizer"]["init_args"])
-    lr = settings.pop("lr")
-    assert {key: list(group[key]) if key == "betas" else group[key] for key in settings} == settings
-    logged = float(cli.trainer.callback_metrics["federated/outer_lr"])
-    if "outer_scheduler" in given:
-        assert state["outer_scheduler"] == state["round"]
-        arguments = given["outer_scheduler"]["init_args"]
-        low, part = arguments["eta_min"], (state["round"] - 1) / arguments["T_max"]
-        lr = low + (lr - low) * (1 + math.cos(math.pi * part)) / 2
-    assert logged == pytest.approx(lr, rel=1e-6)
-
-
-def test_the_overlap_of_the_documentation_trains(command: Any, tmp_path: Path) -> None:
-    page = (PAGE.parent / "overlap.md").read_text()
-    (recipe,) = re.findall(r"```yaml\n(federated:.*?)```", page, re.DOTALL)
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    short = ["--federated.every_n_steps=2", "--federated.overlap.delay_steps=1"]
-    cli = command("fit", "--config=recipe.yaml", *short)
-    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
-    assert callback.overlap == Overlap(1, 0.5)
-    assert callback.state_dict()["aggregator"]["round"] == math.ceil(cli.trainer.global_step / 2)
-
-
-def test_the_recipe_of_few_bytes_trains(command: Any, tmp_path: Path) -> None:
-    page = (PAGE.parent / "low_communication.md").read_text()
-    (recipe,) = re.findall(r"```yaml\n(federated:.*?)```", page, re.DOTALL)
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    short = ["--federated.every_n_steps=2", "--federated.overlap.delay_steps=1"]
-    cli = command("fit", "--config=recipe.yaml", *short)
-    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
-    assert repr(callback.exchange) == repr(Quantized(bits=4, error_feedback=True))
-    state = callback.state_dict()["aggregator"]
-    assert state["round"] == math.ceil(cli.trainer.global_step / 2)
-    assert state["outer_optimizer"]["param_groups"][0]["nesterov"]
-
-
-def test_every_recipe_is_documented() -> None:
-    classes = [yaml.safe_load(recipe)["federated"]["outer_optimizer"]["class_path"] for recipe in RECIPES]
-    sgd = ["torch.optim.SGD"] * 4
-    assert sorted(classes) == [
-        "pellm_lightning.optim.Yogi", "torch.optim.Adagrad", "torch.optim.Adam", *sgd,
-    ]  # fmt: skip
 
 
 def test_a_compressed_exchange_by_yaml(command: Any, tmp_path: Path) -> None:
