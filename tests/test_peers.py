@@ -61,7 +61,7 @@ class TestParty:
         parties[0].have(0, mean)
         parties[1].have(0, plain)
         errors = [session.events(party, "have")[0]["error"] for party in range(2)]
-        # plain - mean = (a - b) / 6: for independent values of variance 1 its variance is 2/36, the mean's 5/9.
+        # plain - mean = (a - b) / 6: of independent values of variance 1 that has 2/36, the mean 5/9.
         assert errors[0] == 0
         assert errors[1] == pytest.approx((2 / 36 / (5 / 9)) ** 0.5, rel=0.1)
 

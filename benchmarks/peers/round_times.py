@@ -115,8 +115,8 @@ def main(words: Sequence[str] | None = None) -> None:
     import round_times_report
 
     round_times_report.report(rows, REFERENCE, arguments.image)
-    if any(row["failure"] for row in rows):
-        raise SystemExit("Not every session gave the right mean: see above.")
+    if any(row["failure"] for row in rows if row["contender"].startswith("ours")):
+        raise SystemExit("Not every session of ours gave the right mean: see above.")
 
 
 def chosen(names: Sequence[str] | None) -> list[Contender]:
