@@ -55,7 +55,7 @@ class Training:
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         parameters = [p for p in model.parameters() if p.requires_grad]
         if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=0.2)
+            return torch.optim.SGD(parameters, lr=1.0)
         return torch.optim.AdamW(parameters, lr=2e-3)
 
     def batches(self, data: dict[str, Tensor], party: int, round: int) -> Iterator[dict[str, Tensor]]:
