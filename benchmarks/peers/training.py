@@ -28,15 +28,14 @@ from round_times import free_ports  # noqa: E402
 from training_task import Training, evaluate, write_  # noqa: E402
 
 ERAS = ["1790-1860", "1861-1945", "1946-2026"]
-OURS, DEPLOYMENT, SIMULATION = "ours", "Flower, deployment", "Flower, simulation"
+OURS, FLOWER = "ours", "Flower"
 # Who, with which optimizer, by which rule.
 RUNS = [
     (OURS, "sgd", "mean"),
-    (DEPLOYMENT, "sgd", "mean"),
-    (SIMULATION, "sgd", "mean"),
+    (FLOWER, "sgd", "mean"),
     (OURS, "adamw", "mean"),
     (OURS, "adamw", "default"),
-    (SIMULATION, "adamw", "mean"),
+    (FLOWER, "adamw", "mean"),
 ]
 
 
@@ -58,7 +57,7 @@ def main() -> None:
     for who, optimizer, rule in RUNS:
         if not any(who.startswith(only) for only in arguments.only) or (who != OURS and flower is None):
             continue
-        out = folder / f"{who}-{optimizer}-{rule}".replace(", ", "-")
+        out = folder / f"{who}-{optimizer}-{rule}"
         training = Training(str(folder), str(out), arguments.parties, arguments.rounds, optimizer, rule)
         try:
             figures = run(training, who, flower)
@@ -82,7 +81,7 @@ def flower_python(folder: Path) -> str | None:
     except NotInstalled as error:
         print(f"Flower is skipped, since it does not install: {error}", flush=True)
         return None
-    print("Flower:", versions(python, ["flwr", "ray", "torch", "transformers", "peft", "numpy"]), flush=True)
+    print("Flower:", versions(python, ["flwr", "torch", "transformers", "peft", "numpy"]), flush=True)
     return python
 
 
@@ -139,8 +138,7 @@ def run(training: Training, who: str, flower: str | None) -> dict[str, Any]:
         command = [sys.executable, str(_HERE / "training_ours.py")]
         more = [{"RANK": str(p), "WORLD_SIZE": str(training.parties)} for p in range(training.parties)]
     else:
-        way = "simulation" if who == SIMULATION else "deployment"
-        command = [str(flower), str(_HERE / "training_flower.py"), way, ",".join(map(str, ports))]
+        command = [str(flower), str(_HERE / "training_flower.py"), ",".join(map(str, ports))]
         more = [{}]
     watch = Watch(json.dumps(training.out))
     start = time.monotonic()
@@ -167,7 +165,7 @@ def score_(rows: list[dict[str, Any]], folder: Path, parties: int, rounds: int) 
     model, test = training.model(), training.data("test")
     kept: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        out = folder / f"{row['who']}-{row['optimizer']}-{row['rule']}".replace(", ", "-")
+        out = folder / f"{row['who']}-{row['optimizer']}-{row['rule']}"
         row["accuracy"], row["loss"] = [], []
         for round in range(rounds + 1):
             last = load_file(out / f"{round}.safetensors")
