@@ -57,7 +57,7 @@ bench: setup  ## time a round against a raw all-reduce, the aggregation rules ag
 	$(BIN)/python benchmarks/separate_jobs.py
 	$(MAKE) peers
 
-# Each peer gets a virtual environment of its own below runs/peers: 2.5 GB, from the package index.
+# Each peer gets a virtual environment of its own below runs/peers: about 3 GB, from the package index.
 peers: setup  ## time and train beside torch, torchft, Flower and NVFlare, about three quarters of an hour
 	$(BIN)/python benchmarks/peers/round_times.py --image docs/images/peers_rounds.png
 	@test -d runs/examples/minilm || $(BIN)/python examples/make_data.py
