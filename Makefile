@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format types docs coverage bench thin chaos soak clean
+.PHONY: help setup test demo lint format types docs coverage bench peers thin chaos soak clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
@@ -51,13 +51,20 @@ docs: setup  ## build the documentation into docs/_build
 coverage: setup  ## run the tests and show the branches they miss
 	@$(PYTEST) --cov
 
-bench: setup  ## time a round against a raw all-reduce, and the aggregation rules against each other
+bench: setup  ## time a round against a raw all-reduce, the aggregation rules against each other, and the peers
 	$(BIN)/python benchmarks/round.py
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/masked.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compressed.py
 	$(BIN)/python benchmarks/separate_jobs.py
+	$(MAKE) peers
+
+# Each peer gets a virtual environment of its own below runs/peers: about 3 GB, from the package index.
+peers: setup  ## time and train beside torch, torchft, Flower and NVFlare, about three quarters of an hour
+	$(BIN)/python benchmarks/peers/round_times.py --image docs/images/peers_rounds.png
+	@test -d runs/examples/minilm || $(BIN)/python examples/make_data.py
+	$(BIN)/python benchmarks/peers/training.py --image docs/images/peers_training.png
 
 thin: setup  ## train by fewer and fewer bytes: validation loss against bytes sent, about half an hour
 	$(BIN)/python benchmarks/low_communication.py

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from processes import rows_of, timed
-from round import CASES
+from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Cast, Exchange, Plain, Quantized, TopK

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from processes import rows_of, timed
-from round import CASES, peak_memory_bytes, reset_peak_memory, resident_bytes
+from round import peak_memory_bytes, reset_peak_memory, resident_bytes
+from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Exchange, Masked, Plain

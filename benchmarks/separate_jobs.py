@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from processes import rows_of, timed
-from round import CASES
+from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.federation import TLS
