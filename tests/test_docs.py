@@ -33,6 +33,7 @@ from tuned import Tuned
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, Federation, commands
 from pellm_lightning.federation.rendezvous.server import RendezvousServer
+from pellm_lightning.results import evaluate, export
 
 pytestmark = [
     # Lightning calls jsonargparse in a way that has gone out of use.
@@ -282,8 +283,13 @@ class Reader:
             commands.main(words)
         elif words[0] in commands.COMMANDS:
             with self.monkeypatch.context() as patch:
-                patch.setattr(commands, "auto_cli", parse_only)
+                patch.setattr(commands, "_auto_cli", lambda: parse_only)
                 commands.main(words)
+        elif words[0] in ("export", "evaluate"):
+            parser = {"export": export, "evaluate": evaluate}[words[0]].parser()
+            _, rest = parser.parse_known_args(words[1:])
+            if rest:
+                parsed(("fit", *rest))
         else:
             parsed(tuple(words))
 

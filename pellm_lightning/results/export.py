@@ -21,21 +21,26 @@ from pellm_lightning.tasks.adapter import base_of, peft_model_in, save_adapter
 log = logging.getLogger(__name__)
 
 
-def main(words: Sequence[str]) -> None:
-    """Run ``python -m pellm_lightning export``."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``export``; what it leaves over is of the module."""
+    made = argparse.ArgumentParser(
         prog="python -m pellm_lightning export",
         description="Make a PEFT adapter folder, or a merged model, of a checkpoint of a federated fit.",
         epilog="All else is as of `fit` and tells how to build the module: --config run.yaml, --model.x ... "
         "Checkpoints of a module that the command line has built need none of it.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, help="written by Lightning in a federated fit, of any party")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--module", help="import path of the module's class, if a script has built it")
-    parser.add_argument("--merged", action="store_true", help="write the whole model, adapter merged")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    options, rest = parser.parse_known_args(words)
+    made.add_argument("checkpoint", type=Path, help="written by Lightning in a federated fit, of any party")
+    made.add_argument("--out", type=Path, required=True, help="folder to make")
+    made.add_argument("--module", help="import path of the module's class, if a script has built it")
+    made.add_argument("--merged", action="store_true", help="write the whole model, adapter merged")
+    made.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    return made
+
+
+def main(words: Sequence[str]) -> None:
+    """Run ``python -m pellm_lightning export``."""
+    options, rest = parser().parse_known_args(words)
     export(
         options.checkpoint,
         options.out,
