@@ -28,10 +28,10 @@ PACKAGES = ("pellm-lightning", "lightning", "torch", "transformers", "peft", "nu
 class Record:
     """Appends what happens in a fit to a file, one JSON object a line.
 
-    Each line has ``event``, ``time`` (UTC, ISO 8601) and ``seconds`` since the fit began. The events are
-    "start" (who, where, with which settings and versions), "round" (a ``RoundReport`` with the Trainer's step
-    and epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on in the
-    same file with another "start". NaN and infinities become null.
+    Each line has ``event``, ``time`` (UTC, ISO 8601) and ``elapsed_seconds`` since the fit began. The events
+    are "start" (who, where, with which settings and versions), "round" (a ``RoundReport`` with the Trainer's
+    step and epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on
+    in the same file with another "start". NaN and infinities become null.
 
     What cannot be written, since the disk is full for example, is warned about once, and training goes on.
 
@@ -87,7 +87,8 @@ class Record:
         if self._failed:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        line = {"event": event, "time": now, "seconds": round(time.monotonic() - self._begun, 3)}
+        # Not "seconds": a round has those of its own.
+        line = {"event": event, "time": now, "elapsed_seconds": round(time.monotonic() - self._begun, 3)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
