@@ -36,7 +36,7 @@ def start(record: Record, party: int, names: Sequence[str], **facts: Any) -> Non
             "leaving": 50_000,
             "parameters": 1_000_000,
             "lora_modules": 12,
-            "settings": {"every_n_steps": 10, "fragments": 1, "exchange": "Plain()", "overlap": "None"},
+            "settings": {"every_n_steps": 10, "fragments": 1, "exchange": "Plain()", "privacy": "None"},
             "config": None,
         }
         | facts
@@ -92,7 +92,9 @@ def federation(
         private: Whether epsilon is told.
     """
     chance = random.Random(7)
-    records = {party: Clocked(folder / f"party-{party}" / "rounds.jsonl") for party in of or range(len(names))}
+    records = {
+        party: Clocked(folder / f"party-{party}" / "rounds.jsonl") for party in of or range(len(names))
+    }
     for party, record in records.items():
         start(record.at(0), party, names)
     before: dict[int, float] = {}

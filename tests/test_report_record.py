@@ -43,6 +43,9 @@ def test_each_party_writes_what_its_rounds_did(tmp_path: Path) -> None:
         assert [event["round"] for event in rounds] == [report.round for report in callback.rounds]
         assert rounds[0]["parties"] == [0, 1]
         assert len(rounds) >= 3
+        clock = [event["elapsed_seconds"] for event in (first, *middle, last)]
+        assert clock == sorted(clock)
+        assert [event["seconds"] for event in rounds] == [report.seconds for report in callback.rounds]
         for event, report in zip(rounds, callback.rounds, strict=True):
             assert event["weights"] == list(report.weights)
             assert event["update_norm"] == report.update_norm

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pellm_lightning.report.runs import Findings, Fit, Round, State
+from pellm_lightning.report.runs import Findings, Fit, Round, State, Validation
 
 try:
     import matplotlib
@@ -28,12 +28,13 @@ SINGLE_OUT = 3 * COLOURS
 INK, GRID, SOFT = "#000001", "#000002", "#000003"
 """Stand for colours of the page, which are put in afterwards: --ink, --grid and --soft."""
 DASHES = ("", "5 2", "1.5 1.5")
+# The worse, the later: of a stretch of rounds the worst is shown.
 STATES: Mapping[State, str] = {
     "counted": "counted",
     "took part": "took part (weights are hidden)",
     "weight 0": "took part with weight 0",
-    "left out": "left out: NaN or infinity",
     "absent": "absent",
+    "left out": "left out: NaN or infinity",
 }
 
 
@@ -80,7 +81,7 @@ class Chart:
         group: Heading under which it belongs.
         title: What is shown, with its unit.
         reading: How to read it, and what would be a bad sign.
-        height: In inches; the width is always 6.2.
+        height: In inches; the width is always 5.4.
         panels: Axes one above another that share the x axis.
         x: What stands on the x axis.
     """
@@ -92,12 +93,12 @@ class Chart:
         title: str,
         reading: str,
         *,
-        height: float = 3.1,
+        height: float = 2.8,
         panels: int = 1,
         x: str = "round",
     ) -> None:
         self.name, self.group, self.title, self.reading = name, group, title, reading
-        self._figure = Figure(figsize=(6.2, height), layout="constrained")
+        self._figure = Figure(figsize=(5.4, height), layout="constrained")
         axes = self._figure.subplots(panels, 1, sharex=True, squeeze=False)
         self.panels: list[Axes] = [row[0] for row in axes]
         for one in self.panels:
@@ -158,6 +159,10 @@ class Chart:
         )
         if key not in self.legend:
             self._note(key, [])
+
+    def thin(self, is_so: bool) -> None:
+        """Note that what is drawn was thinned out."""
+        self._thinned |= is_so
 
     def rows(self, names: Sequence[str]) -> None:
         """Name the rows, the first on top."""
@@ -224,9 +229,9 @@ def metrics(fit: Fit, alone: Sequence[Fit]) -> list[Picture]:
     means = fit.means()
     names = sorted({*means, *(name for party in fit.records for name in fit.local(party))})
     names.sort(key=lambda name: (not name.endswith("loss"), name))
-    others = [other for other in alone if any(other.local(0))]
     found = []
     for number, name in enumerate(names):
+        others = [other for other in alone if name in other.local(0)]
         # Several validations in a round, or parties alone, have only their steps in common.
         visits = [v.round for v, _ in means.get(name, [])]
         by_step = bool(others) or len(set(visits)) < len(visits)
@@ -257,10 +262,25 @@ def metrics(fit: Fit, alone: Sequence[Fit]) -> list[Picture]:
             chart.line(points(fit.local(party).get(name, [])), _party(fit, party), named=_named(fit))
         for place, other in enumerate(others):
             chart.line(points(other.local(0).get(name, [])), _alone(fit, other, place))
-        chart.line(points(means.get(name, [])), _all(fit))
+        mean = points(means.get(name, []))
+        if by_step:
+            mean = _at_mean_steps(fit, mean, means.get(name, []))
+        chart.line(mean, _all(fit))
         if picture := chart.done():
             found.append(picture)
     return found
+
+
+def _at_mean_steps(
+    fit: Fit, points: Points, found: Sequence[tuple[Validation, float]]
+) -> list[tuple[float, float]]:
+    """Put means over the parties where the parties stood on average: they make different numbers of steps."""
+    stood = [[v.step for v in record.validations] for record in fit.records.values()]
+    if len({len(steps) for steps in stood}) > 1 or len(stood[0]) != len(found):
+        return list(points)  # they did not validate side by side
+    return [
+        (sum(steps) / len(steps), y) for steps, (_, y) in zip(zip(*stood, strict=True), points, strict=True)
+    ]
 
 
 def loss_alone(fit: Fit, alone: Sequence[Fit]) -> Picture | None:
@@ -307,11 +327,19 @@ def membership(fit: Fit) -> Picture | None:
     )
     colours = {"counted": "c2", "took part": "c2", "weight 0": "c4", "left out": "c1", "absent": "grid"}
     rounds = list(fit.rounds)
+    size = math.ceil(len(rounds) / MOST_POINTS)
+    stretches = [rounds[start : start + size] for start in range(0, len(rounds), size)]
+    chart.thin(size > 1)
+    worse = list(STATES)
+    found = [
+        [max((fit.state(party, index) for index in stretch), key=worse.index) for stretch in stretches]
+        for party in range(len(fit.names))
+    ]
     for state, label in STATES.items():
-        for party in range(len(fit.names)):
-            spans = _spans([(index, fit.state(party, index) == state) for index in rounds])
-            if spans:
-                chart.strip(party, spans, Key(label, colours[state], patch=True))
+        for party, states in enumerate(found):
+            marked = [stretch for stretch, seen in zip(stretches, states, strict=True) if seen == state]
+            if marked:
+                chart.strip(party, _spans(marked), Key(label, colours[state], patch=True))
     chart.rows(fit.names)
     chart.panels[0].set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
     return chart.done()
@@ -344,7 +372,7 @@ def shares(fit: Fit) -> Picture | None:
             for base, index in zip(low, rounds, strict=True)
         ]
         key = _party(fit, party)
-        chart.band(rounds, low, high, Key(key.label, key.colour, patch=True), named=_named(fit))
+        chart.band(rounds, low, high, Key(key.label, f"c{party % COLOURS}", patch=True), named=_named(fit))
         low = high
     chart.panels[0].set_ylim(0, 100)
     chart.panels[0].set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
@@ -532,7 +560,7 @@ def privacy(fit: Fit) -> Picture | None:
         "What differential privacy has promised away: the higher, the more could be told from the result. It"
         " only grows. A bad sign: it is used up long before the loss has settled.",
         panels=2 if adapts else 1,
-        height=3.6 if adapts else 3.1,
+        height=3.6 if adapts else 2.8,
     )
     chart.line(_points(fit, dict(sorted(spent.items()))), Key("epsilon", "ink", width=2.2))
     if adapts and spent:
@@ -668,16 +696,14 @@ def _lonely(points: Points) -> list[tuple[float, float]]:
     ]
 
 
-def _spans(marked: Sequence[tuple[int, bool]]) -> list[tuple[float, float]]:
-    """Return start and length of the runs of rounds that are marked."""
+def _spans(marked: Sequence[Sequence[int]]) -> list[tuple[float, float]]:
+    """Return start and length of stretches of rounds, those joined that follow each other."""
     spans: list[tuple[float, float]] = []
-    for index, mark in marked:
-        if not mark:
-            continue
-        if spans and math.isclose(sum(spans[-1]), index - 0.5):
-            spans[-1] = (spans[-1][0], spans[-1][1] + 1)
-        else:
-            spans.append((index - 0.5, 1.0))
+    for stretch in marked:
+        start, end = stretch[0] - 0.5, stretch[-1] + 0.5
+        if spans and sum(spans[-1]) == start:
+            start = spans.pop()[0]
+        spans.append((start, end - start))
     return spans
 
 

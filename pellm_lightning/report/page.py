@@ -179,21 +179,28 @@ def _story(findings: Findings) -> list[str]:
     fit = findings.fit
     start, settings = fit.narrator.start, fit.narrator.start.settings
     alone = len(fit.names) == 1
-    who = (
-        f"One party trained {start.module}"
-        if alone
-        else f"{_listed(fit.names)} trained {start.module} together"
-    )
+    who = f"One party trained {start.module} on its own data."
+    if not alone:
+        who = _capital(_parties_words(fit.names))
+        who += f" trained {start.module} together; their data stayed with them."
     share = 100 * start.leaving / max(start.parameters, 1)
-    each = 4 * start.leaving / max(int(settings.get("fragments") or 1), 1)
+    turns = int(settings.get("fragments") or 1)
     leaves = (
         f"Of its {start.parameters:,} parameters {start.leaving:,} ({share:.3g} %) take part in the rounds"
-        + (f", in {start.lora_modules} LoRA modules" if start.lora_modules else "")
-        + ("." if alone else f"; they leave a party once a round, {size(each)} as 32-bit numbers. ")
-        + ("" if alone else _who_sees(str(settings.get("exchange", "Plain()"))))
     )
+    leaves += f", in {start.lora_modules} LoRA modules" if start.lora_modules else ""
+    if not alone:
+        which = (
+            "they leave a party once a round"
+            if turns == 1
+            else f"one in {turns} of them leaves in each round"
+        )
+        leaves += f"; {which}, {size(4 * start.leaving / turns)} as 32-bit numbers"
+        leaves += f". {_who_sees(str(settings.get('exchange')), str(settings.get('privacy')))}"
+    else:
+        leaves += "."
     paragraphs = [
-        f"{who}; {'its' if alone else 'each on its own'} data stayed where they were. {leaves}",
+        f"{who} {leaves}",
         _how_it_went(fit),
     ]
     if result := _what_came_out(fit):
@@ -206,27 +213,23 @@ def _story(findings: Findings) -> list[str]:
     return paragraphs
 
 
-def _who_sees(exchange: str) -> str:
+def _who_sees(exchange: str, privacy: str) -> str:
     if exchange.startswith("Masked"):
-        return "They are masked: no party sees more of another's than the sum over all."
-    if exchange.startswith("Plain"):
-        return "The other parties could see each party's values."
-    return f"They cross as {exchange} codes them; the other parties could see each party's values."
+        text = "They are masked: no party sees more of another's than the sum over all."
+    elif exchange.startswith("Plain"):
+        text = "The other parties could see each party's values."
+    else:
+        text = f"They cross as {exchange} codes them; the other parties could see each party's values."
+    return text if privacy == "None" else f"{text} Updates are clipped and noisy: {privacy}."
 
 
 def _how_it_went(fit: Fit) -> str:
     settings = fit.narrator.start.settings
-    every = [
-        f"every {settings[name]} {unit}"
-        for name, unit in (
-            ("every_n_epochs", "epoch(s)"),
-            ("every_n_steps", "optimizer steps"),
-            ("every_n_seconds", "s"),
-        )
-        if settings.get(name) is not None
-    ]
-    text = f"There {'was' if len(fit.rounds) == 1 else 'were'} {len(fit.rounds):,} round{'s' * (len(fit.rounds) != 1)}"
-    text += f", one {every[0]}" if every else ""
+    units = {"every_n_epochs": "epochs", "every_n_steps": "optimizer steps", "every_n_seconds": "seconds"}
+    every = [(settings[name], unit) for name, unit in units.items() if settings.get(name) is not None]
+    text = "There was 1 round" if len(fit.rounds) == 1 else f"There were {len(fit.rounds):,} rounds"
+    for n, unit in every[:1]:
+        text += f", one every {unit.removesuffix('s')}" if n == 1 else f", one every {n} {unit}"
     text += f", in {duration(max(r.seconds for r in fit.records.values()))}."
     restarts = {r.name: len(r.starts) - 1 for r in fit.records.values() if len(r.starts) > 1}
     if restarts:
@@ -257,13 +260,13 @@ def _how_it_went(fit: Fit) -> str:
 def _what_came_out(fit: Fit) -> str:
     text = ""
     if losses := list(fit.shared("loss").values()):
-        text = f"The training loss, mean over the parties, went from {number(losses[0])} to {number(losses[-1])}."
+        first, last = number(losses[0]), number(losses[-1])
+        text = f"The training loss, mean over the parties, went from {first} to {last}."
     means = fit.means()
     for name, (value, after) in list(_best(fit).items())[:2]:
-        first, last = means[name][0][1], means[name][-1][1]
+        first, last = number(means[name][0][1]), number(means[name][-1][1])
         text += (
-            f" The mean {name} went from {number(first)} to {number(last)}; the best was {number(value)},"
-            f" {_after(after)}."
+            f" The mean {name} went from {first} to {last}; the best was {number(value)}, {_after(after)}."
         )
     if epsilon := fit.shared("epsilon"):
         text += f" Differential privacy has cost epsilon = {number(list(epsilon.values())[-1])}."
@@ -433,7 +436,7 @@ def _surroundings_table(fit: Fit) -> Table:
 def _settings(fit: Fit) -> Table:
     """Return what the parties have agreed on."""
     rows = [
-        _cells([name, "default" if value in (None, "None") else str(value)])
+        _cells([name, "none" if value in (None, "None") else str(value)])
         for name, value in fit.narrator.start.settings.items()
     ]
     return Table(["setting", "value"], rows)
@@ -445,7 +448,7 @@ def _configs(fit: Fit) -> list[tuple[str, str]]:
     for record in fit.records.values():
         if record.start.config is not None:
             found.setdefault(record.start.config, []).append(record.name)
-    return [(_parties_words(names), text) for text, names in found.items()]
+    return [(_capital(_parties_words(names)), text) for text, names in found.items()]
 
 
 def _commands(fit: Fit) -> list[tuple[str, str]]:
@@ -453,7 +456,7 @@ def _commands(fit: Fit) -> list[tuple[str, str]]:
     found: dict[str, list[str]] = {}
     for record in fit.records.values():
         found.setdefault(_typed(record.start.command), []).append(record.name)
-    return [(_parties_words(names), text) for text, names in found.items()]
+    return [(_capital(_parties_words(names)), text) for text, names in found.items()]
 
 
 def _typed(command: Sequence[str]) -> str:
@@ -527,6 +530,10 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
 
 def _parties_words(names: Sequence[str]) -> str:
     return f"{'party' if len(names) == 1 else 'parties'} {_listed(names)}"
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _cells(texts: Sequence[str]) -> list[Cell]:

@@ -57,7 +57,8 @@ class Round:
     """Of all parties together."""
     local_loss: float | None
     training_seconds: float | None
-    """Between the round before and this one, without what a round took: training and validation."""
+    """Between the round before and this one, without what a round took: training and validation. None if this
+    party missed the round before."""
     waited_seconds: float | None
     exchange_seconds: float | None
     stalled_seconds: float | None
@@ -296,6 +297,8 @@ class _Story:
     seconds_before: float = 0.0
     elapsed: float = 0.0
     trained_since: float = 0.0
+    next: int = 0
+    """Index of the round that comes."""
     earlier_fits: int = 0
 
     def hear(self, event: Mapping[str, Any]) -> None:
@@ -307,10 +310,11 @@ class _Story:
             self._start(event)
         self.elapsed = _number(event, "elapsed_seconds") or 0.0
         if what == "start":
-            self.trained_since = self.elapsed
+            self.trained_since, self.next = self.elapsed, self.starts[-1].round
         elif what == "round":
             done = self._round(event)
             self.rounds[done.index] = done
+            self.next = done.index + 1
             self.trained_since = self.elapsed
         elif what == "validation":
             last = max(self.rounds, default=self.starts[-1].round - 1)
@@ -336,12 +340,14 @@ class _Story:
         parties = tuple(int(party) for party in event["parties"])
         deviation = event["deviation"] or {}
         stalled = _number(event, "stalled_seconds")
+        index = int(event["round"])
+        trained = max(0.0, self.elapsed - self.trained_since - (stalled or 0.0))
         return Round(
-            index=int(event["round"]),
+            index=index,
             step=int(event["step"]) + self.steps_before,
             parties=parties,
             excluded=tuple(int(party) for party in event["excluded"]),
-            training_seconds=max(0.0, self.elapsed - self.trained_since - (stalled or 0.0)),
+            training_seconds=trained if index == self.next else None,
             exchange_seconds=_number(event, "seconds"),
             stalled_seconds=stalled,
             deviation=_number(deviation, "total"),
