@@ -118,6 +118,16 @@ def test_what_is_no_number_is_null_and_a_torn_line_is_left_out(tmp_path: Path) -
         list(events(record.path))
 
 
+def test_a_fit_that_goes_on_after_a_torn_line_loses_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    Record(path).end(None)
+    with path.open("a") as file:
+        file.write('{"event": "rou')
+    Record(path).start(party=0)
+    Record(path).end("again")
+    assert [event["event"] for event in events(path)] == ["end", "start", "end"]
+
+
 def test_a_full_disk_is_told_once_and_training_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

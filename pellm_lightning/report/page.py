@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pellm_lightning import __version__
 from pellm_lightning.report import figures, runs
+from pellm_lightning.report.record import versions
 from pellm_lightning.report.runs import Findings, Fit, PartyRecord
 
 try:
@@ -99,8 +99,8 @@ def html(findings: Findings) -> str:
         surroundings=_surroundings_table(fit),
         commands=_commands(fit),
         folder=str(findings.folder),
-        records=[str(record.path) for record in fit.records.values()],
-        version=__version__,
+        records=len(fit.records),
+        version=versions().get("pellm-lightning", ""),
     )
 
 
@@ -390,15 +390,12 @@ def _rounds_table(fit: Fit) -> tuple[Table | None, int]:
 
 def _versions_table(fit: Fit) -> Table:
     named = {record.name: record.start.versions for record in fit.records.values()}
-    packages = sorted({package for versions in named.values() for package in versions})
+    packages = sorted({package for each in named.values() for package in each})
     differing = _differing_versions(fit)
     rows = [
         [
             Cell(package),
-            *(
-                Cell(versions.get(package, "none"), differs=package in differing)
-                for versions in named.values()
-            ),
+            *(Cell(each.get(package, "none"), differs=package in differing) for each in named.values()),
         ]
         for package in packages
     ]
@@ -408,8 +405,8 @@ def _versions_table(fit: Fit) -> Table:
 def _differing_versions(fit: Fit) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     everywhere = [record.start.versions for record in fit.records.values()]
-    for package in {package for versions in everywhere for package in versions}:
-        found[package] = {versions.get(package, "none") for versions in everywhere}
+    for package in {package for each in everywhere for package in each}:
+        found[package] = {each.get(package, "none") for each in everywhere}
     return {package: texts for package, texts in sorted(found.items()) if len(texts) > 1}
 
 

@@ -92,6 +92,8 @@ class Record:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
+                if event == "start" and _is_torn(self.path):
+                    file.write("\n")  # or the start would be lost with the line that a crash cut off
                 file.write(json.dumps(_plain(line | dict(facts)), allow_nan=False) + "\n")
         except OSError as error:
             self._failed = True
@@ -105,7 +107,7 @@ class Record:
 def events(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the events of a record, in their order.
 
-    A last line that was cut off by a crash is left out.
+    A line that was cut off by a crash is left out: the last one, or one before a start.
 
     Raises:
         ValueError: If the file is no record.
@@ -119,6 +121,8 @@ def events(path: str | Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
                 return
+            if number < len(lines) and lines[number].startswith('{"event": "start"'):
+                continue
             raise ValueError(f"{path}, line {number} is no event of a record ({error}).") from error
         yield event
 
@@ -132,6 +136,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _is_torn(path: Path) -> bool:
+    """Tell whether a file's last line lacks its end."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _plain(value: Any) -> Any:
