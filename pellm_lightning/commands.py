@@ -1,4 +1,4 @@
-"""Commands beside training: the rendezvous of parties in separate jobs, certificates, and keys of parties."""
+"""Commands beside training: the rendezvous of separate jobs, certificates, keys, and the report of a fit."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ from pellm_lightning.federation.mesh.talks import split_address
 from pellm_lightning.federation.rendezvous.server import RendezvousServer
 from pellm_lightning.federation.tls import TLS
 
-COMMANDS = ("rendezvous", "certs", "keys")
+COMMANDS = ("rendezvous", "certs", "keys", "report")
 
 NEEDS_JSONARGPARSE = "The command line needs the package jsonargparse: pip install 'pellm-lightning[cli]'."
 
@@ -78,13 +78,28 @@ def new_keys(directory: Path, names: str) -> None:
         print(f'"{name}": "{public}"')  # as YAML, where the party 0 of a launch would be a number
 
 
+def report(run_dir: Path, out: Path | None = None) -> None:
+    """Write one HTML page, with all figures inside, that tells a fit from what its parties have recorded.
+
+    Args:
+        run_dir: Folder with the parties' rounds.jsonl, at any depth; fits of one party alone beside those of
+            a federation are drawn for comparison.
+        out: The page; by default report.html in that folder.
+    """
+    from pellm_lightning.report import page  # an optional dependency
+
+    print(page.write(run_dir, out))
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run one of ``COMMANDS`` as the command line asks; tell what goes wrong in words, with exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    words = sys.argv[1:] if words is None else list(words)
     components: dict[str, Any] = {"rendezvous": rendezvous, "certs": certs, "keys": {"new": new_keys}}
+    components["report"] = report
     try:
         auto_cli = _auto_cli()
-        auto_cli(components, args=None if words is None else list(words), as_positional=False)
+        auto_cli(components, args=words, as_positional=words[:1] == ["report"])
     except (ValueError, ImportError, OSError) as error:
         sys.exit(str(error))
 

@@ -43,6 +43,9 @@ def test_each_party_writes_what_its_rounds_did(tmp_path: Path) -> None:
         assert [event["round"] for event in rounds] == [report.round for report in callback.rounds]
         assert rounds[0]["parties"] == [0, 1]
         assert len(rounds) >= 3
+        clock = [event["elapsed_seconds"] for event in (first, *middle, last)]
+        assert clock == sorted(clock)
+        assert [event["seconds"] for event in rounds] == [report.seconds for report in callback.rounds]
         for event, report in zip(rounds, callback.rounds, strict=True):
             assert event["weights"] == list(report.weights)
             assert event["update_norm"] == report.update_norm
@@ -113,6 +116,16 @@ def test_what_is_no_number_is_null_and_a_torn_line_is_left_out(tmp_path: Path) -
         file.write("\n")
     with pytest.raises(ValueError, match="line 3 is no event"):
         list(events(record.path))
+
+
+def test_a_fit_that_goes_on_after_a_torn_line_loses_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    Record(path).end(None)
+    with path.open("a") as file:
+        file.write('{"event": "rou')
+    Record(path).start(party=0)
+    Record(path).end("again")
+    assert [event["event"] for event in events(path)] == ["end", "start", "end"]
 
 
 def test_a_full_disk_is_told_once_and_training_goes_on(

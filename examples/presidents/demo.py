@@ -1,7 +1,8 @@
 """Three parties hold the presidential messages of three eras and fine-tune one language model together.
 
 Prepares texts and model, evaluates the base model, trains each party alone, trains all of them federated,
-evaluates every adapter on every era, and leaves a table, a picture and the numbers in runs/presidents.
+evaluates every adapter on every era, and leaves a table, a picture, the numbers and a page about the fits in
+runs/presidents.
 """
 
 import argparse
@@ -144,8 +145,13 @@ def main() -> None:
     demo.run()
     import report  # only now: the first lines should not wait for matplotlib
 
+    from pellm_lightning.report import page
+
     report.write(demo.root / FOLDER, demo.seconds)
+    # What `python -m pellm_lightning report runs/presidents` writes.
+    told = page.write(demo.root / FOLDER)
     print(f"\nTook {time.monotonic() - begin:.0f} s. Table, picture and numbers: {demo.root / FOLDER}")
+    print(f"Round by round, each party alone beside the federation, for a browser: {told}")
 
 
 if __name__ == "__main__":

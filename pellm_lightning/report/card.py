@@ -1,11 +1,10 @@
 """Model cards: what an adapter is, and which federation has made it."""
 
+import json
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from pellm_lightning.report.record import versions
 
@@ -21,16 +20,13 @@ def write_card(folder: Path, about: Mapping[str, Any], base: str | None, *, merg
         base: Name of the base model.
         merged: Whether the folder holds a whole model and no adapter.
     """
-    head: dict[str, Any] = {
-        "library_name": "transformers" if merged else "peft",
-        "tags": ["federated-learning", "pellm-lightning"],
-    }
+    tags = ["federated-learning", "pellm-lightning", *([] if merged else ["lora"])]
+    front = [f"library_name: {'transformers' if merged else 'peft'}", "tags:", *(f"- {tag}" for tag in tags)]
     if base:
-        head["base_model"] = base
-    if not merged:
-        head["tags"].append("lora")
-    front = yaml.safe_dump(head, sort_keys=False)
-    text = "\n".join([f"---\n{front}---\n", f"# {folder.resolve().name}\n", *_body(about, base, merged), ""])
+        front.append(f"base_model: {json.dumps(base)}")  # a string of JSON is one of YAML
+    text = "\n".join(
+        ["---", *front, "---\n", f"# {folder.resolve().name}\n", *_body(about, base, merged), ""]
+    )
     (folder / NAME).write_text(text, encoding="utf-8")
 
 

@@ -28,10 +28,10 @@ PACKAGES = ("pellm-lightning", "lightning", "torch", "transformers", "peft", "nu
 class Record:
     """Appends what happens in a fit to a file, one JSON object a line.
 
-    Each line has ``event``, ``time`` (UTC, ISO 8601) and ``seconds`` since the fit began. The events are
-    "start" (who, where, with which settings and versions), "round" (a ``RoundReport`` with the Trainer's step
-    and epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on in the
-    same file with another "start". NaN and infinities become null.
+    Each line has ``event``, ``time`` (UTC, ISO 8601) and ``elapsed_seconds`` since the fit began. The events
+    are "start" (who, where, with which settings and versions), "round" (a ``RoundReport`` with the Trainer's
+    step and epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on
+    in the same file with another "start". NaN and infinities become null.
 
     What cannot be written, since the disk is full for example, is warned about once, and training goes on.
 
@@ -87,10 +87,13 @@ class Record:
         if self._failed:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        line = {"event": event, "time": now, "seconds": round(time.monotonic() - self._begun, 3)}
+        # Not "seconds": a round has those of its own.
+        line = {"event": event, "time": now, "elapsed_seconds": round(time.monotonic() - self._begun, 3)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
+                if event == "start" and _is_torn(self.path):
+                    file.write("\n")  # or the start would be lost with the line that a crash cut off
                 file.write(json.dumps(_plain(line | dict(facts)), allow_nan=False) + "\n")
         except OSError as error:
             self._failed = True
@@ -104,7 +107,7 @@ class Record:
 def events(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the events of a record, in their order.
 
-    A last line that was cut off by a crash is left out.
+    A line that was cut off by a crash is left out: the last one, or one before a start.
 
     Raises:
         ValueError: If the file is no record.
@@ -118,6 +121,8 @@ def events(path: str | Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
                 return
+            if number < len(lines) and lines[number].startswith('{"event": "start"'):
+                continue
             raise ValueError(f"{path}, line {number} is no event of a record ({error}).") from error
         yield event
 
@@ -131,6 +136,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _is_torn(path: Path) -> bool:
+    """Tell whether a file's last line lacks its end."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -42,6 +42,7 @@ class Teller:
         self.about = about
         self._rounds = rounds
         self._record = record if topology.is_speaker else None
+        self._next_round = 0
 
     def show(self, phases: Callable[[], dict[str, str]]) -> None:
         """Let the progress bar show the federation, if it can.
@@ -73,7 +74,7 @@ class Teller:
             privacy: How it is made private.
             round: Index of the round that comes.
         """
-        trainer = self._trainer
+        trainer, self._next_round = self._trainer, round
         announce(trainer, module, self._topology, plan, parameters, exchange, privacy)
         if self._record is not None:
             self._record.start(
@@ -98,6 +99,7 @@ class Teller:
         trainer, bar = self._trainer, self._trainer.progress_bar_callback
         self._rounds.append(done)
         self.about.count(done)
+        self._next_round = done.round + 1
         publish(trainer, figures(done))
         if on_bar and bar is not None:
             put_on_bar(module, done)
@@ -114,7 +116,7 @@ class Teller:
             self._record.validation(
                 {name: value for name, (value, _) in local.items()},
                 mean,
-                round=self._rounds[-1].round + 1 if self._rounds else 0,
+                round=self._next_round,
                 step=trainer.global_step,
                 epoch=trainer.current_epoch,
             )
