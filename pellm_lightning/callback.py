@@ -545,7 +545,12 @@ class FederatedAveraging(Callback):
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
         self._aggregator = self._made(
-            self._joined, trainer, pl_module, parameters, overlap=self.overlap, state_dir=self._state_path(trainer)
+            self._joined,
+            trainer,
+            pl_module,
+            parameters,
+            overlap=self.overlap,
+            state_dir=self._state_path(trainer),
         )
         if self._state:
             checks.own_checkpoint(self._state["party"], self._topology.party)
@@ -560,9 +565,13 @@ class FederatedAveraging(Callback):
         return overwritten, self._aggregator.round, list(self._joined.roster)
 
     def rehearsal(
-        self, federation: Collectives, trainer: Trainer, module: LightningModule, parameters: Mapping[str, Tensor]
+        self,
+        federation: Collectives,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Mapping[str, Tensor],
     ) -> Aggregator | FragmentedAggregator:
-        """Return an aggregator as a fit's, of other tensors: it keeps nothing on disk, and waits for its rounds.
+        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
 
         Args:
             federation: Who takes part.
@@ -575,12 +584,6 @@ class FederatedAveraging(Callback):
         """
         self._drift = self._drift_correction(trainer, module)
         return self._made(federation, trainer, module, parameters, overlap=None, state_dir=None)
-
-    def contribution(self, parameters: Mapping[str, Tensor]) -> Contribution:
-        """Return what a rehearsed round carries beside the update: as much as in a fit, all zero."""
-        carries = self._beside is not None and self._beside.vector
-        vector = {name: torch.zeros(p.shape) for name, p in parameters.items()} if carries else {}
-        return Contribution(vector=vector)
 
     def _made(
         self,

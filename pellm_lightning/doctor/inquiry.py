@@ -27,9 +27,13 @@ class Inquiry:
         register: Where they write, not used by anybody else.
         name: This party.
         roster: Names of all parties.
+        now: This party's clock, in seconds since the epoch.
     """
 
-    def __init__(self, register: Register, name: str, roster: Sequence[str]) -> None:
+    def __init__(
+        self, register: Register, name: str, roster: Sequence[str], now: Callable[[], float] = time.time
+    ) -> None:
+        self.now = now
         self._register = register
         self._name = name
         self._roster = roster
@@ -82,7 +86,7 @@ class Inquiry:
             missing = [name for name in self.present if name not in answers]
             for name, said in zip(missing, self._read(topic, missing), strict=True):
                 if said.get("number") == self._numbers[name] and "value" in said:
-                    answers[name] = Answer(said["value"], time.time())
+                    answers[name] = Answer(said["value"], self.now())
             if len(answers) == len(self.present):
                 break
         return {name: answers[name] for name in self.present if name in answers}
@@ -106,8 +110,8 @@ def offsets(delays: dict[str, dict[str, float]]) -> dict[str, float]:
     """Return by how many seconds each clock is ahead of the first party's.
 
     Args:
-        delays: ``delays[i][j]`` is when party i read what party j said, by i's clock, minus when j said it, by
-            j's. What it took on the way cancels if it took as long both ways; it is a fraction of a second.
+        delays: ``delays[i][j]`` is when party i read what party j said, by i's clock, minus when j said it,
+            by j's. What it took on the way cancels if it took as long both ways; it is a fraction of a second.
     """
     first = next(iter(delays), None)
     return {
@@ -117,14 +121,13 @@ def offsets(delays: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def clocks(inquiry: Inquiry, wait_s: float, now: Callable[[], float] = time.time) -> dict[str, float]:
+def clocks(inquiry: Inquiry, wait_s: float) -> dict[str, float]:
     """Return by how many seconds each party's clock is ahead of the first party's, of those who answer.
 
-    All must have met just before: who asks late measures its lateness.
+    All must have answered something just before: who asks late measures its lateness.
     """
-    ahead = now() - time.time()
-    heard = inquiry.ask("clock", now(), wait_s)
-    delays = {name: answer.heard + ahead - _number(answer.value) for name, answer in heard.items()}
+    heard = inquiry.ask("clock", inquiry.now(), wait_s)
+    delays = {name: answer.heard - _number(answer.value) for name, answer in heard.items()}
     told = inquiry.ask("delays", delays, wait_s)
     return offsets(
         {
