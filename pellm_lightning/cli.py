@@ -14,7 +14,7 @@ from typing_extensions import override
 from pellm_lightning import commands, isolation
 from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.doctor.facts import Rehearsal
-from pellm_lightning.environment import PartyEnvironment, shares_terminal, speak_as
+from pellm_lightning.environment import PartyEnvironment, shares_terminal, speak_as, topology_of
 from pellm_lightning.federation import TLS, Membership
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched
@@ -127,12 +127,13 @@ class FederatedCLI(LightningCLI):
         """Let the doctor look at what was built; exit with 1 if it finds an error."""
         from pellm_lightning.doctor.command import examine
 
-        command = self.config["doctor"]
-        rehearsal = None
         if self.failure is None:
             callback = self._get(self.config_init, "federated")
             rehearsal = Rehearsal(self.trainer, self.model, self.datamodule, callback)
-        healthy = examine(_job(command), _topology(command), rehearsal, self.failure, wait_s)
+            healthy = examine(callback.job, topology_of(self.trainer), rehearsal, wait_s=wait_s)
+        else:
+            command = self.config["doctor"]
+            healthy = examine(_job(command), _topology(command), None, self.failure, wait_s=wait_s)
         if not healthy:
             sys.exit(1)
 
@@ -160,7 +161,9 @@ def _live_view() -> list[Callback]:
 
 def _topology(command: Any) -> Topology:
     """Return where this process stands, before anything is built of the configuration."""
-    job = _job(command)
+    federated = command.get("federated") or {}
+    rendezvous, name, roster = (federated.get(key) for key in ("rendezvous", "name", "roster"))
+    job = Job.configured(rendezvous, name, roster)
     return job.topology() if job else Topology.from_env(command.get("num_parties"))
 
 

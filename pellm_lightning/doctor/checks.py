@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pellm_lightning.doctor.facts import Facts, Measured
@@ -61,8 +61,8 @@ def _parties(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "error",
             "parties",
-            f"{_named(seen.silent)} came, but did not finish building its model within {seen.wait_s:g} s of"
-            " the others. Look at its log; wait longer by --wait_s.",
+            f"{_named(seen.silent)} came, but did not read its data and build its model within"
+            f" {seen.wait_s:g} s of the others. Look at its log; wait longer by --wait_s.",
         )
     if len(seen.roster) == 1:
         yield Finding(
@@ -122,7 +122,7 @@ def _alike(seen: Seen) -> Iterator[Finding]:
     told: dict[tuple[str, str], list[str]] = {}
     names = list(shown)
     for name in names[1:]:
-        for about, message in differences([shown[names[0]], shown[name]], [names[0], name]):
+        for about, message in _differences(shown[names[0]], shown[name], names[0], name):
             apart = message if about == "settings" else ""
             told.setdefault((about, name + apart), []).append(message)
     for (about, _), messages in told.items():
@@ -154,6 +154,14 @@ def _alike(seen: Seen) -> Iterator[Finding]:
             f"The same at {_all(len(shown))}: {size.parameters:,} of {size.of_parameters:,} leave a party"
             f" ({share:.3g} %).",
         )
+
+
+def _differences(first: Passport, other: Passport, base: str, party: str) -> list[tuple[str, str]]:
+    try:
+        return list(differences([first, other], [base, party]))
+    except (KeyError, TypeError, ValueError, AttributeError):  # of another version
+        unlike = f"Party {base} shows what party {party} cannot read. Install the same version at both."
+        return [("protocol", unlike)]
 
 
 def _files(seen: Seen) -> Iterator[Finding]:
@@ -189,7 +197,7 @@ def _devices(seen: Seen) -> Iterator[Finding]:
             f"Parties have unlike numbers of processes ({each}). That works, but all wait for the slowest:"
             " rounds by every_n_seconds let each do what it can.",
         )
-    if holders and not shared:
+    elif holders and not shared:
         yield Finding("ok", "devices", f"{len(holders)} accelerators, none of them shared.")
 
 
@@ -224,7 +232,7 @@ def _network(seen: Seen) -> Iterator[Finding]:
         )
     latencies = [m.latency_s for m in seen.measured.values() if m.latency_s is not None]
     speeds = [m.bytes_per_s for m in seen.measured.values() if m.bytes_per_s is not None]
-    if latencies and speeds:
+    if latencies and speeds and not lost and not any(m.trouble for m in seen.measured.values()):
         size = max(measured.summed_bytes for measured in seen.measured.values())
         yield Finding(
             "ok",
@@ -251,20 +259,18 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
         return
     speeds = [m.bytes_per_s for m in seen.measured.values() if m.bytes_per_s]
     size = max((facts.size_bytes for facts in seen.facts.values()), default=0)
-    if speeds and size and not any(measured.trouble for measured in seen.measured.values()):
-        alike = not any(finding.level == "error" for finding in _alike(seen)) and not any(_troubled(seen))
-        why = "too long to try one here" if alike else "none was tried, since the parties differ"
-        cure = " Send fewer bytes, or less often: docs/low_communication.md." if alike else ""
+    if not speeds or not size or any(measured.trouble for measured in seen.measured.values()):
+        return
+    expected = f"{megabytes(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed"
+    if any(finding.level == "error" for finding in findings(replace(seen, measured={}))):
+        yield Finding("ok", "round", f"{expected}; none was made, since the parties must be mended first.")
+    else:
         yield Finding(
-            "warning" if alike else "ok",
+            "warning",
             "round",
-            f"{megabytes(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed;"
-            f" {why}.{cure}",
+            f"{expected}, too long to make one here. Send fewer bytes, or less often:"
+            " docs/low_communication.md.",
         )
-
-
-def _troubled(seen: Seen) -> Iterator[str]:
-    yield from (name for name, facts in seen.facts.items() if facts.trouble)
 
 
 def _named(names: Sequence[str]) -> str:

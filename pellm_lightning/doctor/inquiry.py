@@ -91,9 +91,15 @@ class Inquiry:
                 break
         return {name: answers[name] for name in self.present if name in answers}
 
-    def forget(self) -> None:
-        """Remove what this party has said, once all have read it."""
-        self._register.delete(*self._keys)
+    def part(self, wait_s: float) -> None:
+        """Return when all are through; remove what this party has said, but for its goodbye.
+
+        Raises:
+            UnreachableError, RestartedError: If the register is.
+        """
+        said = list(self._keys)
+        self.ask("goodbye", True, wait_s)
+        self._register.delete(*said)
 
     def _say(self, topic: str, words: dict[str, Any]) -> None:
         key = _key(self._name, topic)
@@ -111,7 +117,8 @@ def offsets(delays: dict[str, dict[str, float]]) -> dict[str, float]:
 
     Args:
         delays: ``delays[i][j]`` is when party i read what party j said, by i's clock, minus when j said it,
-            by j's. What it took on the way cancels if it took as long both ways; it is a fraction of a second.
+            by j's. What it took on the way cancels if it took as long both ways; it is a fraction of a
+            second.
     """
     first = next(iter(delays), None)
     return {

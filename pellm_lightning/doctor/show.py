@@ -49,12 +49,12 @@ def _row(facts: Facts | None, silent: bool) -> tuple[str, str, str]:
     return facts.host, facts.device, str(facts.processes)
 
 
-def _tables(seen: Seen | None, found: Sequence[Finding]) -> None:
+def _tables(seen: Seen | None, found: Sequence[Finding], width: int | None = None) -> None:
     from rich.console import Console  # an optional dependency
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=width)
     if seen is not None:
         parties = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
         for column in _COLUMNS:
