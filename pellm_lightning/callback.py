@@ -32,6 +32,7 @@ from pellm_lightning.exchange import Exchange
 from pellm_lightning.exchange.base import chosen
 from pellm_lightning.federation import (
     TLS,
+    Collectives,
     ElasticFederation,
     Federation,
     FederationError,
@@ -557,36 +558,12 @@ class FederatedAveraging(Callback):
         """Start as the speaker."""
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
-        whole: Callable[..., Aggregator] = Aggregator
-        if self.overlap is not None:
-            whole = partial(OverlappedAggregator, overlap=self.overlap)
-        make: Callable[..., Aggregator | FragmentedAggregator] = whole
-        if self.fragments > 1:
-            make = partial(FragmentedAggregator, fragments=self.fragments, make=whole)
-        self._aggregator = make(
+        self._aggregator = self._made(
             self._joined,
+            trainer,
+            pl_module,
             parameters,
-            aggregation=self.aggregation,
-            lora=lora_modules(pl_module),
-            measure_deviation=self.measure_deviation,
-            exchange=self.exchange,
-            privacy=self.privacy,
-            beside=self._beside,
-            outer_optimizer=self.outer_optimizer,
-            outer_scheduler=self.outer_scheduler,
-            frozen=frozen(pl_module) if self.check_base else None,
-            config={
-                "every_n_epochs": self.every_n_epochs,
-                "every_n_steps": self.every_n_steps,
-                "every_n_seconds": self.every_n_seconds,
-                "fragments": self.fragments,
-                "overlap": repr(self.overlap),
-                "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
-                "on_nonfinite": self.on_nonfinite,
-                "inner_optimizer_state": self.inner_optimizer_state,
-            },
-            files=isolation.written_paths(trainer),
-            on_nonfinite=self.on_nonfinite,
+            overlap=self.overlap,
             state_dir=self._state_path(trainer),
         )
         if self._state:
@@ -601,6 +578,71 @@ class FederatedAveraging(Callback):
         self._drained = self._aggregator.drain()
         aggregator = self._aggregator
         return Started(overwritten, aggregator.round, list(self._joined.roster), dict(aggregator.settings))
+
+    def rehearsal(
+        self,
+        federation: Collectives,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Mapping[str, Tensor],
+    ) -> Aggregator | FragmentedAggregator:
+        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
+
+        Args:
+            federation: Who takes part.
+            trainer: What the fit will be run by.
+            module: The module, whole: its adapter is there.
+            parameters: Stand for the module's, by the names of ``parameters.select``.
+
+        Raises:
+            ValueError, MisconfigurationException: As the fit would.
+        """
+        self._drift = self._drift_correction(trainer, module)
+        return self._made(federation, trainer, module, parameters, overlap=None, state_dir=None)
+
+    def _made(
+        self,
+        federation: Collectives,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Mapping[str, Tensor],
+        *,
+        overlap: Overlap | None,
+        state_dir: str | None,
+    ) -> Aggregator | FragmentedAggregator:
+        """Return the aggregator that the arguments describe."""
+        whole: Callable[..., Aggregator] = Aggregator
+        if overlap is not None:
+            whole = partial(OverlappedAggregator, overlap=overlap)
+        make: Callable[..., Aggregator | FragmentedAggregator] = whole
+        if self.fragments > 1:
+            make = partial(FragmentedAggregator, fragments=self.fragments, make=whole)
+        return make(
+            federation,
+            parameters,
+            aggregation=self.aggregation,
+            lora=lora_modules(module),
+            measure_deviation=self.measure_deviation,
+            exchange=self.exchange,
+            privacy=self.privacy,
+            beside=self._beside,
+            outer_optimizer=self.outer_optimizer,
+            outer_scheduler=self.outer_scheduler,
+            frozen=frozen(module) if self.check_base else None,
+            config={
+                "every_n_epochs": self.every_n_epochs,
+                "every_n_steps": self.every_n_steps,
+                "every_n_seconds": self.every_n_seconds,
+                "fragments": self.fragments,
+                "overlap": repr(self.overlap),
+                "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
+                "on_nonfinite": self.on_nonfinite,
+                "inner_optimizer_state": self.inner_optimizer_state,
+            },
+            files=isolation.written_paths(trainer),
+            on_nonfinite=self.on_nonfinite,
+            state_dir=state_dir,
+        )
 
     def _new_record(self, trainer: Trainer) -> records.Record | None:
         if not self.record or vars(trainer).get("fast_dev_run"):

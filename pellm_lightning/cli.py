@@ -1,5 +1,6 @@
 """FederatedCLI: LightningCLI with the federation among its arguments."""
 
+import logging
 import os
 import sys
 from importlib.util import find_spec
@@ -7,12 +8,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, class_from_function
 from typing_extensions import override
 
 from pellm_lightning import commands, isolation
 from pellm_lightning.callback import FederatedAveraging
-from pellm_lightning.environment import PartyEnvironment, shares_terminal, speak_as
+from pellm_lightning.doctor.facts import Rehearsal
+from pellm_lightning.environment import PartyEnvironment, shares_terminal, speak_as, topology_of
+from pellm_lightning.federation import TLS, Membership
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched
 from pellm_lightning.topology import Topology
@@ -27,6 +30,14 @@ class FederatedCLI(LightningCLI):
     ``trainer.default_root_dir`` and of each logger's ``save_dir``; ``{party}`` in ``--ckpt_path`` is its
     index. All else is LightningCLI as it always was.
     """
+
+    failure: Exception | None = None
+    """What the doctor's patient failed with as its classes were built."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "doctor": set()}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -53,6 +64,17 @@ class FederatedCLI(LightningCLI):
             # Parties resume their own checkpoints, so the path may name the party as the data's may.
             party = _topology(command).party
             command["ckpt_path"] = command["ckpt_path"].replace("{party}", str(party))
+
+    @override
+    def instantiate_classes(self) -> None:
+        if self.subcommand != "doctor":
+            super().instantiate_classes()
+            return
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        try:
+            super().instantiate_classes()
+        except Exception as error:  # it is a finding of this party, and all shall hear of it
+            self.failure = error
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -85,6 +107,55 @@ class FederatedCLI(LightningCLI):
                 isolation.hush(trainer)
         return trainer
 
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Lightning takes a subcommand's arguments from the Trainer's method of that name.
+        trainer_class = self.trainer_class
+        given = trainer_class if isinstance(trainer_class, type) else class_from_function(trainer_class)
+        self.trainer_class = type(given.__name__, (_OwnCommands, given), {})
+        try:
+            super()._add_subcommands(parser, **kwargs)
+        finally:
+            self.trainer_class = trainer_class
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "doctor":
+            self._examine(
+                **{
+                    name: self.config[subcommand][name]
+                    for name in self._subcommand_method_arguments[subcommand]
+                }
+            )
+        else:
+            super()._run_subcommand(subcommand)
+
+    def _examine(self, wait_s: float) -> None:
+        """Let the doctor look at what was built; exit with 1 if it finds an error."""
+        from pellm_lightning.doctor.command import examine
+
+        if self.failure is None:
+            callback = self._get(self.config_init, "federated")
+            rehearsal = Rehearsal(self.trainer, self.model, self.datamodule, callback)
+            healthy = examine(callback.job, topology_of(self.trainer), rehearsal, wait_s=wait_s)
+        else:
+            command = self.config["doctor"]
+            healthy = examine(_job(command), _topology(command), None, self.failure, wait_s=wait_s)
+        if not healthy:
+            sys.exit(1)
+
+
+class _OwnCommands:
+    """The subcommands that Lightning's Trainer has not; ``FederatedCLI`` runs them."""
+
+    def doctor(self, wait_s: float = 30) -> None:
+        """Check a launch before training: who is there, what differs, how fast the parties reach each other.
+
+        Args:
+            wait_s: Seconds to wait for a party; one that does not come is a finding.
+        """
+        raise NotImplementedError("FederatedCLI runs this command.")
+
 
 def _live_view() -> list[Callback]:
     """Return the live view of the federation; nothing where rich is not installed."""
@@ -101,6 +172,23 @@ def _topology(command: Any) -> Topology:
     rendezvous, name, roster = (federated.get(key) for key in ("rendezvous", "name", "roster"))
     job = Job.configured(rendezvous, name, roster)
     return job.topology() if job else Topology.from_env(command.get("num_parties"))
+
+
+def _job(command: Any) -> Job | None:
+    """Return how this party joins separate jobs, before anything is built of the configuration."""
+    federated = command.get("federated") or {}
+    keys = ("rendezvous", "name", "roster", "listen", "advertise")
+    rendezvous, name, roster, listen, advertise = (federated.get(key) for key in keys)
+    tls, membership = federated.get("tls"), federated.get("membership")
+    return Job.configured(
+        rendezvous,
+        name,
+        roster,
+        listen,
+        advertise,
+        TLS(**tls) if tls else None,
+        Membership(**membership) if membership else None,
+    )
 
 
 def main() -> None:

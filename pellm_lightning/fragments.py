@@ -11,6 +11,7 @@ from pellm_lightning.aggregation.base import Aggregation
 from pellm_lightning.beside import Contribution
 from pellm_lightning.federation import Collectives, ElasticFederation
 from pellm_lightning.overlap import OverlappedAggregator
+from pellm_lightning.passport import Passport
 from pellm_lightning.round import Aggregator, RoundReport
 
 
@@ -138,6 +139,18 @@ class FragmentedAggregator:
     def settings(self) -> Mapping[str, str | int | float | None]:
         """As of ``Aggregator``."""
         return self._parts[0].settings
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the vectors that the fragments exchange, all together."""
+        return sum(part.size_bytes for part in self._parts)
+
+    def passport(self) -> Passport:
+        """As of ``Aggregator``, of all fragments together."""
+        shown = [part.passport() for part in self._parts]
+        schema = sorted(entry for of_part in shown for entry in of_part["schema"])
+        lora = {name: pair for of_part in shown for name, pair in of_part["lora"].items()}
+        return shown[0] | {"schema": schema, "lora": lora}
 
     @property
     def failed(self) -> bool:

@@ -5,7 +5,7 @@ so they are compared as words, through the store. Pure: builds and compares plai
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -40,13 +40,22 @@ def first_difference(passports: Sequence[Passport], names: Sequence[str] | None 
         names: What the parties are called; their indices if None.
     """
     names = names or [str(party) for party in range(len(passports))]
+    found = next(differences(passports, names), None)
+    return shared_file(passports, names) if found is None else found[1]
+
+
+def differences(passports: Sequence[Passport], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what is differed in and what to know of it, for each party that differs from the first of all.
+
+    Args:
+        passports: What the parties have shown.
+        names: What the parties are called.
+    """
     first = passports[0]
     for party, other in zip(names[1:], passports[1:], strict=True):
-        for compare in (_protocol, _config, _schema, _lora, _base, _round):
-            message = compare(names[0], party, first, other)
-            if message:
-                return message
-    return shared_file(passports, names)
+        for topic, compare in _COMPARED.items():
+            for message in compare(names[0], party, first, other):
+                yield topic, message
 
 
 def common(passport: Passport) -> Passport:
@@ -55,94 +64,100 @@ def common(passport: Passport) -> Passport:
     return part if passport["ranks_may_differ"] else part | {"lora": passport["lora"]}
 
 
-def _protocol(base: str, party: str, first: Passport, other: Passport) -> str | None:
-    if first["protocol"] == other["protocol"]:
-        return None
-    return (
-        f"Party {party} speaks protocol version {other['protocol']}, party {base} version"
-        f" {first['protocol']}. Install the same version of pellm-lightning at both."
-    )
+def _protocol(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    if first["protocol"] != other["protocol"]:
+        yield (
+            f"Party {party} speaks protocol version {other['protocol']}, party {base} version"
+            f" {first['protocol']}. Install the same version of pellm-lightning at both."
+        )
 
 
-def _schema(base: str, party: str, first: Passport, other: Passport) -> str | None:
+def _schema(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
     ours = {name: (shape, dtype) for name, shape, dtype in first["schema"]}
     theirs = {name: (shape, dtype) for name, shape, dtype in other["schema"]}
     for name in sorted(ours.keys() ^ theirs.keys()):
         has, lacks = (base, party) if name in ours else (party, base)
-        return (
+        yield (
             f"Party {has} trains parameter {name!r}, party {lacks} does not ({len(ours)} parameters at party"
             f" {base}, {len(theirs)} at party {party}). Give both the same model, the same PEFT configuration"
             " and the same include and exclude patterns."
         )
-    for name, (shape, dtype) in ours.items():
+    for name in sorted(ours.keys() & theirs.keys()):
+        shape, dtype = ours[name]
         if theirs[name] != (shape, dtype):
             their_shape, their_dtype = theirs[name]
-            return (
+            yield (
                 f"Parameter {name!r} is {dtype} of shape {shape} at party {base} but {their_dtype} of shape"
                 f" {their_shape} at party {party}. Use the same model, PEFT configuration (rank!) and"
                 " precision at both."
             )
-    return None
 
 
-def _config(base: str, party: str, first: Passport, other: Passport) -> str | None:
+def _config(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
     # Others follow from these.
     causes = ("exchange", "privacy", "drift correction")
     for key in sorted(first["config"].keys() | other["config"].keys(), key=lambda k: (k not in causes, k)):
         ours, theirs = first["config"].get(key), other["config"].get(key)
         if ours != theirs:
-            return (
+            yield (
                 f"Party {base} has {key}={ours!r}, party {party} has {key}={theirs!r}. Give all parties the"
                 f" same {key}."
             )
-    return None
 
 
-def _lora(base: str, party: str, first: Passport, other: Passport) -> str | None:
+def _lora(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
     for name in sorted(first["lora"].keys() ^ other["lora"].keys()):
         has, lacks = (base, party) if name in first["lora"] else (party, base)
-        return (
+        yield (
             f"The LoRA module {name!r} adds the product of its factors at party {has}, not at party {lacks}."
             " Give both the same PEFT configuration and the same version of peft."
         )
-    for name, (_, scaling) in first["lora"].items():
-        theirs = other["lora"][name][1]
+    for name in sorted(first["lora"].keys() & other["lora"].keys()):
+        scaling, theirs = first["lora"][name][1], other["lora"][name][1]
         if theirs != scaling and not first["ranks_may_differ"]:
-            return (
+            yield (
                 f"The LoRA module {name!r} has scaling {scaling:g} (lora_alpha over rank) at party {base} but"
                 f" {theirs:g} at party {party}, so equal factors are different updates. Give both the same"
                 " lora_alpha and use_rslora, or use the aggregation HeterogeneousRank."
             )
-    return None
 
 
-def _base(base: str, party: str, first: Passport, other: Passport) -> str | None:
+def _base(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
     ours, theirs = first["base"], other["base"]
     if ours is None or theirs is None:
-        return None
+        return
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
-            return (
+            yield (
                 f"The frozen base model of party {party} is not that of party {base}: the first tensor that"
                 f" differs is {name!r}. Load the same checkpoint and revision in the same dtype, or pass"
                 " check_base=False if the difference is intended (for example a quantised base at one"
                 " party)."
             )
-    return None
 
 
-def _round(base: str, party: str, first: Passport, other: Passport) -> str | None:
+def _round(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
     if first["round"] != other["round"]:
-        return (
+        yield (
             f"Party {base} starts at round {first['round']}, party {party} at round {other['round']}. Resume"
             " all parties from checkpoints of the same round, or none."
         )
-    if first["checksum"] != other["checksum"]:
-        return (
+    elif first["checksum"] != other["checksum"]:
+        yield (
             f"Parties {base} and {party} resume round {first['round']} with different global vectors. Their"
             " checkpoints are from different federations: resume all parties from the same run."
         )
-    return None
+
+
+_COMPARED: dict[str, Callable[[str, str, Passport, Passport], Iterator[str]]] = {
+    "protocol": _protocol,
+    "settings": _config,
+    "parameters": _schema,
+    "adapter": _lora,
+    "base model": _base,
+    "resume": _round,
+}
+"""What is compared, in this order; how, by what is differed in."""
 
 
 def shared_file(passports: Sequence[Passport], names: Sequence[str]) -> str | None:

@@ -35,6 +35,7 @@ from pellm_lightning.global_state import hand_over
 from pellm_lightning.layout import Layout
 from pellm_lightning.meeting import Header, Purpose, meeting
 from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
+from pellm_lightning.passport import Passport
 from pellm_lightning.privacy.gaussian import GaussianMechanism
 from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.products import Outcome, Products
@@ -293,7 +294,7 @@ class Aggregator:
             MismatchError: If parties differ; no parameter was touched.
         """
         self.federation.enter("starting")
-        self._meeting.introduce(self._passport())
+        self._meeting.introduce(self.passport())
         if self._meeting.rejoins:
             had = self._version
             self._resume()
@@ -371,6 +372,27 @@ class Aggregator:
                 self.federation.name,
             )
         return self._meeting.mean(values, self.round, self._version)
+
+    def passport(self) -> Passport:
+        """Return what this party shows the others at the start: what must agree, in plain containers."""
+        plan = self._plan
+        schema = self._layout.schema
+        if plan.rule.ranks_may_differ:
+            schema = _without_ranks(schema, plan.named((Part.A,)), plan.named((Part.B,)))
+        return {
+            "protocol": passport.PROTOCOL,
+            "schema": schema,
+            "lora": {
+                pair.name: [self._parameters[pair.a].shape[0], plan.module(pair).scaling]
+                for pair in plan.products
+            },
+            "ranks_may_differ": plan.rule.ranks_may_differ,
+            "config": self._config,
+            "base": None if self._frozen is None else passport.base_digests(self._frozen),
+            "round": self.round,
+            "checksum": None if self._loaded is None else passport.checksum(self._loaded["global"]),
+            "files": self._files,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
@@ -764,26 +786,6 @@ class Aggregator:
 
     def _now(self) -> tuple[float, int]:
         return time.perf_counter(), self.federation.bytes_sent
-
-    def _passport(self) -> passport.Passport:
-        plan = self._plan
-        schema = self._layout.schema
-        if plan.rule.ranks_may_differ:
-            schema = _without_ranks(schema, plan.named((Part.A,)), plan.named((Part.B,)))
-        return {
-            "protocol": passport.PROTOCOL,
-            "schema": schema,
-            "lora": {
-                pair.name: [self._parameters[pair.a].shape[0], plan.module(pair).scaling]
-                for pair in plan.products
-            },
-            "ranks_may_differ": plan.rule.ranks_may_differ,
-            "config": self._config,
-            "base": None if self._frozen is None else passport.base_digests(self._frozen),
-            "round": self.round,
-            "checksum": None if self._loaded is None else passport.checksum(self._loaded["global"]),
-            "files": self._files,
-        }
 
 
 def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Beside | None = None) -> Granted:

@@ -88,7 +88,7 @@ def test_a_party_that_differs_stops_all_before_a_tensor_moves(
 ) -> None:
     messages = tapped(monkeypatch)
     alter, words = CHANGES[change]
-    issue = Aggregator._passport
+    issue = Aggregator.passport
 
     def act(federation: Federation) -> str:
         party = federation.party
@@ -97,7 +97,7 @@ def test_a_party_that_differs_stops_all_before_a_tensor_moves(
             alter(made)
         protocol = made.pop("protocol", passport.PROTOCOL)
         aggregator = Aggregator(federation, **made)
-        aggregator._passport = lambda: issue(aggregator) | {"protocol": protocol}  # type: ignore[method-assign]
+        aggregator.passport = lambda: issue(aggregator) | {"protocol": protocol}  # type: ignore[method-assign]
         for p in made["parameters"].values():
             p.fill_(7.0 + party)
         before = all_bits(made["parameters"])

@@ -530,12 +530,12 @@ def test_a_name_that_is_not_on_the_rendezvous_roster() -> None:
 
 
 def test_another_version_of_the_protocol(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    passport = Aggregator._passport
+    passport = Aggregator.passport
 
     def of_another_version(self: Aggregator) -> dict[str, Any]:
         return passport(self) | ({"protocol": 99} if self.federation.name == "c" else {})
 
-    monkeypatch.setattr(Aggregator, "_passport", of_another_version)
+    monkeypatch.setattr(Aggregator, "passport", of_another_version)
     jobs.run()
     assert "Party c speaks protocol version 99, party" in jobs.refused("c")
     jobs.end_alike("a", "b")

@@ -1,13 +1,15 @@
 """A party that is a job of its own: what it is called, where it joins, with whom."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
 from pellm_lightning.federation.elastic.federation import ElasticFederation
 from pellm_lightning.federation.elastic.membership import Membership, check_roster
+from pellm_lightning.federation.rendezvous.polled import PolledStore
+from pellm_lightning.federation.rendezvous.room import Room
 from pellm_lightning.federation.tls import TLS
 from pellm_lightning.topology import Topology
 
@@ -115,20 +117,44 @@ class Job:
         Raises:
             PartyLostError: If the rendezvous cannot be reached.
         """
+        return self._joined(self.connect, self.membership)
+
+    def rehearse(self, room: str, wait_s: float) -> ElasticFederation:
+        """Join the other parties where no other federation is disturbed.
+
+        Args:
+            room: Names a part of the rendezvous; the same at all parties, and new.
+            wait_s: Seconds to wait for a party, at most.
+
+        Raises:
+            PartyLostError: If the rendezvous cannot be reached.
+        """
+        impatient = replace(
+            self.membership, wait_s=wait_s, round_timeout_s=wait_s, exchange_timeout_s=wait_s / 2
+        )
+        return self._joined(lambda: Room(self.connect(), room), impatient)
+
+    def connect(self) -> PolledStore:
+        """Return a client of the rendezvous.
+
+        Raises:
+            torch.distributed.DistNetworkError: If it is out of reach.
+            FederationError: If it does not admit this party.
+        """
+        from pellm_lightning.federation.rendezvous.store import connect
+
+        return connect(self.rendezvous, tls=self.tls)
+
+    def _joined(self, connect: Callable[[], dist.Store], membership: Membership) -> ElasticFederation:
         return ElasticFederation(
-            self._connect,
+            connect,
             self.name,
             self.roster,
-            membership=self.membership,
+            membership=membership,
             listen=self.listen,
             advertise=self.advertise,
             tls=self.tls,
         )
-
-    def _connect(self) -> dist.Store:
-        from pellm_lightning.federation.rendezvous.store import connect
-
-        return connect(self.rendezvous, tls=self.tls)
 
 
 def _tls_of(environ: Mapping[str, str]) -> TLS | None:

@@ -1,0 +1,1 @@
+"""Checks a launch before training: ``python -m pellm_lightning doctor``."""
