@@ -152,7 +152,9 @@ def test_all_that_crosses_a_masked_exchange_is_masked(monkeypatch: pytest.Monkey
     crossed = messages[max(begun for begun, _ in results) :]
     for message in crossed:
         if message.values.is_floating_point():  # what parties say when they come to meet
-            assert message.values.view(3, 4)[message.party, 2] == 1, "that it counts, not how much"
+            mine = message.values.view(3, 6)[message.party]
+            assert mine[2] == 1, "that it counts, not how much"
+            assert mine[4:].isnan().all(), "neither its loss nor its distance"
     sums = [message for message in sums_of(crossed) if message.sent]
     # The update, and the vector if there is one, of three parties.
     assert len(sums) >= 3 * (1 + beside.vector)
