@@ -66,8 +66,9 @@ peers: setup  ## time and train beside torch, torchft, Flower and NVFlare, about
 	@test -d runs/examples/minilm || $(BIN)/python examples/make_data.py
 	$(BIN)/python benchmarks/peers/training.py --image docs/images/peers_training.png
 
-thin: setup  ## train by fewer and fewer bytes: validation loss against bytes sent, about half an hour
+thin: setup  ## train by fewer and fewer bytes: validation loss against bytes sent, about an hour
 	$(BIN)/python benchmarks/low_communication.py
+	$(BIN)/python benchmarks/low_communication.py --smollm2
 
 chaos: setup  ## kill, stop and restart separate jobs at random, and look for what was lost
 	$(BIN)/python benchmarks/chaos.py

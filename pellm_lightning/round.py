@@ -280,6 +280,14 @@ class Aggregator:
 
     # ---- what a party calls
 
+    def introduce(self) -> None:
+        """Compare what all parties must share, which ``start`` does, too.
+
+        Raises:
+            MismatchError: If parties differ.
+        """
+        self._meeting.introduce(self.passport())
+
     @torch.no_grad()
     def start(self) -> bool:
         """Compare what all parties must share, then take over the parameters of one of them.
@@ -294,7 +302,7 @@ class Aggregator:
             MismatchError: If parties differ; no parameter was touched.
         """
         self.federation.enter("starting")
-        self._meeting.introduce(self.passport())
+        self.introduce()
         if self._meeting.rejoins:
             had = self._version
             self._resume()

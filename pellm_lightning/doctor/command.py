@@ -20,6 +20,8 @@ from pellm_lightning.federation import Collectives, ElasticFederation, Federatio
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.elastic.register import Register, RestartedError, UnreachableError
 from pellm_lightning.federation.launch.store import store_from_env
+from pellm_lightning.fragments import FragmentedAggregator
+from pellm_lightning.round import Aggregator
 from pellm_lightning.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -180,7 +182,13 @@ def measure(
         FederationError: If a party is lost or late.
     """
     federation.enter("measuring sums")
+    copies = {} if rehearsal is None else rehearsal.copies()
+    aggregator = None
+    if rehearsal is not None:
+        aggregator = rehearsal.callback.rehearsal(federation, rehearsal.trainer, rehearsal.module, copies)
     if isinstance(federation, ElasticFederation):
+        if isinstance(aggregator, Aggregator):  # before all meet: who is slow would be taken for another
+            aggregator.introduce()
         members = federation.muster("exchange", None, {}).members
         missing = [name for name in federation.roster if name not in members]
         if missing:
@@ -192,11 +200,10 @@ def measure(
         federation.settle("sums")
     rounds_s: list[float] = []
     sent = 0
-    if rehearsal is not None:
-        copies = rehearsal.copies()
+    if aggregator is not None:
         expected_s = 4 * sum(copy.numel() for copy in copies.values()) * seconds / size
         if expected_s <= patience_s:
-            rounds_s, sent = _rounds(federation, rehearsal, copies)
+            rounds_s, sent = _rounds(aggregator)
     return Measured(latency_s, size / seconds, size, rounds_s, sent)
 
 
@@ -222,11 +229,8 @@ def _timed(federation: Collectives, vector: Tensor) -> float:
     return time.perf_counter() - before
 
 
-def _rounds(
-    federation: Federation | ElasticFederation, rehearsal: Rehearsal, copies: Mapping[str, Tensor]
-) -> tuple[list[float], int]:
+def _rounds(aggregator: Aggregator | FragmentedAggregator) -> tuple[list[float], int]:
     """Make rounds on copies of the parameters; return the seconds of each, and the bytes sent in the last."""
-    aggregator = rehearsal.callback.rehearsal(federation, rehearsal.trainer, rehearsal.module, copies)
     aggregator.start()
     reports = []
     for _ in range(ROUNDS):
