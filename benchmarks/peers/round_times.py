@@ -103,14 +103,17 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     pythons = installed(chosen(arguments.only), arguments.folder)
-    rows = []
-    for repeat in range(arguments.repeats):
-        for case in arguments.cases:
-            for parties in arguments.parties:
-                for contender, python in pythons.items():
-                    if parties >= contender.fewest_parties:
-                        rows.append(row(contender, python, case, parties, arguments.folder))
-                        tell(repeat, rows[-1])
+    rows: list[dict[str, Any]] = []
+    try:
+        for repeat in range(arguments.repeats):
+            for case in arguments.cases:
+                for parties in arguments.parties:
+                    for contender, python in pythons.items():
+                        if parties >= contender.fewest_parties:
+                            rows.append(row(contender, python, case, parties, arguments.folder))
+                            tell(repeat, rows[-1])
+    except KeyboardInterrupt:
+        print("Interrupted: what follows is of the sessions so far.")
     (arguments.folder / "rounds.json").write_text(json.dumps(rows, indent=1))
     import round_times_report
 

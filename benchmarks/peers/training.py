@@ -47,6 +47,7 @@ def main() -> None:
         "--folder", type=Path, default=Path("runs/peers"), help="for environments and results"
     )
     parser.add_argument("--only", nargs="+", default=["ours", "Flower"], help="beginnings of who runs")
+    parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
     parser.add_argument("--image", type=Path, help="draw the accuracies into this PNG file")
     arguments = parser.parse_args()
     folder = (arguments.folder / "training").absolute()
@@ -56,6 +57,8 @@ def main() -> None:
     rows = []
     for who, optimizer, rule in RUNS:
         if not any(who.startswith(only) for only in arguments.only) or (who != OURS and flower is None):
+            continue
+        if optimizer not in arguments.optimizers:
             continue
         out = folder / f"{who}-{optimizer}-{rule}"
         training = Training(str(folder), str(out), arguments.parties, arguments.rounds, optimizer, rule)
