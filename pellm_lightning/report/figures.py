@@ -248,8 +248,7 @@ def metrics(fit: Fit, alone: Sequence[Fit]) -> list[Picture]:
             f"Validation: {name}",
             f"The thick line is the mean over the parties, weighted by their validation samples; {better} is"
             " taken to be better. A bad sign: it turns round while the training loss still falls, or one"
-            " party"
-            " goes the other way." + compared,
+            " party goes the other way." + compared,
             x="optimizer steps" if by_step else "round",
         )
 
@@ -292,10 +291,8 @@ def loss_alone(fit: Fit, alone: Sequence[Fit]) -> Picture | None:
         "Learning",
         "Training loss: in the federation and alone",
         "Solid: a party's training loss in the federation, on its own data; dashed: that of a party that"
-        " trained"
-        " alone. A party alone fits its own data at least as well; what it misses of the others' only"
-        " validation"
-        " shows. A bad sign: solid stays far above dashed.",
+        " trained alone. A party alone fits its own data at least as well; what it misses of the others' only"
+        " validation shows. A bad sign: solid stays far above dashed.",
         x="optimizer steps",
     )
     for party in range(len(fit.names)):
@@ -389,8 +386,7 @@ def update_norms(fit: Fit) -> Picture | None:
         "Drift",
         "Length of each party's update (2-norm)",
         "How far a party's parameters moved in a round; each party knows only its own. It should shrink or"
-        " stay"
-        " level. A bad sign: it grows from round to round, or one party's is many times the others'.",
+        " stay level. A bad sign: it grows from round to round, or one party's is many times the others'.",
     )
     _parties(chart, fit, lambda party: fit.own(party, "update_norm"))
     _maybe_log(chart)
@@ -405,8 +401,7 @@ def distances(fit: Fit) -> Picture | None:
         "Distance of each party from the result (2-norm)",
         "How far a party's own parameters were from what the round made of all. Large for one party only: its"
         " data are unlike the others'. Growing for all: too many local steps in a round, or too high a"
-        " learning"
-        " rate.",
+        " learning rate.",
     )
     _parties(chart, fit, fit.distances)
     _maybe_log(chart)
@@ -420,8 +415,7 @@ def deviation(fit: Fit) -> Picture | None:
         "Drift",
         "Deviation of the LoRA products (%)",
         "By how much the averaged factors miss the mean of the parties' LoRA products; 0 is exact. A few per"
-        " cent"
-        " are usual; a bad sign: it grows, or stays above some 30 %. Then another rule or a higher rank"
+        " cent are usual; a bad sign: it grows, or stays above some 30 %. Then another rule or a higher rank"
         " helps.",
     )
     for what, key in (
@@ -456,8 +450,7 @@ def outer_lr(fit: Fit) -> Picture | None:
         "Drift",
         "Outer learning rate",
         "How much of the parties' mean step is taken, as its schedule says. A bad sign: it is near 0 while"
-        " the"
-        " loss still falls.",
+        " the loss still falls.",
     )
     chart.line(_points(fit, rates), Key("outer learning rate", "ink", width=2.2))
     return chart.done()
@@ -475,8 +468,7 @@ def seconds(fit: Fit) -> Picture | None:
         "Cost",
         "Seconds in each round",
         "Mean over the parties with a record here. A bad sign: waiting as high as training, since then the"
-        " fast"
-        " parties stand still for the slow ones.",
+        " fast parties stand still for the slow ones.",
     )
     rounds = list(range(min(fit.rounds), max(fit.rounds) + 1))
     low = [0.0] * len(rounds)
@@ -532,8 +524,7 @@ def traffic(fit: Fit) -> Picture | None:
         f"What {'all parties' if len(fit.records) == len(fit.names) else 'the parties with a record here'}"
         " handed"
         " to the network. It should be level; a bad sign: rounds that cost more than the others, since they"
-        " were"
-        " tried again after a party was lost or left out.",
+        " were tried again after a party was lost or left out.",
         height=3.6,
         panels=2,
     )

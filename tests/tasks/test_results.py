@@ -15,11 +15,12 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pellm_lightning import FederatedAveraging, FederatedCLI
+from pellm_lightning import FederatedCLI
 from pellm_lightning.__main__ import main
 from pellm_lightning.results.evaluate import BASE, matrix, named, standing_as
 from pellm_lightning.results.export import export
 from pellm_lightning.tasks import CausalLM, SaveAdapter, TextDataModule
+from pellm_lightning.topology import Topology
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`loftq_config` specified",  # PEFT, about a default of its own that jsonargparse hands over
@@ -30,8 +31,32 @@ IDS = torch.tensor([[3, 5, 7, 9, 11]])
 CLASS = "pellm_lightning.tasks.CausalLM"
 
 
+LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 4}
+
+
 def lora(**changed: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 4} | changed)
+    return LoraConfig(**LORA | changed)
+
+
+def configured(folder: Path, texts: Path, llama: str, **trainer: Any) -> Path:
+    """Write a configuration of the command line, and return its path."""
+    peft = {"class_path": "peft.LoraConfig", "init_args": LORA}
+    data = {
+        "files": f"{texts}/train-{{party}}.txt",
+        "test_files": f"{texts}/test-{{party}}.txt",
+        "tokenizer": llama,
+        "block_size": 8,
+        "batch_size": 2,
+    }
+    written = {
+        "seed_everything": False,
+        "model": {"class_path": CLASS, "init_args": {"model": llama, "peft": peft}},
+        "data": {"class_path": "pellm_lightning.tasks.TextDataModule", "init_args": data},
+        "trainer": {"accelerator": "cpu", **trainer},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(written))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -143,40 +168,15 @@ def test_the_card_tells_the_federation(
 def test_what_the_command_line_has_built_needs_no_more_words(
     texts: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "seed_everything": False,
-                "model": {
-                    "class_path": CLASS,
-                    "init_args": {
-                        "model": llama,
-                        "peft": {
-                            "class_path": "peft.LoraConfig",
-                            "init_args": {"r": 2, "target_modules": ["q_proj"]},
-                        },
-                    },
-                },
-                "data": {
-                    "class_path": "pellm_lightning.tasks.TextDataModule",
-                    "init_args": {
-                        "files": f"{texts}/train-{{party}}.txt",
-                        "tokenizer": llama,
-                        "block_size": 8,
-                        "batch_size": 2,
-                    },
-                },
-                "trainer": {
-                    "max_steps": 2,
-                    "accelerator": "cpu",
-                    "logger": False,
-                    "default_root_dir": str(tmp_path / "run"),
-                    "enable_model_summary": False,
-                    "enable_progress_bar": False,
-                },
-            }
-        )
+    config = configured(
+        tmp_path,
+        texts,
+        llama,
+        max_steps=2,
+        default_root_dir=str(tmp_path / "run"),
+        logger=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
     )
     monkeypatch.setattr(sys, "argv", ["pellm_lightning"])
     cli = FederatedCLI(args=["fit", f"--config={config}"], auto_configure_optimizers=False)
@@ -252,32 +252,7 @@ def test_the_matrix_is_that_of_a_plain_loop(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     adapter = fitted[0] / "of-0" / "saved"
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "seed_everything": False,
-                "model": {
-                    "class_path": CLASS,
-                    "init_args": {
-                        "model": llama,
-                        "peft": {"class_path": "peft.LoraConfig", "init_args": lora_arguments()},
-                    },
-                },
-                "data": {
-                    "class_path": "pellm_lightning.tasks.TextDataModule",
-                    "init_args": {
-                        "files": f"{texts}/train-{{party}}.txt",
-                        "test_files": f"{texts}/test-{{party}}.txt",
-                        "tokenizer": llama,
-                        "block_size": 8,
-                        "batch_size": 4,
-                    },
-                },
-                "trainer": {"accelerator": "cpu"},
-            }
-        )
-    )
+    config = configured(tmp_path, texts, llama)
     words = ["evaluate", f"--config={config}", "--parties=2", "--names", "east", "west"]
     words += ["--adapters", f"federated={adapter}", f"--out={tmp_path}/deep/matrix.json"]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words])
@@ -303,10 +278,6 @@ def test_the_matrix_is_that_of_a_plain_loop(
     export(fitted[0] / "0.ckpt", smaller, module=CLASS)
     with pytest.raises(ValueError, match="adapter federated does not fit the configuration's: "):
         matrix([f"--config={config}", "--model.peft.r=4"], {"federated": smaller}, ["0"])
-
-
-def lora_arguments() -> dict[str, Any]:
-    return {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 4}
 
 
 def mean_loss(model: torch.nn.Module, texts: Path, llama: str, party: int) -> float:
@@ -347,5 +318,5 @@ def test_standing_as_a_party_leaves_the_environment_as_it_was() -> None:
     before = dict(os.environ)
     with standing_as(1, 3):
         assert os.environ["RANK"] == "1"
-        assert FederatedAveraging  # what asks is tested where it asks: tests/tasks/test_text.py
+        assert Topology.from_env() == Topology(party=1, num_parties=3)
     assert dict(os.environ) == before
