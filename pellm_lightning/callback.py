@@ -1,12 +1,11 @@
-"""FederatedAveraging: Lightning's hooks -> schedule -> round."""
+"""FederatedAveraging: Lightning's hooks, what a user can ask for, joining and checkpoints."""
 
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,9 +16,8 @@ from typing_extensions import override
 
 from pellm_lightning import checks, isolation, outer
 from pellm_lightning.aggregation import Aggregation, lora_modules
-from pellm_lightning.aggregation.base import Parts
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.beside import Beside, Contribution
+from pellm_lightning.beside import Beside
 from pellm_lightning.drift.base import DriftCorrection, check_optimizer, drift_correction_of
 from pellm_lightning.environment import (
     Party,
@@ -37,66 +35,25 @@ from pellm_lightning.federation import (
     Federation,
     FederationError,
     Membership,
-    TooFewPartiesError,
 )
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched, store_from_env
-from pellm_lightning.fragments import FragmentedAggregator, Turns, check_rule, fragments_of
-from pellm_lightning.layout import Layout
+from pellm_lightning.fragments import FragmentedAggregator, check_rule, fragments_of
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.parameters import frozen, select
+from pellm_lightning.participation import Manner, Participation
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record as records
 from pellm_lightning.report.about import About
 from pellm_lightning.report.lines import show_log_lines
 from pellm_lightning.report.teller import Teller
 from pellm_lightning.round import Aggregator, RoundReport, granted
-from pellm_lightning.samples import samples_in
-from pellm_lightning.schedule import Clock, schedule
+from pellm_lightning.schedule import schedule
 from pellm_lightning.topology import Topology
 from pellm_lightning.validation import ValidationMetrics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass
-class SinceRound:
-    """What this process did since the last round."""
-
-    step: int = 0
-    """``trainer.global_step`` at the last round."""
-    samples: int = 0
-    """Training samples consumed."""
-    loss_sum: Tensor | float = 0.0
-    """Training loss times samples, summed; a tensor, so that no step waits for the device."""
-    loss_samples: int = 0
-    """Samples behind ``loss_sum``."""
-
-
-class Brought(NamedTuple):
-    """What a party brings to a round."""
-
-    weight: float
-    loss: float | None
-    """Mean training loss since the last round."""
-    contribution: Contribution
-    """What a drift correction adds."""
-    turns: Turns
-    """Whose turn it is when the round is over."""
-
-
-class Started(NamedTuple):
-    """What a party's processes must know when it has started."""
-
-    overwritten: bool
-    """Whether its parameters are another party's now."""
-    round: int
-    """Index of the round that comes."""
-    names: list[str]
-    """Of all parties."""
-    settings: dict[str, str | int | float | None]
-    """What all parties have agreed on."""
 
 
 class FederatedAveraging(Callback):
@@ -148,7 +105,7 @@ class FederatedAveraging(Callback):
             as the adapter, and is resumed on, or loaded onto, a freshly built base.
         record: Whether each party writes what happens, round by round, into ``rounds.jsonl`` in the Trainer's
             ``default_root_dir`` (below ``party-<k>/`` if there are several), for
-            ``python -m pellm_lightning report``. With ``fast_dev_run`` nothing is written.
+            ``python -m pellm_lightning report``. With ``fast_dev_run`` or ``barebones`` nothing is written.
         federation: Makes an already joined Federation, for parties that do not meet by the launcher's
             environment variables. Called once per fit.
         rendezvous: Makes this launch one party of several separate jobs, which join at "tcp://host:port"
@@ -251,20 +208,10 @@ class FederatedAveraging(Callback):
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
-        self._drift: DriftCorrection | None = None
         self._joined: Federation | ElasticFederation | None = None
-        self._aggregator: Aggregator | FragmentedAggregator | None = None
-        self._plan: Plan | None = None
-        self._trainable: dict[str, nn.Parameter] = {}
-        self._layout: Layout | None = None
-        self._resting: list[nn.Parameter] = []
-        self._drained: Iterator[RoundReport] = iter(())
-        self._since = SinceRound()
-        self._turns = Turns.from_step(fragments, 0)
-        self._dealt: list[set[str]] = []  # what crosses in which turn
-        self._exchanged_at = 0.0  # by the clock of time.monotonic
-        self._under_way_since: int | None = None  # step at which the round in the background began
+        self._drift: DriftCorrection | None = None
         self._tells_loss = True
+        self._participation: Participation | None = None
         self._teller: Teller | None = None
         self._validation = ValidationMetrics()
         # The state of a checkpoint that was loaded, or of the fit that has ended.
@@ -283,7 +230,7 @@ class FederatedAveraging(Callback):
         self._topology = topology_of(trainer)
         if stage == "fit":
             # Of an earlier fit, which may have failed.
-            self._state, self._aggregator, self._teller = {}, None, None
+            self._state, self._participation, self._teller = {}, None, None
             self.rounds, self.about = [], None
             self._drift = self._drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
@@ -316,61 +263,54 @@ class FederatedAveraging(Callback):
         """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
         checks.samplers(trainer, self._topology)
         trainable = self._select(pl_module)
-        self._plan = self._apply_rule(pl_module, trainable)
-        parameters = {name: trainable[name] for name in sorted(self._plan.shared)}
-        for_good = self._plan.rule.resting(0) & self._plan.rule.resting(1)
-        trained = parameters.keys() - self._plan.named(for_good)
-        checks.optimizers(trainer, {name: parameters[name] for name in sorted(trained)})
-        self._check_drift(trainer, parameters)
-        self._since = SinceRound(**self._state["since"]) if self._state else SinceRound(trainer.global_step)
-        self._dealt = [set(names) for names in fragments_of(parameters, self.fragments)]
-        self._turns = Turns.from_step(self.fragments, self._since.step)
-        if "turns" in self._state:
-            self._turns = Turns(**self._state["turns"])
-        self._under_way_since = self._state.get("under_way_since")
-        self._trainable = trainable
-        self._layout = Layout(parameters)
-        started = self._in_party.speak(lambda: self._start(trainer, pl_module, trainable))
-        resumed = bool(self._state) and not started.overwritten
-        if started.overwritten:  # resumed in the middle of a round, each process has its own already
-            self._share_in_party()
-            self._since, self._under_way_since = SinceRound(trainer.global_step), None
-            self._turns = Turns.from_step(self.fragments, trainer.global_step)
-        if self._drift is not None:
-            self._drift.begin(parameters, self._carried(), resumed=resumed)
-        self._resting = self._parameters(self._plan.rule.resting(started.round))
-        self._exchanged_at = time.monotonic()
-        self.about = About(started.names, started.settings).resumed(self._state.get("about", {}))
+        plan = self._apply_rule(pl_module, trainable)
+        shared = {name: trainable[name] for name in sorted(plan.shared)}
+        for_good = plan.named(plan.rule.resting(0) & plan.rule.resting(1))
+        checks.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
+        self._check_drift(trainer, shared)
+
+        def told(done: RoundReport, on_bar: bool) -> None:
+            self._telling.round(pl_module, done, on_bar=on_bar)
+
+        self._participation = Participation(
+            trainer,
+            self._in_party,
+            plan,
+            trainable,
+            Manner(
+                self._schedule,
+                self.fragments,
+                self.overlap,
+                self.weighting,
+                resets=self.inner_optimizer_state == "reset",
+                tells_loss=self._tells_loss,
+            ),
+            drift=self._drift,
+            told=told,
+            stopped_path=os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt"),
+        )
+        started = self._participation.start(
+            lambda: self._aggregator(trainer, pl_module, trainable), self._state
+        )
+        names = self._in_party.speak(lambda: self._roster(trainer))
+        self.about = About(names, started.settings).resumed(self._state.get("about", {}))
         self._teller = Teller(trainer, self._topology, self.about, self.rounds, self._new_record(trainer))
         if self._topology.is_speaker:
-            self._teller.began(
-                pl_module, self._plan, parameters, self.exchange, self.privacy, round=started.round
-            )
+            self._teller.began(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
             if self._joined is not None:
                 self._teller.show(self._joined.phases)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop the gradients of what rests in this round, before they are clipped or applied.
-
-        Without a gradient an optimizer leaves a parameter and its state alone, weight decay included.
-        """
-        for parameter in self._resting:
-            parameter.grad = None
+        """Drop the gradients of what rests in this round, before they are clipped or applied."""
+        self._taking_part.drop_gradients()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what was consumed; run the round that is due, before Lightning validates and saves."""
-        self._count(trainer, outputs, batch)
-        if self._may_land(trainer):
-            self._land(trainer, pl_module, on_bar=True)
-        if self._is_due(trainer, epoch_ends=trainer.is_last_batch):
-            if self.overlap is None:
-                self._run_round(trainer, pl_module)
-            else:
-                self._begin_round(trainer, pl_module)
+        self._taking_part.after_batch(outputs, batch)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -378,7 +318,7 @@ class FederatedAveraging(Callback):
         if not _validates_in_fit(trainer):
             return
         if _is_stopping(trainer):
-            self._close_round(trainer, pl_module)
+            self._taking_part.close_round()
         self._validation.start(trainer)
 
     @override
@@ -400,30 +340,17 @@ class FederatedAveraging(Callback):
         """Average the metrics over the parties before EarlyStopping and ModelCheckpoint read them."""
         if _validates_in_fit(trainer):
             local = self._validation.end(trainer, self._in_party)
-            mean = self._in_party.speak(lambda: self._or_why_not(lambda: self._speaking.mean(local)))
-            if isinstance(mean, str):
-                self._stop_for_lack_of_parties(trainer, mean)
-            self._telling.validated(local, mean)
+            self._telling.validated(local, self._taking_part.mean(local))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
-        if self._is_due(trainer, epoch_ends=True):
-            self._run_round(trainer, pl_module)
+        self._taking_part.after_epoch()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the last, incomplete round; then answer the others' rounds until every party is through."""
-        self._close_round(trainer, pl_module)
-
-        def drained() -> RoundReport | str | None:
-            return self._or_why_not(lambda: next(self._drained, None))
-
-        while (done := self._in_party.speak(drained)) is not None:
-            if isinstance(done, str):
-                log.warning("[party %s] Ends without the others. %s", self._topology.name, done)
-                break
-            self._took_over(trainer, pl_module, done, on_bar=False)
+        self._taking_part.finish()
         if self._joined is not None:
             self._joined.close()
         self._telling.ended()
@@ -443,33 +370,22 @@ class FederatedAveraging(Callback):
         """Leave, if that has not happened yet, and drop every reference to the module."""
         if stage != "fit":
             return
-        if self._joined is not None and self._aggregator is None:
+        if self._joined is not None and self._participation is None:
             why = _why_nothing_was_trained(trainer)
             log.warning("[party %s] Left the federation: %s.", self._topology.name, why)
             self._joined.abort(why)
         self._state = self.state_dict()
-        self._party = self._joined = self._aggregator = self._layout = self._plan = self._drift = None
-        self._teller = None
-        self._trainable, self._resting = {}, []
-        self._drained = iter(())
+        self._party = self._joined = self._drift = self._participation = self._teller = None
 
     # ---- checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on exactly, in the middle of a round too."""
-        if self._aggregator is None:
+        if self._participation is None or not self._topology.is_speaker:
             return self._state
-        aggregator = self._aggregator.state_dict()
-        lost = self._under_way_since is not None and self._overlapped.failed
-        return {
-            "party": self._topology.party,
-            "aggregator": aggregator,
-            "since": asdict(self._since) | {"loss_sum": float(self._since.loss_sum)},
-            "turns": asdict(self._turns),
-            "under_way_since": None if lost else self._under_way_since,
-            "about": {} if self.about is None else asdict(self.about),
-        }
+        about = {} if self.about is None else asdict(self.about)
+        return {"party": self._topology.party, **self._participation.state(), "about": about}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -507,6 +423,7 @@ class FederatedAveraging(Callback):
             self._topology = Topology(
                 *self._joined.place, known.rank_in_party, known.party_size, label=self._joined.name
             )
+            self._party = Party(self._topology, trainer.strategy)
         if isinstance(self._joined, ElasticFederation):
             self._joined.interrupt = lambda: _raise_if_terminated(trainer)
 
@@ -552,32 +469,22 @@ class FederatedAveraging(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 
-    def _start(
-        self, trainer: Trainer, pl_module: LightningModule, parameters: dict[str, nn.Parameter]
-    ) -> Started:
-        """Start as the speaker."""
+    def _aggregator(
+        self, trainer: Trainer, module: LightningModule, trainable: Mapping[str, Tensor]
+    ) -> Aggregator | FragmentedAggregator:
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
-        self._aggregator = self._made(
-            self._joined,
-            trainer,
-            pl_module,
-            parameters,
-            overlap=self.overlap,
-            state_dir=self._state_path(trainer),
-        )
-        if self._state:
-            checks.own_checkpoint(self._state["party"], self._topology.party)
-            checks.same_turns(len(self._turns.steps), self.fragments)
-            checks.can_land(self._under_way_since, self.overlap)
-            self._aggregator.load_state_dict(self._state["aggregator"])
-        overwritten = self._aggregator.start()
+        state_dir = self._state_path(trainer)
+        return self._made(self._joined, trainer, module, trainable, overlap=self.overlap, state_dir=state_dir)
+
+    def _roster(self, trainer: Trainer) -> list[str]:
+        """Return the names of all parties, as the speaker; warn of those that share an accelerator."""
+        if self._joined is None:
+            return []
         if isinstance(self._joined, Federation):
             device = describe_device(trainer.strategy.root_device)
             checks.devices(self._joined.all_gather_json("device", device))
-        self._drained = self._aggregator.drain()
-        aggregator = self._aggregator
-        return Started(overwritten, aggregator.round, list(self._joined.roster), dict(aggregator.settings))
+        return list(self._joined.roster)
 
     def rehearsal(
         self,
@@ -645,7 +552,7 @@ class FederatedAveraging(Callback):
         )
 
     def _new_record(self, trainer: Trainer) -> records.Record | None:
-        if not self.record or vars(trainer).get("fast_dev_run"):
+        if not self.record or vars(trainer).get("fast_dev_run") or trainer.barebones:
             return None
         root = trainer.default_root_dir
         if self._topology.num_parties > 1:
@@ -655,156 +562,6 @@ class FederatedAveraging(Callback):
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)
         return self.state_dir or os.path.join(root, "federation")
-
-    def _count(self, trainer: Trainer, outputs: Any, batch: Any) -> None:
-        samples = samples_in(batch, otherwise=None if self.weighting == "samples" else 1)
-        self._since.samples += samples
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            # Lightning hands over the loss divided by the number of batches that it accumulates (which is 1
-            # with manual optimization).
-            weight = samples * trainer.accumulate_grad_batches
-            self._since.loss_sum = self._since.loss_sum + loss.detach().float() * weight
-            self._since.loss_samples += samples
-
-    def _is_due(self, trainer: Trainer, *, epoch_ends: bool) -> bool:
-        clock = Clock(
-            steps=trainer.global_step - self._since.step,
-            seconds=time.monotonic() - self._exchanged_at,
-            epoch=trainer.current_epoch,
-            epoch_ends=epoch_ends,
-        )
-        if self.every_n_seconds is None:
-            return self._schedule.due(clock)
-        return self._in_party.speak(lambda: self._schedule.due(clock))  # clocks differ
-
-    def _run_round(self, trainer: Trainer, pl_module: LightningModule, *, on_bar: bool = True) -> None:
-        """Run a round while training stands still."""
-        self._land(trainer, pl_module, on_bar=on_bar)
-        brought = self._brought(trainer)
-        done = self._in_party.speak(
-            lambda: self._or_why_not(
-                lambda: self._speaking.step(brought.weight, brought.loss, brought.contribution)
-            )
-        )
-        if isinstance(done, str):
-            self._stop_for_lack_of_parties(trainer, done)
-        self._since, self._turns = SinceRound(trainer.global_step), brought.turns
-        self._exchanged_at = time.monotonic()
-        self._took_over(trainer, pl_module, done, on_bar=on_bar)
-
-    def _close_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the last, incomplete round of each fragment; all parties end with the same parameters."""
-        while self._turns.behind(trainer.global_step):
-            self._run_round(trainer, pl_module, on_bar=False)
-        self._land(trainer, pl_module, on_bar=False)
-
-    def _begin_round(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let a round run in the background."""
-        self._land(trainer, pl_module, on_bar=True)
-        brought = self._brought(trainer)
-        self._in_party.speak(lambda: self._overlapped.begin(brought.weight, brought.loss))
-        self._since, self._turns = SinceRound(trainer.global_step), brought.turns
-        self._under_way_since = trainer.global_step
-        if self._may_land(trainer):
-            self._land(trainer, pl_module, on_bar=True)
-
-    def _may_land(self, trainer: Trainer) -> bool:
-        """Tell whether the round in the background has had its time, or has failed."""
-        if self._under_way_since is None or self.overlap is None:
-            return False
-        alone = self._topology.party_size == 1  # else all processes of the party must decide alike
-        failed = alone and self._overlapped.failed
-        return failed or trainer.global_step - self._under_way_since >= self.overlap.delay_steps
-
-    def _land(self, trainer: Trainer, pl_module: LightningModule, *, on_bar: bool) -> None:
-        """Wait for the round in the background, if there is one, and take over its result."""
-        if self._under_way_since is None:
-            return
-        last = trainer.global_step == self._under_way_since  # nothing was learned since that could be mixed
-        try:
-            done = self._in_party.speak(lambda: self._or_why_not(lambda: self._overlapped.land(last=last)))
-        except Exception:  # the round is lost; if only the waiting was interrupted, it is not
-            self._under_way_since = None
-            raise
-        self._under_way_since = None
-        if isinstance(done, str):
-            self._stop_for_lack_of_parties(trainer, done)
-        if self._topology.is_speaker:
-            self._exchanged_at = self._overlapped.completed
-        self._took_over(trainer, pl_module, done, on_bar=on_bar)
-
-    def _brought(self, trainer: Trainer) -> Brought:
-        """Return what this party brings to a round: its weight, its loss, what a drift correction adds."""
-        since = self._since
-        samples, loss_sum, loss_samples = self._in_party.sum(
-            [since.samples, float(since.loss_sum), since.loss_samples]
-        )
-        turns = self._turns.passed_on(samples, trainer.global_step)
-        samples += self._turns.samples[self._turns.next]
-        weight = {"samples": samples, "uniform": 1.0}.get(str(self.weighting), self.weighting)
-        loss = loss_sum / loss_samples if loss_samples and self._tells_loss else None
-        given = Contribution() if self._drift is None else self._drift.contribution()
-        return Brought(float(weight), loss, given, turns)
-
-    @staticmethod
-    def _or_why_not(meet: Callable[[], T]) -> T | str:
-        """Return what ``meet`` returns; in words, why it could not for lack of others."""
-        try:
-            return meet()
-        except TooFewPartiesError as error:
-            return str(error)
-
-    def _stop_for_lack_of_parties(self, trainer: Trainer, why: str) -> NoReturn:
-        """Keep this party's own steps since the last round, then stop."""
-        path = os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt")
-        trainer.save_checkpoint(path)
-        raise TooFewPartiesError(
-            f"{why} Its own steps since the last round are in {path}; resume it from there."
-        )
-
-    def _took_over(
-        self, trainer: Trainer, pl_module: LightningModule, done: RoundReport, *, on_bar: bool
-    ) -> None:
-        """Finish a round that has written this party's parameters."""
-        self._share_in_party()
-        if self._drift is not None:
-            self._drift.end_round(self._carried(), counted=done.weight > 0)
-        # What made parameters NaN has made the moments NaN as well, and the next step would bring it back.
-        if self.inner_optimizer_state == "reset" or self._topology.party in done.excluded:
-            for optimizer in trainer.optimizers:
-                optimizer.state.clear()
-        # Moments in coordinates that are no more.
-        regauged = self._planned.named(self._planned.rule.regauged(done.active_parties))
-        crossed = self._dealt[done.round % self.fragments]
-        for parameter in [self._trainable[name] for name in sorted(regauged & crossed)]:
-            for optimizer in trainer.optimizers:
-                optimizer.state.pop(parameter, None)
-        self._resting = self._parameters(self._planned.rule.resting(done.round + 1))
-        if done.last:
-            trainer.should_stop = True
-        self._telling.round(pl_module, done, on_bar=on_bar)
-
-    def _share_in_party(self) -> None:
-        """Give the party's other processes what the speaker has just written into its parameters."""
-        if self._topology.party_size == 1 or self._layout is None:
-            return
-        vector = self._layout.pack_(self._layout.new_vector())
-        self._in_party.broadcast_(vector)
-        self._layout.unpack_(vector)
-        for base in self._planned.written_bases:
-            self._in_party.broadcast_(base)
-
-    def _carried(self) -> dict[str, Tensor]:
-        """Return the mean of what the parties carried beside their updates, in every process of the party."""
-        if self._layout is None or self._beside is None or not self._beside.vector:
-            return {}
-        vector = self._layout.new_vector()
-        if self._aggregator is not None:
-            for name, part in self._aggregator.carried.items():
-                self._layout.view(vector, name).copy_(part)
-        self._in_party.broadcast_(vector)
-        return {name: self._layout.view(vector, name) for name in self._layout.names}
 
     def _drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
         """Return the Trainer's drift correction; refuse what it cannot go with."""
@@ -832,24 +589,8 @@ class FederatedAveraging(Callback):
             self._drift.check(optimizer, parameters, resets=self.inner_optimizer_state == "reset")
 
     @property
-    def _overlapped(self) -> OverlappedAggregator | FragmentedAggregator:
-        if not isinstance(self._aggregator, OverlappedAggregator | FragmentedAggregator):
-            raise RuntimeError("Only the party's first process aggregates, and only during a fit.")
-        return self._aggregator
-
-    @property
     def _beside(self) -> Beside | None:
         return None if self._drift is None else self._drift.beside
-
-    def _parameters(self, parts: Parts) -> list[nn.Parameter]:
-        """Return this party's parameters that are such parts."""
-        return [self._trainable[name] for name in self._planned.named(parts)]
-
-    @property
-    def _planned(self) -> Plan:
-        if self._plan is None:
-            raise RuntimeError("The aggregation is applied to the parameters only during a fit.")
-        return self._plan
 
     @property
     def _in_party(self) -> Party:
@@ -858,16 +599,16 @@ class FederatedAveraging(Callback):
         return self._party
 
     @property
+    def _taking_part(self) -> Participation:
+        if self._participation is None:
+            raise RuntimeError("A party takes part in rounds only while it trains.")
+        return self._participation
+
+    @property
     def _telling(self) -> Teller:
         if self._teller is None:
             raise RuntimeError("There is nothing to tell of before training starts.")
         return self._teller
-
-    @property
-    def _speaking(self) -> Aggregator | FragmentedAggregator:
-        if self._aggregator is None:
-            raise RuntimeError("Only the party's first process aggregates, and only during a fit.")
-        return self._aggregator
 
 
 def _validates_in_fit(trainer: Trainer) -> bool:

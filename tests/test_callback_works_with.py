@@ -379,8 +379,9 @@ def test_a_callback_that_the_module_brings(tmp_path: Path) -> None:
     end(fit)
 
 
-def test_a_barebones_trainer(tmp_path: Path) -> None:
-    """It warns whoever logs; nothing of ours does."""
+def test_a_barebones_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It warns whoever logs; nothing of ours does, nor writes files."""
+    monkeypatch.chdir(tmp_path)
 
     class Silent(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -395,3 +396,4 @@ def test_a_barebones_trainer(tmp_path: Path) -> None:
         return module.vector()
 
     end(fit)
+    assert not list(tmp_path.iterdir())
