@@ -142,6 +142,10 @@ class Layout:
         shape = self._shapes[name]
         return vector[start : start + math.prod(shape)].view(shape)
 
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return the part of ``vector`` that belongs to each parameter, by name, as views."""
+        return {name: self.view(vector, name) for name in self.names}
+
     def new_vector(self, extra: int = 0) -> Tensor:
         """Return a new float32 vector for all parameters, on their device, of shape (D + extra,)."""
         return torch.zeros(self.size + extra, dtype=torch.float32, device=self.device)

@@ -452,19 +452,20 @@ def _difference(passports: Sequence[Passport], names: Sequence[str]) -> str | No
 
 def _header(name: str, words: Mapping[str, Any]) -> Header:
     """Return what a peer has said, or raise: it may have said anything."""
-    purpose, round, weight = words.get("purpose"), words.get("round"), words.get("weight")
+    purpose, round, weight = words.get("purpose"), words.get("round"), _number(words.get("weight"))
     exposed, releases = words.get("exposed", []), words.get("releases", 0)
-    tag, loss, distance = words.get("tag", ""), words.get("loss"), words.get("distance")
+    tag = words.get("tag", "")
+    loss, distance = (_number(words.get(name), unsaid=math.nan) for name in ("loss", "distance"))
     if (
         purpose not in list(Purpose)
         or not isinstance(round, int)
-        or not isinstance(weight, int | float)
+        or weight is None
         or not (math.isfinite(weight) and weight >= 0)
         or not isinstance(exposed, list)
         or not isinstance(tag, str)
         or not is_count(releases)
-        or not isinstance(loss, int | float | None)
-        or not isinstance(distance, int | float | None)
+        or loss is None
+        or distance is None
     ):
         raise FederationError(
             f"Party {name} came to meet with {dict(words)!r:.200}, which is no purpose, round and weight"
@@ -472,16 +473,18 @@ def _header(name: str, words: Mapping[str, Any]) -> Header:
         )
     fine = words.get("fine", True) is True
     return Header(
-        Purpose(purpose),
-        round,
-        float(weight),
-        fine,
-        tag,
-        tuple(map(str, exposed)),
-        releases,
-        loss=math.nan if loss is None else float(loss),
-        distance=math.nan if distance is None else float(distance),
+        Purpose(purpose), round, weight, fine, tag, tuple(map(str, exposed)), releases, loss, distance
     )
+
+
+def _number(said: Any, unsaid: float | None = None) -> float | None:
+    """Return a number that a peer has said, ``unsaid`` if it said none, or None if it is no such thing."""
+    if said is None:
+        return unsaid
+    try:
+        return float(said) if isinstance(said, int | float) else None
+    except OverflowError:  # JSON knows whole numbers of any length
+        return None
 
 
 def _changed(name: str) -> FederationError:
@@ -520,7 +523,7 @@ def _metrics(name: str, told: Any) -> dict[str, tuple[float, float]]:
     """Return the metrics that a peer has told, or raise."""
     try:
         return {str(metric): (float(value), float(weight)) for metric, (value, weight) in told.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise FederationError(
             f"Party {name} told {told!r:.200} for its metrics, which are no pairs of a value and a weight."
             " Install the same version of pellm-lightning at all parties."

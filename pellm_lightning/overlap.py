@@ -130,7 +130,7 @@ class OverlappedAggregator(Aggregator):
             self._report = None
             self._staging.put(mix=0)
         if self._report is not None:  # its result is what the global vector holds
-            self._write_()
+            self._replica.write_()
         return overwritten
 
     def begin(self, weight: float, loss: float | None = None) -> None:

@@ -366,7 +366,7 @@ class Participation:
             for name, part in self._aggregator.carried.items():
                 self._layout.view(vector, name).copy_(part)
         self._party.broadcast_(vector)
-        return {name: self._layout.view(vector, name) for name in self._layout.names}
+        return self._layout.views(vector)
 
     def _rest_in(self, round: int) -> None:
         resting = self._plan.named(self._plan.rule.resting(round))

@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pellm_lightning import global_state, outer, passport
+from pellm_lightning import outer, passport
 from pellm_lightning.aggregation.base import Aggregation, Counting, Granted, Part
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.aggregation.ranks import PaddedFactors
 from pellm_lightning.beside import Beside, Contribution
 from pellm_lightning.durable import StateDir
 from pellm_lightning.exchange import Exchange
@@ -27,19 +26,18 @@ from pellm_lightning.exchange.base import chosen
 from pellm_lightning.federation import (
     Collectives,
     FederationError,
-    MismatchError,
     PartyLostError,
     Version,
 )
 from pellm_lightning.global_state import hand_over
-from pellm_lightning.layout import Layout
 from pellm_lightning.meeting import Header, Purpose, meeting
 from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.passport import Passport
 from pellm_lightning.privacy.gaussian import GaussianMechanism
 from pellm_lightning.privacy.private import PrivateUpdates
-from pellm_lightning.products import Outcome, Products
-from pellm_lightning.updates import Ballot, Updates
+from pellm_lightning.products import Outcome
+from pellm_lightning.replica import Replica
+from pellm_lightning.updates import Ballot
 from pellm_lightning.who_counts import WhoCounts
 
 log = logging.getLogger(__name__)
@@ -184,13 +182,11 @@ class Aggregator:
         state_dir: str | Path | None = None,
     ) -> None:
         self.federation = federation
-        self.round = 0
         self._exchange = chosen(exchange)
         self._exchange.check(federation)
         self._meeting = meeting(
             federation, self._exchange, None if state_dir is None else StateDir(state_dir)
         )
-        self._version: Version | None = None
         self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy, beside))
         hides = self._exchange.hides or privacy is not None
         self._measure_deviation = _measures(measure_deviation, hides, self._exchange, self._plan.rule)
@@ -211,23 +207,15 @@ class Aggregator:
                 words,
             )
         self._parameters = {name: parameters[name] for name in sorted(self._plan.shared)}
-        self._make_outer_optimizer = outer_optimizer
-        self._make_outer_scheduler = outer_scheduler
         self._frozen = frozen
         self._files = list(files)
         self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite)
-        self._products: Products | None = None
-        self._padded: PaddedFactors | None = None
         self._beside = beside
         self._weight = 0.0
-        self._distance = math.nan  # in the last round
         self._contribution: Contribution | None = None
         self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
         self._told_of_metrics = False
-        self._stale = False
-        self._before = torch.empty(0)
-        self._loaded: Mapping[str, Any] | None = None
         self._started = False
         tried = outer.tried(outer_optimizer)
         outer.check(self._plan.rule, tried, scheduled=outer_scheduler is not None)
@@ -235,7 +223,17 @@ class Aggregator:
         if beside is not None:
             lands = outer.always_lands(tried, scheduled=outer_scheduler is not None)
             beside.check(private=privacy is not None, lands=lands)
-        self._lay_out(self._parameters)
+        self._replica = Replica(
+            federation,
+            self._plan,
+            self._parameters,
+            exchange=self._exchange,
+            private=self._private,
+            beside=beside,
+            optimizer=outer_optimizer,
+            scheduler=outer_scheduler,
+            measures=self._measure_deviation,
+        )
         self._config = {
             "on_nonfinite": on_nonfinite,
             "outer_optimizer": outer.describe(tried),
@@ -249,9 +247,14 @@ class Aggregator:
         }
 
     @property
+    def round(self) -> int:
+        """Index of the round that comes."""
+        return self._replica.round
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the vector that each round exchanges."""
-        return 4 * self._layout.size
+        return 4 * self._replica.layout.size
 
     @property
     def settings(self) -> Mapping[str, str | int | float | None]:
@@ -261,12 +264,12 @@ class Aggregator:
     @property
     def global_vector(self) -> Tensor:
         """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
-        return self._updates.global_
+        return self._replica.updates.global_
 
     @property
     def global_parameters(self) -> dict[str, Tensor]:
         """Views of the global vector by parameter, each of the parameter's shape, float32."""
-        return {name: self._layout.view(self.global_vector, name) for name in self._layout.names}
+        return self._replica.layout.views(self.global_vector)
 
     @property
     def carried(self) -> dict[str, Tensor]:
@@ -274,9 +277,8 @@ class Aggregator:
 
         These are views of the global state, zero before the first round.
         """
-        if self._updates.carried is None:
-            return {}
-        return {name: self._layout.view(self._updates.carried, name) for name in self._layout.names}
+        carried = self._replica.updates.carried
+        return {} if carried is None else self._replica.layout.views(carried)
 
     # ---- what a party calls
 
@@ -304,18 +306,18 @@ class Aggregator:
         self.federation.enter("starting")
         self.introduce()
         if self._meeting.rejoins:
-            had = self._version
+            had = self._replica.version
             self._resume()
             self._started = True
             self._next(Purpose.JOIN)
-            return self._version != had
+            return self._replica.version != had
         self._know_products()
-        if self._loaded is None:
-            self._take_over()
-            self._write_()
+        if self._replica.loaded is None:
+            self._replica.take_over()
+            self._replica.write_()
         self._started = True
         self.federation.enter("training")
-        return self._loaded is None
+        return self._replica.loaded is None
 
     @torch.no_grad()
     def step(
@@ -345,7 +347,7 @@ class Aggregator:
             )
         if self._beside is not None and weight > 0:
             who = f"Party {self.federation.name} comes to round {self.round}"
-            self._beside.check_contribution(contribution, self._layout.shapes, who)
+            self._beside.check_contribution(contribution, self._replica.layout.shapes, who)
         self._contribution = contribution
         try:
             report = self._next(Purpose.ROUND, weight, loss)
@@ -364,7 +366,7 @@ class Aggregator:
         """
         while (report := self._next(Purpose.DONE)) is not None:
             yield report
-        self._meeting.finished(self._version)
+        self._meeting.finished(self._replica.version)
 
     def mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the weighted mean over the parties of each named (value, weight), equal on all parties.
@@ -379,12 +381,12 @@ class Aggregator:
                 " private data, or on data that may be seen.",
                 self.federation.name,
             )
-        return self._meeting.mean(values, self.round, self._version)
+        return self._meeting.mean(values, self.round, self._replica.version)
 
     def passport(self) -> Passport:
         """Return what this party shows the others at the start: what must agree, in plain containers."""
-        plan = self._plan
-        schema = self._layout.schema
+        plan, loaded = self._plan, self._replica.loaded
+        schema = self._replica.layout.schema
         if plan.rule.ranks_may_differ:
             schema = _without_ranks(schema, plan.named((Part.A,)), plan.named((Part.B,)))
         return {
@@ -398,14 +400,13 @@ class Aggregator:
             "config": self._config,
             "base": None if self._frozen is None else passport.base_digests(self._frozen),
             "round": self.round,
-            "checksum": None if self._loaded is None else passport.checksum(self._loaded["global"]),
+            "checksum": None if loaded is None else passport.checksum(loaded["global"]),
             "files": self._files,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
-        kept = {"memory": None if self._memory is None else self._memory.state_dict()}  # this party's own
-        return global_state.copied(self._state()) | kept
+        return self._replica.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``; call it before ``start()``.
@@ -418,72 +419,7 @@ class Aggregator:
                 "The federated state is of an OverlappedAggregator with a round under way, or of a"
                 " FragmentedAggregator. Resume with the overlap and the fragments with which it was saved."
             )
-        self.round = state["round"]
-        self._version = Version(*state["version"]) if state.get("version") else None
-        self._loaded = state
-        if not self._plan.rule.ranks_may_differ:  # else the shapes depend on the other parties' ranks
-            self._restore(state)
-
-    # ---- before the first round
-
-    def _lay_out(self, tensors: Mapping[str, Tensor]) -> None:
-        """Build what has the size of the global vector."""
-        groups = [self._plan.named(parts) & tensors.keys() for parts in self._plan.groups]
-        self._layout = Layout(tensors, groups)
-        self._updates = Updates(
-            self._layout,
-            self._plan,
-            self._make_outer_optimizer,
-            self.federation,
-            exact=self._exchange.exact,
-            private=self._private,
-            beside=self._beside,
-            scheduler=self._make_outer_scheduler,
-        )
-        self._memory = self._exchange.memory(self._updates.pseudo_gradient)
-
-    def _know_products(self) -> None:
-        """Learn what the parties' pairs are, now that they have met; lay out those of unlike ranks."""
-        if not self._plan.products or self._products is not None:
-            return
-        told = [of_party["lora"] for of_party in self._meeting.passports()]
-        reference = self._loaded.get("lora") if self._loaded is not None and self._meeting.rejoins else None
-        self._products = Products(
-            self._plan, self._parameters, self.federation, told, self._measure_deviation, reference
-        )
-        if self._plan.rule.ranks_may_differ:
-            larger = self._products.larger()
-            if larger is not None:
-                raise MismatchError(
-                    f"The rank of {larger!r} at party {self.federation.name} is above that of the"
-                    " global factors, which was settled when the federation began. Give it a lower rank, or"
-                    " begin anew."
-                )
-            self._pad(self._products)
-
-    def _pad(self, products: Products) -> None:
-        """Lay out factors of the largest rank of the parties, and go on from a loaded state."""
-        pairs = self._plan.products
-        self._padded = PaddedFactors(
-            self._parameters, {pair: (products.rank(pair), products.ratio(pair)) for pair in pairs}
-        )
-        self._padded.read_()
-        self._lay_out(self._padded.tensors)
-        if self._loaded is not None:
-            self._restore(self._loaded)
-
-    def _take_over(self) -> None:
-        """Let the global vector be that of one party: party 0, but of factors a party of the largest rank."""
-        if self._padded is None or self._products is None:
-            self.federation.broadcast_(self._updates.global_)
-            return
-        sources = dict.fromkeys(self._parameters, 0)
-        for pair in self._plan.products:
-            sources[pair.a] = sources[pair.b] = self._products.source(pair)
-        for name, source in sources.items():
-            if source != self.federation.party:
-                self._layout.view(self._updates.global_, name).zero_()
-        self.federation.all_reduce_(self._updates.global_)  # each value comes from one party alone
+        self._replica.load_state_dict(state)
 
     # ---- coming back
 
@@ -493,59 +429,27 @@ class Aggregator:
         if kept is None:
             return
         version = Version(*kept["version"])
-        if self._version is None or version > self._version:
-            self._loaded = None
-            self._adopt(kept)
+        if self._replica.version is None or version > self._replica.version:
+            self._replica.loaded = None
+            self._replica.adopt(kept)
             log.info(
                 "[party %s] goes on from round %d of an unfinished federation",
                 self.federation.name,
                 self.round,
             )
 
-    def _adopt(self, state: Mapping[str, Any]) -> None:
-        """Let the global state be another one; the parameters are written when it is settled."""
-        if self._memory is not None:
-            self._memory.overtaken()
-        if self._products is None:
-            self.load_state_dict(state)
-        else:
-            self.round, self._version = state["round"], Version(*state["version"])
-            self._restore(state)
-        self._stale, self._distance = True, math.nan
+    def _know_products(self) -> None:
+        if not self._plan.products:
+            return
+        told = [of_party["lora"] for of_party in self._meeting.passports()]
+        loaded = self._replica.loaded if self._meeting.rejoins else None
+        self._replica.know_products(told, None if loaded is None else loaded.get("lora"))
 
     def _bring_up_to_date(self, headers: list[Header]) -> None:
         """Hand the newest global state to those who lack it."""
         behind = [header.behind for header in headers]
         if any(behind):
-            hand_over(self.federation, behind, self._state, self._adopt, self.size_bytes)
-
-    @contextmanager
-    def _reversible(self) -> Iterator[None]:
-        """Undo what an attempt has done to the global state if it fails; the parameters come last of all."""
-        if not self._meeting.rejoins:
-            yield
-            return
-        if self._before.numel() != self._layout.size:
-            self._before = torch.empty_like(self._updates.global_)
-        before = global_state.copied(self._state(), self._before)
-        version, stale, loaded, distance = self._version, self._stale, self._loaded, self._distance
-        try:
-            yield
-        except BaseException:
-            self.round, self._version, self._stale, self._loaded = before["round"], version, stale, loaded
-            self._distance = distance
-            if self._layout.shapes == before["shapes"]:
-                self._restore(before)
-            raise
-
-    def _state(self) -> dict[str, Any]:
-        lora = self._products.reference if self._products else None
-        return global_state.state_of(self.round, self._version, lora, self._updates, self._private)
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        global_state.restore_(state, self._updates, self._private)
-        if self._memory is not None and state.get("memory") is not None:
-            self._memory.load_state_dict(state["memory"])
+            hand_over(self.federation, behind, self._replica.state, self._replica.adopt, self.size_bytes)
 
     # ---- the round
 
@@ -580,19 +484,19 @@ class Aggregator:
 
     def _attempt(self, headers: list[Header], loss: float | None) -> RoundReport | None:
         """Make one attempt at a round, which stands at all parties or at none."""
-        report = None
-        if self._memory is not None:
-            self._memory.discard()  # of an attempt that failed
-        with self._reversible():
+        report, replica = None, self._replica
+        if replica.memory is not None:
+            replica.memory.discard()  # of an attempt that failed
+        with replica.reversible() if self._meeting.rejoins else nullcontext():
             self._prepare(headers)
             if any(header.purpose is Purpose.ROUND for header in headers):
                 report = self._round(headers, loss)
             if self._meeting.rejoins:
-                self._meeting.settle(self.round, self._state())
-        if self._memory is not None:
-            self._memory.commit()
-        if self._stale:
-            self._write_()
+                self._meeting.settle(self.round, replica.state())
+        if replica.memory is not None:
+            replica.memory.commit()
+        if replica.stale:
+            replica.write_()
         self.federation.enter(f"training after round {self.round - 1}" if self.round else "training")
         return report
 
@@ -603,20 +507,19 @@ class Aggregator:
         if any(header.behind for header in headers):
             self._bring_up_to_date(headers)
         self._know_products()
-        if self._products is not None:
-            self._products.told = [of_party["lora"] for of_party in self._meeting.passports()]
-        if self._version is None:
-            self._take_over()
-            self._version = self._meeting.version(0)
-            self._stale = True
+        if self._replica.version is None:
+            self._replica.take_over()
+            self._replica.version = self._meeting.version(0)
+            self._replica.stale = True
 
     def _round(self, headers: list[Header], loss: float | None) -> RoundReport:
         """Run one round: first all that is sent and received, then all that is applied."""
-        self._updates.schedule.check(self.round)
+        replica, schedule = self._replica, self._replica.updates.schedule
+        schedule.check(self.round)
         crossed = self._cross(headers, loss)
-        outer_lr = self._updates.schedule.lr if crossed.counting.num_counting else None
+        outer_lr = schedule.lr if crossed.counting.num_counting else None
         distance, deviation = self._apply_(crossed)
-        self._distance = distance
+        replica.distance = distance
         report = RoundReport(
             round=self.round,
             parties=tuple(self.federation.members),
@@ -633,7 +536,7 @@ class Aggregator:
             distance=distance,
             deviation=deviation,
             epsilon=None if self._private is None else self._private.epsilon,
-            compression_error=None if self._memory is None else self._memory.error,
+            compression_error=None if replica.memory is None else replica.memory.error,
             clipping_norm=None if self._private is None else self._private.max_norm,
             outer_lr=outer_lr,
             last=self._who.none_after(headers, self.round),
@@ -642,8 +545,8 @@ class Aggregator:
             losses=tuple(_finite(header.loss) for header in headers) if self._tells else (),
             distances=tuple(_finite(header.distance) for header in headers) if self._tells else (),
         )
-        self.round += 1
-        self._version = self._meeting.version(self.round)
+        replica.round += 1
+        replica.version = self._meeting.version(self.round)
         return report
 
     def _cross(self, headers: list[Header], loss: float | None) -> Crossed:
@@ -651,9 +554,9 @@ class Aggregator:
 
         What it cost in privacy is entered at once, whatever comes of the round.
         """
+        replica, updates = self._replica, self._replica.updates
         weights = self._who.weights(headers, self.round)
-        if self._padded is not None:
-            self._padded.read_()
+        replica.read_()
         excluded = [party for party, header in enumerate(headers) if not header.fine]
         if excluded:
             weights = self._without(excluded, weights)
@@ -677,16 +580,16 @@ class Aggregator:
         total_weight = sum(weights)
         if self._exchange.hides and counting.num_counting:
             counting, total_weight = self._who.scaled(counting, ballot.total_weight), ballot.total_weight
-            self._updates.divide_(total_weight)
+            updates.divide_(total_weight)
         if counting.num_counting:
-            self._updates.finish_(counting, ballot.extent)
+            updates.finish_(counting, ballot.extent)
         if self._private is not None:
             releases = self._given_away - given_away
             self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
         combined = None
-        if self._products is not None and counting.num_counting:
-            combined = self._products.combine(
-                self._layout, self._updates.global_, self._updates.pseudo_gradient, counting
+        if replica.products is not None and counting.num_counting:
+            combined = replica.products.combine(
+                replica.layout, updates.global_, updates.pseudo_gradient, counting
             )
         return Crossed(weights, excluded, counting, ballot, update_norm, total_weight, combined)
 
@@ -697,48 +600,48 @@ class Aggregator:
             for header, name, weight in zip(headers, self.federation.names, weights, strict=True)
         ]
         view = json.dumps([self.round, valued])
-        return self._exchange.open(self.federation, lambda: self._reveal(valued), view, self._memory)
+        return self._exchange.open(self.federation, lambda: self._reveal(valued), view, self._replica.memory)
 
     def _apply_(self, crossed: Crossed) -> tuple[float, Deviation | None]:
         """Step the global vector, and write it; return the parameters' distance from the mean, and LoRA's.
 
         Nothing crosses here but for rules that write into the base: the parties agree on what they wrote.
         """
-        updates, products, combined = self._updates, self._products, crossed.combined
+        replica, combined = self._replica, crossed.combined
+        updates, products = replica.updates, replica.products
         moves = crossed.counting.num_counting > 0
         if moves:
             updates.keep_(crossed.counting)
         if products is not None and combined is not None:
             lands = outer.is_sgd_one(updates.optimizer)
             products.put_(
-                self._layout, updates.global_, updates.pseudo_gradient, combined.replaced, lands=lands
+                replica.layout, updates.global_, updates.pseudo_gradient, combined.replaced, lands=lands
             )
         distance = updates.advance(writes=not self._meeting.rejoins, moves=moves)
         if self._meeting.rejoins:
-            self._stale = True  # the result may be given up yet, so it is written when it is settled
-        elif self._padded is not None:
-            self._padded.write_()
+            replica.stale = True  # the result may be given up yet, so it is written when it is settled
+        else:
+            replica.put_back_()
         if products is None or combined is None:
             return distance, None
         if combined.terms is None:
             return distance, combined.deviation
-        return distance, products.write_base_(self._layout, updates.global_, combined.terms)
+        return distance, products.write_base_(replica.layout, updates.global_, combined.terms)
 
     def _meet(self, purpose: Purpose, weight: float, loss: float | None) -> list[Header]:
         self._check_started()
         self._weight, fine = weight, True
         if self._exchange.hides:  # NaN has no place in a masked sum, so it must be known before
-            if self._padded is not None:
-                self._padded.read_()
-            fine = weight == 0 or self._layout.first_nonfinite() is None
+            self._replica.read_()
+            fine = weight == 0 or self._replica.layout.first_nonfinite() is None
         if weight > 0 and self._contribution is not None:  # once summed it would be in the global state
             fine = fine and self._contribution.first_nonfinite() is None
         if self._exchange.hides:
             weight = float(weight > 0 and fine)
         header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._given_away)
         if self._tells:
-            header = replace(header, loss=math.nan if loss is None else loss, distance=self._distance)
-        return self._meeting.meet(header, self._version)
+            header = replace(header, loss=math.nan if loss is None else loss, distance=self._replica.distance)
+        return self._meeting.meet(header, self._replica.version)
 
     @property
     def _tells(self) -> bool:
@@ -753,20 +656,20 @@ class Aggregator:
             )
 
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
-        first = self._layout.first_nonfinite()
+        first = self._replica.layout.first_nonfinite()
         if first is None and self._contribution is not None:
             first = self._contribution.first_nonfinite()
         return self._who.without(excluded, weights, self.round, first)
 
     def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
-        if self._memory is not None:
-            self._memory.begin(self.round, [weight > 0 for weight in weights])
+        if self._replica.memory is not None:
+            self._replica.memory.begin(self.round, [weight > 0 for weight in weights])
         return self._who.counting(sums, weights, self._weight, self.round)
 
     def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
         if counting.num_counting and not self._exchange.hides:
             self._give_away()
-        return self._updates.average(counting, loss, self._contribution)
+        return self._replica.updates.average(counting, loss, self._contribution)
 
     def _reveal(self, valued: list[str]) -> None:
         """Note that a sum is about to become readable, and whose values are in it."""
@@ -782,13 +685,6 @@ class Aggregator:
     @property
     def _given_away(self) -> int:
         return 0 if self._private is None else self._private.given_away
-
-    def _write_(self) -> None:
-        """Write the global vector into the parameters."""
-        self._updates.write_()
-        if self._padded is not None:
-            self._padded.write_()
-        self._stale = False
 
     # ---- small parts
 

@@ -78,7 +78,7 @@ def digest_of(vector: Tensor) -> str:
 
 def entry_of(aggregator: Aggregator, weights: Sequence[float], stage: Any) -> Entry:
     """Return what a party has now; ``weights`` are those of the members, empty without a round."""
-    version = aggregator._version
+    version = aggregator._replica.version
     assert version is not None
     federation = aggregator.federation
     vector = aggregator.global_vector

@@ -265,7 +265,7 @@ class Life:
         self._before(federation, "settle", "voting")
         self._before(federation, "all_reduce_each_", "exchanging")
         self._before(aggregator, "_bring_up_to_date", "transfer")
-        self._before(aggregator, "_write_", "writing")
+        self._before(aggregator._replica, "write_", "writing")
         if aggregator._meeting._state_dir is not None:
             self._before(aggregator._meeting._state_dir, "keep", "keeping")
         all_to_all = federation.all_to_all

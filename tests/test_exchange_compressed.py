@@ -285,7 +285,7 @@ def test_residuals_are_a_partys_own() -> None:
         aggregator = aggregator_of(federation, parameters, exchange=TopK(chunk_size=64, k=4))
         drift(0.1)(federation.party, 0, parameters)
         aggregator.step(1.0)
-        return owed(aggregator), aggregator._state()
+        return owed(aggregator), aggregator._replica.state()
 
     results = run_parties(2, act)
     assert not torch.equal(results[0][0], results[1][0])
@@ -417,7 +417,7 @@ def test_an_attempt_that_failed_and_members_that_change_lose_nothing(world: Call
     def notes(life: Life) -> None:
         aggregator = life.aggregator
         assert aggregator is not None
-        average = aggregator._updates.average
+        average = aggregator._replica.updates.average
 
         def averages(counting: Any, *more: Any) -> Any:
             with lock:
@@ -426,7 +426,7 @@ def test_an_attempt_that_failed_and_members_that_change_lose_nothing(world: Call
                 wanted[life.name, aggregator.round] = counting.share * update  # the last attempt stands
             return average(counting, *more)
 
-        aggregator._updates.average = averages
+        aggregator._replica.updates.average = averages
 
     lives = federation.start("p0", "p1", "p2", exchange=exchange, faults={"forming@0": notes})
     lives += federation.start("p3", exchange=exchange, faults={"forming@0": notes, "voting@2": dies})

@@ -1,0 +1,71 @@
+"""What separate jobs say as they come to meet may be anything: it is read, or refused in words."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pellm_lightning.federation import FederationError
+from pellm_lightning.meeting import Header, Purpose, _header, _metrics
+
+NUMBERS = st.integers() | st.floats() | st.just(10**400)  # JSON knows whole numbers of any length
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+SAID = st.sampled_from(
+    ["purpose", "round", "weight", "fine", "tag", "exposed", "releases", "loss", "distance"]
+)
+
+
+@given(st.dictionaries(SAID, JSON))
+def test_a_header_is_read_or_refused(words: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"purpose": 1, "round": 3, "weight": 2.5}
+    try:
+        header = _header("b", right | words)
+    except FederationError:
+        return
+    assert math.isfinite(header.weight)
+    assert header.weight >= 0
+    assert isinstance(header.purpose, Purpose)
+    assert all(isinstance(number, float) for number in (header.weight, header.loss, header.distance))
+
+
+def test_a_header_says_what_was_said() -> None:
+    words = {
+        "purpose": 3,
+        "round": 4,
+        "weight": 2,
+        "fine": False,
+        "tag": "t",
+        "exposed": ["a/1"],
+        "releases": 5,
+    }
+    expected = Header(Purpose.DONE, 4, 2.0, False, "t", ("a/1",), 5, loss=0.5, distance=7.0)
+    assert _header("b", words | {"loss": 0.5, "distance": 7}) == expected
+    unsaid = _header("b", words)
+    assert math.isnan(unsaid.loss)
+    assert math.isnan(unsaid.distance)
+
+
+@pytest.mark.parametrize("name", ["weight", "loss", "distance"])
+def test_a_number_too_large_for_a_float_is_refused(name: str) -> None:
+    with pytest.raises(FederationError, match="Party b came to meet"):
+        _header("b", {"purpose": 1, "round": 3, "weight": 2.5} | {name: 10**400})
+
+
+@given(JSON)
+def test_metrics_are_read_or_refused(told: Any) -> None:
+    try:
+        metrics = _metrics("b", told)
+    except FederationError:
+        return
+    assert all(isinstance(number, float) for both in metrics.values() for number in both)
+
+
+def test_a_metric_too_large_for_a_float_is_refused() -> None:
+    with pytest.raises(FederationError, match="for its metrics"):
+        _metrics("b", {"val_loss": [10**400, 1]})
