@@ -30,7 +30,7 @@ from pellm_lightning.federation import (
     Version,
 )
 from pellm_lightning.global_state import hand_over
-from pellm_lightning.meeting import Header, Purpose, meeting
+from pellm_lightning.meeting import Header, Meeting, Purpose, meeting
 from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.passport import Passport
 from pellm_lightning.privacy.gaussian import GaussianMechanism
@@ -187,28 +187,29 @@ class Aggregator:
         self._meeting = meeting(
             federation, self._exchange, None if state_dir is None else StateDir(state_dir)
         )
-        self._plan = Plan(aggregation, parameters, lora, granted=granted(self._exchange, privacy, beside))
+        self._plan = plan = Plan(
+            aggregation, parameters, lora, granted=granted(self._exchange, privacy, beside)
+        )
         hides = self._exchange.hides or privacy is not None
-        self._measure_deviation = _measures(measure_deviation, hides, self._exchange, self._plan.rule)
-        self._private = None if privacy is None else PrivateUpdates(privacy)
-        if privacy is not None:
-            _check_privacy(privacy, self._exchange)
-        if self._meeting.rejoins and self._plan.rule.writes_base:
-            raise ValueError(
-                f"{self._plan.rule!r} writes into the frozen weights, which a party that comes back cannot be"
-                " given. Between separate jobs use LowRankMean() or another rule, or launch all parties by"
-                " one torchrun."
-            )
-        for name, words in self._plan.unmanaged.items():
+        measures = _measures(measure_deviation, hides, self._exchange, plan.rule)
+        tried = outer.tried(outer_optimizer)
+        scheduled = outer_scheduler is not None
+        _check_privacy(privacy, self._exchange)
+        _check_rejoining(self._meeting, plan.rule)
+        outer.check(plan.rule, tried, scheduled=scheduled)
+        if beside is not None:
+            beside.check(private=privacy is not None, lands=outer.always_lands(tried, scheduled=scheduled))
+        for name, words in plan.unmanaged.items():
             log.warning(
                 "[party %s] The factors of the LoRA module %r are averaged one by one, since %s.",
                 federation.name,
                 name,
                 words,
             )
-        self._parameters = {name: parameters[name] for name in sorted(self._plan.shared)}
+        self._parameters = {name: parameters[name] for name in sorted(plan.shared)}
         self._frozen = frozen
         self._files = list(files)
+        self._private = None if privacy is None else PrivateUpdates(privacy)
         self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite)
         self._beside = beside
         self._weight = 0.0
@@ -217,29 +218,23 @@ class Aggregator:
         self._exposed: tuple[str, ...] = ()
         self._told_of_metrics = False
         self._started = False
-        tried = outer.tried(outer_optimizer)
-        outer.check(self._plan.rule, tried, scheduled=outer_scheduler is not None)
-        schedule = outer.described_schedule(outer_optimizer, outer_scheduler)
-        if beside is not None:
-            lands = outer.always_lands(tried, scheduled=outer_scheduler is not None)
-            beside.check(private=privacy is not None, lands=lands)
         self._replica = Replica(
             federation,
-            self._plan,
+            plan,
             self._parameters,
             exchange=self._exchange,
             private=self._private,
             beside=beside,
             optimizer=outer_optimizer,
             scheduler=outer_scheduler,
-            measures=self._measure_deviation,
+            measures=measures,
         )
         self._config = {
             "on_nonfinite": on_nonfinite,
             "outer_optimizer": outer.describe(tried),
-            "outer_scheduler": schedule,
-            "aggregation": repr(self._plan.rule),
-            "measure_deviation": self._measure_deviation,
+            "outer_scheduler": outer.described_schedule(outer_optimizer, outer_scheduler),
+            "aggregation": repr(plan.rule),
+            "measure_deviation": measures,
             "exchange": repr(self._exchange),
             "privacy": repr(privacy),
             "drift correction": None if beside is None else beside.method,
@@ -721,11 +716,21 @@ def _measures(asked: bool | None, hides: bool, exchange: Exchange, rule: Aggrega
     return not hides and (exchange.exact or rule.needs == "parties")
 
 
-def _check_privacy(privacy: GaussianMechanism, exchange: Exchange) -> None:
-    if privacy.distributed and privacy.noise_multiplier > 0 and not exchange.hides:
+def _check_privacy(privacy: GaussianMechanism | None, exchange: Exchange) -> None:
+    if privacy is None or not privacy.distributed or exchange.hides:
+        return
+    if privacy.noise_multiplier > 0:
         raise ValueError(
             f"{privacy!r} lets the parties' noise add up, so each update alone has too little. Hide them with"
             " exchange.Masked(...), or let each party add all of the noise with distributed=False."
+        )
+
+
+def _check_rejoining(meeting: Meeting, rule: Aggregation) -> None:
+    if meeting.rejoins and rule.writes_base:
+        raise ValueError(
+            f"{rule!r} writes into the frozen weights, which a party that comes back cannot be given. Between"
+            " separate jobs use LowRankMean() or another rule, or launch all parties by one torchrun."
         )
 
 
