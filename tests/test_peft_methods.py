@@ -40,11 +40,13 @@ LORA = {**QV, "r": 4}
 Make = Callable[[], PeftConfig]
 
 
-def of(name: str, **arguments: Any) -> Make:
-    return partial(getattr(peft, name), **arguments)
+def of(name: str, **arguments: Any) -> Make | None:
+    """Return what makes the configuration, None if the installed PEFT is too old for it."""
+    kind = getattr(peft, name, None)
+    return None if kind is None else partial(kind, **arguments)
 
 
-METHODS: dict[str, Make] = {
+LISTED = {
     "LoRA": of("LoraConfig", **LORA),
     "LoRA, all linear layers": of("LoraConfig", **LORA | {"target_modules": "all-linear"}),
     "LoRA with biases": of("LoraConfig", **LORA, bias="lora_only"),
@@ -109,6 +111,7 @@ METHODS: dict[str, Make] = {
     "shadow": of("ShadowConfig", task_type="CAUSAL_LM", r=4),
     "X-LoRA": of("XLoraConfig", task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1),
 }  # fmt: skip
+METHODS: dict[str, Make] = {name: make for name, make in LISTED.items() if make is not None}
 
 NOT_HERE = (
     {} if find_spec("sklearn") else {"AdaMSS": "AdaMSS clusters with scikit-learn, which is not installed"}

@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,40 +44,51 @@ RUNS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parties", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/peers"), help="for environments and results"
     )
+    parser.add_argument("--seeds", type=int, default=3, help="of division, adapter, order and dropout")
     parser.add_argument("--only", nargs="+", default=["ours", "Flower"], help="beginnings of who runs")
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
     parser.add_argument("--image", type=Path, help="draw the accuracies into this PNG file")
     arguments = parser.parse_args()
-    folder = (arguments.folder / "training").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    prepare(folder, arguments.parties)
     flower = flower_python(arguments.folder) if any("Flower".startswith(o) for o in arguments.only) else None
-    rows = []
-    for who, optimizer, rule in RUNS:
-        if not any(who.startswith(only) for only in arguments.only) or (who != OURS and flower is None):
-            continue
-        if optimizer not in arguments.optimizers:
-            continue
-        out = folder / f"{who}-{optimizer}-{rule}"
-        training = Training(str(folder), str(out), arguments.parties, arguments.rounds, optimizer, rule)
+    runs = [
+        (who, optimizer, rule)
+        for who, optimizer, rule in RUNS
+        if any(who.startswith(only) for only in arguments.only) and optimizer in arguments.optimizers
+    ]
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        folder = (arguments.folder / f"training-{seed}").absolute()
+        prepare(folder, arguments.parties, seed)
+        training = Training(str(folder), "", arguments.parties, arguments.rounds, "", "", seed)
+        rows += trained(training, [run for run in runs if run[0] == OURS or flower], flower)
+        (arguments.folder / "training.json").write_text(json.dumps(rows, indent=1))
+    import training_report
+
+    training_report.report(rows, arguments.image)
+
+
+def trained(
+    common: Training, runs: Sequence[tuple[str, str, str]], flower: str | None
+) -> list[dict[str, Any]]:
+    """Run all of one seed, and score what they kept."""
+    rows: list[dict[str, Any]] = []
+    for who, optimizer, rule in runs:
+        out = str(Path(common.folder, f"{who}-{optimizer}-{rule}"))
         try:
-            figures = run(training, who, flower)
+            figures = run(replace(common, out=out, optimizer=optimizer, rule=rule), who, flower)
         except RuntimeError as error:
             if who == OURS:
                 raise
             print(f"{who}, {optimizer} is left out: {error}", flush=True)
             continue
-        rows.append({"who": who, "optimizer": optimizer, "rule": rule, **figures})
-        print(f"{who}, {optimizer}, {rule}: {figures['wall_s']:.0f} s", flush=True)
-    score_(rows, folder, arguments.parties, arguments.rounds)
-    (arguments.folder / "training.json").write_text(json.dumps(rows, indent=1))
-    import training_report
-
-    training_report.report(rows, arguments.image)
+        rows.append({"who": who, "optimizer": optimizer, "rule": rule, "seed": common.seed, **figures})
+        print(f"seed {common.seed}, {who}, {optimizer}, {rule}: {figures['wall_s']:.0f} s", flush=True)
+    score_(rows, common)
+    return rows
 
 
 def flower_python(folder: Path) -> str | None:
@@ -88,7 +101,7 @@ def flower_python(folder: Path) -> str | None:
     return python
 
 
-def prepare(folder: Path, parties: int) -> None:
+def prepare(folder: Path, parties: int, seed: int) -> None:
     """Write each party's paragraphs and the held-out ones as token ids, from what `make_data.py` wrote."""
     import torch
     from safetensors.torch import save_file
@@ -116,7 +129,8 @@ def prepare(folder: Path, parties: int) -> None:
 
     tables = {name: read(source / "data" / f"eras-{name}.csv") for name in ("train", "test")}
     write("test", tables["test"])
-    parts = dirichlet([row["era"] for row in tables["train"]], parties, alpha=0.3, seed=1, min_per_party=32)
+    eras = [row["era"] for row in tables["train"]]
+    parts = dirichlet(eras, parties, alpha=0.3, seed=1 + seed, min_per_party=32)
     for party, part in enumerate(parts):
         write(f"party-{party}", [tables["train"][index] for index in part])
     print(
@@ -160,15 +174,14 @@ def run(training: Training, who: str, flower: str | None) -> dict[str, Any]:
     return {"wall_s": at[-1] - start, "rounds_s": [b - a for a, b in pairwise(at)]}
 
 
-def score_(rows: list[dict[str, Any]], folder: Path, parties: int, rounds: int) -> None:
+def score_(rows: list[dict[str, Any]], common: Training) -> None:
     """Evaluate what each run kept, all by the same program, and compare it with ours."""
     from safetensors.torch import load_file
 
-    training = Training(str(folder), "", parties, rounds, "sgd", "mean")
-    model, test = training.model(), training.data("test")
+    model, test, rounds = common.model(), common.data("test"), common.rounds
     kept: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        out = folder / f"{row['who']}-{row['optimizer']}-{row['rule']}"
+        out = Path(common.folder, f"{row['who']}-{row['optimizer']}-{row['rule']}")
         row["accuracy"], row["loss"] = [], []
         for round in range(rounds + 1):
             last = load_file(out / f"{round}.safetensors")
@@ -179,7 +192,7 @@ def score_(rows: list[dict[str, Any]], folder: Path, parties: int, rounds: int) 
         size = 4 * sum(tensor.numel() for tensor in last.values())
         # Flower's party sends its parameters and receives the mean; the server does as much with each.
         row["sent_bytes"] = rounds * size if row["who"] != OURS else float((out / "bytes").read_text())
-        row["server_bytes"] = 2 * rounds * parties * size if row["who"] != OURS else 0
+        row["server_bytes"] = 2 * rounds * common.parties * size if row["who"] != OURS else 0
         if row["who"] == OURS and row["rule"] == "mean":
             kept[row["optimizer"], "ours"] = last
         ours = kept.get((row["optimizer"], "ours"))

@@ -29,6 +29,7 @@ class Training:
     rounds: int
     optimizer: str
     rule: str
+    seed: int = 0
     batch_size: int = 16
     num_labels: int = 3
 
@@ -45,7 +46,7 @@ class Training:
 
     def model(self) -> nn.Module:
         """Return the model with the first adapter and head, the same ones in each process."""
-        torch.manual_seed(0)
+        torch.manual_seed(self.seed)
         base = AutoModelForSequenceClassification.from_pretrained(
             f"{self.folder}/minilm", num_labels=self.num_labels
         )
@@ -60,9 +61,9 @@ class Training:
 
     def batches(self, data: dict[str, Tensor], party: int, round: int) -> Iterator[dict[str, Tensor]]:
         """Yield the round's batches in an order drawn for it, and seed the dropout."""
-        generator = torch.Generator().manual_seed(1000 * round + party)
-        order = torch.randperm(len(data["labels"]), generator=generator)
-        torch.manual_seed(1000 * round + party)
+        seed = 1_000_000 * self.seed + 1000 * round + party
+        order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
         for chosen in order.split(self.batch_size):
             yield {name: tensor[chosen] for name, tensor in data.items()}
 
