@@ -16,6 +16,7 @@ from forked import python
 
 _PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
 _NAMES = ("shapes", "payload", "memory", "environments", "round_times", "round_times_report")
+_NAMES += ("training_report",)
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +167,26 @@ class TestDriver:
         large = common | {"megabytes": 162.0, "party_bytes": 620e6}
         # (620 - 300) / (162 - 2)
         assert peers["round_times_report"].in_adapters([small, large], "ours") == "2.0"
+
+
+def run_of(who: str, seed: int, accuracy: list[float], wall_s: float) -> dict[str, Any]:
+    """A run of two rounds that took 18 and 12 seconds."""
+    found = {"who": who, "optimizer": "adamw", "rule": "mean", "seed": seed, "accuracy": accuracy}
+    found |= {"loss": [1.0, 0.7, 0.5 + seed], "apart": None, "wall_s": wall_s, "rounds_s": [18.0, 12.0]}
+    return found | {"sent_bytes": 2e6, "server_bytes": 0}
+
+
+class TestTraining:
+    def test_runs_that_differ_in_their_seed_are_one_line(self, peers: Any) -> None:
+        rows = [run_of("ours", 0, [0.3, 0.4, 0.5], 40), run_of("Flower", 0, [0.3, 0.3, 0.4], 50)]
+        rows += [run_of("ours", 1, [0.4, 0.6, 0.8], 44)]
+        _, _, ours, flower = (
+            [cell.strip() for cell in line.split("|")[1:-1]]
+            for line in peers["training_report"].table(rows).splitlines()
+        )
+        assert ours[3:8] == ["35.0", "50.0", "65.0", "50.0, 80.0", "1.0000"]
+        assert ours[9:12] == ["42", "12.0", "2.0"]  # the first round does not count
+        assert flower[3:8] == ["30.0", "30.0", "40.0", "40.0, 40.0", "0.5000"]
+        by_round, by_time = peers["training_report"].draw(rows).axes
+        assert len(by_round.lines) == 5  # three runs, and the means of two
+        assert list(by_time.lines[0].get_xdata()) == [12, 30, 42]
