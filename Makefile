@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test oldest newest demo lint format types docs coverage bench peers thin chaos soak clean
+.PHONY: help setup test oldest newest extras demo lint format types docs coverage bench peers thin chaos soak clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 # Tests and demo use the models that `make setup` installed: a name that needs a download fails at once.
-test demo coverage: export HF_HUB_OFFLINE := 1
+test demo coverage extras: export HF_HUB_OFFLINE := 1
 
 # Two files at a time; tests/conftest.py says which tests have nothing run beside them.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -41,6 +41,9 @@ oldest:  ## run the tests with the oldest versions supported, at OLDEST_PYTHON
 
 newest:  ## run the tests with the newest version of everything
 	@$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+
+extras:  ## install each extra by itself, from the wheel, and use what it is for
+	@$(PYTHON) tests/extras/check.py --constraints $(CONSTRAINTS)
 
 demo: setup  ## three parties fine-tune a language model together
 	@$(BIN)/python examples/presidents/demo.py

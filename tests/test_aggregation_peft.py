@@ -216,6 +216,10 @@ def test_a_products_place_in_the_base_has_its_effect(name: str) -> None:
     torch.testing.assert_close(layer.output(model), with_factors, rtol=0, atol=1e-12)
 
 
+# PEFT 0.21 brought it.
+KASA: dict[str, Any] = {"kasa_config": peft_config.KasaConfig()} if hasattr(peft_config, "KasaConfig") else {}
+
+
 def test_every_variant_of_peft_is_judged() -> None:
     """Plain are those whose update is the product; what they compute is tested below, and on LAYERS."""
     judged = {}
@@ -227,7 +231,7 @@ def test_every_variant_of_peft_is_judged() -> None:
         "MontecloraLinearVariant": {
             "monteclora_config": peft_config.MontecloraConfig(num_samples=2, buffer_size=2)
         },
-        "KasaLinearVariant": {"kasa_config": peft_config.KasaConfig()},
+        **({"KasaLinearVariant": KASA} if KASA else {}),
         "MiCALinearVariant": {"init_lora_weights": "mica"},
         "ArrowLinearVariant": {"arrow_config": peft_config.ArrowConfig()},
     }.items():
@@ -254,10 +258,13 @@ def test_every_variant_of_peft_is_judged() -> None:
 @pytest.mark.parametrize(
     ("config", "train"),
     [
-        ({"kasa_config": peft_config.KasaConfig()}, False),
-        ({"monteclora_config": peft_config.MontecloraConfig(num_samples=2, sample_scaler=0.1)}, True),
+        pytest.param(KASA, False, id="KaSA", marks=pytest.mark.skipif(not KASA, reason="not in this PEFT")),
+        pytest.param(
+            {"monteclora_config": peft_config.MontecloraConfig(num_samples=2, sample_scaler=0.1)},
+            True,
+            id="MonteCLoRA",
+        ),
     ],
-    ids=["KaSA", "MonteCLoRA"],
 )
 def test_an_update_that_is_not_the_product_is_called_so(config: dict[str, Any], train: bool) -> None:
     model = adapted(LINEAR.make, **config)
@@ -836,13 +843,10 @@ BLOCKS = {"use_bdlora": peft_config.BdLoraConfig(target_modules_bd_b=["layer"], 
 HARD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "groups": (grouped, {}, "its convolution has 2 groups"),
     "experts": (partial(Experts, 3), ON_EXPERTS, "its factors hold 3 experts at once"),
-    "KaSA": (
-        LINEAR.make,
-        {"kasa_config": peft_config.KasaConfig()},
-        "its update is changed by KasaLinearVariant",
-    ),
     "BdLoRA": (LINEAR.make, BLOCKS, "its update is changed by BdLoraLinearVariant"),
 }
+if KASA:
+    HARD["KaSA"] = (LINEAR.make, KASA, "its update is changed by KasaLinearVariant")
 OF_PRODUCTS = (LowRankMean(), ResidualMean(), Stacking(), HeterogeneousRank())
 
 
