@@ -221,6 +221,8 @@ def _clocks(seen: Seen) -> Iterator[Finding]:
 
 def _network(seen: Seen) -> Iterator[Finding]:
     for name, measured in seen.measured.items():
+        if measured.refused:
+            yield Finding("error", "fit", f"Party {name} cannot begin: {_ended(measured.refused)}")
         if measured.trouble:
             yield Finding("error", "network", f"Party {name} and the others: {_ended(measured.trouble)}")
     lost = [name for name in seen.facts if seen.measured and name not in seen.measured]
@@ -232,7 +234,7 @@ def _network(seen: Seen) -> Iterator[Finding]:
         )
     latencies = [m.latency_s for m in seen.measured.values() if m.latency_s is not None]
     speeds = [m.bytes_per_s for m in seen.measured.values() if m.bytes_per_s is not None]
-    if latencies and speeds and not lost and not any(m.trouble for m in seen.measured.values()):
+    if latencies and speeds and not lost and not any(map(_failed, seen.measured.values())):
         size = max(measured.summed_bytes for measured in seen.measured.values())
         yield Finding(
             "ok",
@@ -253,13 +255,13 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "ok",
             "round",
-            f"Takes {_seconds(best)} and sends {megabytes(sent)} a party: {count} rounds made, on copies of"
-            " the parameters.",
+            f"Takes {_seconds(best)} and sends {megabytes(sent)} a party: {count} rounds made, of which"
+            " nothing is kept.",
         )
         return
     speeds = [m.bytes_per_s for m in seen.measured.values() if m.bytes_per_s]
     size = max((facts.size_bytes for facts in seen.facts.values()), default=0)
-    if not speeds or not size or any(measured.trouble for measured in seen.measured.values()):
+    if not speeds or not size or any(map(_failed, seen.measured.values())):
         return
     expected = f"{megabytes(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed"
     if any(finding.level == "error" for finding in findings(replace(seen, measured={}))):
@@ -271,6 +273,10 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
             f"{expected}, too long to make one here. Send fewer bytes, or less often:"
             " docs/low_communication.md.",
         )
+
+
+def _failed(measured: Measured) -> bool:
+    return bool(measured.trouble or measured.refused)
 
 
 def _named(names: Sequence[str]) -> str:
