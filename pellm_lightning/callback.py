@@ -340,7 +340,9 @@ class FederatedAveraging(Callback):
             self._drift.begin(parameters, self._carried(), resumed=resumed)
         self._resting = self._parameters(self._plan.rule.resting(started.round))
         self._exchanged_at = time.monotonic()
-        self.about = About(started.names, started.settings).resumed(self._state.get("about", {}))
+        self.about = About(started.names, started.settings, self.writes_base).resumed(
+            self._state.get("about", {})
+        )
         self._teller = Teller(trainer, self._topology, self.about, self.rounds, self._new_record(trainer))
         if self._topology.is_speaker:
             self._teller.began(
