@@ -222,6 +222,24 @@ def test_what_is_missing_or_failed_stands_on_top(tmp_path: Path) -> None:
     assert "Party b failed after round 3: TimeoutError: party 2 is late" in text.partition("</header>")[0]
 
 
+def test_what_a_figure_says_is_what_it_was_given(tmp_path: Path) -> None:
+    names = ["v1.23456", 'a "#000001" id="x"', "京都"]  # which the font that measures has not
+    for party in range(3):
+        record = Clocked(tmp_path / f"party-{party}" / "rounds.jsonl")
+        start(record, party, names)
+        for index in range(3):
+            record.round(done(index, range(3)), step=index, epoch=0)
+        record.end(None)
+    told = Page(page.html(find(tmp_path)))
+    assert {"v1.23456", figures.short(names[1]), "京都"} <= set(told.texts)
+    chart = figures.Chart("a", "b", "c", "d")
+    chart.line([(0, 0.0041), (1, 0.0049)], figures.Key("e", "ink"))
+    drawn = chart.done()
+    assert drawn is not None
+    assert {"0.0042", "0.0048"} <= set(re.findall(r"<text[^>]*>([^<]*)<", drawn.svg))
+    assert not re.search(r"<path[^>]*\.\d{3}", drawn.svg)  # of points a hundredth is enough
+
+
 def test_versions_that_differ_are_marked(tmp_path: Path) -> None:
     for party, torch in enumerate(("2.6", "2.13")):
         record = Clocked(tmp_path / f"party-{party}" / "rounds.jsonl")
@@ -254,7 +272,7 @@ def test_ten_thousand_rounds_are_thinned_out_and_it_says_so(tmp_path: Path) -> N
     text = page.html(find(tmp_path))
     assert len(text) < 500_000
     assert "Thinned out to about 400 points" in text
-    assert "Round by round, every 25th and the last" in text
+    assert "Round by round, one in 25 and the last" in text
     assert Page(text).row("9999")[0] == "9999"
     points = thinned([(i, 9.5 if i == 5001 else 1.0) for i in range(10_000)])
     assert len(points) <= 402

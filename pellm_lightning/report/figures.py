@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -737,27 +738,37 @@ def _svg(figure: Figure, name: str, title: str, said: str) -> str:
     """Return a figure as an SVG element with text as text, the page's colours, and ids of its own."""
     figure.patch.set_visible(False)
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}),
+        warnings.catch_warnings(),
+    ):
+        # It only measures with its font, which has no Kanji for example; the reader's browser has.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(file, format="svg", metadata={"Date": None})
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", file.getvalue(), flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)  # matplotlib repeats each text as a comment
     box = re.search(r'viewBox="([^"]*)"', svg)
     inside = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     inside = re.sub(r"<defs>\s*</defs>", "", inside)
-    inside = re.sub(r'<g id="[^"]*"', "<g", inside)  # groups that nothing refers to
-    inside = re.sub(r'\bid="', f'id="{name}-', inside)
-    inside = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', inside)
-    inside = inside.replace("url(#", f"url(#{name}-")
-    inside = re.sub(r"#0000([01][0-9a-f])", _colour, inside)
-    inside = re.sub(r"(\.\d\d)\d+", r"\1", inside)  # of a point a hundredth is enough
+    # Within tags only: between them stand numbers and names that are to be read as they are.
+    inside = re.sub(r"<[^>]*>", lambda tag: _of_page(tag.group(), name), inside)
     inside = re.sub(r"\n\s*", "\n", inside)
-    inside = re.sub(r"font-family: [^;\"]*;? ?", "", inside)  # the page has its own
     return (
         f'<svg viewBox="{box.group(1) if box else "0 0 446 223"}" role="img"'
         f' aria-labelledby="{name}-title {name}-desc">'
         f'<title id="{name}-title">{_escaped(title)}</title><desc id="{name}-desc">{_escaped(said)}</desc>'
         f"{inside}</svg>"
     )
+
+
+def _of_page(tag: str, name: str) -> str:
+    """Return a tag with the page's colours and font, ids that begin with ``name``, and no digits to spare."""
+    tag = re.sub(r'<g id="[^"]*"', "<g", tag)  # groups that nothing refers to
+    tag = re.sub(r'\bid="', f'id="{name}-', tag)
+    tag = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', tag).replace("url(#", f"url(#{name}-")
+    tag = re.sub(r"#0000([01][0-9a-f])", _colour, tag)
+    tag = re.sub(r"(\.\d\d)\d+", r"\1", tag)  # of a point a hundredth is enough
+    return re.sub(r"font-family: [^;\"]*;? ?", "", tag)  # the page has its own
 
 
 def _colour(found: re.Match[str]) -> str:

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pellm_lightning.report import figures, runs
+from pellm_lightning.report.about import schedule_in_words
 from pellm_lightning.report.record import versions
 from pellm_lightning.report.runs import Findings, Fit, PartyRecord
 
@@ -207,7 +208,7 @@ def _story(findings: Findings) -> list[str]:
         paragraphs.append(result)
     if findings.alone:
         paragraphs.append(
-            f"Beside it lie {len(findings.alone)} fits of one party each"
+            f"Beside it: {_counted(len(findings.alone), 'fit')} of one party each"
             f" ({_listed([other.folder.name for other in findings.alone])}), drawn dashed for comparison."
         )
     return paragraphs
@@ -224,18 +225,14 @@ def _who_sees(exchange: str, privacy: str) -> str:
 
 
 def _how_it_went(fit: Fit) -> str:
-    settings = fit.narrator.start.settings
-    units = {"every_n_epochs": "epochs", "every_n_steps": "optimizer steps", "every_n_seconds": "seconds"}
-    every = [(settings[name], unit) for name, unit in units.items() if settings.get(name) is not None]
-    text = "There was 1 round" if len(fit.rounds) == 1 else f"There were {len(fit.rounds):,} rounds"
-    for n, unit in every[:1]:
-        text += f", one every {unit.removesuffix('s')}" if n == 1 else f", one every {n} {unit}"
+    text = f"There {'was' if len(fit.rounds) == 1 else 'were'} {_counted(len(fit.rounds), 'round')}"
+    text += f", one every {schedule_in_words(fit.narrator.start.settings)}"
     text += f", in {duration(max(r.seconds for r in fit.records.values()))}."
     restarts = {r.name: len(r.starts) - 1 for r in fit.records.values() if len(r.starts) > 1}
     if restarts:
         text += (
             " Resumed: "
-            + ", ".join(f"party {name} {n} time{'s' * (n > 1)}" for name, n in restarts.items())
+            + ", ".join(f"party {name} {_counted(n, 'time')}" for name, n in restarts.items())
             + "."
         )
     missed = {
@@ -243,7 +240,11 @@ def _how_it_went(fit: Fit) -> str:
         for party in range(len(fit.names))
     }
     if away := {name: n for name, n in missed.items() if n}:
-        text += " Missing: " + ", ".join(f"party {name} in {n:,} rounds" for name, n in away.items()) + "."
+        text += (
+            " Missing: "
+            + ", ".join(f"party {name} in {_counted(n, 'round')}" for name, n in away.items())
+            + "."
+        )
     elif fit.rounds and len(fit.names) > 1:
         text += " All parties took part in all of them."
     healed = {
@@ -308,24 +309,15 @@ def _best_table(fit: Fit) -> Table | None:
 
 
 def _parties_table(fit: Fit) -> Table:
-    columns = [
-        "party",
-        "host",
-        "device",
-        "precision",
-        "processes",
-        "rounds",
-        "steps",
-        "mean weight",
-        "last loss",
-    ]
-    columns += ["time", "sent", "end"]
+    columns = ["party", "host", "device", "precision", "processes", "rounds", "steps"]
+    columns += ["mean weight", "last loss", "time", "sent", "end"]
+    precisions = {record.start.precision for record in fit.records.values()}
     rows = []
     for party, name in enumerate(fit.names):
         record = fit.records.get(party)
         weights, losses = list(fit.weights(party).values()), list(fit.losses(party).values())
         told = [
-            number(sum(weights) / len(weights)) if weights else "hidden",
+            number(sum(weights) / len(weights)) if weights else "hidden" if fit.rounds else "",
             number(losses[-1]) if losses else "unknown",
         ]
         if record is None:
@@ -333,7 +325,6 @@ def _parties_table(fit: Fit) -> Table:
             rows.append(_cells([name, *["no record"] * 4, f"{took:,}", "", *told, "", "", ""]))
             continue
         start = record.start
-        precisions = {r.start.precision for r in fit.records.values()}
         end = "failed" if record.failed is not None else "finished" if record.ended else "none recorded"
         took = sum(party in done.parties for done in record.rounds.values())
         row = _cells([name, start.host, start.device, start.precision, str(start.processes), f"{took:,}"])
@@ -427,7 +418,7 @@ def _surroundings_table(fit: Fit) -> Table:
                     ]
                 )
             )
-    return Table(["party", "started (UTC)", "at", "host", "platform", "processors"], rows)
+    return Table(["party", "started", "at", "host", "platform", "processors"], rows)
 
 
 def _settings(fit: Fit) -> Table:
@@ -511,7 +502,7 @@ def _span(values: Sequence[int]) -> str:
 def _moment(text: str) -> str:
     """Return a time of a record as people write it."""
     try:
-        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M")
+        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:
         return text
 
@@ -527,6 +518,10 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
 
 def _parties_words(names: Sequence[str]) -> str:
     return f"{'party' if len(names) == 1 else 'parties'} {_listed(names)}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _capital(words: str) -> str:
