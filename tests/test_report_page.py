@@ -216,8 +216,8 @@ def test_what_is_missing_or_failed_stands_on_top(tmp_path: Path) -> None:
     text = page.html(find(tmp_path))
     assert "Party b&#39;s record stops after round 3" in text.partition("</header>")[0]
     assert "no end recorded" in Page(text).text
-    path.write_text("".join(lines[:-1]))
-    Clocked(path).end("TimeoutError: party 2 is late")
+    ended = json.loads(lines[-1]) | {"failed": "TimeoutError: party 2 is late"}
+    path.write_text("".join(lines[:-1]) + json.dumps(ended) + "\n")
     text = page.html(find(tmp_path))
     assert "Party b failed after round 3: TimeoutError: party 2 is late" in text.partition("</header>")[0]
 

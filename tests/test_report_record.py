@@ -126,6 +126,9 @@ def test_a_fit_that_goes_on_after_a_torn_line_loses_nothing_else(tmp_path: Path)
     Record(path).start(party=0)
     Record(path).end("again")
     assert [event["event"] for event in events(path)] == ["end", "start", "end"]
+    with path.open("ab") as file:
+        file.write(b'{"event": "rou\xff\x00')  # what a disk may leave when its host went down
+    assert len(list(events(path))) == 3
 
 
 def test_a_full_disk_is_told_once_and_training_goes_on(
