@@ -102,10 +102,10 @@ def test_of_a_healthy_launch_all_is_told_and_good() -> None:
         "files": "Each party writes where no other writes.",
         "devices": "3 accelerators, none of them shared.",
         "clocks": "Less than 0.5 s apart.",
-        # 8 MiB are 8.4 MB.
-        "network": "A sum over all parties takes 2 ms, and 50 MB a second (of 8.4 MB).",
+        # 8 MiB are 8.39 MB.
+        "network": "A sum over all parties takes 2 ms, and 50 MB a second (of 8.39 MB).",
         # The first round also makes what later ones have.
-        "round": "Takes 250 ms and sends 0.0 kB a party: 2 rounds made, of which nothing is kept.",
+        "round": "Takes 250 ms and sends 40 B a party: 2 rounds made, of which nothing is kept.",
     }
 
 

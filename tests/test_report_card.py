@@ -3,10 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import pytest
 from records import done
 
-from pellm_lightning.report.about import About, schedule_in_words
+from pellm_lightning.report.about import About
 from pellm_lightning.report.card import write_card
 
 SETTINGS = {"every_n_steps": 10, "weighting": "samples", "exchange": "Plain()"}
@@ -55,17 +54,3 @@ def test_a_federation_that_wrote_into_the_base_names_it(tmp_path: Path) -> None:
     assert "base/" not in card(tmp_path, About(["a"], SETTINGS))
     told = card(tmp_path, About(["a"], SETTINGS, writes_base=True))
     assert "load it onto the model in `base/`, and not onto `the/base`" in told
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"every_n_epochs": None}, "epoch"),
-        ({"every_n_epochs": 3}, "3 epochs"),
-        ({"every_n_steps": 1}, "optimizer step"),
-        ({"every_n_seconds": 2.5, "fragments": 1}, "2.5 seconds"),
-        ({"every_n_steps": 12, "fragments": 4}, "12 optimizer steps for each of 4 fragments"),
-    ],
-)
-def test_how_often_there_is_a_round(settings: dict[str, float | None], words: str) -> None:
-    assert schedule_in_words(settings) == words

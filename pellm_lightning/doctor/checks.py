@@ -7,7 +7,7 @@ from typing import Literal
 
 from pellm_lightning.doctor.facts import Facts, Measured
 from pellm_lightning.passport import Passport, differences, shared_file
-from pellm_lightning.report.lines import megabytes
+from pellm_lightning.report import words
 
 CLOCKS_S = 2.0
 """By how much clocks may differ."""
@@ -240,7 +240,7 @@ def _network(seen: Seen) -> Iterator[Finding]:
             "ok",
             "network",
             f"A sum over all parties takes {_seconds(max(latencies))}, and {min(speeds) / 1e6:.3g} MB a"
-            f" second (of {megabytes(size)}).",
+            f" second (of {words.size(size)}).",
         )
     elif not seen.measured and len(seen.roster) > 1:
         yield Finding("warning", "network", "Not measured: that needs all parties.")
@@ -255,7 +255,7 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "ok",
             "round",
-            f"Takes {_seconds(best)} and sends {megabytes(sent)} a party: {count} rounds made, of which"
+            f"Takes {_seconds(best)} and sends {words.size(sent)} a party: {count} rounds made, of which"
             " nothing is kept.",
         )
         return
@@ -263,7 +263,7 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
     size = max((facts.size_bytes for facts in seen.facts.values()), default=0)
     if not speeds or not size or any(map(_failed, seen.measured.values())):
         return
-    expected = f"{megabytes(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed"
+    expected = f"{words.size(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed"
     if any(finding.level == "error" for finding in findings(replace(seen, measured={}))):
         yield Finding("ok", "round", f"{expected}; none was made, since the parties must be mended first.")
     else:

@@ -50,14 +50,3 @@ class About:
             return self
         counted = ("rounds", "weights", "took_part", "epsilon")
         return replace(self, **{name: earlier[name] for name in counted})
-
-
-def schedule_in_words(settings: Mapping[str, Any]) -> str:
-    """Return how often the settings of a federation let it have a round: "epoch", "10 optimizer steps"."""
-    units = {"every_n_steps": "optimizer step", "every_n_seconds": "second", "every_n_epochs": "epoch"}
-    n, unit = next(
-        ((settings[name], unit) for name, unit in units.items() if settings.get(name)), (1, "epoch")
-    )
-    words = unit if n == 1 else f"{n:g} {unit}s"
-    turns = int(settings.get("fragments") or 1)
-    return words if turns == 1 else f"{words} for each of {turns} fragments"

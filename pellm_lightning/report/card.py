@@ -6,8 +6,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pellm_lightning.report.about import schedule_in_words
 from pellm_lightning.report.record import versions
+from pellm_lightning.report.words import schedule
 
 NAME = "README.md"
 
@@ -51,7 +51,7 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
         "rounds": about["rounds"],
         "aggregation": settings.get("aggregation"),
         "outer optimizer": settings.get("outer_optimizer"),
-        "a round every": schedule_in_words(settings),
+        "a round every": schedule(settings),
         "weighting": settings.get("weighting"),
         "exchange": settings.get("exchange"),
         "privacy": settings.get("privacy") if about["epsilon"] is not None else "none",

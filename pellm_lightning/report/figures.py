@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pellm_lightning.report.runs import Findings, Fit, Round, State, Validation
+from pellm_lightning.report.words import unit_of
 
 try:
     import matplotlib
@@ -573,12 +574,6 @@ def lower_is_better(metric: str) -> bool:
         or word in ("mse", "mae", "rmse", "nll", "bpb", "wer", "cer", "ece", "brier")
         for word in words
     )
-
-
-def unit_of(size_bytes: float) -> tuple[str, float]:
-    """Return the unit to tell a number of bytes in, and how many bytes it has."""
-    units: list[tuple[str, float]] = [("B", 1.0), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)]
-    return next((unit for unit in units if size_bytes < 1000 * unit[1]), units[-1])
 
 
 def short(name: str, most: int = 16) -> str:

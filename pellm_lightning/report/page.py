@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 
 from pellm_lightning.report import figures, runs
-from pellm_lightning.report.about import schedule_in_words
 from pellm_lightning.report.record import versions
 from pellm_lightning.report.runs import Findings, Fit, PartyRecord
+from pellm_lightning.report.words import duration, number, schedule, size
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -226,7 +226,7 @@ def _who_sees(exchange: str, privacy: str) -> str:
 
 def _how_it_went(fit: Fit) -> str:
     text = f"There {'was' if len(fit.rounds) == 1 else 'were'} {_counted(len(fit.rounds), 'round')}"
-    text += f", one every {schedule_in_words(fit.narrator.start.settings)}"
+    text += f", one every {schedule(fit.narrator.start.settings)}"
     text += f", in {duration(max(r.seconds for r in fit.records.values()))}."
     restarts = {r.name: len(r.starts) - 1 for r in fit.records.values() if len(r.starts) > 1}
     if restarts:
@@ -460,34 +460,6 @@ def _grouped(drawn: Sequence[figures.Picture]) -> dict[str, list[figures.Picture
     for picture in drawn:
         groups.setdefault(picture.group, []).append(picture)
     return groups
-
-
-# ---- figures as text
-
-
-def number(value: float | None) -> str:
-    """Return a number in four digits; nothing for None."""
-    if value is None:
-        return ""
-    if value == int(value) and abs(value) < 1e6:
-        return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def size(size_bytes: float) -> str:
-    """Return a number of bytes in words."""
-    unit, scale = figures.unit_of(size_bytes)
-    return f"{size_bytes / scale:.3g} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if minutes < 120:
-        return f"{minutes:.0f} min"
-    return f"{hours:.1f} h" if hours < 48 else f"{days:.1f} days"
 
 
 def _steps(record: PartyRecord) -> int:
