@@ -15,8 +15,9 @@ import pytest
 from records import Clocked, done, federation, start
 
 from pellm_lightning import commands
-from pellm_lightning.report import figures, page
-from pellm_lightning.report.figures import buckets, lower_is_better, thinned
+from pellm_lightning.report import page
+from pellm_lightning.report.chart import Chart, Key, buckets, short, thinned
+from pellm_lightning.report.figures import lower_is_better
 from pellm_lightning.report.runs import find
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -201,7 +202,7 @@ def test_what_comes_out_of_a_record_is_text_and_never_markup(tmp_path: Path) -> 
     assert told.row(EVIL)[0] == EVIL
     # In a figure, as the name of a row: cut, but as it is written.
     assert "$x$ & \"y'" in told.texts
-    assert figures.short(EVIL) in told.texts
+    assert short(EVIL) in told.texts
 
 
 def test_what_is_missing_or_failed_stands_on_top(tmp_path: Path) -> None:
@@ -231,9 +232,9 @@ def test_what_a_figure_says_is_what_it_was_given(tmp_path: Path) -> None:
             record.round(done(index, range(3)), step=index, epoch=0)
         record.end(None)
     told = Page(page.html(find(tmp_path)))
-    assert {"v1.23456", figures.short(names[1]), "京都"} <= set(told.texts)
-    chart = figures.Chart("a", "b", "c", "d")
-    chart.line([(0, 0.0041), (1, 0.0049)], figures.Key("e", "ink"))
+    assert {"v1.23456", short(names[1]), "京都"} <= set(told.texts)
+    chart = Chart("a", "b", "c", "d")
+    chart.line([(0, 0.0041), (1, 0.0049)], Key("e", "ink"))
     drawn = chart.done()
     assert drawn is not None
     assert {"0.0042", "0.0048"} <= set(re.findall(r"<text[^>]*>([^<]*)<", drawn.svg))
@@ -342,7 +343,7 @@ def test_the_command_says_what_makes_a_record(tmp_path: Path) -> None:
 def test_the_command_names_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    for name in ("pellm_lightning.report.page", "pellm_lightning.report.figures"):
+    for name in (f"pellm_lightning.report.{part}" for part in ("page", "figures", "chart")):
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(sys.modules["pellm_lightning.report"], name.rpartition(".")[2])
     monkeypatch.setitem(sys.modules, package, None)

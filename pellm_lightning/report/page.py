@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pellm_lightning.report import figures, runs
+from pellm_lightning.report.chart import MOST_POINTS, Picture
 from pellm_lightning.report.record import versions
 from pellm_lightning.report.runs import Findings, Fit, PartyRecord
 from pellm_lightning.report.words import duration, number, schedule, size
@@ -89,7 +90,7 @@ def html(findings: Findings) -> str:
         story=_story(findings),
         groups=_grouped(drawn),
         svg={picture.name: Markup(picture.svg) for picture in drawn},
-        most_points=figures.MOST_POINTS,
+        most_points=MOST_POINTS,
         best=_best_table(fit),
         parties=_parties_table(fit),
         rounds=shown,
@@ -125,8 +126,7 @@ def _alerts(findings: Findings) -> list[Alert]:
                 Alert(
                     True,
                     f"Party {record.name}'s record stops {where} at {_moment(record.last_time)} without an"
-                    " end:"
-                    " the fit still runs, or was cut off (killed, or its host went down).",
+                    " end: the fit still runs, or was cut off (killed, or its host went down).",
                 )
             )
     if lost := [name for party, name in enumerate(fit.names) if party not in fit.records]:
@@ -455,8 +455,8 @@ def _typed(command: Sequence[str]) -> str:
     return shlex.join([*(["python"] if program.endswith(".py") else []), program, *words])
 
 
-def _grouped(drawn: Sequence[figures.Picture]) -> dict[str, list[figures.Picture]]:
-    groups: dict[str, list[figures.Picture]] = {}
+def _grouped(drawn: Sequence[Picture]) -> dict[str, list[Picture]]:
+    groups: dict[str, list[Picture]] = {}
     for picture in drawn:
         groups.setdefault(picture.group, []).append(picture)
     return groups

@@ -232,8 +232,7 @@ def find(folder: str | Path) -> Findings:
         raise ValueError(
             f"There is no {NAME} in {folder} or below it. Each party of a fit writes one with"
             " FederatedAveraging(record=True), which is the default, into the Trainer's default_root_dir"
-            " (below"
-            " party-<k>/ if there are several). Name that folder; fast_dev_run writes none."
+            " (below party-<k>/ if there are several). Name that folder; fast_dev_run writes none."
         )
     fits = _together([read(path) for path in paths])
     joint = [fit for fit in fits if len(fit.names) > 1]
@@ -244,11 +243,8 @@ def find(folder: str | Path) -> Findings:
     chosen = max(joint, key=lambda fit: fit.narrator.last_time, default=None)
     if chosen is None or any(fit.folder != chosen.folder for fit in joint):
         places = "\n".join(f"  {fit.folder}: {len(fit.names)} parties" for fit in (joint or alone))
-        what = (
-            "several federations"
-            if joint
-            else "fits of one party each and no federation to compare them with"
-        )
+        alone_only = "fits of one party each and no federation to compare them with"
+        what = "several federations" if joint else alone_only
         raise ValueError(f"Below {folder} there are {what}. Name the folder of one:\n{places}")
     left_over = [
         f"{record.path.relative_to(folder)} is of another fit, last written {record.last_time}, and is not"
@@ -280,8 +276,7 @@ def read(path: str | Path) -> PartyRecord:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}, event {number} is not as a fit writes it ({error!r}). If the file was edited, restore"
-            " it;"
-            " else move it away."
+            " it; else move it away."
         ) from error
     if not story.starts:
         raise ValueError(
