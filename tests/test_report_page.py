@@ -15,7 +15,7 @@ import pytest
 from records import Clocked, done, federation, start
 
 from pellm_lightning import commands
-from pellm_lightning.report import page
+from pellm_lightning.report import figures, page
 from pellm_lightning.report.chart import Chart, Key, buckets, short, thinned
 from pellm_lightning.report.figures import lower_is_better
 from pellm_lightning.report.runs import find
@@ -105,7 +105,7 @@ def test_the_page_tells_who_what_and_how_it_ended(shown: str) -> None:
         # 4 bytes each.
         "Of its 1,000,000 parameters 50,000 (5 %) take part in the rounds, in 12 LoRA modules; they leave a"
         " party once a round, 200 kB as 32-bit numbers. The other parties could see each party's values.",
-        "There were 200 rounds, one every 10 optimizer steps",
+        "There were 200 rounds, with one due every 10 optimizer steps",
         "Missing: party bern in 10 rounds.",
         "healed by the result: party mayo in 1.",
         # 0.4 sqrt(200).
@@ -239,6 +239,33 @@ def test_what_a_figure_says_is_what_it_was_given(tmp_path: Path) -> None:
     assert drawn is not None
     assert {"0.0042", "0.0048"} <= set(re.findall(r"<text[^>]*>([^<]*)<", drawn.svg))
     assert not re.search(r"<path[^>]*\.\d{3}", drawn.svg)  # of points a hundredth is enough
+
+
+def test_what_is_unknown_of_a_round_s_time_does_not_count_as_nothing(tmp_path: Path) -> None:
+    """Party 1 misses round 1, so nobody knows how long it trained for round 2."""
+    for party, here in ((0, (0, 1, 2)), (1, (0, 2))):
+        record = Clocked(tmp_path / f"party-{party}" / "rounds.jsonl")
+        start(record.at(0), party, ["a", "b"])
+        for index in here:
+            parties = [0] if index == 1 else [0, 1]
+            report = done(index, parties, waited_seconds=1.0, seconds=1.0, stalled_seconds=2.0)
+            record.at(10.0 * (index + 1)).round(report, step=index, epoch=0)
+        record.end(None)
+    fit = find(tmp_path).fit
+    assert fit.records[1].rounds[2].training_seconds is None
+    mean = figures.mean_by_round(fit, lambda done: done.training_seconds)
+    assert mean == pytest.approx(dict.fromkeys(range(3), 8.0), abs=0.1)
+
+
+def test_a_single_round_is_told_as_one_and_none_as_none(tmp_path: Path) -> None:
+    record = Clocked(tmp_path / "rounds.jsonl")
+    start(record, 0, ["only"])
+    assert "One party was to train CausalLM on its own data" in Page(page.html(find(tmp_path))).text
+    record.round(done(0, [0]), step=1, epoch=0)
+    text = Page(page.html(find(tmp_path))).text
+    assert "There was 1 round, with one due every 10 optimizer steps" in text
+    assert "The training loss was 1." in text
+    assert "Training loss 1 Sent" in text
 
 
 def test_versions_that_differ_are_marked(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 
 from pellm_lightning.report.chart import MOST_POINTS, Chart, Key, Picture, Points
 from pellm_lightning.report.runs import Findings, Fit, Round, State, Validation
@@ -290,8 +291,8 @@ def seconds(fit: Fit) -> Picture | None:
     rounds = list(range(min(fit.rounds), max(fit.rounds) + 1))
     low = [0.0] * len(rounds)
     for label, colour, of in _spent(fit):
-        at = [[of(r.rounds[k]) for r in fit.records.values() if k in r.rounds] for k in rounds]
-        high = [base + (sum(x) / len(x) if x else 0.0) for base, x in zip(low, at, strict=True)]
+        mean = mean_by_round(fit, of)
+        high = [base + mean.get(index, 0.0) for base, index in zip(low, rounds, strict=True)]
         chart.band(rounds, low, high, Key(label, colour, patch=True))
         low = high
     chart.panels[0].set_ylim(bottom=0)
@@ -313,9 +314,7 @@ def seconds_by_party(fit: Fit) -> Picture | None:
         x="seconds",
     )
     spent = _spent(fit)
-    parts = [
-        [sum(of(done) for done in r.rounds.values()) for r in fit.records.values()] for _, _, of in spent
-    ]
+    parts = [[sum(_known(map(of, r.rounds.values()))) for r in fit.records.values()] for _, _, of in spent]
     keys = [Key(label, colour, patch=True) for label, colour, _ in spent]
     chart.bars(parts, [fit.names[party] for party in fit.records], keys)
     return chart.done()
@@ -390,24 +389,33 @@ def lower_is_better(metric: str) -> bool:
     )
 
 
-def _spent(fit: Fit) -> list[tuple[str, str, Callable[[Round], float]]]:
+def mean_by_round(fit: Fit, of: Callable[[Round], float | None]) -> dict[int, float]:
+    """Return the mean of a figure over those parties with a record that know it."""
+    found = {
+        index: _known(of(record.rounds[index]) for record in fit.records.values() if index in record.rounds)
+        for index in fit.rounds
+    }
+    return {index: sum(values) / len(values) for index, values in found.items() if values}
+
+
+def _spent(fit: Fit) -> list[tuple[str, str, Callable[[Round], float | None]]]:
     """Return the parts of a round's time: what to call them, their colours, and how to read them."""
-
-    def part(name: str) -> Callable[[Round], float]:
-        return lambda done: getattr(done, name) or 0.0
-
-    first = ("training and validation", "c0", part("training_seconds"))
-    done = list(fit.narrator.rounds.values())
-    in_background = sum(part("stalled_seconds")(d) for d in done) < 0.99 * sum(
-        part("waited_seconds")(d) + part("exchange_seconds")(d) for d in done
-    )
-    if in_background:  # waiting and exchange ran beside training
-        return [first, ("standing still for a round", "c1", part("stalled_seconds"))]
+    training, stalled = attrgetter("training_seconds"), attrgetter("stalled_seconds")
+    waited, exchange = attrgetter("waited_seconds"), attrgetter("exchange_seconds")
+    first = ("training and validation", "c0", training)
+    done = fit.narrator.rounds.values()
+    took = sum(_known(of(d) for d in done for of in (waited, exchange)))
+    if sum(_known(map(stalled, done))) < 0.99 * took:  # waiting and exchange ran beside training
+        return [first, ("standing still for a round", "c1", stalled)]
     return [
         first,
-        ("waiting for others", "c4", part("waited_seconds")),
-        ("exchange", "c1", part("exchange_seconds")),
+        ("waiting for others", "c4", waited),
+        ("exchange", "c1", exchange),
     ]
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _by_party(chart: Chart, fit: Fit, of: Callable[[int], Mapping[int, float]]) -> Picture | None:

@@ -163,7 +163,7 @@ def _facts(fit: Fit) -> list[tuple[str, str]]:
         facts.append(("Optimizer steps", _span([_steps(r) for r in fit.records.values()])))
     facts.append(("Time", duration(max(r.seconds for r in fit.records.values()))))
     if losses := list(fit.shared("loss").values()):
-        facts.append(("Training loss", f"{number(losses[0])} → {number(losses[-1])}"))
+        facts.append(("Training loss", " → ".join(map(number, _ends(losses)))))
     for name, (value, _) in list(_best(fit).items())[:2]:
         facts.append((f"Best {name}", number(value)))
     sent = sum(sum(fit.own(party, "bytes_sent").values()) for party in fit.records)
@@ -180,10 +180,11 @@ def _story(findings: Findings) -> list[str]:
     fit = findings.fit
     start, settings = fit.narrator.start, fit.narrator.start.settings
     alone = len(fit.names) == 1
-    who = f"One party trained {start.module} on its own data."
+    trained = "trained" if fit.rounds else "were to train" if not alone else "was to train"
+    who = f"One party {trained} {start.module} on its own data."
     if not alone:
         who = _capital(_parties_words(fit.names))
-        who += f" trained {start.module} together; their data stayed with them."
+        who += f" {trained} {start.module} together; their data stayed with them."
     share = 100 * start.leaving / max(start.parameters, 1)
     turns = int(settings.get("fragments") or 1)
     leaves = (
@@ -226,7 +227,7 @@ def _who_sees(exchange: str, privacy: str) -> str:
 
 def _how_it_went(fit: Fit) -> str:
     text = f"There {'was' if len(fit.rounds) == 1 else 'were'} {_counted(len(fit.rounds), 'round')}"
-    text += f", one every {schedule(fit.narrator.start.settings)}"
+    text += f", with one due every {schedule(fit.narrator.start.settings)}"
     text += f", in {duration(max(r.seconds for r in fit.records.values()))}."
     restarts = {r.name: len(r.starts) - 1 for r in fit.records.values() if len(r.starts) > 1}
     if restarts:
@@ -261,17 +262,25 @@ def _how_it_went(fit: Fit) -> str:
 def _what_came_out(fit: Fit) -> str:
     text = ""
     if losses := list(fit.shared("loss").values()):
-        first, last = number(losses[0]), number(losses[-1])
-        text = f"The training loss, mean over the parties, went from {first} to {last}."
+        mean = ", mean over the parties," if len(fit.names) > 1 else ""
+        text = f"The training loss{mean} {_course(losses)}."
     means = fit.means()
     for name, (value, after) in list(_best(fit).items())[:2]:
-        first, last = number(means[name][0][1]), number(means[name][-1][1])
-        text += (
-            f" The mean {name} went from {first} to {last}; the best was {number(value)}, {_after(after)}."
-        )
+        course = _course([mean for _, mean in means[name]])
+        text += f" The mean {name} {course}; the best was {number(value)}, {_after(after)}."
     if epsilon := fit.shared("epsilon"):
         text += f" Differential privacy has cost epsilon = {number(list(epsilon.values())[-1])}."
     return text.strip()
+
+
+def _ends(values: Sequence[float]) -> Sequence[float]:
+    return values if len(values) == 1 else (values[0], values[-1])
+
+
+def _course(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"was {number(values[0])}"
+    return f"went from {number(values[0])} to {number(values[-1])}"
 
 
 def _after(index: int) -> str:
