@@ -94,7 +94,7 @@ def test_of_a_healthy_launch_all_is_told_and_good() -> None:
     assert {finding.level for finding in found} == {"ok"}
     told = {finding.about: finding.says for finding in found}
     assert told == {
-        "parties": "All 3 are there, on 3 hosts.",
+        "parties": "All 3 parties are there, on 3 hosts.",
         "versions": "The same at all 3 parties (torch 2.13.0).",
         "base model": "The same at all 3 parties, by samples of 2 frozen tensors.",
         "settings": "The same at all 3 parties.",
@@ -154,7 +154,7 @@ CASES: dict[str, tuple[Seen, str, str, str]] = {
         with_c(doubts=["no file"]),
         "warning",
         "data",
-        "Party c cannot read its data: no file. If prep",
+        "Party c cannot read the data: no file. If prep",
     ),
     "another torch": (
         with_c(versions=VERSIONS | {"torch": "2.9.0"}),
@@ -203,7 +203,7 @@ CASES: dict[str, tuple[Seen, str, str, str]] = {
         replace(HEALTHY, measured={**HEALTHY.measured, "c": Measured(trouble="no route")}),
         "error",
         "network",
-        "Party c and the others: no route.",
+        "Party c, measuring with the others: no route.",
     ),
     "too slow": (
         # 40 bytes at 4 bytes a second.
@@ -513,7 +513,7 @@ def test_what_a_fit_of_separate_jobs_would_refuse_is_not_the_network_s_fault(
     assert jobs(meeting_place, tmp_path, ROSTER, 20, **each) == dict.fromkeys(ROSTER, False)
     told = capsys.readouterr().out
     assert (
-        told.count("error    fit: Party b cannot begin: Stacking(seed=0) writes into the frozen weights") == 3
+        told.count("error    fit: Parties a, b, c cannot begin: Stacking(seed=0) writes into the froz") == 3
     )
     assert not re.search("^(warning|error) +network", told, re.MULTILINE)
 

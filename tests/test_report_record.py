@@ -143,6 +143,16 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     assert "Training goes on" in warned[0]
 
 
+def test_a_folder_that_is_no_local_one_is_told_and_not_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.WARNING, "pellm_lightning")
+    monkeypatch.chdir(tmp_path)
+    Record("s3://bucket/runs/rounds.jsonl").start(party=0)
+    assert not list(tmp_path.iterdir())
+    assert "s3://bucket/runs/rounds.jsonl is in no local folder" in caplog.text
+
+
 def test_lines_are_json(tmp_path: Path) -> None:
     fit(tmp_path, parties=1)
     for line in (tmp_path / "rounds.jsonl").read_text().splitlines():

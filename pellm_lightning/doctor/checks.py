@@ -1,7 +1,7 @@
 """What is found in what the parties tell. Pure: facts in, findings out."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -74,20 +74,22 @@ def _parties(seen: Seen) -> Iterator[Finding]:
     elif not gone and not seen.silent:
         hosts = len({facts.host for facts in seen.facts.values()})
         where = "1 host" if hosts == 1 else f"{hosts} hosts"
-        yield Finding("ok", "parties", f"All {len(seen.roster)} are there, on {where}.")
+        yield Finding("ok", "parties", f"{_all(len(seen.roster)).capitalize()} are there, on {where}.")
 
 
 def _own_trouble(seen: Seen) -> Iterator[Finding]:
-    for name, facts in seen.facts.items():
-        for trouble in facts.trouble:
-            yield Finding("error", "fit", f"Party {name} cannot begin: {_ended(trouble)}")
-        for doubt in facts.doubts:
-            yield Finding(
-                "warning",
-                "data",
-                f"Party {name} cannot read its data: {_ended(doubt)} If prepare_data() makes them first,"
-                " which is not run here, all is well.",
-            )
+    told = [(name, trouble) for name, facts in seen.facts.items() for trouble in facts.trouble]
+    # Of the parties together only rounds could tell.
+    told += [(name, measured.refused) for name, measured in seen.measured.items() if measured.refused]
+    for trouble, names in _by_words(told):
+        yield Finding("error", "fit", f"{_named(names)} cannot begin: {_ended(trouble)}")
+    for doubt, names in _by_words((name, doubt) for name, f in seen.facts.items() for doubt in f.doubts):
+        yield Finding(
+            "warning",
+            "data",
+            f"{_named(names)} cannot read the data: {_ended(doubt)} If prepare_data() makes them first, which"
+            " is not run here, all is well.",
+        )
 
 
 def _versions(seen: Seen) -> Iterator[Finding]:
@@ -111,7 +113,7 @@ def _versions(seen: Seen) -> Iterator[Finding]:
             )
     if good and len(seen.facts) > 1:
         torch = next(iter(seen.facts.values())).versions.get("torch", "unknown")
-        yield Finding("ok", "versions", f"The same at all {len(seen.facts)} parties (torch {torch}).")
+        yield Finding("ok", "versions", f"The same at {_all(len(seen.facts))} (torch {torch}).")
 
 
 def _alike(seen: Seen) -> Iterator[Finding]:
@@ -220,11 +222,8 @@ def _clocks(seen: Seen) -> Iterator[Finding]:
 
 
 def _network(seen: Seen) -> Iterator[Finding]:
-    for name, measured in seen.measured.items():
-        if measured.refused:
-            yield Finding("error", "fit", f"Party {name} cannot begin: {_ended(measured.refused)}")
-        if measured.trouble:
-            yield Finding("error", "network", f"Party {name} and the others: {_ended(measured.trouble)}")
+    for trouble, names in _by_words((name, m.trouble) for name, m in seen.measured.items() if m.trouble):
+        yield Finding("error", "network", f"{_named(names)}, measuring with the others: {_ended(trouble)}")
     lost = [name for name in seen.facts if seen.measured and name not in seen.measured]
     if lost:
         yield Finding(
@@ -273,6 +272,14 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
             f"{expected}, too long to make one here. Send fewer bytes, or less often:"
             " docs/low_communication.md.",
         )
+
+
+def _by_words(told: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Return what parties told, and who told it: often all the same."""
+    found: dict[str, list[str]] = {}
+    for name, said in told:
+        found.setdefault(said, []).append(name)
+    return list(found.items())
 
 
 def _failed(measured: Measured) -> bool:

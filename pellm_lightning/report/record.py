@@ -35,7 +35,8 @@ class Record:
     epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on in the
     same file with another "start". NaN and infinities become null.
 
-    What cannot be written, since the disk is full for example, is warned about once, and training goes on.
+    What cannot be written, since the disk is full or the folder is not local, is warned about once, and
+    training goes on.
 
     Args:
         path: The file. Its folder is made with the first line.
@@ -45,7 +46,11 @@ class Record:
         self.path = Path(path)
         self._run = secrets.token_hex(4)
         self._begun = time.monotonic()
-        self._failed = False
+        self._failed = "://" in str(path)
+        if self._failed:
+            log.warning(
+                "%s is in no local folder, so that no record is written: a report cannot be made.", path
+            )
 
     def start(self, **facts: Any) -> None:
         """Write who begins: ``facts``, and this process's surroundings."""
