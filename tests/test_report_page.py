@@ -257,6 +257,18 @@ def test_what_is_unknown_of_a_round_s_time_does_not_count_as_nothing(tmp_path: P
     assert mean == pytest.approx(dict.fromkeys(range(3), 8.0), abs=0.1)
 
 
+def test_parties_that_validate_at_different_moments_have_no_best_mean(tmp_path: Path) -> None:
+    for party in range(2):
+        record = Clocked(tmp_path / f"party-{party}" / "rounds.jsonl")
+        start(record, party, ["a", "b"])
+        record.round(done(0, [0, 1]), step=1, epoch=0)
+        record.validation({"m": 1.0}, {"m": 1.0 + party}, round=1, step=1 + party, epoch=0)
+        record.end(None)
+    text = Page(page.html(find(tmp_path))).text
+    assert "Means over some of the parties, which validated at a moment of their own, are left out." in text
+    assert "Best m" not in text
+
+
 def test_a_single_round_is_told_as_one_and_none_as_none(tmp_path: Path) -> None:
     record = Clocked(tmp_path / "rounds.jsonl")
     start(record, 0, ["only"])

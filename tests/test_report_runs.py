@@ -242,6 +242,24 @@ def test_means_are_those_of_whoever_validates(tmp_path: Path) -> None:
     assert [value for _, value in find(tmp_path).fit.means()["m"]] == [3.0]
 
 
+def test_a_mean_of_some_of_the_parties_is_none_of_all(tmp_path: Path) -> None:
+    """Party 2 is away in round 1, which takes nothing from the mean; after round 2 party 1 is for itself."""
+    for party in range(3):
+        record = record_of(tmp_path, party)
+        start(record, party, NAMES)
+        for index in range(4):
+            here = [0, 1] if index == 1 else [0, 1, 2]
+            if party in here:
+                record.round(done(index, here), step=index, epoch=0)
+                mean = {"m": 9.0 if (index, party) == (2, 1) else 5.0 - index}
+                record.validation({"m": 1.0}, mean, round=index + 1, step=10 * index + 3 * party, epoch=0)
+    fit = find(tmp_path).fit
+    found = [(v.round, v.step, value) for v, value in fit.means()["m"]]
+    # Parties 0, 1 and 2 stood 3 steps apart; in round 1 only 0 and 1.
+    assert found == [(0, 3.0, 5.0), (1, 11.5, 4.0), (3, 33.0, 2.0)]
+    assert len(fit.local(1)["m"]) == 4
+
+
 def test_validations_that_a_resumption_repeats_are_there_once(tmp_path: Path) -> None:
     """In the middle of round 1 there is a checkpoint at step 7, and a validation at step 8."""
     record = record_of(tmp_path, 0)

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 
-from pellm_lightning.report.chart import MOST_POINTS, Chart, Key, Picture, Points
-from pellm_lightning.report.runs import Findings, Fit, Round, State, Validation
+from pellm_lightning.report.chart import MOST_POINTS, Chart, Key, Picture
+from pellm_lightning.report.runs import Findings, Fit, Round, State
 from pellm_lightning.report.words import unit_of
 
 COLOURS = 8
@@ -63,17 +63,20 @@ def metrics(fit: Fit, alone: Sequence[Fit]) -> list[Picture]:
     for number, name in enumerate(names):
         others = [other for other in alone if name in other.local(0)]
         # Several validations in a round, or parties alone, have only their steps in common.
-        visits = [v.round for v, _ in means.get(name, [])]
+        visits = [v.round for v in fit.validations]
         by_step = bool(others) or len(set(visits)) < len(visits)
         better = "lower" if lower_is_better(name) else "higher"
         compared = " Dashed: a party alone, on its own validation data; the federation should be no worse."
+        apart = " Means over some of the parties, which validated at a moment of their own, are left out."
         chart = Chart(
             f"metric-{number}",
             "Learning",
             f"Validation: {name}",
             f"The thick line is the mean over the parties, weighted by their validation samples; {better} is"
             " taken to be better. A bad sign: it turns round while the training loss still falls, or one"
-            " party goes the other way." + compared * bool(others),
+            " party goes the other way."
+            + apart * (len(fit.joint_validations) < len(fit.validations))
+            + compared * bool(others),
             x="optimizer steps" if by_step else "round",
         )
 
@@ -86,25 +89,10 @@ def metrics(fit: Fit, alone: Sequence[Fit]) -> list[Picture]:
             chart.line(points(fit.local(party).get(name, [])), _party(fit, party), named=_named(fit))
         for place, other in enumerate(others):
             chart.line(points(other.local(0).get(name, [])), _alone(fit, other, place))
-        mean = points(means.get(name, []))
-        if by_step:
-            mean = _at_mean_steps(fit, mean, means.get(name, []))
-        chart.line(mean, _all(fit))
+        chart.line(points(means.get(name, [])), _all(fit))
         if picture := chart.done():
             found.append(picture)
     return found
-
-
-def _at_mean_steps(
-    fit: Fit, points: Points, found: Sequence[tuple[Validation, float]]
-) -> list[tuple[float, float]]:
-    """Put means over the parties where the parties stood on average: they make different numbers of steps."""
-    stood = [[v.step for v in record.validations] for record in fit.records.values()]
-    if len({len(steps) for steps in stood}) > 1 or len(stood[0]) != len(found):
-        return list(points)  # they did not validate side by side
-    return [
-        (sum(steps) / len(steps), y) for steps, (_, y) in zip(zip(*stood, strict=True), points, strict=True)
-    ]
 
 
 def loss_alone(fit: Fit, alone: Sequence[Fit]) -> Picture | None:

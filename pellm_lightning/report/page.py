@@ -351,7 +351,7 @@ def _rounds_table(fit: Fit) -> tuple[Table | None, int]:
     every = -(-len(fit.rounds) // MOST_ROWS)
     last = list(fit.rounds)[-1]
     shown = [index for place, index in enumerate(fit.rounds) if place % every == 0 or index == last]
-    after: dict[int, Mapping[str, float]] = {v.round: v.mean for v in fit.validations}
+    after: dict[int, Mapping[str, float]] = {v.round: v.mean for v in fit.joint_validations}
     metrics = list(_best(fit))[:MOST_METRICS]
     optional = {
         "deviation": ("deviation (%)", 100.0),

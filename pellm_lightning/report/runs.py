@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +85,8 @@ class Validation:
 
     round: int
     """Index of the last round before it; -1 before the first."""
-    step: int
+    step: float
+    """Optimizer steps before it; of several parties, their mean."""
     local: Mapping[str, float]
     mean: Mapping[str, float]
 
@@ -148,6 +149,22 @@ class Fit:
         """Return those of the narrator, or of whoever has validated more often: not all parties need to."""
         return max((self.narrator, *self.records.values()), key=lambda r: len(r.validations)).validations
 
+    @cached_property
+    def joint_validations(self) -> list[Validation]:
+        """Return those whose means are over all parties that were there, each at the mean of their steps.
+
+        A mean is over those that validate at the same moment: with unlike epochs now one party, now another.
+        """
+        steps = {p: {_told(v): v.step for v in r.validations} for p, r in self.records.items()}
+        found = []
+        for one in self.validations:
+            there = self.rounds[one.round].parties if one.round in self.rounds else ()
+            of_party = {party: seen.get(_told(one)) for party, seen in steps.items() if seen}
+            known = [step for step in of_party.values() if step is not None]
+            if all(step is not None or party not in there for party, step in of_party.items()):
+                found.append(replace(one, step=sum(known) / len(known)))
+        return found
+
     def shared(self, what: str) -> dict[int, float]:
         """Return by round what is the same at all parties: an attribute of ``Round``."""
         return self._told(self.rounds.values(), what)
@@ -195,7 +212,7 @@ class Fit:
 
     def means(self) -> dict[str, list[tuple[Validation, float]]]:
         """Return each validation metric's mean over all parties, by name."""
-        return _metrics((v, v.mean) for v in self.validations)
+        return _metrics((v, v.mean) for v in self.joint_validations)
 
     def local(self, party: int) -> dict[str, list[tuple[Validation, float]]]:
         """Return each validation metric of a party, by name; empty without its record."""
@@ -492,6 +509,11 @@ def _metrics(
         for name, value in values.items():
             found.setdefault(name, []).append((validation, value))
     return found
+
+
+def _told(validation: Validation) -> tuple[int, frozenset[tuple[str, float]]]:
+    """Return what is equal, to the bit, at all parties of a validation."""
+    return validation.round, frozenset(validation.mean.items())
 
 
 def _sorted(by_index: Mapping[int, Any]) -> dict[int, Any]:
