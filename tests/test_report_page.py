@@ -321,6 +321,12 @@ def test_ten_thousand_rounds_are_thinned_out_and_it_says_so(tmp_path: Path) -> N
     assert points[-1] == (9999, 1.0)
 
 
+def test_lines_of_very_many_parties_share_a_name(tmp_path: Path) -> None:
+    federation(tmp_path, [str(party) for party in range(25)], 3)
+    (metric,) = [one for one in figures.pictures(find(tmp_path)) if one.title == "Validation: val_loss"]
+    assert [key.label for key in metric.legend] == ["each party", "all parties"]
+
+
 def test_two_hundred_rounds_of_eight_parties_stay_small(shown: str) -> None:
     assert len(shown) < 600_000
 

@@ -85,8 +85,10 @@ def metrics(fit: Fit, alone: Sequence[Fit]) -> list[Picture]:
         ) -> list[tuple[float, float]]:
             return [(getattr(v, "step" if by_step else "round"), value) for v, value in found]
 
-        for party in fit.records if len(fit.names) > 1 else ():
-            chart.line(points(fit.local(party).get(name, [])), _party(fit, party), named=_named(fit))
+        if len(fit.names) > 1:
+            _key_of_all_if_unnamed(chart, fit)
+            for party in fit.records:
+                chart.line(points(fit.local(party).get(name, [])), _party(fit, party), named=_named(fit))
         for place, other in enumerate(others):
             chart.line(points(other.local(0).get(name, [])), _alone(fit, other, place))
         chart.line(points(means.get(name, [])), _all(fit))
@@ -108,6 +110,7 @@ def loss_alone(fit: Fit, alone: Sequence[Fit]) -> Picture | None:
         " validation shows. A bad sign: solid stays far above dashed.",
         x="optimizer steps",
     )
+    _key_of_all_if_unnamed(chart, fit)
     for party in range(len(fit.names)):
         steps = {index: done.step for index, done in (fit.records.get(party) or fit.narrator).rounds.items()}
         points = [(steps[index], value) for index, value in fit.losses(party).items() if index in steps]
@@ -414,11 +417,14 @@ def _by_party(chart: Chart, fit: Fit, of: Callable[[int], Mapping[int, float]]) 
 
 def _parties(chart: Chart, fit: Fit, of: Callable[[int], Mapping[int, float]]) -> None:
     """Draw a line for each party."""
+    _key_of_all_if_unnamed(chart, fit)
     for party in range(len(fit.names)):
-        key = _party(fit, party)
-        if not _named(fit) and party == 0:
-            chart.legend.append(Key("each party", "soft"))
-        chart.line(_points(fit, of(party)), key, named=_named(fit))
+        chart.line(_points(fit, of(party)), _party(fit, party), named=_named(fit))
+
+
+def _key_of_all_if_unnamed(chart: Chart, fit: Fit) -> None:
+    if not _named(fit):
+        chart.legend.append(Key("each party", "soft"))
 
 
 def _points(fit: Fit, values: Mapping[int, float]) -> list[tuple[float, float]]:

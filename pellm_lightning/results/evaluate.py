@@ -113,7 +113,8 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
         parties: Names of the parties, in the order of their indices.
 
     Raises:
-        ValueError: If the module cannot be evaluated, or an adapter does not fit it.
+        ValueError: If the module cannot be evaluated, logs nothing or not the same for all parties, or an
+            adapter does not fit it.
     """
     found: Matrix = {}
     configured = Configured(words)
@@ -140,6 +141,12 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
             for result in (first, *more):
                 for metric, value in result.items():
                     found.setdefault(metric, {}).setdefault(name, []).append(value)
+            uneven = [metric for metric, rows in found.items() if len(rows.get(name, [])) != index + 1]
+            if uneven:
+                raise ValueError(
+                    f"{uneven[0]} is not logged once on the data of each party: not so of {party}. Let"
+                    f" {type(module).__name__} log the same metrics for all."
+                )
             log.info("%s on %s: %s", name, party, ", ".join(f"{k} {v:.4g}" for k, v in first.items()))
     if not found:
         raise ValueError(

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from parties import fit_parties
+from parties import ValidatedClassifier, fit_parties
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pellm_lightning import FederatedCLI
 from pellm_lightning.__main__ import main
 from pellm_lightning.aggregation import Aggregation, ResidualMean, Stacking
+from pellm_lightning.results import evaluate
 from pellm_lightning.results.evaluate import BASE, matrix, named, standing_as
 from pellm_lightning.results.export import export
 from pellm_lightning.tasks import CausalLM, SaveAdapter, TextDataModule
@@ -315,6 +317,38 @@ def test_the_matrix_is_that_of_a_plain_loop(
     export(fitted[0] / "0.ckpt", smaller, module=CLASS)
     with pytest.raises(ValueError, match="adapter federated does not fit the configuration's: "):
         matrix([f"--config={config}", "--model.peft.r=4"], {"federated": smaller}, ["0"])
+
+
+@pytest.mark.parametrize(
+    ("logged", "words"),
+    [
+        (
+            [{"a": 1.0}, {"a": 2.0, "b": 3.0}],
+            "b is not logged once on the data of each party: not so of west",
+        ),
+        (
+            [{"a": 1.0, "b": 3.0}, {"a": 2.0}],
+            "b is not logged once on the data of each party: not so of west",
+        ),
+        ([{}, {}], "logs no metric when it is validated"),
+    ],
+)
+def test_metrics_that_are_not_every_party_s_are_refused(
+    logged: list[dict[str, float]], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a column would show another party's value."""
+    results = iter(logged)
+
+    class Fake:
+        def __init__(self, words: Sequence[str]) -> None:
+            self.module, self.data, self.trainer = ValidatedClassifier(), None, self
+
+        def validate(self, *_: Any, **__: Any) -> list[dict[str, float]]:
+            return [next(results)]
+
+    monkeypatch.setattr(evaluate, "Configured", Fake)
+    with pytest.raises(ValueError, match=words):
+        matrix([], {BASE: None}, ["east", "west"])
 
 
 def mean_loss(model: torch.nn.Module, texts: Path, llama: str, party: int) -> float:
