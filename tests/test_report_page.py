@@ -144,6 +144,7 @@ def test_every_figure_says_what_it_shows_and_what_is_bad(shown: str) -> None:
         assert found["role"] == "img"
         assert set(str(found["aria-labelledby"]).split()) <= ids
     assert told.text.count("bad sign") + told.text.count("Large for one party only") >= len(pictures)
+    assert "worst module, at last model.layers.1.q_proj" in told.text
     assert "all parties: from" in told.text  # what a screen reader is told of a line
     for table in re.findall(r"<table.*?</table>", shown, re.DOTALL):
         assert '<th scope="col">' in table

@@ -229,8 +229,9 @@ def deviation(fit: Fit) -> Picture | None:
         " cent are usual; a bad sign: it grows, or stays above some 30 %. Then another rule or a higher rank"
         " helps.",
     )
+    worst = [done.worst_module for done in fit.rounds.values() if done.worst_module]
     for what, key in (
-        ("worst_deviation", Key("worst module", "c1")),
+        ("worst_deviation", Key(f"worst module, at last {worst[-1]}" if worst else "worst module", "c1")),
         ("deviation", Key("all modules", "ink", width=2.2)),
     ):
         chart.line(_points(fit, {k: 100 * v for k, v in fit.shared(what).items()}), key)
