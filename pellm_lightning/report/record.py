@@ -137,8 +137,8 @@ def events(path: str | Path) -> Iterator[dict[str, Any]]:
             if number < len(lines) and lines[number].startswith('{"event": "start"'):
                 continue
             raise ValueError(
-                f"{path}, line {number} is no event of a record ({error}). If the file was edited, restore it;"
-                " else move it away."
+                f"{path}, line {number} is no event of a record ({error}). If the file was edited, restore"
+                " it; else move it away."
             ) from error
         yield event
 
