@@ -293,7 +293,8 @@ class FederatedAveraging(Callback):
             lambda: self._aggregator(trainer, pl_module, trainable), self._state
         )
         names = self._in_party.speak(lambda: self._roster(trainer))
-        self.about = About(names, started.settings).resumed(self._state.get("about", {}))
+        about = About(names, started.settings, self.writes_base)
+        self.about = about.resumed(self._state.get("about", {}))
         self._teller = Teller(trainer, self._topology, self.about, self.rounds, self._new_record(trainer))
         if self._topology.is_speaker:
             self._teller.began(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
@@ -358,12 +359,14 @@ class FederatedAveraging(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave at once, so that the others fail in seconds and can say why."""
+        said = str(exception)  # nothing, of a KeyboardInterrupt
+        why = type(exception).__name__ + (f": {said}" if said else "")
         if self._joined is not None:
             # Of a FederationError the others know already, from us or from the party that caused it.
             known = isinstance(exception, FederationError)
-            self._joined.abort(None if known else f"{type(exception).__name__}: {exception}")
+            self._joined.abort(None if known else why)
         if self._teller is not None:
-            self._teller.ended(f"{type(exception).__name__}: {exception}")
+            self._teller.ended(why)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

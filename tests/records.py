@@ -3,7 +3,8 @@
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,46 +98,68 @@ def federation(
     }
     for party, record in records.items():
         start(record.at(0), party, names)
-    before: dict[int, float] = {}
+    reports: dict[int, RoundReport] = {}
     for index in range(rounds):
         here = [party for party in range(len(names)) if not away(party, index)]
-        falling = 1 + 2 * math.exp(-4 * index / rounds)
-        losses = {p: falling + 0.12 * p + 0.05 * chance.random() for p in here}
-        weights = {p: 0.0 if broken(p, index) else 64.0 * (1 + p % 3) for p in here}
-        distances = {p: (1 + 0.2 * p) * falling + 0.1 * chance.random() for p in here}
-        total = sum(weights.values())
-        waited = {p: 4.0 + chance.random() + (p % 4) for p in here}
+        left_out = [party for party in here if broken(party, index)]
+        reports = _reports(index, rounds, here, left_out, reports, chance)
         for party, record in records.items():
             if party not in here:
                 continue
-            report = done(
-                index,
-                here,
-                active_parties=sum(w > 0 for w in weights.values()),
-                total_weight=total,
-                weight=weights[party],
-                excluded=tuple(p for p in here if broken(p, index)),
-                loss=sum(losses[p] * weights[p] for p in here) / total,
-                local_loss=losses[party],
-                seconds=0.8 + 0.2 * chance.random(),
-                waited_seconds=waited[party],
-                stalled_seconds=waited[party] + 0.9,
-                bytes_sent=299_896 + 10_000 * (len(names) - len(here)),
-                update_norm=1.1 * distances[party],
-                distance=distances[party],
-                deviation=Deviation(0.02 + 0.01 / (index + 1), 0.09, "model.layers.1.q_proj"),
-                weights=tuple(weights.values()),
-                losses=tuple(losses.values()),
-                distances=tuple(before.get(p) for p in here),
-                epsilon=0.4 * math.sqrt(index + 1) if private else None,
-                clipping_norm=1.0 / (1 + index / rounds) if private else None,
-                outer_lr=0.7 * (1 - 0.5 * index / rounds),
-            )
-            record.at(25.0 * (index + 1)).round(report, step=10 * (index + 1), epoch=0)
+            told = reports[party] if private else replace(reports[party], epsilon=None, clipping_norm=None)
+            record.at(25.0 * (index + 1)).round(told, step=10 * (index + 1), epoch=0)
             if index % validate_every == 0:
+                falling = _falling(index / rounds)
                 mean = {"val_loss": falling + 0.2, "val_accuracy": 1 - 0.25 * falling}
                 local = {name: value + 0.03 * party for name, value in mean.items()}
                 record.validation(local, mean, round=index + 1, step=10 * (index + 1), epoch=0)
-        before = distances
     for record in records.values():
         record.end(None)
+
+
+def _falling(progress: float) -> float:
+    """Return what a loss does, from 3 towards 1."""
+    return 1 + 2 * math.exp(-4 * progress)
+
+
+def _reports(
+    index: int,
+    rounds: int,
+    here: Sequence[int],
+    left_out: Sequence[int],
+    before: Mapping[int, RoundReport],
+    chance: random.Random,
+) -> dict[int, RoundReport]:
+    """Return what each party that is here reports of a round; ``before`` is what they reported last."""
+    progress, falling = index / rounds, _falling(index / rounds)
+    losses = {p: falling + 0.12 * p + 0.05 * chance.random() for p in here}
+    weights = {p: 0.0 if p in left_out else 64.0 * (1 + p % 3) for p in here}
+    distances = {p: (1 + 0.2 * p) * falling + 0.1 * chance.random() for p in here}
+    waited = {p: 4.0 + chance.random() + (p % 4) for p in here}
+    total = sum(weights.values())
+    return {
+        party: done(
+            index,
+            here,
+            active_parties=sum(w > 0 for w in weights.values()),
+            total_weight=total,
+            weight=weights[party],
+            excluded=tuple(left_out),
+            loss=sum(losses[p] * weights[p] for p in here) / total,
+            local_loss=losses[party],
+            seconds=0.8 + 0.2 * chance.random(),
+            waited_seconds=waited[party],
+            stalled_seconds=waited[party] + 0.9,
+            bytes_sent=300_000,
+            update_norm=1.1 * distances[party],
+            distance=distances[party],
+            deviation=Deviation(0.02 + 0.01 / (index + 1), 0.09, "model.layers.1.q_proj"),
+            weights=tuple(weights.values()),
+            losses=tuple(losses.values()),
+            distances=tuple(before[p].distance if p in before else None for p in here),
+            epsilon=0.4 * math.sqrt(index + 1),
+            clipping_norm=1.0 / (1 + progress),
+            outer_lr=0.7 * (1 - 0.5 * progress),
+        )
+        for party in here
+    }

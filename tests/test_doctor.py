@@ -14,11 +14,14 @@ from certificates import tls_of
 from forked import python
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from little import LittleData, LittleModule
+from masked import masked
 from parties import Classifier, in_threads, quiet_trainer, run_parties
 from test_launched import torchrun
+from torch.nn.utils import parameters_to_vector
+from tuned import Tuned
 
 from pellm_lightning import FederatedAveraging, FederatedCLI
-from pellm_lightning.aggregation import lora_modules
+from pellm_lightning.aggregation import ResidualMean, ShareA, Stacking, lora_modules
 from pellm_lightning.doctor import command, show
 from pellm_lightning.doctor.checks import Finding, Seen, findings
 from pellm_lightning.doctor.command import Visit, examine, measure
@@ -91,7 +94,7 @@ def test_of_a_healthy_launch_all_is_told_and_good() -> None:
     assert {finding.level for finding in found} == {"ok"}
     told = {finding.about: finding.says for finding in found}
     assert told == {
-        "parties": "All 3 are there, on 3 hosts.",
+        "parties": "All 3 parties are there, on 3 hosts.",
         "versions": "The same at all 3 parties (torch 2.13.0).",
         "base model": "The same at all 3 parties, by samples of 2 frozen tensors.",
         "settings": "The same at all 3 parties.",
@@ -99,10 +102,10 @@ def test_of_a_healthy_launch_all_is_told_and_good() -> None:
         "files": "Each party writes where no other writes.",
         "devices": "3 accelerators, none of them shared.",
         "clocks": "Less than 0.5 s apart.",
-        # 8 MiB are 8.4 MB.
-        "network": "A sum over all parties takes 2 ms, and 50 MB a second (of 8.4 MB).",
+        # 8 MiB are 8.39 MB.
+        "network": "A sum over all parties takes 2 ms, and 50 MB a second (of 8.39 MB).",
         # The first round also makes what later ones have.
-        "round": "Takes 250 ms and sends 0.0 kB a party: 2 rounds made, on copies of the parameters.",
+        "round": "Takes 250 ms and sends 40 B a party: 2 rounds made, of which nothing is kept.",
     }
 
 
@@ -151,7 +154,7 @@ CASES: dict[str, tuple[Seen, str, str, str]] = {
         with_c(doubts=["no file"]),
         "warning",
         "data",
-        "Party c cannot read its data: no file. If prep",
+        "Party c cannot read the data: no file. If prep",
     ),
     "another torch": (
         with_c(versions=VERSIONS | {"torch": "2.9.0"}),
@@ -200,7 +203,7 @@ CASES: dict[str, tuple[Seen, str, str, str]] = {
         replace(HEALTHY, measured={**HEALTHY.measured, "c": Measured(trouble="no route")}),
         "error",
         "network",
-        "Party c and the others: no route.",
+        "Party c, measuring with the others: no route.",
     ),
     "too slow": (
         # 40 bytes at 4 bytes a second.
@@ -356,20 +359,27 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
         "weighting": "uniform",
     },
     "fragments": lambda: {"fragments": 2, "every_n_steps": 4},
+    "masked": lambda: {"exchange": masked()},
+    "stacking": lambda: {"aggregation": Stacking(), "module": Tuned(0)},
+    "residual mean": lambda: {"aggregation": ResidualMean(), "module": Tuned(0)},
 }
+
+
+def trained(patient: Rehearsal) -> torch.Tensor:
+    return parameters_to_vector(p for p in patient.module.parameters() if p.requires_grad).detach().clone()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_rounds_are_as_the_fit_s(name: str, tmp_path: Path) -> None:
     patients = [rehearsal(tmp_path, seed, **SETTINGS[name]()) for seed in range(3)]
-    before = [patient.module.vector() for patient in patients]
+    before = [trained(patient) for patient in patients]
     everyones = visits(lambda index: patients[index])
     for seen in everyones:
         assert bad(seen) == []
         assert findings(seen) == findings(everyones[0])
         assert [len(measured.rounds_s) for measured in seen.measured.values()] == [2] * 3
     for patient, vector in zip(patients, before, strict=True):
-        assert torch.equal(patient.module.vector(), vector), "a rehearsed round wrote into the module"
+        assert torch.equal(trained(patient), vector), "a rehearsed round wrote into the module"
     assert not list(tmp_path.iterdir())
 
 
@@ -384,6 +394,13 @@ def test_a_rehearsed_round_sends_what_a_round_sends(tmp_path: Path) -> None:
 
     (seen, _) = visits(lambda index: rehearsal(tmp_path, index), parties=2)
     assert [measured.round_bytes for measured in seen.measured.values()] == run_parties(2, act)
+
+
+def test_only_what_leaves_a_party_is_counted(tmp_path: Path) -> None:
+    (seen, _) = visits(lambda _: rehearsal(tmp_path, module=Tuned(0), aggregation=ShareA()), parties=2)
+    (told,) = [finding.says for finding in findings(seen) if finding.about == "parameters"]
+    # A of rank 2 over 8 and over 16 inputs; B and the head stay at home.
+    assert f": {2 * 8 + 2 * 16} of {sum(p.numel() for p in Tuned(0).parameters())} leave" in told
 
 
 def test_a_drift_correction_s_vector_crosses_too(tmp_path: Path) -> None:
@@ -481,12 +498,24 @@ def test_separate_jobs_over_tls(
     assert jobs(meeting_place, tmp_path, ROSTER, 20) == dict.fromkeys(ROSTER, True)
     told = capsys.readouterr().out
     assert told.count("0 errors, 0 warnings: ready to fit.") == 3  # each has a terminal of its own
-    assert told.count("2 rounds made, on copies of the parameters") == 3
+    assert told.count("2 rounds made, of which nothing is kept") == 3
     # Again at the same rendezvous, with one party of other settings: what was said before does no harm.
     found = jobs(meeting_place, tmp_path, ROSTER, 20, b={"every_n_steps": 9})
     assert found == dict.fromkeys(ROSTER, False)
     assert "every_n_steps=None, party b has every_n_steps=9" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_fit_of_separate_jobs_would_refuse_is_not_the_network_s_fault(
+    meeting_place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each = {name: {"module": Tuned(0), "aggregation": Stacking()} for name in ROSTER}
+    assert jobs(meeting_place, tmp_path, ROSTER, 20, **each) == dict.fromkeys(ROSTER, False)
+    told = capsys.readouterr().out
+    assert (
+        told.count("error    fit: Parties a, b, c cannot begin: Stacking(seed=0) writes into the froz") == 3
+    )
+    assert not re.search("^(warning|error) +network", told, re.MULTILINE)
 
 
 def test_a_job_that_is_missing_is_named(

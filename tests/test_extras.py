@@ -23,7 +23,7 @@ CORE |= {"lightning_utilities", "torchmetrics", "typing_extensions"}
 # They need an extra, so who uses them imports them at the last moment.
 OPTIONAL = {"federation.certs", "federation.rendezvous.etcd"}
 OPTIONAL |= {f"exchange.{name}" for name in ("agreement", "identity", "ring", "sums")}
-OPTIONAL |= {f"report.{name}" for name in ("bar", "figures", "page", "view")}
+OPTIONAL |= {f"report.{name}" for name in ("bar", "chart", "figures", "page", "view")}
 
 
 def at_import(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from parties import Classifier, Rounds, data, fit_parties, quiet_trainer
 from torch import nn
 
-from pellm_lightning.report.lines import megabytes, show_log_lines
+from pellm_lightning.report.lines import show_log_lines
 
 
 def lines_of(caplog: pytest.LogCaptureFixture, party: int, level: int = logging.INFO) -> list[str]:
@@ -33,7 +33,7 @@ def test_every_party_says_at_the_start_what_leaves_it(
         first, names, *rounds = lines_of(caplog, party)
         # head 16 x 3 + 3 of base 8 x 16 + 16 more; 4 bytes each.
         assert first == (
-            f"[party {party}] federation of 2 parties: 51 of 195 parameters leave a party (26.2 %), 0.2 kB"
+            f"[party {party}] federation of 2 parties: 51 of 195 parameters leave a party (26.2 %), 204 B"
             " per round"
         )
         assert names == f"[party {party}] these are head.bias, head.weight"
@@ -178,14 +178,6 @@ def test_distance_and_norm_are_those_of_the_parties(tmp_path: Path) -> None:
     for local, logger in zip(locals_, loggers, strict=True):
         assert logger.rounds[0]["update_norm"] == pytest.approx(float((local - anchor).norm()), rel=1e-5)
         assert logger.rounds[0]["distance"] == pytest.approx(float((local - mean).norm()), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [(0, "0.0 kB"), (204, "0.2 kB"), (99_999, "100.0 kB"), (1e5, "0.1 MB"), (160e6, "160.0 MB")],
-)
-def test_sizes_in_words(size: int, words: str) -> None:
-    assert megabytes(size) == words
 
 
 @pytest.fixture

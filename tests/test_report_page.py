@@ -16,7 +16,8 @@ from records import Clocked, done, federation, start
 
 from pellm_lightning import commands
 from pellm_lightning.report import figures, page
-from pellm_lightning.report.figures import buckets, lower_is_better, thinned
+from pellm_lightning.report.chart import Chart, Key, buckets, short, thinned
+from pellm_lightning.report.figures import lower_is_better
 from pellm_lightning.report.runs import find
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -104,7 +105,7 @@ def test_the_page_tells_who_what_and_how_it_ended(shown: str) -> None:
         # 4 bytes each.
         "Of its 1,000,000 parameters 50,000 (5 %) take part in the rounds, in 12 LoRA modules; they leave a"
         " party once a round, 200 kB as 32-bit numbers. The other parties could see each party's values.",
-        "There were 200 rounds, one every 10 optimizer steps",
+        "There were 200 rounds, with one due every 10 optimizer steps",
         "Missing: party bern in 10 rounds.",
         "healed by the result: party mayo in 1.",
         # 0.4 sqrt(200).
@@ -143,6 +144,7 @@ def test_every_figure_says_what_it_shows_and_what_is_bad(shown: str) -> None:
         assert found["role"] == "img"
         assert set(str(found["aria-labelledby"]).split()) <= ids
     assert told.text.count("bad sign") + told.text.count("Large for one party only") >= len(pictures)
+    assert "worst module, at last model.layers.1.q_proj" in told.text
     assert "all parties: from" in told.text  # what a screen reader is told of a line
     for table in re.findall(r"<table.*?</table>", shown, re.DOTALL):
         assert '<th scope="col">' in table
@@ -201,7 +203,7 @@ def test_what_comes_out_of_a_record_is_text_and_never_markup(tmp_path: Path) -> 
     assert told.row(EVIL)[0] == EVIL
     # In a figure, as the name of a row: cut, but as it is written.
     assert "$x$ & \"y'" in told.texts
-    assert figures.short(EVIL) in told.texts
+    assert short(EVIL) in told.texts
 
 
 def test_what_is_missing_or_failed_stands_on_top(tmp_path: Path) -> None:
@@ -216,10 +218,67 @@ def test_what_is_missing_or_failed_stands_on_top(tmp_path: Path) -> None:
     text = page.html(find(tmp_path))
     assert "Party b&#39;s record stops after round 3" in text.partition("</header>")[0]
     assert "no end recorded" in Page(text).text
-    path.write_text("".join(lines[:-1]))
-    Clocked(path).end("TimeoutError: party 2 is late")
+    ended = json.loads(lines[-1]) | {"failed": "TimeoutError: party 2 is late"}
+    path.write_text("".join(lines[:-1]) + json.dumps(ended) + "\n")
     text = page.html(find(tmp_path))
     assert "Party b failed after round 3: TimeoutError: party 2 is late" in text.partition("</header>")[0]
+
+
+def test_what_a_figure_says_is_what_it_was_given(tmp_path: Path) -> None:
+    names = ["v1.23456", 'a "#000001" id="x"', "京都"]  # which the font that measures has not
+    for party in range(3):
+        record = Clocked(tmp_path / f"party-{party}" / "rounds.jsonl")
+        start(record, party, names)
+        for index in range(3):
+            record.round(done(index, range(3)), step=index, epoch=0)
+        record.end(None)
+    told = Page(page.html(find(tmp_path)))
+    assert {"v1.23456", short(names[1]), "京都"} <= set(told.texts)
+    chart = Chart("a", "b", "c", "d")
+    chart.line([(0, 0.0041), (1, 0.0049)], Key("e", "ink"))
+    drawn = chart.done()
+    assert drawn is not None
+    assert {"0.0042", "0.0048"} <= set(re.findall(r"<text[^>]*>([^<]*)<", drawn.svg))
+    assert not re.search(r"<path[^>]*\.\d{3}", drawn.svg)  # of points a hundredth is enough
+
+
+def test_what_is_unknown_of_a_round_s_time_does_not_count_as_nothing(tmp_path: Path) -> None:
+    """Party 1 misses round 1, so nobody knows how long it trained for round 2."""
+    for party, here in ((0, (0, 1, 2)), (1, (0, 2))):
+        record = Clocked(tmp_path / f"party-{party}" / "rounds.jsonl")
+        start(record.at(0), party, ["a", "b"])
+        for index in here:
+            parties = [0] if index == 1 else [0, 1]
+            report = done(index, parties, waited_seconds=1.0, seconds=1.0, stalled_seconds=2.0)
+            record.at(10.0 * (index + 1)).round(report, step=index, epoch=0)
+        record.end(None)
+    fit = find(tmp_path).fit
+    assert fit.records[1].rounds[2].training_seconds is None
+    mean = figures.mean_by_round(fit, lambda done: done.training_seconds)
+    assert mean == pytest.approx(dict.fromkeys(range(3), 8.0), abs=0.1)
+
+
+def test_parties_that_validate_at_different_moments_have_no_best_mean(tmp_path: Path) -> None:
+    for party in range(2):
+        record = Clocked(tmp_path / f"party-{party}" / "rounds.jsonl")
+        start(record, party, ["a", "b"])
+        record.round(done(0, [0, 1]), step=1, epoch=0)
+        record.validation({"m": 1.0}, {"m": 1.0 + party}, round=1, step=1 + party, epoch=0)
+        record.end(None)
+    text = Page(page.html(find(tmp_path))).text
+    assert "Means over some of the parties, which validated at a moment of their own, are left out." in text
+    assert "Best m" not in text
+
+
+def test_a_single_round_is_told_as_one_and_none_as_none(tmp_path: Path) -> None:
+    record = Clocked(tmp_path / "rounds.jsonl")
+    start(record, 0, ["only"])
+    assert "One party was to train CausalLM on its own data" in Page(page.html(find(tmp_path))).text
+    record.round(done(0, [0]), step=1, epoch=0)
+    text = Page(page.html(find(tmp_path))).text
+    assert "There was 1 round, with one due every 10 optimizer steps" in text
+    assert "The training loss was 1." in text
+    assert "Training loss 1 Sent" in text
 
 
 def test_versions_that_differ_are_marked(tmp_path: Path) -> None:
@@ -254,13 +313,19 @@ def test_ten_thousand_rounds_are_thinned_out_and_it_says_so(tmp_path: Path) -> N
     text = page.html(find(tmp_path))
     assert len(text) < 500_000
     assert "Thinned out to about 400 points" in text
-    assert "Round by round, every 25th and the last" in text
+    assert "Round by round, one in 25 and the last" in text
     assert Page(text).row("9999")[0] == "9999"
     points = thinned([(i, 9.5 if i == 5001 else 1.0) for i in range(10_000)])
     assert len(points) <= 402
     assert (5001, 9.5) in points
     assert points[0] == (0, 1.0)
     assert points[-1] == (9999, 1.0)
+
+
+def test_lines_of_very_many_parties_share_a_name(tmp_path: Path) -> None:
+    federation(tmp_path, [str(party) for party in range(25)], 3)
+    (metric,) = [one for one in figures.pictures(find(tmp_path)) if one.title == "Validation: val_loss"]
+    assert [key.label for key in metric.legend] == ["each party", "all parties"]
 
 
 def test_two_hundred_rounds_of_eight_parties_stay_small(shown: str) -> None:
@@ -324,7 +389,7 @@ def test_the_command_says_what_makes_a_record(tmp_path: Path) -> None:
 def test_the_command_names_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    for name in ("pellm_lightning.report.page", "pellm_lightning.report.figures"):
+    for name in (f"pellm_lightning.report.{part}" for part in ("page", "figures", "chart")):
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(sys.modules["pellm_lightning.report"], name.rpartition(".")[2])
     monkeypatch.setitem(sys.modules, package, None)

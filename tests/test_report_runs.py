@@ -194,6 +194,84 @@ def test_federations_of_different_folders_are_not_mixed(tmp_path: Path) -> None:
     assert find(tmp_path / "second").fit.shared("loss") == {0: 2.0, 1: 1.0}
 
 
+def test_lines_of_another_process_are_counted_and_not_shown(tmp_path: Path) -> None:
+    first = written(tmp_path, 0, NAMES, rounds=1)
+    second = written(tmp_path, 0, NAMES, rounds=1, loss=5.0)
+    # The first goes on beside it, then fails.
+    first.round(done(0, range(3), loss=9.0), step=99, epoch=0)
+    first.end("RuntimeError: too late")
+    second.round(done(1, range(3), loss=4.0), step=10, epoch=0)
+    findings = find(tmp_path)
+    assert findings.fit.shared("loss") == {0: 5.0, 1: 4.0}
+    assert findings.fit.records[0].failed is None
+    assert findings.notes[1].startswith(
+        "Another process wrote into the same files after this fit had begun: 2 lines of party-0/rounds.jsonl"
+    )
+    # Whoever resumes here has a record of its own.
+    start(record_of(tmp_path, 0), 0, NAMES, round=2, step=10)
+    assert find(tmp_path).notes == findings.notes[:1]
+
+
+def test_who_never_met_is_brought_together_by_who_met_both(tmp_path: Path) -> None:
+    """Of institutions of their own: the first was there for rounds 0 and 1, the second for 2 and 3."""
+    for party, here in ((0, (0, 1)), (1, (2, 3)), (2, range(4))):
+        record = Clocked(tmp_path / f"from-{NAMES[party]}" / "rounds.jsonl")
+        start(record, party, NAMES)
+        for index in here:
+            record.round(done(index, [index // 2, 2], loss=1.0 / (index + 1)), step=index, epoch=0)
+        record.end(None)
+    assert list(find(tmp_path).fit.records) == [0, 1, 2]
+
+
+def test_a_distance_that_is_told_after_an_absence_is_of_no_round_that_was_missed(tmp_path: Path) -> None:
+    record = record_of(tmp_path, 0)
+    start(record, 0, NAMES[:2])
+    for index, here in enumerate(([0, 1], [0], [0, 1], [0, 1])):
+        told = {"distances": (None, 10.0 + index)[: len(here)], "losses": (1.0, 1.0)[: len(here)]}
+        record.round(done(index, here, weights=(1.0, 1.0)[: len(here)], **told), step=index, epoch=0)
+    # What was told in round 2 is not of round 1, in which party 1 was away.
+    assert find(tmp_path).fit.distances(1) == {2: 13.0}
+
+
+def test_means_are_those_of_whoever_validates(tmp_path: Path) -> None:
+    written(tmp_path, 0, NAMES[:2])
+    record = record_of(tmp_path, 1)
+    start(record, 1, NAMES[:2])
+    record.round(done(0, [0, 1]), step=1, epoch=0)
+    record.validation({"m": 1.0}, {"m": 3.0}, round=1, step=1, epoch=0)
+    assert [value for _, value in find(tmp_path).fit.means()["m"]] == [3.0]
+
+
+def test_a_mean_of_some_of_the_parties_is_none_of_all(tmp_path: Path) -> None:
+    """Party 2 is away in round 1, which takes nothing from the mean; after round 2 party 1 is for itself."""
+    for party in range(3):
+        record = record_of(tmp_path, party)
+        start(record, party, NAMES)
+        for index in range(4):
+            here = [0, 1] if index == 1 else [0, 1, 2]
+            if party in here:
+                record.round(done(index, here), step=index, epoch=0)
+                mean = {"m": 9.0 if (index, party) == (2, 1) else 5.0 - index}
+                record.validation({"m": 1.0}, mean, round=index + 1, step=10 * index + 3 * party, epoch=0)
+    fit = find(tmp_path).fit
+    found = [(v.round, v.step, value) for v, value in fit.means()["m"]]
+    # Parties 0, 1 and 2 stood 3 steps apart; in round 1 only 0 and 1.
+    assert found == [(0, 3.0, 5.0), (1, 11.5, 4.0), (3, 33.0, 2.0)]
+    assert len(fit.local(1)["m"]) == 4
+
+
+def test_validations_that_a_resumption_repeats_are_there_once(tmp_path: Path) -> None:
+    """In the middle of round 1 there is a checkpoint at step 7, and a validation at step 8."""
+    record = record_of(tmp_path, 0)
+    start(record, 0, NAMES)
+    record.round(done(0, range(3)), step=5, epoch=0)
+    for at in (6, 8):
+        record.validation({"m": at}, {"m": at}, round=1, step=at, epoch=0)
+    start(record, 0, NAMES, round=1, step=7)
+    record.validation({"m": 80}, {"m": 80}, round=1, step=8, epoch=0)
+    assert [value for _, value in find(tmp_path).fit.means()["m"]] == [6, 80]
+
+
 def test_what_an_older_larger_federation_left_is_named_and_not_shown(tmp_path: Path) -> None:
     written(tmp_path, 2, NAMES)
     old = tmp_path / "party-2" / "rounds.jsonl"

@@ -73,7 +73,7 @@ def test_rounds_are_told_with_losses_costs_and_each_party() -> None:
     assert lines == [
         "federation of 3 parties · 7 rounds done · 1:02:05 left",
         "global loss 1.25 █▁ · own 1.5 · update norm 0.75",
-        "last round 2.0 MB in 0.50 s · waited 3.0 s for the others · 3.0 MB in all",
+        "last round 2 MB in 0.50 s · waited 3.0 s for the others · 3 MB in all",
         "party          does        weight   loss  distance",
         "berlin (here)                25 %    1.5      0.25",
         "oslo           in round 7    50 %  1.125         -",

@@ -1,13 +1,13 @@
 """What is found in what the parties tell. Pure: facts in, findings out."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pellm_lightning.doctor.facts import Facts, Measured
 from pellm_lightning.passport import Passport, differences, shared_file
-from pellm_lightning.report.lines import megabytes
+from pellm_lightning.report import words
 
 CLOCKS_S = 2.0
 """By how much clocks may differ."""
@@ -74,20 +74,22 @@ def _parties(seen: Seen) -> Iterator[Finding]:
     elif not gone and not seen.silent:
         hosts = len({facts.host for facts in seen.facts.values()})
         where = "1 host" if hosts == 1 else f"{hosts} hosts"
-        yield Finding("ok", "parties", f"All {len(seen.roster)} are there, on {where}.")
+        yield Finding("ok", "parties", f"{_all(len(seen.roster)).capitalize()} are there, on {where}.")
 
 
 def _own_trouble(seen: Seen) -> Iterator[Finding]:
-    for name, facts in seen.facts.items():
-        for trouble in facts.trouble:
-            yield Finding("error", "fit", f"Party {name} cannot begin: {_ended(trouble)}")
-        for doubt in facts.doubts:
-            yield Finding(
-                "warning",
-                "data",
-                f"Party {name} cannot read its data: {_ended(doubt)} If prepare_data() makes them first,"
-                " which is not run here, all is well.",
-            )
+    told = [(name, trouble) for name, facts in seen.facts.items() for trouble in facts.trouble]
+    # Of the parties together only rounds could tell.
+    told += [(name, measured.refused) for name, measured in seen.measured.items() if measured.refused]
+    for trouble, names in _by_words(told):
+        yield Finding("error", "fit", f"{_named(names)} cannot begin: {_ended(trouble)}")
+    for doubt, names in _by_words((name, doubt) for name, f in seen.facts.items() for doubt in f.doubts):
+        yield Finding(
+            "warning",
+            "data",
+            f"{_named(names)} cannot read the data: {_ended(doubt)} If prepare_data() makes them first, which"
+            " is not run here, all is well.",
+        )
 
 
 def _versions(seen: Seen) -> Iterator[Finding]:
@@ -111,7 +113,7 @@ def _versions(seen: Seen) -> Iterator[Finding]:
             )
     if good and len(seen.facts) > 1:
         torch = next(iter(seen.facts.values())).versions.get("torch", "unknown")
-        yield Finding("ok", "versions", f"The same at all {len(seen.facts)} parties (torch {torch}).")
+        yield Finding("ok", "versions", f"The same at {_all(len(seen.facts))} (torch {torch}).")
 
 
 def _alike(seen: Seen) -> Iterator[Finding]:
@@ -220,9 +222,8 @@ def _clocks(seen: Seen) -> Iterator[Finding]:
 
 
 def _network(seen: Seen) -> Iterator[Finding]:
-    for name, measured in seen.measured.items():
-        if measured.trouble:
-            yield Finding("error", "network", f"Party {name} and the others: {_ended(measured.trouble)}")
+    for trouble, names in _by_words((name, m.trouble) for name, m in seen.measured.items() if m.trouble):
+        yield Finding("error", "network", f"{_named(names)}, measuring with the others: {_ended(trouble)}")
     lost = [name for name in seen.facts if seen.measured and name not in seen.measured]
     if lost:
         yield Finding(
@@ -232,13 +233,13 @@ def _network(seen: Seen) -> Iterator[Finding]:
         )
     latencies = [m.latency_s for m in seen.measured.values() if m.latency_s is not None]
     speeds = [m.bytes_per_s for m in seen.measured.values() if m.bytes_per_s is not None]
-    if latencies and speeds and not lost and not any(m.trouble for m in seen.measured.values()):
+    if latencies and speeds and not lost and not any(map(_failed, seen.measured.values())):
         size = max(measured.summed_bytes for measured in seen.measured.values())
         yield Finding(
             "ok",
             "network",
             f"A sum over all parties takes {_seconds(max(latencies))}, and {min(speeds) / 1e6:.3g} MB a"
-            f" second (of {megabytes(size)}).",
+            f" second (of {words.size(size)}).",
         )
     elif not seen.measured and len(seen.roster) > 1:
         yield Finding("warning", "network", "Not measured: that needs all parties.")
@@ -253,15 +254,15 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "ok",
             "round",
-            f"Takes {_seconds(best)} and sends {megabytes(sent)} a party: {count} rounds made, on copies of"
-            " the parameters.",
+            f"Takes {_seconds(best)} and sends {words.size(sent)} a party: {count} rounds made, of which"
+            " nothing is kept.",
         )
         return
     speeds = [m.bytes_per_s for m in seen.measured.values() if m.bytes_per_s]
     size = max((facts.size_bytes for facts in seen.facts.values()), default=0)
-    if not speeds or not size or any(measured.trouble for measured in seen.measured.values()):
+    if not speeds or not size or any(map(_failed, seen.measured.values())):
         return
-    expected = f"{megabytes(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed"
+    expected = f"{words.size(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed"
     if any(finding.level == "error" for finding in findings(replace(seen, measured={}))):
         yield Finding("ok", "round", f"{expected}; none was made, since the parties must be mended first.")
     else:
@@ -271,6 +272,18 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
             f"{expected}, too long to make one here. Send fewer bytes, or less often:"
             " docs/low_communication.md.",
         )
+
+
+def _by_words(told: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Return what parties told, and who told it: often all the same."""
+    found: dict[str, list[str]] = {}
+    for name, said in told:
+        found.setdefault(said, []).append(name)
+    return list(found.items())
+
+
+def _failed(measured: Measured) -> bool:
+    return bool(measured.trouble or measured.refused)
 
 
 def _named(names: Sequence[str]) -> str:

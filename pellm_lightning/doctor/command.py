@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from pellm_lightning.beside import Contribution
@@ -159,6 +160,9 @@ class Visit:
         except Exception as error:
             if federation is not None:
                 federation.abort(in_words(error))
+            # Federations and networks fail with RuntimeErrors and OSErrors.
+            if isinstance(error, ValueError | MisconfigurationException):
+                return Measured(refused=in_words(error))
             return Measured(trouble=in_words(error))
         return measured
 
@@ -230,7 +234,7 @@ def _timed(federation: Collectives, vector: Tensor) -> float:
 
 
 def _rounds(aggregator: Aggregator | FragmentedAggregator) -> tuple[list[float], int]:
-    """Make rounds on copies of the parameters; return the seconds of each, and the bytes sent in the last."""
+    """Make rounds of which nothing is kept; return the seconds of each, and the bytes sent in the last."""
     aggregator.start()
     reports = []
     for _ in range(ROUNDS):

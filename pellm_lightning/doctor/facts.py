@@ -64,8 +64,10 @@ class Measured:
     """Seconds of each rehearsed round."""
     round_bytes: int = 0
     """What this party sent in a round."""
+    refused: str | None = None
+    """What a fit would refuse of the parties together."""
     trouble: str | None = None
-    """What it failed with."""
+    """What it failed with otherwise: the network, or another party."""
 
 
 def heard_facts(value: Any) -> Facts:
@@ -171,9 +173,10 @@ class Rehearsal:
             parameters = select(self.module, self.callback.include, self.callback.exclude)
             aggregator = self.callback.rehearsal(Roster(names, party), self.trainer, self.module, parameters)
             passport = aggregator.passport()
+            leaving = [parameters[name] for name, *_ in passport["schema"]]
             known |= {
                 "size_bytes": aggregator.size_bytes,
-                "parameters": sum(p.numel() for p in parameters.values()),
+                "parameters": sum(p.numel() for p in leaving),
                 "of_parameters": sum(p.numel() for p in self.module.parameters()),
                 "passport": passport | {"config": passport["config"] | shared},
             }

@@ -1,7 +1,7 @@
 """What there is to say of a federation when it is over: for model cards."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pellm_lightning.round import RoundReport
@@ -14,27 +14,30 @@ class About:
     Args:
         parties: Names of all parties.
         settings: What they have agreed on.
-        rounds: Rounds so far.
-        weights: Sum of each party's weights over these rounds, which with weighting="samples" is the number
-            of training samples behind them; None once an exchange has hidden a weight.
-        took_part: In how many of these rounds each party took part.
+        writes_base: Whether its rounds write into frozen weights, and the adapter alone is not the result.
+        rounds: Rounds of the federation so far.
+        took_part: In how many rounds each party took part, of those that this party has seen: one of separate
+            jobs may come late. Empty before the first.
+        weights: Sum of each party's weights over these, which with weighting="samples" is the number of
+            training samples behind them; None once an exchange has hidden a weight.
         epsilon: What differential privacy has cost, None without.
     """
 
     parties: Sequence[str]
     settings: Mapping[str, str | int | float | None]
+    writes_base: bool = False
     rounds: int = 0
-    weights: list[float] | None = None
-    took_part: list[int] | None = None
+    took_part: list[int] = field(default_factory=list)
+    weights: list[float] | None = field(default_factory=list)
     epsilon: float | None = None
 
     def count(self, done: RoundReport) -> None:
         """Add a round."""
-        if self.rounds == 0 or self.took_part is None:
+        if not self.took_part:
             self.took_part, self.weights = [0] * len(self.parties), [0.0] * len(self.parties)
         if not done.weights:
             self.weights = None
-        self.rounds += 1
+        self.rounds = done.round + 1
         self.epsilon = done.epsilon
         for place, party in enumerate(done.parties):
             self.took_part[party] += 1

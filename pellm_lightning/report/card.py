@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pellm_lightning.report.record import versions
+from pellm_lightning.report.words import schedule
 
 NAME = "README.md"
 
@@ -36,6 +37,11 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
         f"{what} for `{base or 'an unknown base model'}`, trained by several parties together without sharing"
         " their data (federated learning) with pellm_lightning.\n"
     )
+    if about.get("writes_base") and not merged:
+        yield (
+            "Its training has changed the weights beside the adapter, too: load it onto the model in `base/`,"
+            f" and not onto `{base}`.\n"
+        )
     yield "## The federation\n"
     if not about:
         yield "The checkpoint does not tell anything about it.\n"
@@ -45,7 +51,7 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
         "rounds": about["rounds"],
         "aggregation": settings.get("aggregation"),
         "outer optimizer": settings.get("outer_optimizer"),
-        "a round every": _schedule(settings),
+        "a round every": schedule(settings),
         "weighting": settings.get("weighting"),
         "exchange": settings.get("exchange"),
         "privacy": settings.get("privacy") if about["epsilon"] is not None else "none",
@@ -56,25 +62,23 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
         rows["drift correction"] = settings["drift correction"]
     yield from _table(["", ""], [[name, _code(value)] for name, value in rows.items()])
     yield "## The parties\n"
-    weighed = "training samples" if settings.get("weighting") == "samples" else "sum of its weights"
-    weights = about["weights"] or [None] * len(about["parties"])
-    took_part = about["took_part"] or [0] * len(about["parties"])
+    by_samples = settings.get("weighting") == "samples"
+    nothing = [0] * len(about["parties"])
+    took_part = about["took_part"] or nothing
+    weights = [None for _ in nothing] if about["weights"] is None else about["weights"] or nothing
     yield from _table(
-        ["party", "rounds", weighed],
+        ["party", "rounds", "training samples" if by_samples else "sum of its weights"],
         [
             [_code(name), str(rounds), "hidden by the exchange" if weight is None else f"{weight:,.10g}"]
             for name, rounds, weight in zip(about["parties"], took_part, weights, strict=True)
         ],
     )
-    yield "Samples are counted as often as they were trained on.\n"
+    if by_samples:
+        yield "Samples are counted as often as they were trained on.\n"
+    if (seen := max(took_part)) < about["rounds"]:
+        yield f"The table is of the {seen} rounds that the party which has saved this took part in.\n"
     yield "## Made with\n"
     yield ", ".join(f"{package} {number}" for package, number in versions().items()) + f", {date.today()}.\n"
-
-
-def _schedule(settings: Mapping[str, Any]) -> str:
-    units = {"every_n_steps": "steps", "every_n_epochs": "epochs", "every_n_seconds": "seconds"}
-    found = [f"{settings[name]} {unit}" for name, unit in units.items() if settings.get(name)]
-    return found[0] if found else "1 epochs"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pellm_lightning.exchange import Exchange
 from pellm_lightning.isolation import written_paths
 from pellm_lightning.parameters import plain_name, share_outside_adapter
 from pellm_lightning.privacy import GaussianMechanism
+from pellm_lightning.report.words import size
 from pellm_lightning.round import RoundReport
 from pellm_lightning.topology import Topology
 
@@ -46,7 +47,7 @@ def announce(
         f"{leaving:,}",
         f"{total:,}",
         100 * leaving / total,
-        megabytes(4 * leaving),
+        size(4 * leaving),
     )
     log.info("[party %s] these are %s", topology.name, _first(parameters))
     if plan.pairs:
@@ -115,7 +116,7 @@ def say_round(topology: Topology, done: RoundReport) -> None:
         "unknown" if done.loss is None else f"{done.loss:.4f}",
         done.weight,
         done.total_weight,
-        megabytes(done.bytes_sent),
+        size(done.bytes_sent),
         done.seconds,
         "" if done.deviation is None else f", deviation {done.deviation.total:.2g}",
     )
@@ -132,11 +133,6 @@ def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     step = max(trainer.global_step - 1, 0)
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
-
-
-def megabytes(size_bytes: int) -> str:
-    """Return a size in words."""
-    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
 
 
 def _counted(names: Collection[str]) -> str:

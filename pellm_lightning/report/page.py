@@ -8,8 +8,10 @@ from datetime import datetime
 from pathlib import Path
 
 from pellm_lightning.report import figures, runs
+from pellm_lightning.report.chart import MOST_POINTS, Picture
 from pellm_lightning.report.record import versions
 from pellm_lightning.report.runs import Findings, Fit, PartyRecord
+from pellm_lightning.report.words import duration, number, schedule, size
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -88,7 +90,7 @@ def html(findings: Findings) -> str:
         story=_story(findings),
         groups=_grouped(drawn),
         svg={picture.name: Markup(picture.svg) for picture in drawn},
-        most_points=figures.MOST_POINTS,
+        most_points=MOST_POINTS,
         best=_best_table(fit),
         parties=_parties_table(fit),
         rounds=shown,
@@ -124,8 +126,7 @@ def _alerts(findings: Findings) -> list[Alert]:
                 Alert(
                     True,
                     f"Party {record.name}'s record stops {where} at {_moment(record.last_time)} without an"
-                    " end:"
-                    " the fit still runs, or was cut off (killed, or its host went down).",
+                    " end: the fit still runs, or was cut off (killed, or its host went down).",
                 )
             )
     if lost := [name for party, name in enumerate(fit.names) if party not in fit.records]:
@@ -162,7 +163,7 @@ def _facts(fit: Fit) -> list[tuple[str, str]]:
         facts.append(("Optimizer steps", _span([_steps(r) for r in fit.records.values()])))
     facts.append(("Time", duration(max(r.seconds for r in fit.records.values()))))
     if losses := list(fit.shared("loss").values()):
-        facts.append(("Training loss", f"{number(losses[0])} → {number(losses[-1])}"))
+        facts.append(("Training loss", " → ".join(map(number, _ends(losses)))))
     for name, (value, _) in list(_best(fit).items())[:2]:
         facts.append((f"Best {name}", number(value)))
     sent = sum(sum(fit.own(party, "bytes_sent").values()) for party in fit.records)
@@ -179,10 +180,11 @@ def _story(findings: Findings) -> list[str]:
     fit = findings.fit
     start, settings = fit.narrator.start, fit.narrator.start.settings
     alone = len(fit.names) == 1
-    who = f"One party trained {start.module} on its own data."
+    trained = "trained" if fit.rounds else "were to train" if not alone else "was to train"
+    who = f"One party {trained} {start.module} on its own data."
     if not alone:
         who = _capital(_parties_words(fit.names))
-        who += f" trained {start.module} together; their data stayed with them."
+        who += f" {trained} {start.module} together; their data stayed with them."
     share = 100 * start.leaving / max(start.parameters, 1)
     turns = int(settings.get("fragments") or 1)
     leaves = (
@@ -207,7 +209,7 @@ def _story(findings: Findings) -> list[str]:
         paragraphs.append(result)
     if findings.alone:
         paragraphs.append(
-            f"Beside it lie {len(findings.alone)} fits of one party each"
+            f"Beside it: {_counted(len(findings.alone), 'fit')} of one party each"
             f" ({_listed([other.folder.name for other in findings.alone])}), drawn dashed for comparison."
         )
     return paragraphs
@@ -224,18 +226,14 @@ def _who_sees(exchange: str, privacy: str) -> str:
 
 
 def _how_it_went(fit: Fit) -> str:
-    settings = fit.narrator.start.settings
-    units = {"every_n_epochs": "epochs", "every_n_steps": "optimizer steps", "every_n_seconds": "seconds"}
-    every = [(settings[name], unit) for name, unit in units.items() if settings.get(name) is not None]
-    text = "There was 1 round" if len(fit.rounds) == 1 else f"There were {len(fit.rounds):,} rounds"
-    for n, unit in every[:1]:
-        text += f", one every {unit.removesuffix('s')}" if n == 1 else f", one every {n} {unit}"
+    text = f"There {'was' if len(fit.rounds) == 1 else 'were'} {_counted(len(fit.rounds), 'round')}"
+    text += f", with one due every {schedule(fit.narrator.start.settings)}"
     text += f", in {duration(max(r.seconds for r in fit.records.values()))}."
     restarts = {r.name: len(r.starts) - 1 for r in fit.records.values() if len(r.starts) > 1}
     if restarts:
         text += (
             " Resumed: "
-            + ", ".join(f"party {name} {n} time{'s' * (n > 1)}" for name, n in restarts.items())
+            + ", ".join(f"party {name} {_counted(n, 'time')}" for name, n in restarts.items())
             + "."
         )
     missed = {
@@ -243,7 +241,11 @@ def _how_it_went(fit: Fit) -> str:
         for party in range(len(fit.names))
     }
     if away := {name: n for name, n in missed.items() if n}:
-        text += " Missing: " + ", ".join(f"party {name} in {n:,} rounds" for name, n in away.items()) + "."
+        text += (
+            " Missing: "
+            + ", ".join(f"party {name} in {_counted(n, 'round')}" for name, n in away.items())
+            + "."
+        )
     elif fit.rounds and len(fit.names) > 1:
         text += " All parties took part in all of them."
     healed = {
@@ -260,17 +262,25 @@ def _how_it_went(fit: Fit) -> str:
 def _what_came_out(fit: Fit) -> str:
     text = ""
     if losses := list(fit.shared("loss").values()):
-        first, last = number(losses[0]), number(losses[-1])
-        text = f"The training loss, mean over the parties, went from {first} to {last}."
+        mean = ", mean over the parties," if len(fit.names) > 1 else ""
+        text = f"The training loss{mean} {_course(losses)}."
     means = fit.means()
     for name, (value, after) in list(_best(fit).items())[:2]:
-        first, last = number(means[name][0][1]), number(means[name][-1][1])
-        text += (
-            f" The mean {name} went from {first} to {last}; the best was {number(value)}, {_after(after)}."
-        )
+        course = _course([mean for _, mean in means[name]])
+        text += f" The mean {name} {course}; the best was {number(value)}, {_after(after)}."
     if epsilon := fit.shared("epsilon"):
         text += f" Differential privacy has cost epsilon = {number(list(epsilon.values())[-1])}."
     return text.strip()
+
+
+def _ends(values: Sequence[float]) -> Sequence[float]:
+    return values if len(values) == 1 else (values[0], values[-1])
+
+
+def _course(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"was {number(values[0])}"
+    return f"went from {number(values[0])} to {number(values[-1])}"
 
 
 def _after(index: int) -> str:
@@ -308,24 +318,15 @@ def _best_table(fit: Fit) -> Table | None:
 
 
 def _parties_table(fit: Fit) -> Table:
-    columns = [
-        "party",
-        "host",
-        "device",
-        "precision",
-        "processes",
-        "rounds",
-        "steps",
-        "mean weight",
-        "last loss",
-    ]
-    columns += ["time", "sent", "end"]
+    columns = ["party", "host", "device", "precision", "processes", "rounds", "steps"]
+    columns += ["mean weight", "last loss", "time", "sent", "end"]
+    precisions = {record.start.precision for record in fit.records.values()}
     rows = []
     for party, name in enumerate(fit.names):
         record = fit.records.get(party)
         weights, losses = list(fit.weights(party).values()), list(fit.losses(party).values())
         told = [
-            number(sum(weights) / len(weights)) if weights else "hidden",
+            number(sum(weights) / len(weights)) if weights else "hidden" if fit.rounds else "",
             number(losses[-1]) if losses else "unknown",
         ]
         if record is None:
@@ -333,7 +334,6 @@ def _parties_table(fit: Fit) -> Table:
             rows.append(_cells([name, *["no record"] * 4, f"{took:,}", "", *told, "", "", ""]))
             continue
         start = record.start
-        precisions = {r.start.precision for r in fit.records.values()}
         end = "failed" if record.failed is not None else "finished" if record.ended else "none recorded"
         took = sum(party in done.parties for done in record.rounds.values())
         row = _cells([name, start.host, start.device, start.precision, str(start.processes), f"{took:,}"])
@@ -351,7 +351,7 @@ def _rounds_table(fit: Fit) -> tuple[Table | None, int]:
     every = -(-len(fit.rounds) // MOST_ROWS)
     last = list(fit.rounds)[-1]
     shown = [index for place, index in enumerate(fit.rounds) if place % every == 0 or index == last]
-    after: dict[int, Mapping[str, float]] = {v.round: v.mean for v in fit.narrator.validations}
+    after: dict[int, Mapping[str, float]] = {v.round: v.mean for v in fit.joint_validations}
     metrics = list(_best(fit))[:MOST_METRICS]
     optional = {
         "deviation": ("deviation (%)", 100.0),
@@ -427,7 +427,7 @@ def _surroundings_table(fit: Fit) -> Table:
                     ]
                 )
             )
-    return Table(["party", "started (UTC)", "at", "host", "platform", "processors"], rows)
+    return Table(["party", "started", "at", "host", "platform", "processors"], rows)
 
 
 def _settings(fit: Fit) -> Table:
@@ -464,39 +464,11 @@ def _typed(command: Sequence[str]) -> str:
     return shlex.join([*(["python"] if program.endswith(".py") else []), program, *words])
 
 
-def _grouped(drawn: Sequence[figures.Picture]) -> dict[str, list[figures.Picture]]:
-    groups: dict[str, list[figures.Picture]] = {}
+def _grouped(drawn: Sequence[Picture]) -> dict[str, list[Picture]]:
+    groups: dict[str, list[Picture]] = {}
     for picture in drawn:
         groups.setdefault(picture.group, []).append(picture)
     return groups
-
-
-# ---- figures as text
-
-
-def number(value: float | None) -> str:
-    """Return a number in four digits; nothing for None."""
-    if value is None:
-        return ""
-    if value == int(value) and abs(value) < 1e6:
-        return f"{int(value):,}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def size(size_bytes: float) -> str:
-    """Return a number of bytes in words."""
-    unit, scale = figures.unit_of(size_bytes)
-    return f"{size_bytes / scale:.3g} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if minutes < 120:
-        return f"{minutes:.0f} min"
-    return f"{hours:.1f} h" if hours < 48 else f"{days:.1f} days"
 
 
 def _steps(record: PartyRecord) -> int:
@@ -511,7 +483,7 @@ def _span(values: Sequence[int]) -> str:
 def _moment(text: str) -> str:
     """Return a time of a record as people write it."""
     try:
-        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M")
+        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:
         return text
 
@@ -527,6 +499,10 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
 
 def _parties_words(names: Sequence[str]) -> str:
     return f"{'party' if len(names) == 1 else 'parties'} {_listed(names)}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _capital(words: str) -> str:

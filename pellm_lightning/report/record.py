@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import platform
+import secrets
 import socket
 import sys
 import time
@@ -28,12 +29,14 @@ PACKAGES = ("pellm-lightning", "lightning", "torch", "transformers", "peft", "nu
 class Record:
     """Appends what happens in a fit to a file, one JSON object a line.
 
-    Each line has ``event``, ``time`` (UTC, ISO 8601) and ``elapsed_seconds`` since the fit began. The events
-    are "start" (who, where, with which settings and versions), "round" (a ``RoundReport`` with the Trainer's
-    step and epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on
-    in the same file with another "start". NaN and infinities become null.
+    Each line has ``event``, ``run`` (drawn by each ``Record``, so that lines of others in the same file are
+    told apart), ``time`` (UTC, ISO 8601) and ``elapsed_seconds`` since the fit began. The events are "start"
+    (who, where, with which settings and versions), "round" (a ``RoundReport`` with the Trainer's step and
+    epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on in the
+    same file with another "start". NaN and infinities become null.
 
-    What cannot be written, since the disk is full for example, is warned about once, and training goes on.
+    What cannot be written, since the disk is full or the folder is not local, is warned about once, and
+    training goes on.
 
     Args:
         path: The file. Its folder is made with the first line.
@@ -41,8 +44,13 @@ class Record:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._run = secrets.token_hex(4)
         self._begun = time.monotonic()
-        self._failed = False
+        self._failed = "://" in str(path)
+        if self._failed:
+            log.warning(
+                "%s is in no local folder, so that no record is written: a report cannot be made.", path
+            )
 
     def start(self, **facts: Any) -> None:
         """Write who begins: ``facts``, and this process's surroundings."""
@@ -88,7 +96,12 @@ class Record:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         # Not "seconds": a round has those of its own.
-        line = {"event": event, "time": now, "elapsed_seconds": round(time.monotonic() - self._begun, 3)}
+        line = {
+            "event": event,
+            "run": self._run,
+            "time": now,
+            "elapsed_seconds": round(time.monotonic() - self._begun, 3),
+        }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -112,7 +125,7 @@ def events(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: If the file is no record.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
@@ -123,7 +136,10 @@ def events(path: str | Path) -> Iterator[dict[str, Any]]:
                 return
             if number < len(lines) and lines[number].startswith('{"event": "start"'):
                 continue
-            raise ValueError(f"{path}, line {number} is no event of a record ({error}).") from error
+            raise ValueError(
+                f"{path}, line {number} is no event of a record ({error}). If the file was edited, restore"
+                " it; else move it away."
+            ) from error
         yield event
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +85,8 @@ class Validation:
 
     round: int
     """Index of the last round before it; -1 before the first."""
-    step: int
+    step: float
+    """Optimizer steps before it; of several parties, their mean."""
     local: Mapping[str, float]
     mean: Mapping[str, float]
 
@@ -111,6 +112,8 @@ class PartyRecord:
     """How long it took, pauses between a stop and a resumption left out."""
     earlier_fits: int
     """Fits in the same file that had begun from nothing before the last one."""
+    strays: int
+    """Lines that another process has written into the file after the last start."""
 
     @property
     def start(self) -> Start:
@@ -141,6 +144,27 @@ class Fit:
             found = {**record.rounds, **found}
         return dict(sorted(found.items()))
 
+    @cached_property
+    def validations(self) -> tuple[Validation, ...]:
+        """Return those of the narrator, or of whoever has validated more often: not all parties need to."""
+        return max((self.narrator, *self.records.values()), key=lambda r: len(r.validations)).validations
+
+    @cached_property
+    def joint_validations(self) -> list[Validation]:
+        """Return those whose means are over all parties that were there, each at the mean of their steps.
+
+        A mean is over those that validate at the same moment: with unlike epochs now one party, now another.
+        """
+        steps = {p: {_told(v): v.step for v in r.validations} for p, r in self.records.items()}
+        found = []
+        for one in self.validations:
+            there = self.rounds[one.round].parties if one.round in self.rounds else ()
+            of_party = {party: seen.get(_told(one)) for party, seen in steps.items() if seen}
+            known = [step for step in of_party.values() if step is not None]
+            if all(step is not None or party not in there for party, step in of_party.items()):
+                found.append(replace(one, step=sum(known) / len(known)))
+        return found
+
     def shared(self, what: str) -> dict[int, float]:
         """Return by round what is the same at all parties: an attribute of ``Round``."""
         return self._told(self.rounds.values(), what)
@@ -168,7 +192,9 @@ class Fit:
             for r in self.rounds.values()
             if party in r.distances_before
         }
-        return _sorted({k: v for k, v in told.items() if k >= 0} | self.own(party, "distance"))
+        # Of who was away in that round it is of an older one.
+        there = {k: v for k, v in told.items() if k in self.rounds and party in self.rounds[k].parties}
+        return _sorted(there | self.own(party, "distance"))
 
     def state(self, party: int, index: int) -> State:
         """Tell what became of a party in a round."""
@@ -186,7 +212,7 @@ class Fit:
 
     def means(self) -> dict[str, list[tuple[Validation, float]]]:
         """Return each validation metric's mean over all parties, by name."""
-        return _metrics((v, v.mean) for v in self.narrator.validations)
+        return _metrics((v, v.mean) for v in self.joint_validations)
 
     def local(self, party: int) -> dict[str, list[tuple[Validation, float]]]:
         """Return each validation metric of a party, by name; empty without its record."""
@@ -223,32 +249,28 @@ def find(folder: str | Path) -> Findings:
         raise ValueError(
             f"There is no {NAME} in {folder} or below it. Each party of a fit writes one with"
             " FederatedAveraging(record=True), which is the default, into the Trainer's default_root_dir"
-            " (below"
-            " party-<k>/ if there are several). Name that folder; fast_dev_run writes none."
+            " (below party-<k>/ if there are several). Name that folder; fast_dev_run writes none."
         )
     fits = _together([read(path) for path in paths])
     joint = [fit for fit in fits if len(fit.names) > 1]
     alone = tuple(fit for fit in fits if len(fit.names) == 1)
     if not joint and len(alone) == 1:
-        return Findings(folder, alone[0], (), tuple(_earlier(alone[0])))
+        return Findings(folder, alone[0], (), tuple(_notes(alone[0])))
     # Of one folder, what is older is left over from a federation of other parties.
     chosen = max(joint, key=lambda fit: fit.narrator.last_time, default=None)
     if chosen is None or any(fit.folder != chosen.folder for fit in joint):
         places = "\n".join(f"  {fit.folder}: {len(fit.names)} parties" for fit in (joint or alone))
-        what = (
-            "several federations"
-            if joint
-            else "fits of one party each and no federation to compare them with"
-        )
+        alone_only = "fits of one party each and no federation to compare them with"
+        what = "several federations" if joint else alone_only
         raise ValueError(f"Below {folder} there are {what}. Name the folder of one:\n{places}")
-    notes = [
+    left_over = [
         f"{record.path.relative_to(folder)} is of another fit, last written {record.last_time}, and is not"
         " shown."
         for fit in joint
         if fit is not chosen
         for record in fit.records.values()
     ]
-    return Findings(folder, chosen, alone, (*notes, *_earlier(chosen)))
+    return Findings(folder, chosen, alone, (*left_over, *_notes(chosen)))
 
 
 def read(path: str | Path) -> PartyRecord:
@@ -271,8 +293,7 @@ def read(path: str | Path) -> PartyRecord:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}, event {number} is not as a fit writes it ({error!r}). If the file was edited, restore"
-            " it;"
-            " else move it away."
+            " it; else move it away."
         ) from error
     if not story.starts:
         raise ValueError(
@@ -300,11 +321,15 @@ class _Story:
     next: int = 0
     """Index of the round that comes."""
     earlier_fits: int = 0
+    strays: int = 0
 
     def hear(self, event: Mapping[str, Any]) -> None:
         what = event["event"]
         if what != "start" and not self.starts:
             raise KeyError("no start before it")
+        if what != "start" and event.get("run", self.who.get("run")) != self.who.get("run"):
+            self.strays += 1
+            return
         self.last_time = str(event["time"])
         if what == "start":
             self._start(event)
@@ -328,11 +353,13 @@ class _Story:
         start = _start(event)
         self.who = event
         self.starts.append(start)
+        self.strays = 0
         self.rounds = {index: done for index, done in self.rounds.items() if index < start.round}
-        self.validations = [v for v in self.validations if v.round < start.round]
         made = max((done.step for done in self.rounds.values()), default=0)
         # A party that came back without a checkpoint counts its steps from 0 again.
         self.steps_before = max(0, made - start.step)
+        resumed_at = start.step + self.steps_before
+        self.validations = [v for v in self.validations if v.round < start.round and v.step <= resumed_at]
         self.seconds_before += self.elapsed
         self.ended, self.failed = False, None
 
@@ -342,22 +369,24 @@ class _Story:
         stalled = _number(event, "stalled_seconds")
         index = int(event["round"])
         trained = max(0.0, self.elapsed - self.trained_since - (stalled or 0.0))
-        return Round(
-            index=index,
-            step=int(event["step"]) + self.steps_before,
-            parties=parties,
-            excluded=tuple(int(party) for party in event["excluded"]),
-            training_seconds=trained if index == self.next else None,
-            exchange_seconds=_number(event, "seconds"),
-            stalled_seconds=stalled,
-            deviation=_number(deviation, "total"),
-            worst_deviation=_number(deviation, "worst"),
-            worst_module=str(deviation["worst_module"]) if deviation else None,
-            weights=_by_party(parties, event["weights"]),
-            losses=_by_party(parties, event["losses"]),
-            distances_before=_by_party(parties, event["distances"]),
-            **{name: _number(event, name) for name in _AS_THEY_ARE},
-        )
+        known: dict[str, Any] = {
+            "index": index,
+            "step": int(event["step"]) + self.steps_before,
+            "parties": parties,
+            "excluded": tuple(int(party) for party in event["excluded"]),
+            "training_seconds": trained if index == self.next else None,
+            "exchange_seconds": _number(event, "seconds"),
+            "stalled_seconds": stalled,
+            "deviation": _number(deviation, "total"),
+            "worst_deviation": _number(deviation, "worst"),
+            "worst_module": str(deviation["worst_module"]) if deviation else None,
+            "weights": _by_party(parties, event["weights"]),
+            "losses": _by_party(parties, event["losses"]),
+            "distances_before": _by_party(parties, event["distances"]),
+        }
+        # All else are figures that a record holds under the same names.
+        known |= {f.name: _number(event, f.name) for f in fields(Round) if f.name not in known}
+        return Round(**known)
 
     def record(self, path: Path) -> PartyRecord:
         return PartyRecord(
@@ -373,24 +402,8 @@ class _Story:
             last_time=self.last_time,
             seconds=self.seconds_before + self.elapsed,
             earlier_fits=self.earlier_fits,
+            strays=self.strays,
         )
-
-
-_AS_THEY_ARE = (
-    "total_weight",
-    "weight",
-    "loss",
-    "local_loss",
-    "waited_seconds",
-    "bytes_sent",
-    "update_norm",
-    "distance",
-    "epsilon",
-    "clipping_norm",
-    "compression_error",
-    "outer_lr",
-)
-"""Figures of a round that a record holds under the names of ``Round``."""
 
 
 def _start(event: Mapping[str, Any]) -> Start:
@@ -418,7 +431,8 @@ def _start(event: Mapping[str, Any]) -> Start:
 def _together(records: Sequence[PartyRecord]) -> list[Fit]:
     """Put records of the same fit together, wherever they lie: their rounds say the same."""
     fits: list[dict[int, PartyRecord]] = []
-    for record in records:
+    # First those that know most rounds: parties that came and went have perhaps none in common but with them.
+    for record in sorted(records, key=lambda record: -len(record.rounds)):
         # Those beside it first: two fits with the same seed may say the same.
         near = sorted(fits, key=lambda fit: _folder(fit) != _folder({record.party: record}))
         for fit in near:
@@ -431,9 +445,9 @@ def _together(records: Sequence[PartyRecord]) -> list[Fit]:
 
 
 def _same_fit(fit: Mapping[int, PartyRecord], record: PartyRecord) -> bool:
-    other = next(iter(fit.values()))
-    if record.party in fit or other.roster != record.roster or len(record.roster) == 1:
+    if record.party in fit or next(iter(fit.values())).roster != record.roster or len(record.roster) == 1:
         return False
+    other = max(fit.values(), key=lambda other: len(other.rounds.keys() & record.rounds.keys()))
     common = other.rounds.keys() & record.rounds.keys()
     if not common:  # one of them failed early, or came late
         return _folder(fit) == _folder({record.party: record})
@@ -451,14 +465,19 @@ def _folder(fit: Mapping[int, PartyRecord]) -> Path:
     return own.parent if own.name == f"party-{record.party}" else own
 
 
-def _earlier(fit: Fit) -> list[str]:
-    most = max(record.earlier_fits for record in fit.records.values())
-    if not most:
-        return []
-    return [
-        f"The same files also hold {most} earlier {'fit' if most == 1 else 'fits'}, which began anew: not"
-        " shown."
-    ]
+def _notes(fit: Fit) -> list[str]:
+    """Return what the files hold besides."""
+    notes = []
+    if most := max(record.earlier_fits for record in fit.records.values()):
+        fits = "1 earlier fit" if most == 1 else f"{most} earlier fits"
+        notes.append(f"The same files also hold {fits}, which began anew: not shown.")
+    if strays := {str(r.path.relative_to(fit.folder)): r.strays for r in fit.records.values() if r.strays}:
+        lines = ", ".join(f"{count:,} lines of {name}" for name, count in strays.items())
+        notes.append(
+            f"Another process wrote into the same files after this fit had begun: {lines} are not shown. Give"
+            " each fit a default_root_dir of its own."
+        )
+    return notes
 
 
 def _number(of: Mapping[str, Any], name: str) -> float | None:
@@ -490,6 +509,11 @@ def _metrics(
         for name, value in values.items():
             found.setdefault(name, []).append((validation, value))
     return found
+
+
+def _told(validation: Validation) -> tuple[int, frozenset[tuple[str, float]]]:
+    """Return what is equal, to the bit, at all parties of a validation."""
+    return validation.round, frozenset(validation.mean.items())
 
 
 def _sorted(by_index: Mapping[int, Any]) -> dict[int, Any]:

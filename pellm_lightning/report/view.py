@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pellm_lightning.report.lines import megabytes
 from pellm_lightning.report.watched import Watched
+from pellm_lightning.report.words import size
 from pellm_lightning.round import RoundReport
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -83,9 +83,9 @@ def _loss_line(rounds: Sequence[RoundReport]) -> Text:
 def _cost_line(rounds: Sequence[RoundReport]) -> Text:
     done = rounds[-1]
     words = [
-        f"last round {megabytes(done.bytes_sent)} in {done.seconds:.2f} s",
+        f"last round {size(done.bytes_sent)} in {done.seconds:.2f} s",
         f"waited {done.waited_seconds:.1f} s for the others",
-        f"{megabytes(sum(report.bytes_sent for report in rounds))} in all",
+        f"{size(sum(report.bytes_sent for report in rounds))} in all",
     ]
     if done.epsilon is not None:
         words.append(f"epsilon {done.epsilon:.3g}")

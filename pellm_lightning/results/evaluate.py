@@ -8,12 +8,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
 
 from pellm_lightning.results.configured import Configured
@@ -72,7 +79,7 @@ def named(words: Sequence[str], parties: int) -> dict[str, Path | None]:
     """Read NAME=FOLDER, where ``{party}`` in it stands for each party in turn.
 
     Raises:
-        ValueError: If a word is none, or a folder holds no adapter.
+        ValueError: If a word is none, two adapters would have one name, or a folder holds no adapter.
     """
     found: dict[str, Path | None] = {}
     for word in words:
@@ -80,7 +87,13 @@ def named(words: Sequence[str], parties: int) -> dict[str, Path | None]:
         if not (name and equals and folder):
             raise ValueError(f"--adapters {word} is no NAME=FOLDER.")
         for party in range(parties) if "{party}" in word else range(1):
-            found[name.replace("{party}", str(party))] = Path(folder.replace("{party}", str(party)))
+            called = name.replace("{party}", str(party))
+            if called in (BASE, *found):
+                raise ValueError(
+                    f"--adapters {word} calls a second row {called!r}. Give each adapter a name of its own,"
+                    " with {party} in it if {party} is in the folder."
+                )
+            found[called] = Path(folder.replace("{party}", str(party)))
     for name, path in found.items():
         if path is not None and not (path / "adapter_config.json").exists():
             raise ValueError(
@@ -95,11 +108,13 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
 
     Args:
         words: Arguments as of the command line's ``fit``.
-        adapters: Folder of each adapter by name; None leaves the module as it is configured.
+        adapters: Folder of each adapter by name; None leaves the module as it is configured. The base model
+            in a folder's ``base`` takes the place of the configuration's.
         parties: Names of the parties, in the order of their indices.
 
     Raises:
-        ValueError: If the module cannot be evaluated, or an adapter does not fit it.
+        ValueError: If the module cannot be evaluated, logs nothing or not the same for all parties, or an
+            adapter does not fit it.
     """
     found: Matrix = {}
     configured = Configured(words)
@@ -111,9 +126,13 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
     wraps = any(path is not None for path in adapters.values())
     model = peft_model_in(module, "evaluate") if wraps else None
     fresh = {} if model is None else _copy(get_peft_model_state_dict(model))
+    bases = {name: path / "base" for name, path in adapters.items() if path and (path / "base").is_dir()}
+    fresh_base = _copy(get_base_model_state_dict(model)) if model is not None and bases else {}
     for name, path in adapters.items():
         if model is not None:
             _put(model, fresh if path is None else _weights(path), name)
+        if model is not None and bases:
+            set_base_model_state_dict(model, _base(model, bases[name]) if name in bases else fresh_base)
         for index, party in enumerate(parties):
             with standing_as(index, len(parties)):
                 data = Configured(words).data  # a data module keeps whose data it has read
@@ -122,7 +141,17 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
             for result in (first, *more):
                 for metric, value in result.items():
                     found.setdefault(metric, {}).setdefault(name, []).append(value)
+            uneven = [metric for metric, rows in found.items() if len(rows.get(name, [])) != index + 1]
+            if uneven:
+                raise ValueError(
+                    f"{uneven[0]} is not logged once on the data of each party: not so of {party}. Let"
+                    f" {type(module).__name__} log the same metrics for all."
+                )
             log.info("%s on %s: %s", name, party, ", ".join(f"{k} {v:.4g}" for k, v in first.items()))
+    if not found:
+        raise ValueError(
+            f"{type(module).__name__} logs no metric when it is {'tested' if tests else 'validated'}."
+        )
     return found
 
 
@@ -152,6 +181,13 @@ def table(rows: Mapping[str, Sequence[float]], parties: Sequence[str]) -> str:
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
+    return weights
+
+
+def _base(model: PeftModel, folder: Path) -> dict[str, Tensor]:
+    """Load the base model beside an adapter, whose training has changed it."""
+    kind: Any = type(model.get_base_model())
+    weights: dict[str, Tensor] = kind.from_pretrained(folder).state_dict()
     return weights
 
 

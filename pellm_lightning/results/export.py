@@ -92,7 +92,6 @@ def export(
     _fill(built, saved["state_dict"])
     model = peft_model_in(built, "export")
     about = state.get("about", {})
-    written = _writes_base(about)
     base = base_of(model)
     if merged:
         whole: Any = model.merge_and_unload()
@@ -100,7 +99,7 @@ def export(
         _save_tokenizer(base, out)
         write_card(out, about, base, merged=True)
     else:
-        save_adapter(model, out, with_base=written)
+        save_adapter(model, out, with_base=about.get("writes_base", False))
         write_card(out, about, base)
 
 
@@ -170,11 +169,6 @@ def _fill(module: LightningModule, state_dict: Mapping[str, Any]) -> None:
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     checks.trainable_checkpoint(module, state_dict, frozen)
     module.load_state_dict(state_dict, strict=False)
-
-
-def _writes_base(about: Mapping[str, Any]) -> bool:
-    rule = str(about.get("settings", {}).get("aggregation", ""))
-    return rule.startswith(("ResidualMean", "Stacking"))
 
 
 def _save_tokenizer(base: str | None, out: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from parties import fit_parties
+from parties import ValidatedClassifier, fit_parties
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pellm_lightning import FederatedCLI
 from pellm_lightning.__main__ import main
+from pellm_lightning.aggregation import Aggregation, ResidualMean, Stacking
+from pellm_lightning.results import evaluate
 from pellm_lightning.results.evaluate import BASE, matrix, named, standing_as
 from pellm_lightning.results.export import export
 from pellm_lightning.tasks import CausalLM, SaveAdapter, TextDataModule
@@ -86,20 +89,17 @@ def logits(model: torch.nn.Module) -> Tensor:
         return model(input_ids=IDS).logits
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["whole", "adapter only"])
-def fitted(
-    request: pytest.FixtureRequest, texts: Path, llama: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Tensor]:
-    """A checkpoint of party 1 after a federation of two, and what its model says."""
-    folder = tmp_path_factory.mktemp("fit")
+def fit_two(folder: Path, texts: Path, llama: str, **arguments: Any) -> Tensor:
+    """Leave a checkpoint of each party of a federation; return what their model says."""
     said: list[Tensor] = [torch.empty(0)] * 2
 
     def fit(party: int, federated: Any) -> None:
-        module = CausalLM(llama, lora())
+        # Fast enough that the mean of the products is another than the product of the means.
+        module = CausalLM(llama, lora(), optimizer=lambda params: torch.optim.Adam(params, lr=0.05))
         trainer = Trainer(
             accelerator="cpu",
             max_steps=4,
-            callbacks=[federated(every_n_steps=2, save_frozen=request.param), SaveAdapter("saved")],
+            callbacks=[federated(every_n_steps=2, **arguments), SaveAdapter("saved")],
             default_root_dir=folder / f"of-{party}",
             logger=False,
             enable_checkpointing=False,
@@ -112,7 +112,16 @@ def fitted(
 
     fit_parties(2, fit)
     assert torch.equal(said[0], said[1])
-    return folder, said[1]
+    return said[1]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["whole", "adapter only"])
+def fitted(
+    request: pytest.FixtureRequest, texts: Path, llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Tensor]:
+    """A federation's folder, and what its model says."""
+    folder = tmp_path_factory.mktemp("fit")
+    return folder, fit_two(folder, texts, llama, save_frozen=request.param)
 
 
 def test_the_exported_adapter_says_what_the_model_said(
@@ -135,6 +144,36 @@ def test_the_merged_model_says_the_same_and_has_its_tokenizer(
     assert "merged adapter" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("rule", [ResidualMean(), Stacking()], ids=repr)
+def test_a_rule_that_writes_into_the_base_is_exported_and_evaluated_with_it(
+    rule: Aggregation, texts: Path, llama: str, tmp_path: Path
+) -> None:
+    # Without the frozen weights, but for those that the rule has changed.
+    said = fit_two(tmp_path, texts, llama, aggregation=rule, save_frozen=False)
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    export(tmp_path / "1.ckpt", out, module=CLASS)
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, out)), said)
+    original = AutoModelForCausalLM.from_pretrained(llama)
+    assert not torch.allclose(logits(PeftModel.from_pretrained(original, out)), said, atol=1e-3)
+    assert f"load it onto the model in `base/`, and not onto `{llama}`" in (out / "README.md").read_text()
+    export(tmp_path / "1.ckpt", merged, module=CLASS, merged=True)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(merged)), said, atol=1e-5)
+    assert "base/" not in (merged / "README.md").read_text()
+    # An adapter of the original base comes after it: each must be on its own.
+    config = configured(tmp_path, texts, llama)
+    plain = tmp_path / "plain"
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), out).save_pretrained(plain)
+    losses = matrix([f"--config={config}"], {"written": out, "plain": plain, BASE: None}, ["0"])["test_loss"]
+    written = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(out / "base"), out)
+    on_original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), out)
+    expected = [mean_loss(model, texts, llama, 0) for model in (written, on_original)]
+    assert [losses["written"][0], losses["plain"][0]] == pytest.approx(expected, rel=1e-5)
+    assert losses[BASE] == pytest.approx(
+        [mean_loss(AutoModelForCausalLM.from_pretrained(llama), texts, llama, 0)], rel=1e-5
+    )
+
+
 @pytest.mark.parametrize("where", ["exported", "saved by SaveAdapter"])
 def test_the_card_tells_the_federation(
     fitted: tuple[Path, Tensor], llama: str, tmp_path: Path, where: str
@@ -154,7 +193,7 @@ def test_the_card_tells_the_federation(
     for row in (
         "| rounds | `2` |",
         "| aggregation | `LowRankMean(solver='exact', steps=1, gauge='procrustes')` |",
-        "| a round every | `2 steps` |",
+        "| a round every | `2 optimizer steps` |",
         "| exchange | `Plain()` |",
         "| privacy | `none` |",
         # Four steps of two windows each.
@@ -280,6 +319,38 @@ def test_the_matrix_is_that_of_a_plain_loop(
         matrix([f"--config={config}", "--model.peft.r=4"], {"federated": smaller}, ["0"])
 
 
+@pytest.mark.parametrize(
+    ("logged", "words"),
+    [
+        (
+            [{"a": 1.0}, {"a": 2.0, "b": 3.0}],
+            "b is not logged once on the data of each party: not so of west",
+        ),
+        (
+            [{"a": 1.0, "b": 3.0}, {"a": 2.0}],
+            "b is not logged once on the data of each party: not so of west",
+        ),
+        ([{}, {}], "logs no metric when it is validated"),
+    ],
+)
+def test_metrics_that_are_not_every_party_s_are_refused(
+    logged: list[dict[str, float]], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a column would show another party's value."""
+    results = iter(logged)
+
+    class Fake:
+        def __init__(self, words: Sequence[str]) -> None:
+            self.module, self.data, self.trainer = ValidatedClassifier(), None, self
+
+        def validate(self, *_: Any, **__: Any) -> list[dict[str, float]]:
+            return [next(results)]
+
+    monkeypatch.setattr(evaluate, "Configured", Fake)
+    with pytest.raises(ValueError, match=words):
+        matrix([], {BASE: None}, ["east", "west"])
+
+
 def mean_loss(model: torch.nn.Module, texts: Path, llama: str, party: int) -> float:
     """The mean loss over all tokens of a party's held-out windows that have one before them."""
     data = data_of(texts, llama, party=party)
@@ -308,6 +379,9 @@ def test_names_may_stand_for_each_party(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="--adapters federated is no NAME=FOLDER"):
         named(["federated"], 2)
+    for words in ([f"alone={tmp_path}/alone-{{party}}"], [f"base={tmp_path}/all"]):
+        with pytest.raises(ValueError, match=r"a second row '(alone|base)'\. Give each"):
+            named(words, 2)
     with pytest.raises(ValueError, match=r"there is no adapter_config\.json"):
         named([f"x={tmp_path}"], 2)
 
