@@ -104,6 +104,10 @@ def groups_are_taken_down_beside() -> Iterator[None]:
         thread.join()
 
 
+# By pytest, and by older torch when it compiles.
+_SET_BY_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+
+
 @pytest.fixture(autouse=True)
 def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in _LAUNCHER:
@@ -116,7 +120,7 @@ def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     changed = {
         name
         for name in before.keys() ^ os.environ.keys() | before.keys()
-        if before.get(name) != os.environ.get(name) and name != "PYTEST_CURRENT_TEST"
+        if before.get(name) != os.environ.get(name) and name not in _SET_BY_OTHERS
     }
     started = {t for t in threading.enumerate() if t not in threads and not t.daemon}
     for thread in started:

@@ -58,8 +58,12 @@ def main() -> None:
     module = Module(training)
     if party == 0:
         training.save(0, trainable(module.model))
-    rule = {"mean": Mean, "default": LowRankMean}[training.rule]()
-    callbacks: list[Callback] = [FederatedAveraging(every_n_epochs=1, aggregation=rule)]
+    federated = FederatedAveraging(
+        every_n_epochs=1,
+        aggregation=LowRankMean() if training.rule == "default" else Mean(),
+        inner_optimizer_state="reset" if training.rule == "reset" else "keep",
+    )
+    callbacks: list[Callback] = [federated]
     trainer = Trainer(
         default_root_dir=training.out,
         accelerator="cpu",

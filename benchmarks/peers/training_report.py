@@ -10,7 +10,11 @@ from matplotlib.figure import Figure
 from round_times_report import machine
 
 Rows = Sequence[dict[str, Any]]
-_RULES = {"mean": "mean of A and of B", "default": "mean of the products"}
+_RULES = {
+    "mean": "mean of A and of B",
+    "reset": "mean of A and of B, optimizers reset",
+    "default": "mean of the products",
+}
 
 
 def report(rows: Rows, image: Path | None) -> None:
@@ -35,7 +39,7 @@ def table(rows: Rows) -> str:
     rounds = range(len(rows[0]["accuracy"]))
     head = " | ".join(f"round {round}" for round in rounds)
     lines = [
-        f"| | optimizer | LoRA | {head} | last: lowest, highest | last loss | apart from ours | s, in all |"
+        f"| | optimizer | LoRA | {head} | last: lowest, highest | last loss | apart from reset | s, in all |"
         " s a round | MB sent by a party | MB through the server |",
         f"|---|---|---|{'---:|' * (len(rounds) + 7)}",
     ]
@@ -63,7 +67,7 @@ def draw(rows: Rows) -> Figure:
     by_round, by_time = figure.subplots(1, 2, sharey=True)
     for number, ((who, optimizer, rule), runs) in enumerate(alike(rows).items()):
         style = {"color": f"C{number}", "linestyle": "-" if who == "ours" else "--"}
-        name = f"{who}, {optimizer}" + (", products" if rule == "default" else "")
+        name = f"{who}, {optimizer}" + {"default": ", products", "reset": ", reset"}.get(rule, "")
         for run in runs:  # faint, below their mean
             by_round.plot([100 * accuracy for accuracy in run["accuracy"]], alpha=0.25, linewidth=1, **style)
         by_round.plot(percents(runs), marker="o", label=name, **style)

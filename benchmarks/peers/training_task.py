@@ -56,8 +56,8 @@ class Training:
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         parameters = [p for p in model.parameters() if p.requires_grad]
         if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=1.0)
-        return torch.optim.AdamW(parameters, lr=2e-3)
+            return torch.optim.SGD(parameters, lr=0.1)
+        return torch.optim.AdamW(parameters, lr=1e-3)
 
     def batches(self, data: dict[str, Tensor], party: int, round: int) -> Iterator[dict[str, Tensor]]:
         """Yield the round's batches in an order drawn for it, and seed the dropout."""

@@ -1,15 +1,18 @@
 """Tiny models and a tokenizer of whole words, built here: no test reaches for a hub."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pellm_lightning.tasks import CausalLM, TextClassification
 
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(30)), "user", "assistant", ":"]
 
@@ -74,6 +77,22 @@ def quiet_trainer(tmp_path: Path) -> dict[str, object]:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+
+
+@pytest.fixture(autouse=True)
+def one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parties are threads here; in transformers 4 loading a model changes torch.nn for all of them."""
+    lock = threading.Lock()
+
+    def locked(configure: Callable[[LightningModule], None]) -> Callable[[LightningModule], None]:
+        def configures(self: LightningModule) -> None:
+            with lock:
+                configure(self)
+
+        return configures
+
+    for kind in (CausalLM, TextClassification):
+        monkeypatch.setattr(kind, "configure_model", locked(kind.configure_model))
 
 
 @pytest.fixture(autouse=True)
