@@ -256,7 +256,10 @@ class Reader:
         elif program == "srun":
             self.type(words)
         elif program == "torchrun":
-            launch = get_args_parser().parse_args(words)
+            parser = get_args_parser()
+            if "--virtual-local-rank" not in parser.format_help():  # torch 2.7 does not have it
+                words = [word for word in words if word != "--virtual-local-rank"]
+            launch = parser.parse_args(words)
             rest = [launch.training_script, *launch.training_script_args]
             if launch.no_python:
                 assert rest[:2] == ["bash", "-c"], rest

@@ -129,7 +129,7 @@ def tcp_store() -> dist.Store:
     listener = socket.create_server(("127.0.0.1", 0))
     port, descriptor = listener.getsockname()[1], listener.detach()
     return dist.TCPStore(
-        "127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=descriptor, use_libuv=True
+        "127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=descriptor, use_libuv=False
     )
 
 

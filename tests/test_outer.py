@@ -64,6 +64,9 @@ RECIPES: dict[str, Any] = {
     "DiLoCo": partial(SGD, lr=0.7, momentum=0.9, nesterov=True),
 }
 
+# Until torch 2.8 or so its SequentialLR warned of itself.
+torchs_own_words = pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")
+
 SCHEDULES: dict[str, Any] = {
     "cosine": partial(lr_scheduler.CosineAnnealingLR, T_max=6),
     "warmup": partial(lr_scheduler.LinearLR, start_factor=0.25, total_iters=3),
@@ -283,6 +286,7 @@ def test_bf16_loses_no_small_steps(name: str) -> None:
 # ---- schedules
 
 
+@torchs_own_words
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("recipe", ["DiLoCo", "FedAdam"])
 def test_schedules_equal_their_replay(recipe: str, name: str) -> None:
@@ -352,6 +356,7 @@ def rounds(
     return aggregator.state_dict(), rates
 
 
+@torchs_own_words
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resuming_is_exact(recipe: str, schedule: str | None) -> None:

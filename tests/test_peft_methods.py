@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from packaging.version import Version
 from parties import fit_parties, quiet_trainer
 from peft import PeftConfig, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -113,10 +114,14 @@ LISTED = {
 }  # fmt: skip
 METHODS: dict[str, Make] = {name: make for name, make in LISTED.items() if make is not None}
 
-NOT_HERE = (
-    {} if find_spec("sklearn") else {"AdaMSS": "AdaMSS clusters with scikit-learn, which is not installed"}
-)
-"""Methods that cannot be built here, and why."""
+NOT_HERE: dict[str, str] = {}
+"""Methods that cannot be built or trained here, and why."""
+if not find_spec("sklearn"):
+    NOT_HERE["AdaMSS"] = "AdaMSS clusters with scikit-learn, which is not installed"
+if "generator" not in str(torch.randn_like.__doc__):
+    NOT_HERE["PVeRA"] = "PVeRA draws from a generator of its own, which this torch cannot do"
+if Version(peft.__version__) < Version("0.21"):
+    NOT_HERE["X-LoRA"] = "X-LoRA of this PEFT unfreezes the adapters that it mixes when it first computes"
 
 
 def test_every_method_of_peft_is_listed() -> None:

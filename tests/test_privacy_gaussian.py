@@ -134,7 +134,8 @@ def test_comes_from_yaml() -> None:
             accountant: rdp
         """
     )
-    built = parser.instantiate(config).privacy
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its older name
+    built = instantiate(config).privacy
     assert built.noise_std(6, 0.1) > 0.4 / math.sqrt(4)
     assert built.adaptive.target_quantile == 0.3
 
