@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, class_from_function
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from pellm_lightning import commands, isolation
@@ -111,6 +111,8 @@ class FederatedCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Lightning takes a subcommand's arguments from the Trainer's method of that name.
         trainer_class = self.trainer_class
+        from lightning.pytorch.cli import class_from_function  # there with jsonargparse only
+
         given = trainer_class if isinstance(trainer_class, type) else class_from_function(trainer_class)
         self.trainer_class = type(given.__name__, (_OwnCommands, given), {})
         try:

@@ -79,8 +79,8 @@ def quiet_trainer(tmp_path: Path) -> dict[str, object]:
     }
 
 
-@pytest.fixture(autouse=True)
-def one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def one_model_at_a_time() -> Iterator[None]:
     """Parties are threads here; in transformers 4 loading a model changes torch.nn for all of them."""
     lock = threading.Lock()
 
@@ -91,8 +91,10 @@ def one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return configures
 
-    for kind in (CausalLM, TextClassification):
-        monkeypatch.setattr(kind, "configure_model", locked(kind.configure_model))
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (CausalLM, TextClassification):
+            patch.setattr(kind, "configure_model", locked(kind.configure_model))
+        yield
 
 
 @pytest.fixture(autouse=True)
