@@ -79,7 +79,7 @@ class FederatedAveraging(Callback):
             Default: ``LowRankMean()`` for LoRA, the weighted mean for all else.
         measure_deviation: Report each round by how much the result misses the mean of the LoRA products. It
             takes half as many bytes again as averaging the factors, and other parties see these. Default:
-            where the exchange does not hide them, nor would have to send them for it alone to be compressed.
+            yes, unless the exchange hides the factors, or compresses and would send them for this alone.
         exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``,
             ``Masked(...)`` so that nobody sees another's, or in fewer bytes ``Cast("bfloat16")``,
             ``Quantized(...)`` and ``TopK(...)``.
