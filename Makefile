@@ -39,7 +39,8 @@ OLDEST_PYTHON ?= python3.10
 oldest:  ## run the tests with the oldest versions supported, at OLDEST_PYTHON
 	@$(MAKE) test PYTHON=$(OLDEST_PYTHON) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-newest:  ## run the tests with the newest version of everything
+newest:  ## run the tests with the newest version of everything that PYTHON can have
+	rm -rf .venv-newest
 	@$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
 extras:  ## install each extra by itself, from the wheel, and use what it is for
