@@ -11,12 +11,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
 from processes import rows_of, timed
 from shapes import CASES
+from torch.utils.data import DataLoader
 
 from pellm_lightning import Aggregator, FederatedAveraging, Federation
 
@@ -104,22 +106,32 @@ def check(federation: Federation, aggregator: Aggregator, parameters: dict[str, 
 
 
 def hook_seconds(steps: int = 2000) -> float:
-    """What the callback costs in a step without a round."""
-    callback = FederatedAveraging(every_n_steps=10**9)
-    module = SimpleNamespace(automatic_optimization=True)
-    trainer = SimpleNamespace(
-        global_step=1,
-        current_epoch=0,
-        is_last_batch=False,
-        accumulate_grad_batches=1,
-        lightning_module=module,
-    )
+    """What the callback costs in a step of a fit without a round."""
+    spent: list[float] = []
+
+    class Timed(FederatedAveraging):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            start = time.perf_counter()
+            super().on_train_batch_end(*arguments)
+            spent.append(time.perf_counter() - start)
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(8))
+
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            return (batch["input_ids"] @ self.weight).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
     batch = {"input_ids": torch.zeros(4, 8), "attention_mask": torch.zeros(4, 8), "labels": torch.zeros(4, 8)}
-    outputs = {"loss": torch.tensor(1.0)}
-    start = time.perf_counter()
-    for step in range(steps):
-        callback.on_train_batch_end(trainer, module, outputs, batch, step)  # type: ignore[arg-type]
-    return (time.perf_counter() - start) / steps
+    timed = Timed(every_n_steps=10**9, federation=lambda: Federation(dist.HashStore(), 0, 1, timeout_s=60))
+    Trainer(accelerator="cpu", devices=1, max_epochs=1, barebones=True, callbacks=[timed]).fit(
+        Module(), DataLoader([batch] * steps, batch_size=None)
+    )
+    return statistics.median(spent)
 
 
 def resident_bytes() -> int:

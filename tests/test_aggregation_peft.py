@@ -216,7 +216,7 @@ def test_a_products_place_in_the_base_has_its_effect(name: str) -> None:
     torch.testing.assert_close(layer.output(model), with_factors, rtol=0, atol=1e-12)
 
 
-# PEFT 0.21 brought it.
+# PEFT 0.20 does not have it yet.
 KASA: dict[str, Any] = {"kasa_config": peft_config.KasaConfig()} if hasattr(peft_config, "KasaConfig") else {}
 
 

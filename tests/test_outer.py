@@ -64,7 +64,7 @@ RECIPES: dict[str, Any] = {
     "DiLoCo": partial(SGD, lr=0.7, momentum=0.9, nesterov=True),
 }
 
-# Until torch 2.8 or so its SequentialLR warned of itself.
+# The SequentialLR of torch 2.7 warns of itself.
 torchs_own_words = pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")
 
 SCHEDULES: dict[str, Any] = {
