@@ -35,13 +35,16 @@ from pellm_lightning.federation import (
     Federation,
     FederationError,
     Membership,
+    Quorum,
+    check_quorum,
 )
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched, store_from_env
+from pellm_lightning.fit_facts import FitFacts, foresee
 from pellm_lightning.fragments import FragmentedAggregator, check_rule, fragments_of
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.parameters import frozen, select
-from pellm_lightning.participation import Manner, Participation
+from pellm_lightning.participation import Manner, Participation, Started
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record as records
 from pellm_lightning.report.about import About
@@ -98,6 +101,10 @@ class FederatedAveraging(Callback):
             "reset" clears them.
         on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
             result and clears its local optimizers ("exclude"), or all parties stop with an error ("raise").
+        quorum: Parties that must have trained in a round for it to move the global parameters: more than half
+            of all ("majority"), or a number. When fewer still train, the federation ends for all with the
+            last result of a quorum, so that nobody's data decides because it lasted longest. Separate jobs
+            need as many to meet.
         timeout_s: Seconds a party may be late before the others give up: more than the time by which the
             slowest party's local steps outlast the fastest's.
         check_base: Compare a sample of every frozen parameter over the parties before training.
@@ -118,8 +125,7 @@ class FederatedAveraging(Callback):
             ``PELLM_ADVERTISE``.
         tls: This party's certificate and the federation's authority. Default: ``PELLM_TLS_CERT``,
             ``PELLM_TLS_KEY`` and ``PELLM_TLS_CA``; without any, nothing is encrypted.
-        membership: How many parties a round of separate jobs needs, how long to wait for whom, and whether to
-            go on without a lost one.
+        membership: How long separate jobs wait for whom, and whether they go on without a lost one.
         state_dir: Where separate jobs keep the global state through their own death. Default: ``federation/``
             below the Trainer's ``default_root_dir/party-<k>``.
 
@@ -145,6 +151,7 @@ class FederatedAveraging(Callback):
         outer_scheduler: LRSchedulerCallable | None = None,
         inner_optimizer_state: Literal["keep", "reset"] = "keep",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
+        quorum: Quorum = "majority",
         timeout_s: float = 1800,
         check_base: bool = True,
         save_frozen: bool = True,
@@ -168,9 +175,10 @@ class FederatedAveraging(Callback):
         checks.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
         checks.patterns("include", include)
         checks.patterns("exclude", exclude)
+        check_quorum(quorum)
         checks.seconds("timeout_s", timeout_s)
         checks.outer(outer_optimizer, outer_scheduler)
-        self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership)
+        self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership, quorum=quorum)
         """How this party joins separate jobs; None if all parties come from one launch."""
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
@@ -188,6 +196,7 @@ class FederatedAveraging(Callback):
         self.outer_scheduler = outer_scheduler
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
+        self.quorum = quorum
         self.timeout_s = timeout_s
         self.check_base = check_base
         self.save_frozen = save_frozen
@@ -232,6 +241,7 @@ class FederatedAveraging(Callback):
             # Of an earlier fit, which may have failed.
             self._state, self._participation, self._teller = {}, None, None
             self.rounds, self.about = [], None
+            self._validation = ValidationMetrics()
             self._drift = self._drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
             show_log_lines()
@@ -294,6 +304,8 @@ class FederatedAveraging(Callback):
         )
         names = self._in_party.speak(lambda: self._roster(trainer))
         about = About(names, started.settings, self.writes_base)
+        if self._topology.is_speaker and self._topology.party == 0:
+            self._warn_of(started)
         self.about = about.resumed(self._state.get("about", {}))
         self._teller = Teller(trainer, self._topology, self.about, self.rounds, self._new_record(trainer))
         if self._topology.is_speaker:
@@ -339,6 +351,8 @@ class FederatedAveraging(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the metrics over the parties before EarlyStopping and ModelCheckpoint read them."""
+        if trainer.sanity_checking:
+            self._validation.check(trainer)
         if _validates_in_fit(trainer):
             local = self._validation.end(trainer, self._in_party)
             self._telling.validated(local, self._taking_part.mean(local))
@@ -477,8 +491,15 @@ class FederatedAveraging(Callback):
     ) -> Aggregator | FragmentedAggregator:
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
-        state_dir = self._state_path(trainer)
-        return self._made(self._joined, trainer, module, trainable, overlap=self.overlap, state_dir=state_dir)
+        return self._made(
+            self._joined,
+            trainer,
+            module,
+            trainable,
+            overlap=self.overlap,
+            facts=self._facts(trainer),
+            state_dir=self._state_path(trainer),
+        )
 
     def _roster(self, trainer: Trainer) -> list[str]:
         """Return the names of all parties, as the speaker; warn of those that share an accelerator."""
@@ -508,7 +529,7 @@ class FederatedAveraging(Callback):
             ValueError, MisconfigurationException: As the fit would.
         """
         self._drift = self._drift_correction(trainer, module)
-        return self._made(federation, trainer, module, parameters, overlap=None, state_dir=None)
+        return self._made(federation, trainer, module, parameters, overlap=None, facts={}, state_dir=None)
 
     def _made(
         self,
@@ -518,6 +539,7 @@ class FederatedAveraging(Callback):
         parameters: Mapping[str, Tensor],
         *,
         overlap: Overlap | None,
+        facts: Mapping[str, Any],
         state_dir: str | None,
     ) -> Aggregator | FragmentedAggregator:
         """Return the aggregator that the arguments describe."""
@@ -550,9 +572,23 @@ class FederatedAveraging(Callback):
                 "inner_optimizer_state": self.inner_optimizer_state,
             },
             files=isolation.written_paths(trainer),
+            facts=facts,
             on_nonfinite=self.on_nonfinite,
+            quorum=self.quorum,
             state_dir=state_dir,
         )
+
+    def _facts(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what this party says of its fit; not how many samples it has, where that is hidden."""
+        tells_steps = self._tells_loss and not self.exchange.hides and self.privacy is None
+        return FitFacts.of(trainer, self._validation.names, tells_steps=tells_steps).to_json()
+
+    def _warn_of(self, started: Started) -> None:
+        """Warn of what the parties' fits will run into together."""
+        facts = {name: FitFacts.from_json(told) for name, told in started.facts.items()}
+        quorum = started.settings["quorum"]
+        for warning in foresee(facts, self.every_n_steps, int(quorum or 1)):
+            log.warning("[party %s] %s", self._topology.name, warning)
 
     def _new_record(self, trainer: Trainer) -> records.Record | None:
         if not self.record or vars(trainer).get("fast_dev_run") or trainer.barebones:

@@ -1,7 +1,6 @@
 """What the callback refuses, each in words that say what to do."""
 
 import logging
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning.isolation import callbacks_of
+from pellm_lightning.meeting import MAX_WEIGHT
 from pellm_lightning.outer import OptimizerFactory, SchedulerFactory, described_schedule, tried
 from pellm_lightning.overlap import Overlap
 from pellm_lightning.privacy import RecordLevel
@@ -33,10 +33,10 @@ def weighting(value: object) -> None:
     """Check the argument of that name."""
     if isinstance(value, str):
         one_of("weighting", value, ("samples", "uniform"))
-    elif (
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0
-    ):
-        raise ValueError(f"weighting={value!r} must be 'samples', 'uniform' or a finite number >= 0.")
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_WEIGHT:
+        raise ValueError(
+            f"weighting={value!r} must be 'samples', 'uniform' or a number of 0 to {MAX_WEIGHT:g} (2^53)."
+        )
 
 
 def privacy(mechanism: object, weighting: object) -> None:

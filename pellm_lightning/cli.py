@@ -190,6 +190,7 @@ def _job(command: Any) -> Job | None:
         advertise,
         TLS(**tls) if tls else None,
         Membership(**membership) if membership else None,
+        quorum=federated.get("quorum", "majority"),
     )
 
 

@@ -15,6 +15,7 @@ from pellm_lightning.beside import Contribution
 from pellm_lightning.drift.base import DriftCorrection
 from pellm_lightning.environment import Party
 from pellm_lightning.federation import TooFewPartiesError
+from pellm_lightning.fit_facts import planned_steps
 from pellm_lightning.fragments import FragmentedAggregator, Turns, fragments_of
 from pellm_lightning.layout import Layout
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
@@ -68,6 +69,8 @@ class Brought(NamedTuple):
     """What a drift correction adds."""
     turns: Turns
     """Whose turn it is when the round is over."""
+    steps_left: float
+    """Optimizer steps that the fit still has to make; NaN if nobody knows."""
 
 
 class Started(NamedTuple):
@@ -79,6 +82,8 @@ class Started(NamedTuple):
     """Index of the round that comes."""
     settings: dict[str, str | int | float | None]
     """What all parties have agreed on."""
+    facts: dict[str, Any]
+    """What each party has said of its fit, by name."""
 
 
 class Participation:
@@ -228,7 +233,7 @@ class Participation:
             aggregator.load_state_dict(state["aggregator"])
         overwritten = aggregator.start()
         self._drained = aggregator.drain()
-        return Started(overwritten, aggregator.round, dict(aggregator.settings))
+        return Started(overwritten, aggregator.round, dict(aggregator.settings), aggregator.facts())
 
     def _count(self, outputs: Any, batch: Any) -> None:
         samples = samples_in(batch, otherwise=None if self._manner.weighting == "samples" else 1)
@@ -259,7 +264,9 @@ class Participation:
         brought = self._brought()
         done = self._party.speak(
             lambda: _or_why_not(
-                lambda: self._speaking.step(brought.weight, brought.loss, brought.contribution)
+                lambda: self._speaking.step(
+                    brought.weight, brought.loss, brought.contribution, steps_left=brought.steps_left
+                )
             )
         )
         if isinstance(done, str):
@@ -272,7 +279,9 @@ class Participation:
         """Let a round run in the background."""
         self._land(on_bar=True)
         brought = self._brought()
-        self._party.speak(lambda: self._overlapped.begin(brought.weight, brought.loss))
+        self._party.speak(
+            lambda: self._overlapped.begin(brought.weight, brought.loss, steps_left=brought.steps_left)
+        )
         self._since, self._turns = SinceRound(self._trainer.global_step), brought.turns
         self._under_way_since = self._trainer.global_step
         if self._may_land():
@@ -315,7 +324,8 @@ class Participation:
         weight = {"samples": samples, "uniform": 1.0}.get(str(weighting), weighting)
         loss = loss_sum / loss_samples if loss_samples and self._manner.tells_loss else None
         given = Contribution() if self._drift is None else self._drift.contribution()
-        return Brought(float(weight), loss, given, turns)
+        steps_left = planned_steps(self._trainer) - self._trainer.global_step
+        return Brought(float(weight), loss, given, turns, steps_left)
 
     def _stop_for_lack_of_parties(self, why: str) -> NoReturn:
         """Keep this party's own steps since the last round, then stop."""

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of what parties say to each other; parties of different versions refuse each other."""
 
 Passport: TypeAlias = dict[str, Any]

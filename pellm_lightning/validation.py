@@ -19,6 +19,12 @@ class ValidationMetrics:
     def __init__(self) -> None:
         self._before: Mapping[str, Any] = {}
         self._samples: dict[int, int] = {}
+        self.names: list[str] | None = None
+        """What the sanity check has logged; None if there was none."""
+
+    def check(self, trainer: Trainer) -> None:
+        """Take note of what the sanity check has logged."""
+        self.names = sorted(name for name in trainer.callback_metrics if not name.startswith("federated/"))
 
     def start(self, trainer: Trainer) -> None:
         """Remember what is there already."""

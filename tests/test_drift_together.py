@@ -333,7 +333,7 @@ def test_resume_with_an_outer_schedule_is_exact(tmp_path: Path, name: str) -> No
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    made = World(3, rounds=5, min_parties=2)
+    made = World(3, rounds=5, quorum=2)
     yield made
     made.close()
 

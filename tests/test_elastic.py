@@ -351,7 +351,7 @@ def test_two_of_four_never_go_on(world: Callable[..., World]) -> None:
 
 
 def test_two_of_four_go_on_if_told_to(world: Callable[..., World]) -> None:
-    w = world(4, rounds=6, min_parties=2, accept_split_brain=True)
+    w = world(4, rounds=6, quorum=2, accept_split_brain=True)
     w.start("p0", "p1")
     w.start("p2", "p3", faults={"training@3": die})
     w.join()
