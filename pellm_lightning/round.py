@@ -57,7 +57,7 @@ class RoundReport:
     active_parties: int
     """Parties whose parameters counted: weight above 0 and all values finite; 0 if nothing moved."""
     trained_parties: int
-    """Parties that trained and could have counted; in a round with fewer than a quorum nobody counts."""
+    """Parties that came to it with local steps of finite values; with fewer than a quorum nobody counts."""
     quorum: int
     """Parties that had to train for the round to move anything."""
     total_weight: float
@@ -110,7 +110,7 @@ class Crossed:
     weights: list[float]
     """Of the parties that met; 0 for who does not count."""
     trained: list[int]
-    """Parties that could have counted, by their place among those that met."""
+    """Parties that have trained, by their place among those that met."""
     excluded: list[int]
     """Parties left out, by their place among those that met."""
     counting: Counting
@@ -598,9 +598,9 @@ class Aggregator:
         if excluded:
             weights = self._without(excluded, weights)
         failed = max(header.releases for header in headers)
-        weights = self._who.sendable(headers, weights, self.round)
-        trained = _counted(weights)
-        weights = self._who.allowed(weights, self.round, failed)
+        said, weights = weights, self._who.sendable(headers, weights, self.round)
+        trained = self._who.trained(headers, said, weights, excluded)
+        weights = self._who.allowed(weights, trained, self.round, failed)
         given_away = self._given_away
         sums = self._open(headers, weights)
         counting = self._counting(sums, weights)
@@ -614,7 +614,8 @@ class Aggregator:
                         f"Round {self.round}: an update of party {self.federation.called(excluded)} exceeds"
                         " float32. No parameter was changed. Lower that party's learning rate."
                     )
-                trained, weights = _counted(weights), self._who.in_quorum(weights)
+                trained = [party for party in trained if party not in excluded]
+                weights = self._who.in_quorum(weights, trained)
                 counting = self._counting(sums, weights)
                 if counting.num_counting:
                     _, ballot = self._average(counting, loss)
@@ -748,10 +749,6 @@ def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Besid
     if privacy is not None or (beside is not None and beside.sums):
         return "means"
     return exchange.gives
-
-
-def _counted(weights: list[float]) -> list[int]:
-    return [party for party, weight in enumerate(weights) if weight > 0]
 
 
 def _finite(value: float) -> float | None:

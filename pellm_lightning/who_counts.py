@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,15 +126,42 @@ class WhoCounts:
             )
         return [weight if party in together else 0.0 for party, weight in enumerate(weights)]
 
-    def allowed(self, weights: Sequence[float], round: int, failed: int) -> list[float]:
-        """Return the weights; all 0 if too few count, could be hidden in a sum, or the budget is used up.
+    def trained(
+        self,
+        headers: Sequence[Header],
+        said: Sequence[float],
+        sendable: Sequence[float],
+        excluded: Collection[int],
+    ) -> list[int]:
+        """Return who has trained in a round, whatever weight it was given, by index.
 
         Args:
-            weights: Of those who trained.
+            headers: What the parties said.
+            said: The weights that they came with.
+            sendable: The weights without those that must not be sent.
+            excluded: Whose values are not finite.
+        """
+        return [
+            party
+            for party, header in enumerate(headers)
+            if header.purpose is Purpose.ROUND
+            and not header.behind
+            and party not in excluded
+            and (said[party] == 0 or sendable[party] > 0)
+        ]
+
+    def allowed(
+        self, weights: Sequence[float], trained: Sequence[int], round: int, failed: int
+    ) -> list[float]:
+        """Return the weights; all 0 if too few trained, could be hidden in a sum, or the budget is used up.
+
+        Args:
+            weights: The weights that may be sent.
+            trained: Who has trained, by index.
             round: The round.
             failed: Noisy releases of attempts at this round that failed.
         """
-        federation, count = self._federation, count_of(weights)
+        federation, count = self._federation, sum(weight > 0 for weight in weights)
         if count and self._private is not None and not self._private.affords(failed):
             log.warning(
                 "[party %s] Round %d: one more would exceed max_epsilon=%g. Nothing is sent; all go back to"
@@ -153,11 +180,11 @@ class WhoCounts:
                 count,
             )
             return [0.0] * len(weights)
-        return self.in_quorum(weights)
+        return self.in_quorum(weights, trained)
 
-    def in_quorum(self, weights: Sequence[float]) -> list[float]:
-        """Return the weights; all 0 if fewer than a quorum count."""
-        return list(weights) if count_of(weights) >= self.quorum else [0.0] * len(weights)
+    def in_quorum(self, weights: Sequence[float], trained: Sequence[int]) -> list[float]:
+        """Return the weights; all 0 if fewer than a quorum have trained."""
+        return list(weights) if len(trained) >= self.quorum else [0.0] * len(weights)
 
     def counting(
         self, sums: Collectives, weights: Sequence[float], own_weight: float, round: int
@@ -272,20 +299,13 @@ class Shortage:
     steps_left: Sequence[float]
 
 
-def count_of(weights: Sequence[float]) -> int:
-    """Return how many parties count."""
-    return sum(weight > 0 for weight in weights)
-
-
 def _why_idle(header: Header, excluded: bool) -> str | None:
     """Return why a party did not train in a round, None if nobody knows."""
     if header.purpose is Purpose.DONE:
         return "has made all its steps"
     if excluded or not header.fine:
         return "holds NaN or infinity"
-    if header.behind:
-        return "has just come (back)"
-    return "has weight 0" if header.weight == 0 else None
+    return "has just come (back)" if header.behind or header.purpose is Purpose.JOIN else None
 
 
 def _steps(left: float) -> str:

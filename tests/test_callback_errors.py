@@ -360,7 +360,9 @@ def test_a_party_poisoned_through_its_gradients_counts_again(tmp_path: Path) -> 
     def fit(party: int, federated: Any) -> torch.Tensor:
         module = BadBatch(seed=party, optimizer="Adam")
         module.bad = party == 1
-        trainer = quiet_trainer(tmp_path, [federated(every_n_steps=1)], max_epochs=1, logger=loggers[party])
+        trainer = quiet_trainer(
+            tmp_path, [federated(every_n_steps=1, quorum=1)], max_epochs=1, logger=loggers[party]
+        )
         trainer.fit(module, data(12, seed=party))
         return module.vector()
 

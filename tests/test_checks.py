@@ -43,7 +43,7 @@ from pellm_lightning.topology import Topology
         ({"every_n_epochs": 0}, "every_n_epochs=0 must be at least 1"),
         ({"every_n_steps": -3}, "every_n_steps=-3 must be at least 1"),
         ({"weighting": "sample"}, "weighting='sample' must be one of 'samples', 'uniform'"),
-        ({"weighting": -0.5}, "weighting=-0.5 must be 'samples', 'uniform' or a finite number >= 0"),
+        ({"weighting": -0.5}, "weighting=-0.5 must be 'samples', 'uniform' or a number of 0 to"),
         ({"weighting": math.nan}, "weighting=nan must be"),
         ({"weighting": math.inf}, "weighting=inf must be"),
         ({"weighting": True}, "weighting=True must be"),

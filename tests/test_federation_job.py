@@ -71,9 +71,7 @@ def test_the_launchers_ranks_are_those_inside_the_party() -> None:
         (Membership(accept_split_brain=True), 2, 4, 2),
     ],
 )
-def test_a_round_needs_the_majority(
-    settings: Membership, quorum: Quorum, roster: int, needed: int
-) -> None:
+def test_a_round_needs_the_majority(settings: Membership, quorum: Quorum, roster: int, needed: int) -> None:
     assert settings.quorum(quorum, [str(party) for party in range(roster)]) == needed
 
 

@@ -312,7 +312,11 @@ def test_a_round_in_which_nobody_counts_moves_nothing() -> None:
     def act(federation: Federation) -> None:
         w = torch.ones(3)
         aggregator = Aggregator(
-            federation, {"w": w}, outer_optimizer=RECIPES["DiLoCo"], outer_scheduler=SCHEDULES["warmup"]
+            federation,
+            {"w": w},
+            outer_optimizer=RECIPES["DiLoCo"],
+            outer_scheduler=SCHEDULES["warmup"],
+            quorum=1,
         )
         aggregator.start()
         if federation.party == 1:
