@@ -49,6 +49,8 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
     settings = about["settings"]
     rows = {
         "rounds": about["rounds"],
+        "parties that trained in a round": _trained(about),
+        "rounds that moved nothing, for lack of a quorum": about["short_rounds"],
         "aggregation": settings.get("aggregation"),
         "outer optimizer": settings.get("outer_optimizer"),
         "a round every": schedule(settings),
@@ -79,6 +81,13 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
         yield f"The table is of the {seen} rounds that the party which has saved this took part in.\n"
     yield "## Made with\n"
     yield ", ".join(f"{package} {number}" for package, number in versions().items()) + f", {date.today()}.\n"
+
+
+def _trained(about: Mapping[str, Any]) -> str:
+    """Return how many parties trained in how many rounds."""
+    counts = sorted(about["trained"].items(), key=lambda item: -int(item[0]))
+    seen = ", ".join(f"{number} in {rounds}" for number, rounds in counts)
+    return f"{seen or 'unknown'}; quorum {about['settings'].get('quorum', 'unknown')}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:

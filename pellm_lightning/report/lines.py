@@ -81,6 +81,7 @@ def figures(done: RoundReport) -> dict[str, float]:
         "round": done.round,
         "parties": len(done.parties),
         "active_parties": done.active_parties,
+        "trained_parties": done.trained_parties,
         "weight": done.weight,
         "total_weight": done.total_weight,
         "seconds": done.seconds,
@@ -110,9 +111,12 @@ def put_on_bar(module: LightningModule, done: RoundReport) -> None:
 def say_round(topology: Topology, done: RoundReport) -> None:
     """Log one line about a round."""
     log.info(
-        "[party %s] round %d: loss %s, weight %g of %g, %s in %.2f s%s",
+        "[party %s] round %d: %s%d of %d parties trained, loss %s, weight %g of %g, %s in %.2f s%s",
         topology.name,
         done.round,
+        "moved nothing, " if done.trained_parties < done.quorum else "",
+        done.trained_parties,
+        topology.num_parties,
         "unknown" if done.loss is None else f"{done.loss:.4f}",
         done.weight,
         done.total_weight,
