@@ -446,7 +446,7 @@ def test_a_browser_shows_all_figures_and_fetches_nothing(
     found, console = browse(tmp_path, shown, width, *flags)
     assert console == []
     assert found["fetched"] == []
-    assert len(found["figures"]) == 14
+    assert len(found["figures"]) == 15
     for wide, high in found["figures"]:
         assert 300 < wide <= width
         assert high > 60

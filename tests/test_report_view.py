@@ -100,7 +100,7 @@ def test_who_is_missing_and_who_was_left_out_is_seen() -> None:
         distances=(None, None),
     )
     lines = shown(done)
-    assert lines[0] == "federation of 3 parties · 7 rounds done · 1 of 3 parties trained in the last · which moved nothing: quorum 2"
+    assert lines[0] == "federation of 3 parties · 7 rounds done · 1 of 3 trained, below quorum 2"
     assert lines[4].split() == ["berlin", "(here)", "100", "%", "1.5", "-"]
     assert lines[5].split() == ["oslo", "missing", "-", "-"]
     assert lines[6].split() == ["rome", "NaN,", "left", "out", "-", "-"]

@@ -58,9 +58,8 @@ def _headline(watched: Watched, done: RoundReport | None, seconds_left: float | 
     else:
         words.append(f"{done.round + 1} {'round' if done.round == 0 else 'rounds'} done")
         if done.trained_parties < parties:
-            words.append(f"{done.trained_parties} of {parties} parties trained in the last")
-        if done.trained_parties < done.quorum:
-            words.append(f"which moved nothing: quorum {done.quorum}")
+            below = f", below quorum {done.quorum}" if done.trained_parties < done.quorum else ""
+            words.append(f"{done.trained_parties} of {parties} trained{below}")
     if seconds_left is not None:
         words.append(f"{clock(seconds_left)} left")
     return Text(" · ".join(words), style="bold")
