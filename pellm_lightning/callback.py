@@ -393,7 +393,9 @@ class FederatedAveraging(Callback):
         if self._participation is None or not self._topology.is_speaker:
             return self._state
         about = {} if self.about is None else asdict(self.about)
-        return {"party": self._topology.party, **self._participation.state(), "about": about}
+        state = self._participation.state()
+        # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
+        return {"party": self._topology.party, **state, "about": about, "directory": os.getcwd()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
