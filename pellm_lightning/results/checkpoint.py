@@ -80,8 +80,8 @@ def read(checkpoint: Path, trusted: Sequence[str] = ()) -> Mapping[str, Any]:
         except Exception as error:  # torch.load fails in many ways on what is no checkpoint
             raise ValueError(
                 f"{checkpoint} cannot be read as a Lightning checkpoint ({checkpoint.stat().st_size:,}"
-                f" bytes): {(str(error) or type(error).__name__).splitlines()[0]} If it was copied or written only in"
-                " part, take it again, or an earlier one."
+                f" bytes): {(str(error) or type(error).__name__).splitlines()[0]} If it was copied or"
+                " written only in part, take it again, or an earlier one."
             ) from error
     if not isinstance(saved, Mapping) or "state_dict" not in saved:
         weights = isinstance(saved, Mapping) and any(isinstance(v, torch.Tensor) for v in saved.values())
@@ -172,8 +172,8 @@ def rebuilt(
     if strange:
         raise ValueError(
             f"The hyperparameters in {checkpoint} hold {', '.join(strange)}, and building what a file names"
-            f" can run its code. If you trust the file, add --trust {' --trust '.join(strange)}; or add --config"
-            " with a configuration of the module, or give the module itself to export() in Python."
+            f" can run its code. If you trust the file, add --trust {' --trust '.join(strange)}; or add"
+            " --config with a configuration of the module, or give the module itself to export() in Python."
         )
     try:
         with safe_classes(checkpoint, trusted), warnings.catch_warnings():
@@ -236,9 +236,9 @@ def where_it_was_fitted(checkpoint: Path, saved: Mapping[str, Any], directory: s
         if gone:
             raise ValueError(
                 f"{checkpoint} names {gone[0]!r}, seen from where it was fitted"
-                f" ({directory or 'not recorded'}), and it is neither there nor here ({here}). Run the command"
-                " in the folder from which the fit was started, or give the path anew: --config run.yaml"
-                " --model.model PATH."
+                f" ({directory or 'not recorded'}), and it is neither there nor here ({here}). Run the"
+                " command in the folder from which the fit was started, or give the path anew: --config"
+                " run.yaml --model.model PATH."
             )
         yield
         return

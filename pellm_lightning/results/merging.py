@@ -62,8 +62,8 @@ def refuse_unmergeable(model: PeftModel) -> None:
         raise ValueError(
             f"The base model is quantised ({getattr(method, 'value', method)}): merged into it, the adapter"
             f" would be rounded to its few bits. {_WITHOUT} Or name a configuration with the same model in"
-            " full precision (--config, without its quantization): its merged model is the trained one, up to what"
-            " the quantisation had changed."
+            " full precision (--config, without its quantization): its merged model is the trained one, up to"
+            " what the quantisation had changed."
         )
 
 
@@ -257,6 +257,6 @@ def compare(
     if lost:
         return (
             f"In {dtype} rounding moves the merged model's output by {worst:.2g} of its size, half of what"
-            " the adapter has changed or more. Merge into the base model in float32, or use the adapter as it is."
+            " the adapter has changed or more. Merge into the base in float32, or use the adapter as it is."
         )
     return None

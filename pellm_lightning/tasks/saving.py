@@ -115,7 +115,7 @@ def _obstacle(model: PeftModel, names: Sequence[str]) -> str | None:
     if set(model.active_adapters) != set(names):
         return "they were not all active at once"
     for name in names:
-        config = model.peft_config[name]
+        config: Any = model.peft_config[name]
         if type(config) is not LoraConfig:
             return f"{name!r} is no LoRA, of which alone the sum is an adapter"
         for option in (
@@ -128,7 +128,7 @@ def _obstacle(model: PeftModel, names: Sequence[str]) -> str | None:
                 return f"{name!r} has {option}, with which PEFT cannot add it to another"
         if config.bias != "none":
             return f"{name!r} has trained biases, whose sum is no adapter"
-        if not all(isinstance(model.peft_config[n].target_modules, set | list) for n in names):
+        if not isinstance(config.target_modules, set | list):
             return "their target_modules are patterns, not names"
     return None
 
