@@ -214,8 +214,8 @@ class _Prompts:
             ours, theirs = self.model.peft_config[self.configured], PeftConfig.from_pretrained(str(path))
             if theirs.peft_type != ours.peft_type:
                 raise ValueError(
-                    f"The adapter {name} does not fit the configuration's: it is of {theirs.peft_type}, not of"
-                    f" {ours.peft_type}. Evaluate adapters with the PEFT configuration of their training."
+                    f"The adapter {name} does not fit the configuration's: it is of {theirs.peft_type}, not"
+                    f" of {ours.peft_type}. Evaluate adapters with the PEFT configuration of their training."
                 )
             self.model.load_adapter(str(path), adapter_name=adapter, is_trainable=False)
         self.model.set_adapter(adapter)
