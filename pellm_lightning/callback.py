@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from pellm_lightning import checks, isolation, outer
@@ -43,7 +44,7 @@ from pellm_lightning.federation.launch.store import launched, store_from_env
 from pellm_lightning.fit_facts import FitFacts, foresee
 from pellm_lightning.fragments import FragmentedAggregator, check_rule, fragments_of
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
-from pellm_lightning.parameters import frozen, select
+from pellm_lightning.parameters import frozen, load_compiled_, named_as_in, select
 from pellm_lightning.participation import Manner, Participation, Started
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record as records
@@ -223,6 +224,7 @@ class FederatedAveraging(Callback):
         self._participation: Participation | None = None
         self._teller: Teller | None = None
         self._validation = ValidationMetrics()
+        self._renaming: RemovableHandle | None = None
         # The state of a checkpoint that was loaded, or of the fit that has ended.
         self._state: dict[str, Any] = {}
 
@@ -261,6 +263,8 @@ class FederatedAveraging(Callback):
                 isolation.hush(trainer)
         if not self.save_frozen:
             pl_module.strict_loading = False
+        self._stop_renaming()  # of a fit that has failed
+        self._renaming = pl_module.register_load_state_dict_pre_hook(load_compiled_)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -385,6 +389,7 @@ class FederatedAveraging(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave, if that has not happened yet, and drop every reference to the module."""
+        self._stop_renaming()
         if stage != "fit":
             return
         if self._joined is not None and self._participation is None:
@@ -402,7 +407,9 @@ class FederatedAveraging(Callback):
         if self._participation is None or not self._topology.is_speaker:
             return self._state
         about = {} if self.about is None else asdict(self.about)
-        return {"party": self._topology.party, **self._participation.state(), "about": about}
+        state = self._participation.state()
+        # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
+        return {"party": self._topology.party, **state, "about": about, "directory": os.getcwd()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -424,9 +431,15 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
         if not self.save_frozen:
-            checks.trainable_checkpoint(pl_module, checkpoint["state_dict"], self._left_out(pl_module))
+            state_dict = named_as_in(pl_module, checkpoint["state_dict"])
+            checks.trainable_checkpoint(pl_module, state_dict, self._left_out(pl_module))
 
     # ---- the parts of the hooks
+
+    def _stop_renaming(self) -> None:
+        if self._renaming is not None:
+            self._renaming.remove()
+            self._renaming = None
 
     def _join(self, trainer: Trainer) -> None:
         if self.federation is None and self.job is None and not launched():
