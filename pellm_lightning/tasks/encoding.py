@@ -87,16 +87,14 @@ class Encoder:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return what the tokenizer itself puts before and after a text, with an end in any case."""
-    whole, bare = (
-        list(tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"]) for added in (True, False)
-    )
+    encoded = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    whole, is_added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     end = end_of(tokenizer)
-    starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
-    if starts:
-        before, after = whole[: starts[0]], whole[starts[0] + len(bare) :]
+    if 0 in is_added:
+        start, stop = is_added.index(0), len(is_added) - is_added[::-1].index(0)
     else:  # the letter is no token of this tokenizer, so all that there is is special
-        cut = whole.index(end) if end in whole else len(whole)
-        before, after = whole[:cut], whole[cut:]
+        start = stop = whole.index(end) if end in whole else len(whole)
+    before, after = whole[:start], whole[stop:]
     return before, after if end in after else [*after, end]
 
 

@@ -129,7 +129,7 @@ def index_labels(rows: Sequence[Row], names: Sequence[str], party: int) -> list[
         places = ", ".join(f"{label!r} at {where}" for label, where in sorted(unknown.items())[:5])
         raise ValueError(
             f"Party {party} has the labels {sorted(unknown)}, which are not among {list(names)} (first:"
-            f" {places}). Add them to labels, at every party, or correct the rows. In YAML quote labels such as"
-            " 'no' and 'on'."
+            f" {places}). Add them to labels, at every party, or correct the rows. In YAML quote labels"
+            " such as 'no' and 'on'."
         )
     return [index[row.label] for row in rows]
