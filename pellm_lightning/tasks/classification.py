@@ -1,6 +1,5 @@
 """Text classification as a LightningModule: an encoder with a new head, in full or through a PEFT adapter."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,23 +90,14 @@ class TextClassification(LightningModule):
         """Optimize what requires gradients."""
         return optimize_trainable(self, self.optimizer, self.scheduler)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse labels that the head has no place for, while they are still on the CPU.
-
-        Raises:
-            ValueError: Names the label and ``num_labels``.
-        """
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if isinstance(labels, Tensor) and labels.device.type == "cpu":
-            check_label_indices(labels, self.num_labels)
-        return batch
-
     def forward(self, batch: Sample) -> Any:
         """Run the model on ``input_ids`` and ``attention_mask``, (B, T), and for a loss ``labels``, (B,).
 
         Raises:
-            ValueError: If T is more than the model has positions for.
+            ValueError: If T is more than the model has positions for, or a label is not one of num_labels.
         """
+        if "labels" in batch:
+            check_label_indices(batch["labels"], self.num_labels)
         check_length(batch["input_ids"].shape[1], self.num_positions)
         return self.model(**batch)
 

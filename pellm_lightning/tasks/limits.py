@@ -98,11 +98,15 @@ def check_labels(labels: Sequence[str], module: LightningModule | None) -> None:
 def check_label_indices(labels: Tensor, num_labels: int) -> None:
     """Refuse the index of a label that the model does not have; -100 takes no part in a loss.
 
+    Looking at labels on an accelerator would wait for it at each step, so only those on a CPU are checked.
+
     Raises:
         ValueError: Names the index and ``num_labels``.
     """
+    if labels.device.type != "cpu" or labels.dtype != torch.int64:
+        return
     wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= num_labels)]
-    if labels.dtype == torch.int64 and len(wrong):
+    if len(wrong):
         raise ValueError(
             f"A batch holds the label {int(wrong[0])}, and the model has num_labels={num_labels}, which are 0"
             f" to {num_labels - 1}. Set num_labels to the number of labels, at every party, or number them"
