@@ -89,7 +89,7 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for the end of a line.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield number, _as_object(_parsed_line(line, number, text, path), f"{path}:{number}")
+            yield number, _fields_of(_parsed_line(line, number, text, path), f"{path}:{number}")
 
 
 def _parsed_line(line: str, number: int, text: str, path: Path) -> Any:
@@ -122,7 +122,7 @@ def _json_document(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, An
         where = f"{path}:{line}"
         try:
             value, end = json.JSONDecoder(object_pairs_hook=_pairs_at(where)).raw_decode(text, position)
-            yield line, _as_object(value, where)
+            yield line, _fields_of(value, where)
             position = _skip_blanks(text, end)
             if in_list:
                 position = _next_in_list(text, position)
@@ -160,7 +160,7 @@ def _skip_blanks(text: str, position: int) -> int:
     return position
 
 
-def _as_object(value: Any, where: str) -> Mapping[str, Any]:
+def _fields_of(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(
             f'{where}: expected an object, found {type(value).__name__}. Write rows as {{"column": value}}.'
