@@ -25,9 +25,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     end = tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.sep_token
     if end is None:
         raise ValueError(
-            f"tokenizer={name!r} has no eos_token (nor sep_token) to end a document with. Give it the one that the"
-            " model was trained with: load it, set tokenizer.eos_token, save_pretrained into a folder, and name"
-            " that."
+            f"tokenizer={name!r} has no eos_token (nor sep_token) to end a document with. Give it"
+            " the one that the model was trained with: load it, set tokenizer.eos_token, save_pretrained into"
+            " a folder, and name that."
         )
     tokenizer.eos_token = end
     if tokenizer.pad_token is None:
