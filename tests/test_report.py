@@ -132,7 +132,8 @@ def test_the_bar_shows_round_and_global_loss(tmp_path: Path, caplog: pytest.LogC
 
 def test_all_figures_reach_the_loggers_and_the_callbacks(tmp_path: Path) -> None:
     figures = {
-        "round", "active_parties", "trained_parties", "weight", "total_weight", "seconds", "waited_seconds", "stalled_seconds",
+        "round", "active_parties", "trained_parties", "weight", "total_weight", "seconds", "waited_seconds",
+        "stalled_seconds",
         "bytes_sent", "update_norm", "distance", "loss", "outer_lr",
     }  # fmt: skip
     loggers = [Rounds(), Rounds()]

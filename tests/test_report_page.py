@@ -125,7 +125,8 @@ def test_the_page_tells_who_what_and_how_it_ended(shown: str) -> None:
 def test_a_figure_is_there_only_for_what_there_is(shown: str, tmp_path: Path) -> None:
     drawn = {found["id"] for found in Page(shown).all("figure")}
     assert drawn == {
-        "loss", "metric-0", "metric-1", "loss-alone", "membership", "trained", "shares", "updates", "distances",
+        "loss", "metric-0", "metric-1", "loss-alone", "membership", "trained", "shares", "updates",
+        "distances",
         "deviation", "outer-lr", "seconds", "seconds-by-party", "bytes", "epsilon",
     }  # fmt: skip
     record = Clocked(tmp_path / "rounds.jsonl")

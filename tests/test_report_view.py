@@ -170,7 +170,11 @@ def test_without_a_terminal_and_in_ci_each_round_is_a_line(
     bar = fit_with_bar(tmp_path, file=file, force_terminal=terminal, ci=ci)
     assert bar.quiet
     assert file.getvalue() == ""
-    lines = [r.getMessage() for r in caplog.records if re.search(r"round \d: 1 of 1 parties trained, loss", r.getMessage())]
+    lines = [
+        r.getMessage()
+        for r in caplog.records
+        if re.search(r"round \d: 1 of 1 parties trained, loss", r.getMessage())
+    ]
     assert len(lines) == 3
 
 
