@@ -1,8 +1,8 @@
 """Digests of whole tensors: equal for equal values on any processor or device, computed in place.
 
 A tensor's bytes are read as 32-bit integers and cut into segments of ``_SEGMENT`` of them. Each segment's sum
-with odd 64-bit weights, one per position, wraps at 2^64; the sums are then hashed in their order. Integer sums
-do not depend on the order of addition, so threads, vector units and GPUs agree. One value that changes always
+with odd 64-bit weights, one per position, wraps at 2^64; the sums are then hashed in their order. Sums of
+integers do not depend on the order of addition, so threads, vector units and GPUs agree. One value that changes always
 changes the digest; any other change, such as two rows that are swapped, escapes with a probability of at most
 2^-32 (multilinear hashing: Carter and Wegman 1979). It guards against accidents, not against forgery.
 """
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,8 +73,7 @@ def tensor_digest(tensor: Tensor) -> TensorDigest:
     plain = parts[0][1]
     bounds = row_bounds(plain.shape)
     blocks = [
-        _values_digest(plain[start:stop] if len(bounds) > 2 else plain)
-        for start, stop in zip(bounds, bounds[1:], strict=False)
+        _values_digest(plain[start:stop] if len(bounds) > 2 else plain) for start, stop in pairwise(bounds)
     ]
     whole = blocks[0] if len(blocks) == 1 else hashlib.blake2b(b"".join(blocks), digest_size=8).digest()
     return TensorDigest(kind, whole.hex(), tuple(b.hex()[:4] for b in blocks) if len(blocks) > 1 else ())
@@ -192,5 +192,7 @@ def _words(piece: Tensor) -> Iterator[Tensor]:
 def _weights(device: torch.device) -> Tensor:
     """Return odd 64-bit integers, which are the same everywhere, of shape (_SEGMENT,)."""
     drawn = hashlib.shake_128(b"pellm_lightning.digest").digest(8 * _SEGMENT)
-    weights = [int.from_bytes(drawn[at : at + 8], "little", signed=True) | 1 for at in range(0, len(drawn), 8)]
+    weights = [
+        int.from_bytes(drawn[at : at + 8], "little", signed=True) | 1 for at in range(0, len(drawn), 8)
+    ]
     return torch.tensor(weights, dtype=torch.int64, device=device)
