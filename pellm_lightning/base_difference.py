@@ -7,8 +7,8 @@ from pellm_lightning.digest import TensorDigest, differing_rows
 
 _MOST_RANGES = 3
 _PREPARED = (
-    "build the model once, save it (the page on parties shows how, with an adapter that has changed it, too) and"
-    " load the saved one at every party"
+    "build the model once, save it (the page on parties shows how, with an adapter that has changed it, too)"
+    " and load the saved one at every party"
 )
 _SEED = "call seed_everything with one seed at every party before the model is built"
 
@@ -81,13 +81,13 @@ def _cause(
     if parts & adapters.keys() and all(set(name.split(".")) & adapters.keys() for name in differing):
         return (
             "These belong to the adapter and are not trained, and each party drew its own when it built it."
-            f" Let all have the same: {_SEED}, or {_PREPARED}."
+            f" Let all have the same: {_SEED}, or {_PREPARED}. check_base=False leaves them uncompared."
         )
     if all(".quant_state." in name or name.endswith(".SCB") for name in differing):
         return (
             "They are what the quantised weights are read by. Quantise the same checkpoint with the same"
-            " settings and the same version of the library, or quantise it once, save it and load that at every"
-            " party; check_base=False leaves the base uncompared."
+            " settings and the same version of the library, or quantise it once, save it and load that at"
+            " every party; check_base=False leaves the base uncompared."
         )
     rows = _added_rows(differing)
     if rows:
@@ -100,7 +100,7 @@ def _cause(
     if len(differing) < of and not any(_in_a_stack(name) for name in differing):
         return (
             "The other layers are the same, so these are probably new ones, which from_pretrained draws at"
-            f" random if the checkpoint lacks them (a head, a pooler). Let all parties have the same: {_SEED},"
+            f" random if the checkpoint lacks them (a head, a pooler). Let all have the same: {_SEED},"
             " or train them (modules_to_save), so that the parties begin with those of the first, or"
             f" {_PREPARED}. If they come from a checkpoint, load the same one; check_base=False leaves the"
             " base uncompared."

@@ -204,11 +204,14 @@ def _inside(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor
             yield f"{name}.{key}", item
         elif isinstance(item, str | int | float | bool | torch.dtype | torch.Size | tuple | list):
             settings.append(f"{key}={item}")
-        elif isinstance(item, Mapping) or (
-            hasattr(item, "__dict__") and not isinstance(item, nn.Module | type)
-        ):
-            if depth < _MOST_NESTED and not callable(item):
-                yield from _inside(item, f"{name}.{key}", depth + 1)
+        elif depth < _MOST_NESTED and _holds_more(item):
+            yield from _inside(item, f"{name}.{key}", depth + 1)
     if settings:
         text = ", ".join(settings).encode()
         yield f"{name}.settings", torch.tensor(list(text), dtype=torch.uint8)
+
+
+def _holds_more(item: Any) -> bool:
+    if isinstance(item, Mapping):
+        return True
+    return hasattr(item, "__dict__") and not callable(item)  # no module, type or function

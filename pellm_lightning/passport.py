@@ -152,9 +152,9 @@ def _of_config(base: str, party: str, found: Iterator[tuple[str, str, Any, Any]]
     for adapter, field, ours, theirs in found:
         yield (
             f"The PEFT configuration of the adapter {adapter!r} has {_said(field, ours)} at party {base} but"
-            f" {_said(field, theirs)} at party {party}, so parameters of equal names do not mean the same. Give"
-            " both the same PEFT configuration; only paths, dropout, inference_mode and what the parameters'"
-            " names show may differ."
+            f" {_said(field, theirs)} at party {party}, so parameters of equal names do not mean the same."
+            " Give both the same PEFT configuration; only paths, dropout, inference_mode and what the"
+            " parameters' names show may differ."
         )
 
 

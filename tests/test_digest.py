@@ -217,7 +217,8 @@ def test_values_moved_by_whole_segments_are_seen() -> None:
 @given(st.integers(0, 300_000), st.integers(1, 5000))
 def test_blocks_cover_all_rows_and_are_few(rows: int, columns: int) -> None:
     bounds = row_bounds((rows, columns))
-    assert bounds[0] == 0 and bounds[-1] == rows and bounds == sorted(bounds)
+    assert (bounds[0], bounds[-1]) == (0, rows)
+    assert bounds == sorted(bounds)
     assert len(bounds) < 90
 
 
