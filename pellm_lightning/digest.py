@@ -2,9 +2,10 @@
 
 A tensor's bytes are read as 32-bit integers and cut into segments of ``_SEGMENT`` of them. Each segment's sum
 with odd 64-bit weights, one per position, wraps at 2^64; the sums are then hashed in their order. Sums of
-integers do not depend on the order of addition, so threads, vector units and GPUs agree. One value that changes
-always changes the digest; any other change, such as two rows that are swapped, escapes with a probability of at most
-2^-32 (multilinear hashing: Carter and Wegman 1979). It guards against accidents, not against forgery.
+integers do not depend on the order of addition, so threads, vector units and GPUs agree. One value that
+changes always changes the digest; any other change, such as two rows that are swapped, escapes with a
+probability of at most 2^-32 (multilinear hashing: Carter and Wegman 1979). It guards against accidents, not
+against forgery.
 """
 
 import hashlib

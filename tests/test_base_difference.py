@@ -1,4 +1,4 @@
-"""What is said of frozen tensors that differ: which, in which rows, why that may be, and a cure that works."""
+"""What is said of frozen tensors that differ: which, in which rows, why that may be, and the cure."""
 
 from typing import Any
 
