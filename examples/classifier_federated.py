@@ -1,4 +1,4 @@
-"""Fine-tune an encoder with LoRA and a new head on a table of texts: a classifier script like many, federated.
+"""Fine-tune an encoder with LoRA and a new head on a table of texts: a script like many, federated.
 
 No seed is needed: PEFT trains a copy of the new head, and all parties begin with that of the first.
 """
@@ -37,7 +37,7 @@ class Classifier(LightningModule):
 
 
 def rows(path: str, party: int, parties: int) -> list[dict[str, str]]:
-    """Read a party's rows. Here all have one table, of which each takes every n-th row; yours reads its own."""
+    """Read a party's rows. Here each takes every n-th of one table; yours reads its own."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))[party::parties]
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,7 +280,10 @@ def head_and_factors(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("seed", [None, "3"])
 def test_a_classifier_script_needs_no_seed(home: Path, seed: str | None) -> None:
     """Each party draws another head; all train the first one's, of which PEFT keeps an unused copy."""
-    script = ["examples.py", "--epochs=2", f"--output=runs/classifier-{seed}"]
+    model = home / f"runs/encoder-{seed}"
+    shutil.copytree(home / "runs/examples/minilm", model)
+    PreTrainedTokenizerFast.from_pretrained(model, pad_token="<eos>").save_pretrained(model)
+    script = [f"classifier-{seed}.py", "--epochs=2", f"--model={model}", f"--output=runs/classifier-{seed}"]
     text = (EXAMPLES / "classifier_federated.py").read_text()
     if seed is not None:
         text = text.replace("def main() -> None:\n", f"def main() -> None:\n    torch.manual_seed({seed})\n")
