@@ -32,7 +32,7 @@ INITS: dict[Any, Any] = {
 """Initialisations that need no data: how PEFT's annotation has them, and one to be tried."""
 
 NEEDS_DATA = {"corda", "lora_ga", "loftq"}
-"""Those that need data or a quantised base first; each writes into the base and is refused where that differs."""
+"""Those that need data or a quantised base first; each writes into the base."""
 
 
 def inits_of_peft() -> set[Any]:
@@ -73,7 +73,8 @@ COMPARED = {
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "fan_in_fan_out", "init_lora_weights", "kasa_config", "layer_replication", "loftq_config",
     "lora_alpha", "lora_bias", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
-    "peft_type", "qalora_group_size", "r", "rank_pattern", "task_type", "trainable_token_indices", "use_bdlora",
+    "peft_type", "qalora_group_size", "r", "rank_pattern", "task_type", "trainable_token_indices",
+    "use_bdlora",
     "use_dora", "use_qalora", "use_rslora", "velora_config",
 }  # fmt: skip
 """Fields of LoRA that give its numbers a meaning."""
