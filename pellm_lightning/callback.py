@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from pellm_lightning import checks, isolation, outer
+from pellm_lightning.adapter_config import adapter_configs
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.beside import Beside
@@ -43,8 +44,9 @@ from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched, store_from_env
 from pellm_lightning.fit_facts import FitFacts, foresee
 from pellm_lightning.fragments import FragmentedAggregator, check_rule, fragments_of
+from pellm_lightning.frozen_state import frozen_state
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
-from pellm_lightning.parameters import frozen, load_compiled_, named_as_in, select
+from pellm_lightning.parameters import load_compiled_, named_as_in, select
 from pellm_lightning.participation import Manner, Participation, Started
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record as records
@@ -108,7 +110,8 @@ class FederatedAveraging(Callback):
             need as many to meet.
         timeout_s: Seconds a party may be late before the others give up: more than the time by which the
             slowest party's local steps outlast the fastest's.
-        check_base: Compare a sample of every frozen parameter over the parties before training.
+        check_base: Compare every value of the frozen weights, of the adapters' buffers and of what quantised
+            weights are read by over the parties before training, by digests made once per fit.
         save_frozen: Whether checkpoints hold the frozen parameters too. Without them a checkpoint is as small
             as the adapter, and is resumed on, or loaded onto, a freshly built base.
         record: Whether each party writes what happens, round by round, into ``rounds.jsonl`` in the Trainer's
@@ -573,7 +576,8 @@ class FederatedAveraging(Callback):
             beside=self._beside,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
-            frozen=frozen(module) if self.check_base else None,
+            frozen=frozen_state(module) if self.check_base else None,
+            adapters=adapter_configs(module),
             config={
                 "every_n_epochs": self.every_n_epochs,
                 "every_n_steps": self.every_n_steps,

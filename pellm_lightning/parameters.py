@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping, Seque
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 # Without PEFT only names tell. Substrings that mark parameters which are no adapter: copied heads and
 # embeddings dwarf a LoRA and are easily missed.
@@ -47,11 +47,6 @@ def select(
             " trainable parameters. Loosen one of them."
         )
     return dict(sorted(chosen.items()))
-
-
-def frozen(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that never leave the party because they require no gradient, sorted by name."""
-    return dict(sorted((name, p.detach()) for name, p in _named(module) if not p.requires_grad))
 
 
 def share_outside_adapter(

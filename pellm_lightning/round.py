@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pellm_lightning import outer, passport
+from pellm_lightning.adapter_config import AdapterConfigs
 from pellm_lightning.aggregation.base import Aggregation, Counting, Granted, Part
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
@@ -157,8 +158,9 @@ class Aggregator:
             It must move each element by its own gradients.
         outer_scheduler: Makes a torch scheduler of that optimizer's learning rate, stepped once for each
             round in which a party counted.
-        frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
-            sample.
+        frozen: Named tensors that stay local but must be the same everywhere, from ``frozen_state(model)``;
+            every value is compared, by digests that are made once.
+        adapters: PEFT configurations that must be the same everywhere, from ``adapter_configs(model)``.
         config: Settings that must be equal at all parties, by name; compared at the start.
         files: Paths this party writes to ("host:path"), which no other party may share.
         facts: What else the others may want to know of this party, in plain containers; not compared.
@@ -189,6 +191,7 @@ class Aggregator:
         outer_optimizer: OptimizerFactory = outer.sgd_one,
         outer_scheduler: SchedulerFactory | None = None,
         frozen: Mapping[str, Tensor] | None = None,
+        adapters: AdapterConfigs | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
         files: Iterable[str] = (),
         facts: Mapping[str, Any] | None = None,
@@ -225,6 +228,8 @@ class Aggregator:
             )
         self._parameters = {name: parameters[name] for name in sorted(plan.shared)}
         self._frozen = frozen
+        self._base: dict[str, str] | None = None
+        self._adapters = adapters or {}
         self._files = list(files)
         self._facts = dict(facts or {})
         self._private = None if privacy is None else PrivateUpdates(privacy)
@@ -411,6 +416,8 @@ class Aggregator:
     def passport(self) -> Passport:
         """Return what this party shows the others at the start: what must agree, in plain containers."""
         plan, loaded = self._plan, self._replica.loaded
+        if self._frozen is not None and self._base is None:
+            self._base = passport.base_digests(self._frozen)
         schema = self._replica.layout.schema
         if plan.rule.ranks_may_differ:
             schema = _without_ranks(schema, plan.named((Part.A,)), plan.named((Part.B,)))
@@ -423,7 +430,8 @@ class Aggregator:
             },
             "ranks_may_differ": plan.rule.ranks_may_differ,
             "config": self._config,
-            "base": None if self._frozen is None else passport.base_digests(self._frozen),
+            "adapters": self._adapters,
+            "base": self._base,
             "round": self.round,
             "checksum": None if loaded is None else passport.checksum(loaded["global"]),
             "files": self._files,

@@ -10,7 +10,9 @@ import pellm_lightning
 
 PACKAGE = Path(pellm_lightning.__file__).parent
 
-LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable", "optim"}
+LEAVES = {"topology", "parameters", "layout", "schedule", "durable", "optim", "digest", "adapter_config"}
+ABOVE_LEAVES = {"frozen_state", "base_difference"}
+PASSPORT = {"passport"}
 PRIVACY = {"privacy"}
 FEDERATION = {"federation"}
 EXCHANGE = {"exchange"}
@@ -24,7 +26,18 @@ OVER_ROUND = {"overlap"}
 FRAGMENTS = {"fragments"}
 LIGHTNING_SIDE = {"environment", "checks", "fit_facts", "isolation", "samples", "validation"}
 ABOVE = ["participation", "callback", "tasks", "doctor", "commands", "cli", "results", "__main__"]
-ORDER = [LEAVES, PRIVACY, FEDERATION, EXCHANGE, AGGREGATION, BELOW_ROUND, PARTS_OF_ROUND, GLOBAL_STATE]
+ORDER = [
+    LEAVES,
+    ABOVE_LEAVES,
+    PASSPORT,
+    PRIVACY,
+    FEDERATION,
+    EXCHANGE,
+    AGGREGATION,
+    BELOW_ROUND,
+    PARTS_OF_ROUND,
+    GLOBAL_STATE,
+]
 ORDER += [REPLICA, ROUND, OVER_ROUND, FRAGMENTS, LIGHTNING_SIDE, {"drift"}, {"report"}]
 ORDER += [{name} for name in ABOVE]
 MAY_IMPORT_LIGHTNING = LIGHTNING_SIDE | set(ABOVE) | {"drift", "privacy.record_level"}
