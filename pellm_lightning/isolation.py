@@ -6,9 +6,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from pellm_lightning.naming import unused
+
+log = logging.getLogger(__name__)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -44,11 +49,30 @@ def below(path: str, party: int) -> str:
 def written_paths(trainer: Trainer) -> list[str]:
     """Return the directories this party writes to, as "host:path", so that the parties can compare them."""
     paths = [logger.log_dir for logger in trainer.loggers if logger.log_dir]
-    paths += [
-        str(checkpoint.dirpath) for checkpoint in _checkpoints(trainer) if checkpoint.dirpath is not None
-    ]
+    paths += checkpoint_dirs(trainer)
     here = socket.gethostname()
     return sorted({f"{here}:{path if '://' in path else os.path.abspath(path)}" for path in paths})
+
+
+def checkpoint_dirs(trainer: Trainer) -> list[str]:
+    """Return the directories of the callbacks that save checkpoints, as far as they are known yet."""
+    return [str(checkpoint.dirpath) for checkpoint in _checkpoints(trainer) if checkpoint.dirpath is not None]
+
+
+def keep_metrics(trainer: Trainer) -> None:
+    """Give the metrics of an earlier run another name, which a CSVLogger of the same folder would delete.
+
+    This is for one process of the party, before its loggers are used.
+    """
+    for logger in trainer.loggers:
+        # Once it is used, the file is of this run.
+        if isinstance(logger, CSVLogger) and logger._experiment is None:
+            path = os.path.join(logger.log_dir, "metrics.csv")
+            fs = get_filesystem(path)
+            if fs.exists(path):
+                kept = unused(path, fs.exists)
+                fs.mv(path, kept)
+                log.info("The metrics of an earlier run are in %s now.", kept)
 
 
 def put_first(trainer: Trainer, callback: Callback) -> None:

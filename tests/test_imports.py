@@ -10,7 +10,7 @@ import pellm_lightning
 
 PACKAGE = Path(pellm_lightning.__file__).parent
 
-LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable", "optim"}
+LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable", "optim", "naming"}
 PRIVACY = {"privacy"}
 FEDERATION = {"federation"}
 EXCHANGE = {"exchange"}
@@ -22,7 +22,7 @@ REPLICA = {"replica"}
 ROUND = {"round"}
 OVER_ROUND = {"overlap"}
 FRAGMENTS = {"fragments"}
-LIGHTNING_SIDE = {"environment", "checks", "isolation", "samples", "validation"}
+LIGHTNING_SIDE = {"environment", "checks", "isolation", "resume", "samples", "validation", "saved_config"}
 ABOVE = ["participation", "callback", "tasks", "doctor", "commands", "cli", "results", "__main__"]
 ORDER = [LEAVES, PRIVACY, FEDERATION, EXCHANGE, AGGREGATION, BELOW_ROUND, PARTS_OF_ROUND, GLOBAL_STATE]
 ORDER += [REPLICA, ROUND, OVER_ROUND, FRAGMENTS, LIGHTNING_SIDE, {"drift"}, {"report"}]
