@@ -100,9 +100,7 @@ def _separated_logger(logger: Logger, party: int) -> Logger:
     if not isinstance(logger, CSVLogger | TensorBoardLogger) or save_dir == logger.save_dir:
         return logger
     _withdraw(logger)
-    # A number was counted in the folder that all parties share, so it is counted anew here; a name is the
-    # user's own.
-    version = logger.version if isinstance(logger.version, str) else None
+    version = None if _is_counted(logger) else logger.version
     if isinstance(logger, CSVLogger):
         return CSVLogger(
             save_dir,
@@ -121,6 +119,16 @@ def _separated_logger(logger: Logger, party: int) -> Logger:
         logger._sub_dir,
         **logger._kwargs,
     )
+
+
+def _is_counted(logger: CSVLogger | TensorBoardLogger) -> bool:
+    """Tell whether a logger's version is the next free number of its folder, and not the user's own.
+
+    That folder is the one that all parties share; the number is counted anew where the logger is moved to.
+    """
+    if logger._version is None:
+        return True
+    return logger.version == type(logger)(logger.save_dir, logger.name).version
 
 
 def _withdraw(logger: Logger) -> None:

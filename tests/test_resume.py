@@ -1,21 +1,20 @@
 """A party that is started again resumes its own checkpoint, or is refused; nothing begins anew in silence."""
 
-import os
-import signal
-import subprocess
-import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from little import LittleModule
-from parties import data, quiet_trainer
+from parties import ValidatedClassifier, data, in_threads, quiet_trainer
+from test_callback_separate_jobs import At, Jobs, crash
 from test_launched import TESTS, torchrun
 
 from pellm_lightning import FederatedAveraging, resume
@@ -24,12 +23,13 @@ MIXES = ["dirpath", "no logger", "csv", "tensorboard", "two"]
 
 
 @pytest.fixture
-def as_party_1(monkeypatch: pytest.MonkeyPatch) -> Any:
+def as_party_1() -> Iterator[None]:
     """Make this process look like the second of two that torchrun has started."""
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    yield
-    rank_zero_only.rank = 0
+    launch = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in launch.items():
+            patch.setenv(name, value)
+        yield
 
 
 # ---- the checkpoint that "last" names
@@ -103,3 +103,131 @@ def test_the_metrics_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
     assert (folder / "metrics-1.csv").read_text() == first
     assert (folder / "metrics-2.csv").read_text() == second
     assert third not in (first, second)
+
+
+# ---- separate jobs
+
+
+class Starting(ValidatedClassifier):
+    """Tells when its fit begins."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.starts = threading.Event()
+
+    def on_fit_start(self) -> None:
+        self.starts.set()
+
+
+def lose_and_restart(
+    jobs: Jobs, saving: Callback | None, more: Sequence[Callback] = (), **restarted: Any
+) -> None:
+    """Let party c fail in its fourth step and start it again, while the others wait for that and train on."""
+    module = Starting(seed=5)
+    again = threading.Thread(target=lambda: jobs.fit("c", *more, module=module, samples=64, **restarted))
+
+    def start_again() -> None:
+        again.start()
+        assert module.starts.wait(20)
+
+    class Slowly(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step > 5:
+                time.sleep(0.2)
+
+    callbacks = [At(3, crash), *([saving] if saving else [])]
+    in_threads(
+        [
+            lambda: jobs.fit("a", At(5, start_again), Slowly(), samples=64),
+            lambda: jobs.fit("b", samples=64),
+            lambda: jobs.fit("c", *callbacks, samples=64, enable_checkpointing=saving is not None),
+        ]
+    )
+    again.join()
+    assert not isinstance(jobs.results["a"], BaseException), jobs.results
+    assert jobs.same("a", "b"), jobs.results
+
+
+def saves_each_step(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings('ignore:.fit.ckpt_path="last". is set, but there is no last checkpoint')
+@pytest.mark.parametrize("ckpt_path", [None, "last"])
+def test_a_job_that_does_not_resume_its_checkpoint_is_refused(tmp_path: Path, ckpt_path: str | None) -> None:
+    # Who is given a joined federation learns its party only then: Lightning has looked in `kept` already.
+    jobs, kept = Jobs(tmp_path), tmp_path / "kept"
+    lose_and_restart(
+        jobs,
+        saves_each_step(kept),
+        [saves_each_step(kept)],
+        enable_checkpointing=True,
+        ckpt_path=ckpt_path,
+    )
+    error = jobs.results["c"]
+    assert isinstance(error, MisconfigurationException), error
+    assert "Party c begins at step 0 in a federation that is in round" in str(error)
+    # It has saved after each of its three steps; two files may be of the same time.
+    assert f"its checkpoint is {kept}/party-2/" in str(error)
+    assert "ckpt_path='last'" in str(error)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_job_that_resumes_its_checkpoint_goes_on(tmp_path: Path) -> None:
+    jobs, kept = Jobs(tmp_path), tmp_path / "kept/party-2"
+    lose_and_restart(
+        jobs,
+        saves_each_step(kept),
+        [saves_each_step(kept)],
+        enable_checkpointing=True,
+        ckpt_path="last",
+    )
+    assert jobs.same("a", "b", "c"), jobs.results
+    # It goes on after its third step of 16, with a round after each second one.
+    assert jobs.logs["c"].rounds[-1]["step"] == 16
+    assert min(done["step"] for done in jobs.logs["c"].rounds) > 3
+
+
+def test_a_job_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path)
+    lose_and_restart(jobs, None)
+    assert jobs.same("a", "b", "c"), jobs.results
+
+
+def test_checkpoints_of_another_federation_or_party_are_none(tmp_path: Path) -> None:
+    of = resume.signature("one/3/ab", 1)
+    assert of is not None
+    others = [
+        resume.signature("two/3/ab", 1),
+        resume.signature("one/3/ab", 11),
+        resume.signature("one/3/ab", 0),
+    ]
+    for number, signature in enumerate([*others, None]):
+        torch.save({"callbacks": {"F": {"signature": signature}}}, tmp_path / f"{number}.ckpt")
+    (tmp_path / "torn.ckpt").write_bytes(b"PK" + of.encode())
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = quiet_trainer(tmp_path, [checkpoint], enable_checkpointing=True)
+    stopped = str(tmp_path / "stop/stopped.ckpt")
+    assert resume.newest_signed(trainer, of, stopped) is None
+    torch.save({"callbacks": {"F": {"signature": of}}}, tmp_path / "own.ckpt")
+    assert resume.newest_signed(trainer, of, stopped) == str(tmp_path / "own.ckpt")
+
+
+@pytest.mark.parametrize(
+    "path", ["logs/lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt", "stop/stopped-1.ckpt"]
+)
+def test_checkpoints_of_earlier_versions_and_of_a_stop_are_found(tmp_path: Path, path: str) -> None:
+    of = resume.signature("one/3/ab", 1)
+    assert of is not None
+    (tmp_path / path).parent.mkdir(parents=True)
+    torch.save({"signature": of}, tmp_path / path)
+    trainer = quiet_trainer(tmp_path, logger=CSVLogger(tmp_path / "logs"))
+    found = resume.newest_signed(trainer, of, str(tmp_path / "stop/stopped.ckpt"))
+    assert found == str(tmp_path / path)
+
+
+def test_a_launch_signs_nothing() -> None:
+    assert resume.signature(None, 0) is None
+    assert resume.signature("", 0) is None
