@@ -26,8 +26,8 @@ class SaveNumberedConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save from one process of the party, before anything is trained."""
         if not self.already_saved and self.save_to_log_dir and not (self.overwrite or self.multifile):
-            folder = trainer.log_dir  # from all processes: it is broadcast
-            if trainer.is_global_zero and folder is not None:
+            folder = trainer.log_dir or trainer.default_root_dir  # from all processes: it is broadcast
+            if trainer.is_global_zero:
                 topology = topology_of(trainer)
                 if topology.num_parties > 1:
                     folder = isolation.below(folder, topology.party)

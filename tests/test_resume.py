@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from documents import blocks
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -43,7 +44,7 @@ def test_last_is_each_partys_own(tmp_path: Path, processes: int, devices: int, s
         processes, [str(TESTS / "scripts/restarts.py"), str(tmp_path), str(devices), *scenes], tmp_path
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    # 16 samples in batches of 4, which the party's processes share: an epoch's steps are made when it resumes.
+    # 16 samples in batches of 4, which the party's processes share: so many steps has the first epoch.
     steps = 4 // devices
     for scene in scenes:
         name = scene.replace(" ", "-")
@@ -103,6 +104,135 @@ def test_the_metrics_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
     assert (folder / "metrics-1.csv").read_text() == first
     assert (folder / "metrics-2.csv").read_text() == second
     assert third not in (first, second)
+
+
+# ---- the documented scripts, killed and started again
+
+AT_HAND = """
+import os, signal, time
+from pathlib import Path
+from little import LittleModule
+from parties import data as batches
+
+party = {party!r}
+rank = int(os.environ.get("RANK", 0))
+
+
+class Killed(LittleModule):
+    def on_train_start(self):
+        with Path(f"{{party or rank}}.begins").open("a") as file:
+            file.write(f"{{self.global_step}}\\n")
+
+    def on_train_batch_start(self, batch, batch_idx):
+        step, killed = self.global_step, Path(f"{{party or rank}}.killed")
+        if step == {killed_at} and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while step == {waits_at} and len(Path({waits_for!r}).read_text().split()) < 2:
+            time.sleep(0.05)
+
+    def on_train_end(self):
+        import torch
+        torch.save(self.vector(), f"{{party or rank}}.pt")
+
+
+module, data = Killed(), batches({samples}, seed=3)
+"""
+
+
+def documented(page: str, *starts: str) -> str:
+    """Return the blocks of a page that begin so, word for word, one after the other."""
+    found = {
+        start: [block.text for block in blocks(page) if block.text.startswith(start)] for start in starts
+    }
+    assert all(len(texts) == 1 for texts in found.values()), found
+    return "\n".join(text for (text,) in found.values())
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Any]:
+    """Start a program in the test's folder; whatever is left of it ends with the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        search = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+        with (tmp_path / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+def test_the_documented_job_resumes_when_it_was_killed(tmp_path: Path, started: Any) -> None:
+    page = "docs/separate_jobs.md"
+    script = documented(page, "from lightning.pytorch import Trainer\n", "trainer.fit(")
+    meeting = free_address()
+    names = ["clinic-a", "clinic-b", "clinic-c"]
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        # What is left of the page: whose script it is, and addresses of this host.
+        own = script.replace("10.8.0.1:29400", meeting).replace("10.8.0.2:29401", free_address())
+        own = own.replace('name="clinic-a"', f'name="{name}"')
+        # clinic-b is killed in its 151st step of 360; the others wait in their 181st until it is back.
+        killed_at, waits_at = (150, -1) if name == "clinic-b" else (-1, 180)
+        at_hand = AT_HAND.format(
+            party=name, killed_at=killed_at, waits_at=waits_at, waits_for="clinic-b.begins", samples=480
+        )
+        folder = tmp_path / "jobs"  # one for all: their files are kept apart
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(at_hand + own)
+        return started(str(folder / f"{name}.py"))
+
+    def log() -> str:
+        return (tmp_path / "log").read_text(errors="replace")[-6000:]
+
+    started("-m", "pellm_lightning", "rendezvous", f"--listen={meeting}", f"--roster={','.join(names)}")
+    jobs = {name: start(name) for name in names}
+    assert jobs["clinic-b"].wait(120) == -signal.SIGKILL, log()
+    assert (tmp_path / "checkpoints/party-1/last.ckpt").exists()
+    jobs["clinic-b"] = start("clinic-b")
+    for job in jobs.values():
+        assert job.wait(120) == 0, log()
+    # Its last checkpoint is that of its 100th step, after the first round.
+    assert (tmp_path / "clinic-b.begins").read_text().split() == ["0", "100"], log()
+    finals = [torch.load(tmp_path / f"{name}.pt") for name in names]
+    assert all(torch.equal(finals[0], final) for final in finals)
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+def test_the_documented_launch_resumes_when_it_was_killed(tmp_path: Path, started: Any) -> None:
+    script = documented("docs/howto/resume.md", "from lightning.pytorch import Trainer\n")
+    # Rank 1 is killed in its fourth step of six; torchrun then ends rank 0, too.
+    at_hand = AT_HAND.format(party="", killed_at=3, waits_at=-1, waits_for="", samples=8)
+    at_hand = at_hand.replace("if step ==", "if rank == 1 and step ==")
+    (tmp_path / "train.py").write_text(at_hand + script)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py")
+    assert started(*launch).wait(120) != 0
+    again = started(*launch).wait(120)
+    assert again == 0, (tmp_path / "log").read_text(errors="replace")[-6000:]
+    for rank in range(2):
+        # Two steps an epoch, and a checkpoint after each.
+        assert (tmp_path / f"{rank}.begins").read_text().split() == ["0", "2"]
+    assert torch.equal(torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt"))
 
 
 # ---- separate jobs
