@@ -1,5 +1,10 @@
 """A party that is started again resumes its own checkpoint, or is refused; nothing begins anew in silence."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
