@@ -15,6 +15,7 @@ from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import party_of
 from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.report.card import write_card
+from pellm_lightning.tasks.earlier import earlier_adapter_kept
 
 
 def with_adapter(
@@ -70,7 +71,7 @@ class SaveAdapter(Callback):
     Args:
         dirpath: Folder, seen from the Trainer's ``default_root_dir``. With the placeholder ``{party}`` every
             party writes its own; without it only party 0 writes, as all parties end a federation with the
-            same adapter.
+            same adapter. It holds the latest adapter; that of an earlier fit is moved to ``<dirpath>-<n>``.
     """
 
     def __init__(self, dirpath: str = "adapter") -> None:
@@ -90,9 +91,10 @@ class SaveAdapter(Callback):
         federated = next((c for c in callbacks_of(trainer) if isinstance(c, FederatedAveraging)), None)
         model = peft_model_in(pl_module, "SaveAdapter")
         base = base_of(model)
-        save_adapter(model, folder, with_base=federated is not None and federated.writes_base)
-        if federated is not None and federated.about is not None:
-            write_card(folder, asdict(federated.about), base)
+        with earlier_adapter_kept(folder):
+            save_adapter(model, folder, with_base=federated is not None and federated.writes_base)
+            if federated is not None and federated.about is not None:
+                write_card(folder, asdict(federated.about), base)
 
 
 def base_of(model: PeftModel) -> str | None:
