@@ -124,6 +124,10 @@ rank = int(os.environ.get("RANK", 0))
 
 
 class Killed(LittleModule):
+    def on_fit_start(self):  # before it meets the others, who wait for this
+        with Path(f"{{party or rank}}.starts").open("a") as file:
+            file.write("again ")
+
     def on_train_start(self):
         with Path(f"{{party or rank}}.begins").open("a") as file:
             file.write(f"{{self.global_step}}\\n")
@@ -185,7 +189,7 @@ def free_address() -> str:
 
 
 @pytest.mark.torchrun
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_documented_job_resumes_when_it_was_killed(tmp_path: Path, started: Any) -> None:
     page = "docs/separate_jobs.md"
     script = documented(page, "from lightning.pytorch import Trainer\n", "trainer.fit(")
@@ -199,7 +203,7 @@ def test_the_documented_job_resumes_when_it_was_killed(tmp_path: Path, started: 
         # clinic-b is killed in its 151st step of 360; the others wait in their 181st until it is back.
         killed_at, waits_at = (150, -1) if name == "clinic-b" else (-1, 180)
         at_hand = AT_HAND.format(
-            party=name, killed_at=killed_at, waits_at=waits_at, waits_for="clinic-b.begins", samples=480
+            party=name, killed_at=killed_at, waits_at=waits_at, waits_for="clinic-b.starts", samples=480
         )
         folder = tmp_path / "jobs"  # one for all: their files are kept apart
         folder.mkdir(exist_ok=True)
@@ -211,11 +215,11 @@ def test_the_documented_job_resumes_when_it_was_killed(tmp_path: Path, started: 
 
     started("-m", "pellm_lightning", "rendezvous", f"--listen={meeting}", f"--roster={','.join(names)}")
     jobs = {name: start(name) for name in names}
-    assert jobs["clinic-b"].wait(120) == -signal.SIGKILL, log()
+    assert jobs["clinic-b"].wait(240) == -signal.SIGKILL, log()
     assert (tmp_path / "checkpoints/party-1/last.ckpt").exists()
     jobs["clinic-b"] = start("clinic-b")
     for job in jobs.values():
-        assert job.wait(120) == 0, log()
+        assert job.wait(240) == 0, log()
     # Its last checkpoint is that of its 100th step, after the first round.
     assert (tmp_path / "clinic-b.begins").read_text().split() == ["0", "100"], log()
     finals = [torch.load(tmp_path / f"{name}.pt") for name in names]
@@ -223,7 +227,7 @@ def test_the_documented_job_resumes_when_it_was_killed(tmp_path: Path, started: 
 
 
 @pytest.mark.torchrun
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_the_documented_launch_resumes_when_it_was_killed(tmp_path: Path, started: Any) -> None:
     script = documented("docs/howto/resume.md", "from lightning.pytorch import Trainer\n")
     # Rank 1 is killed in its fourth step of six; torchrun then ends rank 0, too.
@@ -231,8 +235,8 @@ def test_the_documented_launch_resumes_when_it_was_killed(tmp_path: Path, starte
     at_hand = at_hand.replace("if step ==", "if rank == 1 and step ==")
     (tmp_path / "train.py").write_text(at_hand + script)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py")
-    assert started(*launch).wait(120) != 0
-    again = started(*launch).wait(120)
+    assert started(*launch).wait(240) != 0
+    again = started(*launch).wait(240)
     assert again == 0, (tmp_path / "log").read_text(errors="replace")[-6000:]
     for rank in range(2):
         # Two steps an epoch, and a checkpoint after each.
@@ -361,6 +365,15 @@ def test_checkpoints_of_earlier_versions_and_of_a_stop_are_found(tmp_path: Path,
     trainer = quiet_trainer(tmp_path, logger=CSVLogger(tmp_path / "logs"))
     found = resume.newest_signed(trainer, of, str(tmp_path / "stop/stopped.ckpt"))
     assert found == str(tmp_path / path)
+
+
+def test_the_checkpoint_of_an_earlier_stop_is_kept(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path, wait_s=1.0)
+    (tmp_path / "stopped.ckpt").write_bytes(b"of an earlier run")
+    in_threads([lambda: jobs.fit("a"), *(lambda n=name: jobs.fit(n, At(3, crash)) for name in ("b", "c"))])
+    assert f"Its own steps since the last round are in {tmp_path}/stopped-1.ckpt" in str(jobs.results["a"])
+    assert torch.load(tmp_path / "stopped-1.ckpt", weights_only=True)["global_step"] == 4
+    assert (tmp_path / "stopped.ckpt").read_bytes() == b"of an earlier run"
 
 
 def test_a_launch_signs_nothing() -> None:
