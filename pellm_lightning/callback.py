@@ -53,6 +53,7 @@ from pellm_lightning.report import record as records
 from pellm_lightning.report.about import About
 from pellm_lightning.report.lines import show_log_lines
 from pellm_lightning.report.teller import Teller
+from pellm_lightning.resume import precede_runs
 from pellm_lightning.round import Aggregator, RoundReport, granted
 from pellm_lightning.schedule import schedule
 from pellm_lightning.topology import Topology
@@ -237,6 +238,17 @@ class FederatedAveraging(Callback):
         return self.aggregation is not None and self.aggregation.writes_base
 
     # ---- hooks, in the order in which they run
+
+    def before_run(self, trainer: Trainer) -> None:
+        """Keep the parties' files apart before Lightning looks for the checkpoint to resume."""
+        if self.federation is not None:
+            return  # which party this is will be known when it has joined
+        topology = topology_of(trainer)
+        speak_as(topology.rank_in_party)
+        if topology.party > 0:
+            isolation.separate_files(trainer, topology.party)
+        if topology.is_speaker:
+            isolation.keep_metrics(trainer)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -665,6 +677,15 @@ class FederatedAveraging(Callback):
         if self._teller is None:
             raise RuntimeError("There is nothing to tell of before training starts.")
         return self._teller
+
+
+def _before_run(trainer: Trainer) -> None:
+    for callback in isolation.callbacks_of(trainer):
+        if isinstance(callback, FederatedAveraging):
+            callback.before_run(trainer)
+
+
+precede_runs(_before_run)
 
 
 def _validates_in_fit(trainer: Trainer) -> bool:

@@ -142,6 +142,11 @@ class FragmentedAggregator:
         return self._parts[0].settings
 
     @property
+    def lineage(self) -> str | None:
+        """As of ``Aggregator``."""
+        return self._parts[0].lineage
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the vectors that the fragments exchange, all together."""
         return sum(part.size_bytes for part in self._parts)

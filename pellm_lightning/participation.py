@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from pellm_lightning import checks
+from pellm_lightning import checks, resume
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.beside import Contribution
 from pellm_lightning.drift.base import DriftCorrection
@@ -18,6 +18,7 @@ from pellm_lightning.federation import TooFewPartiesError
 from pellm_lightning.fit_facts import planned_steps
 from pellm_lightning.fragments import FragmentedAggregator, Turns, fragments_of
 from pellm_lightning.layout import Layout
+from pellm_lightning.naming import unused
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.round import Aggregator, RoundReport
 from pellm_lightning.samples import samples_in
@@ -160,12 +161,14 @@ class Participation:
     def state(self) -> dict[str, Any]:
         """Return what ``start`` needs to go on exactly, in the middle of a round too; only of the speaker."""
         aggregator = self._speaking.state_dict()  # waits for the round under way, which may fail only now
+        party = self._party.topology.party
         lost = self._under_way_since is not None and self._overlapped.failed
         return {
             "aggregator": aggregator,
             "since": asdict(self._since) | {"loss_sum": float(self._since.loss_sum)},
             "turns": asdict(self._turns),
             "under_way_since": None if lost else self._under_way_since,
+            "signature": resume.signature(self._speaking.lineage, party),
         }
 
     # ---- while training goes on
@@ -232,8 +235,18 @@ class Participation:
             checks.can_land(self._under_way_since, self._manner.overlap)
             aggregator.load_state_dict(state["aggregator"])
         overwritten = aggregator.start()
+        if not state:
+            self._check_nothing_is_left_behind(aggregator)
         self._drained = aggregator.drain()
         return Started(overwritten, aggregator.round, dict(aggregator.settings), aggregator.facts())
+
+    def _check_nothing_is_left_behind(self, aggregator: Aggregator | FragmentedAggregator) -> None:
+        """Refuse to begin anew in a federation in which this party has trained, and saved, before."""
+        signature = resume.signature(aggregator.lineage, self._party.topology.party)
+        if signature is not None:
+            path = resume.newest_signed(self._trainer, signature, self._stopped_path)
+            if path is not None:
+                raise resume.left_behind(path, party=self._party.topology.name, round=aggregator.round)
 
     def _count(self, outputs: Any, batch: Any) -> None:
         samples = samples_in(batch, otherwise=None if self._manner.weighting == "samples" else 1)
@@ -329,7 +342,7 @@ class Participation:
 
     def _stop_for_lack_of_parties(self, why: str) -> NoReturn:
         """Keep this party's own steps since the last round, then stop."""
-        path = self._stopped_path
+        path = self._party.speak(lambda: unused(self._stopped_path))
         self._trainer.save_checkpoint(path)
         raise TooFewPartiesError(
             f"{why} Its own steps since the last round are in {path}; resume it from there."

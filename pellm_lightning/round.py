@@ -272,6 +272,12 @@ class Aggregator:
         return self._replica.round
 
     @property
+    def lineage(self) -> str | None:
+        """Name of a federation of separate jobs, the same at all and through restarts; None in one launch."""
+        version = self._replica.version
+        return None if version is None else version.lineage or None
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the vector that each round exchanges."""
         return 4 * self._replica.layout.size

@@ -10,7 +10,8 @@ import pellm_lightning
 
 PACKAGE = Path(pellm_lightning.__file__).parent
 
-LEAVES = {"topology", "parameters", "layout", "schedule", "durable", "optim", "digest", "adapter_config"}
+LEAVES = {"topology", "parameters", "layout", "schedule", "durable", "optim", "naming", "digest"}
+LEAVES |= {"adapter_config"}
 ABOVE_LEAVES = {"frozen_state", "base_difference"}
 PASSPORT = {"passport"}
 PRIVACY = {"privacy"}
@@ -24,7 +25,8 @@ REPLICA = {"replica"}
 ROUND = {"round"}
 OVER_ROUND = {"overlap"}
 FRAGMENTS = {"fragments"}
-LIGHTNING_SIDE = {"environment", "checks", "fit_facts", "isolation", "samples", "validation"}
+LIGHTNING_SIDE = {"environment", "checks", "fit_facts", "isolation", "resume", "samples", "validation"}
+LIGHTNING_SIDE |= {"saved_config"}
 ABOVE = ["participation", "callback", "tasks", "doctor", "commands", "cli", "results", "__main__"]
 ORDER = [
     LEAVES,

@@ -36,10 +36,6 @@ def test_what_requires_a_gradient_federates_sorted_by_name() -> None:
     assert all(chosen[name] is parameter for name, parameter in module.named_parameters() if name in chosen)
 
 
-def test_what_requires_no_gradient_stays() -> None:
-    module = Adapted()
-
-
 @pytest.mark.parametrize(
     ("include", "exclude", "expected"),
     [

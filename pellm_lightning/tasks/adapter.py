@@ -17,6 +17,7 @@ from pellm_lightning.environment import party_of
 from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.parameters import select
 from pellm_lightning.report.card import write_card
+from pellm_lightning.tasks.earlier import earlier_adapter_kept
 from pellm_lightning.tasks.folder import written_whole
 from pellm_lightning.tasks.saving import save_adapters
 
@@ -80,7 +81,7 @@ class SaveAdapter(Callback):
     Args:
         dirpath: Folder, seen from the Trainer's ``default_root_dir``. With the placeholder ``{party}`` every
             party writes its own; without it only party 0 writes, as all parties end a federation with the
-            same adapter.
+            same adapter. It holds the latest adapter; that of an earlier fit is moved to ``<dirpath>-<n>``.
     """
 
     def __init__(self, dirpath: str = "adapter") -> None:
@@ -102,7 +103,7 @@ class SaveAdapter(Callback):
         names = self._names(model, pl_module, federated)
         base = base_of(model, names[0])
         with_base = federated is not None and federated.writes_base
-        with written_whole(folder) as unfinished:
+        with earlier_adapter_kept(folder), written_whole(folder) as unfinished:
             said = save_adapters(model, unfinished, names, with_base=with_base, final=folder)
             if federated is not None and federated.about is not None:
                 write_card(unfinished, asdict(federated.about), base, title=folder.name, contents=said)
