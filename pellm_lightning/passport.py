@@ -110,7 +110,7 @@ def _of_eva(passport: Passport) -> str:
 
 def _config(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
     # Others follow from these.
-    causes = ("exchange", "privacy", "drift correction")
+    causes = ("exchange", "privacy", "drift correction", "roster")
     for key in sorted(first["config"].keys() | other["config"].keys(), key=lambda k: (k not in causes, k)):
         ours, theirs = first["config"].get(key), other["config"].get(key)
         if ours != theirs:

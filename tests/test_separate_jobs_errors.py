@@ -60,7 +60,11 @@ class Jobs:
         try:
             callback = FederatedAveraging(
                 federation=lambda: ElasticFederation(
-                    lambda: self.store, name, roster, membership=Membership(**patience)
+                    lambda: self.store,
+                    name,
+                    roster,
+                    quorum=options.get("quorum", "majority"),
+                    membership=Membership(**patience),
                 ),
                 **options,
             )
