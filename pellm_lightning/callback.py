@@ -39,9 +39,11 @@ from pellm_lightning.federation import (
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched, store_from_env
 from pellm_lightning.fragments import FragmentedAggregator, check_rule, fragments_of
+from pellm_lightning.optim import without_parser
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.parameters import frozen, select
 from pellm_lightning.participation import Manner, Participation
+from pellm_lightning.pickling import own_state
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record as records
 from pellm_lightning.report.about import About
@@ -141,7 +143,7 @@ class FederatedAveraging(Callback):
         privacy: GaussianMechanism | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        outer_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1.0),
+        outer_optimizer: OptimizerCallable = outer.sgd_one,
         outer_scheduler: LRSchedulerCallable | None = None,
         inner_optimizer_state: Literal["keep", "reset"] = "keep",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
@@ -184,8 +186,8 @@ class FederatedAveraging(Callback):
         self.privacy = privacy
         self.include = include
         self.exclude = exclude
-        self.outer_optimizer = outer_optimizer
-        self.outer_scheduler = outer_scheduler
+        self.outer_optimizer = without_parser(outer_optimizer)
+        self.outer_scheduler = without_parser(outer_scheduler)
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
         self.timeout_s = timeout_s
@@ -379,6 +381,11 @@ class FederatedAveraging(Callback):
             self._joined.abort(why)
         self._state = self.state_dict()
         self._party = self._joined = self._drift = self._participation = self._teller = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
+        built = ("_party", "_joined", "_drift", "_participation", "_teller")
+        return own_state(self, **dict.fromkeys(built))
 
     # ---- checkpoints
 

@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from pellm_lightning.pickling import own_state
+
 
 class SavePredictions(BasePredictionWriter):
     """Write predictions as JSON, one a line in the order of the samples, at the end of ``predict``.
@@ -21,6 +23,10 @@ class SavePredictions(BasePredictionWriter):
     def __init__(self, filename: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="epoch")
         self.filename = filename
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the module of a fit out of a pickled callback or a copy."""
+        return own_state(self)
 
     def write_on_epoch_end(
         self,
