@@ -1,5 +1,6 @@
 """FederatedAveraging: Lightning's hooks, what a user can ask for, joining and checkpoints."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ from pellm_lightning.validation import ValidationMetrics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_NUMBERS = itertools.count()
 
 
 class FederatedAveraging(Callback):
@@ -207,6 +209,7 @@ class FederatedAveraging(Callback):
         """Reports of the rounds of the present fit, or of the last one."""
         self.about: About | None = None
         """What there is to say of its federation; None before training starts."""
+        self._is_set_up = False
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
@@ -224,11 +227,22 @@ class FederatedAveraging(Callback):
         """Whether rounds write into frozen weights, which then belong to what was trained."""
         return self.aggregation is not None and self.aggregation.writes_base
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """Key of the state in checkpoints.
+
+        Until ``setup`` it is another one each time. Lightning's Trainer would refuse two callbacks of one key
+        when it is made, in words that do not help; ``setup`` refuses them in ours.
+        """
+        return super().state_key if self._is_set_up else f"{super().state_key}@{next(_NUMBERS)}"
+
     # ---- hooks, in the order in which they run
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the parties' files apart; for a fit also join the federation and refuse what cannot work."""
+        self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
             # Of an earlier fit, which may have failed.
@@ -244,6 +258,8 @@ class FederatedAveraging(Callback):
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
             self._tells_loss = not checks.protects_records(trainer, self.weighting)
+        else:
+            checks.only_one(trainer, self)
         speak_as(self._topology.rank_in_party)
         if self._topology.party > 0:
             # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do
@@ -313,7 +329,7 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what was consumed; run the round that is due, before Lightning validates and saves."""
-        self._taking_part.after_batch(outputs, batch)
+        self._taking_part.after_batch(outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -336,7 +352,7 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Count the validation samples, which weight this party's metrics."""
         if _validates_in_fit(trainer):
-            self._validation.count(batch, dataloader_idx)
+            self._validation.count(trainer, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -160,10 +160,7 @@ def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
             " with devices set to the processes per party (devices=1 and no strategy for single-process"
             " parties)."
         )
-    if sum(isinstance(c, type(callback)) for c in callbacks_of(trainer)) > 1:
-        raise MisconfigurationException(
-            f"The Trainer has several {type(callback).__name__} callbacks; their rounds would mix. Keep one."
-        )
+    only_one(trainer, callback)
     for other in callbacks_of(trainer):
         if isinstance(other, WeightAveraging | StochasticWeightAveraging):
             raise MisconfigurationException(
@@ -176,6 +173,19 @@ def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
                 f"{type(other).__name__} searches at each party alone, without rounds: parties may end with"
                 " different settings. Search once before the federation and fix the value."
             )
+
+
+def only_one(trainer: Trainer, callback: Callback) -> None:
+    """Check that the Trainer has no other callback that federates, be it of a class derived from ours."""
+    bases = type(callback).__mro__
+    kind = bases[bases.index(Callback) - 1]
+    found = [type(other).__name__ for other in callbacks_of(trainer) if isinstance(other, kind)]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"The Trainer has {len(found)} callbacks that federate ({', '.join(found)}): their rounds would"
+            " mix, and a checkpoint holds the state of one. Keep one. Its include and exclude choose parameters;"
+            " callbacks that the command line, the Trainer and configure_callbacks add all count."
+        )
 
 
 def checkpoints(trainer: Trainer) -> None:

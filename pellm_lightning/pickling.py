@@ -1,4 +1,4 @@
-"""What of a callback goes into a pickle or a copy: its own state, and nothing of the fit that it is part of."""
+"""What of a callback goes into a pickle or a copy: its own state, and nothing of the fit around it."""
 
 from typing import Any
 
