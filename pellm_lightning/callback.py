@@ -53,6 +53,7 @@ from pellm_lightning.report.teller import Teller
 from pellm_lightning.round import Aggregator, RoundReport, granted
 from pellm_lightning.schedule import schedule
 from pellm_lightning.topology import Topology
+from pellm_lightning.trainable import CURE, TrainableSet
 from pellm_lightning.validation import ValidationMetrics
 
 log = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ class FederatedAveraging(Callback):
         self._drift: DriftCorrection | None = None
         self._tells_loss = True
         self._participation: Participation | None = None
+        self._trainable: TrainableSet | None = None
         self._teller: Teller | None = None
         self._validation = ValidationMetrics()
         # The state of a checkpoint that was loaded, or of the fit that has ended.
@@ -281,6 +283,7 @@ class FederatedAveraging(Callback):
         """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
         checks.samplers(trainer, self._topology)
         trainable = self._select(pl_module)
+        self._trainable = TrainableSet(pl_module, self.include, self.exclude)
         plan = self._apply_rule(pl_module, trainable)
         shared = {name: trainable[name] for name in sorted(plan.shared)}
         for_good = plan.named(plan.rule.resting(0) & plan.rule.resting(1))
@@ -322,6 +325,7 @@ class FederatedAveraging(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the gradients of what rests in this round, before they are clipped or applied."""
+        self._check_trainable(trainer, pl_module, everything=False)
         self._taking_part.drop_gradients()
 
     @override
@@ -329,6 +333,7 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what was consumed; run the round that is due, before Lightning validates and saves."""
+        self._check_trainable(trainer, pl_module, everything=trainer.is_last_batch)
         self._taking_part.after_batch(outputs, batch, batch_idx)
 
     @override
@@ -397,10 +402,11 @@ class FederatedAveraging(Callback):
             self._joined.abort(why)
         self._state = self.state_dict()
         self._party = self._joined = self._drift = self._participation = self._teller = None
+        self._trainable = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
-        built = ("_party", "_joined", "_drift", "_participation", "_teller")
+        built = ("_party", "_joined", "_drift", "_participation", "_trainable", "_teller")
         return own_state(self, **dict.fromkeys(built))
 
     # ---- checkpoints
@@ -438,10 +444,13 @@ class FederatedAveraging(Callback):
     # ---- the parts of the hooks
 
     def _join(self, trainer: Trainer) -> None:
-        if self.federation is None and self.job is None and not launched():
+        if self._topology.is_speaker and not (self.federation or self.job or launched()):
             log.warning(
                 "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
-                " this host run `torchrun --nproc-per-node N your_script.py`."
+                " this host run `torchrun --nproc-per-node N your_script.py`%s.",
+                f"; the {self._topology.party_size} processes of this Trainer are that one party"
+                if self._topology.party_size > 1
+                else "",
             )
         self._in_party.speak(self._join_as_speaker)
         if self._joined is not None:
@@ -476,7 +485,12 @@ class FederatedAveraging(Callback):
         try:
             return select(module, self.include, self.exclude)
         except ValueError as error:
-            raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
+            cure = "" if any(p.requires_grad for p in module.parameters()) else f" {CURE}"
+            raise MisconfigurationException(f"Party {self._topology.name}: {error}{cure}") from error
+
+    def _check_trainable(self, trainer: Trainer, module: LightningModule, *, everything: bool) -> None:
+        if self._trainable is not None:
+            self._trainable.check(trainer, module, everything=everything)
 
     def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:

@@ -183,8 +183,8 @@ def only_one(trainer: Trainer, callback: Callback) -> None:
     if len(found) > 1:
         raise MisconfigurationException(
             f"The Trainer has {len(found)} callbacks that federate ({', '.join(found)}): their rounds would"
-            " mix, and a checkpoint holds the state of one. Keep one. Its include and exclude choose parameters;"
-            " callbacks that the command line, the Trainer and configure_callbacks add all count."
+            " mix, and a checkpoint holds the state of one. Keep one; those that the command line adds, and"
+            " configure_callbacks, count, too."
         )
 
 

@@ -38,8 +38,8 @@ class SampleCounter:
             rank_zero_warn(
                 f"weighting='samples' cannot tell how many samples a batch of type {type(batch).__name__}"
                 " holds: there is no tensor in it, and its DataLoader has no batch size. Each such batch"
-                " counts as one sample. Give the DataLoader a batch_size, or weight the party by weighting='uniform'"
-                " or a number, such as weighting=1000 for its 1000 samples."
+                " counts as one sample. Give the DataLoader a batch_size, or set weighting='uniform' or to a"
+                " number of your own, such as weighting=1000 for 1000 samples."
             )
         return 1
 

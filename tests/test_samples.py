@@ -99,7 +99,7 @@ def test_the_sizes_of_a_loaders_batches(loaders: Any, sizes: list[int | None]) -
 def test_what_cannot_be_known_is_said_once() -> None:
     counter = SampleCounter(says=True)
     with pytest.warns(
-        UserWarning, match=r"batch of type list holds.*weighting='uniform' or a number"
+        UserWarning, match=r"batch of type list holds.*weighting='uniform' or to a number"
     ) as said:
         assert [counter.count(["a", "b"], None, index) for index in range(3)] == [1, 1, 1]
     assert len(said) == 1
