@@ -55,6 +55,13 @@ from pellm_lightning.schedule import schedule
 from pellm_lightning.topology import Topology
 from pellm_lightning.trainable import CURE, TrainableSet
 from pellm_lightning.validation import ValidationMetrics
+from pellm_lightning.weight_averaging import (
+    agreed,
+    begin_averaging,
+    check_averaging,
+    check_coordinates,
+    warn_of_missed,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -255,6 +262,13 @@ class FederatedAveraging(Callback):
             show_log_lines()
             self._join(trainer)
             checks.trainer(trainer, self, self._topology)
+            check_averaging(
+                trainer,
+                self._schedule,
+                mixes=self.overlap is not None or self.fragments > 1,
+                separate=isinstance(self._joined, ElasticFederation),
+                saves_frozen=self.save_frozen,
+            )
             if not self.save_frozen:
                 checks.checkpoints(trainer)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
@@ -286,6 +300,7 @@ class FederatedAveraging(Callback):
         self._trainable = TrainableSet(pl_module, self.include, self.exclude)
         plan = self._apply_rule(pl_module, trainable)
         shared = {name: trainable[name] for name in sorted(plan.shared)}
+        check_coordinates(trainer, plan)
         for_good = plan.named(plan.rule.resting(0) & plan.rule.resting(1))
         checks.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
         self._check_drift(trainer, shared)
@@ -313,6 +328,8 @@ class FederatedAveraging(Callback):
         started = self._participation.start(
             lambda: self._aggregator(trainer, pl_module, trainable), self._state
         )
+        if started.overwritten:
+            begin_averaging(trainer, pl_module)
         names = self._in_party.speak(lambda: self._roster(trainer))
         about = About(names, started.settings, self.writes_base)
         self.about = about.resumed(self._state.get("about", {}))
@@ -374,7 +391,10 @@ class FederatedAveraging(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the last, incomplete round; then answer the others' rounds until every party is through."""
+        self._taking_part.close_round()
+        before = len(self.rounds)
         self._taking_part.finish()
+        warn_of_missed(trainer, len(self.rounds) - before)
         if self._joined is not None:
             self._joined.close()
         self._telling.ended()
@@ -585,6 +605,7 @@ class FederatedAveraging(Callback):
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "on_nonfinite": self.on_nonfinite,
                 "inner_optimizer_state": self.inner_optimizer_state,
+                "weight averaging": agreed(trainer),
             },
             files=isolation.written_paths(trainer),
             on_nonfinite=self.on_nonfinite,

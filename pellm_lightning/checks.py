@@ -10,8 +10,6 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
     ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -162,12 +160,6 @@ def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
         )
     only_one(trainer, callback)
     for other in callbacks_of(trainer):
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
-            raise MisconfigurationException(
-                f"{type(other).__name__} keeps its own copy of the weights, made before the parties agree on"
-                " theirs, so parties would end with different averages. Remove it; an outer optimizer with"
-                " lr below 1 smooths the global parameters instead."
-            )
         if isinstance(other, LearningRateFinder | BatchSizeFinder):
             rank_zero_warn(
                 f"{type(other).__name__} searches at each party alone, without rounds: parties may end with"

@@ -1,7 +1,6 @@
 """What is refused, in words: arguments, Trainers, samplers, checkpoints."""
 
 import math
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +11,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
-    EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -30,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from parties import Classifier, ValidatedClassifier, data, dataset, fit_parties, quiet_trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pellm_lightning import FederatedAveraging, FederationError, checks
+from pellm_lightning import FederatedAveraging, checks
 from pellm_lightning.topology import Topology
 
 # ---- arguments
@@ -133,26 +129,6 @@ def test_one_device_for_a_party_of_several_processes_is_refused() -> None:
 def test_ddp_within_a_party_and_a_single_device_are_welcome() -> None:
     checks.trainer(trainer_with(Ddp(2)), FederatedAveraging(), Topology(1, 2, 0, 2))
     checks.trainer(trainer_with(SingleDeviceStrategy(torch.device("cpu"))), FederatedAveraging(), ALONE)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [WeightAveraging, EMAWeightAveraging, partial(StochasticWeightAveraging, swa_lrs=0.1)],
-    ids=["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"],
-)
-def test_averages_of_local_weights_are_refused_everywhere(tmp_path: Path, other: Any) -> None:
-    def fit(party: int, federated: Any) -> None:
-        callbacks: list[Callback] = [federated()] + ([other()] if party == 1 else [])
-        quiet_trainer(tmp_path, callbacks).fit(Classifier(seed=party), data(8, seed=party))
-
-    started = time.monotonic()
-    told, own = fit_parties(2, fit, may_fail=True)
-    assert time.monotonic() - started < 10
-    assert isinstance(own, MisconfigurationException)
-    assert "keeps its own copy of the weights" in str(own)
-    assert "an outer optimizer with lr below 1" in str(own)
-    assert isinstance(told, FederationError)
-    assert "Party 1 left the federation while joining: MisconfigurationException" in str(told)
 
 
 @pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])

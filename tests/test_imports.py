@@ -22,7 +22,15 @@ REPLICA = {"replica"}
 ROUND = {"round"}
 OVER_ROUND = {"overlap"}
 FRAGMENTS = {"fragments"}
-LIGHTNING_SIDE = {"environment", "checks", "isolation", "samples", "trainable", "validation"}
+LIGHTNING_SIDE = {
+    "environment",
+    "checks",
+    "isolation",
+    "samples",
+    "trainable",
+    "validation",
+    "weight_averaging",
+}
 ABOVE = ["participation", "callback", "tasks", "doctor", "commands", "cli", "results", "__main__"]
 ORDER = [LEAVES, PRIVACY, FEDERATION, EXCHANGE, AGGREGATION, BELOW_ROUND, PARTS_OF_ROUND, GLOBAL_STATE]
 ORDER += [REPLICA, ROUND, OVER_ROUND, FRAGMENTS, LIGHTNING_SIDE, {"drift"}, {"report"}]
