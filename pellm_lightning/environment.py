@@ -200,8 +200,7 @@ def topology_of(trainer: Trainer) -> Topology:
         if isinstance(job, Job):
             topology = job.topology()
     if "RANK" not in os.environ and trainer.world_size > 1:
-        ranks = {"rank_in_party": trainer.global_rank, "party_size": trainer.world_size}
-        return replace(topology, **ranks)
+        return replace(topology, rank_in_party=trainer.global_rank, party_size=trainer.world_size)
     return topology
 
 

@@ -51,9 +51,9 @@ class TrainableSet:
         if names:
             raise MisconfigurationException(
                 f"The parameter {names[0]!r} ({len(names)} in all) trains since epoch"
-                f" {trainer.current_epoch}, step {trainer.global_step}, but was not trainable when the parties"
-                " agreed on what they share: no round would average it, and it would differ at each party."
-                f" {CURE} Or let it stay at home by exclude=[{names[0]!r}]."
+                f" {trainer.current_epoch}, step {trainer.global_step}, but was not trainable when the"
+                " parties agreed on what they share: no round would average it, and it would differ at each"
+                f" party. {CURE} Or let it stay at home by exclude=[{names[0]!r}]."
             )
 
     def _others(self, module: LightningModule) -> list[tuple[str, nn.Parameter]]:

@@ -1,7 +1,7 @@
 """Lightning's averages of weights over time, where they are averages of what all parties have in common.
 
-Right after a round all parties have the same parameters. A ``WeightAveraging`` callback that is updated then, and
-only then, averages global parameters: nothing more has to cross, and all parties have the same average.
+Right after a round all parties have the same parameters. A ``WeightAveraging`` callback that is updated then,
+and only then, averages global parameters: nothing more has to cross, and all parties have the same average.
 """
 
 import torch

@@ -8,7 +8,7 @@ from pellm_lightning.topology import Topology
 
 
 def test_processes_without_a_rank_are_alone() -> None:
-    """Lightning gives a world size to those that it starts itself; they are one party, as their strategy says."""
+    """Lightning gives those that it starts itself a world size: they are one party."""
     assert Topology.from_env(environ={"WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Topology()
 
 
