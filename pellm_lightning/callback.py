@@ -1,5 +1,6 @@
 """FederatedAveraging: Lightning's hooks, what a user can ask for, joining and checkpoints."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -45,9 +46,11 @@ from pellm_lightning.federation.launch.store import launched, store_from_env
 from pellm_lightning.fit_facts import FitFacts, foresee
 from pellm_lightning.fragments import FragmentedAggregator, check_rule, fragments_of
 from pellm_lightning.frozen_state import frozen_state
+from pellm_lightning.optim import without_parser
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.parameters import load_compiled_, named_as_in, select
 from pellm_lightning.participation import Manner, Participation, Started
+from pellm_lightning.pickling import own_state
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record as records
 from pellm_lightning.report.about import About
@@ -57,10 +60,19 @@ from pellm_lightning.resume import precede_runs
 from pellm_lightning.round import Aggregator, RoundReport, granted
 from pellm_lightning.schedule import schedule
 from pellm_lightning.topology import Topology
+from pellm_lightning.trainable import CURE, TrainableSet
 from pellm_lightning.validation import ValidationMetrics
+from pellm_lightning.weight_averaging import (
+    agreed,
+    begin_averaging,
+    check_averaging,
+    check_coordinates,
+    warn_of_missed,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_NUMBERS = itertools.count()
 
 
 class FederatedAveraging(Callback):
@@ -152,7 +164,7 @@ class FederatedAveraging(Callback):
         privacy: GaussianMechanism | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        outer_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1.0),
+        outer_optimizer: OptimizerCallable = outer.sgd_one,
         outer_scheduler: LRSchedulerCallable | None = None,
         inner_optimizer_state: Literal["keep", "reset"] = "keep",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
@@ -197,8 +209,8 @@ class FederatedAveraging(Callback):
         self.privacy = privacy
         self.include = include
         self.exclude = exclude
-        self.outer_optimizer = outer_optimizer
-        self.outer_scheduler = outer_scheduler
+        self.outer_optimizer = without_parser(outer_optimizer)
+        self.outer_scheduler = without_parser(outer_scheduler)
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
         self.quorum = quorum
@@ -219,6 +231,7 @@ class FederatedAveraging(Callback):
         """Reports of the rounds of the present fit, or of the last one."""
         self.about: About | None = None
         """What there is to say of its federation; None before training starts."""
+        self._is_set_up = False
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
@@ -226,6 +239,7 @@ class FederatedAveraging(Callback):
         self._drift: DriftCorrection | None = None
         self._tells_loss = True
         self._participation: Participation | None = None
+        self._trainable: TrainableSet | None = None
         self._teller: Teller | None = None
         self._validation = ValidationMetrics()
         self._renaming: RemovableHandle | None = None
@@ -236,6 +250,16 @@ class FederatedAveraging(Callback):
     def writes_base(self) -> bool:
         """Whether rounds write into frozen weights, which then belong to what was trained."""
         return self.aggregation is not None and self.aggregation.writes_base
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Key of the state in checkpoints.
+
+        Until ``setup`` it is another one each time. Lightning's Trainer would refuse two callbacks of one key
+        when it is made, in words that do not help; ``setup`` refuses them in ours.
+        """
+        return super().state_key if self._is_set_up else f"{super().state_key}@{next(_NUMBERS)}"
 
     # ---- hooks, in the order in which they run
 
@@ -253,6 +277,7 @@ class FederatedAveraging(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the parties' files apart; for a fit also join the federation and refuse what cannot work."""
+        self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
             # Of an earlier fit, which may have failed.
@@ -264,11 +289,20 @@ class FederatedAveraging(Callback):
             show_log_lines()
             self._join(trainer)
             checks.trainer(trainer, self, self._topology)
+            check_averaging(
+                trainer,
+                self._schedule,
+                mixes=self.overlap is not None or self.fragments > 1,
+                separate=isinstance(self._joined, ElasticFederation),
+                saves_frozen=self.save_frozen,
+            )
             if not self.save_frozen:
                 checks.checkpoints(trainer)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
             self._tells_loss = not checks.protects_records(trainer, self.weighting)
+        else:
+            checks.only_one(trainer, self)
         speak_as(self._topology.rank_in_party)
         if self._topology.party > 0:
             # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do
@@ -292,8 +326,10 @@ class FederatedAveraging(Callback):
         """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
         checks.samplers(trainer, self._topology)
         trainable = self._select(pl_module)
+        self._trainable = TrainableSet(pl_module, self.include, self.exclude)
         plan = self._apply_rule(pl_module, trainable)
         shared = {name: trainable[name] for name in sorted(plan.shared)}
+        check_coordinates(trainer, plan)
         for_good = plan.named(plan.rule.resting(0) & plan.rule.resting(1))
         checks.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
         self._check_drift(trainer, shared)
@@ -321,6 +357,8 @@ class FederatedAveraging(Callback):
         started = self._participation.start(
             lambda: self._aggregator(trainer, pl_module, trainable), self._state
         )
+        if started.overwritten:
+            begin_averaging(trainer, pl_module)
         names = self._in_party.speak(lambda: self._roster(trainer))
         about = About(names, started.settings, self.writes_base)
         if self._topology.is_speaker and self._topology.party == 0:
@@ -335,6 +373,7 @@ class FederatedAveraging(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the gradients of what rests in this round, before they are clipped or applied."""
+        self._check_trainable(trainer, pl_module, everything=False)
         self._taking_part.drop_gradients()
 
     @override
@@ -342,7 +381,8 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what was consumed; run the round that is due, before Lightning validates and saves."""
-        self._taking_part.after_batch(outputs, batch)
+        self._check_trainable(trainer, pl_module, everything=trainer.is_last_batch)
+        self._taking_part.after_batch(outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -365,7 +405,7 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Count the validation samples, which weight this party's metrics."""
         if _validates_in_fit(trainer):
-            self._validation.count(batch, dataloader_idx)
+            self._validation.count(trainer, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -384,7 +424,10 @@ class FederatedAveraging(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the last, incomplete round; then answer the others' rounds until every party is through."""
+        self._taking_part.close_round()
+        before = len(self.rounds)
         self._taking_part.finish()
+        warn_of_missed(trainer, len(self.rounds) - before)
         if self._joined is not None:
             self._joined.close()
         self._telling.ended()
@@ -413,6 +456,12 @@ class FederatedAveraging(Callback):
             self._joined.abort(why)
         self._state = self.state_dict()
         self._party = self._joined = self._drift = self._participation = self._teller = None
+        self._trainable = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
+        built = ("_party", "_joined", "_drift", "_participation", "_trainable", "_teller")
+        return own_state(self, **dict.fromkeys(built))
 
     # ---- checkpoints
 
@@ -457,10 +506,13 @@ class FederatedAveraging(Callback):
             self._renaming = None
 
     def _join(self, trainer: Trainer) -> None:
-        if self.federation is None and self.job is None and not launched():
+        if self._topology.is_speaker and not (self.federation or self.job or launched()):
             log.warning(
                 "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
-                " this host run `torchrun --nproc-per-node N your_script.py`."
+                " this host run `torchrun --nproc-per-node N your_script.py`%s.",
+                f"; the {self._topology.party_size} processes of this Trainer are that one party"
+                if self._topology.party_size > 1
+                else "",
             )
         self._in_party.speak(self._join_as_speaker)
         if self._joined is not None:
@@ -495,7 +547,12 @@ class FederatedAveraging(Callback):
         try:
             return select(module, self.include, self.exclude)
         except ValueError as error:
-            raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
+            cure = "" if any(p.requires_grad for p in module.parameters()) else f" {CURE}"
+            raise MisconfigurationException(f"Party {self._topology.name}: {error}{cure}") from error
+
+    def _check_trainable(self, trainer: Trainer, module: LightningModule, *, everything: bool) -> None:
+        if self._trainable is not None:
+            self._trainable.check(trainer, module, everything=everything)
 
     def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:
@@ -599,6 +656,7 @@ class FederatedAveraging(Callback):
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "on_nonfinite": self.on_nonfinite,
                 "inner_optimizer_state": self.inner_optimizer_state,
+                "weight averaging": agreed(trainer),
             },
             files=isolation.written_paths(trainer),
             facts=facts,

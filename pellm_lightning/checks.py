@@ -9,8 +9,6 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
     ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -160,22 +158,26 @@ def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
             " with devices set to the processes per party (devices=1 and no strategy for single-process"
             " parties)."
         )
-    if sum(isinstance(c, type(callback)) for c in callbacks_of(trainer)) > 1:
-        raise MisconfigurationException(
-            f"The Trainer has several {type(callback).__name__} callbacks; their rounds would mix. Keep one."
-        )
+    only_one(trainer, callback)
     for other in callbacks_of(trainer):
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
-            raise MisconfigurationException(
-                f"{type(other).__name__} keeps its own copy of the weights, made before the parties agree on"
-                " theirs, so parties would end with different averages. Remove it; an outer optimizer with"
-                " lr below 1 smooths the global parameters instead."
-            )
         if isinstance(other, LearningRateFinder | BatchSizeFinder):
             rank_zero_warn(
                 f"{type(other).__name__} searches at each party alone, without rounds: parties may end with"
                 " different settings. Search once before the federation and fix the value."
             )
+
+
+def only_one(trainer: Trainer, callback: Callback) -> None:
+    """Check that the Trainer has no other callback that federates, be it of a class derived from ours."""
+    bases = type(callback).__mro__
+    kind = bases[bases.index(Callback) - 1]
+    found = [type(other).__name__ for other in callbacks_of(trainer) if isinstance(other, kind)]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"The Trainer has {len(found)} callbacks that federate ({', '.join(found)}): their rounds would"
+            " mix, and a checkpoint holds the state of one. Keep one; those that the command line adds, and"
+            " configure_callbacks, count, too."
+        )
 
 
 def checkpoints(trainer: Trainer) -> None:

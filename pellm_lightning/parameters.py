@@ -23,10 +23,11 @@ def select(
     compiled and a plain party agree.
 
     Raises:
-        ValueError: If nothing is left, or a pattern matches no trainable parameter (it is most likely a
-        typo).
+        ValueError: If nothing is left, or a pattern of ``include`` matches no trainable parameter, or one of
+        ``exclude`` no parameter at all (it is most likely a typo).
     """
-    trainable = {name: p for name, p in _named(module) if p.requires_grad}
+    everything = dict(_named(module))
+    trainable = {name: p for name, p in everything.items() if p.requires_grad}
     if not trainable:
         raise ValueError(
             "No parameter of the module requires a gradient, so there is nothing to federate. Add a PEFT"
@@ -34,13 +35,15 @@ def select(
         )
     for kind, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in trainable):
+            # What is excluded may be frozen yet, and stays at home when it is not any more.
+            named = trainable if kind == "include" else everything
+            if not any(fnmatchcase(name, pattern) for name in named):
+                which = "trainable parameters" if kind == "include" else "parameters"
                 raise ValueError(
-                    f"The {kind} pattern {pattern!r} matches none of the {len(trainable)} trainable"
-                    f" parameters (such as {next(iter(trainable))!r}). Patterns are globs over whole names:"
-                    f" try '*{pattern}*'."
+                    f"The {kind} pattern {pattern!r} matches none of the {len(named)} {which} (such as"
+                    f" {next(iter(named))!r}). Patterns are globs over whole names: try '*{pattern}*'."
                 )
-    chosen = {name: p for name, p in trainable.items() if _wanted(name, include, exclude)}
+    chosen = {name: p for name, p in trainable.items() if wanted(name, include, exclude)}
     if not chosen:
         raise ValueError(
             f"include={list(include)} and exclude={list(exclude)} together leave none of the {len(trainable)}"
@@ -102,6 +105,7 @@ def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield plain_name(name), parameter
 
 
-def _wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+def wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Tell whether a trainable parameter of that name federates."""
     included = not include or any(fnmatchcase(name, pattern) for pattern in include)
     return included and not any(fnmatchcase(name, pattern) for pattern in exclude)

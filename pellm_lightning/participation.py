@@ -21,7 +21,7 @@ from pellm_lightning.layout import Layout
 from pellm_lightning.naming import unused
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.round import Aggregator, RoundReport
-from pellm_lightning.samples import samples_in
+from pellm_lightning.samples import SampleCounter
 from pellm_lightning.schedule import Clock, EverySeconds, Schedule
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class Participation:
         self._aggregator: Aggregator | FragmentedAggregator | None = None  # of the speaker
         self._drained: Iterator[RoundReport] = iter(())
         self._since = SinceRound(trainer.global_step)
+        self._samples = SampleCounter(says=manner.weighting == "samples")
         self._turns = Turns.from_step(manner.fragments, trainer.global_step)
         self._under_way_since: int | None = None  # step at which the round in the background began
         self._exchanged_at = 0.0  # by the clock of time.monotonic
@@ -181,9 +182,9 @@ class Participation:
         for parameter in self._resting:
             parameter.grad = None
 
-    def after_batch(self, outputs: Any, batch: Any) -> None:
+    def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count what was consumed; come to the round that is due."""
-        self._count(outputs, batch)
+        self._count(outputs, batch, batch_idx)
         if self._may_land():
             self._land(on_bar=True)
         if self._is_due(epoch_ends=self._trainer.is_last_batch):
@@ -248,10 +249,14 @@ class Participation:
             if path is not None:
                 raise resume.left_behind(path, party=self._party.topology.name, round=aggregator.round)
 
-    def _count(self, outputs: Any, batch: Any) -> None:
-        samples = samples_in(batch, otherwise=None if self._manner.weighting == "samples" else 1)
-        self._since.samples += samples
+    def _count(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        module = self._trainer.lightning_module
+        # Lightning skips the step if the batch or the loss is None; manual optimization need not return any.
+        if loss is None and (batch is None or module.automatic_optimization):
+            return
+        samples = self._samples.count(batch, self._trainer.train_dataloader, batch_idx)
+        self._since.samples += samples
         if isinstance(loss, Tensor) and loss.numel() == 1:
             # Lightning hands over the loss divided by the number of batches that it accumulates (which is 1
             # with manual optimization).

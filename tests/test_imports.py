@@ -11,7 +11,7 @@ import pellm_lightning
 PACKAGE = Path(pellm_lightning.__file__).parent
 
 LEAVES = {"topology", "parameters", "layout", "schedule", "durable", "optim", "naming", "digest"}
-LEAVES |= {"adapter_config"}
+LEAVES |= {"adapter_config", "pickling"}
 ABOVE_LEAVES = {"frozen_state", "base_difference"}
 PASSPORT = {"passport"}
 PRIVACY = {"privacy"}
@@ -26,7 +26,7 @@ ROUND = {"round"}
 OVER_ROUND = {"overlap"}
 FRAGMENTS = {"fragments"}
 LIGHTNING_SIDE = {"environment", "checks", "fit_facts", "isolation", "resume", "samples", "validation"}
-LIGHTNING_SIDE |= {"saved_config"}
+LIGHTNING_SIDE |= {"saved_config", "trainable", "weight_averaging"}
 ABOVE = ["participation", "callback", "tasks", "doctor", "commands", "cli", "results", "__main__"]
 ORDER = [
     LEAVES,

@@ -56,7 +56,10 @@ def test_a_pattern_that_matches_nothing_trainable_is_refused(pattern: str) -> No
     # A part of a name, another case, a frozen layer, a typo: each would otherwise be a silent no-op.
     with pytest.raises(ValueError, match=r"include pattern .* matches none of the 4 trainable"):
         select(Adapted(), include=[pattern])
-    with pytest.raises(ValueError, match=r"exclude pattern .* matches none of the 4 trainable"):
+    if pattern == "base.*":  # which may be unfrozen later, and then stays at home
+        assert "lora_A.weight" in select(Adapted(), exclude=["lm_head.*", pattern])
+        return
+    with pytest.raises(ValueError, match=r"exclude pattern .* matches none of the 6 parameters"):
         select(Adapted(), exclude=["lm_head.*", pattern])
 
 

@@ -16,6 +16,7 @@ from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import party_of
 from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.parameters import select
+from pellm_lightning.pickling import own_state
 from pellm_lightning.report.card import write_card
 from pellm_lightning.tasks.earlier import earlier_adapter_kept
 from pellm_lightning.tasks.folder import written_whole
@@ -91,6 +92,10 @@ class SaveAdapter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask which party this is."""
         self.party = party_of(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the module of a fit out of a pickled callback or a copy."""
+        return own_state(self)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save from one process of the party, after the last round whatever the order of callbacks."""

@@ -2,7 +2,6 @@
 
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -13,9 +12,10 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pellm_lightning.checks import one_of
+from pellm_lightning.optim import without_parser
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
 from pellm_lightning.tasks.limits import check_length, check_positions, check_prompts, data_of, num_positions
-from pellm_lightning.tasks.optimizing import optimize_trainable
+from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable
 from pellm_lightning.tasks.pretrained import Dtype, load_model, load_tokenizer
 from pellm_lightning.tasks.samples import IGNORED, Sample
 from pellm_lightning.tasks.text import TextDataModule
@@ -63,7 +63,7 @@ class CausalLM(LightningModule):
         model: str,
         peft: PeftConfig | None = None,
         adapter: str | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        optimizer: OptimizerCallable = ADAMW,
         scheduler: LRSchedulerCallable | None = None,
         dtype: Dtype = "auto",
         max_new_tokens: int = 32,
@@ -73,7 +73,7 @@ class CausalLM(LightningModule):
         self.save_hyperparameters(logger=False)
         make_plain_(self.hparams)
         self.model_name, self.peft, self.adapter = model, config_of(peft), adapter
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler = without_parser(optimizer), without_parser(scheduler)
         self.dtype_name = dtype
         self.max_new_tokens = max_new_tokens
         one_of("mean_over", mean_over, ("tokens", "records"))

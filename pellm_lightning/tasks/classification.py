@@ -12,9 +12,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from pellm_lightning.optim import without_parser
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
 from pellm_lightning.tasks.limits import check_label_indices, check_length, check_positions, num_positions
-from pellm_lightning.tasks.optimizing import optimize_trainable
+from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable
 from pellm_lightning.tasks.pretrained import Dtype, load_model
 from pellm_lightning.tasks.samples import Sample
 
@@ -51,7 +52,7 @@ class TextClassification(LightningModule):
         num_labels: int,
         peft: PeftConfig | None = None,
         adapter: str | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        optimizer: OptimizerCallable = ADAMW,
         scheduler: LRSchedulerCallable | None = None,
         dtype: Dtype = "auto",
     ) -> None:
@@ -64,7 +65,7 @@ class TextClassification(LightningModule):
         make_plain_(self.hparams)
         self.model_name, self.num_labels = model, num_labels
         self.peft, self.adapter = config_of(peft), adapter
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler = without_parser(optimizer), without_parser(scheduler)
         self.dtype_name = dtype
         self.val_scores, self.test_scores = _scores("val", num_labels), _scores("test", num_labels)
 

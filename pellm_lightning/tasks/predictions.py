@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from pellm_lightning.pickling import own_state
 from pellm_lightning.tasks.earlier import keep_earlier_file
 
 
@@ -24,6 +25,10 @@ class SavePredictions(BasePredictionWriter):
     def __init__(self, filename: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="epoch")
         self.filename = filename
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the module of a fit out of a pickled callback or a copy."""
+        return own_state(self)
 
     def write_on_epoch_end(
         self,
