@@ -192,6 +192,7 @@ def test_the_printed_configuration_runs_again(
         "outer_scheduler": None,
         "inner_optimizer_state": "keep",
         "on_nonfinite": "exclude",
+        "quorum": "majority",
         "timeout_s": 1800,
         "check_base": True,
         "save_frozen": True,
