@@ -10,7 +10,7 @@ import pellm_lightning
 
 PACKAGE = Path(pellm_lightning.__file__).parent
 
-LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable", "optim"}
+LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable", "optim", "portable"}
 PRIVACY = {"privacy"}
 FEDERATION = {"federation"}
 EXCHANGE = {"exchange"}
