@@ -2,13 +2,13 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pellm_lightning import durable
+from pellm_lightning import durable, portable
 from pellm_lightning.federation import Collectives, FederationError, Version
 from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.updates import Updates
@@ -127,6 +127,51 @@ def _check_settings(state: Mapping[str, Any], updates: Updates, private: Private
             f" {updates.beside.method if updates.beside else 'plain averaging'} keeps. Resume with the drift"
             " correction of the checkpoint, or begin anew from its weights."
         )
+
+
+def agree(
+    federation: Collectives,
+    state: Callable[[], Mapping[str, Any]],
+    adopt: Callable[[Mapping[str, Any]], None],
+    vector_bytes: int,
+) -> list[int]:
+    """Make sure that what every party computed for itself has the same bits at all of them.
+
+    The parties compare checksums, 8 bytes each; those that differ from the first take over its state.
+
+    Args:
+        federation: The parties that meet; each calls this.
+        state: Returns this party's state.
+        adopt: Takes over another one.
+        vector_bytes: Bytes of the global vector.
+
+    Returns:
+        The parties that differed, by their place among those that meet.
+
+    Raises:
+        FederationError: As ``hand_over``.
+    """
+    told = torch.zeros(federation.num_parties, dtype=torch.int64)
+    told[federation.party] = portable.checksum(_tensors_in(state()))
+    first, *others = federation.all_reduce_(told).tolist()
+    differ = [False, *(other != first for other in others)]
+    if any(differ):
+        hand_over(federation, differ, state, adopt, vector_bytes)
+    return [party for party, differs in enumerate(differ) if differs]
+
+
+def _tensors_in(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a state, and its numbers as float64, in order."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, int | float):
+        yield torch.tensor(state, dtype=torch.float64)
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors_in(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _tensors_in(value)
 
 
 def hand_over(

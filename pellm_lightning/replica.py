@@ -1,5 +1,6 @@
 """A party's replica of the global state, and the way between it and the party's parameters."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.products import Products
 from pellm_lightning.updates import Updates
+
+log = logging.getLogger(__name__)
 
 
 class Replica:
@@ -74,6 +77,7 @@ class Replica:
         self._measures = measures
         self._padded: PaddedFactors | None = None
         self._before = torch.empty(0)
+        self._warned = False
         self._lay_out(parameters)
 
     # ---- the parameters
@@ -200,6 +204,33 @@ class Replica:
             self.version = Version(*state["version"])
             self._restore(state)
         self.stale, self.distance = True, math.nan
+
+    def agree(self) -> None:
+        """Make sure that the outer optimizer's step has the same bits at all parties that meet.
+
+        ``portable.step_`` sees to that for what consists of sums, products, quotients and square roots. An
+        optimizer may do more, take powers or draw numbers, and a party may have another version of torch.
+        """
+        size_bytes = 4 * self.layout.size
+        differed = global_state.agree(self._federation, self.state, self._correct, size_bytes)
+        if differed and not self._warned:
+            self._warned = True
+            log.warning(
+                "[party %s] Round %d: the outer optimizer %s gave other bits at party %s than at party %s,"
+                " whose state all go on with. That is right, but the whole state crosses each time. Install"
+                " the same version of torch at all parties, and use an optimizer that draws no random"
+                " numbers.",
+                self._federation.name,
+                self.round,
+                type(self.updates.optimizer).__name__,
+                self._federation.called(differed),
+                self._federation.called([0]),
+            )
+
+    def _correct(self, state: Mapping[str, Any]) -> None:
+        """Take over another party's result of the same round."""
+        self._restore(state)
+        self.stale = True
 
     @contextmanager
     def reversible(self) -> Iterator[None]:

@@ -217,8 +217,10 @@ class Aggregator:
         _check_rejoining(self._meeting, plan.rule)
         _check_quorum(federation, needed)
         outer.check(plan.rule, tried, scheduled=scheduled)
+        # One subtraction then, which has the same bits at all parties; more is compared.
+        self._lands = outer.always_lands(tried, scheduled=scheduled)
         if beside is not None:
-            beside.check(private=privacy is not None, lands=outer.always_lands(tried, scheduled=scheduled))
+            beside.check(private=privacy is not None, lands=self._lands)
         for name, words in plan.unmanaged.items():
             log.warning(
                 "[party %s] The factors of the LoRA module %r are averaged one by one, since %s.",
@@ -670,7 +672,8 @@ class Aggregator:
     def _apply_(self, crossed: Crossed) -> tuple[float, Deviation | None]:
         """Step the global vector, and write it; return the parameters' distance from the mean, and LoRA's.
 
-        Nothing crosses here but for rules that write into the base: the parties agree on what they wrote.
+        What each party computes for itself, an outer optimizer's step or frozen weights, the parties agree
+        on; nothing else crosses here.
         """
         replica, combined = self._replica, crossed.combined
         updates, products = replica.updates, replica.products
@@ -683,6 +686,8 @@ class Aggregator:
                 replica.layout, updates.global_, updates.pseudo_gradient, combined.replaced, lands=lands
             )
         distance = updates.advance(writes=not self._meeting.rejoins, moves=moves)
+        if moves and not self._lands and self.federation.num_parties > 1:
+            replica.agree()
         if self._meeting.rejoins:
             replica.stale = True  # the result may be given up yet, so it is written when it is settled
         else:

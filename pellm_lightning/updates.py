@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pellm_lightning import outer
+from pellm_lightning import outer, portable
 from pellm_lightning.aggregation.base import Counting, Parts
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.beside import Beside, Contribution
@@ -150,7 +150,8 @@ class Updates:
             if self._rescales:
                 self.pseudo_gradient[at].mul_(extent)
             if self._carrying is not None and self.beside.recoil:
-                self.pseudo_gradient[at].add_(self._carrying[at], alpha=self.beside.recoil)
+                # Two roundings at every party; add_(alpha=...) makes one where the processor can.
+                self.pseudo_gradient[at].add_(self._carrying[at] * self.beside.recoil)
 
     def _carry(
         self, counting: Counting, averaged: Parts, contribution: Contribution | None
@@ -282,7 +283,7 @@ class Updates:
     def _step(self) -> None:
         self._parameter.grad = self.pseudo_gradient
         try:
-            self.optimizer.step()
+            portable.step_(self.optimizer)
         finally:
             self._parameter.grad = None
 

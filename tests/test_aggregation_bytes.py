@@ -40,8 +40,9 @@ HEAD_SIZE = 3 * 4
 # A header of six float64 numbers and a ballot of four float32 numbers, with a vote of each party.
 WORDS = 8 * 6 * N + 4 * (N + 4)
 MEAN = WORDS + 4 * (FACTORS_A + FACTORS_B + HEAD_SIZE)
-# Of the power iteration each module's two r x r matrices and a norm, and each party's digest.
-SMALL = 8 * len(SIZES) * (2 * RANK**2 + 1) + 8 * N
+# Of the power iteration each module's two r x r matrices and a norm, and each party's digests: of each
+# module's columns, of its decomposition, and of the result.
+SMALL = 8 * len(SIZES) * (2 * RANK**2 + 1) + 8 * N * (2 * len(SIZES) + 1)
 
 SENT: dict[str, tuple[Aggregation, list[int]]] = {
     "Mean": (Mean(), [MEAN, MEAN]),

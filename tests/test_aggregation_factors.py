@@ -392,7 +392,11 @@ def test_completing_leaves_the_product_alone() -> None:
     low = best_rank(Stack.of([(1.0, b, a)]), 4)
     assert low.s.numel() == 2
     wide = best_rank(Stack.of([(0.25, b, a), (0.75, b, a)]), 4)
-    assert 0 < float(wide.s[2:].max()) < 1e-13, "rounding errors, of which no direction is to be made"
+    # Two directions of four are rounding errors, of which no direction is to be made: a few times 2^-52 of
+    # the largest singular value, or zero, as the processor has it. What is written there in their place
+    # stands for such an error, a hundred times below the 1e-12 at which a direction counts.
+    assert float(wide.s[2:].max()) < 1e-14 * float(wide.s[0])
+    wide.s[2:] = 1e-14 * wide.s[0]
     full = completed(wide, double(3, 6, 4), double(4, 4, 8))
     assert full.s[:2].tolist() == pytest.approx(low.s.tolist())
     assert full.s[2:].tolist() == [0, 0]

@@ -1,6 +1,7 @@
 """The best low-rank mean, by sums alone and by an owner of each module, against dense truncated SVDs."""
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ from products import (
     sgd,
     update,
 )
+from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, FederationError
-from pellm_lightning.aggregation import LowRankMean
+from pellm_lightning.aggregation import LowRankMean, factors
 from pellm_lightning.aggregation.factors import Gauge
 from pellm_lightning.aggregation.low_rank import Solver
 
@@ -281,3 +283,53 @@ def test_momentum_under_procrustes_equals_its_formula(solver: Solver) -> None:
         b, a = b - 0.5 * momentum_b, a - 0.5 * momentum_a
         np.testing.assert_allclose(seen[1][number].result[B], b, rtol=0, atol=2e-5)
         np.testing.assert_allclose(seen[1][number].result[A], a, rtol=0, atol=2e-5)
+
+
+# ---- parties whose processors round otherwise
+
+
+def on_unlike_processors(monkeypatch: pytest.MonkeyPatch) -> threading.local:
+    """Let each thread's linear algebra round in a way of its own: by 2^-52 of the largest number."""
+    here = threading.local()
+
+    def rounded(x: Tensor) -> Tensor:
+        here.calls = getattr(here, "calls", 0) + 1
+        return x + 2.0**-52 * x.abs().max() * random(1000 * here.party + here.calls, *x.shape).double()
+
+    orthonormal, from_range = factors.orthonormal, factors.from_range
+    monkeypatch.setattr(factors, "orthonormal", lambda x: orthonormal(rounded(x)))
+    monkeypatch.setattr(factors, "from_range", lambda p, projected: from_range(p, rounded(projected)))
+    return here
+
+
+@gauges
+@pytest.mark.parametrize("steps", [1, 2])
+def test_directions_of_rounding_errors_are_the_same_at_all_parties(
+    steps: int, gauge: Gauge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the parties add up, column by column, is of the same columns."""
+    # Column 2 of B cancels in the sum, and column 3 is zero: of four columns the product has two, and where
+    # the others lie rounding decides. Yet each party's product has much in the direction of column 2.
+    ends = [adapter(0, {"q": (9, 14)}, 4) for _ in range(2)]
+    for party, end in enumerate(ends):
+        end[B][:, :2] = random(party, 9, 2)
+        end[B][:, 2] *= 10 * (1 - 2 * party)
+        end[B][:, 3] = 0
+    here = on_unlike_processors(monkeypatch)
+
+    def act(federation: Federation) -> Parameters:
+        here.party = federation.party
+        held = copied(adapter(0, {"q": (9, 14)}, 4))
+        aggregator = Aggregator(federation, held, aggregation=LowRankMean("power", steps, gauge))
+        aggregator.start()
+        for name, p in held.items():
+            p.copy_(ends[federation.party][name])
+        aggregator.step(1.0)
+        return held
+
+    first, second = run_parties(2, act)
+    assert bits(first) == bits(second)
+    # Both parties' A are the same, so M is of rank 2 and one step finds it. Sums in float32 of numbers up to
+    # 100 have errors of 2^-24 of these, a hundred thousandth of M; columns that differ add a tenth of it.
+    wanted = mean_update(ends, "q", [1.0, 1.0])
+    assert away(update(first, "q"), wanted) < 1e-5

@@ -11,7 +11,7 @@ import pellm_lightning
 PACKAGE = Path(pellm_lightning.__file__).parent
 
 LEAVES = {"topology", "parameters", "layout", "schedule", "durable", "optim", "naming", "digest"}
-LEAVES |= {"adapter_config", "pickling"}
+LEAVES |= {"adapter_config", "pickling", "portable"}
 ABOVE_LEAVES = {"frozen_state", "base_difference"}
 PASSPORT = {"passport"}
 PRIVACY = {"privacy"}

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,3 +155,71 @@ def test_an_sgd_that_does_more_than_subtract_is_not_taken_for_one(extra: dict[st
 
     assert bits(run(sgd(lr=1.0, **extra))) == bits(run(lambda p: RenamedSGD(p, lr=1.0, **extra)))
     assert bits(run(sgd(lr=1.0, **extra))) != bits(run(sgd(lr=1.0)))
+
+
+# ---- parties whose processors round otherwise
+
+
+class Off(torch.optim.SGD):
+    """An optimizer whose last bit and whose memory are others at party 1, as on another processor."""
+
+    def __init__(self, parameters: Any, party: int) -> None:
+        super().__init__(parameters, lr=0.7, momentum=0.9)
+        self.party = party
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        if self.party == 1:
+            with torch.no_grad():
+                for p, state in self.state.items():
+                    p[3] = torch.nextafter(p[3], torch.tensor(9.0))
+                    state["momentum_buffer"][5] *= 1.01
+
+
+def test_a_step_that_gives_other_bits_at_a_party_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    def act(federation: Federation) -> tuple[bytes, bytes, Tensor]:
+        w = random(999, 40)
+        outer = partial(Off, party=federation.party)
+        aggregator = started(federation, {"w": w}, outer_optimizer=outer)
+        for number in range(3):
+            w.add_(random(number, 40), alpha=0.1 + federation.party)
+            aggregator.step(1.0)
+        (state,) = aggregator.state_dict()["outer_optimizer"]["state"].values()
+        return bits(w), bits(aggregator.global_vector), state["momentum_buffer"]
+
+    first, *others = run_parties(3, act)
+    for other in others:
+        assert other[:2] == first[:2]
+        assert torch.equal(other[2], first[2])
+    assert first[0] == bits(federated_alike())
+    said = [record.getMessage() for record in caplog.records if "other bits" in record.getMessage()]
+    assert len(said) == 3, "each party says it once"
+    assert all(
+        "Round 0: the outer optimizer Off gave other bits at party 1 than at party 0" in x for x in said
+    )
+
+
+def federated_alike() -> Tensor:
+    """What party 0 computes where no processor is off."""
+
+    def act(federation: Federation) -> Tensor:
+        w = random(999, 40)
+        aggregator = started(federation, {"w": w}, outer_optimizer=sgd(lr=0.7, momentum=0.9))
+        for number in range(3):
+            w.add_(random(number, 40), alpha=0.1 + federation.party)
+            aggregator.step(1.0)
+        return w
+
+    return run_parties(3, act)[0]
+
+
+@pytest.mark.parametrize(("outer", "words"), [(sgd(lr=1.0), 0), (sgd(lr=0.7), 1)])
+def test_only_what_parties_compute_themselves_is_compared(outer: Factory, words: int) -> None:
+    def act(federation: Federation) -> int:
+        w = random(0, 40)
+        aggregator = started(federation, {"w": w}, outer_optimizer=outer)
+        return aggregator.step(1.0).bytes_sent
+
+    # A header of 6 float64 of each of 2 parties; 40 float32, then two flags, the clipping bit, the loss with
+    # its weight, and the weight; and a checksum of each party.
+    assert run_parties(2, act) == [2 * 6 * 8 + 4 * (40 + 6) + 2 * 8 * words] * 2

@@ -81,15 +81,20 @@ def summed(terms: Sequence[Tensor], federation: Collectives, dtype: torch.dtype)
     return [part.double() for part in split(vector, [term.shape for term in terms])]
 
 
-def agree_(tensors: Sequence[Tensor], federation: Collectives) -> None:
+def agree_(tensors: Sequence[Tensor], federation: Collectives, within: torch.dtype | None = None) -> None:
     """Make sure, in place, that what every party computed for itself has the same bits at all of them.
 
     Linear algebra in float64, rounded to float32, nearly always gives the same bits whatever the processor
     and its number of threads. Nearly: the parties compare digests, and take party 0's where one differs.
+
+    Args:
+        tensors: What each party computed, the same shapes at all.
+        federation: The parties.
+        within: Compare what is left after rounding to this dtype; smaller differences stay. None: any bit.
     """
     digests = torch.zeros(federation.num_parties, len(tensors), dtype=torch.int64)
     # A digest is unsigned, int64 is not.
-    mine = [int(checksum(tensor), 16) >> 1 for tensor in tensors]
+    mine = [int(checksum(tensor if within is None else tensor.to(within)), 16) >> 1 for tensor in tensors]
     digests[federation.party] = torch.tensor(mine, dtype=torch.int64)
     federation.all_reduce_(digests)
     for tensor, of_parties in zip(tensors, digests.T.tolist(), strict=True):

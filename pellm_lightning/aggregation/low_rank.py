@@ -22,7 +22,7 @@ from pellm_lightning.aggregation.base import (
 from pellm_lightning.aggregation.deviation import stack_of
 from pellm_lightning.aggregation.factors import Gauge, LowRank, MeanFactors
 from pellm_lightning.aggregation.lora import LoraModule
-from pellm_lightning.federation import FederationError
+from pellm_lightning.federation import Collectives, FederationError
 
 Solver = Literal["power", "exact"]
 
@@ -95,9 +95,10 @@ class LowRankMean(Aggregation):
             terms = [counting.share * x if counting.share > 0 else torch.zeros_like(x) for x in terms]
             return gathering.summed(terms, counting.federation, dtype)
 
-        found = self._iterated(pairs, own, counting.federation.party, total)
+        found = self._iterated(pairs, own, counting.federation, total)
         means: list[MeanFactors] | list[None] = [None] * len(pairs)
         if _alike(pairs):
+            found = _agreed(found, counting.federation)
             terms = [
                 term
                 for (b, a), low in zip(own, found, strict=True)
@@ -122,14 +123,19 @@ class LowRankMean(Aggregation):
         self,
         pairs: Sequence[Factors],
         own: Sequence[tuple[Tensor, Tensor]],
-        party: int,
+        federation: Collectives,
         total: Callable[[list[Tensor]], list[Tensor]],
     ) -> list[LowRank]:
         """With Q of orthonormal columns: P = sum(w s B A Q); P = qr(P); Q = sum(w s A^T B^T P); P Q^T.
 
         Where A says nothing about the rows yet (PEFT starts an embedding's at zero) the columns of B stand
         in: the iteration is that of the transposed product.
+
+        What the parties add up next is seen in columns that each has computed for itself. Columns of which
+        the product says nothing, or that it cannot tell apart, consist of rounding errors and are others on
+        another processor: so the parties agree on columns before they add up.
         """
+        party = federation.party
         turned = [not pair.anchor_a.any() for pair in pairs]
         sides = [(a.T, b.T) if turn else (b, a) for (b, a), turn in zip(own, turned, strict=True)]
         sides = [(pair.scalings[party] * b, a) for pair, (b, a) in zip(pairs, sides, strict=True)]
@@ -138,6 +144,7 @@ class LowRankMean(Aggregation):
             q = [factors.orthonormal(x.cpu().double()) for x in q]
             p = total([b @ (a @ x) for (b, a), x in zip(sides, q, strict=True)])
             p = [factors.orthonormal(_checked(pair, x)) for pair, x in zip(pairs, p, strict=True)]
+            gathering.agree_(p, federation, within=torch.float32)
             q = total([a.T @ (b.T @ x) for (b, a), x in zip(sides, p, strict=True)])
         found = [factors.from_range(x, _checked(pair, y)) for pair, x, y in zip(pairs, p, q, strict=True)]
         found = [low.transposed() if turn else low for low, turn in zip(found, turned, strict=True)]
@@ -162,6 +169,17 @@ def _handed_back(
     pair: Factors, low: LowRank, mean: MeanFactors | None, gauge: Gauge
 ) -> tuple[Tensor, Tensor]:
     return factors.hand_back(low, mean, pair.scaling, pair.anchor_a.shape[0], gauge)
+
+
+def _agreed(found: Sequence[LowRank], federation: Collectives) -> list[LowRank]:
+    """Return decompositions that differ by no more than rounding; where they do, party 0's."""
+    whole = [gathering.flat([low.u, low.s, low.v]) for low in found]  # u and v of one party
+    gathering.agree_(whole, federation, within=torch.float32)
+    parts = [
+        gathering.split(vector, [low.u.shape, low.s.shape, low.v.shape])
+        for vector, low in zip(whole, found, strict=True)
+    ]
+    return [LowRank(u, s, v) for u, s, v in parts]
 
 
 def _alike(pairs: Sequence[Factors]) -> bool:

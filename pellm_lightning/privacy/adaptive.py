@@ -1,6 +1,7 @@
 """A clipping norm that follows a quantile of the updates' norms, learned privately."""
 
 import math
+from decimal import Context, Decimal, localcontext
 
 from pellm_lightning.privacy.clipping import MAX_NORM, MIN_NORM
 
@@ -77,7 +78,10 @@ class AdaptiveClipping:
         if not math.isfinite(mean_bit):
             raise ValueError(f"The mean of the clipping bits is {mean_bit}; it must be finite.")
         step = self.learning_rate * (mean_bit + 0.5 - self.target_quantile)
-        moved = math.exp(min(max(math.log(max_norm) - step, math.log(MIN_NORM)), math.log(MAX_NORM)))
+        exponent = min(max(-step, -100.0), 100.0)  # e^89 lies between the bounds
+        # In decimals: the last bit of math.exp depends on the processor, and all parties need the same.
+        with localcontext(Context(prec=30)):
+            moved = float(Decimal(max_norm) * Decimal(exponent).exp())
         return min(max(moved, MIN_NORM), MAX_NORM)
 
     def __repr__(self) -> str:
