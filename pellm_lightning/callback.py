@@ -56,7 +56,7 @@ from pellm_lightning.report import record as records
 from pellm_lightning.report.about import About
 from pellm_lightning.report.lines import show_log_lines
 from pellm_lightning.report.teller import Teller
-from pellm_lightning.resume import precede_runs
+from pellm_lightning.resume import last_of_unfinished, precede_runs
 from pellm_lightning.round import Aggregator, RoundReport, granted
 from pellm_lightning.schedule import schedule
 from pellm_lightning.topology import Topology
@@ -263,16 +263,20 @@ class FederatedAveraging(Callback):
 
     # ---- hooks, in the order in which they run
 
-    def before_run(self, trainer: Trainer) -> None:
-        """Keep the parties' files apart before Lightning looks for the checkpoint to resume."""
+    def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
+        """Keep the parties' files apart before Lightning looks for ``ckpt_path``; return which to resume."""
         if self.federation is not None:
-            return  # which party this is will be known when it has joined
-        topology = topology_of(trainer)
-        speak_as(topology.rank_in_party)
-        if topology.party > 0:
-            isolation.separate_files(trainer, topology.party)
-        if topology.is_speaker:
+            return ckpt_path  # which party this is will be known when it has joined
+        self._topology = topology_of(trainer)
+        speak_as(self._topology.rank_in_party)
+        if self._topology.party > 0:
+            isolation.separate_files(trainer, self._topology.party)
+        if self._topology.is_speaker:
             isolation.keep_metrics(trainer)
+        if self.job is None or ckpt_path != "last":
+            return ckpt_path
+        state, stopped = self._state_path(trainer), self._stopped_path(trainer)
+        return last_of_unfinished(trainer, self._topology.party, state, stopped) or ckpt_path
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -352,7 +356,7 @@ class FederatedAveraging(Callback):
             ),
             drift=self._drift,
             told=told,
-            stopped_path=os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt"),
+            stopped_path=self._stopped_path(trainer),
         )
         started = self._participation.start(
             lambda: self._aggregator(trainer, pl_module, trainable), self._state
@@ -689,6 +693,9 @@ class FederatedAveraging(Callback):
         root = isolation.below(trainer.default_root_dir, self._topology.party)
         return self.state_dir or os.path.join(root, "federation")
 
+    def _stopped_path(self, trainer: Trainer) -> str:
+        return os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt")
+
     def _drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
         """Return the Trainer's drift correction; refuse what it cannot go with."""
         drift = drift_correction_of(trainer, module)
@@ -737,10 +744,11 @@ class FederatedAveraging(Callback):
         return self._teller
 
 
-def _before_run(trainer: Trainer) -> None:
+def _before_run(trainer: Trainer, ckpt_path: Any) -> Any:
     for callback in isolation.callbacks_of(trainer):
         if isinstance(callback, FederatedAveraging):
-            callback.before_run(trainer)
+            ckpt_path = callback.before_run(trainer, ckpt_path)
+    return ckpt_path
 
 
 precede_runs(_before_run)

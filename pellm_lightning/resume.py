@@ -5,6 +5,7 @@ whose folder were known to it only from ``setup`` on would not find its checkpoi
 """
 
 import functools
+import inspect
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,28 +16,61 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from pellm_lightning.durable import StateDir
 from pellm_lightning.isolation import checkpoint_dirs
 
 _RUNS = ("fit", "validate", "test", "predict")
 
 
-def precede_runs(act: Callable[[Trainer], None]) -> None:
-    """Call ``act`` with the Trainer as the first thing of each fit, validation, test and prediction.
+def precede_runs(act: Callable[[Trainer, Any], Any]) -> None:
+    """Call ``act`` as the first thing of each fit, validation, test and prediction of a Trainer.
 
     Lightning has no hook before it resolves ``ckpt_path``, so its public methods are wrapped, as MLflow's
     autologging does it. A Trainer that ``act`` does nothing with is not affected.
+
+    Args:
+        act: Is given the Trainer and its ``ckpt_path``, and returns which one shall be used.
     """
     for name in _RUNS:
         setattr(Trainer, name, _preceded(getattr(Trainer, name), act))
 
 
-def _preceded(method: Callable[..., Any], act: Callable[[Trainer], None]) -> Callable[..., Any]:
+def _preceded(method: Callable[..., Any], act: Callable[[Trainer, Any], Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
     @functools.wraps(method)
     def run(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        act(trainer)
-        return method(trainer, *args, **kwargs)
+        given = signature.bind(trainer, *args, **kwargs)
+        asked = given.arguments.get("ckpt_path")
+        chosen = act(trainer, asked)
+        if chosen is not asked:
+            given.arguments["ckpt_path"] = chosen
+        return method(*given.args, **given.kwargs)
 
     return run
+
+
+def last_of_unfinished(trainer: Trainer, party: int, state_dir: str, stopped: str) -> str | None:
+    """Return the newest checkpoint of the unfinished federation that a separate job has taken part in.
+
+    It is found where "last" of Lightning does not look: under another name than ``last.ckpt``, and in the
+    folder of an earlier version of the logger.
+
+    Args:
+        trainer: Of this process.
+        party: Index of the party.
+        state_dir: Where the job keeps the global state.
+        stopped: As in ``newest_signed``.
+
+    Returns:
+        The path; None if no federation is unfinished, or the party had saved nothing in it.
+
+    Raises:
+        DamagedError: If the kept state is damaged.
+    """
+    kept = StateDir(state_dir).newest()
+    of = None if kept is None else signature(kept["version"][0], party)
+    return None if of is None else newest_signed(trainer, of, stopped)
 
 
 def left_behind(path: str, *, party: str, round: int) -> MisconfigurationException:
@@ -44,9 +78,8 @@ def left_behind(path: str, *, party: str, round: int) -> MisconfigurationExcepti
     return MisconfigurationException(
         f"Party {party} begins at step 0 in a federation that is in round {round}, although it has trained in"
         f" it before: its checkpoint is {path}. Its own steps, epochs and optimizer state would be lost."
-        f" Resume it by trainer.fit(..., ckpt_path={path!r}), or by ckpt_path='last', which finds it after a"
-        " restart if ModelCheckpoint has a dirpath and save_last=True. To begin anew on purpose, move the"
-        " checkpoint away."
+        f" Resume it by trainer.fit(..., ckpt_path='last'), or ckpt_path={path!r}. To begin anew on purpose,"
+        " move the checkpoint away."
     )
 
 
@@ -67,7 +100,7 @@ def newest_signed(trainer: Trainer, signature: str, stopped: str) -> str | None:
     what a party saves when it stops for lack of others.
 
     Args:
-        trainer: Of this process, after ``setup``.
+        trainer: Of this process, with this party's folders.
         signature: As of ``signature``.
         stopped: Path of the checkpoint that a stopping party saves.
     """
@@ -79,7 +112,7 @@ def newest_signed(trainer: Trainer, signature: str, stopped: str) -> str | None:
 
 
 def _candidates(trainer: Trainer, stopped: str) -> Iterator[str]:
-    folders = checkpoint_dirs(trainer)
+    folders = [*checkpoint_dirs(trainer), os.path.join(trainer.default_root_dir, "checkpoints")]
     for logger in trainer.loggers[:1]:  # the one by which Lightning places checkpoints
         versions = _listed(os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name)))
         folders += [os.path.join(version, "checkpoints") for version in versions]

@@ -24,6 +24,7 @@ from test_callback_separate_jobs import At, Jobs, crash
 from test_launched import TESTS, torchrun
 
 from pellm_lightning import FederatedAveraging, resume
+from pellm_lightning.durable import StateDir
 
 MIXES = ["dirpath", "no logger", "csv", "tensorboard", "two"]
 
@@ -374,6 +375,46 @@ def test_the_checkpoint_of_an_earlier_stop_is_kept(tmp_path: Path) -> None:
     assert f"Its own steps since the last round are in {tmp_path}/stopped-1.ckpt" in str(jobs.results["a"])
     assert torch.load(tmp_path / "stopped-1.ckpt", weights_only=True)["global_step"] == 4
     assert (tmp_path / "stopped.ckpt").read_bytes() == b"of an earlier run"
+
+
+@pytest.mark.parametrize("logger", [True, False])
+@pytest.mark.parametrize("party", [0, 1])
+def test_last_of_an_unfinished_federation_is_found_in_any_folder(
+    tmp_path: Path, party: int, logger: bool
+) -> None:
+    """The default ModelCheckpoint saves no last.ckpt, and into another version at each start."""
+
+    def trainer() -> Trainer:
+        federated = FederatedAveraging(rendezvous="tcp://127.0.0.1:1", name=f"p{party}", roster=["p0", "p1"])
+        arguments = {"logger": CSVLogger(tmp_path) if logger else False, "enable_checkpointing": True}
+        return quiet_trainer(tmp_path, [federated], **arguments)
+
+    (federated,) = (c for c in trainer().callbacks if isinstance(c, FederatedAveraging))
+    assert federated.before_run(trainer(), "last") == "last", "nothing is unfinished"
+    own = tmp_path / (f"party-{party}" if party else "")
+    saved = (
+        own / ("lightning_logs/version_0/checkpoints" if logger else "checkpoints") / "epoch=0-step=2.ckpt"
+    )
+    saved.parent.mkdir(parents=True)
+    torch.save({"signature": resume.signature("one/3/ab", party)}, saved)
+    assert federated.before_run(trainer(), "last") == "last", "it may be of a federation that has ended"
+    StateDir(tmp_path / f"party-{party}/federation").keep(4, {"version": ["one/3/ab", 4, 7]})
+    assert federated.before_run(trainer(), "last") == str(saved)
+    assert federated.before_run(trainer(), None) is None
+    assert federated.before_run(trainer(), "some.ckpt") == "some.ckpt"
+
+
+def test_the_path_that_is_chosen_is_used() -> None:
+    def fit(trainer: Any, model: Any, data: Any = None, ckpt_path: Any = None) -> Any:
+        return trainer, model, data, ckpt_path
+
+    def choose(trainer: Any, asked: Any) -> Any:
+        return "own.ckpt" if asked == "last" else asked
+
+    run = resume._preceded(fit, choose)
+    assert run("t", "m", "d", "last") == ("t", "m", "d", "own.ckpt")
+    assert run("t", "m", ckpt_path="last") == ("t", "m", None, "own.ckpt")
+    assert run("t", model="m") == ("t", "m", None, None)
 
 
 def test_a_launch_signs_nothing() -> None:
