@@ -452,7 +452,8 @@ def test_who_comes_back_with_new_values_does_not_complete_an_old_sum() -> None:
         ]
         same = [Header(Purpose.ROUND, 0, 1.0, True, tag, together) for tag in "abc"]
         assert aggregator._who.sendable(same, [1.0] * 3, 0) == [1.0] * 3
-        return aggregator._who.sendable(headers, [1.0] * 3, 0)
+        left = aggregator._who.sendable(headers, [1.0] * 3, 0)
+        return aggregator._who.allowed(left, [0, 1, 2], 0, 0)  # one alone cannot hide
 
     assert run_parties(3, act) == [[0.0] * 3] * 3
 

@@ -402,7 +402,9 @@ def test_the_command_names_what_to_install(
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install it, for instance Debian's chromium")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: install it, for instance Debian's chromium"
+)
 
 # The page itself may run no script: what measures it stands around it.
 AROUND = """<!DOCTYPE html><body style="margin:0">

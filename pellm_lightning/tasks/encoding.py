@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pellm_lightning.tasks.columns import shown
@@ -72,6 +71,8 @@ class Encoder:
     def _chat(
         self, messages: list[dict[str, str]], record: Record, add_generation_prompt: bool = False
     ) -> str:
+        from jinja2 import TemplateError  # transformers asks for it only where there is a template
+
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
