@@ -50,7 +50,11 @@ SENT: dict[str, tuple[Aggregation, list[int]]] = {
     "Alternating": (Alternating(), [MEAN - 4 * FACTORS_A, MEAN - 4 * FACTORS_B]),
     "ShareA": (ShareA(), [MEAN - 4 * (FACTORS_B + HEAD_SIZE)] * 2),
     "LowRankMean, power": (LowRankMean("power"), [MEAN + SMALL] * 2),
-    "LowRankMean, 2 steps": (LowRankMean("power", steps=2), [MEAN + SMALL + 4 * (FACTORS_A + FACTORS_B)] * 2),
+    # The second step sends the factors again, and the digests of its columns.
+    "LowRankMean, 2 steps": (
+        LowRankMean("power", steps=2),
+        [MEAN + SMALL + 4 * (FACTORS_A + FACTORS_B) + 8 * N * len(SIZES)] * 2,
+    ),
     # A party sends the factors that others own, and what it made of its own.
     "LowRankMean, exact": (LowRankMean("exact"), [MEAN] * 2),
     # The mean, all factors to all, a digest of each base by each party, and two float64 norms of each.

@@ -449,7 +449,7 @@ def test_parties_must_have_the_same_schedule(ours: str, theirs: Any) -> None:
         (("DiLoCo", None), "has an outer_scheduler, this party has none"),
         (("FedAdam", "cosine"), "is of the outer optimizer SGD, this party has Adam"),
         (("DiLoCo", "warmup"), "outer_scheduler=LinearLR gives"),
-        (("FedAvgM", "cosine"), "has the outer learning rate 0.525"),
+        (("FedAvgM", "cosine"), "has the outer learning rate 0.653"),
     ],
 )
 def test_a_checkpoint_of_another_outer_optimizer_is_refused(resumed: Any, words: str) -> None:
