@@ -52,7 +52,7 @@ def test_every_initialisation_is_listed() -> None:
     assert inits_of_peft() <= INITS.keys() | NEEDS_DATA
 
 
-@pytest.mark.parametrize("init", NEEDS_DATA)
+@pytest.mark.parametrize("init", sorted(NEEDS_DATA))
 def test_those_that_need_data_are_known_to_write_into_the_base(init: str) -> None:
     assert init_that_writes_base({"init_lora_weights": init}) is not None
 
