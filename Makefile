@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test oldest newest extras demo lint format types docs coverage bench peers thin chaos soak clean
+.PHONY: help setup test pytest oldest newest extras demo lint format types docs coverage bench peers thin chaos soak clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
@@ -33,15 +33,21 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: setup  ## run the tests
 	@$(PYTEST)
 
+# The words of `make test`, for .ci/run.
+pytest: setup
+	@echo HF_HUB_OFFLINE=1 $(PYTEST)
+
 # Each in an environment of its own, with several GB of CUDA where the package index has no other build of torch.
 OLDEST_PYTHON ?= python3.10
 
 oldest:  ## run the tests with the oldest versions supported, at OLDEST_PYTHON
 	@$(MAKE) test PYTHON=$(OLDEST_PYTHON) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
+# One for each Python: `make newest PYTHON=python3.13` leaves that of python3.12 alone.
+newest: VENV = .venv-newest-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 newest:  ## run the tests with the newest version of everything that PYTHON can have
-	rm -rf .venv-newest
-	@$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+	rm -rf $(VENV)
+	@$(MAKE) test VENV=$(VENV) CONSTRAINTS=/dev/null
 
 extras:  ## install each extra by itself, from the wheel, and use what it is for
 	@$(PYTHON) tests/extras/check.py --constraints $(CONSTRAINTS)

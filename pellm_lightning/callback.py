@@ -1,5 +1,6 @@
 """FederatedAveraging: Lightning's hooks, what a user can ask for, joining and checkpoints."""
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from pellm_lightning import checks, isolation, outer
+from pellm_lightning.adapter_config import adapter_configs
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.beside import Beside
@@ -35,25 +38,41 @@ from pellm_lightning.federation import (
     Federation,
     FederationError,
     Membership,
+    Quorum,
+    check_quorum,
 )
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched, store_from_env
+from pellm_lightning.fit_facts import FitFacts, foresee
 from pellm_lightning.fragments import FragmentedAggregator, check_rule, fragments_of
+from pellm_lightning.frozen_state import frozen_state
+from pellm_lightning.optim import without_parser
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
-from pellm_lightning.parameters import frozen, select
-from pellm_lightning.participation import Manner, Participation
+from pellm_lightning.parameters import load_compiled_, named_as_in, select
+from pellm_lightning.participation import Manner, Participation, Started
+from pellm_lightning.pickling import own_state
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record as records
 from pellm_lightning.report.about import About
 from pellm_lightning.report.lines import show_log_lines
 from pellm_lightning.report.teller import Teller
+from pellm_lightning.resume import last_of_unfinished, precede_runs
 from pellm_lightning.round import Aggregator, RoundReport, granted
 from pellm_lightning.schedule import schedule
 from pellm_lightning.topology import Topology
+from pellm_lightning.trainable import CURE, TrainableSet
 from pellm_lightning.validation import ValidationMetrics
+from pellm_lightning.weight_averaging import (
+    agreed,
+    begin_averaging,
+    check_averaging,
+    check_coordinates,
+    warn_of_missed,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_NUMBERS = itertools.count()
 
 
 class FederatedAveraging(Callback):
@@ -98,9 +117,14 @@ class FederatedAveraging(Callback):
             "reset" clears them.
         on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
             result and clears its local optimizers ("exclude"), or all parties stop with an error ("raise").
+        quorum: Parties that must have trained in a round for it to move the global parameters: more than half
+            of all ("majority"), or a number. When fewer still train, the federation ends for all with the
+            last result of a quorum, so that nobody's data decides because it lasted longest. Separate jobs
+            need as many to meet.
         timeout_s: Seconds a party may be late before the others give up: more than the time by which the
             slowest party's local steps outlast the fastest's.
-        check_base: Compare a sample of every frozen parameter over the parties before training.
+        check_base: Compare every value of the frozen weights, of the adapters' buffers and of what quantised
+            weights are read by over the parties before training, by digests made once per fit.
         save_frozen: Whether checkpoints hold the frozen parameters too. Without them a checkpoint is as small
             as the adapter, and is resumed on, or loaded onto, a freshly built base.
         record: Whether each party writes what happens, round by round, into ``rounds.jsonl`` in the Trainer's
@@ -118,8 +142,7 @@ class FederatedAveraging(Callback):
             ``PELLM_ADVERTISE``.
         tls: This party's certificate and the federation's authority. Default: ``PELLM_TLS_CERT``,
             ``PELLM_TLS_KEY`` and ``PELLM_TLS_CA``; without any, nothing is encrypted.
-        membership: How many parties a round of separate jobs needs, how long to wait for whom, and whether to
-            go on without a lost one.
+        membership: How long separate jobs wait for whom, and whether they go on without a lost one.
         state_dir: Where separate jobs keep the global state through their own death. Default: ``federation/``
             below the Trainer's ``default_root_dir/party-<k>``.
 
@@ -141,10 +164,11 @@ class FederatedAveraging(Callback):
         privacy: GaussianMechanism | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        outer_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1.0),
+        outer_optimizer: OptimizerCallable = outer.sgd_one,
         outer_scheduler: LRSchedulerCallable | None = None,
         inner_optimizer_state: Literal["keep", "reset"] = "keep",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
+        quorum: Quorum = "majority",
         timeout_s: float = 1800,
         check_base: bool = True,
         save_frozen: bool = True,
@@ -168,9 +192,10 @@ class FederatedAveraging(Callback):
         checks.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
         checks.patterns("include", include)
         checks.patterns("exclude", exclude)
+        check_quorum(quorum)
         checks.seconds("timeout_s", timeout_s)
         checks.outer(outer_optimizer, outer_scheduler)
-        self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership)
+        self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership, quorum=quorum)
         """How this party joins separate jobs; None if all parties come from one launch."""
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
@@ -184,10 +209,11 @@ class FederatedAveraging(Callback):
         self.privacy = privacy
         self.include = include
         self.exclude = exclude
-        self.outer_optimizer = outer_optimizer
-        self.outer_scheduler = outer_scheduler
+        self.outer_optimizer = without_parser(outer_optimizer)
+        self.outer_scheduler = without_parser(outer_scheduler)
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
+        self.quorum = quorum
         self.timeout_s = timeout_s
         self.check_base = check_base
         self.save_frozen = save_frozen
@@ -205,6 +231,7 @@ class FederatedAveraging(Callback):
         """Reports of the rounds of the present fit, or of the last one."""
         self.about: About | None = None
         """What there is to say of its federation; None before training starts."""
+        self._is_set_up = False
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
@@ -212,8 +239,10 @@ class FederatedAveraging(Callback):
         self._drift: DriftCorrection | None = None
         self._tells_loss = True
         self._participation: Participation | None = None
+        self._trainable: TrainableSet | None = None
         self._teller: Teller | None = None
         self._validation = ValidationMetrics()
+        self._renaming: RemovableHandle | None = None
         # The state of a checkpoint that was loaded, or of the fit that has ended.
         self._state: dict[str, Any] = {}
 
@@ -222,26 +251,62 @@ class FederatedAveraging(Callback):
         """Whether rounds write into frozen weights, which then belong to what was trained."""
         return self.aggregation is not None and self.aggregation.writes_base
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """Key of the state in checkpoints.
+
+        Until ``setup`` it is another one each time. Lightning's Trainer would refuse two callbacks of one key
+        when it is made, in words that do not help; ``setup`` refuses them in ours.
+        """
+        return super().state_key if self._is_set_up else f"{super().state_key}@{next(_NUMBERS)}"
+
     # ---- hooks, in the order in which they run
+
+    def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
+        """Keep the parties' files apart before Lightning looks for ``ckpt_path``; return which to resume."""
+        if self.federation is not None:
+            return ckpt_path  # which party this is will be known when it has joined
+        self._topology = topology_of(trainer)
+        speak_as(self._topology.rank_in_party)
+        if self._topology.party > 0:
+            isolation.separate_files(trainer, self._topology.party)
+        if self._topology.is_speaker:
+            isolation.keep_metrics(trainer)
+        if self.job is None or ckpt_path != "last":
+            return ckpt_path
+        state, stopped = self._state_path(trainer), self._stopped_path(trainer)
+        return last_of_unfinished(trainer, self._topology.party, state, stopped) or ckpt_path
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the parties' files apart; for a fit also join the federation and refuse what cannot work."""
+        self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
             # Of an earlier fit, which may have failed.
             self._state, self._participation, self._teller = {}, None, None
             self.rounds, self.about = [], None
+            self._validation = ValidationMetrics()
             self._drift = self._drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
             show_log_lines()
             self._join(trainer)
             checks.trainer(trainer, self, self._topology)
+            check_averaging(
+                trainer,
+                self._schedule,
+                mixes=self.overlap is not None or self.fragments > 1,
+                separate=isinstance(self._joined, ElasticFederation),
+                saves_frozen=self.save_frozen,
+            )
             if not self.save_frozen:
                 checks.checkpoints(trainer)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
             self._tells_loss = not checks.protects_records(trainer, self.weighting)
+        else:
+            checks.only_one(trainer, self)
         speak_as(self._topology.rank_in_party)
         if self._topology.party > 0:
             # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do
@@ -251,6 +316,8 @@ class FederatedAveraging(Callback):
                 isolation.hush(trainer)
         if not self.save_frozen:
             pl_module.strict_loading = False
+        self._stop_renaming()  # of a fit that has failed
+        self._renaming = pl_module.register_load_state_dict_pre_hook(load_compiled_)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -263,8 +330,10 @@ class FederatedAveraging(Callback):
         """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
         checks.samplers(trainer, self._topology)
         trainable = self._select(pl_module)
+        self._trainable = TrainableSet(pl_module, self.include, self.exclude)
         plan = self._apply_rule(pl_module, trainable)
         shared = {name: trainable[name] for name in sorted(plan.shared)}
+        check_coordinates(trainer, plan)
         for_good = plan.named(plan.rule.resting(0) & plan.rule.resting(1))
         checks.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
         self._check_drift(trainer, shared)
@@ -287,13 +356,17 @@ class FederatedAveraging(Callback):
             ),
             drift=self._drift,
             told=told,
-            stopped_path=os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt"),
+            stopped_path=self._stopped_path(trainer),
         )
         started = self._participation.start(
             lambda: self._aggregator(trainer, pl_module, trainable), self._state
         )
+        if started.overwritten:
+            begin_averaging(trainer, pl_module)
         names = self._in_party.speak(lambda: self._roster(trainer))
         about = About(names, started.settings, self.writes_base)
+        if self._topology.is_speaker and self._topology.party == 0:
+            self._warn_of(started)
         self.about = about.resumed(self._state.get("about", {}))
         self._teller = Teller(trainer, self._topology, self.about, self.rounds, self._new_record(trainer))
         if self._topology.is_speaker:
@@ -304,6 +377,7 @@ class FederatedAveraging(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the gradients of what rests in this round, before they are clipped or applied."""
+        self._check_trainable(trainer, pl_module, everything=False)
         self._taking_part.drop_gradients()
 
     @override
@@ -311,7 +385,8 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what was consumed; run the round that is due, before Lightning validates and saves."""
-        self._taking_part.after_batch(outputs, batch)
+        self._check_trainable(trainer, pl_module, everything=trainer.is_last_batch)
+        self._taking_part.after_batch(outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -334,11 +409,13 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Count the validation samples, which weight this party's metrics."""
         if _validates_in_fit(trainer):
-            self._validation.count(batch, dataloader_idx)
+            self._validation.count(trainer, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the metrics over the parties before EarlyStopping and ModelCheckpoint read them."""
+        if trainer.sanity_checking:
+            self._validation.check(trainer)
         if _validates_in_fit(trainer):
             local = self._validation.end(trainer, self._in_party)
             self._telling.validated(local, self._taking_part.mean(local))
@@ -351,7 +428,10 @@ class FederatedAveraging(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the last, incomplete round; then answer the others' rounds until every party is through."""
+        self._taking_part.close_round()
+        before = len(self.rounds)
         self._taking_part.finish()
+        warn_of_missed(trainer, len(self.rounds) - before)
         if self._joined is not None:
             self._joined.close()
         self._telling.ended()
@@ -371,6 +451,7 @@ class FederatedAveraging(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave, if that has not happened yet, and drop every reference to the module."""
+        self._stop_renaming()
         if stage != "fit":
             return
         if self._joined is not None and self._participation is None:
@@ -379,6 +460,12 @@ class FederatedAveraging(Callback):
             self._joined.abort(why)
         self._state = self.state_dict()
         self._party = self._joined = self._drift = self._participation = self._teller = None
+        self._trainable = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
+        built = ("_party", "_joined", "_drift", "_participation", "_trainable", "_teller")
+        return own_state(self, **dict.fromkeys(built))
 
     # ---- checkpoints
 
@@ -388,7 +475,9 @@ class FederatedAveraging(Callback):
         if self._participation is None or not self._topology.is_speaker:
             return self._state
         about = {} if self.about is None else asdict(self.about)
-        return {"party": self._topology.party, **self._participation.state(), "about": about}
+        state = self._participation.state()
+        # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
+        return {"party": self._topology.party, **state, "about": about, "directory": os.getcwd()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -410,15 +499,24 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
         if not self.save_frozen:
-            checks.trainable_checkpoint(pl_module, checkpoint["state_dict"], self._left_out(pl_module))
+            state_dict = named_as_in(pl_module, checkpoint["state_dict"])
+            checks.trainable_checkpoint(pl_module, state_dict, self._left_out(pl_module))
 
     # ---- the parts of the hooks
 
+    def _stop_renaming(self) -> None:
+        if self._renaming is not None:
+            self._renaming.remove()
+            self._renaming = None
+
     def _join(self, trainer: Trainer) -> None:
-        if self.federation is None and self.job is None and not launched():
+        if self._topology.is_speaker and not (self.federation or self.job or launched()):
             log.warning(
                 "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
-                " this host run `torchrun --nproc-per-node N your_script.py`."
+                " this host run `torchrun --nproc-per-node N your_script.py`%s.",
+                f"; the {self._topology.party_size} processes of this Trainer are that one party"
+                if self._topology.party_size > 1
+                else "",
             )
         self._in_party.speak(self._join_as_speaker)
         if self._joined is not None:
@@ -453,7 +551,12 @@ class FederatedAveraging(Callback):
         try:
             return select(module, self.include, self.exclude)
         except ValueError as error:
-            raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
+            cure = "" if any(p.requires_grad for p in module.parameters()) else f" {CURE}"
+            raise MisconfigurationException(f"Party {self._topology.name}: {error}{cure}") from error
+
+    def _check_trainable(self, trainer: Trainer, module: LightningModule, *, everything: bool) -> None:
+        if self._trainable is not None:
+            self._trainable.check(trainer, module, everything=everything)
 
     def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:
@@ -477,8 +580,15 @@ class FederatedAveraging(Callback):
     ) -> Aggregator | FragmentedAggregator:
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
-        state_dir = self._state_path(trainer)
-        return self._made(self._joined, trainer, module, trainable, overlap=self.overlap, state_dir=state_dir)
+        return self._made(
+            self._joined,
+            trainer,
+            module,
+            trainable,
+            overlap=self.overlap,
+            facts=self._facts(trainer),
+            state_dir=self._state_path(trainer),
+        )
 
     def _roster(self, trainer: Trainer) -> list[str]:
         """Return the names of all parties, as the speaker; warn of those that share an accelerator."""
@@ -508,7 +618,7 @@ class FederatedAveraging(Callback):
             ValueError, MisconfigurationException: As the fit would.
         """
         self._drift = self._drift_correction(trainer, module)
-        return self._made(federation, trainer, module, parameters, overlap=None, state_dir=None)
+        return self._made(federation, trainer, module, parameters, overlap=None, facts={}, state_dir=None)
 
     def _made(
         self,
@@ -518,6 +628,7 @@ class FederatedAveraging(Callback):
         parameters: Mapping[str, Tensor],
         *,
         overlap: Overlap | None,
+        facts: Mapping[str, Any],
         state_dir: str | None,
     ) -> Aggregator | FragmentedAggregator:
         """Return the aggregator that the arguments describe."""
@@ -538,7 +649,8 @@ class FederatedAveraging(Callback):
             beside=self._beside,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
-            frozen=frozen(module) if self.check_base else None,
+            frozen=frozen_state(module) if self.check_base else None,
+            adapters=adapter_configs(module),
             config={
                 "every_n_epochs": self.every_n_epochs,
                 "every_n_steps": self.every_n_steps,
@@ -548,11 +660,26 @@ class FederatedAveraging(Callback):
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "on_nonfinite": self.on_nonfinite,
                 "inner_optimizer_state": self.inner_optimizer_state,
+                "weight averaging": agreed(trainer),
             },
             files=isolation.written_paths(trainer),
+            facts=facts,
             on_nonfinite=self.on_nonfinite,
+            quorum=self.quorum,
             state_dir=state_dir,
         )
+
+    def _facts(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what this party says of its fit; not how many samples it has, where that is hidden."""
+        tells_steps = self._tells_loss and not self.exchange.hides and self.privacy is None
+        return FitFacts.of(trainer, self._validation.names, tells_steps=tells_steps).to_json()
+
+    def _warn_of(self, started: Started) -> None:
+        """Warn of what the parties' fits will run into together."""
+        facts = {name: FitFacts.from_json(told) for name, told in started.facts.items()}
+        quorum = started.settings["quorum"]
+        for warning in foresee(facts, self.every_n_steps, int(quorum or 1)):
+            log.warning("[party %s] %s", self._topology.name, warning)
 
     def _new_record(self, trainer: Trainer) -> records.Record | None:
         if not self.record or vars(trainer).get("fast_dev_run") or trainer.barebones:
@@ -565,6 +692,9 @@ class FederatedAveraging(Callback):
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)
         return self.state_dir or os.path.join(root, "federation")
+
+    def _stopped_path(self, trainer: Trainer) -> str:
+        return os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt")
 
     def _drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
         """Return the Trainer's drift correction; refuse what it cannot go with."""
@@ -612,6 +742,16 @@ class FederatedAveraging(Callback):
         if self._teller is None:
             raise RuntimeError("There is nothing to tell of before training starts.")
         return self._teller
+
+
+def _before_run(trainer: Trainer, ckpt_path: Any) -> Any:
+    for callback in isolation.callbacks_of(trainer):
+        if isinstance(callback, FederatedAveraging):
+            ckpt_path = callback.before_run(trainer, ckpt_path)
+    return ckpt_path
+
+
+precede_runs(_before_run)
 
 
 def _validates_in_fit(trainer: Trainer) -> bool:

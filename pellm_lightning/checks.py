@@ -1,7 +1,6 @@
 """What the callback refuses, each in words that say what to do."""
 
 import logging
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,6 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
     ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning.isolation import callbacks_of
+from pellm_lightning.meeting import MAX_WEIGHT
 from pellm_lightning.outer import OptimizerFactory, SchedulerFactory, described_schedule, tried
 from pellm_lightning.overlap import Overlap
 from pellm_lightning.privacy import RecordLevel
@@ -33,10 +31,10 @@ def weighting(value: object) -> None:
     """Check the argument of that name."""
     if isinstance(value, str):
         one_of("weighting", value, ("samples", "uniform"))
-    elif (
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0
-    ):
-        raise ValueError(f"weighting={value!r} must be 'samples', 'uniform' or a finite number >= 0.")
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_WEIGHT:
+        raise ValueError(
+            f"weighting={value!r} must be 'samples', 'uniform' or a number of 0 to {MAX_WEIGHT:g} (2^53)."
+        )
 
 
 def privacy(mechanism: object, weighting: object) -> None:
@@ -160,22 +158,26 @@ def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
             " with devices set to the processes per party (devices=1 and no strategy for single-process"
             " parties)."
         )
-    if sum(isinstance(c, type(callback)) for c in callbacks_of(trainer)) > 1:
-        raise MisconfigurationException(
-            f"The Trainer has several {type(callback).__name__} callbacks; their rounds would mix. Keep one."
-        )
+    only_one(trainer, callback)
     for other in callbacks_of(trainer):
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
-            raise MisconfigurationException(
-                f"{type(other).__name__} keeps its own copy of the weights, made before the parties agree on"
-                " theirs, so parties would end with different averages. Remove it; an outer optimizer with"
-                " lr below 1 smooths the global parameters instead."
-            )
         if isinstance(other, LearningRateFinder | BatchSizeFinder):
             rank_zero_warn(
                 f"{type(other).__name__} searches at each party alone, without rounds: parties may end with"
                 " different settings. Search once before the federation and fix the value."
             )
+
+
+def only_one(trainer: Trainer, callback: Callback) -> None:
+    """Check that the Trainer has no other callback that federates, be it of a class derived from ours."""
+    bases = type(callback).__mro__
+    kind = bases[bases.index(Callback) - 1]
+    found = [type(other).__name__ for other in callbacks_of(trainer) if isinstance(other, kind)]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"The Trainer has {len(found)} callbacks that federate ({', '.join(found)}): their rounds would"
+            " mix, and a checkpoint holds the state of one. Keep one; those that the command line adds, and"
+            " configure_callbacks, count, too."
+        )
 
 
 def checkpoints(trainer: Trainer) -> None:

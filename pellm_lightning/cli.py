@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 from pellm_lightning import commands, isolation
@@ -18,6 +18,7 @@ from pellm_lightning.environment import PartyEnvironment, shares_terminal, speak
 from pellm_lightning.federation import TLS, Membership
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.federation.launch.store import launched
+from pellm_lightning.saved_config import SaveNumberedConfig
 from pellm_lightning.topology import Topology
 
 
@@ -78,6 +79,8 @@ class FederatedCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.save_config_callback is SaveConfigCallback:  # unless the user has given another, or none
+            self.save_config_callback = SaveNumberedConfig
         trainer_config = self._get(self.config_init, "trainer")
         plugins = trainer_config.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
@@ -190,6 +193,7 @@ def _job(command: Any) -> Job | None:
         advertise,
         TLS(**tls) if tls else None,
         Membership(**membership) if membership else None,
+        quorum=federated.get("quorum", "majority"),
     )
 
 

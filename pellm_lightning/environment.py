@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -183,17 +184,24 @@ class Party:
 
 
 def topology_of(trainer: Trainer) -> Topology:
-    """Return where this process stands; without a PartyEnvironment each process is a party.
+    """Return where this process stands; without a PartyEnvironment each process of a launch is a party.
 
-    A launch that is one party of separate jobs says so in its callback.
+    A launch that is one party of separate jobs says so in its callback. Processes without a launcher's rank,
+    which Lightning has started itself or SLURM, are all of one party.
     """
+    # A single-device strategy does not expose its environment, so this reads the connector.
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, PartyEnvironment):
+        topology = environment.topology
+    else:
+        topology = Topology.from_env()
     for callback in callbacks_of(trainer):
         job = getattr(callback, "job", None)
         if isinstance(job, Job):
-            return job.topology()
-    # A single-device strategy does not expose its environment, so this reads the connector.
-    environment = trainer._accelerator_connector.cluster_environment
-    return environment.topology if isinstance(environment, PartyEnvironment) else Topology.from_env()
+            topology = job.topology()
+    if "RANK" not in os.environ and trainer.world_size > 1:
+        return replace(topology, rank_in_party=trainer.global_rank, party_size=trainer.world_size)
+    return topology
 
 
 def party_of(trainer: Trainer | None) -> int:

@@ -1,5 +1,6 @@
 """Fragments of the parameters that take turns, so that each exchange is a K-th as large."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -141,6 +142,11 @@ class FragmentedAggregator:
         return self._parts[0].settings
 
     @property
+    def lineage(self) -> str | None:
+        """As of ``Aggregator``."""
+        return self._parts[0].lineage
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the vectors that the fragments exchange, all together."""
         return sum(part.size_bytes for part in self._parts)
@@ -151,6 +157,10 @@ class FragmentedAggregator:
         schema = sorted(entry for of_part in shown for entry in of_part["schema"])
         lora = {name: pair for of_part in shown for name, pair in of_part["lora"].items()}
         return shown[0] | {"schema": schema, "lora": lora}
+
+    def facts(self) -> dict[str, Any]:
+        """As of ``Aggregator``."""
+        return self._parts[0].facts()
 
     @property
     def failed(self) -> bool:
@@ -168,14 +178,19 @@ class FragmentedAggregator:
         return any(overwritten)
 
     def step(
-        self, weight: float, loss: float | None = None, contribution: Contribution | None = None
+        self,
+        weight: float,
+        loss: float | None = None,
+        contribution: Contribution | None = None,
+        *,
+        steps_left: float = math.nan,
     ) -> RoundReport:
         """Run one round of the next fragment, as ``Aggregator`` does."""
-        return self._told(self._next.step(weight, loss, contribution))
+        return self._told(self._next.step(weight, loss, contribution, steps_left=steps_left))
 
-    def begin(self, weight: float, loss: float | None = None) -> None:
+    def begin(self, weight: float, loss: float | None = None, *, steps_left: float = math.nan) -> None:
         """Begin a round of the next fragment, as ``OverlappedAggregator`` does."""
-        self._overlapped.begin(weight, loss)
+        self._overlapped.begin(weight, loss, steps_left=steps_left)
 
     def land(self, *, last: bool = False) -> RoundReport:
         """Land the round under way, as ``OverlappedAggregator`` does."""

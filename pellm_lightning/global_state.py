@@ -23,6 +23,7 @@ _MAX_WORDS = 1 << 28
 def state_of(
     round: int,
     version: Version | None,
+    short_rounds: int,
     lora: Mapping[str, Any] | None,
     updates: Updates,
     private: PrivateUpdates | None,
@@ -32,6 +33,7 @@ def state_of(
     Args:
         round: The round that comes.
         version: Which of the states of this round it is, between separate jobs.
+        short_rounds: Rounds in a row, up to now, in which fewer than a quorum trained.
         lora: What the LoRA pairs were when the federation began.
         updates: The vectors, the outer optimizer and its schedule.
         private: Differential privacy, if any.
@@ -39,6 +41,7 @@ def state_of(
     return {
         "round": round,
         "version": None if version is None else list(version),
+        "short_rounds": short_rounds,
         "shapes": updates.layout.shapes,
         "lora": lora,
         "global": updates.global_,

@@ -6,9 +6,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from pellm_lightning.naming import unused
+
+log = logging.getLogger(__name__)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -44,11 +49,30 @@ def below(path: str, party: int) -> str:
 def written_paths(trainer: Trainer) -> list[str]:
     """Return the directories this party writes to, as "host:path", so that the parties can compare them."""
     paths = [logger.log_dir for logger in trainer.loggers if logger.log_dir]
-    paths += [
-        str(checkpoint.dirpath) for checkpoint in _checkpoints(trainer) if checkpoint.dirpath is not None
-    ]
+    paths += checkpoint_dirs(trainer)
     here = socket.gethostname()
     return sorted({f"{here}:{path if '://' in path else os.path.abspath(path)}" for path in paths})
+
+
+def checkpoint_dirs(trainer: Trainer) -> list[str]:
+    """Return the directories of the callbacks that save checkpoints, as far as they are known yet."""
+    return [str(checkpoint.dirpath) for checkpoint in _checkpoints(trainer) if checkpoint.dirpath is not None]
+
+
+def keep_metrics(trainer: Trainer) -> None:
+    """Give the metrics of an earlier run another name, which a CSVLogger of the same folder would delete.
+
+    This is for one process of the party, before its loggers are used.
+    """
+    for logger in trainer.loggers:
+        # Once it is used, the file is of this run.
+        if isinstance(logger, CSVLogger) and logger._experiment is None:
+            path = os.path.join(logger.log_dir, "metrics.csv")
+            fs = get_filesystem(path)
+            if fs.exists(path):
+                kept = unused(path, fs.exists)
+                fs.mv(path, kept)
+                log.info("The metrics of an earlier run are in %s now.", kept)
 
 
 def put_first(trainer: Trainer, callback: Callback) -> None:
@@ -76,9 +100,7 @@ def _separated_logger(logger: Logger, party: int) -> Logger:
     if not isinstance(logger, CSVLogger | TensorBoardLogger) or save_dir == logger.save_dir:
         return logger
     _withdraw(logger)
-    # A number was counted in the folder that all parties share, so it is counted anew here; a name is the
-    # user's own.
-    version = logger.version if isinstance(logger.version, str) else None
+    version = None if _is_counted(logger) else logger.version
     if isinstance(logger, CSVLogger):
         return CSVLogger(
             save_dir,
@@ -97,6 +119,16 @@ def _separated_logger(logger: Logger, party: int) -> Logger:
         logger._sub_dir,
         **logger._kwargs,
     )
+
+
+def _is_counted(logger: CSVLogger | TensorBoardLogger) -> bool:
+    """Tell whether a logger's version is the next free number of its folder, and not the user's own.
+
+    That folder is the one that all parties share; the number is counted anew where the logger is moved to.
+    """
+    if logger._version is None:
+        return True
+    return logger.version == type(logger)(logger.save_dir, logger.name).version
 
 
 def _withdraw(logger: Logger) -> None:

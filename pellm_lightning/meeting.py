@@ -10,7 +10,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
@@ -36,6 +36,11 @@ from pellm_lightning.federation.elastic.plan import is_count
 from pellm_lightning.passport import Passport
 
 log = logging.getLogger(__name__)
+
+MAX_WEIGHT = float(1 << 53)
+"""No party counts more: whole numbers up to here are exact in float64, and a sum of many is finite."""
+# A sum of many is finite.
+_MAX_SUMMAND = 1e300
 
 
 class Purpose(IntEnum):
@@ -68,6 +73,8 @@ class Header:
     """Training loss of the party since the last round; NaN where that is nobody's business, or unknown."""
     distance: float = math.nan
     """2-norm of the party's parameters minus the result, in the round before; NaN as above."""
+    steps_left: float = math.nan
+    """Optimizer steps that the party still has to make; NaN as above."""
     behind: bool = False
     """Whether the party lacks the newest global parameters, and so needs them and counts 0."""
 
@@ -199,21 +206,34 @@ class FixedMeeting(Meeting):
 
     def _exchanged(self, mine: Header) -> list[Header]:
         federation = self._federation
-        rows = torch.zeros(federation.num_parties, 6, dtype=torch.float64)
-        rows[federation.party] = torch.tensor(
-            [mine.purpose, mine.round, mine.weight, mine.fine, mine.loss, mine.distance], dtype=torch.float64
-        )
+        numbers = [
+            mine.purpose,
+            mine.round,
+            mine.weight,
+            mine.fine,
+            mine.loss,
+            mine.distance,
+            mine.steps_left,
+        ]
+        rows = torch.zeros(federation.num_parties, len(numbers), dtype=torch.float64)
+        rows[federation.party] = torch.tensor(numbers, dtype=torch.float64)
         federation.all_reduce_(rows)
         if self._exchange.hides and rows[federation.party, :4].tolist() != [*map(float, astuple(mine)[:4])]:
             raise _changed(federation.name)
         return [
-            Header(Purpose(int(purpose)), int(number), weight, fine == 1, loss=loss, distance=distance)
-            for purpose, number, weight, fine, loss, distance in rows.tolist()
+            Header(
+                Purpose(int(purpose)),
+                int(number),
+                weight,
+                fine == 1,
+                loss=loss,
+                distance=distance,
+                steps_left=left,
+            )
+            for purpose, number, weight, fine, loss, distance, left in rows.tolist()
         ]
 
     def _mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        if self._exchange.hides:
-            values = _finite(values, self._federation.name)
         told = self._federation.all_gather_json("metrics", _known(values))
         return summed(values, told, self._federation, self._exchange)
 
@@ -276,6 +296,7 @@ class ElasticMeeting(Meeting):
             # JSON has no NaN.
             "loss": mine.loss if math.isfinite(mine.loss) else None,
             "distance": mine.distance if math.isfinite(mine.distance) else None,
+            "steps_left": mine.steps_left if math.isfinite(mine.steps_left) else None,
         }
         while True:
             self._federation.enter(f"meeting for round {mine.round}")
@@ -306,7 +327,7 @@ class ElasticMeeting(Meeting):
         self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
     ) -> dict[str, float]:
         """Sum metrics as a round sums parameters: nobody's own values may be told in words."""
-        values = _finite(values, self._federation.name)
+        values = dict(values)
         while True:
             words = {"purpose": int(Purpose.METRICS), "round": round, "weight": 0.0, "names": _known(values)}
             self._federation.enter("averaging metrics")
@@ -320,7 +341,7 @@ class ElasticMeeting(Meeting):
 
         What a sum may have shown already is not summed again with others: their difference would show more.
         """
-        told = [_names(name, roll.words.get("names", [])) for name, roll in plan.rolls.items()]
+        told = [_names(name, roll.words.get("names", {})) for name, roll in plan.rolls.items()]
         revealed = False
 
         def revealing() -> None:
@@ -344,14 +365,16 @@ class ElasticMeeting(Meeting):
         self._federation.enter("averaging metrics")
         plan = self._federation.muster("words", version, words)
         told = [_metrics(name, roll.words.get("metrics", {})) for name, roll in plan.rolls.items()]
+        missing = _warn_of_nonfinite([_known(of_party) for of_party in told], self._federation)
         totals: dict[str, list[float]] = {}
         for of_party in told:
-            for metric, (value, weight) in of_party.items():
-                if weight > 0:
-                    total = totals.setdefault(metric, [0.0, 0.0])
-                    total[0] += value * weight
-                    total[1] += weight
-        return {metric: total / weight for metric, (total, weight) in sorted(totals.items())}
+            for metric in _known(of_party)["finite"]:
+                value, weight = of_party[metric]
+                total = totals.setdefault(metric, [0.0, 0.0])
+                total[0] += value * weight
+                total[1] += weight
+        mean = {metric: total / weight for metric, (total, weight) in totals.items()}
+        return dict(sorted((missing | mean).items()))
 
     @override
     def version(self, round: int) -> Version:
@@ -388,23 +411,27 @@ def meeting(federation: Collectives, exchange: Exchange, state_dir: StateDir | N
 
 def summed(
     values: Mapping[str, tuple[float, float]],
-    told: Sequence[Collection[str]],
+    told: Sequence[Mapping[str, list[str]]],
     federation: Collectives,
     exchange: Exchange,
     revealing: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return the weighted mean over the parties of each named (value, weight) that enough of them have.
 
+    A value that is not finite is left out, and its party named; where no party has a finite one the mean is
+    NaN.
+
     Args:
         values: What this party has.
-        told: Names of what each party has, in their order.
+        told: Names of what each party has, in their order, as ``_known`` says.
         federation: The parties that meet.
         exchange: How sums are formed.
         revealing: As in ``Exchange.open``.
     """
-    if exchange.hides and list(told[federation.party]) != _known(values):
+    if exchange.hides and told[federation.party] != _known(values):
         raise _changed(federation.name)
-    having = Counter(name for names in told for name in names)
+    missing = _warn_of_nonfinite(told, federation)
+    having = Counter(name for names in told for name in names["finite"])
     few = sorted(name for name, count in having.items() if count < exchange.min_counting)
     if few:
         log.warning(
@@ -416,15 +443,15 @@ def summed(
         )
     names = sorted(having.keys() - few)
     if not names:
-        return {}
+        return missing
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     for row, name in enumerate(names):
-        value, weight = values.get(name, (0.0, 0.0))
-        if weight > 0:
+        if name in told[federation.party]["finite"]:
+            value, weight = values[name]
             sums[row] = torch.tensor([value * weight, weight], dtype=torch.float64)
-    sums_of = exchange.open(federation, revealing, view=json.dumps(["metrics", [*map(list, told)]]))
+    sums_of = exchange.open(federation, revealing, view=json.dumps(["metrics", [*map(dict, told)]]))
     sums_of.all_reduce_each_([sums.view(-1)])
-    return {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
+    return missing | {name: total / w for name, (total, w) in zip(names, sums.tolist(), strict=True) if w > 0}
 
 
 @contextmanager
@@ -455,25 +482,28 @@ def _header(name: str, words: Mapping[str, Any]) -> Header:
     purpose, round, weight = words.get("purpose"), words.get("round"), _number(words.get("weight"))
     exposed, releases = words.get("exposed", []), words.get("releases", 0)
     tag = words.get("tag", "")
-    loss, distance = (_number(words.get(name), unsaid=math.nan) for name in ("loss", "distance"))
+    loss, distance, left = (
+        _number(words.get(name), unsaid=math.nan) for name in ("loss", "distance", "steps_left")
+    )
     if (
         purpose not in list(Purpose)
         or not isinstance(round, int)
         or weight is None
-        or not (math.isfinite(weight) and weight >= 0)
+        or not 0 <= weight <= MAX_WEIGHT
         or not isinstance(exposed, list)
         or not isinstance(tag, str)
         or not is_count(releases)
         or loss is None
         or distance is None
+        or left is None
     ):
         raise FederationError(
             f"Party {name} came to meet with {dict(words)!r:.200}, which is no purpose, round and weight"
-            " >= 0. Install the same version of pellm-lightning at all parties."
+            f" of 0 to {MAX_WEIGHT:g}. Install the same version of pellm-lightning at all parties."
         )
     fine = words.get("fine", True) is True
     return Header(
-        Purpose(purpose), round, weight, fine, tag, tuple(map(str, exposed)), releases, loss, distance
+        Purpose(purpose), round, weight, fine, tag, tuple(map(str, exposed)), releases, loss, distance, left
     )
 
 
@@ -495,36 +525,66 @@ def _changed(name: str) -> FederationError:
     )
 
 
-def _finite(values: Mapping[str, tuple[float, float]], name: str) -> dict[str, tuple[float, float]]:
-    """Return the metrics that a masked sum has a place for."""
-    finite = {metric: both for metric, both in values.items() if all(map(math.isfinite, both))}
-    for metric in sorted(values.keys() - finite):
+def _known(values: Mapping[str, tuple[float, float]]) -> dict[str, list[str]]:
+    """Return the names of the metrics that a party has: of finite values, and of others."""
+    having = {metric: _can_be_summed(*both) for metric, both in sorted(values.items()) if both[1] != 0}
+    return {
+        "finite": [metric for metric, finite in having.items() if finite],
+        "other": [metric for metric, finite in having.items() if not finite],
+    }
+
+
+def _can_be_summed(value: float, weight: float) -> bool:
+    return 0 <= weight <= MAX_WEIGHT and abs(value * weight) <= _MAX_SUMMAND
+
+
+def _warn_of_nonfinite(told: Sequence[Mapping[str, list[str]]], federation: Collectives) -> dict[str, float]:
+    """Name the parties whose metrics are not finite; return NaN for each metric that is finite nowhere."""
+    by_metric: dict[str, list[int]] = {}
+    for party, names in enumerate(told):
+        for metric in names["other"]:
+            by_metric.setdefault(metric, []).append(party)
+    finite = {metric for names in told for metric in names["finite"]}
+    for metric, parties in sorted(by_metric.items()):
         log.warning(
-            "[party %s] %s is %g here, so the mean is that of the others.", name, metric, values[metric][0]
+            "[party %s] %s is no finite number (or its weight none) at party %s, so its mean is %s.",
+            federation.name,
+            metric,
+            federation.called(parties),
+            "that of the others" if metric in finite else "NaN",
         )
-    return finite
+    return dict.fromkeys(sorted(by_metric.keys() - finite), math.nan)
 
 
-def _known(values: Mapping[str, tuple[float, float]]) -> list[str]:
-    return sorted(name for name, (_, weight) in values.items() if weight > 0)
-
-
-def _names(name: str, told: Any) -> list[str]:
+def _names(name: str, told: Any) -> dict[str, list[str]]:
     """Return the names of the metrics that a peer has, or raise."""
-    if not isinstance(told, list) or not all(isinstance(metric, str) for metric in told):
+    told = told or {"finite": [], "other": []}
+    if (
+        not isinstance(told, Mapping)
+        or told.keys() != {"finite", "other"}
+        or not all(isinstance(names, list) for names in told.values())
+        or not all(isinstance(metric, str) for names in told.values() for metric in names)
+    ):
         raise FederationError(
             f"Party {name} told {told!r:.200} for the names of its metrics. Install the same version of"
             " pellm-lightning at all parties."
         )
-    return told
+    return dict(told)
 
 
 def _metrics(name: str, told: Any) -> dict[str, tuple[float, float]]:
     """Return the metrics that a peer has told, or raise."""
     try:
-        return {str(metric): (float(value), float(weight)) for metric, (value, weight) in told.items()}
+        read = {str(metric): (float(value), float(weight)) for metric, (value, weight) in told.items()}
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise FederationError(
             f"Party {name} told {told!r:.200} for its metrics, which are no pairs of a value and a weight."
             " Install the same version of pellm-lightning at all parties."
         ) from error
+    for metric, (_, weight) in read.items():
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise FederationError(
+                f"Party {name} told a weight of {weight:g} for its metric {metric!r}; weights are 0 to"
+                f" {MAX_WEIGHT:g}. Install the same version of pellm-lightning at all parties."
+            )
+    return read

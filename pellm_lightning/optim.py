@@ -1,10 +1,51 @@
-"""Outer optimizers that torch has not."""
+"""Outer optimizers that torch has not, and optimizers as defaults of arguments."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 from typing_extensions import override
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Makes optimizers of one class with given settings: a default argument that pickles and compares equal.
+
+    jsonargparse reads a dataclass as a dict, and a dict with these two keys as the configuration of a class.
+    So ``--print_config`` shows the optimizer and each of its settings, and a YAML file or the command line
+    can change one of them, as with a lambda: test_a_default_optimizer_is_configured_setting_by_setting.
+
+    Args:
+        class_path: Import path of the class.
+        init_args: Its arguments but for the parameters.
+    """
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, params: Iterable[Any]) -> torch.optim.Optimizer:
+        """Make the optimizer of ``params``."""
+        module, _, name = self.class_path.rpartition(".")
+        optimizer: torch.optim.Optimizer = getattr(import_module(module), name)(params, **self.init_args)
+        return optimizer
+
+
+def without_parser(factory: T) -> T:
+    """Return what jsonargparse has made of a class and settings as a plain partial of that class.
+
+    Its own partial holds the parser and the command line with the Trainer, which cannot be pickled. Anything
+    else is returned as it is.
+    """
+    if isinstance(factory, partial) and factory.func.__module__.partition(".")[0] == "jsonargparse":
+        made = next((argument for argument in factory.args if isinstance(argument, type)), None)
+        if made is not None:
+            return partial(made, **factory.keywords)  # type: ignore[return-value]
+    return factory
 
 
 class Yogi(torch.optim.Optimizer):

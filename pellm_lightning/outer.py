@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pellm_lightning.aggregation import Aggregation
 from pellm_lightning.federation import FederationError
+from pellm_lightning.optim import OptimizerConfig
 
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], object]
@@ -20,9 +21,8 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], object]
 _COMPARED = 1000
 
 
-def sgd_one(params: Iterable[Any]) -> torch.optim.Optimizer:
-    """Make the optimizer that lands on what the aggregation returns: federated averaging."""
-    return torch.optim.SGD(params, lr=1.0)
+sgd_one = OptimizerConfig("torch.optim.SGD", {"lr": 1.0})
+"""Makes the optimizer that lands on what the aggregation returns: federated averaging."""
 
 
 def is_sgd_one(optimizer: torch.optim.Optimizer) -> bool:

@@ -1,6 +1,7 @@
 """Rounds that run in the background while the parties go on training."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -133,12 +134,13 @@ class OverlappedAggregator(Aggregator):
             self._replica.write_()
         return overwritten
 
-    def begin(self, weight: float, loss: float | None = None) -> None:
+    def begin(self, weight: float, loss: float | None = None, *, steps_left: float = math.nan) -> None:
         """Begin a round with the parameters as they are now; it goes on in the background.
 
         Args:
             weight: As of ``step``.
             loss: As of ``step``.
+            steps_left: As of ``step``.
 
         Raises:
             RuntimeError: If the last one has not landed yet.
@@ -150,7 +152,7 @@ class OverlappedAggregator(Aggregator):
 
         def round() -> RoundReport:
             self._staging.wait()
-            report = step(weight, loss)
+            report = step(weight, loss, steps_left=steps_left)
             self.completed = time.monotonic()
             return report
 
@@ -178,7 +180,12 @@ class OverlappedAggregator(Aggregator):
 
     @override
     def step(
-        self, weight: float, loss: float | None = None, contribution: Contribution | None = None
+        self,
+        weight: float,
+        loss: float | None = None,
+        contribution: Contribution | None = None,
+        *,
+        steps_left: float = math.nan,
     ) -> RoundReport:
         """Run one round with all parties and wait for it; all go on with its result as it is.
 
@@ -186,11 +193,12 @@ class OverlappedAggregator(Aggregator):
             weight: As of ``Aggregator.step``.
             loss: As of ``Aggregator.step``.
             contribution: Of nothing: drift corrections go without an overlap.
+            steps_left: As of ``Aggregator.step``.
 
         Raises:
             FederationError: As ``Aggregator.step``.
         """
-        self.begin(weight, loss)
+        self.begin(weight, loss, steps_left=steps_left)
         return self.land(last=True)
 
     @override

@@ -9,17 +9,19 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from pellm_lightning import checks
+from pellm_lightning import checks, resume
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.beside import Contribution
 from pellm_lightning.drift.base import DriftCorrection
 from pellm_lightning.environment import Party
 from pellm_lightning.federation import TooFewPartiesError
+from pellm_lightning.fit_facts import planned_steps
 from pellm_lightning.fragments import FragmentedAggregator, Turns, fragments_of
 from pellm_lightning.layout import Layout
+from pellm_lightning.naming import unused
 from pellm_lightning.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.round import Aggregator, RoundReport
-from pellm_lightning.samples import samples_in
+from pellm_lightning.samples import SampleCounter
 from pellm_lightning.schedule import Clock, EverySeconds, Schedule
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class Brought(NamedTuple):
     """What a drift correction adds."""
     turns: Turns
     """Whose turn it is when the round is over."""
+    steps_left: float
+    """Optimizer steps that the fit still has to make; NaN if nobody knows."""
 
 
 class Started(NamedTuple):
@@ -79,6 +83,8 @@ class Started(NamedTuple):
     """Index of the round that comes."""
     settings: dict[str, str | int | float | None]
     """What all parties have agreed on."""
+    facts: dict[str, Any]
+    """What each party has said of its fit, by name."""
 
 
 class Participation:
@@ -122,6 +128,7 @@ class Participation:
         self._aggregator: Aggregator | FragmentedAggregator | None = None  # of the speaker
         self._drained: Iterator[RoundReport] = iter(())
         self._since = SinceRound(trainer.global_step)
+        self._samples = SampleCounter(says=manner.weighting == "samples")
         self._turns = Turns.from_step(manner.fragments, trainer.global_step)
         self._under_way_since: int | None = None  # step at which the round in the background began
         self._exchanged_at = 0.0  # by the clock of time.monotonic
@@ -155,12 +162,14 @@ class Participation:
     def state(self) -> dict[str, Any]:
         """Return what ``start`` needs to go on exactly, in the middle of a round too; only of the speaker."""
         aggregator = self._speaking.state_dict()  # waits for the round under way, which may fail only now
+        party = self._party.topology.party
         lost = self._under_way_since is not None and self._overlapped.failed
         return {
             "aggregator": aggregator,
             "since": asdict(self._since) | {"loss_sum": float(self._since.loss_sum)},
             "turns": asdict(self._turns),
             "under_way_since": None if lost else self._under_way_since,
+            "signature": resume.signature(self._speaking.lineage, party),
         }
 
     # ---- while training goes on
@@ -173,9 +182,9 @@ class Participation:
         for parameter in self._resting:
             parameter.grad = None
 
-    def after_batch(self, outputs: Any, batch: Any) -> None:
+    def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count what was consumed; come to the round that is due."""
-        self._count(outputs, batch)
+        self._count(outputs, batch, batch_idx)
         if self._may_land():
             self._land(on_bar=True)
         if self._is_due(epoch_ends=self._trainer.is_last_batch):
@@ -227,13 +236,27 @@ class Participation:
             checks.can_land(self._under_way_since, self._manner.overlap)
             aggregator.load_state_dict(state["aggregator"])
         overwritten = aggregator.start()
+        if not state:
+            self._check_nothing_is_left_behind(aggregator)
         self._drained = aggregator.drain()
-        return Started(overwritten, aggregator.round, dict(aggregator.settings))
+        return Started(overwritten, aggregator.round, dict(aggregator.settings), aggregator.facts())
 
-    def _count(self, outputs: Any, batch: Any) -> None:
-        samples = samples_in(batch, otherwise=None if self._manner.weighting == "samples" else 1)
-        self._since.samples += samples
+    def _check_nothing_is_left_behind(self, aggregator: Aggregator | FragmentedAggregator) -> None:
+        """Refuse to begin anew in a federation in which this party has trained, and saved, before."""
+        signature = resume.signature(aggregator.lineage, self._party.topology.party)
+        if signature is not None:
+            path = resume.newest_signed(self._trainer, signature, self._stopped_path)
+            if path is not None:
+                raise resume.left_behind(path, party=self._party.topology.name, round=aggregator.round)
+
+    def _count(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        module = self._trainer.lightning_module
+        # Lightning skips the step if the batch or the loss is None; manual optimization need not return any.
+        if loss is None and (batch is None or module.automatic_optimization):
+            return
+        samples = self._samples.count(batch, self._trainer.train_dataloader, batch_idx)
+        self._since.samples += samples
         if isinstance(loss, Tensor) and loss.numel() == 1:
             # Lightning hands over the loss divided by the number of batches that it accumulates (which is 1
             # with manual optimization).
@@ -259,7 +282,9 @@ class Participation:
         brought = self._brought()
         done = self._party.speak(
             lambda: _or_why_not(
-                lambda: self._speaking.step(brought.weight, brought.loss, brought.contribution)
+                lambda: self._speaking.step(
+                    brought.weight, brought.loss, brought.contribution, steps_left=brought.steps_left
+                )
             )
         )
         if isinstance(done, str):
@@ -272,7 +297,9 @@ class Participation:
         """Let a round run in the background."""
         self._land(on_bar=True)
         brought = self._brought()
-        self._party.speak(lambda: self._overlapped.begin(brought.weight, brought.loss))
+        self._party.speak(
+            lambda: self._overlapped.begin(brought.weight, brought.loss, steps_left=brought.steps_left)
+        )
         self._since, self._turns = SinceRound(self._trainer.global_step), brought.turns
         self._under_way_since = self._trainer.global_step
         if self._may_land():
@@ -315,11 +342,12 @@ class Participation:
         weight = {"samples": samples, "uniform": 1.0}.get(str(weighting), weighting)
         loss = loss_sum / loss_samples if loss_samples and self._manner.tells_loss else None
         given = Contribution() if self._drift is None else self._drift.contribution()
-        return Brought(float(weight), loss, given, turns)
+        steps_left = planned_steps(self._trainer) - self._trainer.global_step
+        return Brought(float(weight), loss, given, turns, steps_left)
 
     def _stop_for_lack_of_parties(self, why: str) -> NoReturn:
         """Keep this party's own steps since the last round, then stop."""
-        path = self._stopped_path
+        path = self._party.speak(lambda: unused(self._stopped_path))
         self._trainer.save_checkpoint(path)
         raise TooFewPartiesError(
             f"{why} Its own steps since the last round are in {path}; resume it from there."

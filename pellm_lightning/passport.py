@@ -11,19 +11,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-PROTOCOL = 2
+from pellm_lightning.adapter_config import RANK_FIELDS, config_differences, without_ranks
+from pellm_lightning.base_difference import base_difference
+from pellm_lightning.digest import tensor_digest
+
+PROTOCOL = 3
 """Version of what parties say to each other; parties of different versions refuse each other."""
 
 Passport: TypeAlias = dict[str, Any]
-_SAMPLES = 64
 
 
 def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return a short digest per frozen tensor: its shape, dtype and up to 64 values at even strides.
+    """Return a digest per frozen tensor: of its shape, its dtype and every value.
 
-    Cheap enough for any model, and different for another checkpoint, revision or quantisation.
+    Different for another checkpoint, revision or quantisation, and for a single row or value of them.
     """
-    return {name: _digest(tensor) for name, tensor in frozen.items()}
+    return {name: str(tensor_digest(tensor)) for name, tensor in frozen.items()}
 
 
 def checksum(tensor: Tensor) -> str:
@@ -61,7 +64,9 @@ def differences(passports: Sequence[Passport], names: Sequence[str]) -> Iterator
 def common(passport: Passport) -> Passport:
     """Return that part of a passport which must be the same at all parties."""
     part = {key: passport[key] for key in ("protocol", "schema", "config", "base", "ranks_may_differ")}
-    return part if passport["ranks_may_differ"] else part | {"lora": passport["lora"]}
+    if passport["ranks_may_differ"]:
+        return part | {"adapters": without_ranks(passport["adapters"])}
+    return part | {"lora": passport["lora"], "adapters": passport["adapters"]}
 
 
 def _protocol(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
@@ -89,13 +94,23 @@ def _schema(base: str, party: str, first: Passport, other: Passport) -> Iterator
             yield (
                 f"Parameter {name!r} is {dtype} of shape {shape} at party {base} but {their_dtype} of shape"
                 f" {their_shape} at party {party}. Use the same model, PEFT configuration (rank!) and"
-                " precision at both."
+                f" precision at both.{_of_eva(first)}"
             )
+
+
+def _of_eva(passport: Passport) -> str:
+    """Return what to know where ranks follow from a party's own data."""
+    if all(config.get("init_lora_weights") != "eva" for config in passport["adapters"].values()):
+        return ""
+    return (
+        " EVA (init_lora_weights='eva') gives each layer a rank by the party's own data: set rho=1.0 in its"
+        " EvaConfig, or initialise at one party, save the adapter and load it at all."
+    )
 
 
 def _config(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
     # Others follow from these.
-    causes = ("exchange", "privacy", "drift correction")
+    causes = ("exchange", "privacy", "drift correction", "roster")
     for key in sorted(first["config"].keys() | other["config"].keys(), key=lambda k: (k not in causes, k)):
         ours, theirs = first["config"].get(key), other["config"].get(key)
         if ours != theirs:
@@ -122,18 +137,37 @@ def _lora(base: str, party: str, first: Passport, other: Passport) -> Iterator[s
             )
 
 
+def _adapters(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    differences = config_differences(first["adapters"], other["adapters"], without=RANK_FIELDS)
+    yield from _of_config(base, party, differences)
+
+
+def _ranks(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    if not first["ranks_may_differ"]:
+        differences = config_differences(first["adapters"], other["adapters"], fields_of=RANK_FIELDS)
+        yield from _of_config(base, party, differences)
+
+
+def _of_config(base: str, party: str, found: Iterator[tuple[str, str, Any, Any]]) -> Iterator[str]:
+    for adapter, field, ours, theirs in found:
+        yield (
+            f"The PEFT configuration of the adapter {adapter!r} has {_said(field, ours)} at party {base} but"
+            f" {_said(field, theirs)} at party {party}, so parameters of equal names do not mean the same."
+            " Give both the same PEFT configuration; only paths, dropout, inference_mode and what the"
+            " parameters' names show may differ."
+        )
+
+
+def _said(field: str, value: Any) -> str:
+    return f"no {field}" if value is None else f"{field}={value!r}"
+
+
 def _base(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
-    ours, theirs = first["base"], other["base"]
-    if ours is None or theirs is None:
+    if first["base"] is None or other["base"] is None:
         return
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            yield (
-                f"The frozen base model of party {party} is not that of party {base}: the first tensor that"
-                f" differs is {name!r}. Load the same checkpoint and revision in the same dtype, or pass"
-                " check_base=False if the difference is intended (for example a quantised base at one"
-                " party)."
-            )
+    difference = base_difference(base, party, first["base"], other["base"], first["adapters"])
+    if difference is not None:
+        yield difference
 
 
 def _round(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
@@ -152,8 +186,10 @@ def _round(base: str, party: str, first: Passport, other: Passport) -> Iterator[
 _COMPARED: dict[str, Callable[[str, str, Passport, Passport], Iterator[str]]] = {
     "protocol": _protocol,
     "settings": _config,
+    "adapter configuration": _adapters,
     "parameters": _schema,
     "adapter": _lora,
+    "ranks": _ranks,
     "base model": _base,
     "resume": _round,
 }
@@ -173,12 +209,3 @@ def shared_file(passports: Sequence[Passport], names: Sequence[str]) -> str | No
                 )
             writers[path] = party
     return None
-
-
-def _digest(tensor: Tensor) -> str:
-    digest = hashlib.blake2b(f"{list(tensor.shape)}{tensor.dtype}".encode(), digest_size=8)
-    if not tensor.is_meta and tensor.numel():
-        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-        sample = flat[:: -(-flat.numel() // _SAMPLES)].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,10 +1,10 @@
 """Arithmetic that gives the same bits on every processor, for what each party computes for itself.
 
-IEEE 754 says to the bit what a sum, a difference, a product and a quotient of two numbers are. Torch does more
-at once where a processor can: ``a + alpha * b`` is rounded once where there is a fused multiply-add and twice
-where there is none, and its square roots come from a library that has other last bits on other processors. So
-an optimizer's step differs in the last bit between institutions. Here all of that is put together from
-operations of one rounding each.
+IEEE 754 says to the bit what a sum, a difference, a product and a quotient of two numbers are. Torch does
+more at once where a processor can: ``a + alpha * b`` is rounded once where there is a fused multiply-add and
+twice where there is none, and its square roots come from a library that has other last bits on other
+processors. So an optimizer's step differs in the last bit between institutions. Here all of that is put
+together from operations of one rounding each.
 """
 
 import zlib
@@ -88,15 +88,16 @@ def _lerp(x: Tensor, end: Tensor, weight: Any) -> Tensor:
     far = end - (end - x) * (1 - weight)  # exact at the end, as torch's is
     if isinstance(weight, Tensor):
         return torch.where(weight.abs() < 0.5, near, far)
-    return near if abs(weight) < 0.5 else far
+    chosen: Tensor = near if abs(weight) < 0.5 else far
+    return chosen
 
 
 def _addcmul(x: Tensor, one: Tensor, other: Tensor, *, value: Any = 1) -> Tensor:
-    return x + one * value * other
+    return x + one.mul(value).mul(other)
 
 
 def _addcdiv(x: Tensor, one: Tensor, other: Tensor, *, value: Any = 1) -> Tensor:
-    return x + one * value / other
+    return x + one.mul(value).div(other)
 
 
 def _divide(x: Tensor, other: Any, *, rounding_mode: str | None = None) -> Tensor | None:

@@ -56,6 +56,8 @@ class Replica:
         """The round that comes."""
         self.version: Version | None = None
         """Which of the states of this round it is, between separate jobs; None before the first."""
+        self.short_rounds = 0
+        """Rounds in a row, up to now, in which fewer than a quorum trained."""
         self.stale = False
         """Whether the parameters are still to be written."""
         self.distance = math.nan
@@ -170,7 +172,9 @@ class Replica:
     def state(self) -> dict[str, Any]:
         """Return the state as it lies in memory, to be looked at before anything goes on."""
         lora = self.products.reference if self.products else None
-        return global_state.state_of(self.round, self.version, lora, self.updates, self._private)
+        return global_state.state_of(
+            self.round, self.version, self.short_rounds, lora, self.updates, self._private
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers, with what this party alone owes."""
@@ -183,7 +187,7 @@ class Replica:
         Raises:
             ValueError: If it is of other parameters or settings.
         """
-        self.round = state["round"]
+        self.round, self.short_rounds = state["round"], state["short_rounds"]
         self.version = Version(*state["version"]) if state.get("version") else None
         self.loaded = state
         if not self._plan.rule.ranks_may_differ:  # else the shapes depend on the other parties' ranks
@@ -196,7 +200,8 @@ class Replica:
         if self.products is None:
             self.load_state_dict(state)
         else:
-            self.round, self.version = state["round"], Version(*state["version"])
+            self.round, self.short_rounds = state["round"], state["short_rounds"]
+            self.version = Version(*state["version"])
             self._restore(state)
         self.stale, self.distance = True, math.nan
 
@@ -237,8 +242,8 @@ class Replica:
         try:
             yield
         except BaseException:
-            self.round, self.version, self.stale, self.loaded = before["round"], version, stale, loaded
-            self.distance = distance
+            self.round, self.short_rounds = before["round"], before["short_rounds"]
+            self.version, self.stale, self.loaded, self.distance = version, stale, loaded, distance
             if self.layout.shapes == before["shapes"]:
                 self._restore(before)
             raise

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pellm_lightning import outer, passport
+from pellm_lightning.adapter_config import AdapterConfigs
 from pellm_lightning.aggregation.base import Aggregation, Counting, Granted, Part
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
@@ -25,12 +26,15 @@ from pellm_lightning.exchange import Exchange
 from pellm_lightning.exchange.base import chosen
 from pellm_lightning.federation import (
     Collectives,
+    ElasticFederation,
     FederationError,
     PartyLostError,
+    Quorum,
     Version,
+    resolve_quorum,
 )
 from pellm_lightning.global_state import hand_over
-from pellm_lightning.meeting import Header, Meeting, Purpose, meeting
+from pellm_lightning.meeting import MAX_WEIGHT, Header, Meeting, Purpose, meeting
 from pellm_lightning.outer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.passport import Passport
 from pellm_lightning.privacy.gaussian import GaussianMechanism
@@ -38,7 +42,7 @@ from pellm_lightning.privacy.private import PrivateUpdates
 from pellm_lightning.products import Outcome
 from pellm_lightning.replica import Replica
 from pellm_lightning.updates import Ballot
-from pellm_lightning.who_counts import WhoCounts
+from pellm_lightning.who_counts import Shortage, WhoCounts
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,11 @@ class RoundReport:
     parties: tuple[int, ...]
     """Parties that took part, by index in the federation."""
     active_parties: int
-    """Parties whose parameters counted: weight above 0 and all values finite."""
+    """Parties whose parameters counted: weight above 0 and all values finite; 0 if nothing moved."""
+    trained_parties: int
+    """Parties that came to it with local steps of finite values; with fewer than a quorum nobody counts."""
+    quorum: int
+    """Parties that had to train for the round to move anything."""
     total_weight: float
     """Sum of the weights that counted."""
     weight: float
@@ -85,7 +93,7 @@ class RoundReport:
     """Learning rate of the outer optimizer in this round; None if nobody counted, so that nothing moved."""
     last: bool = False
     """Whether no further round can move anything: the privacy budget is used up, or too few parties still
-    train to hide in a sum."""
+    train to make a quorum or to hide in a sum."""
     local_loss: float | None = None
     """Mean training loss of this party alone."""
     weights: tuple[float, ...] = ()
@@ -102,6 +110,8 @@ class Crossed:
 
     weights: list[float]
     """Of the parties that met; 0 for who does not count."""
+    trained: list[int]
+    """Parties that have trained, by their place among those that met."""
     excluded: list[int]
     """Parties left out, by their place among those that met."""
     counting: Counting
@@ -148,12 +158,17 @@ class Aggregator:
             It must move each element by its own gradients.
         outer_scheduler: Makes a torch scheduler of that optimizer's learning rate, stepped once for each
             round in which a party counted.
-        frozen: Named tensors that stay local but must be the same everywhere (the base model); compared by
-            sample.
+        frozen: Named tensors that stay local but must be the same everywhere, from ``frozen_state(model)``;
+            every value is compared, by digests that are made once.
+        adapters: PEFT configurations that must be the same everywhere, from ``adapter_configs(model)``.
         config: Settings that must be equal at all parties, by name; compared at the start.
         files: Paths this party writes to ("host:path"), which no other party may share.
+        facts: What else the others may want to know of this party, in plain containers; not compared.
         on_nonfinite: What to do when a party's parameters hold NaN or infinity: leave it out of the round
             (the result heals it), or raise at every party.
+        quorum: Parties that must have trained in a round for it to move the global parameters: more than half
+            of all ("majority"), or a number. With fewer, all go back to the last result of a quorum; if the
+            others are through, or it happens twice in a row, that is the end (``RoundReport.last``).
         state_dir: Where a party of an ``ElasticFederation`` keeps the global state through its own death;
             None keeps it in memory only.
 
@@ -176,12 +191,16 @@ class Aggregator:
         outer_optimizer: OptimizerFactory = outer.sgd_one,
         outer_scheduler: SchedulerFactory | None = None,
         frozen: Mapping[str, Tensor] | None = None,
+        adapters: AdapterConfigs | None = None,
         config: Mapping[str, str | int | float | None] | None = None,
         files: Iterable[str] = (),
+        facts: Mapping[str, Any] | None = None,
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
+        quorum: Quorum = "majority",
         state_dir: str | Path | None = None,
     ) -> None:
         self.federation = federation
+        needed = resolve_quorum(quorum, federation.max_parties)
         self._exchange = chosen(exchange)
         self._exchange.check(federation)
         self._meeting = meeting(
@@ -196,6 +215,7 @@ class Aggregator:
         scheduled = outer_scheduler is not None
         _check_privacy(privacy, self._exchange)
         _check_rejoining(self._meeting, plan.rule)
+        _check_quorum(federation, needed)
         outer.check(plan.rule, tried, scheduled=scheduled)
         # One subtraction then, which has the same bits at all parties; more is compared.
         self._lands = outer.always_lands(tried, scheduled=scheduled)
@@ -210,12 +230,16 @@ class Aggregator:
             )
         self._parameters = {name: parameters[name] for name in sorted(plan.shared)}
         self._frozen = frozen
+        self._base: dict[str, str] | None = None
+        self._adapters = adapters or {}
         self._files = list(files)
+        self._facts = dict(facts or {})
         self._private = None if privacy is None else PrivateUpdates(privacy)
-        self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite)
+        self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite, needed)
         self._beside = beside
         self._weight = 0.0
         self._contribution: Contribution | None = None
+        self._steps_left = math.nan
         self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
         self._told_of_metrics = False
@@ -233,6 +257,7 @@ class Aggregator:
         )
         self._config = {
             "on_nonfinite": on_nonfinite,
+            "quorum": needed,
             "outer_optimizer": outer.describe(tried),
             "outer_scheduler": outer.described_schedule(outer_optimizer, outer_scheduler),
             "aggregation": repr(plan.rule),
@@ -247,6 +272,12 @@ class Aggregator:
     def round(self) -> int:
         """Index of the round that comes."""
         return self._replica.round
+
+    @property
+    def lineage(self) -> str | None:
+        """Name of a federation of separate jobs, the same at all and through restarts; None in one launch."""
+        version = self._replica.version
+        return None if version is None else version.lineage or None
 
     @property
     def size_bytes(self) -> int:
@@ -318,24 +349,33 @@ class Aggregator:
 
     @torch.no_grad()
     def step(
-        self, weight: float, loss: float | None = None, contribution: Contribution | None = None
+        self,
+        weight: float,
+        loss: float | None = None,
+        contribution: Contribution | None = None,
+        *,
+        steps_left: float = math.nan,
     ) -> RoundReport:
         """Run one round with all parties.
 
         Args:
-            weight: How much this party counts, finite and >= 0; 0 sends zeros, yet receives the result.
+            weight: How much this party counts, 0 to 2^53; 0 sends zeros, yet receives the result.
             loss: Mean training loss of this party since the last round, for the report.
             contribution: What this party gives beside its update, if a method asks for it.
+            steps_left: Optimizer steps that this party still has to make, for the others' messages if the
+                federation ends without them; NaN if nobody knows.
 
         Raises:
-            ValueError: If the weight is negative or not finite, or the contribution is not what the method
-                asks for.
+            ValueError: If the weight is out of range, or the contribution is not what the method asks for.
             MismatchError: If a party is in another round.
             PartyLostError: If a party is gone or too late, and the federation is not elastic.
             FederationError: If no party counts.
         """
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"Party {self.federation.name} has weight={weight}; it must be finite and >= 0.")
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise ValueError(
+                f"Party {self.federation.name} has weight={weight}; it must be 0 to {MAX_WEIGHT:g} (2^53), so"
+                " that sums of weights are exact and finite."
+            )
         if self._private is not None and weight not in (0.0, 1.0):
             raise ValueError(
                 f"Party {self.federation.name} has weight={weight}, but with differential privacy all parties"
@@ -345,11 +385,11 @@ class Aggregator:
         if self._beside is not None and weight > 0:
             who = f"Party {self.federation.name} comes to round {self.round}"
             self._beside.check_contribution(contribution, self._replica.layout.shapes, who)
-        self._contribution = contribution
+        self._contribution, self._steps_left = contribution, steps_left
         try:
             report = self._next(Purpose.ROUND, weight, loss)
         finally:
-            self._contribution = None
+            self._contribution, self._steps_left = None, math.nan
         if report is None:
             raise FederationError(f"Party {self.federation.name} came to a round, but none was run.")
         return report
@@ -368,7 +408,8 @@ class Aggregator:
     def mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the weighted mean over the parties of each named (value, weight), equal on all parties.
 
-        A party that is elsewhere (in a round, or done) counts 0, and so does one that lacks a name.
+        A party that is elsewhere (in a round, or done) counts 0, and so does one that lacks a name. A value
+        that is not finite is left out and its party named; the mean is NaN where no party has a finite one.
         """
         self._check_started()
         if values and self._private is not None and not self._told_of_metrics:
@@ -383,6 +424,8 @@ class Aggregator:
     def passport(self) -> Passport:
         """Return what this party shows the others at the start: what must agree, in plain containers."""
         plan, loaded = self._plan, self._replica.loaded
+        if self._frozen is not None and self._base is None:
+            self._base = passport.base_digests(self._frozen)
         schema = self._replica.layout.schema
         if plan.rule.ranks_may_differ:
             schema = _without_ranks(schema, plan.named((Part.A,)), plan.named((Part.B,)))
@@ -395,10 +438,19 @@ class Aggregator:
             },
             "ranks_may_differ": plan.rule.ranks_may_differ,
             "config": self._config,
-            "base": None if self._frozen is None else passport.base_digests(self._frozen),
+            "adapters": self._adapters,
+            "base": self._base,
             "round": self.round,
             "checksum": None if loaded is None else passport.checksum(loaded["global"]),
             "files": self._files,
+            "facts": self._facts,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return the ``facts`` of the parties that met last, by name; a peer may have said anything."""
+        passports = self._meeting.passports()
+        return {
+            name: shown.get("facts") for name, shown in zip(self.federation.names, passports, strict=True)
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -517,10 +569,14 @@ class Aggregator:
         outer_lr = schedule.lr if crossed.counting.num_counting else None
         distance, deviation = self._apply_(crossed)
         replica.distance = distance
+        shortage = self._shortage(headers, crossed)
+        replica.short_rounds = shortage.rounds
         report = RoundReport(
             round=self.round,
             parties=tuple(self.federation.members),
             active_parties=crossed.counting.num_counting,
+            trained_parties=len(crossed.trained),
+            quorum=self._who.quorum,
             total_weight=crossed.total_weight,
             weight=self._weight if crossed.weights[self.federation.party] > 0 else 0.0,
             excluded=tuple(self.federation.members[party] for party in crossed.excluded),
@@ -536,7 +592,7 @@ class Aggregator:
             compression_error=None if replica.memory is None else replica.memory.error,
             clipping_norm=None if self._private is None else self._private.max_norm,
             outer_lr=outer_lr,
-            last=self._who.none_after(headers, self.round),
+            last=self._who.none_after(headers, self.round, shortage),
             local_loss=loss,
             weights=() if self._exchange.hides else tuple(crossed.weights),
             losses=tuple(_finite(header.loss) for header in headers) if self._tells else (),
@@ -558,7 +614,9 @@ class Aggregator:
         if excluded:
             weights = self._without(excluded, weights)
         failed = max(header.releases for header in headers)
-        weights = self._who.allowed(headers, weights, self.round, failed)
+        said, weights = weights, self._who.sendable(headers, weights, self.round)
+        trained = self._who.trained(headers, said, weights, excluded)
+        weights = self._who.allowed(weights, trained, self.round, failed)
         given_away = self._given_away
         sums = self._open(headers, weights)
         counting = self._counting(sums, weights)
@@ -572,8 +630,13 @@ class Aggregator:
                         f"Round {self.round}: an update of party {self.federation.called(excluded)} exceeds"
                         " float32. No parameter was changed. Lower that party's learning rate."
                     )
+                trained = [party for party in trained if party not in excluded]
+                weights = self._who.in_quorum(weights, trained)
                 counting = self._counting(sums, weights)
-                _, ballot = self._average(counting, loss)
+                if counting.num_counting:
+                    _, ballot = self._average(counting, loss)
+                else:
+                    updates.drop_()
         total_weight = sum(weights)
         if self._exchange.hides and counting.num_counting:
             counting, total_weight = self._who.scaled(counting, ballot.total_weight), ballot.total_weight
@@ -588,7 +651,14 @@ class Aggregator:
             combined = replica.products.combine(
                 replica.layout, updates.global_, updates.pseudo_gradient, counting
             )
-        return Crossed(weights, excluded, counting, ballot, update_norm, total_weight, combined)
+        return Crossed(weights, trained, excluded, counting, ballot, update_norm, total_weight, combined)
+
+    def _shortage(self, headers: list[Header], crossed: Crossed) -> Shortage:
+        """Return whether too few parties trained in a round."""
+        rounds = 0 if len(crossed.trained) >= self._who.quorum else self._replica.short_rounds + 1
+        steps_left = [header.steps_left for header in headers]
+        steps_left[self.federation.party] = self._steps_left  # known here even where others must not know
+        return Shortage(rounds, crossed.trained, crossed.excluded, steps_left)
 
     def _open(self, headers: list[Header], weights: list[float]) -> Collectives:
         """Return the sums of this attempt, which all parties see alike: the round, and whose values count."""
@@ -640,7 +710,8 @@ class Aggregator:
             weight = float(weight > 0 and fine)
         header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._given_away)
         if self._tells:
-            header = replace(header, loss=math.nan if loss is None else loss, distance=self._replica.distance)
+            known = math.nan if loss is None else loss
+            header = replace(header, loss=known, distance=self._replica.distance, steps_left=self._steps_left)
         return self._meeting.meet(header, self._replica.version)
 
     @property
@@ -736,6 +807,15 @@ def _check_rejoining(meeting: Meeting, rule: Aggregation) -> None:
         raise ValueError(
             f"{rule!r} writes into the frozen weights, which a party that comes back cannot be given. Between"
             " separate jobs use LowRankMean() or another rule, or launch all parties by one torchrun."
+        )
+
+
+def _check_quorum(federation: Collectives, quorum: int) -> None:
+    """Refuse another quorum than that of separate jobs that must meet."""
+    if isinstance(federation, ElasticFederation) and federation.quorum != quorum:
+        raise ValueError(
+            f"The federation lets {federation.quorum} of its {federation.max_parties} parties meet, but a"
+            f" round would need quorum={quorum}. Give both the same quorum."
         )
 
 

@@ -38,7 +38,7 @@ class Topology:
 
     @classmethod
     def from_env(cls, num_parties: int | None = None, environ: Mapping[str, str] | None = None) -> "Topology":
-        """Read ``RANK`` and ``WORLD_SIZE`` as torchrun sets them; without them, a federation of one.
+        """Read ``RANK`` and ``WORLD_SIZE`` as torchrun sets them; without a rank, a federation of one.
 
         Args:
             num_parties: Number of parties; None makes every process a party.
@@ -48,7 +48,8 @@ class Topology:
             ValueError: If the world size is not divisible by ``num_parties``.
         """
         environ = os.environ if environ is None else environ
-        world_size = int(environ.get("WORLD_SIZE", 1))
+        # Lightning gives the processes that it starts itself a world size, but no rank.
+        world_size = int(environ.get("WORLD_SIZE", 1)) if "RANK" in environ else 1
         rank = int(environ.get("RANK", 0))
         num_parties = world_size if num_parties is None else num_parties
         if num_parties < 1 or world_size % num_parties:

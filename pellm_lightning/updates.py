@@ -130,6 +130,12 @@ class Updates:
         counting.federation.all_reduce_each_(packed())
         return _norm(squares), self._counted(told)
 
+    def drop_(self) -> None:
+        """Forget what was summed, so that the next step moves nothing."""
+        self.pseudo_gradient.zero_()
+        if self._carrying is not None:
+            self._carrying.zero_()
+
     def divide_(self, total_weight: float) -> None:
         """Make a mean of a sum of updates times their weights, and of what crossed with them."""
         self.pseudo_gradient.mul_(1 / total_weight)

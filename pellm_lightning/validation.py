@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from pellm_lightning.environment import Party
-from pellm_lightning.samples import samples_in
+from pellm_lightning.samples import SampleCounter
 
 
 class ValidationMetrics:
@@ -19,16 +19,25 @@ class ValidationMetrics:
     def __init__(self) -> None:
         self._before: Mapping[str, Any] = {}
         self._samples: dict[int, int] = {}
+        self._counter = SampleCounter(says=False)
+        self.names: list[str] | None = None
+        """What the sanity check has logged; None if there was none."""
+
+    def check(self, trainer: Trainer) -> None:
+        """Take note of what the sanity check has logged."""
+        self.names = sorted(name for name in trainer.callback_metrics if not name.startswith("federated/"))
 
     def start(self, trainer: Trainer) -> None:
         """Remember what is there already."""
         self._before = dict(trainer.callback_metrics)
         self._samples = {}
 
-    def count(self, batch: Any, dataloader_idx: int) -> None:
+    def count(self, trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Add a batch's samples to those of its dataloader."""
+        loaders: Any = trainer.val_dataloaders
+        loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
         counted = self._samples.get(dataloader_idx, 0)
-        self._samples[dataloader_idx] = counted + samples_in(batch, otherwise=1)
+        self._samples[dataloader_idx] = counted + self._counter.count(batch, loader, batch_idx)
 
     def end(self, trainer: Trainer, party: Party) -> dict[str, tuple[float, float]]:
         """Return each metric's mean over the party's processes and the samples behind it."""

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pellm_lightning.aggregation.base import Counting
@@ -12,6 +13,10 @@ from pellm_lightning.meeting import Header, Purpose
 from pellm_lightning.privacy.private import PrivateUpdates
 
 log = logging.getLogger(__name__)
+
+# A party that was healed of NaN, or came back, trains in the next round; if not even then enough do, it is no
+# accident.
+_MAX_SHORT_ROUNDS = 2
 
 
 class WhoCounts:
@@ -25,6 +30,7 @@ class WhoCounts:
         exchange: How values are summed.
         private: Differential privacy, if any.
         on_nonfinite: As in ``Aggregator``.
+        quorum: Parties that must have trained in a round for it to move anything.
     """
 
     def __init__(
@@ -33,11 +39,13 @@ class WhoCounts:
         exchange: Exchange,
         private: PrivateUpdates | None,
         on_nonfinite: Literal["exclude", "raise"],
+        quorum: int,
     ) -> None:
         self._federation = federation
         self._hides = exchange.hides
         self._private = private
         self._on_nonfinite = on_nonfinite
+        self.quorum = quorum
         self._min_counting = max(exchange.min_counting, 1 if private is None else private.min_counting)
 
     def weights(self, headers: Sequence[Header], round: int) -> list[float]:
@@ -97,22 +105,17 @@ class WhoCounts:
         )
         return rest
 
-    def allowed(
-        self, headers: Sequence[Header], weights: Sequence[float], round: int, failed: int
-    ) -> list[float]:
-        """Return the weights without those that could not be hidden in a sum, or that exceed the budget.
+    def sendable(self, headers: Sequence[Header], weights: Sequence[float], round: int) -> list[float]:
+        """Return the weights without those whose values were revealed in a sum of others.
 
         Args:
             headers: What the parties said.
             weights: Their weights.
             round: The round.
-            failed: Noisy releases of attempts at this round that failed.
         """
         federation = self._federation
         together = _counting_together(headers, weights, federation.names)
         exposed = weights[federation.party] > 0 and federation.party not in together
-        weights = [weight if party in together else 0.0 for party, weight in enumerate(weights)]
-        count = len(together)
         if exposed:
             log.warning(
                 "[party %s] Round %d: a sum of this party's update was revealed in an attempt that failed. It"
@@ -121,6 +124,44 @@ class WhoCounts:
                 federation.name,
                 round,
             )
+        return [weight if party in together else 0.0 for party, weight in enumerate(weights)]
+
+    def trained(
+        self,
+        headers: Sequence[Header],
+        said: Sequence[float],
+        sendable: Sequence[float],
+        excluded: Collection[int],
+    ) -> list[int]:
+        """Return who has trained in a round, whatever weight it was given, by index.
+
+        Args:
+            headers: What the parties said.
+            said: The weights that they came with.
+            sendable: The weights without those that must not be sent.
+            excluded: Whose values are not finite.
+        """
+        return [
+            party
+            for party, header in enumerate(headers)
+            if header.purpose is Purpose.ROUND
+            and not header.behind
+            and party not in excluded
+            and (said[party] == 0 or sendable[party] > 0)
+        ]
+
+    def allowed(
+        self, weights: Sequence[float], trained: Sequence[int], round: int, failed: int
+    ) -> list[float]:
+        """Return the weights; all 0 if too few trained, could be hidden in a sum, or the budget is used up.
+
+        Args:
+            weights: The weights that may be sent.
+            trained: Who has trained, by index.
+            round: The round.
+            failed: Noisy releases of attempts at this round that failed.
+        """
+        federation, count = self._federation, sum(weight > 0 for weight in weights)
         if count and self._private is not None and not self._private.affords(failed):
             log.warning(
                 "[party %s] Round %d: one more would exceed max_epsilon=%g. Nothing is sent; all go back to"
@@ -139,7 +180,11 @@ class WhoCounts:
                 count,
             )
             return [0.0] * len(weights)
-        return weights
+        return self.in_quorum(weights, trained)
+
+    def in_quorum(self, weights: Sequence[float], trained: Sequence[int]) -> list[float]:
+        """Return the weights; all 0 if fewer than a quorum have trained."""
+        return list(weights) if len(trained) >= self.quorum else [0.0] * len(weights)
 
     def counting(
         self, sums: Collectives, weights: Sequence[float], own_weight: float, round: int
@@ -169,8 +214,14 @@ class WhoCounts:
         shares = [share / total_weight if share else 0.0 for share in counting.shares]
         return Counting(counting.federation, shares, counting.round)
 
-    def none_after(self, headers: Sequence[Header], round: int) -> bool:
-        """Tell whether no further round can move anything, the present one being through."""
+    def none_after(self, headers: Sequence[Header], round: int, shortage: "Shortage") -> bool:
+        """Tell whether no further round can move anything, the present one being through.
+
+        Args:
+            headers: What the parties said as they came to it.
+            round: Its index.
+            shortage: Whether too few trained in it.
+        """
         federation = self._federation
         if self._private is not None and not self._private.affords():
             log.warning(
@@ -182,6 +233,10 @@ class WhoCounts:
             return True
         done = sum(header.purpose is Purpose.DONE for header in headers)
         left = federation.max_parties - done
+        if shortage.rounds:
+            ends = left < self.quorum or shortage.rounds >= _MAX_SHORT_ROUNDS
+            log.warning("[party %s] %s", federation.name, self._explained(headers, round, shortage, ends))
+            return ends
         if not done or left >= self._min_counting:
             return False
         log.warning(
@@ -194,6 +249,67 @@ class WhoCounts:
             left,
         )
         return True
+
+    def _explained(self, headers: Sequence[Header], round: int, shortage: "Shortage", ends: bool) -> str:
+        """Return why a round that fewer than a quorum trained in moved nothing, and what comes of it."""
+        federation, trained = self._federation, shortage.trained
+        who = f" (party {federation.called(trained)})" if trained else ""
+        since = round - shortage.rounds
+        result = f"the result of round {since}" if since >= 0 else "the parameters of the start"
+        said = (
+            f"Round {round}: {len(trained)} of {federation.max_parties} parties trained in it{who}, but"
+            f" quorum={self.quorum}, so it moves nothing and all go back to {result}."
+        )
+        idle = [
+            f"party {federation.called([party])} {why}"
+            for party, header in enumerate(headers)
+            if party not in trained and (why := _why_idle(header, party in shortage.excluded))
+        ]
+        if idle:
+            said += f" The others: {', '.join(idle)}."
+        if not ends:
+            return f"{said} The local steps since then are lost, the federation goes on."
+        stopping = [party for party, header in enumerate(headers) if header.purpose is not Purpose.DONE]
+        stops = ", ".join(
+            f"party {federation.called([party])} stops with {_steps(shortage.steps_left[party])} left"
+            for party in stopping
+        )
+        return (
+            f"{said} The federation ends with that result: {stops}. To use these steps too, give all parties"
+            " equally many rounds, by every_n_epochs and the same max_epochs or by the same max_steps;"
+            " quorum=1 would let the last party that still trains decide the result alone."
+        )
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A lack of parties that train.
+
+    Args:
+        rounds: Rounds in a row, the present one included, in which fewer than a quorum trained; 0 if it had
+            enough.
+        trained: Who trained in the present one, by index.
+        excluded: Whose values were not finite, by index.
+        steps_left: Optimizer steps that each party still has to make; NaN where that is unknown here.
+    """
+
+    rounds: int
+    trained: Sequence[int]
+    excluded: Sequence[int]
+    steps_left: Sequence[float]
+
+
+def _why_idle(header: Header, excluded: bool) -> str | None:
+    """Return why a party did not train in a round, None if nobody knows."""
+    if header.purpose is Purpose.DONE:
+        return "has made all its steps"
+    if excluded or not header.fine:
+        return "holds NaN or infinity"
+    return "has just come (back)" if header.behind or header.purpose is Purpose.JOIN else None
+
+
+def _steps(left: float) -> str:
+    return f"about {left:.0f} steps" if math.isfinite(left) else "an unknown number of steps"
 
 
 def _counting_together(headers: Sequence[Header], weights: Sequence[float], names: Sequence[str]) -> set[int]:

@@ -104,8 +104,13 @@ def groups_are_taken_down_beside() -> Iterator[None]:
         thread.join()
 
 
-# By pytest, and by older torch when it compiles.
-_SET_BY_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+# By pytest, by older torch when it compiles, and by scikit-learn when it is imported.
+_SET_BY_OTHERS = (
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from history import SIZE, Entry, Findings, findings, noise, recorded
 from torch import Tensor
 
 from pellm_lightning import Aggregator
-from pellm_lightning.federation import ElasticFederation, FederationError, Membership
+from pellm_lightning.federation import ElasticFederation, FederationError, Membership, Quorum
 from pellm_lightning.federation.rendezvous.frames import Op
 from pellm_lightning.federation.rendezvous.table import RefusedError, Table
 
@@ -216,6 +216,7 @@ class Life:
             self._connect,  # type: ignore[arg-type]
             self.name,
             world.roster,
+            quorum=world.quorum,
             membership=Membership(**membership),
         )
         generator = torch.Generator().manual_seed(77 + self.index)
@@ -223,7 +224,11 @@ class Life:
         self.make = arguments.pop("train", None)
         state_dir = arguments.pop("state_dir", world.state_dir and world.state_dir / self.name)
         aggregator = Aggregator(
-            federation, arguments.pop("parameters", {"w": self.w}), state_dir=state_dir, **arguments
+            federation,
+            arguments.pop("parameters", {"w": self.w}),
+            quorum=world.quorum,
+            state_dir=state_dir,
+            **arguments,
         )
         self.aggregator = aggregator
         if resumed is not None:
@@ -293,11 +298,18 @@ class World:
     """What all parties have in common: a roster, a rendezvous, and the record of what came of each round."""
 
     def __init__(
-        self, parties: int, *, rounds: int = 4, state_dir: Path | None = None, **membership: Any
+        self,
+        parties: int,
+        *,
+        rounds: int = 4,
+        state_dir: Path | None = None,
+        quorum: Quorum = "majority",
+        **membership: Any,
     ) -> None:
         self.roster = [f"p{i}" for i in range(parties)]
         self.rounds = rounds
         self.state_dir = state_dir
+        self.quorum: Quorum = quorum
         self.membership = {"heartbeat_ttl_s": TTL_S, "wait_s": 8.0, "exchange_timeout_s": 5.0} | membership
         self.rendezvous = Rendezvous()
         self.entries: list[Entry] = []

@@ -50,6 +50,8 @@ def done(index: int, parties: Sequence[int], **facts: Any) -> RoundReport:
         "round": index,
         "parties": tuple(parties),
         "active_parties": len(parties),
+        "trained_parties": len(parties),
+        "quorum": len(parties) // 2 + 1,
         "total_weight": float(len(parties)),
         "weight": 1.0,
         "excluded": (),

@@ -37,8 +37,8 @@ def rounds_of(rule: Aggregation, **arguments: Any) -> list[list[Round]]:
 FACTORS_A = sum(RANK * n for _, n in SIZES.values())
 FACTORS_B = sum(m * RANK for m, _ in SIZES.values())
 HEAD_SIZE = 3 * 4
-# A header of six float64 numbers and a ballot of four float32 numbers, with a vote of each party.
-WORDS = 8 * 6 * N + 4 * (N + 4)
+# A header of seven float64 numbers and a ballot of four float32 numbers, with a vote of each party.
+WORDS = 8 * 7 * N + 4 * (N + 4)
 MEAN = WORDS + 4 * (FACTORS_A + FACTORS_B + HEAD_SIZE)
 # Of the power iteration each module's two r x r matrices and a norm, and each party's digests: of each
 # module's columns, of its decomposition, and of the result.
@@ -50,7 +50,11 @@ SENT: dict[str, tuple[Aggregation, list[int]]] = {
     "Alternating": (Alternating(), [MEAN - 4 * FACTORS_A, MEAN - 4 * FACTORS_B]),
     "ShareA": (ShareA(), [MEAN - 4 * (FACTORS_B + HEAD_SIZE)] * 2),
     "LowRankMean, power": (LowRankMean("power"), [MEAN + SMALL] * 2),
-    "LowRankMean, 2 steps": (LowRankMean("power", steps=2), [MEAN + SMALL + 4 * (FACTORS_A + FACTORS_B)] * 2),
+    # The second step sends the factors again, and the digests of its columns.
+    "LowRankMean, 2 steps": (
+        LowRankMean("power", steps=2),
+        [MEAN + SMALL + 4 * (FACTORS_A + FACTORS_B) + 8 * N * len(SIZES)] * 2,
+    ),
     # A party sends the factors that others own, and what it made of its own.
     "LowRankMean, exact": (LowRankMean("exact"), [MEAN] * 2),
     # The mean, all factors to all, a digest of each base by each party, and two float64 norms of each.

@@ -188,7 +188,7 @@ def test_a_party_that_goes_on_alone_keeps_what_it_learns(tmp_path: Path, name: s
 
     def fit(party: int, federated: Any) -> tuple[Recording, list[float]]:
         module, logger = Recording(party), Rounds()
-        callbacks = [federated(aggregation=RULES[name])]
+        callbacks = [federated(aggregation=RULES[name], quorum=1)]
         trainer = quiet_trainer(tmp_path, callbacks, max_epochs=4 - 3 * party, logger=logger)
         trainer.fit(module, data(8, seed=party))
         return module, [done["active_parties"] for done in logger.rounds]
@@ -205,7 +205,7 @@ def test_a_party_that_goes_on_alone_keeps_what_it_learns(tmp_path: Path, name: s
 def test_a_party_that_goes_on_alone_takes_the_shared_a_along(tmp_path: Path) -> None:
     def fit(party: int, federated: Any) -> Tuned:
         module = Tuned(party)
-        callbacks = [federated(aggregation=ShareA())]
+        callbacks = [federated(aggregation=ShareA(), quorum=1)]
         quiet_trainer(tmp_path, callbacks, max_epochs=4 - 3 * party).fit(module, data(8, seed=party))
         return module
 
@@ -227,7 +227,7 @@ def test_a_party_whose_factors_are_nan_is_left_out_and_healed(tmp_path: Path, na
     def fit(party: int, federated: Any) -> tuple[Broken, list[float]]:
         module, logger = Broken(party), Rounds()
         module.breaks = party == 1
-        callbacks = [federated(aggregation=RULES[name])]
+        callbacks = [federated(aggregation=RULES[name], quorum=1)]
         quiet_trainer(tmp_path, callbacks, max_epochs=2, logger=logger).fit(module, data(8, seed=party))
         return module, [done["active_parties"] for done in logger.rounds]
 
@@ -443,7 +443,7 @@ def test_the_moments_of_a_party_that_trains_on_alone_are_kept(tmp_path: Path) ->
 
     def fit(party: int, federated: Any) -> Steps:
         watch = Steps()
-        callbacks = [federated(aggregation=LowRankMean(gauge="balanced")), watch]
+        callbacks = [federated(aggregation=LowRankMean(gauge="balanced"), quorum=1), watch]
         quiet_trainer(tmp_path, callbacks, max_epochs=3 - 2 * party).fit(Tuned(party), data(4, seed=party))
         return watch
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from parties import Classifier, Rounds, ValidatedClassifier, batches, data, fit_parties, quiet_trainer
 from torch import nn
@@ -268,15 +269,27 @@ def test_a_plateau_scheduler_follows_the_federation(tmp_path: Path) -> None:
     assert fit_parties(2, fit) == [0.025, 0.025]
 
 
-def test_a_metric_that_is_nan_at_one_party_is_nan_for_all(tmp_path: Path) -> None:
-    """A diverged party must not hide; EarlyStopping(check_finite=True) then stops all of them."""
+def test_a_metric_that_is_nan_at_one_party_is_that_of_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named; where it is NaN at all, EarlyStopping(check_finite=True) stops all of them."""
 
-    def fit(party: int, federated: Any) -> tuple[float, int]:
-        module = Scripted(party, (1.0, math.nan if party else 0.9, 0.8))
-        trainer = quiet_trainer(tmp_path, [EarlyStopping("federated/val_loss"), federated()], max_epochs=3)
+    def fit(party: int, federated: Any) -> tuple[list[float], int]:
+        module = Scripted(party, (1.0, math.nan if party else 0.9, math.nan))
+        seen: list[float] = []
+
+        class See(Callback):
+            def on_validation_end(self, trainer: Any, *args: Any) -> None:
+                seen.append(float(trainer.callback_metrics["federated/val_loss"]))
+
+        callbacks = [EarlyStopping("federated/val_loss"), federated(), See()]
+        trainer = quiet_trainer(tmp_path, callbacks, max_epochs=9)
         trainer.fit(module, data(8, seed=party), data(4, seed=9))
-        return float(trainer.callback_metrics["federated/val_loss"]), trainer.current_epoch
+        return seen, trainer.current_epoch
 
-    for value, epochs in fit_parties(2, fit):
-        assert math.isnan(value)
-        assert epochs == 2
+    for seen, epochs in fit_parties(2, fit):
+        assert seen[:2] == pytest.approx([1.0, 0.9])
+        assert math.isnan(seen[2])
+        assert epochs == 3
+    assert caplog.text.count("val_loss is no finite number (or its weight none) at party 1, so") == 2
+    assert caplog.text.count("val_loss is no finite number (or its weight none) at party 0, 1, so") == 2

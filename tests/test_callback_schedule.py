@@ -229,7 +229,9 @@ def test_uneven_parties_meet_round_by_round(tmp_path: Path) -> None:
 
     def fit(party: int, federated: Any) -> torch.Tensor:
         module = Validating(seed=party)
-        trainer = quiet_trainer(tmp_path, [federated()], logger=loggers[party], max_epochs=epochs[party])
+        trainer = quiet_trainer(
+            tmp_path, [federated(quorum=1)], logger=loggers[party], max_epochs=epochs[party]
+        )
         trainer.fit(module, batches(sizes[party], seed=party), data(4, seed=9))
         return module.vector()
 
@@ -255,7 +257,7 @@ def test_a_finished_party_takes_over_each_later_round(tmp_path: Path) -> None:
                 own.append(module.vector())
 
         trainer = quiet_trainer(
-            tmp_path, [federated(), Remember()], max_epochs=1 + 3 * party, logger=Rounds()
+            tmp_path, [federated(quorum=1), Remember()], max_epochs=1 + 3 * party, logger=Rounds()
         )
         trainer.fit(module, data(4, seed=party), data(4, seed=9))
         return own[-1], module.vector()

@@ -1,5 +1,6 @@
 """What Lightning users have in their Trainers and modules, together with FederatedAveraging."""
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.utilities import CombinedLoader
 from parties import Classifier, Rounds, batches, data, fit_parties, linear, quiet_trainer
 from reference import fedavg
 from torch import nn
+
+from pellm_lightning import FederatedAveraging
 
 
 def end(fit: Any, num_parties: int = 2) -> torch.Tensor:
@@ -309,7 +313,92 @@ def test_a_training_step_that_skips_batches(tmp_path: Path) -> None:
         return module.vector()
 
     end(fit)
-    assert len(logger.rounds) == 2
+    # Of two parties with batches of 4, party 0 counts 4 batches and party 1 two of them.
+    assert [(done["weight"], done["total_weight"]) for done in logger.rounds] == [(8, 24)] * 2
+
+
+@pytest.mark.parametrize("optimization", ["automatic", "manual"])
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None", "ignore:`training_step` returned `None`")
+def test_batches_that_are_none(tmp_path: Path, optimization: str) -> None:
+    """Lightning skips them; a round at the end of the epoch comes all the same."""
+    kind = {"automatic": Classifier, "manual": TwoOptimizers}[optimization]
+
+    class Gaps(torch.utils.data.IterableDataset):
+        def __init__(self, party: int) -> None:
+            self.party = party
+
+        def __iter__(self) -> Iterator[Any]:
+            for index, batch in enumerate(batches((4, 3, 2), seed=self.party)):
+                yield batch if index == 1 or self.party == 0 else None
+
+    logger = Rounds()
+
+    def fit(party: int, federated: Any) -> torch.Tensor:
+        module = kind(seed=party)
+        loader = torch.utils.data.DataLoader(Gaps(party), batch_size=None)
+        quiet_trainer(tmp_path, [federated()], logger=logger if party else Rounds()).fit(module, loader)
+        return nn.utils.parameters_to_vector(p for p in module.parameters() if p.requires_grad).detach()
+
+    end(fit)
+    assert [(done["weight"], done["total_weight"]) for done in logger.rounds] == [(3, 12)] * 2
+
+
+class OfWords(Classifier):
+    """Batches are lists of strings, of which the module makes its own tensors."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = torch.tensor([[float(word)] * 8 for word in batch])
+        return nn.functional.cross_entropy(self(x), torch.zeros(len(batch), dtype=torch.long))
+
+
+def as_strings(samples: list[int]) -> list[str]:
+    return [str(sample) for sample in samples]
+
+
+def test_batches_of_strings_weigh_what_their_loader_says(tmp_path: Path) -> None:
+    """10 samples in batches of 4, 4 and 2 weigh 10."""
+    logger = Rounds()
+
+    def fit(party: int, federated: Any) -> torch.Tensor:
+        module = OfWords(seed=party)
+        loader = torch.utils.data.DataLoader(range(10 if party else 6), batch_size=4, collate_fn=as_strings)
+        trainer = quiet_trainer(tmp_path, [federated()], logger=logger if party else Rounds())
+        trainer.fit(module, loader)
+        return module.vector()
+
+    end(fit)
+    assert [(done["weight"], done["total_weight"]) for done in logger.rounds] == [(10, 16)] * 2
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform", 3.0])
+def test_batches_of_unknown_size_are_warned_about_once(tmp_path: Path, weighting: Any) -> None:
+    callback = FederatedAveraging(weighting=weighting)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet_trainer(tmp_path, [callback]).fit(OfWords(), [["1", "2"], ["3"]])
+    told = [str(one.message) for one in said if "cannot tell how many samples" in str(one.message)]
+    assert len(told) == (weighting == "samples")
+    # Each batch counts as one sample.
+    assert [done.weight for done in callback.rounds] == [
+        {"samples": 2.0, "uniform": 1.0}.get(weighting, 3.0)
+    ] * 2
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_batches_of_several_loaders(tmp_path: Path, mode: Any) -> None:
+    """Of a batch with several parts the first one that is there counts."""
+
+    class Combined(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            parts = [part for part in batch.values() if part is not None]
+            return sum((super(Combined, self).training_step(part, 0) for part in parts), torch.tensor(0.0))
+
+    callback = FederatedAveraging()
+    loaders = {"a": data(6, seed=1), "b": data(7, seed=2, batch_size=3)}
+    quiet_trainer(tmp_path, [callback], max_epochs=1).fit(Combined(), CombinedLoader(loaders, mode))
+    # a: 4, 2; b: 3, 3, 1. Past its end a counts b's last, or begins anew.
+    expected = {"min_size": 6, "max_size": 6 + 1, "max_size_cycle": 6 + 4}
+    assert [done.weight for done in callback.rounds] == [expected[mode]]
 
 
 def test_batches_may_be_dictionaries(tmp_path: Path) -> None:

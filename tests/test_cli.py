@@ -1,5 +1,6 @@
 """The command line, in this process; test_launched.py runs it under torchrun."""
 
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from little import LittleData, LittleModule
 
@@ -35,9 +37,9 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Run the command line with the given words, in a new folder, with nothing on the terminal."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str, **kwargs: Any) -> FederatedCLI:
+    def run(*words: str, model: Any = LittleModule, **kwargs: Any) -> FederatedCLI:
         monkeypatch.setattr(sys, "argv", ["federate", *words[:1], *QUIET, *words[1:]])
-        return FederatedCLI(LittleModule, LittleData, **kwargs)
+        return FederatedCLI(model, LittleData, **kwargs)
 
     return run
 
@@ -89,6 +91,61 @@ def test_fit_with_a_yaml(command: Any, tmp_path: Path) -> None:
     assert cli.model.lr == 0.5
 
 
+# What is set of the default SGD(lr=1), and what the optimizer's group holds then.
+SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "nothing": ({}, {"lr": 1.0, "momentum": 0}),
+    "lr": ({"lr": 0.3}, {"lr": 0.3, "momentum": 0}),
+    "momentum": ({"momentum": 0.9}, {"lr": 1.0, "momentum": 0.9}),
+    "both": ({"lr": 0.7, "momentum": 0.9}, {"lr": 0.7, "momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("where", ["words", "yaml"])
+@pytest.mark.parametrize(("given", "expected"), SETTINGS.values(), ids=SETTINGS)
+def test_a_default_optimizer_is_configured_setting_by_setting(
+    command: Any, given: dict[str, Any], expected: dict[str, Any], where: str
+) -> None:
+    if where == "yaml":
+        federated = {"outer_optimizer": {"init_args": given}} if given else {}
+        Path("run.yaml").write_text(yaml.safe_dump({"federated": federated}))
+        words = ["--config=run.yaml"]
+    else:
+        words = [f"--federated.outer_optimizer.{name}={value}" for name, value in given.items()]
+    cli = command("fit", *words)
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
+    optimizer = callback.outer_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.SGD
+    assert {name: optimizer.param_groups[0][name] for name in expected} == expected
+    again = pickle.loads(pickle.dumps(callback))
+    assert again.outer_optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults == optimizer.defaults
+
+
+@pytest.mark.parametrize("where", ["one", "list"])
+def test_the_callback_of_a_plain_lightning_cli(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    callbacks: dict[str, Any] = {
+        "one": ["--trainer.callbacks=FederatedAveraging"],
+        "list": ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=FederatedAveraging"],
+    }
+    words = [*callbacks[where], "--trainer.callbacks.outer_optimizer.lr=0.3"]
+    monkeypatch.setattr(sys, "argv", ["plain"])
+    cli = LightningCLI(LittleModule, LittleData, seed_everything_default=False, args=words, run=False)
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
+    assert callback.outer_optimizer([torch.nn.Parameter(torch.zeros(1))]).defaults["lr"] == 0.3
+
+
+@pytest.mark.parametrize("task", ["CausalLM", "TextClassification"])
+def test_the_optimizer_of_a_ready_task(command: Any, capsys: pytest.CaptureFixture[str], task: str) -> None:
+    words = ["--model.model=folder", "--model.optimizer.lr=0.25", "--print_config"]
+    words += ["--model.num_labels=3"] if task == "TextClassification" else []
+    with pytest.raises(SystemExit) as stopped:
+        command("fit", f"--model=pellm_lightning.tasks.{task}", *words, subclass_mode_model=True, model=None)
+    assert stopped.value.code == 0
+    optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.AdamW"
+    settings = optimizer["init_args"]
+    assert (settings["lr"], settings["weight_decay"]) == (0.25, 0.01)
+
+
 def test_a_compressed_exchange_by_yaml(command: Any, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         """
@@ -135,6 +192,7 @@ def test_the_printed_configuration_runs_again(
         "outer_scheduler": None,
         "inner_optimizer_state": "keep",
         "on_nonfinite": "exclude",
+        "quorum": "majority",
         "timeout_s": 1800,
         "check_base": True,
         "save_frozen": True,

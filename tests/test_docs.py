@@ -42,6 +42,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored:UserWarning"),
     # Of going on where an earlier fit has ended.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    # Of a script that asks for it at its first start, too.
+    pytest.mark.filterwarnings('ignore:.fit.ckpt_path="last". is set, but there is no last checkpoint'),
     # Of Opacus' hooks on a first layer, whose input needs no gradient.
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
 ]

@@ -247,7 +247,7 @@ def stays(life: Life) -> None:
 
 @pytest.mark.parametrize("point", ["exchanging", "voting"])
 def test_failed_attempts_leave_no_trace(world: Callable[..., World], point: str) -> None:
-    w = world(3, rounds=4, min_parties=2)
+    w = world(3, rounds=4, quorum=2)
     faults: dict[str, dict[str, Act]] = {name: {"started": carrying} for name in w.roster}
     faults["p2"][f"{point}@2"] = die
     for name in w.roster:
@@ -268,7 +268,7 @@ def test_failed_attempts_leave_no_trace(world: Callable[..., World], point: str)
 
 
 def test_who_comes_late_is_given_the_mean(world: Callable[..., World]) -> None:
-    w = world(3, rounds=10**6, min_parties=2, wait_s=1.0)
+    w = world(3, rounds=10**6, quorum=2, wait_s=1.0)
     late: list[Tensor] = []
 
     def begins(life: Life) -> None:

@@ -152,7 +152,7 @@ def test_all_that_crosses_a_masked_exchange_is_masked(monkeypatch: pytest.Monkey
     crossed = messages[max(begun for begun, _ in results) :]
     for message in crossed:
         if message.values.is_floating_point():  # what parties say when they come to meet
-            mine = message.values.view(3, 6)[message.party]
+            mine = message.values.view(3, 7)[message.party]
             assert mine[2] == 1, "that it counts, not how much"
             assert mine[4:].isnan().all(), "neither its loss nor its distance"
     sums = [message for message in sums_of(crossed) if message.sent]
@@ -333,7 +333,7 @@ def test_resume_with_an_outer_schedule_is_exact(tmp_path: Path, name: str) -> No
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    made = World(3, rounds=5, min_parties=2)
+    made = World(3, rounds=5, quorum=2)
     yield made
     made.close()
 

@@ -86,7 +86,7 @@ def test_connections_are_kept_from_round_to_round(world: Callable[..., World]) -
 
 
 def test_uneven_parties_drain(world: Callable[..., World]) -> None:
-    w = world(3, rounds=6)
+    w = world(3, rounds=6, quorum=1, accept_split_brain=True)
     w.start("p0", rounds=2)
     w.start("p1", rounds=4)
     w.start("p2")
@@ -95,6 +95,18 @@ def test_uneven_parties_drain(world: Callable[..., World]) -> None:
     assert [len(life.reports) for life in w.lives] == [6, 6, 6]
     last = [entry.weights for entry in w.settled if entry.round == 5]
     assert last == [[0, 0, 3]] * 3
+
+
+def test_who_trains_on_alone_moves_nothing(world: Callable[..., World]) -> None:
+    w = world(3, rounds=6)
+    w.start("p0", "p1", rounds=2)
+    w.start("p2")
+    w.join()
+    w.judged()
+    for life in w.lives:
+        assert [report.trained_parties for report in life.reports] == [3, 3, 1, 1, 1, 1]
+        assert [report.last for report in life.reports] == [False, False, True, True, True, True]
+    assert [entry.weights for entry in w.settled if entry.round == 5] == [[0, 0, 0]] * 3
 
 
 def test_metrics_cross_while_others_are_in_rounds(world: Callable[..., World]) -> None:
@@ -351,7 +363,7 @@ def test_two_of_four_never_go_on(world: Callable[..., World]) -> None:
 
 
 def test_two_of_four_go_on_if_told_to(world: Callable[..., World]) -> None:
-    w = world(4, rounds=6, min_parties=2, accept_split_brain=True)
+    w = world(4, rounds=6, quorum=2, accept_split_brain=True)
     w.start("p0", "p1")
     w.start("p2", "p3", faults={"training@3": die})
     w.join()

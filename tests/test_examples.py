@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,6 +270,36 @@ def test_federated_script(home: Path) -> None:
         # Ten steps of two samples at each of two parties, then the two steps that are left.
         assert metrics(party, "federated/total_weight") == [40, 8]
     assert metrics(parties[0], "train_loss") != metrics(parties[1], "train_loss"), "each reads its own text"
+
+
+def head_and_factors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "lightning_logs/version_0/adapter/adapter_model.safetensors")
+
+
+@pytest.mark.torchrun
+@pytest.mark.parametrize("seed", [None, "3"])
+def test_a_classifier_script_needs_no_seed(home: Path, seed: str | None) -> None:
+    """Each party draws another head; all train the first one's, of which PEFT keeps an unused copy."""
+    model = home / f"runs/encoder-{seed}"
+    shutil.copytree(home / "runs/examples/minilm", model)
+    PreTrainedTokenizerFast.from_pretrained(model, pad_token="<eos>").save_pretrained(model)
+    script = [f"classifier-{seed}.py", "--epochs=2", f"--model={model}", f"--output=runs/classifier-{seed}"]
+    text = (EXAMPLES / "classifier_federated.py").read_text()
+    if seed is not None:
+        text = text.replace("def main() -> None:\n", f"def main() -> None:\n    torch.manual_seed({seed})\n")
+    (home / script[0]).write_text(text)
+    torchrun(home, 2, *script)
+    parties = [home / f"runs/classifier-{seed}", home / f"runs/classifier-{seed}/party-1"]
+    trained = [head_and_factors(party) for party in parties]
+    assert any("classifier" in name for name in trained[0])
+    assert_same(*trained)
+    losses = [metrics(party, "train_loss") for party in parties]
+    assert losses[0] != losses[1], "each reads its own rows"
+    with (home / "runs/examples/data/eras-train.csv").open(newline="") as file:
+        rows = sum(1 for _ in csv.DictReader(file))
+    for party in parties:
+        assert metrics(party, "federated/total_weight") == [rows, rows]
+        assert metrics(party, "federated/active_parties") == [2, 2]
 
 
 @pytest.mark.torchrun

@@ -163,7 +163,7 @@ def started(
 
 
 def test_rounds_equal_their_replay(world: Callable[..., World]) -> None:
-    w, transcript = world(4, rounds=3, min_parties=3), Transcript()
+    w, transcript = world(4, rounds=3, quorum=3), Transcript()
     started(w, transcript)
     w.join()
     assert w.judged().rounds == 3
@@ -175,7 +175,7 @@ def test_rounds_equal_their_replay(world: Callable[..., World]) -> None:
 
 
 def test_metrics_are_sums_too(world: Callable[..., World]) -> None:
-    w, transcript = world(3, rounds=2, min_parties=3), Transcript()
+    w, transcript = world(3, rounds=2, quorum=3), Transcript()
     means: dict[str, dict[str, float]] = {}
 
     def asks(life: Life) -> None:
@@ -202,7 +202,7 @@ POINTS += ["reveal:after", "voting"]
 
 @pytest.mark.parametrize("point", POINTS)
 def test_a_party_is_killed_at_any_step(world: Callable[..., World], point: str) -> None:
-    w, transcript = world(4, rounds=3, min_parties=3), Transcript()
+    w, transcript = world(4, rounds=3, quorum=3), Transcript()
     started(w, transcript, {"p1": {f"{point}@{2 if point == 'voting' else 1}": die}})
     w.join()
     w.judged()
@@ -228,7 +228,7 @@ def test_a_party_is_killed_at_any_step(world: Callable[..., World], point: str) 
 def test_each_party_is_killed_between_confirmation_and_reveal(
     world: Callable[..., World], victim: str
 ) -> None:
-    w, transcript = world(5, rounds=2, min_parties=3), Transcript()
+    w, transcript = world(5, rounds=2, quorum=3), Transcript()
     started(w, transcript, {victim: {"confirmation:after@1": die}})
     w.join()
     w.judged()
@@ -242,7 +242,7 @@ def test_what_was_revealed_is_remembered_through_attempts_in_which_nobody_counts
     world: Callable[..., World],
 ) -> None:
     """p1 dies when the sum over five is known, p2 in the attempt after, in which all count 0."""
-    w, transcript = world(5, rounds=2, min_parties=3), Transcript()
+    w, transcript = world(5, rounds=2, quorum=3), Transcript()
 
     def dies_the_next_time(life: Life) -> None:
         life.faults["reveal:after"] = die
@@ -256,7 +256,7 @@ def test_what_was_revealed_is_remembered_through_attempts_in_which_nobody_counts
 
 def test_what_was_revealed_in_vain_is_lost_for_the_metrics_too(world: Callable[..., World]) -> None:
     """A mean over four whose sum is known is not made again over three: their difference is the fourth's."""
-    w, transcript = world(4, rounds=2, min_parties=3), Transcript()
+    w, transcript = world(4, rounds=2, quorum=3), Transcript()
     means: dict[str, dict[str, float]] = {}
 
     def asks(life: Life) -> None:
@@ -280,7 +280,7 @@ def test_what_was_revealed_in_vain_is_lost_for_the_metrics_too(world: Callable[.
 
 
 def test_with_too_few_left_nobody_sends_anything(world: Callable[..., World]) -> None:
-    w, transcript = world(3, rounds=2, min_parties=3, wait_s=1.5), Transcript()
+    w, transcript = world(3, rounds=2, quorum=3, wait_s=1.5), Transcript()
     started(w, transcript, {"p2": {"sum:before@1": die}})
     for life in w.lives:
         life.join()
@@ -289,7 +289,7 @@ def test_with_too_few_left_nobody_sends_anything(world: Callable[..., World]) ->
 
 
 def test_who_comes_back_counts_again(world: Callable[..., World]) -> None:
-    w, transcript = world(4, rounds=1_000_000, min_parties=3), Transcript()
+    w, transcript = world(4, rounds=1_000_000, quorum=3), Transcript()
     started(w, transcript, {"p1": {"reveal:after@1": die}}, pace_s=0.02)
     w.lives[1].join()
     before = w.reached
@@ -307,7 +307,7 @@ def test_who_comes_back_counts_again(world: Callable[..., World]) -> None:
 
 def test_zeros_are_not_taken_for_others_that_count(world: Callable[..., World]) -> None:
     """Who makes a party believe that two others count, too, sees what it sends: they must notice."""
-    w, transcript = world(3, rounds=2, min_parties=3, wait_s=2.0), Transcript()
+    w, transcript = world(3, rounds=2, quorum=3, wait_s=2.0), Transcript()
 
     def lie(key: str, value: bytes | None) -> bytes | None:
         return value and value.replace(b'"weight":0.0', b'"weight":1.0')
@@ -327,7 +327,7 @@ def test_zeros_are_not_taken_for_others_that_count(world: Callable[..., World]) 
 
 def test_what_was_revealed_is_remembered_against_the_store(world: Callable[..., World]) -> None:
     """A party knows best whether it has revealed a sum, whatever the store says that it has said."""
-    w, transcript = world(4, rounds=3, min_parties=3, wait_s=2.0), Transcript()
+    w, transcript = world(4, rounds=3, quorum=3, wait_s=2.0), Transcript()
 
     def lie(key: str, value: bytes | None) -> bytes | None:
         return value and re.sub(rb'"exposed":\[[^]]*\]', b'"exposed":[]', value)
@@ -348,7 +348,7 @@ def test_what_was_revealed_is_remembered_against_the_store(world: Callable[..., 
 def test_too_few_parties_are_refused_before_they_meet(
     world: Callable[..., World], parties: int, needed: int | None, words: str
 ) -> None:
-    w = world(parties, rounds=1, **({} if needed is None else {"min_parties": needed}))
+    w = world(parties, rounds=1, **({} if needed is None else {"quorum": needed}))
     w.start(exchange=masked())
     for life in w.lives:
         life.join()
@@ -358,7 +358,7 @@ def test_too_few_parties_are_refused_before_they_meet(
 
 def test_a_stranger_with_anothers_name_is_refused_by_name_and_soon(world: Callable[..., World]) -> None:
     """It has all the settings, but not the key: each names it, and nobody waits for anything."""
-    w, transcript = world(4, rounds=2, min_parties=3, wait_s=2.0), Transcript()
+    w, transcript = world(4, rounds=2, quorum=3, wait_s=2.0), Transcript()
     exchange = masked(fractional_bits=DIGITS)
     exchange._identity_of = lambda name: identity_of(name, "strangers" if name == "p2" else "ours")  # type: ignore[method-assign]
     began = time.monotonic()

@@ -43,7 +43,7 @@ from pellm_lightning.meeting import Header, Purpose
 
 SOON_S = 8.0
 SIZES: Sizes = {"k": (8, 7), "q": (6, 9)}
-HEADER = 6
+HEADER = 7
 """How many numbers a party says when it comes to meet."""
 
 
@@ -406,7 +406,7 @@ def test_the_last_round_is_told_when_too_few_go_on(caplog: pytest.LogCaptureFixt
 
     def act(federation: Federation) -> list[tuple[int, int, bool, float]]:
         parameters = {"w": torch.zeros(4)}
-        aggregator = aggregator_of(federation, parameters)
+        aggregator = aggregator_of(federation, parameters, quorum=2)
         done = []
         for _ in range(steps[federation.party]):
             parameters["w"] += 1.0
@@ -434,7 +434,7 @@ def test_who_revealed_a_sum_counts_only_in_the_same_sum() -> None:
         together = tuple(f"{party}/now" for party in range(5))
         exposed = [together, together, ("2/now", "5/now", "6/now"), together, together]
         headers = [Header(Purpose.ROUND, 0, 1.0, True, "now", names) for names in exposed]
-        return aggregator._who.allowed(headers, [1.0] * 5, 0, 0)
+        return aggregator._who.sendable(headers, [1.0] * 5, 0)
 
     # With party 2 left out, the sum of the four others would tell what party 2 had in the first.
     assert run_parties(5, act) == [[0.0] * 5] * 5
@@ -451,8 +451,9 @@ def test_who_comes_back_with_new_values_does_not_complete_an_old_sum() -> None:
             for tag, exposed in (("a", together), ("b", together), ("d", ()))
         ]
         same = [Header(Purpose.ROUND, 0, 1.0, True, tag, together) for tag in "abc"]
-        assert aggregator._who.allowed(same, [1.0] * 3, 0, 0) == [1.0] * 3
-        return aggregator._who.allowed(headers, [1.0] * 3, 0, 0)
+        assert aggregator._who.sendable(same, [1.0] * 3, 0) == [1.0] * 3
+        left = aggregator._who.sendable(headers, [1.0] * 3, 0)
+        return aggregator._who.allowed(left, [0, 1, 2], 0, 0)  # one alone cannot hide
 
     assert run_parties(3, act) == [[0.0] * 3] * 3
 

@@ -20,7 +20,7 @@ from pellm_lightning.tasks.pretrained import load_model, load_tokenizer
 
 # Lightning and torch cannot be without those of the second line.
 CORE = {"lightning", "torch", "peft", "transformers", "numpy"}
-CORE |= {"lightning_utilities", "torchmetrics", "typing_extensions"}
+CORE |= {"lightning_utilities", "safetensors", "torchmetrics", "typing_extensions"}  # what these need
 # They need an extra, so who uses them imports them at the last moment.
 OPTIONAL = {"federation.certs", "federation.rendezvous.etcd"}
 OPTIONAL |= {f"exchange.{name}" for name in ("agreement", "identity", "ring", "sums")}

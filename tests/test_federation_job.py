@@ -3,7 +3,7 @@
 import pytest
 from certificates import tls_of
 
-from pellm_lightning.federation import Membership
+from pellm_lightning.federation import Membership, Quorum
 from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.topology import Topology
 
@@ -60,32 +60,32 @@ def test_the_launchers_ranks_are_those_inside_the_party() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "roster", "needed"),
+    ("settings", "quorum", "roster", "needed"),
     [
-        (Membership(), 1, 1),
-        (Membership(), 2, 2),
-        (Membership(), 3, 2),
-        (Membership(), 4, 3),
-        (Membership(), 24, 13),
-        (Membership(min_parties=4), 4, 4),
-        (Membership(min_parties=2, accept_split_brain=True), 4, 2),
+        (Membership(), "majority", 1, 1),
+        (Membership(), "majority", 2, 2),
+        (Membership(), "majority", 3, 2),
+        (Membership(), "majority", 4, 3),
+        (Membership(), "majority", 24, 13),
+        (Membership(), 4, 4, 4),
+        (Membership(accept_split_brain=True), 2, 4, 2),
     ],
 )
-def test_a_round_needs_the_majority(settings: Membership, roster: int, needed: int) -> None:
-    assert settings.needed([str(party) for party in range(roster)]) == needed
+def test_a_round_needs_the_majority(settings: Membership, quorum: Quorum, roster: int, needed: int) -> None:
+    assert settings.quorum(quorum, [str(party) for party in range(roster)]) == needed
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("quorum", "message"),
     [
-        ({"min_parties": 2}, "below 3, the majority of the 4 parties"),
-        ({"min_parties": 0}, "must lie in 1..4"),
-        ({"min_parties": 5}, "must lie in 1..4"),
+        (2, "below 3, the majority of the 4 parties"),
+        (0, "must be 'majority' or a whole number"),
+        (5, "more than the 4 parties"),
     ],
 )
-def test_fewer_than_the_majority_must_be_accepted(settings: dict[str, int], message: str) -> None:
+def test_fewer_than_the_majority_must_be_accepted(quorum: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Job("tcp://h:1", "a", ("a", "b", "c", "d"), membership=Membership(**settings))  # type: ignore[arg-type]
+        Job("tcp://h:1", "a", ("a", "b", "c", "d"), quorum=quorum)
 
 
 @pytest.mark.parametrize("field", ["round_timeout_s", "wait_s", "exchange_timeout_s", "heartbeat_ttl_s"])

@@ -10,21 +10,36 @@ import pellm_lightning
 
 PACKAGE = Path(pellm_lightning.__file__).parent
 
-LEAVES = {"topology", "parameters", "layout", "schedule", "passport", "durable", "optim", "portable"}
+LEAVES = {"topology", "parameters", "layout", "schedule", "durable", "optim", "naming", "digest"}
+LEAVES |= {"adapter_config", "pickling", "portable"}
+ABOVE_LEAVES = {"frozen_state", "base_difference"}
+PASSPORT = {"passport"}
 PRIVACY = {"privacy"}
 FEDERATION = {"federation"}
 EXCHANGE = {"exchange"}
 AGGREGATION = {"aggregation"}
-BELOW_ROUND = {"meeting", "outer", "products", "beside"}
+BELOW_ROUND = {"meeting", "outer", "products", "beside", "adapters"}
 PARTS_OF_ROUND = {"updates", "who_counts"}
 GLOBAL_STATE = {"global_state"}
 REPLICA = {"replica"}
 ROUND = {"round"}
 OVER_ROUND = {"overlap"}
 FRAGMENTS = {"fragments"}
-LIGHTNING_SIDE = {"environment", "checks", "isolation", "samples", "validation"}
+LIGHTNING_SIDE = {"environment", "checks", "fit_facts", "isolation", "resume", "samples", "validation"}
+LIGHTNING_SIDE |= {"saved_config", "trainable", "weight_averaging"}
 ABOVE = ["participation", "callback", "tasks", "doctor", "commands", "cli", "results", "__main__"]
-ORDER = [LEAVES, PRIVACY, FEDERATION, EXCHANGE, AGGREGATION, BELOW_ROUND, PARTS_OF_ROUND, GLOBAL_STATE]
+ORDER = [
+    LEAVES,
+    ABOVE_LEAVES,
+    PASSPORT,
+    PRIVACY,
+    FEDERATION,
+    EXCHANGE,
+    AGGREGATION,
+    BELOW_ROUND,
+    PARTS_OF_ROUND,
+    GLOBAL_STATE,
+]
 ORDER += [REPLICA, ROUND, OVER_ROUND, FRAGMENTS, LIGHTNING_SIDE, {"drift"}, {"report"}]
 ORDER += [{name} for name in ABOVE]
 MAY_IMPORT_LIGHTNING = LIGHTNING_SIDE | set(ABOVE) | {"drift", "privacy.record_level"}

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from forked import python
-from parties import data, fit_parties, quiet_trainer
+from parties import Classifier, data, fit_parties, quiet_trainer
+from reference import fedavg
 from tuned import Tuned, assert_same
 
 from pellm_lightning import Overlap
@@ -91,6 +92,54 @@ def scenarios(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     del os.environ["RANK"]
     return scenarios
+
+
+# ---- without a launcher
+
+ALONE = """
+import sys
+from pathlib import Path
+
+import torch
+from parties import Classifier, data, quiet_trainer
+
+from pellm_lightning import FederatedAveraging
+
+if __name__ == "__main__":
+    module = Classifier(seed=0)
+    callback = FederatedAveraging()
+    trainer = quiet_trainer(".", [callback], devices=2, strategy=sys.argv[1], max_epochs=1)
+    trainer.fit(module, data(16, seed=1, batch_size=8))
+    if trainer.is_global_zero:
+        weights = [done.weight for done in callback.rounds]  # empty where the processes have ended
+        torch.save({"vector": module.vector(), "weights": weights}, "answer.pt")
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])
+def test_processes_that_lightning_starts_are_one_party(tmp_path: Path, strategy: str) -> None:
+    """Two processes with half of 16 samples each make the step of one with all of them."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    done = subprocess.run(
+        [sys.executable, "alone.py", strategy],
+        cwd=tmp_path,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "the 2 processes of this Trainer are that one party" in done.stdout
+    answer = torch.load(tmp_path / "answer.pt")
+    assert answer["weights"] == ([16.0] if strategy == "ddp" else [])
+    central = fedavg(
+        Classifier(seed=0), [list(data(16, seed=1, batch_size=16))], rounds=1, steps=1, weights=[[1]]
+    )
+    # One step of about ten roundings (2^-24) of numbers below 2.
+    torch.testing.assert_close(answer["vector"].double(), central, rtol=0, atol=1.2e-6)
 
 
 # ---- two processes

@@ -526,7 +526,7 @@ def test_a_slow_party_does_not_idle_a_fast_one(tmp_path: Path, overlap: Overlap 
     loggers = [Rounds(), Rounds()]
 
     def fit(party: int, federated: Any) -> None:
-        callbacks = [Slow(0.1 if party else 0.005), federated(every_n_seconds=0.3, overlap=overlap)]
+        callbacks = [Slow(0.1 if party else 0.005), federated(every_n_seconds=0.3, overlap=overlap, quorum=1)]
         steps = {"max_epochs": -1, "max_steps": 6 if party else 80}
         loader = data(400, seed=party, batch_size=4)
         quiet_trainer(tmp_path, callbacks, logger=loggers[party], **steps).fit(Classifier(party), loader)

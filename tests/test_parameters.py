@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pellm_lightning.parameters import frozen, select, share_outside_adapter
+from pellm_lightning.parameters import select, share_outside_adapter
 
 
 class Adapted(nn.Module):
@@ -36,13 +36,6 @@ def test_what_requires_a_gradient_federates_sorted_by_name() -> None:
     assert all(chosen[name] is parameter for name, parameter in module.named_parameters() if name in chosen)
 
 
-def test_what_requires_no_gradient_stays() -> None:
-    module = Adapted()
-    assert list(frozen(module)) == ["base.bias", "base.weight"]
-    assert frozen(module)["base.weight"].data_ptr() == module.base.weight.data_ptr()
-    assert not frozen(module.requires_grad_(True))
-
-
 @pytest.mark.parametrize(
     ("include", "exclude", "expected"),
     [
@@ -63,7 +56,10 @@ def test_a_pattern_that_matches_nothing_trainable_is_refused(pattern: str) -> No
     # A part of a name, another case, a frozen layer, a typo: each would otherwise be a silent no-op.
     with pytest.raises(ValueError, match=r"include pattern .* matches none of the 4 trainable"):
         select(Adapted(), include=[pattern])
-    with pytest.raises(ValueError, match=r"exclude pattern .* matches none of the 4 trainable"):
+    if pattern == "base.*":  # which may be unfrozen later, and then stays at home
+        assert "lora_A.weight" in select(Adapted(), exclude=["lm_head.*", pattern])
+        return
+    with pytest.raises(ValueError, match=r"exclude pattern .* matches none of the 6 parameters"):
         select(Adapted(), exclude=["lm_head.*", pattern])
 
 
@@ -88,7 +84,6 @@ def test_a_compiled_party_agrees_with_a_plain_one() -> None:
     inner = Adapted()
     inner.lm_head = Compiled(inner.lm_head)  # type: ignore[assignment]
     assert list(select(plain)) == list(select(whole)) == list(select(inner))
-    assert list(frozen(plain)) == list(frozen(whole))
     assert list(select(whole, include=["lora_A.weight"])) == ["lora_A.weight"]
 
 

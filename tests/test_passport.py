@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from pellm_lightning.passport import PROTOCOL, Passport, base_digests, checksum, first_difference
+from pellm_lightning.passport import (
+    PROTOCOL,
+    Passport,
+    base_digests,
+    checksum,
+    common,
+    first_difference,
+)
 
 
 def passport(**changes: Any) -> Passport:
@@ -16,6 +23,7 @@ def passport(**changes: Any) -> Passport:
         "schema": [["a", [2, 3], "float32"], ["b", [4], "bfloat16"]],
         "lora": {"q.default": [8, 2.0]},
         "ranks_may_differ": False,
+        "adapters": {},
         "config": {"every_n_epochs": 1, "weighting": "samples"},
         "base": {"embed": "01", "layer": "02"},
         "round": 0,
@@ -153,65 +161,80 @@ def test_a_module_that_only_some_parties_take_for_a_pair_is_a_difference(odd: in
     assert "'q.default'" in message
 
 
-# ---- digests of the frozen base
+# ---- what the PEFT configurations say
+
+
+LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "bias": "none"}
+FIXED = {"peft_type": "VERA", "r": 8, "projection_prng_key": 0}
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    ("config", "changes", "words"),
     [
-        torch.tensor(1.5),
-        torch.arange(6.0).reshape(2, 3),
-        torch.arange(6.0).reshape(2, 3).t(),
-        torch.zeros(0),
-        torch.ones(3, dtype=torch.bfloat16),
-        torch.ones(3, dtype=torch.float16),
-        torch.ones(3, dtype=torch.float64),
-        torch.ones(200, dtype=torch.uint8),
-        torch.ones(3, dtype=torch.bool),
-        torch.nn.Parameter(torch.ones(3)),
-        torch.ones(3).to(torch.float8_e4m3fn),
-        torch.empty(3, device="meta"),
+        (LORA, {"trainable_token_indices": [3]}, ["no trainable_token_indices", "[3] at party 2"]),
+        (LORA, {"bias": "all"}, ["bias='none' at party 0", "bias='all' at party 2"]),
+        (FIXED, {"projection_prng_key": 1}, ["projection_prng_key=0 at party 0", "=1 at party 2"]),
+        (FIXED, {"r": 4}, ["r=8 at party 0", "r=4 at party 2"]),
     ],
 )
-def test_equal_tensors_have_equal_digests(tensor: torch.Tensor) -> None:
-    assert digest(tensor) == digest(tensor.detach().clone())
-    json.dumps(digest(tensor))
-
-
-def test_a_digest_does_not_depend_on_the_memory_format() -> None:
-    tensor = torch.arange(600.0).reshape(20, 30)
-    assert digest(tensor) == digest(tensor.t().contiguous().t())
-
-
-def test_shape_and_dtype_are_part_of_a_digest() -> None:
-    zeros = torch.zeros(2, 3)
-    others = [zeros.t(), zeros.reshape(6), zeros.to(torch.bfloat16), zeros.double(), torch.zeros(2, 3, 1)]
-    assert len({digest(tensor) for tensor in [zeros, *others]}) == 6
-
-
-@pytest.mark.parametrize("size", [1, 63, 64])
-def test_every_value_of_a_small_tensor_is_seen(size: int) -> None:
-    tensor = torch.zeros(size)
-    digests = {digest(tensor)}
-    for position in range(size):
-        digests.add(digest(tensor.index_fill(0, torch.tensor(position), 1e-30)))
-    assert len(digests) == size + 1
-
-
-@pytest.mark.parametrize("size", [65, 100, 127, 128, 129, 1000, 12345])
-def test_samples_reach_over_the_whole_tensor(size: int) -> None:
-    # Another checkpoint differs in long stretches: one of a 32nd of the tensor, or 4 values, is not missed.
-    tensor, stretch = torch.zeros(size), max(4, -(-size // 32))
-    for start in range(size - stretch + 1):
-        other = tensor.clone()
-        other[start : start + stretch] = 1.0
-        assert digest(other) != digest(tensor), (
-            f"a change of {start}..{start + stretch} of {size} is not seen"
+def test_another_adapter_configuration_names_field_values_and_cure(
+    config: dict[str, Any], changes: dict[str, Any], words: list[str]
+) -> None:
+    one, odd = {"adapters": {"default": config}}, {"adapters": {"default": config | changes}}
+    for free in (False, True):
+        same = {"ranks_may_differ": free}
+        message = first_difference(
+            [passport(**one, **same), passport(**one, **same), passport(**odd, **same)]
         )
+        assert message is not None
+        for word in ("adapter 'default'", *words, "Give both the same PEFT configuration"):
+            assert word in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 4},
+        {"lora_alpha": 32},
+        {"rank_pattern": {"q": 2}},
+        {"alpha_pattern": {"q": 2}},
+        {"use_rslora": True},
+    ],
+)
+def test_ranks_and_alphas_may_differ_where_the_rule_allows_it(changes: dict[str, Any]) -> None:
+    one, odd = {"adapters": {"default": LORA}}, {"adapters": {"default": LORA | changes}}
+    message = first_difference([passport(**one), passport(**odd)])
+    assert message is not None
+    assert next(iter(changes)) in message
+    assert first_difference([passport(**part, ranks_may_differ=True) for part in (one, odd)]) is None
+    shared = [common(passport(**part, ranks_may_differ=True)) for part in (one, odd)]
+    assert shared[0] == shared[1]
+
+
+def test_an_adapter_that_one_party_alone_has_is_told_by_its_parameters() -> None:
+    assert first_difference([passport(adapters={"own": LORA}), passport()]) is None
+
+
+def test_a_rank_by_own_data_is_told_of() -> None:
+    eva = {"adapters": {"default": LORA | {"init_lora_weights": "eva"}}}
+    odd = passport(schema=[["a", [4, 3], "float32"], ["b", [4], "bfloat16"]], **eva)
+    message = str(first_difference([passport(**eva), odd]))
+    assert "'a' is float32 of shape [2, 3]" in message
+    assert "rho=1.0" in message
+
+
+# ---- digests of the frozen base
 
 
 def test_digests_keep_the_names() -> None:
     assert list(base_digests({"b": torch.zeros(1), "a": torch.zeros(1)})) == ["b", "a"]
+
+
+@pytest.mark.parametrize("size", [1, 64, 65, 1000, 12345])
+def test_every_value_counts(size: int) -> None:
+    tensor = torch.zeros(size)
+    for position in {0, size // 3, size // 2, size - 1}:
+        assert digest(tensor.index_fill(0, torch.tensor(position), 1e-30)) != digest(tensor)
 
 
 # ---- checksum of the global vector

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from pellm_lightning import FederationError
 from pellm_lightning.aggregation import Mean, lora_modules
 from pellm_lightning.aggregation.lora import find_pairs
-from pellm_lightning.parameters import frozen, select
+from pellm_lightning.parameters import plain_name, select
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),  # X-LoRA's base
@@ -209,6 +209,10 @@ def with_adapters(make: Make, path: Path) -> Make:
         adapter = get_peft_model(tiny_llama(), peft.LoraConfig(**LORA, init_lora_weights=False))
         adapter.save_pretrained(path / str(index))
     return partial(make, adapters={str(index): str(path / str(index)) for index in range(2)})
+
+
+def frozen(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {plain_name(name): p.detach() for name, p in module.named_parameters() if not p.requires_grad}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -38,7 +38,7 @@ def test_every_party_says_at_the_start_what_leaves_it(
         )
         assert names == f"[party {party}] these are head.bias, head.weight"
         assert len(rounds) == 1
-        assert rounds[0].startswith(f"[party {party}] round 0: loss ")
+        assert rounds[0].startswith(f"[party {party}] round 0: 2 of 2 parties trained, loss ")
         assert ", weight 8 of 16, " in rounds[0]
 
 
@@ -132,7 +132,8 @@ def test_the_bar_shows_round_and_global_loss(tmp_path: Path, caplog: pytest.LogC
 
 def test_all_figures_reach_the_loggers_and_the_callbacks(tmp_path: Path) -> None:
     figures = {
-        "round", "active_parties", "weight", "total_weight", "seconds", "waited_seconds", "stalled_seconds",
+        "round", "active_parties", "trained_parties", "weight", "total_weight", "seconds", "waited_seconds",
+        "stalled_seconds",
         "bytes_sent", "update_norm", "distance", "loss", "outer_lr",
     }  # fmt: skip
     loggers = [Rounds(), Rounds()]

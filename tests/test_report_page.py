@@ -125,7 +125,8 @@ def test_the_page_tells_who_what_and_how_it_ended(shown: str) -> None:
 def test_a_figure_is_there_only_for_what_there_is(shown: str, tmp_path: Path) -> None:
     drawn = {found["id"] for found in Page(shown).all("figure")}
     assert drawn == {
-        "loss", "metric-0", "metric-1", "loss-alone", "membership", "shares", "updates", "distances",
+        "loss", "metric-0", "metric-1", "loss-alone", "membership", "trained", "shares", "updates",
+        "distances",
         "deviation", "outer-lr", "seconds", "seconds-by-party", "bytes", "epsilon",
     }  # fmt: skip
     record = Clocked(tmp_path / "rounds.jsonl")
@@ -401,7 +402,9 @@ def test_the_command_names_what_to_install(
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: install it, for instance Debian's chromium"
+)
 
 # The page itself may run no script: what measures it stands around it.
 AROUND = """<!DOCTYPE html><body style="margin:0">
@@ -429,6 +432,9 @@ def browse(folder: Path, text: str, width: int, *flags: str) -> tuple[dict[str, 
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--allow-file-access-from-files", "--dump-dom"]
     command += ["--enable-logging=stderr", "--disable-dev-shm-usage", f"--user-data-dir={folder / 'profile'}"]
+    # Nothing of its own either: no welcome, no updates, no account.
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command += ["--disable-sync"]
     command += [*flags, (folder / "around.html").as_uri()]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
     found = re.search(r'<pre id="found">(.*?)</pre>', ran.stdout)
@@ -446,7 +452,7 @@ def test_a_browser_shows_all_figures_and_fetches_nothing(
     found, console = browse(tmp_path, shown, width, *flags)
     assert console == []
     assert found["fetched"] == []
-    assert len(found["figures"]) == 14
+    assert len(found["figures"]) == 15
     for wide, high in found["figures"]:
         assert 300 < wide <= width
         assert high > 60

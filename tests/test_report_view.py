@@ -23,6 +23,8 @@ def report(**changed: Any) -> RoundReport:
         "round": 6,
         "parties": (0, 1, 2),
         "active_parties": 3,
+        "trained_parties": 3,
+        "quorum": 2,
         "total_weight": 40.0,
         "weight": 10.0,
         "excluded": (),
@@ -89,7 +91,8 @@ def test_a_masked_exchange_shows_no_party_s_figures() -> None:
 def test_who_is_missing_and_who_was_left_out_is_seen() -> None:
     done = report(
         parties=(0, 2),
-        active_parties=1,
+        active_parties=0,
+        trained_parties=1,
         excluded=(2,),
         weights=(10.0, 0.0),
         total_weight=10.0,
@@ -97,7 +100,7 @@ def test_who_is_missing_and_who_was_left_out_is_seen() -> None:
         distances=(None, None),
     )
     lines = shown(done)
-    assert lines[0] == "federation of 3 parties · 7 rounds done · 1 counted in the last"
+    assert lines[0] == "federation of 3 parties · 7 rounds done · 1 of 3 trained, below quorum 2"
     assert lines[4].split() == ["berlin", "(here)", "100", "%", "1.5", "-"]
     assert lines[5].split() == ["oslo", "missing", "-", "-"]
     assert lines[6].split() == ["rome", "NaN,", "left", "out", "-", "-"]
@@ -154,7 +157,7 @@ def test_in_a_terminal_a_fit_shows_the_federation_above_the_bars(
     assert "3 rounds done" in text
     assert "Epoch 0" in text
     assert "global_loss" not in text  # it stands above the bar already
-    assert not [r for r in caplog.records if "round 0: loss" in r.getMessage()]
+    assert not [r for r in caplog.records if "round 0: " in r.getMessage()]
     assert "federation view" not in [thread.name for thread in threading.enumerate()]
 
 
@@ -167,7 +170,11 @@ def test_without_a_terminal_and_in_ci_each_round_is_a_line(
     bar = fit_with_bar(tmp_path, file=file, force_terminal=terminal, ci=ci)
     assert bar.quiet
     assert file.getvalue() == ""
-    lines = [r.getMessage() for r in caplog.records if re.search(r"round \d: loss", r.getMessage())]
+    lines = [
+        r.getMessage()
+        for r in caplog.records
+        if re.search(r"round \d: 1 of 1 parties trained, loss", r.getMessage())
+    ]
     assert len(lines) == 3
 
 

@@ -214,7 +214,7 @@ def test_the_clipping_norm_follows_the_updates() -> None:
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    made = World(4, rounds=3, min_parties=3)
+    made = World(4, rounds=3, quorum=3)
     yield made
     made.close()
 

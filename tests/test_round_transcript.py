@@ -44,8 +44,9 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         assert all(torch.equal(values, starts[0]) for values in synchronised)
         # The round: a header, then this party's share of its update, and the ballot right behind it.
         header, *rest = summed
-        mine = torch.zeros(num_parties, 6, dtype=torch.float64)
-        mine[party] = torch.tensor([1, 0, weights[party], 1, 0.5, math.nan])  # there was no round before
+        mine = torch.zeros(num_parties, 7, dtype=torch.float64)
+        # There was no round before, so no distance; and nobody has said how many steps are left.
+        mine[party] = torch.tensor([1, 0, weights[party], 1, 0.5, math.nan, math.nan])
         torch.testing.assert_close(header, mine.flatten(), rtol=0, atol=0, equal_nan=True)
         payload = torch.cat(rest)
         share = weights[party] / sum(weights)
@@ -77,7 +78,7 @@ def test_a_second_exchange_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> No
 
     def act(federation: Federation) -> tuple[RoundReport, RoundReport]:
         w = torch.zeros(100)
-        aggregator = started(federation, {"w": w})
+        aggregator = started(federation, {"w": w}, quorum=1)
         usual = aggregator.step(1)
         w.fill_(math.nan if federation.party == 1 else 1.0)
         return usual, aggregator.step(1)

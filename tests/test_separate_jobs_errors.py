@@ -60,7 +60,11 @@ class Jobs:
         try:
             callback = FederatedAveraging(
                 federation=lambda: ElasticFederation(
-                    lambda: self.store, name, roster, membership=Membership(**patience)
+                    lambda: self.store,
+                    name,
+                    roster,
+                    quorum=options.get("quorum", "majority"),
+                    membership=Membership(**patience),
                 ),
                 **options,
             )
@@ -171,10 +175,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         {"roster": ["a", "b", "c", "d"]},
         "Party {} has roster='a, b, c', party {} has roster='a, b, c, d'",
     ),
-    "min_parties": (
-        {"membership": {"min_parties": 3}},
-        "Party {} has min_parties=None, party {} has min_parties=3",
-    ),
+    "quorum": ({"quorum": 3}, "Party {} has quorum=2, party {} has quorum=3"),
 }
 
 

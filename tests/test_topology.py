@@ -7,6 +7,11 @@ from hypothesis import strategies as st
 from pellm_lightning.topology import Topology
 
 
+def test_processes_without_a_rank_are_alone() -> None:
+    """Lightning gives those that it starts itself a world size: they are one party."""
+    assert Topology.from_env(environ={"WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Topology()
+
+
 def environment(rank: int, world_size: int, per_host: int | None = None) -> dict[str, str]:
     """What torchrun sets for a process when each host has ``per_host`` of them."""
     per_host = world_size if per_host is None else per_host

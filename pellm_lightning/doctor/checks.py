@@ -143,7 +143,7 @@ def _alike(seen: Seen) -> Iterator[Finding]:
     elif "base model" not in differing:
         count = len(bases[0])
         yield Finding(
-            "ok", "base model", f"The same at {_all(len(shown))}, by samples of {count} frozen tensors."
+            "ok", "base model", f"The same at {_all(len(shown))}, every value of {count} frozen tensors."
         )
     if "settings" not in differing:
         yield Finding("ok", "settings", f"The same at {_all(len(shown))}.")

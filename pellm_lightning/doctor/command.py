@@ -149,7 +149,7 @@ class Visit:
         """What separate jobs were told of the federation, and must be the same at all."""
         if self.job is None:
             return {}
-        return {"roster": ", ".join(self.roster), "min_parties": self.job.membership.min_parties}
+        return {"roster": ", ".join(self.roster), "quorum": self.job.quorum}
 
     def _measured(self, rehearsal: Rehearsal | None) -> Measured:
         federation: Federation | ElasticFederation | None = None

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from pellm_lightning.beside import Beside, Contribution
 from pellm_lightning.isolation import callbacks_of
+from pellm_lightning.pickling import own_state
 from pellm_lightning.privacy import RecordLevel
 
 Named: TypeAlias = dict[str, Tensor]
@@ -172,6 +173,10 @@ class DriftCorrection(Callback, ABC):
         if stage == "fit":
             self._state = self.state_dict()
             self._parameters, self._names, self._memory = {}, {}, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the module of a fit out of a pickled callback or a copy."""
+        return own_state(self, _parameters={}, _names={})
 
     # ---- checkpoints
 

@@ -86,6 +86,10 @@ class Peers:
                     f"Parties {first[text]} and {name} have the same public key. Each needs its own."
                 )
 
+    def __reduce__(self) -> "tuple[type[Peers], tuple[dict[str, str]]]":
+        """Pickle the keys in words: the library's own objects cannot be pickled."""
+        return Peers, (dict(self._words),)
+
     @property
     def fingerprint(self) -> str:
         """A digest of all names and keys, 16 hex digits."""

@@ -79,13 +79,11 @@ class Masked(Exchange):
             raise ValueError(
                 f"A masked sum needs {MIN_PARTIES} parties, here are {len(federation.roster)}. {too_few}"
             )
-        if isinstance(federation, ElasticFederation):
-            needed = federation.membership.needed(federation.roster)
-            if needed < MIN_PARTIES:
-                raise ValueError(
-                    f"A masked sum needs {MIN_PARTIES} parties, but rounds would go on with {needed}."
-                    f" {too_few} Set membership.min_parties to {MIN_PARTIES} or more."
-                )
+        if isinstance(federation, ElasticFederation) and federation.quorum < MIN_PARTIES:
+            raise ValueError(
+                f"A masked sum needs {MIN_PARTIES} parties, but rounds would go on with {federation.quorum}."
+                f" {too_few} Set quorum to {MIN_PARTIES} or more."
+            )
         missing = [name for name in federation.roster if self._peers.of(name) is None]
         if missing:
             raise ValueError(

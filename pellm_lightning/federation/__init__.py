@@ -11,6 +11,7 @@ from pellm_lightning.federation.errors import (
     TooFewPartiesError,
 )
 from pellm_lightning.federation.launch.group import Federation
+from pellm_lightning.federation.quorum import Quorum, check_quorum, resolve_quorum
 from pellm_lightning.federation.tls import TLS
 
 __all__ = [
@@ -23,7 +24,10 @@ __all__ = [
     "MismatchError",
     "PartyLostError",
     "Plan",
+    "Quorum",
     "TooFewPartiesError",
     "Version",
     "Wants",
+    "check_quorum",
+    "resolve_quorum",
 ]

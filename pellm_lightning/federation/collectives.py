@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import NoReturn, SupportsIndex
 
 from torch import Tensor
 
@@ -25,6 +26,18 @@ class Collectives(ABC):
     """Bytes this party has handed to the others so far."""
     lossy: bool = False
     """Whether float32 that is gathered comes rounded, by so much of its size: then send small differences."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "A joined federation cannot be pickled or copied, nor can what holds one: its connections belong"
+            " to this process. Join where it is needed; FederatedAveraging(federation=...) takes a function"
+            " that does."
+        )
 
     @property
     def num_parties(self) -> int:

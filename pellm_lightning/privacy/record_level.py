@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from pellm_lightning.pickling import own_state
 from pellm_lightning.privacy.clipping import check_max_norm, clip_factors
 from pellm_lightning.privacy.ledger import Accountant, check_accountant, check_delta, root_logger_kept
 from pellm_lightning.privacy.noise import Noise
@@ -183,6 +184,10 @@ class RecordLevel(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was."""
         self._let_go(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the module and the DataLoader of a fit out of a pickled callback or a copy."""
+        return own_state(self, _hooks=None, _source=None)
 
     # ---- checkpoints
 

@@ -21,6 +21,8 @@ class About:
         weights: Sum of each party's weights over these, which with weighting="samples" is the number of
             training samples behind them; None once an exchange has hidden a weight.
         epsilon: What differential privacy has cost, None without.
+        trained: In how many rounds so many parties trained, by their number as text.
+        short_rounds: Rounds that moved nothing, since fewer than a quorum trained in them.
     """
 
     parties: Sequence[str]
@@ -30,6 +32,8 @@ class About:
     took_part: list[int] = field(default_factory=list)
     weights: list[float] | None = field(default_factory=list)
     epsilon: float | None = None
+    trained: dict[str, int] = field(default_factory=dict)
+    short_rounds: int = 0
 
     def count(self, done: RoundReport) -> None:
         """Add a round."""
@@ -39,6 +43,9 @@ class About:
             self.weights = None
         self.rounds = done.round + 1
         self.epsilon = done.epsilon
+        number = str(done.trained_parties)
+        self.trained[number] = self.trained.get(number, 0) + 1
+        self.short_rounds += done.trained_parties < done.quorum
         for place, party in enumerate(done.parties):
             self.took_part[party] += 1
             if self.weights is not None:
@@ -48,5 +55,5 @@ class About:
         """Return the same, counting on from what ``asdict`` has kept of an earlier fit; empty for none."""
         if list(earlier.get("parties", ())) != list(self.parties):
             return self
-        counted = ("rounds", "weights", "took_part", "epsilon")
+        counted = ("rounds", "weights", "took_part", "epsilon", "trained", "short_rounds")
         return replace(self, **{name: earlier[name] for name in counted})

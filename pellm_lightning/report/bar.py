@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console, RenderableType
 from typing_extensions import override
 
+from pellm_lightning.pickling import own_state
 from pellm_lightning.report.view import view
 from pellm_lightning.report.watched import Watched
 
@@ -80,6 +81,14 @@ class FederationProgressBar(RichProgressBar):
         self._stop_looking()
         super().teardown(trainer, pl_module, stage)
         self._watched, self._begun = None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the thread and what it looks at out of a pickled callback or a copy."""
+        return own_state(self, _watched=None, _over=None, _thread=None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with an event of its own."""
+        self.__dict__.update(state | {"_over": threading.Event()})
 
     # ---- what is shown
 

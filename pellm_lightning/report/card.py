@@ -1,7 +1,7 @@
 """Model cards: what an adapter is, and which federation has made it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ from pellm_lightning.report.words import schedule
 NAME = "README.md"
 
 
-def write_card(folder: Path, about: Mapping[str, Any], base: str | None, *, merged: bool = False) -> None:
+def write_card(
+    folder: Path,
+    about: Mapping[str, Any],
+    base: str | None,
+    *,
+    merged: bool = False,
+    title: str | None = None,
+    contents: Sequence[str] = (),
+) -> None:
     """Write the model card of a folder, in place of the one that PEFT writes.
 
     Args:
@@ -20,18 +28,27 @@ def write_card(folder: Path, about: Mapping[str, Any], base: str | None, *, merg
         about: ``asdict`` of an ``About``; empty if nothing is known.
         base: Name of the base model.
         merged: Whether the folder holds a whole model and no adapter.
+        title: Of the card. Default: the name of the folder.
+        contents: What there is to say of what lies in the folder.
     """
     tags = ["federated-learning", "pellm-lightning", *([] if merged else ["lora"])]
     front = [f"library_name: {'transformers' if merged else 'peft'}", "tags:", *(f"- {tag}" for tag in tags)]
     if base:
         front.append(f"base_model: {json.dumps(base)}")  # a string of JSON is one of YAML
     text = "\n".join(
-        ["---", *front, "---\n", f"# {folder.resolve().name}\n", *_body(about, base, merged), ""]
+        [
+            "---",
+            *front,
+            "---\n",
+            f"# {title or folder.resolve().name}\n",
+            *_body(about, base, merged, contents),
+            "",
+        ]
     )
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
-def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[str]:
+def _body(about: Mapping[str, Any], base: str | None, merged: bool, contents: Sequence[str]) -> Iterator[str]:
     what = "A model with a merged adapter" if merged else "An adapter"
     yield (
         f"{what} for `{base or 'an unknown base model'}`, trained by several parties together without sharing"
@@ -42,6 +59,8 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
             "Its training has changed the weights beside the adapter, too: load it onto the model in `base/`,"
             f" and not onto `{base}`.\n"
         )
+    if contents:
+        yield " ".join(contents) + "\n"
     yield "## The federation\n"
     if not about:
         yield "The checkpoint does not tell anything about it.\n"
@@ -49,6 +68,8 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
     settings = about["settings"]
     rows = {
         "rounds": about["rounds"],
+        "parties that trained in a round": _trained(about),
+        "rounds that moved nothing, for lack of a quorum": about["short_rounds"],
         "aggregation": settings.get("aggregation"),
         "outer optimizer": settings.get("outer_optimizer"),
         "a round every": schedule(settings),
@@ -79,6 +100,13 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool) -> Iterator[
         yield f"The table is of the {seen} rounds that the party which has saved this took part in.\n"
     yield "## Made with\n"
     yield ", ".join(f"{package} {number}" for package, number in versions().items()) + f", {date.today()}.\n"
+
+
+def _trained(about: Mapping[str, Any]) -> str:
+    """Return how many parties trained in how many rounds."""
+    counts = sorted(about["trained"].items(), key=lambda item: -int(item[0]))
+    seen = ", ".join(f"{number} in {rounds}" for number, rounds in counts)
+    return f"{seen or 'unknown'}; quorum {about['settings'].get('quorum', 'unknown')}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:

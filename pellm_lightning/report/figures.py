@@ -29,7 +29,7 @@ def pictures(findings: Findings) -> list[Picture]:
     """Draw all there is data for."""
     fit, found = findings.fit, []
     plain: list[Callable[[Fit], Picture | None]]
-    plain = [membership, shares, update_norms, distances, deviation, compression, outer_lr]
+    plain = [membership, trained, shares, update_norms, distances, deviation, compression, outer_lr]
     plain += [seconds, seconds_by_party, traffic, privacy]
     found += [loss(fit), *metrics(fit, findings.alone), loss_alone(fit, findings.alone)]
     found += [draw(fit) for draw in plain]
@@ -154,6 +154,25 @@ def membership(fit: Fit) -> Picture | None:
                 chart.strip(party, _spans(marked), Key(label, colours[state], patch=True))
     chart.rows(fit.names)
     chart.panels[0].set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
+    return chart.done()
+
+
+def trained(fit: Fit) -> Picture | None:
+    """Draw how many parties trained in each round, and how many had to."""
+    counts, quorum = fit.shared("trained_parties"), fit.shared("quorum")
+    if len(fit.names) == 1 or not counts:
+        return None
+    chart = Chart(
+        "trained",
+        "Parties",
+        "Parties that trained",
+        "How many parties came to a round with local steps of their own. A bad sign: it falls below the"
+        " quorum, since such a round moves nothing, and the federation ends. Then give all parties equally"
+        " many rounds.",
+    )
+    chart.line(_points(fit, quorum), Key("quorum", "c1"))
+    chart.line(_points(fit, counts), Key("trained", "ink", width=2.2))
+    chart.panels[0].set_ylim(0, len(fit.names) + 0.5)
     return chart.done()
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from pellm_lightning.adapters import adapter_parameters
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.isolation import written_paths
@@ -62,11 +63,12 @@ def announce(
     local = trainable - parameters.keys()
     if local:
         log.info("[party %s] %s of its own stay local: %s", topology.name, _counted(local), _first(local))
-    outside = share_outside_adapter(parameters)
+    outside = share_outside_adapter(parameters, adapter_parameters(module))
     if outside > 0.5 and total > leaving:
         log.warning(
-            "[party %s] %.0f %% of what crosses each round is embeddings, heads or modules_to_save, not"
-            " adapter. If that is not intended, name them in `exclude` (they stay local) or freeze them.",
+            "[party %s] %.0f %% of what crosses each round is embeddings, heads, modules_to_save or other"
+            " layers of the base, not adapter. If that is not intended, name them in `exclude` (they stay"
+            " local) or freeze them.",
             topology.name,
             100 * outside,
         )
@@ -81,6 +83,7 @@ def figures(done: RoundReport) -> dict[str, float]:
         "round": done.round,
         "parties": len(done.parties),
         "active_parties": done.active_parties,
+        "trained_parties": done.trained_parties,
         "weight": done.weight,
         "total_weight": done.total_weight,
         "seconds": done.seconds,
@@ -110,9 +113,12 @@ def put_on_bar(module: LightningModule, done: RoundReport) -> None:
 def say_round(topology: Topology, done: RoundReport) -> None:
     """Log one line about a round."""
     log.info(
-        "[party %s] round %d: loss %s, weight %g of %g, %s in %.2f s%s",
+        "[party %s] round %d: %s%d of %d parties trained, loss %s, weight %g of %g, %s in %.2f s%s",
         topology.name,
         done.round,
+        "moved nothing, " if done.trained_parties < done.quorum else "",
+        done.trained_parties,
+        topology.num_parties,
         "unknown" if done.loss is None else f"{done.loss:.4f}",
         done.weight,
         done.total_weight,

@@ -144,6 +144,16 @@ def _alerts(findings: Findings) -> list[Alert]:
         alerts.append(
             Alert(False, f"The parties ran different versions of {name}: {', '.join(sorted(found))}.")
         )
+    if short := fit.short_rounds:
+        quorum = fit.rounds[short[-1]].quorum
+        alerts.append(
+            Alert(
+                False,
+                f"{_capital(_counted(len(short), 'round'))} moved nothing, since fewer than a quorum of"
+                f" {quorum:.0f} parties trained: {_listed([str(index) for index in short[:9]])}"
+                f"{' and more' if len(short) > 9 else ''}. What was trained alone is not in the result.",
+            )
+        )
     alerts += [Alert(False, note) for note in findings.notes]
     return alerts
 

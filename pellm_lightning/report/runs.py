@@ -51,6 +51,10 @@ class Round:
     """Who took part, by index in the federation."""
     excluded: tuple[int, ...]
     """Who was left out because of NaN or infinity."""
+    trained_parties: float | None
+    """How many have trained."""
+    quorum: float | None
+    """How many had to, for the round to move anything."""
     total_weight: float | None
     weight: float | None
     loss: float | None
@@ -209,6 +213,16 @@ class Fit:
         if weight is None:
             return "took part"
         return "counted" if weight > 0 else "weight 0"
+
+    @property
+    def short_rounds(self) -> list[int]:
+        """Rounds that moved nothing, since fewer than a quorum trained in them."""
+        return [
+            index
+            for index, done in self.rounds.items()
+            if done.trained_parties is not None and done.quorum is not None
+            if done.trained_parties < done.quorum
+        ]
 
     def means(self) -> dict[str, list[tuple[Validation, float]]]:
         """Return each validation metric's mean over all parties, by name."""

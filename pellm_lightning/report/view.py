@@ -57,8 +57,9 @@ def _headline(watched: Watched, done: RoundReport | None, seconds_left: float | 
         words.append("no round yet")
     else:
         words.append(f"{done.round + 1} {'round' if done.round == 0 else 'rounds'} done")
-        if done.active_parties < parties:
-            words.append(f"{done.active_parties} counted in the last")
+        if done.trained_parties < parties:
+            below = f", below quorum {done.quorum}" if done.trained_parties < done.quorum else ""
+            words.append(f"{done.trained_parties} of {parties} trained{below}")
     if seconds_left is not None:
         words.append(f"{clock(seconds_left)} left")
     return Text(" · ".join(words), style="bold")

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from peft import (
+    PeftConfig,
     PeftModel,
     get_base_model_state_dict,
     get_peft_model_state_dict,
@@ -125,11 +126,14 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
         raise ValueError(f"{type(module).__name__} has neither a test_step nor a validation_step.")
     wraps = any(path is not None for path in adapters.values())
     model = peft_model_in(module, "evaluate") if wraps else None
-    fresh = {} if model is None else _copy(get_peft_model_state_dict(model))
+    prompts = None if model is None or not model.active_peft_config.is_prompt_learning else _Prompts(model)
+    fresh = {} if model is None or prompts else _copy(get_peft_model_state_dict(model))
     bases = {name: path / "base" for name, path in adapters.items() if path and (path / "base").is_dir()}
     fresh_base = _copy(get_base_model_state_dict(model)) if model is not None and bases else {}
     for name, path in adapters.items():
-        if model is not None:
+        if prompts is not None:
+            prompts.put(path, name)
+        elif model is not None:
             _put(model, fresh if path is None else _weights(path), name)
         if model is not None and bases:
             set_base_model_state_dict(model, _base(model, bases[name]) if name in bases else fresh_base)
@@ -189,6 +193,32 @@ def _base(model: PeftModel, folder: Path) -> dict[str, Tensor]:
     kind: Any = type(model.get_base_model())
     weights: dict[str, Tensor] = kind.from_pretrained(folder).state_dict()
     return weights
+
+
+class _Prompts:
+    """Puts saved prompts on a model, as adapters of their own.
+
+    A saved prompt is what an encoder gave (p-tuning, prefix tuning with projection) and not the encoder: put
+    into a model that has one, it would be encoded once more.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model, self.configured = model, model.active_adapter
+        self.count = 0
+
+    def put(self, path: Path | None, name: str) -> None:
+        """Use the prompt in a folder, or the configured one."""
+        adapter = self.configured
+        if path is not None:
+            adapter, self.count = f"evaluated_{self.count}", self.count + 1
+            ours, theirs = self.model.peft_config[self.configured], PeftConfig.from_pretrained(str(path))
+            if theirs.peft_type != ours.peft_type:
+                raise ValueError(
+                    f"The adapter {name} does not fit the configuration's: it is of {theirs.peft_type}, not"
+                    f" of {ours.peft_type}. Evaluate adapters with the PEFT configuration of their training."
+                )
+            self.model.load_adapter(str(path), adapter_name=adapter, is_trainable=False)
+        self.model.set_adapter(adapter)
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

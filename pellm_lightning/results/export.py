@@ -1,22 +1,35 @@
 """From a checkpoint of a federation to a folder that others can load."""
 
 import argparse
-import importlib
 import logging
-import warnings
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
+from peft import PeftModel
 from transformers import AutoTokenizer
 
 from pellm_lightning import checks
-from pellm_lightning.callback import FederatedAveraging
+from pellm_lightning.adapters import adapters_with
+from pellm_lightning.parameters import named_as_in, plain_name
 from pellm_lightning.report.card import write_card
+from pellm_lightning.results.checkpoint import federated_state, read, rebuilt, where_it_was_fitted
 from pellm_lightning.results.configured import Configured
-from pellm_lightning.tasks.adapter import base_of, peft_model_in, save_adapter
+from pellm_lightning.results.merging import (
+    coarsest,
+    compare,
+    merge_,
+    outputs,
+    probe,
+    refuse_prompt_learning,
+    refuse_unmergeable,
+    reload,
+)
+from pellm_lightning.tasks.adapter import base_of, peft_model_in
+from pellm_lightning.tasks.folder import written_whole
+from pellm_lightning.tasks.saving import save_adapters
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +47,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="folder to make")
     made.add_argument("--module", help="import path of the module's class, if a script has built it")
     made.add_argument("--merged", action="store_true", help="write the whole model, adapter merged")
+    made.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="import path of a class that the hyperparameters in the checkpoint hold, to be built as it is",
+    )
     made.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     return made
 
@@ -48,6 +68,7 @@ def main(words: Sequence[str]) -> None:
         config=rest,
         merged=options.merged,
         overwrite=options.overwrite,
+        trusted=options.trust,
     )
     log.info("wrote %s", options.out)
 
@@ -60,6 +81,7 @@ def export(
     config: Sequence[str] = (),
     merged: bool = False,
     overwrite: bool = False,
+    trusted: Sequence[str] = (),
 ) -> None:
     """Write the adapter of a checkpoint, or the model merged with it, and a model card.
 
@@ -71,102 +93,74 @@ def export(
             hyperparameters the checkpoint must hold. None builds it as the command line has built it.
         config: Instead, arguments of the command line's ``fit`` that build it.
         merged: Write a model of transformers with the adapter merged into it, and the tokenizer if there is
-            one beside the base model.
-        overwrite: Write into a folder that is not empty.
+            one beside the base model. What is written is loaded again and compared with the adapter model.
+            A ``module`` that is given is merged in place.
+        overwrite: Write into a folder that is not empty: an earlier adapter or model in it is replaced.
+        trusted: Import paths of classes that the checkpoint's hyperparameters hold, to be built as they are.
+            PEFT's configurations always are; without trust, nothing else is.
 
     Raises:
-        ValueError: If the checkpoint is of no federation, the module cannot be built or is another one, or
-            ``out`` is not empty.
+        ValueError: If the checkpoint is of no federation, the module cannot be built or is another one,
+            ``out`` is not empty, or a merged model is not the same model. ``out`` is then as it was.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+    out, checkpoint = Path(os.path.abspath(out)), Path(os.path.abspath(checkpoint))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (overwrite and out.is_dir()):
         raise ValueError(f"{out} is not empty. Name another folder, or add --overwrite.")
-    saved = _read(checkpoint)
-    state = _state_of(checkpoint, saved)
-    if config:
-        built = Configured(config).module
-    elif isinstance(module, LightningModule):
-        built = module
-    else:
-        built = _rebuilt(checkpoint, saved, module)
-    built.configure_model()
-    _fill(built, saved["state_dict"])
-    model = peft_model_in(built, "export")
-    about = state.get("about", {})
-    base = base_of(model)
+    saved = read(checkpoint, trusted)
+    state = federated_state(checkpoint, saved)
     if merged:
-        whole: Any = model.merge_and_unload()
-        whole.save_pretrained(str(out))
-        _save_tokenizer(base, out)
-        write_card(out, about, base, merged=True)
-    else:
-        save_adapter(model, out, with_base=about.get("writes_base", False))
-        write_card(out, about, base)
+        refuse_prompt_learning(saved.get("hyper_parameters", {}), list(saved["state_dict"]))
+    given = Configured(config).module if config else module
+    with where_it_was_fitted(checkpoint, {} if config else saved, state.get("directory")):
+        if not isinstance(given, LightningModule):
+            given = rebuilt(checkpoint, saved, given, trusted)
+        given.configure_model()
+    _fill(given, saved["state_dict"])
+    about = state.get("about", {})
+    model = peft_model_in(given, "export")
+    del module, given, saved  # a large model fits once: nothing may hold it when it is loaded again
+    if merged:
+        _write_merged([model], out, about)
+        return
+    names = _federated(model, state)
+    base = base_of(model, names[0])
+    with written_whole(out) as folder:
+        said = save_adapters(model, folder, names, with_base=about.get("writes_base", False), final=out)
+        write_card(folder, about, base, title=out.name, contents=said)
 
 
-def _read(checkpoint: Path) -> Mapping[str, Any]:
-    try:
-        saved: Mapping[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no checkpoint {checkpoint}.") from error
-    except Exception as error:  # torch.load fails in many ways on what is no checkpoint
-        raise ValueError(f"{checkpoint} cannot be read as a Lightning checkpoint: {error}") from error
-    if not isinstance(saved, Mapping) or "state_dict" not in saved:
-        raise ValueError(f"{checkpoint} is no Lightning checkpoint: it has no state_dict.")
-    return saved
+def _write_merged(held: list[PeftModel], out: Path, about: Mapping[str, Any]) -> None:
+    """Write the merged model, and reload it to compare what it says; ``held`` is emptied for that."""
+    model = held[0]
+    refuse_unmergeable(model)
+    base, inputs, dtype = base_of(model), probe(model), coarsest(model)
+    expected, without = outputs(model, inputs), outputs(model, inputs, adapter=False)
+    whole = merge_(model)
+    kind = type(whole)
+    with written_whole(out) as folder:
+        whole.save_pretrained(str(folder))
+        held.clear()
+        del model, whole
+        again = reload(kind, folder)
+        doubt = compare(outputs(again, inputs), expected, without, dtype)
+        if doubt:
+            log.warning(doubt)
+        _save_tokenizer(base, folder)
+        write_card(folder, about, base, merged=True, title=out.name)
 
 
-def _state_of(checkpoint: Path, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    states = saved.get("callbacks", {})
-    found = next((s for name, s in states.items() if name.startswith(FederatedAveraging.__name__)), None)
-    if not found:
-        raise ValueError(
-            f"{checkpoint} is of no federated fit: it has no state of FederatedAveraging. The adapter of any"
-            " other fit is in the module's state_dict; PEFT's save_pretrained writes it."
-        )
-    state: Mapping[str, Any] = found
-    return state
-
-
-def _rebuilt(checkpoint: Path, saved: Mapping[str, Any], path: str | None) -> LightningModule:
-    """Build the module by the hyperparameters in its checkpoint."""
-    importlib.import_module("pellm_lightning.tasks")  # Lightning builds only classes that are imported
-    hparams = saved.get("hyper_parameters", {})
-    kind: type[LightningModule] = LightningModule
-    if path is not None:
-        kind = _class(path)
-    elif "_instantiator" not in hparams:
-        raise ValueError(
-            f"{checkpoint} does not tell how to build its module, since no command line has. Add --config"
-            " with a configuration of it, or --module with the import path of its class."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found keys that are")  # we look for those, too, and refuse
-            module: LightningModule = kind.load_from_checkpoint(
-                checkpoint, map_location="cpu", strict=False, weights_only=True
-            )
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"The module of {checkpoint} cannot be built of the hyperparameters in it ({error}). Add --config"
-            " with a configuration of it."
-        ) from error
-    return module
-
-
-def _class(path: str) -> type[LightningModule]:
-    where, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(where), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--module {path} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, LightningModule)):
-        raise ValueError(f"--module {path} is no LightningModule.")
-    return found
+def _federated(model: PeftModel, state: Mapping[str, Any]) -> list[str]:
+    """Return the adapters that federated: of the names of parameters in the aggregator's state."""
+    shapes = state.get("aggregator", {}).get("shapes", {})
+    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    found = [p for name, p in parameters.items() if any(full.endswith(name) for full in shapes)]
+    return adapters_with(model, found or [p for p in model.parameters() if p.requires_grad])
 
 
 def _fill(module: LightningModule, state_dict: Mapping[str, Any]) -> None:
     """Load what the checkpoint holds; only frozen parameters may be missing."""
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    state_dict = named_as_in(module, state_dict)
     checks.trainable_checkpoint(module, state_dict, frozen)
     module.load_state_dict(state_dict, strict=False)
 

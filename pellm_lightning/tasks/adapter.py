@@ -8,13 +8,19 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftConfig, PeftModel, get_base_model_state_dict, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from pellm_lightning.adapters import adapters_with
 from pellm_lightning.callback import FederatedAveraging
 from pellm_lightning.environment import party_of
 from pellm_lightning.isolation import callbacks_of
+from pellm_lightning.parameters import select
+from pellm_lightning.pickling import own_state
 from pellm_lightning.report.card import write_card
+from pellm_lightning.tasks.earlier import earlier_adapter_kept
+from pellm_lightning.tasks.folder import written_whole
+from pellm_lightning.tasks.saving import save_adapters
 
 
 def with_adapter(
@@ -32,7 +38,9 @@ def with_adapter(
     """
     model.train()
     if adapter is not None:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        # PEFT has no way back from a saved prompt to the encoder that was trained: it can be evaluated only.
+        trains = not PeftConfig.from_pretrained(adapter).is_prompt_learning
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trains)
     if peft is None:
         return model
     peft.task_type = peft.task_type or task
@@ -67,10 +75,14 @@ class SaveAdapter(Callback):
     Where the aggregation has written into the frozen weights (``ResidualMean``, ``Stacking``), the base model
     as it is now is saved in the subfolder ``base``, and the adapter's configuration names it.
 
+    Of a model with several adapters, those that federate are written: one to the folder itself, whatever its
+    name; several to a subfolder each, and their sum (of plain LoRA) to the folder itself. The model card says
+    what is where.
+
     Args:
         dirpath: Folder, seen from the Trainer's ``default_root_dir``. With the placeholder ``{party}`` every
             party writes its own; without it only party 0 writes, as all parties end a federation with the
-            same adapter.
+            same adapter. It holds the latest adapter; that of an earlier fit is moved to ``<dirpath>-<n>``.
     """
 
     def __init__(self, dirpath: str = "adapter") -> None:
@@ -81,6 +93,10 @@ class SaveAdapter(Callback):
         """Ask which party this is."""
         self.party = party_of(trainer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the module of a fit out of a pickled callback or a copy."""
+        return own_state(self)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save from one process of the party, after the last round whatever the order of callbacks."""
         writes = self.party == 0 or "{party}" in self.dirpath
@@ -89,31 +105,28 @@ class SaveAdapter(Callback):
         folder = Path(trainer.default_root_dir) / self.dirpath.replace("{party}", str(self.party))
         federated = next((c for c in callbacks_of(trainer) if isinstance(c, FederatedAveraging)), None)
         model = peft_model_in(pl_module, "SaveAdapter")
-        base = base_of(model)
-        save_adapter(model, folder, with_base=federated is not None and federated.writes_base)
-        if federated is not None and federated.about is not None:
-            write_card(folder, asdict(federated.about), base)
+        names = self._names(model, pl_module, federated)
+        base = base_of(model, names[0])
+        with_base = federated is not None and federated.writes_base
+        with earlier_adapter_kept(folder), written_whole(folder) as unfinished:
+            said = save_adapters(model, unfinished, names, with_base=with_base, final=folder)
+            if federated is not None and federated.about is not None:
+                write_card(unfinished, asdict(federated.about), base, title=folder.name, contents=said)
+
+    @staticmethod
+    def _names(
+        model: PeftModel, pl_module: LightningModule, federated: FederatedAveraging | None
+    ) -> list[str]:
+        """Return which adapters federate; without a federation, which train."""
+        if federated is None:
+            return adapters_with(model, [p for p in model.parameters() if p.requires_grad])
+        return adapters_with(model, select(pl_module, federated.include, federated.exclude).values())
 
 
-def base_of(model: PeftModel) -> str | None:
-    """Return the name of the base model of a PEFT model, None if nobody knows."""
-    name = model.peft_config[model.active_adapter].base_model_name_or_path
+def base_of(model: PeftModel, adapter: str | None = None) -> str | None:
+    """Return the name of the base model of an adapter, by default the active one; None if nobody knows."""
+    name = model.peft_config[adapter or model.active_adapter].base_model_name_or_path
     return str(name) if name else None
-
-
-def save_adapter(model: PeftModel, folder: Path, *, with_base: bool) -> None:
-    """Save an adapter, and the base model, too, in the subfolder ``base`` if training has changed it."""
-    if with_base:
-        _save_base(model, folder / "base")
-    model.save_pretrained(str(folder))
-
-
-def _save_base(model: PeftModel, folder: Path) -> None:
-    """Save the base model without its adapters, and make their configurations name the folder."""
-    base: Any = model.get_base_model
-    base().save_pretrained(str(folder), state_dict=get_base_model_state_dict(model))
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = str(folder.resolve())
 
 
 def peft_model_in(module: LightningModule, who: str) -> PeftModel:

@@ -2,7 +2,6 @@
 
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -13,10 +12,13 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pellm_lightning.checks import one_of
+from pellm_lightning.optim import without_parser
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
-from pellm_lightning.tasks.optimizing import optimize_trainable
+from pellm_lightning.tasks.limits import check_length, check_positions, check_prompts, data_of, num_positions
+from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable
 from pellm_lightning.tasks.pretrained import Dtype, load_model, load_tokenizer
 from pellm_lightning.tasks.samples import IGNORED, Sample
+from pellm_lightning.tasks.text import TextDataModule
 
 
 class Perplexity(MeanMetric):
@@ -54,13 +56,14 @@ class CausalLM(LightningModule):
     """
 
     model: PreTrainedModel | PeftModel
+    num_positions: int | None = None
 
     def __init__(
         self,
         model: str,
         peft: PeftConfig | None = None,
         adapter: str | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        optimizer: OptimizerCallable = ADAMW,
         scheduler: LRSchedulerCallable | None = None,
         dtype: Dtype = "auto",
         max_new_tokens: int = 32,
@@ -70,7 +73,7 @@ class CausalLM(LightningModule):
         self.save_hyperparameters(logger=False)
         make_plain_(self.hparams)
         self.model_name, self.peft, self.adapter = model, config_of(peft), adapter
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler = without_parser(optimizer), without_parser(scheduler)
         self.dtype_name = dtype
         self.max_new_tokens = max_new_tokens
         one_of("mean_over", mean_over, ("tokens", "records"))
@@ -79,17 +82,23 @@ class CausalLM(LightningModule):
 
     def configure_model(self) -> None:
         """Load the base model and put the adapter on it, once."""
-        if hasattr(self, "model"):
-            return
-        base = load_model(AutoModelForCausalLM, self.model_name, self.dtype_name)
-        self.model = with_adapter(base, self.peft, self.adapter, TaskType.CAUSAL_LM)
+        if not hasattr(self, "model"):
+            base = load_model(AutoModelForCausalLM, self.model_name, self.dtype_name)
+            self.model = with_adapter(base, self.peft, self.adapter, TaskType.CAUSAL_LM)
+        self.num_positions = num_positions(self.model)
+        check_positions(self.model, self.model_name, self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize what requires gradients."""
         return optimize_trainable(self, self.optimizer, self.scheduler)
 
     def forward(self, batch: Sample) -> Any:
-        """Run the model on ``input_ids``, ``attention_mask`` and, for a loss, ``labels``: (B, T) int64."""
+        """Run the model on ``input_ids``, ``attention_mask`` and, for a loss, ``labels``: (B, T) int64.
+
+        Raises:
+            ValueError: If T is more than the model has positions for.
+        """
+        check_length(batch["input_ids"].shape[1], self.num_positions)
         return self.model(**batch)
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
@@ -123,8 +132,11 @@ class CausalLM(LightningModule):
         self.log(f"{stage}_perplexity", perplexity, prog_bar=True)
 
     def on_predict_start(self) -> None:
-        """Load the tokenizer, which only prediction needs."""
+        """Load the tokenizer, which only prediction needs, and refuse prompts that are too long."""
         self.tokenizer = load_tokenizer(self.model_name)
+        data = data_of(self)
+        if isinstance(data, TextDataModule):
+            check_prompts(data.predict_places, data.predict_samples, self.max_new_tokens, self.num_positions)
 
     def predict_step(self, batch: Sample, batch_idx: int) -> list[str]:
         """Continue each prompt greedily and return the new text."""

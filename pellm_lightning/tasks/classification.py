@@ -12,8 +12,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from pellm_lightning.optim import without_parser
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
-from pellm_lightning.tasks.optimizing import optimize_trainable
+from pellm_lightning.tasks.limits import check_label_indices, check_length, check_positions, num_positions
+from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable
 from pellm_lightning.tasks.pretrained import Dtype, load_model
 from pellm_lightning.tasks.samples import Sample
 
@@ -42,6 +44,7 @@ class TextClassification(LightningModule):
     """
 
     model: PreTrainedModel | PeftModel
+    num_positions: int | None = None
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class TextClassification(LightningModule):
         num_labels: int,
         peft: PeftConfig | None = None,
         adapter: str | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        optimizer: OptimizerCallable = ADAMW,
         scheduler: LRSchedulerCallable | None = None,
         dtype: Dtype = "auto",
     ) -> None:
@@ -62,31 +65,41 @@ class TextClassification(LightningModule):
         make_plain_(self.hparams)
         self.model_name, self.num_labels = model, num_labels
         self.peft, self.adapter = config_of(peft), adapter
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler = without_parser(optimizer), without_parser(scheduler)
         self.dtype_name = dtype
         self.val_scores, self.test_scores = _scores("val", num_labels), _scores("test", num_labels)
 
     def configure_model(self) -> None:
         """Load the base model, give it a head and put the adapter on it, once."""
-        if hasattr(self, "model"):
-            return
+        if not hasattr(self, "model"):
+            self.model = with_adapter(self._base(), self.peft, self.adapter, TaskType.SEQ_CLS)
+        self.num_positions = num_positions(self.model)
+        check_positions(self.model, self.model_name, self)
+
+    def _base(self) -> PreTrainedModel:
         # One seed for the new head: PEFT freezes a copy of it, and the parties' frozen parts must agree.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            base = load_model(
+            return load_model(
                 AutoModelForSequenceClassification,
                 self.model_name,
                 self.dtype_name,
                 num_labels=self.num_labels,
             )
-        self.model = with_adapter(base, self.peft, self.adapter, TaskType.SEQ_CLS)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Optimize what requires gradients."""
         return optimize_trainable(self, self.optimizer, self.scheduler)
 
     def forward(self, batch: Sample) -> Any:
-        """Run the model on ``input_ids`` and ``attention_mask``, (B, T), and for a loss ``labels``, (B,)."""
+        """Run the model on ``input_ids`` and ``attention_mask``, (B, T), and for a loss ``labels``, (B,).
+
+        Raises:
+            ValueError: If T is more than the model has positions for, or a label is not one of num_labels.
+        """
+        if "labels" in batch:
+            check_label_indices(batch["labels"], self.num_labels)
+        check_length(batch["input_ids"].shape[1], self.num_positions)
         return self.model(**batch)
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:

@@ -1,51 +1,47 @@
 """A party's labelled texts as a Lightning data module, or one data set divided over simulated parties."""
 
-import csv
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from pellm_lightning.environment import party_of
-from pellm_lightning.tasks.partition import by_key, dirichlet, iid
+from pellm_lightning.environment import topology_of
+from pellm_lightning.tasks.columns import ignored_columns, is_ignored
+from pellm_lightning.tasks.left_out import Note, Notes, counted
+from pellm_lightning.tasks.limits import check_labels
+from pellm_lightning.tasks.partition import by_key, check_num_parties, dirichlet, iid
 from pellm_lightning.tasks.pretrained import load_tokenizer
+from pellm_lightning.tasks.rows import Label, Row, index_labels, label_names, read_rows
 from pellm_lightning.tasks.source import hold_out, party_files, shuffled
+from pellm_lightning.topology import Topology
 
 Partition = Literal["iid", "dirichlet", "key"]
 Encoded = dict[str, Any]
 """``input_ids`` and ``attention_mask``, lists of integers, and ``labels``, an integer."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A text with its label and, where one is asked for, its natural key."""
-
-    text: str
-    label: str
-    key: str = ""
-
-
 class ClassificationDataModule(LightningDataModule):
-    """One party's labelled texts, from ``.jsonl``, ``.csv`` or ``.tsv`` files with a header.
+    """One party's labelled texts, from ``.jsonl`` or ``.json``, or ``.csv`` or ``.tsv`` files with a header.
+
+    A row has a text and a label; any other column with content is an error, unless ``ignore_columns`` names
+    it. Rows whose text is blank are left out, and texts that are longer than ``max_length`` are cut: both
+    are counted in the log, once for each party.
 
     In every pattern ``{party}`` stands for the party's index, counted from 0. To simulate a federation from
     one data set instead, give ``num_parties``: ``files`` is read whole, and divided the same way by every
-    party.
+    party. It must be the number of the federation's parties, or rows would be trained by nobody.
 
     Args:
         files: Pattern of the files to train on.
         tokenizer: Hub id, local folder or GGUF file; as a rule that of the model.
         labels: The labels in the order of their indices. It must be the same at every party, so only a
-            simulation can leave it out, and takes those in ``files``, sorted.
+            simulation can leave it out, and takes those in ``files``, sorted. 1, 1.0 and "1" are one label.
         text_column: Where a row has its text.
         label_column: Where a row has its label.
         batch_size: Samples in a batch, of each process.
-        max_length: Tokens of a text; longer ones are cut.
+        max_length: Tokens of a text; longer ones are cut. The model's positions bound it.
         val_fraction: Share of the party's samples to hold out for validation, unless ``val_files`` is given.
         val_files: Pattern of the files to validate on; never divided.
         test_files: Pattern of the files to test on; never divided.
@@ -54,6 +50,7 @@ class ClassificationDataModule(LightningDataModule):
             key.
         alpha: Of the Dirichlet draw: the smaller, the less alike are the parties.
         key_column: Where a row has its natural key.
+        ignore_columns: Columns that may be left out, for example ``[id, source]``.
         party: Which party this is; None asks the federation.
         seed: Of the division, the split and each epoch's order.
         num_workers: Processes that collate batches.
@@ -63,7 +60,7 @@ class ClassificationDataModule(LightningDataModule):
         self,
         files: str,
         tokenizer: str,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[Label] | None = None,
         text_column: str = "text",
         label_column: str = "label",
         batch_size: int = 16,
@@ -75,6 +72,7 @@ class ClassificationDataModule(LightningDataModule):
         partition: Partition = "iid",
         alpha: float = 0.5,
         key_column: str | None = None,
+        ignore_columns: Sequence[str] = (),
         party: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
@@ -91,75 +89,108 @@ class ClassificationDataModule(LightningDataModule):
             raise ValueError(f"val_fraction={val_fraction} should be at least 0 and below 1.")
         self.files, self.val_files, self.test_files = files, val_files, test_files
         self.tokenizer_name, self.max_length, self.batch_size = tokenizer, max_length, batch_size
-        self.labels = labels
+        self.labels = None if labels is None else label_names(labels)
         self.columns = (text_column, label_column, key_column)
+        self.ignore_columns = ignored_columns(ignore_columns)
+        ignored = [name for name in self.columns if name and is_ignored(name, self.ignore_columns)]
+        if ignored:
+            raise ValueError(f"ignore_columns={list(ignore_columns)} names {ignored}, which are used.")
         self.val_fraction = val_fraction
         self.num_parties, self.partition, self.alpha = num_parties, partition, alpha
         self.party, self.seed, self.num_workers = party, seed, num_workers
+        self._notes = Notes()
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what ``stage`` needs."""
         self.tokenizer = load_tokenizer(self.tokenizer_name)
-        self.label_names = list(self.labels or sorted({row.label for row in self._rows(self.files)}))
+        rows = self._rows(self.files) if self.labels is None or stage in ("fit", "validate") else []
+        self.label_names = sorted({row.label for row in rows}) if self.labels is None else self.labels
+        check_labels(self.label_names, getattr(self.trainer, "lightning_module", None))
         if stage in ("fit", "validate"):
-            self._setup_fit(self._rows(self.files))
-        elif self.test_files is not None:
-            self.test_samples = self._encode(self._rows(self.test_files))
-        else:
+            self._setup_fit(rows)
+        elif self.test_files is None:
             raise ValueError("test_files is not given: name the files of this stage with --data.test_files.")
+        else:
+            rows = self._rows(self.test_files)
+            if stage == "predict":
+                _check_no_blank(rows)
+            self.test_samples = self._encode(rows, "test_files")
+        self._notes.log_at(self.trainer, self._party())
 
     def _setup_fit(self, rows: list[Row]) -> None:
-        own, held_out = self._own(rows), list[Row]()
+        own, held_out, source = self._own(rows), list[Row](), "the validation split"
         if self.val_files is not None:
-            held_out = self._rows(self.val_files)
+            held_out, source = self._rows(self.val_files), "val_files"
         elif self.val_fraction > 0:
             own, held_out = self._split(own)
-        self.train_samples, self.val_samples = self._encode(own), self._encode(held_out)
+        self.train_samples = self._encode(own, "files")
+        self.val_samples = self._encode(held_out, source) if held_out else []
 
     def _own(self, rows: list[Row]) -> list[Row]:
         """Pick this party's part in a simulation."""
-        party = self._party()
         if self.num_parties is None:
             return rows
-        if not 0 <= party < self.num_parties:
-            raise ValueError(
-                f"Party {party} has no part of num_parties={self.num_parties}: the count has to be "
-                "the federation's, and parties count from 0."
-            )
+        check_num_parties(self.num_parties, self.party, self._topology())
         parts = _divide(rows, self.num_parties, self.partition, self.alpha, self.seed)
-        return [rows[index] for index in parts[party]]
+        return [rows[index] for index in parts[self._party()]]
 
     def _split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        if len(rows) < 2:
-            raise ValueError(
-                f"Party {self._party()} has {len(rows)} sample: val_fraction={self.val_fraction} would "
-                "leave nothing to train on. Give more samples, or val_files."
-            )
-        held_out = hold_out(len(rows), self.val_fraction, self.seed)
-        kept = [row for index, row in enumerate(rows) if index not in held_out]
-        return kept, [rows[index] for index in sorted(held_out)]
+        filled = [row for row in rows if row.text.strip()]
+        blank = [row for row in rows if not row.text.strip()]
+        whose = f"files={self.files!r} of party {self._party()}"
+        held_out = hold_out(len(filled), self.val_fraction, self.seed, whose)
+        kept = [row for index, row in enumerate(filled) if index not in held_out]
+        return kept + blank, [filled[index] for index in sorted(held_out)]
+
+    def _topology(self) -> Topology:
+        return Topology.from_env() if self.trainer is None else topology_of(self.trainer)
 
     def _party(self) -> int:
-        return party_of(self.trainer) if self.party is None else self.party
+        return self._topology().party if self.party is None else self.party
 
     def _rows(self, pattern: str) -> list[Row]:
-        return [row for path in party_files(pattern, self._party()) for row in read_rows(path, *self.columns)]
+        files = party_files(pattern, self._party())
+        return [row for path in files for row in read_rows(path, *self.columns, self.ignore_columns)]
 
-    def _encode(self, rows: Sequence[Row]) -> list[Encoded]:
-        if not rows:
-            return []
-        index = {name: number for number, name in enumerate(self.label_names)}
-        unknown = sorted({row.label for row in rows} - index.keys())
-        if unknown:
+    def _encode(self, rows: Sequence[Row], source: str) -> list[Encoded]:
+        """Tokenize the rows that have a text, and note what is left out or cut."""
+        filled = [row for row in rows if row.text.strip()]
+        if not filled:
             raise ValueError(
-                f"Party {self._party()} has the labels {unknown}, which are not among {self.label_names}. "
-                "Add them to labels, at every party."
+                f"Party {self._party()} has no text in {source}: {len(rows)} rows, all blank (the first:"
+                f" {rows[0].where if rows else 'none'}). Write the files again, or name others."
             )
-        tokens = self.tokenizer([row.text for row in rows], truncation=True, max_length=self.max_length)
+        labels = index_labels(filled, self.label_names, self._party())
+        least = self.tokenizer.num_special_tokens_to_add() + 1
+        if self.max_length < least:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no token of a text: the tokenizer adds {least - 1} of"
+                f" its own. Set it to {least} or more."
+            )
+        texts = [row.text for row in filled]
+        whole = self.tokenizer(texts, verbose=False)["input_ids"]
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+        lost = [len(ids) - len(kept) for ids, kept in zip(whole, tokens["input_ids"], strict=True)]
+        self._note(source, rows, filled, lost)
         return [
-            {"input_ids": ids, "attention_mask": mask, "labels": index[row.label]}
-            for ids, mask, row in zip(tokens["input_ids"], tokens["attention_mask"], rows, strict=True)
+            {"input_ids": ids, "attention_mask": mask, "labels": label}
+            for ids, mask, label in zip(tokens["input_ids"], tokens["attention_mask"], labels, strict=True)
         ]
+
+    def _note(self, source: str, rows: Sequence[Row], filled: Sequence[Row], lost: Sequence[int]) -> None:
+        parts = []
+        blank = [row for row in rows if not row.text.strip()]
+        if blank:
+            parts.append(f"{counted(len(blank), 'row')} left out as blank (the first: {blank[0].where})")
+        cut = [(row, tokens) for row, tokens in zip(filled, lost, strict=True) if tokens]
+        if cut:
+            most = self.max_length + max(lost)
+            parts.append(
+                f"{counted(len(cut), 'text')} cut, by {sum(lost)} tokens (the first: {cut[0][0].where});"
+                f" max_length={most} would keep each whole"
+            )
+        if parts:
+            self._notes.add(Note(f"{source}, at max_length={self.max_length}: {'; '.join(parts)}.", True))
 
     def train_dataloader(self) -> DataLoader[Encoded]:
         """Return shuffled batches, in a new order each epoch."""
@@ -198,42 +229,10 @@ def _divide(
     return iid(len(rows), num_parties, seed)
 
 
-def read_rows(path: Path, text_column: str, label_column: str, key_column: str | None = None) -> list[Row]:
-    """Read labelled texts from a ``.jsonl``, ``.csv`` or ``.tsv`` file.
-
-    Raises:
-        ValueError: Names the file, and the line that cannot be read or the column that is missing.
-    """
-    rows = []
-    for number, fields in _read(path):
-        missing = [
-            name for name in (text_column, label_column, key_column) if name and fields.get(name) is None
-        ]
-        if missing:
-            raise ValueError(f"{path}:{number}: has nothing under {missing}; it has {list(fields)}.")
-        key = str(fields[key_column]) if key_column else ""
-        rows.append(Row(str(fields[text_column]), str(fields[label_column]), key))
-    return rows
-
-
-def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """List the rows of a file, each with the number of the line it ends on."""
-    if path.suffix not in (".jsonl", ".csv", ".tsv"):
+def _check_no_blank(rows: Sequence[Row]) -> None:
+    blank = next((row for row in rows if not row.text.strip()), None)
+    if blank is not None:
         raise ValueError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'}. Use .jsonl, .csv or .tsv."
+            f"{blank.where}: the text is blank. Write it, or take the row out of the file: predictions are in"
+            " the order of the rows."
         )
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".jsonl":
-            return [(n, _json_row(line, f"{path}:{n}")) for n, line in enumerate(file, 1) if line.strip()]
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        return [(reader.line_num, row) for row in reader]
-
-
-def _json_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: is not JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected an object, found {type(fields).__name__}.")
-    return fields

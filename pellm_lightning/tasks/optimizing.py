@@ -9,6 +9,11 @@ from lightning.pytorch.utilities.types import (
 )
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pellm_lightning.optim import OptimizerConfig
+
+ADAMW = OptimizerConfig("torch.optim.AdamW", {"lr": 1e-3})
+"""Makes the optimizer of the ready tasks, unless another is given."""
+
 
 def optimize_trainable(
     module: LightningModule, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None

@@ -1,7 +1,7 @@
 """Divide one data set over simulated parties.
 
-Pure functions: each returns one sorted list of indices per party. Every sample goes to exactly one party, and
-equal arguments give equal lists.
+Pure functions; each division returns one sorted list of indices per party. Every sample goes to exactly one
+party, and equal arguments give equal lists.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from pellm_lightning.topology import Topology
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,6 +86,41 @@ def by_key(keys: Sequence[Hashable], parties: int | Mapping[Hashable, int]) -> l
             "Take fewer parties or a finer key."
         )
     return parts
+
+
+def check_num_parties(num_parties: int, party: int | None, topology: Topology) -> None:
+    """Refuse a division of which a part would be nobody's, or a party that would have none.
+
+    A single process may be given one party's part by ``party``, to look at it alone.
+
+    Args:
+        num_parties: Parts of the division.
+        party: Whose part is asked for; None means the process's own.
+        topology: Where the process stands in the federation.
+
+    Raises:
+        ValueError: Names both numbers.
+    """
+    index = topology.party if party is None else party
+    if topology.num_parties != num_parties and (party is None or topology.num_parties > 1):
+        fate = "have no part" if topology.num_parties > num_parties else "leave rows that nobody trains"
+        raise ValueError(
+            f"data.num_parties={num_parties} divides the rows into {num_parties} parts, and the federation"
+            f" has {topology.num_parties} (this is party {topology.party}): it would {fate}. Give both the"
+            f" same number: launch {num_parties} parties (torchrun --nproc-per-node), or set"
+            f" --data.num_parties {topology.num_parties}. To look at one part alone, in one"
+            " process, give --data.party."
+        )
+    if not 0 <= index < num_parties:
+        raise ValueError(
+            f"Party {index} has no part of num_parties={num_parties}: the count has to be the federation's,"
+            " and parties count from 0."
+        )
+    if topology.num_parties > 1 and index != topology.party:
+        raise ValueError(
+            f"data.party={index} is given to party {topology.party} of a federation of {num_parties}: its own"
+            " part of the rows would be trained by nobody. Leave data.party out."
+        )
 
 
 def label_table(labels: Sequence[Hashable], parts: Sequence[Sequence[int]]) -> str:

@@ -9,18 +9,26 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from pellm_lightning.pickling import own_state
+from pellm_lightning.tasks.earlier import keep_earlier_file
+
 
 class SavePredictions(BasePredictionWriter):
     """Write predictions as JSON, one a line in the order of the samples, at the end of ``predict``.
 
     Args:
         filename: Seen from the Trainer's ``default_root_dir``. In a party of several processes each writes
-            its own share, with its rank before the suffix.
+            its own share, with its rank before the suffix. Other predictions that lie there already get
+            another name, with a number.
     """
 
     def __init__(self, filename: str = "predictions.jsonl") -> None:
         super().__init__(write_interval="epoch")
         self.filename = filename
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the module of a fit out of a pickled callback or a copy."""
+        return own_state(self)
 
     def write_on_epoch_end(
         self,
@@ -35,7 +43,9 @@ class SavePredictions(BasePredictionWriter):
             path = path.with_suffix(f".{trainer.global_rank}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         values = (value for batch in predictions for value in _plain(batch))
-        path.write_text("".join(f"{json.dumps(value)}\n" for value in values), encoding="utf-8")
+        content = "".join(f"{json.dumps(value)}\n" for value in values)
+        keep_earlier_file(path, content)
+        path.write_text(content, encoding="utf-8")
 
 
 def _plain(batch: Any) -> list[Any]:

@@ -24,7 +24,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(_not_found("tokenizer", name)) from error
     end = tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.sep_token
     if end is None:
-        raise ValueError(f"tokenizer={name!r} has no eos_token (nor sep_token) to end a document with.")
+        raise ValueError(
+            f"tokenizer={name!r} has no eos_token (nor sep_token) to end a document with. Give it"
+            " the one that the model was trained with: load it, set tokenizer.eos_token, save_pretrained into"
+            " a folder, and name that."
+        )
     tokenizer.eos_token = end
     if tokenizer.pad_token is None:
         tokenizer.pad_token = end  # padding is masked out of attention and loss: any token serves

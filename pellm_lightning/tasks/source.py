@@ -31,10 +31,20 @@ def party_files(pattern: str, party: int) -> list[Path]:
     return files
 
 
-def hold_out(num_samples: int, fraction: float, seed: int) -> set[int]:
-    """Choose by ``seed`` the indices of a fraction of the samples, one at least."""
+def hold_out(num_samples: int, fraction: float, seed: int, source: str = "the data") -> set[int]:
+    """Choose by ``seed`` the indices of a fraction of the samples: at least one, and never all.
+
+    Raises:
+        ValueError: If there are fewer than two; names ``source``.
+    """
+    if num_samples < 2:
+        what = "a single record" if num_samples else "no record"
+        raise ValueError(
+            f"There is {what} in {source}: val_fraction={fraction} would leave nothing to train on. Give more"
+            " records, files of their own for validation (val_files), or val_fraction=0."
+        )
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed)).tolist()
-    return set(order[: max(1, round(num_samples * fraction))])
+    return set(order[: min(max(1, round(num_samples * fraction)), num_samples - 1)])
 
 
 def shuffled(samples: Sequence[Any], trainer: Trainer | None, seed: int) -> DistributedSampler[Any]:

@@ -2,33 +2,34 @@
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from pellm_lightning.environment import party_of
+from pellm_lightning.tasks.columns import ignored_columns
+from pellm_lightning.tasks.encoding import Encoder, end_of
+from pellm_lightning.tasks.left_out import Notes, check_not_empty, note_on
 from pellm_lightning.tasks.pretrained import load_tokenizer
-from pellm_lightning.tasks.samples import (
-    Record,
-    Sample,
-    Side,
-    end_of,
-    pad_batch,
-    read_records,
-    split_records,
-    to_prompt,
-    to_samples,
-)
+from pellm_lightning.tasks.records import Record, read_records, split_records
+from pellm_lightning.tasks.samples import Sample, Side, pad_batch, to_prompt, to_samples
 from pellm_lightning.tasks.source import party_files, shuffled
 
 
 class TextDataModule(LightningDataModule):
     """One party's private texts for a causal language model.
 
-    ``.txt`` files are documents. ``.jsonl`` files hold a record a line: ``{"text": ...}`` is a document, and
-    of ``{"instruction": ..., "response": ...}`` the model learns the response alone. Documents are joined,
-    each closed by the tokenizer's end token, and cut into blocks.
+    ``.txt`` files are documents. ``.jsonl`` files hold a record on each line, ``.json`` files a list of them:
+    ``{"text": ...}`` is a document, and of ``{"instruction": ..., "response": ...}`` the model learns the
+    response alone. What belongs to an instruction, its ``context`` (or ``input``), follows it after a blank
+    line; ``system`` is a chat's system message; a response may be called ``output``. Any other column with
+    content is an error, unless ``ignore_columns`` names it. Documents are joined, each with the special
+    tokens that the tokenizer gives it and closed by its end token, and cut into blocks.
+
+    What no sample holds is counted in the log, once for each party: records that are blank, or whose prompt
+    fills a block; the ends of responses that are cut; the end of the packed texts, which fills no block.
 
     In every pattern ``{party}`` stands for the party's index, counted from 0: ``data/party-{party}/*.txt``.
 
@@ -36,12 +37,13 @@ class TextDataModule(LightningDataModule):
         files: Pattern of the files to train on.
         tokenizer: Hub id, local folder or GGUF file; as a rule that of the model.
         batch_size: Samples in a batch, of each process.
-        block_size: Tokens in a block; longer instruction samples are cut.
+        block_size: Tokens in a block; longer instruction samples are cut. The model's positions bound it.
         val_fraction: Share of the documents and records to hold out for validation, whole ones; of a single
             text, its end. Not used when ``val_files`` is given.
         val_files: Pattern of the files to validate on.
         test_files: Pattern of the files to test on.
         predict_files: Pattern of the files with prompts: of instructions the response is left out.
+        ignore_columns: Columns that may be left out, for example ``[id, source]``.
         party: Whose files these are; None asks the federation.
         seed: Of the split and of each epoch's order.
         num_workers: Processes that collate batches.
@@ -57,6 +59,7 @@ class TextDataModule(LightningDataModule):
         val_files: str | None = None,
         test_files: str | None = None,
         predict_files: str | None = None,
+        ignore_columns: Sequence[str] = (),
         party: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
@@ -74,10 +77,12 @@ class TextDataModule(LightningDataModule):
             test_files,
             predict_files,
         )
+        self.ignore_columns = ignored_columns(ignore_columns)
         self.tokenizer_name = tokenizer
         self.batch_size, self.block_size = batch_size, block_size
         self.val_fraction = val_fraction
         self.party, self.seed, self.num_workers = party, seed, num_workers
+        self._notes = Notes()
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what ``stage`` (fit, validate, test or predict) needs of this party's files."""
@@ -85,37 +90,66 @@ class TextDataModule(LightningDataModule):
         if stage in ("fit", "validate"):
             self._setup_fit()
         elif stage == "test":
-            self.test_samples = self._samples(self._records("test_files", self.test_files), "test_files")
+            records, blank = self._records("test_files", self.test_files)
+            self.test_samples = self._samples(records, blank, "test_files")
         elif stage == "predict":
-            records = self._records("predict_files", self.predict_files)
-            self.predict_samples = [to_prompt(record, self.tokenizer) for record in records]
+            self._setup_predict()
+        self._notes.log_at(self.trainer, self._party())
 
     def _setup_fit(self) -> None:
-        records, held_out = self._records("files", self.files), None
+        records, blank = self._records("files", self.files)
+        held_out, held_out_blank, source = list[Record](), list[Record](), "the validation split"
+        is_split = self.val_files is None and self.val_fraction > 0
         if self.val_files is not None:
-            held_out = self._records("val_files", self.val_files)
-        elif self.val_fraction > 0:
-            records, held_out = split_records(records, self.val_fraction, self.seed)
-        self.train_samples = self._samples(records, "files")
-        self.val_samples = [] if held_out is None else self._samples(held_out, "the validation split")
+            held_out, held_out_blank = self._records("val_files", self.val_files)
+            source = "val_files"
+        elif is_split:
+            whose = f"files={self.files!r} of party {self._party()}"
+            records, held_out = split_records(records, self.val_fraction, self.seed, whose)
+        self.train_samples = self._samples(records, blank, "files")
+        self.val_samples = []
+        if is_split or self.val_files is not None:
+            self.val_samples = self._samples(held_out, held_out_blank, source, is_split)
 
-    def _records(self, argument: str, pattern: str | None) -> list[Record]:
+    def _setup_predict(self) -> None:
+        records, blank = self._records("predict_files", self.predict_files, responses=False)
+        if blank:
+            raise ValueError(
+                f"{blank[0].where}: the prompt is blank, so there is nothing to continue. Write one, or take"
+                " the row out of the file: predictions are in the order of the rows."
+            )
+        encoder = Encoder(self.tokenizer)
+        self.predict_samples = [to_prompt(record, encoder) for record in records]
+        self.predict_places = [record.where for record in records]
+
+    def _records(
+        self, argument: str, pattern: str | None, responses: bool = True
+    ) -> tuple[list[Record], list[Record]]:
+        """Read the records of a pattern: those with content, and the blank ones."""
         if pattern is None:
             raise ValueError(f"{argument} is not given: name the files of this stage with --data.{argument}.")
         files = party_files(pattern, self._party())
-        return [record for path in files for record in read_records(path)]
+        records = [r for path in files for r in read_records(path, self.ignore_columns, responses)]
+        is_blank = attrgetter("is_blank" if responses else "has_blank_prompt")
+        blank = [record for record in records if is_blank(record)]
+        if len(blank) == len(records):
+            names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+            raise ValueError(
+                f"Party {self._party()} has no text in {argument}: all there is in {names} is blank. Write"
+                " the files again, or name others."
+            )
+        return [record for record in records if not is_blank(record)], blank
 
     def _party(self) -> int:
         return party_of(self.trainer) if self.party is None else self.party
 
-    def _samples(self, records: Sequence[Record], source: str) -> list[Sample]:
-        samples = to_samples(records, self.tokenizer, self.block_size)
-        if not samples:
-            raise ValueError(
-                f"Party {self._party()} has too little text in {source}: {len(records)} records fill no "
-                f"block of block_size={self.block_size} tokens. Give more text, or a smaller block_size."
-            )
-        return samples
+    def _samples(
+        self, records: Sequence[Record], blank: Sequence[Record], source: str, is_split: bool = False
+    ) -> list[Sample]:
+        made = to_samples(records, self.tokenizer, self.block_size)
+        check_not_empty(self._party(), source, made, self.block_size, is_split)
+        self._notes.add(note_on(source, made, blank, self.block_size))
+        return made.samples
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return shuffled batches, in a new order each epoch."""

@@ -1,4 +1,5 @@
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,8 @@ def test_a_checkpoint_of_the_command_line_loads(
         run=False,
     )
     cli.trainer.fit(cli.model, data)
+    again = pickle.loads(pickle.dumps(cli.model))
+    assert_same(parameters_of(again), parameters_of(cli.model))
     # 0.5 * 0.1 ** 2: the scheduler moves with each step.
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
     cli.trainer.save_checkpoint(tmp_path / "x.ckpt")

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
 from numerics import assert_says_the_same
 from parties import ValidatedClassifier, fit_parties
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -366,6 +367,35 @@ def test_metrics_that_are_not_every_party_s_are_refused(
     monkeypatch.setattr(evaluate, "Configured", Fake)
     with pytest.raises(ValueError, match=words):
         matrix([], {BASE: None}, ["east", "west"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("PromptEncoderConfig", {"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
+        ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+    ],
+)
+def test_a_saved_prompt_is_evaluated_as_it_is(
+    kind: str, arguments: dict[str, Any], texts: Path, llama: str, tmp_path: Path
+) -> None:
+    config = configured(tmp_path, texts, llama)
+    written = yaml.safe_load(config.read_text())
+    arguments = arguments | {"task_type": "CAUSAL_LM"}
+    written["model"]["init_args"]["peft"] = {"class_path": f"peft.{kind}", "init_args": arguments}
+    config.write_text(yaml.safe_dump(written))
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    get_peft_model(base, getattr(peft, kind)(**arguments)).save_pretrained(tmp_path / "saved")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "saved")
+    data = data_of(texts, llama, party=0)
+    data.setup("test")
+    tuned.eval()
+    with torch.no_grad():  # one batch size, so that the mean over the batches is that over the tokens
+        losses = [(tuned(**batch).loss.item(), len(batch["labels"])) for batch in data.test_dataloader()]
+    expected = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    found = matrix([f"--config={config}"], {"one": tmp_path / "saved", BASE: None}, ["0"])["test_loss"]
+    assert found["one"] == pytest.approx([expected], rel=1e-5)
+    assert found[BASE] != pytest.approx([expected], rel=1e-5)
 
 
 def mean_loss(model: torch.nn.Module, texts: Path, llama: str, party: int) -> float:

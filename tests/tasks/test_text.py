@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -5,6 +6,7 @@ import pytest
 
 from pellm_lightning.tasks import TextDataModule
 from pellm_lightning.tasks.source import shuffled
+from pellm_lightning.topology import Topology
 
 
 def write_parties(folder: Path) -> str:
@@ -92,12 +94,93 @@ def test_no_file_is_an_error_that_says_where_it_looked(
     assert str(tmp_path) in str(error.value)
 
 
-def test_too_little_text_is_an_error(tmp_path: Path, llama: str) -> None:
+def test_too_little_text_is_an_error_with_the_block_that_fits(tmp_path: Path, llama: str) -> None:
     pattern = write_parties(tmp_path)
-    with pytest.raises(ValueError, match=r"Party 1 has too little text in files: .*block_size=512"):
+    # Nine documents of seven words and an end are kept, one is held out.
+    with pytest.raises(ValueError, match=r"Party 1 has no sample in files: .* 72 tokens, .* of at most 72\."):
         TextDataModule(pattern, llama, party=1, block_size=512).setup("fit")
-    with pytest.raises(ValueError, match="too little text in the validation split: 1 records"):
+    with pytest.raises(
+        ValueError, match=r"the validation split: its 1 texts .* at most 8; .* val_fraction=0\."
+    ):
         TextDataModule(pattern, llama, party=1, block_size=10).setup("fit")
+    TextDataModule(pattern, llama, party=1, block_size=8).setup("fit")
+
+
+def write_records(folder: Path, *records: tuple[str, str]) -> str:
+    rows = [json.dumps({"instruction": prompt, "response": text}) + "\n" for prompt, text in records]
+    (folder / "r.jsonl").write_text("".join(rows))
+    return str(folder / "r.jsonl")
+
+
+def test_prompts_that_fill_the_block_ask_for_a_larger_one(tmp_path: Path, llama: str) -> None:
+    file = write_records(tmp_path, ("w1 w2 w3 w4", "w5"), ("w1 w2 w3 w4 w5", "w6 w7"))
+    data = TextDataModule(file, llama, party=0, block_size=4, val_fraction=0.0)
+    # 4 + 2 and 5 + 3 tokens; a response is learned from its first token on.
+    message = "larger block_size: 8 holds every record whole, 6 some of each, 5 some of one"
+    with pytest.raises(ValueError, match=rf"r\.jsonl:1, 4 tokens of prompt.*{message}"):
+        data.setup("fit")
+
+
+def test_a_single_record_is_not_held_out(tmp_path: Path, llama: str) -> None:
+    file = write_records(tmp_path, ("w1", "w2"))
+    with pytest.raises(ValueError, match=r"single record in files=.*of party 2.* or val_fraction=0"):
+        TextDataModule(file, llama, party=2).setup("fit")
+    data = TextDataModule(file, llama, party=2, val_fraction=0)
+    data.setup("fit")
+    assert len(data.train_samples) == 1
+
+
+def test_what_is_left_out_or_cut_is_said_once(
+    tmp_path: Path, llama: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_records(
+        tmp_path,
+        ("w1 w2 w3 w4", "w5"),
+        ("w1", "w2 w3 w4 w5"),
+        ("w1", " "),
+        ("w1", "w2"),
+        ("w1 w2 w3 w4 w5", "w6"),
+    )
+    data = TextDataModule(file, llama, party=1, block_size=4, val_fraction=0)
+    data.setup("fit")
+    data.setup("validate")
+    assert len(data.train_samples) == 2
+    (said,) = caplog.messages
+    assert said.startswith("Party 1: files, at block_size=4: 1 blank record is left out")
+    assert "2 records are left out, whose prompt leaves no room for a response, 4 tokens" in said
+    assert f"(the first: {file}:1)" in said
+    # 1 + 5 tokens in a block of 4.
+    assert (
+        f"1 response is cut, by 2 tokens in all and without an end-of-sequence token (the first: {file}:2)"
+        in said
+    )
+    assert "block_size=7 would keep each record whole" in said
+
+
+def test_only_the_first_process_of_a_party_speaks(
+    tmp_path: Path, llama: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(2):
+        monkeypatch.setattr(
+            "pellm_lightning.tasks.left_out.topology_of", lambda _, rank=rank: Topology(0, 1, rank, 2)
+        )
+        data = TextDataModule(
+            write_records(tmp_path, ("w1", "w2 w3 w4 w5")), llama, party=0, block_size=4, val_fraction=0
+        )
+        data.trainer = SimpleNamespace()
+        data.setup("fit")
+    assert len(caplog.messages) == 1
+
+
+def test_blank_files_and_prompts_are_named(tmp_path: Path, llama: str) -> None:
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(
+        ValueError, match=r"Party 0 has no text in files: all there is in .*blank\.txt is blank"
+    ):
+        TextDataModule(str(tmp_path / "blank.txt"), llama, party=0).setup("fit")
+    file = write_records(tmp_path, ("w1", ""), (" ", "w2"))
+    with pytest.raises(ValueError, match=r"r\.jsonl:2: the prompt is blank"):
+        TextDataModule("x", llama, party=0, predict_files=file).setup("predict")
 
 
 def test_a_stage_without_files_is_an_error(tmp_path: Path, llama: str) -> None:

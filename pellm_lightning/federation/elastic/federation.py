@@ -40,6 +40,7 @@ from pellm_lightning.federation.elastic.roll_call import Patience, RollCall
 from pellm_lightning.federation.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.federation.mesh.mesh import Listener, Mesh
 from pellm_lightning.federation.polling import polls
+from pellm_lightning.federation.quorum import Quorum
 from pellm_lightning.federation.tls import TLS
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class ElasticFederation(Collectives):
         connect: Makes a client of the rendezvous' store; called twice, since heartbeats need their own.
         name: This party.
         roster: Names of all parties of the federation, the same and in the same order at each.
-        membership: How many are needed, and how long to wait for whom.
+        quorum: How many parties must meet: more than half of the roster ("majority"), or a number.
+        membership: How long to wait for whom, and whether to go on without a lost one.
         listen: "host:port" at which the other parties reach this one; only that interface is bound. Port 0
             takes a free one.
         advertise: "host:port" to tell the others instead, where an address is translated on the way.
@@ -72,6 +74,7 @@ class ElasticFederation(Collectives):
         name: str,
         roster: Sequence[str],
         *,
+        quorum: Quorum = "majority",
         membership: Membership | None = None,
         listen: str = "127.0.0.1:0",
         advertise: str | None = None,
@@ -79,7 +82,8 @@ class ElasticFederation(Collectives):
     ) -> None:
         check_roster(name, roster)
         self.membership = membership or Membership()
-        self.membership.needed(roster)
+        self.quorum = self.membership.quorum(quorum, roster)
+        """How many parties must meet."""
         self.roster = list(roster)
         self.bytes_sent = 0
         self.interrupt: Callable[[], None] = lambda: None
@@ -119,7 +123,14 @@ class ElasticFederation(Collectives):
         self._introductions = Introductions(self._register, name, self._incarnation)
         self._decisions = Decisions(self._register, self._peers, name, self._incarnation)
         self._roll_call = RollCall(
-            self._register, self._peers, self._introductions, self._rifts, name, roster, self.membership
+            self._register,
+            self._peers,
+            self._introductions,
+            self._rifts,
+            name,
+            roster,
+            self.quorum,
+            self.membership,
         )
         self._roll_call.interrupt = self._wait
 
@@ -158,8 +169,7 @@ class ElasticFederation(Collectives):
     @property
     def shared(self) -> dict[str, str | int | None]:
         """What this party was told of the federation, and must be the same at all."""
-        needed = self.membership.min_parties
-        return {"roster": ", ".join(self.roster), "min_parties": needed, "tls": self._tls is not None}
+        return {"roster": ", ".join(self.roster), "quorum": self.quorum, "tls": self._tls is not None}
 
     def introduce(self, passport: Passport, digest: str, difference: Difference) -> dict[str, Passport]:
         """Say what this party is, before it comes to its first meeting; return what those alive have said.
@@ -501,7 +511,7 @@ class ElasticFederation(Collectives):
         try:
             yield self._mesh
         except MismatchError as error:
-            if self.num_parties - len(error.parties) < self.membership.needed(self.roster):
+            if self.num_parties - len(error.parties) < self.quorum:
                 raise
             raise PartyLostError(str(error), parties=error.parties, by=error.by) from error
 

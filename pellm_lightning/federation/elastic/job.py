@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from pellm_lightning.federation.elastic.federation import ElasticFederation
 from pellm_lightning.federation.elastic.membership import Membership, check_roster
+from pellm_lightning.federation.quorum import Quorum
 from pellm_lightning.federation.rendezvous.polled import PolledStore
 from pellm_lightning.federation.rendezvous.room import Room
 from pellm_lightning.federation.tls import TLS
@@ -33,7 +34,8 @@ class Job:
         listen: "host:port" at which the other parties reach this one.
         advertise: "host:port" to tell them instead, where an address is translated on the way.
         tls: This party's certificate and the federation's authority.
-        membership: How many parties are needed, and how long to wait for whom.
+        membership: How long to wait for whom.
+        quorum: How many parties are needed.
 
     Raises:
         ValueError: If something is missing or malformed.
@@ -46,10 +48,11 @@ class Job:
     advertise: str | None = None
     tls: TLS | None = None
     membership: Membership = field(default_factory=Membership)
+    quorum: Quorum = "majority"
 
     def __post_init__(self) -> None:
         check_roster(self.name, self.roster)
-        self.membership.needed(self.roster)
+        self.membership.quorum(self.quorum, self.roster)
         if self.tls is not None and self.tls.name != self.name:
             raise ValueError(
                 f"The certificate {self.tls.cert} is of {self.tls.name!r}, but this party is {self.name!r}."
@@ -66,6 +69,7 @@ class Job:
         advertise: str | None = None,
         tls: TLS | None = None,
         membership: Membership | None = None,
+        quorum: Quorum = "majority",
         environ: Mapping[str, str] | None = None,
     ) -> "Job | None":
         """Return the job that arguments and ``PELLM_...`` variables describe; None without a rendezvous.
@@ -98,6 +102,7 @@ class Job:
             advertise=found["advertise"],
             tls=tls or _tls_of(environ),
             membership=membership or Membership(),
+            quorum=quorum,
         )
 
     def topology(self, environ: Mapping[str, str] | None = None) -> Topology:
@@ -150,6 +155,7 @@ class Job:
             connect,
             self.name,
             self.roster,
+            quorum=self.quorum,
             membership=membership,
             listen=self.listen,
             advertise=self.advertise,

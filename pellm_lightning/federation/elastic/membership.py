@@ -1,9 +1,10 @@
-"""What a federation of separate jobs promises its parties: how many it needs, how long it waits for whom."""
+"""What a federation of separate jobs promises its parties: how long it waits for whom, and for how many."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pellm_lightning.federation.quorum import Quorum, resolve_quorum
 from pellm_lightning.federation.tls import check_name
 
 
@@ -12,22 +13,19 @@ class Membership:
     """When separate jobs go on without a party, wait for one, or stop.
 
     Args:
-        min_parties: Parties that a round needs. Default and, without ``accept_split_brain``, lower bound: the
-            majority of the roster. Two groups that cannot see each other then never both go on.
         round_timeout_s: Seconds a party that is alive may be late for a round before the others go on
             without it: more than the time by which the slowest party's local steps outlast the fastest's.
-        wait_s: Seconds to wait while fewer than ``min_parties`` are there, or the rendezvous is not; and, at
+        wait_s: Seconds to wait while fewer than a quorum are there, or the rendezvous is not; and, at
             the very first start, for the whole roster.
         exchange_timeout_s: Seconds that an exchange may make no progress, although all its parties are alive,
             before it is tried again; without a party to whom it happens twice.
         heartbeat_ttl_s: Seconds without a sign of life after which a party counts as dead. The others lose
             about as much time when one dies. Over the internet take 10 or more.
         on_party_loss: Go on without a party that was lost ("continue"), or stop all ("stop").
-        accept_split_brain: Allow ``min_parties`` below the majority: a network that falls apart may then
-            leave two federations, each going on by itself.
+        accept_split_brain: Allow a ``quorum`` below the majority of the roster: a network that falls apart
+            may then leave two federations, each going on by itself.
     """
 
-    min_parties: int | None = None
     round_timeout_s: float = 1800
     wait_s: float = 1800
     exchange_timeout_s: float = 60
@@ -42,26 +40,20 @@ class Membership:
         if self.on_party_loss not in ("continue", "stop"):
             raise ValueError(f"on_party_loss={self.on_party_loss!r} must be 'continue' or 'stop'.")
 
-    def needed(self, roster: Collection[str]) -> int:
-        """Return how many parties a round needs.
+    def quorum(self, quorum: Quorum, roster: Collection[str]) -> int:
+        """Return how many parties of a roster must meet.
 
         Raises:
-            ValueError: If ``min_parties`` is out of range.
+            ValueError: If that is more than there are; or less than the majority, which nobody has accepted.
         """
-        majority = len(roster) // 2 + 1
-        if self.min_parties is None:
-            return majority
-        if not 1 <= self.min_parties <= len(roster):
+        needed, majority = resolve_quorum(quorum, len(roster)), resolve_quorum("majority", len(roster))
+        if needed < majority and not self.accept_split_brain:
             raise ValueError(
-                f"min_parties={self.min_parties} must lie in 1..{len(roster)}, the roster's size."
+                f"quorum={needed} is below {majority}, the majority of the {len(roster)} parties: if the"
+                " network falls apart, two groups could both go on, each with parameters of its own. Raise"
+                " it, or accept that by membership.accept_split_brain=true."
             )
-        if self.min_parties < majority and not self.accept_split_brain:
-            raise ValueError(
-                f"min_parties={self.min_parties} is below {majority}, the majority of the {len(roster)}"
-                " parties: if the network falls apart, two groups could both go on, each with parameters of"
-                " its own. Raise it, or accept that by accept_split_brain=True."
-            )
-        return self.min_parties
+        return needed
 
 
 def check_roster(name: str, roster: Sequence[str]) -> None:

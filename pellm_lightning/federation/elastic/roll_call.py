@@ -30,7 +30,8 @@ class RollCall:
         rifts: Who cannot reach whom.
         name: This party.
         roster: All parties.
-        membership: How many are needed, and how long to wait for whom.
+        quorum: How many are needed.
+        membership: How long to wait for whom.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class RollCall:
         rifts: Rifts,
         name: str,
         roster: Sequence[str],
+        quorum: int,
         membership: Membership,
     ) -> None:
         self._register = register
@@ -50,7 +52,7 @@ class RollCall:
         self._name = name
         self._roster = roster
         self._membership = membership
-        self._needed = membership.needed(roster)
+        self._needed = quorum
         self.partners: Collection[str] = ()
         """Members of the last plan."""
         self.interrupt: Callable[[], None] = lambda: None
@@ -165,7 +167,7 @@ class RollCall:
 
     def patience(self) -> "Patience":
         """Return the patience of one muster."""
-        return Patience(self._peers, self._name, self._roster, self._membership)
+        return Patience(self._peers, self._name, self._roster, self._needed, self._membership)
 
 
 class Patience:
@@ -175,15 +177,18 @@ class Patience:
         peers: Who lives.
         name: This party.
         roster: All parties.
+        quorum: How many are needed.
         membership: How long to wait for whom.
     """
 
-    def __init__(self, peers: Peers, name: str, roster: Sequence[str], membership: Membership) -> None:
+    def __init__(
+        self, peers: Peers, name: str, roster: Sequence[str], quorum: int, membership: Membership
+    ) -> None:
         self._peers = peers
         self._name = name
         self._roster = roster
         self._membership = membership
-        self._needed = membership.needed(roster)
+        self._needed = quorum
         self._began = self._enough = self._reached = self._differed = time.monotonic()
         self._mismatch: FederationError | None = None
 

@@ -9,8 +9,11 @@ from pellm_lightning.federation.errors import PartyLostError
 
 
 def launched() -> bool:
-    """Whether a launcher set the variables that name a rendezvous and more than one process."""
-    return "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """Whether a launcher set the variables that name a rendezvous and more than one process.
+
+    Processes that Lightning starts by itself have no ``RANK``: they are one party.
+    """
+    return {"MASTER_ADDR", "RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def store_from_env(timeout_s: float) -> dist.Store:

@@ -1,0 +1,126 @@
+"""Which columns of a row are used: what holds content is used, ignored by name, or refused."""
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from pellm_lightning.tasks.delimited import same_column
+
+
+def ignored_columns(value: object) -> tuple[str, ...]:
+    """Check the argument ``ignore_columns``.
+
+    Raises:
+        ValueError: If it is no list of names.
+    """
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or any(not isinstance(n, str) for n in value)
+    ):
+        raise ValueError(f"ignore_columns={value!r} must be a list of columns, for example ['id', 'source'].")
+    return tuple(value)
+
+
+def is_ignored(name: str, ignored: Collection[str]) -> bool:
+    """Tell whether a column is among those to ignore."""
+    return any(same_column(name, other) for other in ignored)
+
+
+def has_content(value: Any) -> bool:
+    """Tell whether a value says anything: null, NaN, blank strings and what holds only these do not."""
+    if isinstance(value, Mapping):
+        return any(has_content(part) for part in value.values())
+    if isinstance(value, list):
+        return any(has_content(part) for part in value)
+    if isinstance(value, float):
+        return not math.isnan(value)
+    return bool(value.strip()) if isinstance(value, str) else value is not None
+
+
+def find_column(fields: Mapping[str, Any], name: str, where: str) -> str | None:
+    """Return the column of a name; capitals and blanks around it make no difference unless two columns match.
+
+    Raises:
+        ValueError: If several match and none exactly.
+    """
+    if name in fields:
+        return name
+    found = [column for column in fields if same_column(column, name)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{where}: {found} may each be the column {name!r}. Name it exactly as it is written."
+        )
+    return found[0] if found else None
+
+
+def string_of(fields: Mapping[str, Any], column: str, where: str) -> str:
+    """Return a column's text.
+
+    Raises:
+        ValueError: If it is null, NaN or no string: what it should be is not guessed.
+    """
+    value = fields[column]
+    if not isinstance(value, str):
+        what = "is empty (null or NaN)" if not has_content(value) else f"holds {shown(value)}, no string"
+        raise ValueError(f"{where}: {column!r} {what}. Write its text, or take the row out of the file.")
+    check_characters(value, column, where)
+    return value
+
+
+def check_characters(value: str, column: str, where: str) -> None:
+    """Refuse characters that no text has, and that tokenizers drop or fail on.
+
+    Raises:
+        ValueError: Names the character.
+    """
+    bad = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if bad is not None:
+        raise ValueError(
+            f"{where}: {column!r} holds the character U+{ord(bad):04X}, which is not text. Remove it, or"
+            " write the file anew from its source."
+        )
+
+
+class UnusedColumns:
+    """Collects the columns that hold content and are not used, with the place of the first.
+
+    Args:
+        ignored: Columns that may be left out.
+    """
+
+    def __init__(self, ignored: Collection[str]) -> None:
+        self.ignored = ignored
+        self._first: dict[str, tuple[str, Any]] = {}
+
+    def add(self, fields: Mapping[str, Any], used: Collection[str], where: str) -> None:
+        """Note what one row has besides ``used``."""
+        for name, value in fields.items():
+            known = name in used or name in self._first or is_ignored(name, self.ignored)
+            if not known and has_content(value):
+                self._first[name] = (where, value)
+
+    def check(self, known: str) -> None:
+        """Refuse them.
+
+        Args:
+            known: Says which columns are used.
+
+        Raises:
+            ValueError: Names each column, with a value and its place.
+        """
+        if not self._first:
+            return
+        found = "; ".join(f"{where}: {name!r} holds {shown(v)}" for name, (where, v) in self._first.items())
+        names = ", ".join(json.dumps(name, ensure_ascii=False) for name in [*self.ignored, *self._first])
+        raise ValueError(
+            f"{found}: nothing would see that. {known} If the model need not see it, leave it out by"
+            f" ignore_columns: [{names}] (--data.ignore_columns='[{names}]')."
+        )
+
+
+def shown(value: Any) -> str:
+    """Return a value, shortened to fit into a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

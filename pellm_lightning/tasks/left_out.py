@@ -1,0 +1,149 @@
+"""What a block size takes from a party's records: counted in its log, or refused with the right cure."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+
+from pellm_lightning.environment import topology_of
+from pellm_lightning.tasks.records import Record
+from pellm_lightning.tasks.samples import Cut, Samples
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the log.
+
+    Args:
+        text: The line.
+        is_warning: Whether whole records or parts of responses are missing, not only the end of packed texts.
+    """
+
+    text: str
+    is_warning: bool
+
+
+def note_on(source: str, made: Samples, blank: Sequence[Record], block_size: int) -> Note | None:
+    """Say what of a source is not trained or evaluated on; None if all of it is.
+
+    Args:
+        source: What the records are, for example ``files``.
+        made: The samples.
+        blank: The records that were left out since their text, prompt or response is blank.
+        block_size: Tokens in a block.
+    """
+    parts = [*_of_blank(blank), *_of_cuts(made.cuts, block_size)]
+    is_warning = bool(parts) or bool(made.tail and not made.blocks)
+    if made.tail:
+        parts.append(
+            f"the last {made.tail} of the {made.tail + made.blocks * block_size} tokens of {made.num_texts}"
+            " packed texts fill no block and are left out"
+        )
+    if not parts:
+        return None
+    needed = max((cut.prompt + cut.response for cut in made.cuts), default=0)
+    cure = f" block_size={needed} would keep each record whole." if needed > block_size else ""
+    return Note(f"{source}, at block_size={block_size}: {'; '.join(parts)}.{cure}", is_warning)
+
+
+class Notes:
+    """What is to be said about a party's data, said once, by one process of the party."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Note] = []
+        self._said: set[str] = set()
+
+    def add(self, note: Note | None) -> None:
+        """Keep a note for the log, unless it has been there."""
+        if note is not None and note.text not in self._said:
+            self._waiting.append(note)
+            self._said.add(note.text)
+
+    def log_at(self, trainer: Trainer | None, party: int) -> None:
+        """Write what was added in one line."""
+        waiting, self._waiting = self._waiting, []
+        # Lightning's rank-zero functions mean rank 0 of the launch until the callback's setup, after this.
+        if waiting and (trainer is None or topology_of(trainer).is_speaker):
+            level = logging.WARNING if any(note.is_warning for note in waiting) else logging.INFO
+            log.log(level, "Party %s: %s", party, " ".join(note.text for note in waiting))
+
+
+def check_not_empty(party: int, source: str, made: Samples, block_size: int, is_split: bool = False) -> None:
+    """Refuse a source that gives no sample.
+
+    Args:
+        party: Whose it is.
+        source: What the records are.
+        made: The samples.
+        block_size: Tokens in a block.
+        is_split: Whether ``val_fraction`` has taken it from other records.
+
+    Raises:
+        ValueError: Says what would give one.
+    """
+    if made.samples:
+        return
+    problems, cures = [], []
+    if made.cuts:
+        least, most = (pick(_learnable_from(cut) for cut in made.cuts) for pick in (min, max))
+        whole = max(cut.prompt + cut.response for cut in made.cuts)
+        problems.append(
+            f"the prompts of its {len(made.cuts)} records leave no room for a response in a block of"
+            f" block_size={block_size} tokens (the first: {made.cuts[0].where or 'a record'},"
+            f" {made.cuts[0].prompt} tokens of prompt)"
+        )
+        cures.append(
+            f"a larger block_size: {whole} holds every record whole, {most} some of each, {least} some of one"
+        )
+    if made.num_texts:
+        problems.append(
+            f"its {made.num_texts} texts have {made.tail} tokens, too little text for a block of"
+            f" block_size={block_size}"
+        )
+        smaller = f", or a block_size of at most {made.tail}" if made.tail > 1 and not made.cuts else ""
+        cures.append(f"more text{smaller}")
+    if is_split:
+        cures.append(
+            "a larger val_fraction, files of their own for validation (val_files), or val_fraction=0"
+        )
+    raise ValueError(
+        f"Party {party} has no sample in {source}: {' and '.join(problems) or 'there is no text'}. Give"
+        f" {'; or '.join(cures) or 'it text'}."
+    )
+
+
+def _learnable_from(cut: Cut) -> int:
+    """Return the least block size at which a token of the response is learned."""
+    return max(cut.prompt, 1) + 1
+
+
+def _of_blank(blank: Sequence[Record]) -> list[str]:
+    if not blank:
+        return []
+    return [f"{counted(len(blank), 'blank record')} left out (the first: {blank[0].where})"]
+
+
+def _of_cuts(cuts: Sequence[Cut], block_size: int) -> list[str]:
+    parts = []
+    left_out = [cut for cut in cuts if cut.is_left_out]
+    shorter = [cut for cut in cuts if not cut.is_left_out]
+    if left_out:
+        parts.append(
+            f"{counted(len(left_out), 'record')} left out, whose prompt leaves no room for a response,"
+            f" {sum(cut.response for cut in left_out)} tokens of response (the first: {left_out[0].where})"
+        )
+    if shorter:
+        lost = sum(cut.prompt + cut.response - block_size for cut in shorter)
+        parts.append(
+            f"{counted(len(shorter), 'response')} cut, by {lost} tokens in all and without an end-of-sequence"
+            f" token (the first: {shorter[0].where})"
+        )
+    return parts
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 record is, 2 records are."""
+    return f"{number} {noun} is" if number == 1 else f"{number} {noun}s are"

@@ -1,0 +1,148 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from pellm_lightning.tasks.delimited import delimited_rows
+from pellm_lightning.tasks.reading import read_file, read_text
+
+TABLE = "text,label\n" + "".join(f"café {i},{'good' if i % 2 else 'bad'}\n" for i in range(5))
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+
+
+def rows_of(path: Path, content: str | bytes) -> list[tuple[str, dict[str, str]]]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [
+        (row.where.removeprefix(f"{path}:"), dict(row.fields))
+        for row in read_file(path, SUFFIXES, ["text", "label"] if path.suffix == ".csv" else [])
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TABLE.encode("utf-8-sig"),
+        TABLE.replace("\n", "\r\n"),
+        TABLE.replace("\n", "\r"),
+        TABLE.replace(",", ";"),
+        TABLE.replace(",", "\t"),
+        TABLE.replace(",", ", "),
+        TABLE.replace("\n", ",\n"),
+        TABLE.replace("bad\n", "bad\n\n,\n"),
+    ],
+    ids=["BOM", "CRLF", "CR", "semicolons", "tabs", "blanks", "comma at the end", "blank rows"],
+)
+def test_tables_of_many_programs_read_alike(content: str | bytes, tmp_path: Path) -> None:
+    expected = [{"text": f"café {i}", "label": "good" if i % 2 else "bad"} for i in range(5)]
+    assert [fields for _, fields in rows_of(tmp_path / "a.csv", content)] == expected
+
+
+def test_a_field_may_be_long_and_hold_lines(tmp_path: Path) -> None:
+    long = "word " * 40_000
+    rows = rows_of(tmp_path / "a.csv", f'text,label\n"two\nlines, ""quoted""",bad\n{long},good\n')
+    assert [(line, fields["text"]) for line, fields in rows] == [("2", 'two\nlines, "quoted"'), ("4", long)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text,label\ncaf\xe9,bad\n", r":2: is not UTF-8 text: byte 0xe9.*iconv"),
+        (TABLE.encode("utf-16"), r":1: the file is UTF-16.*iconv -f UTF-16"),
+        (TABLE.replace("é", "e").encode("utf-16-le"), r":1: holds a NUL"),
+        (b"text,label\na,b\nw\0,bad\n", r":3: holds a NUL"),
+        (b"", r":1: the file is empty"),
+        (b"text,label\n", r":1: the file has no rows"),
+        (b'text,label\na,b\n"open,bad\nc,d\n', r":3: a quotation mark .* is not closed before line 4"),
+        (b'text,label\n"a"b,bad\n', r":2: a quotation mark"),
+        (b"text,label\na,b\na,b,c\n", r":3: the row has 3 fields, the header 2"),
+        (b"text,label\na\n", r":2: the row has 1 fields, the header 2"),
+        (b"text,label,Text,label\na,b,c,d\n", r":1: the header has \['label'\] more than once"),
+    ],
+)
+def test_a_table_that_would_lose_something_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.csv" + message):
+        rows_of(tmp_path / "a.csv", content)
+
+
+# ---- .tsv
+
+
+def test_quotation_marks_in_a_tsv_are_text(tmp_path: Path) -> None:
+    texts = ['"never closed', "plain", 'says "hi"', 'closes"', '"whole"']
+    content = "text\tlabel\n" + "".join(f"{text}\tbad\n" for text in texts)
+    assert [fields["text"] for _, fields in rows_of(tmp_path / "a.tsv", content)] == texts
+
+
+def test_a_mark_before_a_tab_merges_no_rows() -> None:
+    rows = delimited_rows('text\tlabel\n"a\tbad\nb"\tgood\n', Path("a.tsv"))
+    assert [fields["text"] for _, fields in rows] == ['"a', 'b"']
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_quoted_tsv_is_read_as_it_was_written(quoting: int, tmp_path: Path) -> None:
+    written = [("text", "label"), ('says "hi"', "bad"), ("two\nlines", "good"), ("a\ttab", "bad")]
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=quoting).writerows(written)
+    rows = read_file(tmp_path / "a.tsv", SUFFIXES)
+    assert [tuple(row.fields.values()) for row in rows] == written[1:]
+
+
+def test_marks_of_two_meanings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"a\.tsv:3: .*rename the file to \.csv"):
+        delimited_rows('text\tlabel\na\tbad\n"b"\tgood\n', Path("a.tsv"))
+
+
+def test_a_tsv_row_without_a_field_is_named() -> None:
+    with pytest.raises(ValueError, match=r"a\.tsv:3: the row has 1 fields"):
+        delimited_rows("text\tlabel\na\tbad\nb\n", Path("a.tsv"))
+
+
+# ---- JSON
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_and_lines_in_a_json_file(indent: int | None, tmp_path: Path) -> None:
+    objects = [{"text": "a\u2028b"}, {"text": "c", "more": {"d": [1]}}]
+    whole = json.dumps(objects, indent=indent, ensure_ascii=False)
+    lines = "\n".join(json.dumps(value, indent=indent, ensure_ascii=False) for value in objects)
+    for content in (whole, lines, f"\ufeff{whole}\n"):
+        assert [fields for _, fields in rows_of(tmp_path / "a.json", content)] == objects
+
+
+def test_rows_of_a_json_list_have_their_lines(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "a.json", '[\n {"text": "a"},\n\n {"text":\n "b"}, {"text": "c"}\n]\n')
+    assert [line for line, _ in rows] == ["2", "4", "5"]
+
+
+def test_a_tab_in_a_string_and_crlf_are_read(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "a.jsonl", '\ufeff{"text": "a\tb"}\r\n\r\n{"text": "c"}\r\n')
+    assert rows == [("1", {"text": "a\tb"}), ("3", {"text": "c"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '[\n {"text": "a"}\n]\n', r":1: is not JSON.*rename it to a\.json"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', r":2: is not JSON.*one whole object on each line"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', r":2: has \['text'\] twice"),
+        ("a.jsonl", '{"text": "a"}\n"b"\n', r":2: expected an object, found str"),
+        ("a.json", '[{"text": "a"},\n {"text": "b"}', r":2: is not JSON"),
+        ("a.json", '[{"text": "a"}\n {"text": "b"}]', r":2: is not JSON: Expecting ','"),
+        ("a.json", '[{"text": "a"}]\n[{"text": "b"}]', r":2: is not JSON: The list"),
+        ("a.json", '[{"text": "a"},\n]', r":2: is not JSON"),
+        ("a.json", "[]", r":1: the file has no rows"),
+        ("a.json", "[\n[1]]", r":2: expected an object, found list"),
+    ],
+)
+def test_json_that_would_lose_something_is_refused(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") + message):
+        rows_of(tmp_path / name, content)
+
+
+def test_the_line_of_a_bad_byte_is_an_editor_s(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\nth\xffree")
+    with pytest.raises(ValueError, match=r"a\.txt:3: is not UTF-8 text: byte 0xff"):
+        read_text(tmp_path / "a.txt")
