@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pellm_lightning import FederatedAveraging, Federation
+from pellm_lightning.federation import PartyLostError
 
 T = TypeVar("T")
 
@@ -44,6 +45,16 @@ def run_parties(
     if failed and not may_fail:
         raise failed[0]
     return results
+
+
+def refusals(results: Sequence[Any], kind: type[Exception]) -> list[str]:
+    """Return what each party was told of what all refuse.
+
+    Each would find it by itself, but a party that is slow may learn of the first that has left, and why.
+    """
+    assert all(isinstance(result, kind | PartyLostError) for result in results), results
+    assert any(isinstance(result, kind) for result in results)
+    return [str(result) for result in results]
 
 
 def in_threads(acts: Sequence[Callable[[], None]]) -> None:

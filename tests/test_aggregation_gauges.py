@@ -148,9 +148,12 @@ def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, gauge: Gaug
 def test_parties_that_agree_get_back_what_they_came_with(solver: Solver, gauge: Gauge) -> None:
     end = adapter(5, SIZES, RANK)
     start = adapter(0, SIZES, RANK)
+    # Factors of up to 3 are rounded once to float32, 2^-23; sums that cross in float32, "power", turn columns
+    # by 2^-24 times the condition of the products, below 100. What is of another gauge differs by about 1.
+    tolerance = {"exact": 1e-6, "power": 3e-5}[solver]
     for result in one_round(LowRankMean(solver, gauge=gauge), [end] * 3, WEIGHTS, start=start):
         for name, p in end.items():
-            torch.testing.assert_close(result[name], p, rtol=0, atol=3e-6)
+            torch.testing.assert_close(result[name], p, rtol=0, atol=tolerance)
 
 
 @solvers

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from numerics import assert_says_the_same
-from parties import Classifier, Rounds, batches, data, fit_parties, quiet_trainer
+from parties import Classifier, Rounds, batches, data, fit_parties, quiet_trainer, refusals
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -481,10 +481,9 @@ def test_an_outer_optimizer_that_makes_no_sense_is_refused(
         callback = federated(aggregation=RULES[name], outer_optimizer=outer)
         quiet_trainer(tmp_path, [callback], max_epochs=1).fit(Tuned(party), data(8, seed=party))
 
-    for error in fit_parties(2, fit, may_fail=True):
-        assert isinstance(error, ValueError)
-        assert str(error).startswith(repr(RULES[name]))
-        assert words in str(error)
+    for told in refusals(fit_parties(2, fit, may_fail=True), ValueError):
+        assert repr(RULES[name]) in told
+        assert words in told
 
 
 @pytest.mark.parametrize(
@@ -777,10 +776,10 @@ def test_a_checkpoint_of_another_rule_is_refused_with_words(
     tmp_path: Path, rule: Aggregation, difference: str
 ) -> None:
     Saved(tmp_path, Mean()).fit()
-    for error in fit_parties(2, partial(Saved(tmp_path, rule)._fit, 3), may_fail=True):
-        assert isinstance(error, ValueError)
-        assert difference in str(error)
-        assert "Resume with the model, PEFT configuration, aggregation, include and exclude" in str(error)
+    results = fit_parties(2, partial(Saved(tmp_path, rule)._fit, 3), may_fail=True)
+    for told in refusals(results, ValueError):
+        assert difference in told
+        assert "Resume with the model, PEFT configuration, aggregation, include and exclude" in told
 
 
 # ---- exports
