@@ -20,16 +20,21 @@ from typing_extensions import override
 _KERNELS = ("foreach", "fused")
 
 
-def step_(optimizer: torch.optim.Optimizer) -> None:
+def step_(optimizer: torch.optim.Optimizer, chunk: int = 1 << 18) -> None:
     """Step an optimizer by operations of one rounding each.
 
     The same state and gradients then give the same bits whatever the processor, the number of threads and the
     device, for every optimizer that is made of sums, products, quotients, square roots and comparisons, as
     those of torch are. What else it calls (exponentials, powers, random numbers) stays what it is.
+
+    Args:
+        optimizer: The optimizer.
+        chunk: Numbers that are worked on at a time, so that what is put together from parts stays in the
+            cache and needs no memory in proportion to the parameters.
     """
     for group in optimizer.param_groups:
         group.update({key: False for key in _KERNELS if key in group})
-    with _OneRoundingEach():
+    with _OneRoundingEach(chunk):
         optimizer.step()
 
 
@@ -45,6 +50,10 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 class _OneRoundingEach(TorchFunctionMode):
     """Takes torch's functions apart that round in another way than IEEE 754 says of their parts."""
 
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self._chunk = chunk
+
     @override
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -55,12 +64,37 @@ class _OneRoundingEach(TorchFunctionMode):
         if apart is None or not args or not _is_floating(args[0]):
             return func(*args, **kwargs)
         out = kwargs.pop("out", None)
-        result = apart(*args, **kwargs)
+        result = self._result(apart, args, kwargs, args[0] if _is_in_place(name) else out)
         if result is None:
             return func(*args, **kwargs) if out is None else func(*args, **kwargs, out=out)
-        if _is_in_place(name):
-            out = args[0]
-        return result if out is None else out.copy_(result)
+        return result
+
+    def _result(
+        self, apart: Callable[..., Tensor | None], args: Any, kwargs: dict[str, Any], out: Tensor | None
+    ) -> Tensor | None:
+        """Return the result, in ``out`` if there is one; None if the function stays as it is."""
+        first: Tensor = args[0]
+        tensors = [arg for arg in (*args, *kwargs.values(), out) if isinstance(arg, Tensor) and arg.ndim]
+        alike = all(
+            tensor.shape == first.shape and tensor.dtype == first.dtype and tensor.is_contiguous()
+            for tensor in tensors
+        )
+        if not alike or first.numel() <= self._chunk:
+            result = apart(*args, **kwargs)
+            return result if result is None or out is None else out.copy_(result)
+        into = torch.empty_like(first) if out is None else out
+        for start in range(0, first.numel(), self._chunk):
+            at = slice(start, start + self._chunk)
+            part = apart(*(_at(arg, at) for arg in args), **{k: _at(v, at) for k, v in kwargs.items()})
+            if part is None:
+                return None
+            into.view(-1)[at].copy_(part)
+        return into
+
+
+def _at(argument: Any, at: slice) -> Any:
+    """Return a part of a tensor; numbers, and tensors of one number, as they are."""
+    return argument.view(-1)[at] if isinstance(argument, Tensor) and argument.ndim else argument
 
 
 def _is_floating(x: Any) -> bool:

@@ -283,7 +283,7 @@ class Updates:
     def _step(self) -> None:
         self._parameter.grad = self.pseudo_gradient
         try:
-            portable.step_(self.optimizer)
+            portable.step_(self.optimizer, chunk=len(self._scratch))
         finally:
             self._parameter.grad = None
 

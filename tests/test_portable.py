@@ -135,7 +135,8 @@ def test_roots_are_the_nearest_numbers() -> None:
     np.testing.assert_array_equal(parameter.detach().numpy(), np.sqrt(values))
 
 
-def test_functions_are_taken_apart_however_they_are_called() -> None:
+@pytest.mark.parametrize("chunk", [7, 1 << 18])
+def test_functions_are_taken_apart_however_they_are_called(chunk: int) -> None:
     x, y, z = (torch.from_numpy(drawn(seed)) for seed in range(3))
     scaled, shifted = x * 0.3, x + y * 0.3
     calls: list[tuple[Callable[[], Tensor], Tensor]] = [
@@ -156,7 +157,7 @@ def test_functions_are_taken_apart_however_they_are_called() -> None:
         (lambda: x**2, x * x),
         (lambda: x * 0.3, scaled),
     ]
-    with portable._OneRoundingEach():
+    with portable._OneRoundingEach(chunk):
         found = [call() for call, _ in calls]
         counted = torch.arange(3).add_(torch.ones(3, dtype=torch.int64), alpha=2)
     for number, (one, (_, expected)) in enumerate(zip(found, calls, strict=True)):
