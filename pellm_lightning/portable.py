@@ -8,8 +8,8 @@ together from operations of one rounding each.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,16 +20,20 @@ from typing_extensions import override
 _KERNELS = ("foreach", "fused")
 
 
-def step_(optimizer: torch.optim.Optimizer) -> None:
+def step_(optimizer: torch.optim.Optimizer, piece: int = 1 << 16) -> None:
     """Step an optimizer by operations of one rounding each.
 
     The same state and gradients then give the same bits whatever the processor, the number of threads and the
     device, for every optimizer that is made of sums, products, quotients, square roots and comparisons, as
     those of torch are. What else it calls (exponentials, powers, random numbers) stays what it is.
+
+    Args:
+        optimizer: The optimizer.
+        piece: Numbers worked on at a time: intermediate results take no more memory, and stay in the cache.
     """
     for group in optimizer.param_groups:
         group.update({key: False for key in _KERNELS if key in group})
-    with _OneRoundingEach():
+    with _OneRoundingEach(piece):
         optimizer.step()
 
 
@@ -43,7 +47,15 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 class _OneRoundingEach(TorchFunctionMode):
-    """Takes torch's functions apart that round in another way than IEEE 754 says of their parts."""
+    """Takes torch's functions apart that round in another way than IEEE 754 says of their parts.
+
+    Args:
+        piece: Numbers worked on at a time.
+    """
+
+    def __init__(self, piece: int = 1 << 16) -> None:
+        super().__init__()
+        self._piece = piece
 
     @override
     def __torch_function__(
@@ -54,13 +66,34 @@ class _OneRoundingEach(TorchFunctionMode):
         apart = _APART.get(name.strip("_"))
         if apart is None or not args or not _is_floating(args[0]):
             return func(*args, **kwargs)
-        out = kwargs.pop("out", None)
-        result = apart(*args, **kwargs)
-        if result is None:
-            return func(*args, **kwargs) if out is None else func(*args, **kwargs, out=out)
-        if _is_in_place(name):
-            out = args[0]
-        return result if out is None else out.copy_(result)
+        words = {key: value for key, value in kwargs.items() if key != "out"}
+        out = args[0] if _is_in_place(name) else kwargs.get("out")
+        result = _in_pieces(apart, args, words, out, self._piece)
+        return func(*args, **kwargs) if result is None else result
+
+
+def _in_pieces(
+    apart: Callable[..., Tensor | None], args: Sequence[Any], words: Mapping[str, Any], out: Any, piece: int
+) -> Tensor | None:
+    """Return what a function makes of tensors of one shape, piece by piece; None if it is left as it is."""
+    x = args[0]
+    tensors = [value for value in (*args, *words.values(), out) if isinstance(value, Tensor) and value.ndim]
+    if x.numel() <= piece or any(of.shape != x.shape or not of.is_contiguous() for of in tensors):
+        result = apart(*args, **words)
+        return result if result is None or out is None else out.copy_(result)
+    if out is None:
+        out = torch.empty_like(x)
+    for start in range(0, x.numel(), piece):
+        at = slice(start, start + piece)
+        part = apart(*(_part(value, at) for value in args), **{k: _part(v, at) for k, v in words.items()})
+        if part is None:
+            return None
+        out.view(-1)[at].copy_(part)
+    return cast(Tensor, out)
+
+
+def _part(value: Any, at: slice) -> Any:
+    return value.view(-1)[at] if isinstance(value, Tensor) and value.ndim else value
 
 
 def _is_floating(x: Any) -> bool:

@@ -165,7 +165,6 @@ def test_an_outer_step_that_has_other_bits_at_a_party_is_committed(
     for name in ("p0", "p1", "p2"):
         w.start(name, outer_optimizer=partial(OtherBits, here=name == "p1"))
     w.join()
-    w.judged()
     assert w.reached == 3
     states = [life.aggregator.state_dict() for life in w.lives]  # type: ignore[union-attr]
     for state in states[1:]:
