@@ -8,8 +8,8 @@ together from operations of one rounding each.
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from typing_extensions import override
 _KERNELS = ("foreach", "fused")
 
 
-def step_(optimizer: torch.optim.Optimizer, chunk: int = 1 << 18) -> None:
+def step_(optimizer: torch.optim.Optimizer, piece: int = 1 << 16) -> None:
     """Step an optimizer by operations of one rounding each.
 
     The same state and gradients then give the same bits whatever the processor, the number of threads and the
@@ -29,12 +29,11 @@ def step_(optimizer: torch.optim.Optimizer, chunk: int = 1 << 18) -> None:
 
     Args:
         optimizer: The optimizer.
-        chunk: Numbers that are worked on at a time, so that what is put together from parts stays in the
-            cache and needs no memory in proportion to the parameters.
+        piece: Numbers worked on at a time: intermediate results take no more memory, and stay in the cache.
     """
     for group in optimizer.param_groups:
         group.update({key: False for key in _KERNELS if key in group})
-    with _OneRoundingEach(chunk):
+    with _OneRoundingEach(piece):
         optimizer.step()
 
 
@@ -48,11 +47,15 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 class _OneRoundingEach(TorchFunctionMode):
-    """Takes torch's functions apart that round in another way than IEEE 754 says of their parts."""
+    """Takes torch's functions apart that round in another way than IEEE 754 says of their parts.
 
-    def __init__(self, chunk: int) -> None:
+    Args:
+        piece: Numbers worked on at a time.
+    """
+
+    def __init__(self, piece: int = 1 << 16) -> None:
         super().__init__()
-        self._chunk = chunk
+        self._piece = piece
 
     @override
     def __torch_function__(
@@ -63,38 +66,34 @@ class _OneRoundingEach(TorchFunctionMode):
         apart = _APART.get(name.strip("_"))
         if apart is None or not args or not _is_floating(args[0]):
             return func(*args, **kwargs)
-        out = kwargs.pop("out", None)
-        result = self._result(apart, args, kwargs, args[0] if _is_in_place(name) else out)
-        if result is None:
-            return func(*args, **kwargs) if out is None else func(*args, **kwargs, out=out)
-        return result
-
-    def _result(
-        self, apart: Callable[..., Tensor | None], args: Any, kwargs: dict[str, Any], out: Tensor | None
-    ) -> Tensor | None:
-        """Return the result, in ``out`` if there is one; None if the function stays as it is."""
-        first: Tensor = args[0]
-        tensors = [arg for arg in (*args, *kwargs.values(), out) if isinstance(arg, Tensor) and arg.ndim]
-        alike = all(
-            tensor.shape == first.shape and tensor.dtype == first.dtype and tensor.is_contiguous()
-            for tensor in tensors
-        )
-        if not alike or first.numel() <= self._chunk:
-            result = apart(*args, **kwargs)
-            return result if result is None or out is None else out.copy_(result)
-        into = torch.empty_like(first) if out is None else out
-        for start in range(0, first.numel(), self._chunk):
-            at = slice(start, start + self._chunk)
-            part = apart(*(_at(arg, at) for arg in args), **{k: _at(v, at) for k, v in kwargs.items()})
-            if part is None:
-                return None
-            into.view(-1)[at].copy_(part)
-        return into
+        words = {key: value for key, value in kwargs.items() if key != "out"}
+        out = args[0] if _is_in_place(name) else kwargs.get("out")
+        result = _in_pieces(apart, args, words, out, self._piece)
+        return func(*args, **kwargs) if result is None else result
 
 
-def _at(argument: Any, at: slice) -> Any:
-    """Return a part of a tensor; numbers, and tensors of one number, as they are."""
-    return argument.view(-1)[at] if isinstance(argument, Tensor) and argument.ndim else argument
+def _in_pieces(
+    apart: Callable[..., Tensor | None], args: Sequence[Any], words: Mapping[str, Any], out: Any, piece: int
+) -> Tensor | None:
+    """Return what a function makes of tensors of one shape, piece by piece; None if it is left as it is."""
+    x = args[0]
+    tensors = [value for value in (*args, *words.values(), out) if isinstance(value, Tensor) and value.ndim]
+    if x.numel() <= piece or any(of.shape != x.shape or not of.is_contiguous() for of in tensors):
+        result = apart(*args, **words)
+        return result if result is None or out is None else out.copy_(result)
+    if out is None:
+        out = torch.empty_like(x)
+    for start in range(0, x.numel(), piece):
+        at = slice(start, start + piece)
+        part = apart(*(_part(value, at) for value in args), **{k: _part(v, at) for k, v in words.items()})
+        if part is None:
+            return None
+        out.view(-1)[at].copy_(part)
+    return cast(Tensor, out)
+
+
+def _part(value: Any, at: slice) -> Any:
+    return value.view(-1)[at] if isinstance(value, Tensor) and value.ndim else value
 
 
 def _is_floating(x: Any) -> bool:

@@ -131,6 +131,11 @@ class Aggregator:
     what all parties write back. With ``SGD(lr=1)`` that is FedAvg, ``x = sum(w_i x_i) / sum(w)`` (McMahan et
     al. 2017, arXiv:1602.05629): test_weighted_mean_equals_float64. What no party moved keeps its bits.
 
+    After a round the global vector has the same bits at all parties, whatever their processors and numbers of
+    threads (test_all_hold_the_same_bits_after_each_round): sums come from one party each; what every party
+    computes for itself consists of operations that IEEE 754 fixes to the bit (``portable``), or is compared,
+    and where it differs the first party's is taken.
+
     Every party must own one, call ``start()``, then ``step()`` once a round; a party that is through calls
     ``drain()`` so that the others can go on. A failed round leaves the parameters as they were.
 

@@ -150,8 +150,17 @@ class Updates:
             if self._rescales:
                 self.pseudo_gradient[at].mul_(extent)
             if self._carrying is not None and self.beside.recoil:
-                # Two roundings at every party; add_(alpha=...) makes one where the processor can.
-                self.pseudo_gradient[at].add_(self._carrying[at] * self.beside.recoil)
+                self._add_(at, self._carrying, self.beside.recoil)
+
+    def _add_(self, at: slice, vector: Tensor, factor: float) -> None:
+        """Add a multiple of a vector to the pseudo-gradient, by two roundings at every party.
+
+        ``add_(alpha=...)`` makes one of them where the processor can.
+        """
+        for start in range(at.start, at.stop, len(self._scratch)):
+            part = slice(start, min(start + len(self._scratch), at.stop))
+            multiple = torch.mul(vector[part], factor, out=self._scratch[: part.stop - part.start])
+            self.pseudo_gradient[part].add_(multiple)
 
     def _carry(
         self, counting: Counting, averaged: Parts, contribution: Contribution | None
@@ -283,7 +292,7 @@ class Updates:
     def _step(self) -> None:
         self._parameter.grad = self.pseudo_gradient
         try:
-            portable.step_(self.optimizer, chunk=len(self._scratch))
+            portable.step_(self.optimizer, piece=self._scratch.numel())
         finally:
             self._parameter.grad = None
 

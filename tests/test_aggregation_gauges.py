@@ -148,8 +148,9 @@ def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, gauge: Gaug
 def test_parties_that_agree_get_back_what_they_came_with(solver: Solver, gauge: Gauge) -> None:
     end = adapter(5, SIZES, RANK)
     start = adapter(0, SIZES, RANK)
-    # Factors of up to 3 are rounded once to float32, 2^-23; sums that cross in float32, "power", turn columns
-    # by 2^-24 times the condition of the products, below 100. What is of another gauge differs by about 1.
+    # "exact" rounds factors of up to 3 to float32 once, 2e-7. "power" has sums that cross in float32: each of
+    # a few roundings turns a column by 2^-24 times the condition of the products, 4, and so moves factors of
+    # norm 5 by 1e-6; this is ten times what was seen. Factors of another gauge differ by about 1.
     tolerance = {"exact": 1e-6, "power": 3e-5}[solver]
     for result in one_round(LowRankMean(solver, gauge=gauge), [end] * 3, WEIGHTS, start=start):
         for name, p in end.items():

@@ -29,6 +29,7 @@ from jobs import (
 )
 from parties import in_threads, run_parties
 from products import adapter, drift
+from rounds import OtherBits
 from torch import Tensor
 
 from pellm_lightning import Aggregator
@@ -154,6 +155,22 @@ def test_different_results_are_not_committed(world: Callable[..., World], tmp_pa
         trained = life.parameters - noise(life.index, 2)
         assert torch.allclose(trained, w.lives[0].parameters - noise(0, 2), atol=1e-6)
     assert w.reached == 2
+
+
+def test_an_outer_step_that_has_other_bits_at_a_party_is_committed(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    """What each computes for itself may differ by its processor; all go on with one of them."""
+    w = world(3, rounds=3, state_dir=tmp_path)
+    for name in ("p0", "p1", "p2"):
+        w.start(name, outer_optimizer=partial(OtherBits, here=name == "p1"))
+    w.join()
+    assert w.reached == 3
+    states = [life.aggregator.state_dict() for life in w.lives]  # type: ignore[union-attr]
+    for state in states[1:]:
+        assert torch.equal(state["global"], states[0]["global"])
+        one, other = (of["outer_optimizer"]["state"][0]["momentum_buffer"] for of in (state, states[0]))
+        assert torch.equal(one, other)
 
 
 # ---- late, and back

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocations import Allocations
 from torch import Tensor, nn
 
 from pellm_lightning import optim, portable
@@ -27,7 +28,7 @@ def gradient(step: int) -> Array:
     return drawn(10 + step)
 
 
-def stepped(make: Callable[[Any], torch.optim.Optimizer], offset: int = 0) -> Array:
+def stepped(make: Callable[[Any], torch.optim.Optimizer], offset: int = 0, piece: int = 1 << 16) -> Array:
     """The parameter after four steps; ``offset`` numbers lie before it in its memory."""
     start = torch.from_numpy(drawn(0))
     memory = torch.empty(offset + len(start))
@@ -35,7 +36,7 @@ def stepped(make: Callable[[Any], torch.optim.Optimizer], offset: int = 0) -> Ar
     optimizer = make([parameter])
     for step in range(STEPS):
         parameter.grad = torch.from_numpy(gradient(step))
-        portable.step_(optimizer)
+        portable.step_(optimizer, piece)
     return parameter.detach().numpy()
 
 
@@ -115,6 +116,7 @@ def test_a_step_is_the_one_that_torch_makes_but_for_rounding(make: Any) -> None:
     # of a rounding. A step that is left out or made twice moves by about lr, 0.1.
     np.testing.assert_allclose(found, parameter.detach().numpy(), rtol=0, atol=1e-4)
     np.testing.assert_array_equal(found, stepped(make, offset=1), "alignment")
+    np.testing.assert_array_equal(found, stepped(make, piece=100), "pieces")
 
 
 def test_roots_are_the_nearest_numbers() -> None:
@@ -135,8 +137,8 @@ def test_roots_are_the_nearest_numbers() -> None:
     np.testing.assert_array_equal(parameter.detach().numpy(), np.sqrt(values))
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 18])
-def test_functions_are_taken_apart_however_they_are_called(chunk: int) -> None:
+@pytest.mark.parametrize("piece", [1 << 16, 100])
+def test_functions_are_taken_apart_however_they_are_called(piece: int) -> None:
     x, y, z = (torch.from_numpy(drawn(seed)) for seed in range(3))
     scaled, shifted = x * 0.3, x + y * 0.3
     calls: list[tuple[Callable[[], Tensor], Tensor]] = [
@@ -155,14 +157,31 @@ def test_functions_are_taken_apart_however_they_are_called(chunk: int) -> None:
         (lambda: torch.div(x, 0.7, rounding_mode="floor"), torch.div(x, 0.7, rounding_mode="floor")),
         (lambda: x.abs() ** 0.5, torch.from_numpy(np.sqrt(np.abs(x.numpy())))),
         (lambda: x**2, x * x),
+        (lambda: x.view(17, 59).add(y.view(17, 59).T.contiguous().T, alpha=0.3).view(-1), shifted),
+        (lambda: x.view(17, 59).add(y[:59], alpha=0.3), x.view(17, 59) + y[:59] * 0.3),
         (lambda: x * 0.3, scaled),
     ]
-    with portable._OneRoundingEach(chunk):
+    with portable._OneRoundingEach(piece):
         found = [call() for call, _ in calls]
         counted = torch.arange(3).add_(torch.ones(3, dtype=torch.int64), alpha=2)
     for number, (one, (_, expected)) in enumerate(zip(found, calls, strict=True)):
         assert torch.equal(one, expected), number
     assert counted.tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("adam", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_step_takes_memory_for_pieces_only(adam: Any) -> None:
+    """But for what torch's own step allocates, such as the root that Adam divides by."""
+    made = {}
+    for how in ("torch", "portable"):
+        parameter = nn.Parameter(torch.zeros(10_000))
+        optimizer = adam([parameter], lr=0.1)
+        for step in range(2):
+            parameter.grad = torch.from_numpy(drawn(step, 10_000))
+            with Allocations() as allocated:
+                optimizer.step() if how == "torch" else portable.step_(optimizer, piece=100)
+        made[how] = sum(size for size in allocated.sizes if size > 100 * 8)
+    assert made["portable"] <= made["torch"]
 
 
 def test_a_checksum_tells_bits_and_order_apart() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from parties import run_parties
-from rounds import Factory, all_bits, bits, random, sgd, started
+from rounds import Factory, OtherBits, all_bits, bits, random, sgd, started
 from torch import Tensor
 
 from pellm_lightning import Federation
@@ -160,28 +160,10 @@ def test_an_sgd_that_does_more_than_subtract_is_not_taken_for_one(extra: dict[st
 # ---- parties whose processors round otherwise
 
 
-class Off(torch.optim.SGD):
-    """An optimizer whose last bit and whose memory are others at party 1, as on another processor."""
-
-    def __init__(self, parameters: Any, party: int) -> None:
-        super().__init__(parameters, lr=0.7, momentum=0.9)
-        self.party = party
-
-    def step(self, closure: Any = None) -> None:
-        super().step()
-        if self.party == 1:
-            with torch.no_grad():
-                for p, state in self.state.items():
-                    if len(p) < 10:  # it is tried on a few values first
-                        continue
-                    p[3] = torch.nextafter(p[3], torch.tensor(9.0))
-                    state["momentum_buffer"][5] *= 1.01
-
-
 def test_a_step_that_gives_other_bits_at_a_party_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
     def act(federation: Federation) -> tuple[bytes, bytes, Tensor]:
         w = random(999, 40)
-        outer = partial(Off, party=federation.party)
+        outer = partial(OtherBits, here=federation.party == 1)
         aggregator = started(federation, {"w": w}, outer_optimizer=outer)
         for number in range(3):
             w.add_(random(number, 40), alpha=0.1 + federation.party)
@@ -197,7 +179,7 @@ def test_a_step_that_gives_other_bits_at_a_party_is_replaced(caplog: pytest.LogC
     said = [record.getMessage() for record in caplog.records if "other bits" in record.getMessage()]
     assert len(said) == 3, "each party says it once"
     assert all(
-        "Round 0: the outer optimizer Off gave other bits at party 1 than at party 0" in x for x in said
+        "Round 0: the outer optimizer OtherBits gave other bits at party 1 than at party 0" in x for x in said
     )
 
 

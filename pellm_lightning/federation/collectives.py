@@ -80,6 +80,9 @@ class Collectives(ABC):
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Sum ``x`` over the parties, in place, and return it: the same bits on every party.
 
+        Each number is added up along one way through the parties and its sum sent to all, so it does not
+        matter what processors they have, only that these add by IEEE 754.
+
         Every party must pass the same shape and dtype at the same time; the schema check at the start of an
         ``Aggregator`` sees to that. A failure leaves ``x`` half reduced.
 
