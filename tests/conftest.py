@@ -138,6 +138,15 @@ def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not dist.is_initialized(), "a default process group was left behind"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Let fixtures of a module compute as its tests do: by one thread, whose sums have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def one_thread_per_party() -> Iterator[None]:
     threads = torch.get_num_threads()

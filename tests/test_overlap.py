@@ -129,8 +129,8 @@ def test_training_does_not_wait_for_who_comes_late() -> None:
         aggregator.begin(1.0)
         x += 1
         late.set()
-        time.sleep(0.5)  # of training
-        assert aggregator.land().stalled_seconds < 0.4
+        time.sleep(2.0)  # of training
+        assert aggregator.land().stalled_seconds < 1.5, "it waited for the other one to have trained"
         return aggregator.step(1.0).total_weight
 
     assert run_parties(2, act) == [2.0, 2.0]
@@ -536,4 +536,4 @@ def test_a_slow_party_does_not_idle_a_fast_one(tmp_path: Path, overlap: Overlap 
     assert fast["step"] > 2 * slow["step"], "both came when the time was up"
     assert fast["weight"] + slow["weight"] == fast["total_weight"]
     assert fast["weight"] > 2 * slow["weight"], "each counts by its samples"
-    assert fast["waited_seconds"] < 0.2
+    assert fast["waited_seconds"] < 0.5, "it waited for all six steps of the slow one, 0.6 s"

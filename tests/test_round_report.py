@@ -87,13 +87,14 @@ def test_waiting_is_not_counted_as_exchanging() -> None:
     def act(federation: Federation) -> RoundReport:
         aggregator = started(federation, {"w": torch.zeros(2)})
         if federation.party == 1:
-            time.sleep(0.4)
+            time.sleep(2.0)
         return aggregator.step(1)
 
     early, late = run_parties(2, act)
-    assert early.waited_seconds > 0.3
-    assert early.seconds < 0.3
-    assert late.waited_seconds < 0.3
+    # A round of two numbers takes milliseconds, and on a busy machine tenths of a second.
+    assert early.waited_seconds > 1.5
+    assert early.seconds < 1.0
+    assert late.waited_seconds < 1.0
 
 
 def test_parties_tell_each_other_weights_losses_and_the_last_distances() -> None:
