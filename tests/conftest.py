@@ -14,12 +14,14 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import settings
 from jobs import World
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.trainer.connectors import data_connector
 
 from pellm_lightning import layout
 from pellm_lightning.federation.launch.gloo import GlooGroup
@@ -56,6 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which must not count the waiting
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Let a test that runs alone wait until nothing runs beside it, and others until it has ended."""
+    if getattr(item, "module", None) and getattr(item.module, "python", None) is forked.python:
+        forked.python()  # no test's own time: on a busy machine it takes tens of seconds to come up
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
     with (
@@ -136,6 +140,21 @@ def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not changed, f"environment variables changed: {changed}"
     assert not left, f"threads left behind: {left}"
     assert not dist.is_initialized(), "a default process group was left behind"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaders_are_requested_one_at_a_time() -> Iterator[None]:
+    """Keep parties that are threads apart where Lightning changes ``DataLoader`` while it asks for one."""
+    lock, replace = threading.RLock(), data_connector._replace_dunder_methods
+
+    @contextlib.contextmanager
+    def replace_alone(*arguments: Any) -> Iterator[None]:
+        with lock, replace(*arguments):
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_connector, "_replace_dunder_methods", replace_alone)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

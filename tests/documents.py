@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +120,13 @@ def commands_of(script: str, folder: Path) -> list[list[str]]:
             (tools / tool).symlink_to(f"/bin/{tool}")
     (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
     (folder / ".venv/bin/activate").touch()
-    calls = folder.parent / "calls"
-    calls.write_bytes(b"")
+    calls = Path(tempfile.mkdtemp(dir=folder.parent))
     lines = [
         "set -e",
         'command_not_found_handle() { echo "no known program: $1" >&2; exit 127; }',
-        *(f"""{name}() {{ printf '%s\\0' {name} "$@" $'\\n' >> "$CALLS"; }}""" for name in _OURS),
+        # A file each: of two that write at a time into one, bash may mix what holds a newline.
+        """record() { printf '%s\\0' "$@" > "$CALLS/$EPOCHREALTIME.$BASHPID"; }""",
+        *(f'{name}() {{ record {name} "$@"; }}' for name in _OURS),
         *(f"{name}() {{ :; }}" for name in _FOREIGN),
         script,
         "wait",
@@ -141,5 +143,4 @@ def commands_of(script: str, folder: Path) -> list[list[str]]:
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr  # a command in the background fails without an exit status
-    recorded = os.fsdecode(calls.read_bytes()).split("\0\n\0")
-    return [words.split("\0") for words in recorded if words]
+    return [os.fsdecode(call.read_bytes()).split("\0")[:-1] for call in sorted(calls.iterdir())]

@@ -501,7 +501,8 @@ def test_bash_tells_what_would_run(tmp_path: Path) -> None:
 $ export PELLM_ROSTER=a,b
 $ for name in a b; do
     python -m pellm_lightning fit --config \\
-        'run it.yaml' --federated.name $name > $name.log 2>&1 &
+        'run it.yaml' --federated.name $name '' 'two
+lines' > $name.log 2>&1 &
   done
 what it answers
 $ make test
@@ -509,10 +510,8 @@ $ make test
     block = Block("page.md", 1, "console", text, {})
     (tmp_path / "home").mkdir()
     found = commands_of(script_of(block), tmp_path / "home")
-    fits = [
-        ["python", "-m", "pellm_lightning", "fit", "--config", "run it.yaml", "--federated.name", name]
-        for name in "ab"
-    ]
+    fit = ["python", "-m", "pellm_lightning", "fit", "--config", "run it.yaml", "--federated.name"]
+    fits = [[*fit, name, "", "two\nlines"] for name in "ab"]
     assert sorted(found) == [["make", "test"], *fits]
 
 

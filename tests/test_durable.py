@@ -115,9 +115,11 @@ def test_a_large_state_does_not_stop_the_heart(tmp_path: Path) -> None:
         lambda: states.keep(1, state),
         states.newest,
     ]
+    # A copy of bytes holds it, as long as this machine, with what else it has to do, takes to copy so many.
+    held = min(longest_pause(lambda: bytearray(packed)) for _ in range(3))
     for act in acts:
-        # Who holds it does so each time, for 0.05 s or more; any other only by chance.
-        assert any(longest_pause(act) < 0.03 for _ in range(5))
+        # Who holds it does so each time; any other is paused for as long only by chance.
+        assert any(longest_pause(act) < held / 2 for _ in range(20))
 
 
 @given(state=states, data=st.data())
