@@ -24,7 +24,7 @@ from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Cast, Exchange, Plain, Quantized, TopK
-from pellm_lightning.exchange.codecs import Blocks, Casting, Codec, Largest
+from pellm_lightning.exchange.compressed.codecs import Blocks, Casting, Codec, Largest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

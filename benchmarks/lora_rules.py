@@ -46,8 +46,8 @@ from pellm_lightning.aggregation import (
     lora_modules,
 )
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.parameters import select
 from pellm_lightning.tasks import partition
+from pellm_lightning.tensors.selection import select
 
 RULES: dict[str, Callable[[], Aggregation] | None] = {
     "mean": Mean,

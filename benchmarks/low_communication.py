@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from pellm_lightning import Aggregator, Federation, Overlap
 from pellm_lightning.aggregation import Mean
+from pellm_lightning.engine.overlap import OverlappedAggregator
 from pellm_lightning.exchange import Exchange, Plain, Quantized, TopK
-from pellm_lightning.overlap import OverlappedAggregator
 
 MEASURE_EVERY = 50
 """Local steps between two points of a learning curve."""

@@ -25,7 +25,7 @@ from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Exchange, Masked, Plain
-from pellm_lightning.exchange.identity import make_identity
+from pellm_lightning.exchange.secure.signing_keys import make_identity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pellm_lightning import Aggregator, Federation, Overlap
-from pellm_lightning.overlap import OverlappedAggregator
+from pellm_lightning.engine.overlap import OverlappedAggregator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -21,9 +21,9 @@ from processes import rows_of, timed
 from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
-from pellm_lightning.federation import TLS
-from pellm_lightning.federation.certs import make_ca, make_certificate
-from pellm_lightning.federation.elastic.job import Job
+from pellm_lightning.comm import TLS
+from pellm_lightning.comm.certs import make_ca, make_certificate
+from pellm_lightning.comm.elastic.separate_jobs import Job
 
 # A rendezvous serves one federation.
 PLAIN, WITH_TLS = (29710, 29711), (29712, 29713)

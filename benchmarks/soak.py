@@ -25,9 +25,9 @@ import torch  # noqa: E402
 from history import SIZE, Entry, findings, noise, recorded  # noqa: E402
 
 from pellm_lightning import Aggregator  # noqa: E402
-from pellm_lightning.federation import ElasticFederation, Membership  # noqa: E402
-from pellm_lightning.federation.rendezvous.server import RendezvousServer  # noqa: E402
-from pellm_lightning.federation.rendezvous.store import RemoteStore  # noqa: E402
+from pellm_lightning.comm import ElasticFederation, Membership  # noqa: E402
+from pellm_lightning.comm.rendezvous.client import RemoteStore  # noqa: E402
+from pellm_lightning.comm.rendezvous.server import RendezvousServer  # noqa: E402
 
 
 def main() -> None:

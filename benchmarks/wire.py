@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from processes import rows_of, timed
 
-from pellm_lightning.federation.certs import make_ca, make_certificate
-from pellm_lightning.federation.launch.gloo import GlooGroup
-from pellm_lightning.federation.mesh.mesh import Listener, Mesh
-from pellm_lightning.federation.tls import TLS
+from pellm_lightning.comm.certs import make_ca, make_certificate
+from pellm_lightning.comm.mesh.mesh import Listener, Mesh
+from pellm_lightning.comm.tls import TLS
+from pellm_lightning.comm.torchrun.gloo import GlooGroup
 
 WAYS = ("gloo", "mesh", "mesh, TLS")
 

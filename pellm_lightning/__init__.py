@@ -1,11 +1,11 @@
 """Federated fine-tuning as a drop-in addition to a Lightning Trainer."""
 
-from pellm_lightning.callback import FederatedAveraging
-from pellm_lightning.cli import FederatedCLI
-from pellm_lightning.environment import PartyEnvironment
-from pellm_lightning.federation import Federation, FederationError
-from pellm_lightning.overlap import Overlap
-from pellm_lightning.round import Aggregator, RoundReport
+from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
+from pellm_lightning.cli.federated_cli import FederatedCLI
+from pellm_lightning.comm import Federation, FederationError
+from pellm_lightning.engine.aggregator import Aggregator, RoundReport
+from pellm_lightning.engine.overlap import Overlap
+from pellm_lightning.trainer.environment import PartyEnvironment
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,17 +2,17 @@
 
 import sys
 
-from pellm_lightning import cli
+from pellm_lightning.cli import federated_cli
 
 
 def main() -> None:
-    """Run a command on results, or else what ``cli.main`` runs."""
+    """Run a command on results, or else what ``FederatedCLI`` runs."""
     if sys.argv[1:2] and sys.argv[1] in ("export", "evaluate"):
-        from pellm_lightning.results import command  # imports more than training needs
+        from pellm_lightning.cli import results  # imports more than training needs
 
-        command.main(sys.argv[1:])
+        results.main(sys.argv[1:])
     else:
-        cli.main()
+        federated_cli.main()
 
 
 if __name__ == "__main__":

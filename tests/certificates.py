@@ -4,8 +4,8 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pellm_lightning.federation.certs import make_ca, make_certificate
-from pellm_lightning.federation.tls import TLS
+from pellm_lightning.comm.certs import make_ca, make_certificate
+from pellm_lightning.comm.tls import TLS
 
 _kept: list[TemporaryDirectory[str]] = []
 

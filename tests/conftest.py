@@ -23,8 +23,8 @@ from jobs import World
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.connectors import data_connector
 
-from pellm_lightning import layout
-from pellm_lightning.federation.launch.gloo import GlooGroup
+from pellm_lightning.comm.torchrun.gloo import GlooGroup
+from pellm_lightning.tensors import flat_buffer as layout
 
 # A busy processor makes an example slow and no wrong: tests have a timeout, examples have none of their own.
 settings.register_profile("tests", deadline=None)

@@ -16,9 +16,9 @@ from history import SIZE, Entry, Findings, findings, noise, recorded
 from torch import Tensor
 
 from pellm_lightning import Aggregator
-from pellm_lightning.federation import ElasticFederation, FederationError, Membership, Quorum
-from pellm_lightning.federation.rendezvous.frames import Op
-from pellm_lightning.federation.rendezvous.table import RefusedError, Table
+from pellm_lightning.comm import ElasticFederation, FederationError, Membership, Quorum
+from pellm_lightning.comm.rendezvous.frames import Op
+from pellm_lightning.comm.rendezvous.key_value_store import RefusedError, Table
 
 TTL_S = 0.4
 

@@ -11,7 +11,7 @@ from parties import ValidatedClassifier, data
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pellm_lightning.environment import party_of
+from pellm_lightning.trainer.environment import party_of
 
 
 class LittleModule(ValidatedClassifier):

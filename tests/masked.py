@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pellm_lightning.exchange import Masked
-from pellm_lightning.exchange.identity import Identity, make_identity
+from pellm_lightning.exchange.secure.signing_keys import Identity, make_identity
 
 _making = threading.Lock()
 _kept: list[TemporaryDirectory[str]] = []

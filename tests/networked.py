@@ -19,9 +19,9 @@ from history import SIZE, Entry, noise, recorded
 from network import Network, enter
 
 from pellm_lightning import Aggregator
-from pellm_lightning.federation import TLS, Membership
-from pellm_lightning.federation.elastic.job import Job
-from pellm_lightning.federation.rendezvous.server import RendezvousServer
+from pellm_lightning.comm import TLS, Membership
+from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 log = logging.getLogger(__name__)
 RENDEZVOUS = "rendezvous"

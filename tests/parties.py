@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pellm_lightning import FederatedAveraging, Federation
-from pellm_lightning.federation import PartyLostError
+from pellm_lightning.comm import PartyLostError
 
 T = TypeVar("T")
 

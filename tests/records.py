@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pellm_lightning.aggregation.deviation import Deviation
+from pellm_lightning.engine.aggregator import RoundReport
 from pellm_lightning.report.record import Record
-from pellm_lightning.round import RoundReport
 
 
 class Clocked(Record):

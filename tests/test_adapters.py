@@ -18,8 +18,8 @@ from test_peft_methods import (  # noqa: F401 - no_compiler_chosen is a fixture
 )
 from torch import nn
 
-from pellm_lightning.adapters import adapter_parameters, adapters_with, parameters_of
-from pellm_lightning.parameters import select, share_outside_adapter
+from pellm_lightning.tensors.adapters import adapter_parameters, adapters_with, parameters_of
+from pellm_lightning.tensors.selection import select, share_outside_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::peft"),

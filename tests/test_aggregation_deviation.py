@@ -40,8 +40,8 @@ from pellm_lightning.aggregation import (
     ResidualMean,
     ShareA,
     Stacking,
-    into_base,
 )
+from pellm_lightning.aggregation import base_writing as into_base
 
 FEW: Sizes = {"q": (8, 9)}
 MANY: Sizes = {"a": (8, 7), "b": (6, 9), "c": (9, 9), "d": (5, 8), "e": (7, 6)}

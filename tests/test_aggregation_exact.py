@@ -27,7 +27,8 @@ from products import (
 from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation
-from pellm_lightning.aggregation import Aggregation, Alternating, FrozenA, ResidualMean, Stacking, into_base
+from pellm_lightning.aggregation import Aggregation, Alternating, FrozenA, ResidualMean, Stacking
+from pellm_lightning.aggregation import base_writing as into_base
 
 SIZES: Sizes = {"k": (6, 5), "q": (4, 7), "v": (5, 5)}
 WEIGHTS = [1.0, 3.0, 0.5]

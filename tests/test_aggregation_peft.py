@@ -37,8 +37,8 @@ from pellm_lightning.aggregation import (
     lora_modules,
 )
 from pellm_lightning.aggregation.lora import Pair, find_pairs, matrix
-from pellm_lightning.parameters import select
-from pellm_lightning.round import Aggregator, RoundReport
+from pellm_lightning.engine.aggregator import Aggregator, RoundReport
+from pellm_lightning.tensors.selection import select
 
 pytestmark = [
     # What PEFT says about layers that it adapts, not about federating them.

@@ -42,7 +42,7 @@ from pellm_lightning.aggregation import (
 )
 from pellm_lightning.aggregation.base import Part
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.federation import MismatchError
+from pellm_lightning.comm import MismatchError
 
 SIZES = {"q": (4, 5), "v": (3, 6)}
 NAMES = [*adapter(0, SIZES, 2), "head.weight"]

@@ -33,7 +33,7 @@ from products import (
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.aggregation import Aggregation, HeterogeneousRank, LoraModule, LowRankMean, Mean
-from pellm_lightning.federation import MismatchError
+from pellm_lightning.comm import MismatchError
 
 SIZES: Sizes = {"k": (8, 7), "q": (6, 9)}
 WEIGHTS = [1.0, 3.0, 0.5]

@@ -37,8 +37,8 @@ from pellm_lightning.aggregation import (
     ShareA,
     Stacking,
     factors,
-    into_base,
 )
+from pellm_lightning.aggregation import base_writing as into_base
 
 SIZES = {"k": (6, 5), "q": (4, 7), "v": (5, 5)}
 SCALING = 2.0

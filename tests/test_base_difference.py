@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pellm_lightning.base_difference import base_difference
-from pellm_lightning.passport import base_digests
+from pellm_lightning.engine.base_difference import base_difference
+from pellm_lightning.engine.compatibility import base_digests
 
 
 def base() -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from parties import Classifier, data, fit_parties, quiet_trainer
 
-from pellm_lightning.parameters import load_compiled_, named_as_in
+from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 
 
 def compiled(module: Classifier, parts: Sequence[str]) -> Classifier:

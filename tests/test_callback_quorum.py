@@ -14,8 +14,8 @@ from parties import Rounds, fit_parties, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from pellm_lightning import FederatedAveraging
+from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.exchange import Cast
-from pellm_lightning.overlap import Overlap
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
@@ -179,7 +179,9 @@ def test_a_quorum_is_the_same_everywhere_and_no_more_than_there_are(tmp_path: Pa
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "pellm_lightning.callback"]
+    return [
+        r.getMessage() for r in caplog.records if r.name == "pellm_lightning.callbacks.federated_averaging"
+    ]
 
 
 @pytest.mark.parametrize("tells", [True, False])

@@ -21,8 +21,8 @@ from parties import (
 )
 
 from pellm_lightning import FederationError, Overlap
+from pellm_lightning.engine.optim import Yogi
 from pellm_lightning.exchange import Quantized
-from pellm_lightning.optim import Yogi
 
 DILOCO = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 FEDADAM = partial(torch.optim.Adam, lr=0.05, eps=1e-3)

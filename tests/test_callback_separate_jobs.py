@@ -16,7 +16,7 @@ from tuned import Tuned
 
 from pellm_lightning import FederatedAveraging, Overlap
 from pellm_lightning.aggregation import ResidualMean
-from pellm_lightning.federation import (
+from pellm_lightning.comm import (
     ElasticFederation,
     FederationError,
     Membership,

@@ -26,8 +26,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from parties import Classifier, ValidatedClassifier, data, dataset, fit_parties, quiet_trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pellm_lightning import FederatedAveraging, checks
-from pellm_lightning.topology import Topology
+from pellm_lightning import FederatedAveraging
+from pellm_lightning.callbacks import arguments as checks
+from pellm_lightning.comm.topology import Topology
 
 # ---- arguments
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from little import LittleData, LittleModule
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
-from pellm_lightning.cli import main
+from pellm_lightning.cli.federated_cli import main
 
 # Lightning calls jsonargparse in a way that has gone out of use.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

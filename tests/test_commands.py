@@ -15,9 +15,10 @@ import pytest
 import yaml
 from certificates import files, tls_of
 
-from pellm_lightning import cli, commands
-from pellm_lightning.exchange.identity import Identity, Peers
-from pellm_lightning.federation.rendezvous.store import RemoteStore
+from pellm_lightning.cli import commands
+from pellm_lightning.cli import federated_cli as cli
+from pellm_lightning.comm.rendezvous.client import RemoteStore
+from pellm_lightning.exchange.secure.signing_keys import Identity, Peers
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
 
 
 def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pellm_lightning.exchange.identity", raising=False)
+    monkeypatch.delitem(sys.modules, "pellm_lightning.exchange.secure.signing_keys", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from pellm_lightning.digest import TensorDigest, differing_rows, row_bounds, tensor_digest
+from pellm_lightning.tensors.digest import TensorDigest, differing_rows, row_bounds, tensor_digest
 
 DTYPES = [
     torch.float32,
@@ -110,7 +110,7 @@ def test_the_digest_is_that_of_the_formula() -> None:
     import hashlib
 
     tensor = bits(5000)
-    drawn = hashlib.shake_128(b"pellm_lightning.digest").digest(8 * 4096)
+    drawn = hashlib.shake_128(b"pellm_lightning.tensors.digest").digest(8 * 4096)
     weights = [number | 1 for number in struct.unpack("<4096q", drawn)]
     words = struct.unpack("<5000i", tensor.view(torch.uint8).numpy().tobytes())
     sums = [
@@ -126,7 +126,7 @@ def test_the_digest_is_that_of_the_formula() -> None:
 )
 def test_neither_the_processor_nor_its_threads_matter(variables: dict[str, str]) -> None:
     code = (
-        "import torch; from pellm_lightning.digest import tensor_digest\n"
+        "import torch; from pellm_lightning.tensors.digest import tensor_digest\n"
         "print(tensor_digest((torch.arange(300000) * 7919 % 65521).to(torch.int16).view(-1, 30)))"
     )
     import os

@@ -31,9 +31,9 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 from tuned import Tuned
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, Federation, commands
-from pellm_lightning.federation.rendezvous.server import RendezvousServer
-from pellm_lightning.results import evaluate, export
+from pellm_lightning import FederatedAveraging, FederatedCLI, Federation
+from pellm_lightning.cli import commands, evaluate, export
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 pytestmark = [
     # Lightning calls jsonargparse in a way that has gone out of use.
@@ -568,5 +568,5 @@ def test_every_outer_optimizer_has_its_recipe() -> None:
     classes = [yaml.safe_load(block.text)["federated"]["outer_optimizer"]["class_path"] for block in page]
     sgd = ["torch.optim.SGD"] * 4
     assert sorted(classes) == [
-        "pellm_lightning.optim.Yogi", "torch.optim.Adagrad", "torch.optim.Adam", *sgd,
+        "pellm_lightning.engine.optim.Yogi", "torch.optim.Adagrad", "torch.optim.Adam", *sgd,
     ]  # fmt: skip

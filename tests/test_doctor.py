@@ -22,21 +22,21 @@ from tuned import Tuned
 
 from pellm_lightning import FederatedAveraging, FederatedCLI
 from pellm_lightning.aggregation import ResidualMean, ShareA, Stacking, lora_modules
-from pellm_lightning.doctor import command, show
-from pellm_lightning.doctor.checks import Finding, Seen, findings
-from pellm_lightning.doctor.command import Visit, examine, measure
-from pellm_lightning.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured
-from pellm_lightning.doctor.inquiry import Inquiry, clocks, offsets
-from pellm_lightning.drift import SCAFFOLD
+from pellm_lightning.callbacks.drift import SCAFFOLD
+from pellm_lightning.cli.doctor import command, show
+from pellm_lightning.cli.doctor.checks import Finding, Seen, findings
+from pellm_lightning.cli.doctor.command import Visit, examine, measure
+from pellm_lightning.cli.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured
+from pellm_lightning.cli.doctor.inquiry import Inquiry, clocks, offsets
+from pellm_lightning.comm.elastic.register import Register
+from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.engine.aggregator import Aggregator
+from pellm_lightning.engine.compatibility import PROTOCOL
 from pellm_lightning.exchange import Cast, Quantized
-from pellm_lightning.federation.elastic.job import Job
-from pellm_lightning.federation.elastic.register import Register
-from pellm_lightning.federation.rendezvous.server import RendezvousServer
-from pellm_lightning.parameters import select
-from pellm_lightning.passport import PROTOCOL
 from pellm_lightning.privacy import GaussianMechanism
-from pellm_lightning.round import Aggregator
-from pellm_lightning.topology import Topology
+from pellm_lightning.tensors.selection import select
 
 ROSTER = ("a", "b", "c")
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "pellm-lightning": "0.1"}

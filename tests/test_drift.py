@@ -29,7 +29,7 @@ from quadratics import (
 )
 from torch import Tensor
 
-from pellm_lightning.drift import SCAFFOLD, FedDyn, FedNova, FedProx
+from pellm_lightning.callbacks.drift import SCAFFOLD, FedDyn, FedNova, FedProx
 
 Correction = Callable[[], Callback]
 MOMENTUM = sgd(0.03, momentum=0.8)

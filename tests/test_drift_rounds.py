@@ -24,10 +24,11 @@ from tuned import A, B, Tuned, assert_same, differ
 
 from pellm_lightning import Aggregator, Federation, FederationError
 from pellm_lightning.aggregation import Alternating, FrozenA, HeterogeneousRank, LowRankMean, Mean, ShareA
-from pellm_lightning.beside import Beside, Contribution
-from pellm_lightning.drift import SCAFFOLD, DriftCorrection, FedDyn, FedNova, FedProx
-from pellm_lightning.federation import MismatchError
-from pellm_lightning.privacy import GaussianMechanism, RecordLevel
+from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.callbacks.drift import SCAFFOLD, DriftCorrection, FedDyn, FedNova, FedProx
+from pellm_lightning.comm import MismatchError
+from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.privacy import GaussianMechanism
 
 ALL: dict[str, Callable[[], DriftCorrection]] = {
     "FedProx": partial(FedProx, 0.3),

@@ -24,9 +24,10 @@ from tuned import A, B, assert_same, differ
 
 from pellm_lightning import Aggregator, Federation, FederationError, RoundReport
 from pellm_lightning.aggregation import Alternating, ShareA
-from pellm_lightning.beside import Beside, Contribution
-from pellm_lightning.drift import FedDyn
-from pellm_lightning.privacy import GaussianMechanism, RecordLevel
+from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.callbacks.drift import FedDyn
+from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.privacy import GaussianMechanism
 
 PARAMETERS = 200
 scheduled = pytest.mark.parametrize("name", ["FedProx", "SCAFFOLD", "FedNova"])

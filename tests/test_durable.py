@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save as packed_by_safetensors
 
-from pellm_lightning import durable
-from pellm_lightning.durable import DamagedError, StateDir
+from pellm_lightning.tensors import snapshot as durable
+from pellm_lightning.tensors.snapshot import DamagedError, StateDir
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -252,7 +252,7 @@ def test_a_write_that_fails_leaves_the_last_state(tmp_path: Path, monkeypatch: p
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pellm_lightning.durable.os.fsync", full)
+    monkeypatch.setattr("pellm_lightning.tensors.snapshot.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         states.keep(2, {"round": 2})
     assert states.newest() == {"round": 1}

@@ -34,17 +34,17 @@ from torch import Tensor
 
 from pellm_lightning import Aggregator
 from pellm_lightning.aggregation import HeterogeneousRank, LowRankMean, Mean
-from pellm_lightning.federation import (
+from pellm_lightning.comm import (
     ElasticFederation,
     FederationError,
     Membership,
     MismatchError,
     TooFewPartiesError,
 )
-from pellm_lightning.federation.elastic.decisions import Decisions
-from pellm_lightning.federation.elastic.plan import Plan, Roll
-from pellm_lightning.federation.elastic.register import KEPT_EPOCHS, Register
-from pellm_lightning.federation.mesh.mesh import Mesh
+from pellm_lightning.comm.elastic.commit import Decisions
+from pellm_lightning.comm.elastic.quorum_view import Plan, Roll
+from pellm_lightning.comm.elastic.register import KEPT_EPOCHS, Register
+from pellm_lightning.comm.mesh.mesh import Mesh
 
 MANY = 1_000_000
 BRIEF_S = 0.25

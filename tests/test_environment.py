@@ -14,9 +14,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from parties import Classifier, data, quiet_trainer
 
-from pellm_lightning import FederatedAveraging, FederationError, PartyEnvironment, environment
-from pellm_lightning.environment import Party
-from pellm_lightning.topology import Topology
+from pellm_lightning import FederatedAveraging, FederationError, PartyEnvironment
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.trainer import environment
+from pellm_lightning.trainer.environment import Party
 
 
 @pytest.fixture

@@ -30,10 +30,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pellm_lightning import Overlap, cli
+from pellm_lightning import Overlap
+from pellm_lightning.cli import federated_cli as cli
+from pellm_lightning.comm import Membership
+from pellm_lightning.comm.elastic.separate_jobs import Job
 from pellm_lightning.exchange import Quantized
-from pellm_lightning.federation import Membership
-from pellm_lightning.federation.elastic.job import Job
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.tasks.partition import dirichlet
 

@@ -14,8 +14,8 @@ from parties import run_parties
 from torch import Tensor
 
 from pellm_lightning import Federation, FederationError
-from pellm_lightning.exchange.agreement import agree, shared_key, tell
-from pellm_lightning.exchange.identity import Peers
+from pellm_lightning.exchange.secure.key_agreement import agree, shared_key, tell
+from pellm_lightning.exchange.secure.signing_keys import Peers
 
 SOON_S = 8.0
 N = 3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from products import random
 from torch import Generator, Tensor
 
-from pellm_lightning.exchange.codecs import Blocks, Casting, Codec, Largest
+from pellm_lightning.exchange.compressed.codecs import Blocks, Casting, Codec, Largest
 
 
 def coded(codec: Codec, x: Tensor, seed: int = 0) -> tuple[bytes, Tensor]:

@@ -30,8 +30,8 @@ from pellm_lightning.aggregation import (
     ShareA,
     Stacking,
 )
+from pellm_lightning.comm import MismatchError
 from pellm_lightning.exchange import Cast, Exchange, Plain, Quantized, TopK
-from pellm_lightning.federation import MismatchError
 from pellm_lightning.privacy import GaussianMechanism
 
 SIZES: Sizes = {"k": (40, 33), "q": (32, 48)}

@@ -22,7 +22,7 @@ from masked import identity_of, keys, masked
 from torch import Tensor
 
 from pellm_lightning import FederationError
-from pellm_lightning.exchange.ring import KEY_BYTES, Mask, Ring
+from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, Mask, Ring
 
 DIGITS = 24
 BALLOT = 3

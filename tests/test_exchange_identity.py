@@ -13,7 +13,7 @@ from parties import run_parties
 
 from pellm_lightning import Federation
 from pellm_lightning.exchange import Masked
-from pellm_lightning.exchange.identity import Identity, Peers, make_identity
+from pellm_lightning.exchange.secure.signing_keys import Identity, Peers, make_identity
 
 
 # RFC 8032, section 7.1, tests 1 and 2: secret key, public key, message, signature.

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pellm_lightning.exchange import ring
-from pellm_lightning.exchange.ring import Mask, Ring
+from pellm_lightning.exchange.secure import fixed_point as ring
+from pellm_lightning.exchange.secure.fixed_point import Mask, Ring
 
 I64 = torch.int64
 

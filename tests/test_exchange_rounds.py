@@ -36,10 +36,10 @@ from pellm_lightning.aggregation import (
     ShareA,
     Stacking,
 )
+from pellm_lightning.comm import MismatchError, PartyLostError
+from pellm_lightning.engine.coordination import Header, Purpose
 from pellm_lightning.exchange import Exchange, Plain
-from pellm_lightning.exchange.ring import Mask
-from pellm_lightning.federation import MismatchError, PartyLostError
-from pellm_lightning.meeting import Header, Purpose
+from pellm_lightning.exchange.secure.fixed_point import Mask
 
 SOON_S = 8.0
 SIZES: Sizes = {"k": (8, 7), "q": (6, 9)}

@@ -17,8 +17,8 @@ from torch import Tensor
 from transcript import Message, tapped
 
 from pellm_lightning import Federation, FederationError
-from pellm_lightning.exchange.ring import KEY_BYTES, Mask
-from pellm_lightning.federation import PartyLostError
+from pellm_lightning.comm import PartyLostError
+from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, Mask
 
 SOON_S = 8.0
 KEY_WORDS, SIGNATURE_WORDS, MASK_WORDS = 4, 8, KEY_BYTES // 8

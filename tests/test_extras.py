@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from test_imports import MODULES, PACKAGE, own_imports
 
-from pellm_lightning import FederatedCLI, commands
+from pellm_lightning import FederatedCLI
+from pellm_lightning.cli import commands
 from pellm_lightning.tasks.partition import plot_labels
 from pellm_lightning.tasks.pretrained import load_model, load_tokenizer
 
@@ -67,7 +68,9 @@ there = RequirementCache.__bool__
 RequirementCache.__bool__ = lambda self: not any(n in str(self.requirement) for n in away) and there(self)
 sys.modules.update(dict.fromkeys(away))
 import pellm_lightning
-from pellm_lightning import doctor, drift, exchange, privacy, tasks
+from pellm_lightning import exchange, privacy, tasks
+from pellm_lightning.cli import doctor
+from pellm_lightning.callbacks import drift
 print(sorted(set(pellm_lightning.__all__) - set(dir(pellm_lightning))))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

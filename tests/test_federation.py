@@ -14,8 +14,9 @@ from parties import in_threads, run_parties
 from transcript import tapped
 
 from pellm_lightning import Federation, FederationError
-from pellm_lightning.federation import MismatchError, PartyLostError
-from pellm_lightning.federation.launch import board, group
+from pellm_lightning.comm import MismatchError, PartyLostError
+from pellm_lightning.comm.torchrun import federation as group
+from pellm_lightning.comm.torchrun import store_coordinator as board
 
 SOON_S = 8.0
 """Far below the parties' timeout of 20 s, far above what a loaded machine needs."""

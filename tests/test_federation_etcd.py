@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from parties import in_threads
 from test_federation_store import agree, free_port, steps
 
-from pellm_lightning.federation import FederationError
-from pellm_lightning.federation.certs import make_certificate
-from pellm_lightning.federation.rendezvous.etcd import EtcdStore
-from pellm_lightning.federation.rendezvous.store import connect
-from pellm_lightning.federation.tls import TLS
+from pellm_lightning.comm import FederationError
+from pellm_lightning.comm.certs import make_certificate
+from pellm_lightning.comm.rendezvous.client import connect
+from pellm_lightning.comm.rendezvous.etcd import EtcdStore
+from pellm_lightning.comm.tls import TLS
 
 needs_etcd = pytest.mark.skipif(
     shutil.which("etcd") is None, reason="no etcd here: install it, for instance Debian's etcd-server"
@@ -177,6 +177,6 @@ def test_arguments_are_checked() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "etcd3gw", None)
-    monkeypatch.delitem(sys.modules, "pellm_lightning.federation.rendezvous.etcd")
+    monkeypatch.delitem(sys.modules, "pellm_lightning.comm.rendezvous.etcd")
     with pytest.raises(ImportError, match=r"pip install 'pellm-lightning\[etcd\]'"):
-        importlib.import_module("pellm_lightning.federation.rendezvous.etcd")
+        importlib.import_module("pellm_lightning.comm.rendezvous.etcd")

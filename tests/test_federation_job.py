@@ -3,9 +3,9 @@
 import pytest
 from certificates import tls_of
 
-from pellm_lightning.federation import Membership, Quorum
-from pellm_lightning.federation.elastic.job import Job
-from pellm_lightning.topology import Topology
+from pellm_lightning.comm import Membership, Quorum
+from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.topology import Topology
 
 ROSTER = ("a", "b", "c")
 VARIABLES = {"PELLM_RENDEZVOUS": "tcp://host:1", "PELLM_PARTY": "b", "PELLM_ROSTER": "a,b,c"}

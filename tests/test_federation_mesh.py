@@ -20,11 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pellm_lightning.federation.errors import FederationError, MismatchError, PartyLostError
-from pellm_lightning.federation.mesh import mesh as mesh_module
-from pellm_lightning.federation.mesh.mesh import Listener, Mesh
-from pellm_lightning.federation.mesh.talks import split_address
-from pellm_lightning.federation.mesh.wire import (
+from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
+from pellm_lightning.comm.mesh import mesh as mesh_module
+from pellm_lightning.comm.mesh.frames import (
     HEADER_BYTES,
     Incoming,
     Kind,
@@ -32,6 +30,8 @@ from pellm_lightning.federation.mesh.wire import (
     Outgoing,
     UnexpectedFrameError,
 )
+from pellm_lightning.comm.mesh.handshake import split_address
+from pellm_lightning.comm.mesh.mesh import Listener, Mesh
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -712,7 +712,7 @@ def test_a_member_at_anothers_address_is_not_taken_for_it(secure: bool) -> None:
 
 
 def test_strangers_do_not_disturb_members(secure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pellm_lightning.federation.mesh.listener._GREETING_S", 1.0)
+    monkeypatch.setattr("pellm_lightning.comm.mesh.listener._GREETING_S", 1.0)
     threads, before = threading.active_count(), descriptors()
     stop = threading.Event()
 
@@ -752,7 +752,7 @@ def test_strangers_do_not_disturb_members(secure: bool, monkeypatch: pytest.Monk
 
 
 def test_a_slow_greeting_holds_up_nobody_and_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pellm_lightning.federation.mesh.listener._GREETING_S", 1.0)
+    monkeypatch.setattr("pellm_lightning.comm.mesh.listener._GREETING_S", 1.0)
     with members(2) as found:
         slow = call(found.addresses[0])
         begun = time.monotonic()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.federation.elastic.rifts import Rifts
+from pellm_lightning.comm.elastic.reachability import Rifts
 
 ROSTER = ["a", "b", "c", "d"]
 

@@ -16,12 +16,14 @@ from certificates import tls_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pellm_lightning.federation import FederationError
-from pellm_lightning.federation.rendezvous import frames, hall, table
-from pellm_lightning.federation.rendezvous.frames import HELLO, FrameError, Op, length, pack, unpack
-from pellm_lightning.federation.rendezvous.server import RendezvousServer
-from pellm_lightning.federation.rendezvous.store import RemoteStore
-from pellm_lightning.federation.rendezvous.table import RefusedError, Table
+from pellm_lightning.comm import FederationError
+from pellm_lightning.comm.rendezvous import connection_handler as hall
+from pellm_lightning.comm.rendezvous import frames
+from pellm_lightning.comm.rendezvous import key_value_store as table
+from pellm_lightning.comm.rendezvous.client import RemoteStore
+from pellm_lightning.comm.rendezvous.frames import HELLO, FrameError, Op, length, pack, unpack
+from pellm_lightning.comm.rendezvous.key_value_store import RefusedError, Table
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 ROSTER = ["clinic-a", "clinic-b"]
 SOON_S = 0.5

@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from parties import in_threads
 
 import pellm_lightning
-from pellm_lightning.federation import FederationError
-from pellm_lightning.federation.certs import make_ca, make_certificate
-from pellm_lightning.federation.launch.gloo import GlooGroup
-from pellm_lightning.federation.rendezvous import frames
-from pellm_lightning.federation.rendezvous.frames import DONE, HELLO, pack, unpack
-from pellm_lightning.federation.rendezvous.polled import PolledStore
-from pellm_lightning.federation.rendezvous.server import RendezvousServer
-from pellm_lightning.federation.rendezvous.store import RemoteStore, connect
-from pellm_lightning.federation.rendezvous.table import Table
-from pellm_lightning.federation.tls import TLS
+from pellm_lightning.comm import FederationError
+from pellm_lightning.comm.certs import make_ca, make_certificate
+from pellm_lightning.comm.rendezvous import frames
+from pellm_lightning.comm.rendezvous.client import RemoteStore, connect
+from pellm_lightning.comm.rendezvous.frames import DONE, HELLO, pack, unpack
+from pellm_lightning.comm.rendezvous.key_value_store import Table
+from pellm_lightning.comm.rendezvous.polling_store import PolledStore
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
+from pellm_lightning.comm.tls import TLS
+from pellm_lightning.comm.torchrun.gloo import GlooGroup
 
 ROSTER = ["clinic-a", "clinic-b"]
 PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -58,7 +58,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[RemoteStore]:
 
 LIGHT = """
 import sys, types
-for name in ("pellm_lightning", "pellm_lightning.federation"):  # without the weight of what they import
+for name in ("pellm_lightning", "pellm_lightning.comm"):  # without the weight of what they import
     module = sys.modules[name] = types.ModuleType(name)
     module.__path__ = [sys.argv[1] + name.removeprefix("pellm_lightning").replace(".", "/")]
 """
@@ -256,8 +256,8 @@ def test_errors_pass_through_torch(plain: RendezvousServer) -> None:
 
 SERVE = """
 import signal
-from pellm_lightning.federation.rendezvous.server import RendezvousServer
-from pellm_lightning.federation.tls import TLS
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
+from pellm_lightning.comm.tls import TLS
 tls = TLS(*sys.argv[3:6]) if len(sys.argv) > 3 else None
 server = RendezvousServer("127.0.0.1", int(sys.argv[2]), roster=["clinic-a", "clinic-b"], tls=tls)
 signal.signal(signal.SIGTERM, lambda *_: server.close())
@@ -321,7 +321,7 @@ def test_a_forgotten_client_is_closed_without_a_word(plain: RendezvousServer) ->
     gc.collect()
     assert sock.fileno() == -1
     script = f"""
-from pellm_lightning.federation.rendezvous.store import RemoteStore
+from pellm_lightning.comm.rendezvous.client import RemoteStore
 stores = [RemoteStore({plain.address!r}) for _ in range(3)]
 stores.append(stores)
 """

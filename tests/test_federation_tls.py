@@ -18,9 +18,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from pellm_lightning.federation import certs
-from pellm_lightning.federation.certs import make_ca, make_certificate
-from pellm_lightning.federation.tls import TLS, check_name, peer_name
+from pellm_lightning.comm import certs
+from pellm_lightning.comm.certs import make_ca, make_certificate
+from pellm_lightning.comm.tls import TLS, check_name, peer_name
 
 REFUSED = (ssl.SSLError, ConnectionError)
 
@@ -252,7 +252,7 @@ def test_strict_verification_accepts_what_we_make() -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "pellm_lightning.federation.certs"
+    name = "pellm_lightning.comm.certs"
     monkeypatch.setitem(sys.modules, "cryptography", None)
     monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'pellm-lightning\[certs\]'"):

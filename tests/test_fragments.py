@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pellm_lightning import Aggregator, Federation, Overlap
 from pellm_lightning.aggregation import Alternating
-from pellm_lightning.fragments import FragmentedAggregator, Turns, check_rule, fragments_of
-from pellm_lightning.overlap import OverlappedAggregator
+from pellm_lightning.engine.fragments import FragmentedAggregator, Turns, check_rule, fragments_of
+from pellm_lightning.engine.overlap import OverlappedAggregator
 from pellm_lightning.privacy import GaussianMechanism
 
 SIZES = {"net.0.weight": 30, "net.1.weight": 7, "net.1.bias": 5, "net.2.weight": 11, "net.10.weight": 13}

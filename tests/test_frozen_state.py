@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from pellm_lightning.adapter_config import adapter_configs
-from pellm_lightning.frozen_state import frozen_state
-from pellm_lightning.passport import base_digests
+from pellm_lightning.engine.compatibility import base_digests
+from pellm_lightning.tensors.adapter_config import adapter_configs
+from pellm_lightning.tensors.frozen_state import frozen_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::peft"),

@@ -229,11 +229,11 @@ def test_c10d_is_found(source: str) -> None:
 
 def test_own_imports_are_found() -> None:
     source = """
-from pellm_lightning import passport
-from pellm_lightning.federation.errors import MismatchError
+from pellm_lightning.engine import compatibility as passport
+from pellm_lightning.comm.errors import MismatchError
 from pellm_lightning import FederatedAveraging
 if True:
     def f():
-        from pellm_lightning.round import Aggregator
+        from pellm_lightning.engine.aggregator import Aggregator
 """
     assert list(own_imports(ast.parse(source))) == ["passport", "federation.errors", "", "round"]

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from parties import Classifier, ValidatedClassifier, data, fit_parties, quiet_trainer
 
-from pellm_lightning import FederationError, isolation
+from pellm_lightning import FederationError
+from pellm_lightning.trainer import isolation
 
 
 @pytest.mark.parametrize(

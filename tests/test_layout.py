@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pellm_lightning import layout
-from pellm_lightning.layout import Layout
+from pellm_lightning.tensors import flat_buffer as layout
+from pellm_lightning.tensors.flat_buffer import Layout
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pellm_lightning import Aggregator, Federation
-from pellm_lightning.adapter_config import MAY_DIFFER, adapter_configs, init_that_writes_base
 from pellm_lightning.aggregation import Mean, lora_modules
-from pellm_lightning.frozen_state import frozen_state
-from pellm_lightning.parameters import select
+from pellm_lightning.tensors.adapter_config import MAY_DIFFER, adapter_configs, init_that_writes_base
+from pellm_lightning.tensors.frozen_state import frozen_state
+from pellm_lightning.tensors.selection import select
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:::peft"),

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.federation import FederationError
-from pellm_lightning.meeting import Header, Purpose, _header, _metrics
+from pellm_lightning.comm import FederationError
+from pellm_lightning.engine.coordination import Header, Purpose, _header, _metrics
 
 NUMBERS = st.integers() | st.floats() | st.just(10**400)  # JSON knows whole numbers of any length
 JSON: st.SearchStrategy[Any] = st.recursive(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pellm_lightning.optim import Yogi
+from pellm_lightning.engine.optim import Yogi
 
 
 def run(gradients: list[Tensor], x: Tensor, **arguments: Any) -> Tensor:

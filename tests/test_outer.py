@@ -48,10 +48,11 @@ from parties import run_parties
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from pellm_lightning import Aggregator, FederatedAveraging, Federation, FederationError, outer
+from pellm_lightning import Aggregator, FederatedAveraging, Federation, FederationError
 from pellm_lightning.aggregation import Alternating, LowRankMean
-from pellm_lightning.federation import MismatchError
-from pellm_lightning.optim import Yogi
+from pellm_lightning.comm import MismatchError
+from pellm_lightning.engine import outer_optimizer as outer
+from pellm_lightning.engine.optim import Yogi
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam
 

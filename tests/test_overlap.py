@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, FederationError, Overlap
 from pellm_lightning.aggregation import Alternating, LowRankMean, Mean, ResidualMean, Stacking
-from pellm_lightning.drift import FedProx
-from pellm_lightning.overlap import OverlappedAggregator
+from pellm_lightning.callbacks.drift import FedProx
+from pellm_lightning.engine.overlap import OverlappedAggregator
 from pellm_lightning.privacy import GaussianMechanism
 
 SIZE = 50

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pellm_lightning.parameters import select, share_outside_adapter
+from pellm_lightning.tensors.selection import select, share_outside_adapter
 
 
 class Adapted(nn.Module):

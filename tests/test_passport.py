@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pellm_lightning.passport import (
+from pellm_lightning.engine.compatibility import (
     PROTOCOL,
     Passport,
     base_digests,

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 from pellm_lightning import FederationError
 from pellm_lightning.aggregation import Mean, lora_modules
 from pellm_lightning.aggregation.lora import find_pairs
-from pellm_lightning.parameters import plain_name, select
+from pellm_lightning.tensors.selection import plain_name, select
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),  # X-LoRA's base

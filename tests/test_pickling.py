@@ -24,13 +24,14 @@ from torch import Tensor, nn
 import pellm_lightning
 from pellm_lightning import Aggregator, FederatedAveraging, FederatedCLI, Federation, Overlap, RoundReport
 from pellm_lightning.aggregation import Deviation, LoraModule, LowRankMean
-from pellm_lightning.drift import SCAFFOLD, FedDyn, FedNova, FedProx
+from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.callbacks.drift import SCAFFOLD, FedDyn, FedNova, FedProx
+from pellm_lightning.comm import TLS, ElasticFederation, Membership, Plan, Version
+from pellm_lightning.comm.elastic.quorum_view import Roll
+from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.engine.optim import OptimizerConfig, Yogi
 from pellm_lightning.exchange import Masked, Quantized, TopK
-from pellm_lightning.federation import TLS, ElasticFederation, Membership, Plan, Version
-from pellm_lightning.federation.elastic.job import Job
-from pellm_lightning.federation.elastic.plan import Roll
-from pellm_lightning.optim import OptimizerConfig, Yogi
-from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, Noise, RecordLevel
+from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, Noise
 from pellm_lightning.report.about import About
 from pellm_lightning.report.bar import FederationProgressBar
 from pellm_lightning.report.record import Record
@@ -75,14 +76,14 @@ def plain(thing: Any) -> Any:
 
 # What the documentation lets people import from modules that list no names.
 ALSO = {
-    "pellm_lightning.optim": ("OptimizerConfig", "Yogi"),
-    "pellm_lightning.outer": ("sgd_one",),
+    "pellm_lightning.engine.optim": ("OptimizerConfig", "Yogi"),
+    "pellm_lightning.engine.outer_optimizer": ("sgd_one",),
     "pellm_lightning.report.bar": ("FederationProgressBar",),
     "pellm_lightning.report.record": ("Record",),
     "pellm_lightning.report.about": ("About",),
-    "pellm_lightning.schedule": ("schedule",),
-    "pellm_lightning.topology": ("Topology",),
-    "pellm_lightning.federation.elastic.job": ("Job",),
+    "pellm_lightning.callbacks.schedule": ("schedule",),
+    "pellm_lightning.comm.topology": ("Topology",),
+    "pellm_lightning.comm.elastic.separate_jobs": ("Job",),
 }
 
 

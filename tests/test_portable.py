@@ -10,7 +10,8 @@ import torch
 from allocations import Allocations
 from torch import Tensor, nn
 
-from pellm_lightning import optim, portable
+from pellm_lightning.engine import optim
+from pellm_lightning.tensors import portable
 
 STEPS = 4
 f32 = np.float32

@@ -8,7 +8,7 @@ import pytest
 import test_examples
 from test_examples import EXAMPLES, documented, run
 
-from pellm_lightning.privacy.sampled import SampledLedger
+from pellm_lightning.callbacks.dp_sgd.poisson_sampling import SampledLedger
 
 home = test_examples.home
 

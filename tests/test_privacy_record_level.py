@@ -39,8 +39,9 @@ from torch.utils.data import (
 )
 
 from pellm_lightning.aggregation import Alternating, FrozenA
-from pellm_lightning.privacy import RecordLevel, record_level
-from pellm_lightning.privacy.sampled import PoissonBatches, SampledLedger, poisson
+from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.callbacks.dp_sgd import dp_sgd as record_level
+from pellm_lightning.callbacks.dp_sgd.poisson_sampling import PoissonBatches, SampledLedger, poisson
 
 pytestmark = [
     # Layers whose inputs need no gradient: frozen ones stand before them.
@@ -293,8 +294,8 @@ def test_accounting_and_opacus_leave_the_logs_alone() -> None:
     # In a process of its own: pytest has handlers at the root logger, and Opacus is imported here.
     source = """
 import logging
-from pellm_lightning.privacy.sampled import SampledLedger
-from pellm_lightning.privacy.record_level import _grad_sample_hooks
+from pellm_lightning.callbacks.dp_sgd.poisson_sampling import SampledLedger
+from pellm_lightning.callbacks.dp_sgd.dp_sgd import _grad_sample_hooks
 from torch import nn
 ledger = SampledLedger()
 ledger.step(1.0, 0.225)

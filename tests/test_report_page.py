@@ -14,7 +14,7 @@ import matplotlib
 import pytest
 from records import Clocked, done, federation, start
 
-from pellm_lightning import commands
+from pellm_lightning.cli import commands
 from pellm_lightning.report import figures, page
 from pellm_lightning.report.chart import Chart, Key, buckets, short, thinned
 from pellm_lightning.report.figures import lower_is_better

@@ -23,8 +23,9 @@ from parties import ValidatedClassifier, data, in_threads, quiet_trainer
 from test_callback_separate_jobs import At, Jobs, crash
 from test_launched import TESTS, torchrun
 
-from pellm_lightning import FederatedAveraging, resume
-from pellm_lightning.durable import StateDir
+from pellm_lightning import FederatedAveraging
+from pellm_lightning.tensors.snapshot import StateDir
+from pellm_lightning.trainer import resume
 
 MIXES = ["dirpath", "no logger", "csv", "tensorboard", "two"]
 

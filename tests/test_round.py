@@ -13,8 +13,9 @@ from parties import run_parties
 from rounds import SOON_S, Factory, all_bits, bits, random, sgd, started, write_
 from torch import Tensor, nn
 
-from pellm_lightning import Federation, FederationError, RoundReport, layout
-from pellm_lightning.federation import PartyLostError
+from pellm_lightning import Federation, FederationError, RoundReport
+from pellm_lightning.comm import PartyLostError
+from pellm_lightning.tensors import flat_buffer as layout
 
 # ---- the weighted mean
 

@@ -12,8 +12,9 @@ from rounds import SOON_S, all_bits, random, sgd, started, write_
 from torch import Tensor
 from transcript import tapped
 
-from pellm_lightning import Aggregator, Federation, FederationError, passport
-from pellm_lightning.federation import MismatchError
+from pellm_lightning import Aggregator, Federation, FederationError
+from pellm_lightning.comm import MismatchError
+from pellm_lightning.engine import compatibility as passport
 
 
 def plain() -> dict[str, Any]:

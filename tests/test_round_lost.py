@@ -12,7 +12,7 @@ from rounds import SOON_S, bits, started
 from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, RoundReport
-from pellm_lightning.federation import MismatchError, PartyLostError
+from pellm_lightning.comm import MismatchError, PartyLostError
 
 
 def test_a_party_that_dies_between_two_rounds() -> None:

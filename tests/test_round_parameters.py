@@ -8,7 +8,8 @@ from parties import run_parties
 from rounds import Factory, all_bits, random, sgd, started, write_
 from torch import Tensor, nn
 
-from pellm_lightning import Aggregator, Federation, layout
+from pellm_lightning import Aggregator, Federation
+from pellm_lightning.tensors import flat_buffer as layout
 
 # ---- parameters of every kind
 

@@ -11,9 +11,9 @@ from rounds import bits, sgd, started
 from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, RoundReport
+from pellm_lightning.comm import resolve_quorum
+from pellm_lightning.engine.coordination import MAX_WEIGHT
 from pellm_lightning.exchange import TopK
-from pellm_lightning.federation import resolve_quorum
-from pellm_lightning.meeting import MAX_WEIGHT
 
 Rounds = list[RoundReport]
 

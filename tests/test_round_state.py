@@ -10,7 +10,7 @@ from rounds import Factory, bits, sgd, started, trained
 from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation
-from pellm_lightning.federation import MismatchError
+from pellm_lightning.comm import MismatchError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from transformers import BatchEncoding
 
-from pellm_lightning.samples import SampleCounter, samples_from, samples_in
+from pellm_lightning.trainer.samples import SampleCounter, samples_from, samples_in
 
 
 @dataclass

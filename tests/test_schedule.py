@@ -2,7 +2,14 @@
 
 import pytest
 
-from pellm_lightning.schedule import Clock, EveryEpochs, EverySeconds, EverySteps, Schedule, schedule
+from pellm_lightning.callbacks.schedule import (
+    Clock,
+    EveryEpochs,
+    EverySeconds,
+    EverySteps,
+    Schedule,
+    schedule,
+)
 
 
 def rounds_of(plan: Schedule, epochs: int, steps_per_batch: list[int]) -> list[tuple[int, int]]:

@@ -17,9 +17,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from parties import Classifier, Rounds, data, in_threads, linear, quiet_trainer
 
 from pellm_lightning import Aggregator, FederatedAveraging, FederationError
-from pellm_lightning.federation import ElasticFederation, Membership, MismatchError
-from pellm_lightning.federation.rendezvous.server import RendezvousServer
-from pellm_lightning.federation.rendezvous.store import connect
+from pellm_lightning.comm import ElasticFederation, Membership, MismatchError
+from pellm_lightning.comm.rendezvous.client import connect
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 ROSTER = ["a", "b", "c"]
 # Far longer than any of these tests may take: nobody waits for a timeout.

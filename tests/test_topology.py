@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.topology import Topology
+from pellm_lightning.comm.topology import Topology
 
 
 def test_processes_without_a_rank_are_alone() -> None:

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(240)]
 def parties(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What three parties held after each round of each case."""
     pytest.importorskip("cryptography")
-    from pellm_lightning.exchange.identity import make_identity
+    from pellm_lightning.exchange.secure.signing_keys import make_identity
 
     out = tmp_path_factory.mktemp("unlike")
     middle = dict(MIDDLE)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pellm_lightning.environment import Party
-from pellm_lightning.topology import Topology
-from pellm_lightning.validation import ValidationMetrics
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.trainer.environment import Party
+from pellm_lightning.trainer.metrics import ValidationMetrics
 
 ALONE: Any = Party(Topology(), SimpleNamespace())  # type: ignore[arg-type]
 

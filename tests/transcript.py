@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
-from pellm_lightning.federation.launch.gloo import GlooGroup
+from pellm_lightning.comm.torchrun.gloo import GlooGroup
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from loop import own, rounds
 from payload import Party, Session
 
 from pellm_lightning import Aggregator, Federation
+from pellm_lightning.comm.elastic.separate_jobs import Job
 from pellm_lightning.exchange import Masked, Plain, Quantized
-from pellm_lightning.exchange.identity import make_identity
-from pellm_lightning.federation.elastic.job import Job
+from pellm_lightning.exchange.secure.signing_keys import make_identity
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from pellm_lightning.aggregation.lora import LoraModule, Pair
-from pellm_lightning.federation import Collectives
+from pellm_lightning.comm import Collectives
 
 
 class Part(Enum):

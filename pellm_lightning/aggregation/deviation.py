@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pellm_lightning.aggregation.base import Factors, Term
 from pellm_lightning.aggregation.factors import Stack
-from pellm_lightning.federation import Collectives
+from pellm_lightning.comm import Collectives
 
 
 @dataclass(frozen=True)

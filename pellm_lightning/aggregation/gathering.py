@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pellm_lightning.aggregation.base import Counting, Factors, Part, Parts, Term
-from pellm_lightning.federation import Collectives
-from pellm_lightning.passport import checksum
+from pellm_lightning.comm import Collectives
+from pellm_lightning.engine.compatibility import checksum
 
 
 def owned(num_pairs: int, federation: Collectives) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pellm_lightning.parameters import plain_name
+from pellm_lightning.tensors.selection import plain_name
 
 _FACTOR = re.compile(
     r"^(?:(?P<module>.*)\.)?lora_(?P<kind>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(?P<weight>\.weight)?$"

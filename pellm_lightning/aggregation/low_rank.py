@@ -22,7 +22,7 @@ from pellm_lightning.aggregation.base import (
 from pellm_lightning.aggregation.deviation import stack_of
 from pellm_lightning.aggregation.factors import Gauge, LowRank, MeanFactors
 from pellm_lightning.aggregation.lora import LoraModule
-from pellm_lightning.federation import Collectives, FederationError
+from pellm_lightning.comm import Collectives, FederationError
 
 Solver = Literal["power", "exact"]
 

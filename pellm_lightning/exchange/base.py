@@ -7,8 +7,8 @@ from typing import Literal
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.exchange.memory import Memory
-from pellm_lightning.federation import Collectives
+from pellm_lightning.comm import Collectives
+from pellm_lightning.exchange.error_feedback import Memory
 
 
 class Exchange(ABC):

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console, RenderableType
 from typing_extensions import override
 
-from pellm_lightning.pickling import own_state
 from pellm_lightning.report.view import view
 from pellm_lightning.report.watched import Watched
+from pellm_lightning.trainer.pickling import own_state
 
 _LOOK_EVERY_S = 1.0
 _REFRESHES_PER_S = 10

@@ -7,15 +7,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from pellm_lightning.adapters import adapter_parameters
 from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.engine.aggregator import RoundReport
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.isolation import written_paths
-from pellm_lightning.parameters import plain_name, share_outside_adapter
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.words import size
-from pellm_lightning.round import RoundReport
-from pellm_lightning.topology import Topology
+from pellm_lightning.tensors.adapters import adapter_parameters
+from pellm_lightning.tensors.selection import plain_name, share_outside_adapter
+from pellm_lightning.trainer.isolation import written_paths
 
 log = logging.getLogger(__name__)
 

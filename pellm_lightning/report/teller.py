@@ -7,15 +7,15 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import nn
 
 from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.engine.aggregator import RoundReport
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.isolation import callbacks_of
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.about import About
 from pellm_lightning.report.lines import announce, figures, publish, put_on_bar, say_round
 from pellm_lightning.report.record import Record
 from pellm_lightning.report.watched import LiveView, Watched
-from pellm_lightning.round import RoundReport
-from pellm_lightning.topology import Topology
+from pellm_lightning.trainer.isolation import callbacks_of
 
 
 class Teller:

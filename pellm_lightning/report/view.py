@@ -7,9 +7,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pellm_lightning.engine.aggregator import RoundReport
 from pellm_lightning.report.watched import Watched
 from pellm_lightning.report.words import size
-from pellm_lightning.round import RoundReport
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_ROUNDS = 24

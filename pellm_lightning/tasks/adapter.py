@@ -11,16 +11,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from pellm_lightning.adapters import adapters_with
-from pellm_lightning.callback import FederatedAveraging
-from pellm_lightning.environment import party_of
-from pellm_lightning.isolation import callbacks_of
-from pellm_lightning.parameters import select
-from pellm_lightning.pickling import own_state
+from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.report.card import write_card
 from pellm_lightning.tasks.earlier import earlier_adapter_kept
 from pellm_lightning.tasks.folder import written_whole
 from pellm_lightning.tasks.saving import save_adapters
+from pellm_lightning.tensors.adapters import adapters_with
+from pellm_lightning.tensors.selection import select
+from pellm_lightning.trainer.environment import party_of
+from pellm_lightning.trainer.isolation import callbacks_of
+from pellm_lightning.trainer.pickling import own_state
 
 
 def with_adapter(

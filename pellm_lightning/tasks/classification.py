@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from pellm_lightning.optim import without_parser
+from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
 from pellm_lightning.tasks.limits import check_label_indices, check_length, check_positions, num_positions
 from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pellm_lightning.naming import unused
+from pellm_lightning.trainer.file_names import unused
 
 _CONFIG = "adapter_config.json"
 _WRITTEN = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin", "README.md", "base")

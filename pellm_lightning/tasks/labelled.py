@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from pellm_lightning.environment import topology_of
+from pellm_lightning.comm.topology import Topology
 from pellm_lightning.tasks.columns import ignored_columns, is_ignored
 from pellm_lightning.tasks.left_out import Note, Notes, counted
 from pellm_lightning.tasks.limits import check_labels
@@ -15,7 +15,7 @@ from pellm_lightning.tasks.partition import by_key, check_num_parties, dirichlet
 from pellm_lightning.tasks.pretrained import load_tokenizer
 from pellm_lightning.tasks.rows import Label, Row, index_labels, label_names, read_rows
 from pellm_lightning.tasks.source import hold_out, party_files, shuffled
-from pellm_lightning.topology import Topology
+from pellm_lightning.trainer.environment import topology_of
 
 Partition = Literal["iid", "dirichlet", "key"]
 Encoded = dict[str, Any]

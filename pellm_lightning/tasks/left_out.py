@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
-from pellm_lightning.environment import topology_of
 from pellm_lightning.tasks.records import Record
 from pellm_lightning.tasks.samples import Cut, Samples
+from pellm_lightning.trainer.environment import topology_of
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import (
 )
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pellm_lightning.optim import OptimizerConfig
+from pellm_lightning.engine.optim import OptimizerConfig
 
 ADAMW = OptimizerConfig("torch.optim.AdamW", {"lr": 1e-3})
 """Makes the optimizer of the ready tasks, unless another is given."""

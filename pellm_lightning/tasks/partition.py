@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pellm_lightning.topology import Topology
+from pellm_lightning.comm.topology import Topology
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

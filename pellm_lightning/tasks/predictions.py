@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from pellm_lightning.pickling import own_state
 from pellm_lightning.tasks.earlier import keep_earlier_file
+from pellm_lightning.trainer.pickling import own_state
 
 
 class SavePredictions(BasePredictionWriter):

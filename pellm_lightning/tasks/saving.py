@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, PeftType, get_base_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from pellm_lightning.parameters import plain_name
+from pellm_lightning.tensors.selection import plain_name
 
 log = logging.getLogger(__name__)
 

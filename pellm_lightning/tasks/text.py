@@ -8,7 +8,6 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from pellm_lightning.environment import party_of
 from pellm_lightning.tasks.columns import ignored_columns
 from pellm_lightning.tasks.encoding import Encoder, end_of
 from pellm_lightning.tasks.left_out import Notes, check_not_empty, note_on
@@ -16,6 +15,7 @@ from pellm_lightning.tasks.pretrained import load_tokenizer
 from pellm_lightning.tasks.records import Record, read_records, split_records
 from pellm_lightning.tasks.samples import Sample, Side, pad_batch, to_prompt, to_samples
 from pellm_lightning.tasks.source import party_files, shuffled
+from pellm_lightning.trainer.environment import party_of
 
 
 class TextDataModule(LightningDataModule):

@@ -140,7 +140,7 @@ def tensorboard(folder: Path) -> None:
 
 
 def certs(folder: Path) -> None:
-    from pellm_lightning.federation.certs import make_ca, make_certificate
+    from pellm_lightning.comm.certs import make_ca, make_certificate
 
     make_ca(folder)
     assert make_certificate(folder, "clinic-a").exists()
@@ -148,7 +148,7 @@ def certs(folder: Path) -> None:
 
 def masked(folder: Path) -> None:
     from pellm_lightning.exchange import Masked
-    from pellm_lightning.exchange.identity import make_identity
+    from pellm_lightning.exchange.secure.signing_keys import make_identity
 
     for name in ("0", "1", "2"):
         make_identity(folder, name)
@@ -156,7 +156,7 @@ def masked(folder: Path) -> None:
 
 
 def etcd(folder: Path) -> None:
-    from pellm_lightning.federation.rendezvous.etcd import EtcdStore
+    from pellm_lightning.comm.rendezvous.etcd import EtcdStore
 
     said = ""
     try:
@@ -167,8 +167,8 @@ def etcd(folder: Path) -> None:
 
 
 def privacy(folder: Path) -> None:
-    from pellm_lightning.privacy import RecordLevel
-    from pellm_lightning.privacy.ledger import gaussian_epsilon
+    from pellm_lightning.callbacks.dp_sgd import RecordLevel
+    from pellm_lightning.privacy.accountant import gaussian_epsilon
 
     assert 4 < gaussian_epsilon(1.0, 1e-5, "pld") < 5
     fit(folder, [RecordLevel(noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-3)])

@@ -17,8 +17,8 @@ import torch
 from history import SIZE, Entry, noise, recorded
 
 from pellm_lightning import Aggregator
-from pellm_lightning.federation import ElasticFederation, Membership
-from pellm_lightning.federation.rendezvous.store import connect
+from pellm_lightning.comm import ElasticFederation, Membership
+from pellm_lightning.comm.rendezvous.client import connect
 
 
 @dataclass(frozen=True)

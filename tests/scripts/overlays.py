@@ -3,7 +3,7 @@
 import os
 import sys
 
-from pellm_lightning import cli
+from pellm_lightning.cli import federated_cli as cli
 
 examples, *names = sys.argv[1:]
 for name in names:

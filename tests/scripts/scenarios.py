@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap, PartyEnvironment
 from pellm_lightning.aggregation import Alternating, LowRankMean, ResidualMean
-from pellm_lightning.drift import SCAFFOLD, FedDyn, FedNova, FedProx
+from pellm_lightning.callbacks.drift import SCAFFOLD, FedDyn, FedNova, FedProx
 
 OUT = Path(sys.argv[1])
 RANK = int(os.environ["RANK"])

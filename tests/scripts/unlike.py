@@ -27,10 +27,10 @@ from pellm_lightning.aggregation import (
     ShareA,
     Stacking,
 )
-from pellm_lightning.beside import Beside, Contribution
+from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.engine.compatibility import checksum
+from pellm_lightning.engine.optim import Yogi
 from pellm_lightning.exchange import Cast, Masked, Quantized, TopK
-from pellm_lightning.optim import Yogi
-from pellm_lightning.passport import checksum
 from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism
 
 OUT, PARTY, PARTIES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

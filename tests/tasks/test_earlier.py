@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pellm_lightning.naming import numbered, unused
 from pellm_lightning.tasks.earlier import earlier_adapter_kept, keep_earlier_file
+from pellm_lightning.trainer.file_names import numbered, unused
 
 
 def save(folder: Path, weights: bytes, *, base: bytes | None = None) -> None:

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pellm_lightning import FederatedCLI
 from pellm_lightning.__main__ import main
 from pellm_lightning.aggregation import Aggregation, ResidualMean, Stacking
-from pellm_lightning.results import evaluate
-from pellm_lightning.results.evaluate import BASE, matrix, named, standing_as
-from pellm_lightning.results.export import export
+from pellm_lightning.cli import evaluate
+from pellm_lightning.cli.evaluate import BASE, matrix, named, standing_as
+from pellm_lightning.cli.export import export
+from pellm_lightning.comm.topology import Topology
 from pellm_lightning.tasks import CausalLM, SaveAdapter, TextDataModule
-from pellm_lightning.topology import Topology
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`loftq_config` specified",  # PEFT, about a default of its own that jsonargparse hands over

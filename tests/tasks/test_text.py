@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from pellm_lightning.comm.topology import Topology
 from pellm_lightning.tasks import TextDataModule
 from pellm_lightning.tasks.source import shuffled
-from pellm_lightning.topology import Topology
 
 
 def write_parties(folder: Path) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pellm_lightning import FederatedAveraging
-from pellm_lightning.results import export as exporting
-from pellm_lightning.results.export import export
+from pellm_lightning.cli import export as exporting
+from pellm_lightning.cli.export import export
 from pellm_lightning.tasks import CausalLM, SaveAdapter
 
 pytestmark = [

@@ -1,0 +1,262 @@
+"""What the callback refuses, each in words that say what to do."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.engine.coordination import MAX_WEIGHT
+from pellm_lightning.engine.outer_optimizer import (
+    OptimizerFactory,
+    SchedulerFactory,
+    described_schedule,
+    tried,
+)
+from pellm_lightning.engine.overlap import Overlap
+from pellm_lightning.trainer.isolation import callbacks_of
+
+log = logging.getLogger(__name__)
+
+
+def weighting(value: object) -> None:
+    """Check the argument of that name."""
+    if isinstance(value, str):
+        one_of("weighting", value, ("samples", "uniform"))
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_WEIGHT:
+        raise ValueError(
+            f"weighting={value!r} must be 'samples', 'uniform' or a number of 0 to {MAX_WEIGHT:g} (2^53)."
+        )
+
+
+def privacy(mechanism: object, weighting: object) -> None:
+    """Check the argument of that name."""
+    if mechanism is not None and weighting != "uniform":
+        raise ValueError(
+            f"weighting={weighting!r} does not go with differential privacy: a weight would be a factor of"
+            " what one party can change. Set weighting='uniform'."
+        )
+
+
+def outer(optimizer: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
+    """Check the outer optimizer and its schedule."""
+    tried(optimizer)
+    described_schedule(optimizer, scheduler)
+
+
+def protects_records(trainer: Trainer, weighting: object) -> bool:
+    """Tell whether single records are protected, so that nothing else of the data may leave the party."""
+    if not any(isinstance(other, RecordLevel) for other in callbacks_of(trainer)):
+        return False
+    if weighting == "samples":
+        raise MisconfigurationException(
+            "weighting='samples' tells the others how many records a party has drawn, which RecordLevel's"
+            " guarantee does not cover. Set weighting='uniform', or a number of your own."
+        )
+    if trainer.limit_val_batches and trainer.enable_validation:
+        log.warning(
+            "Validation metrics are averaged over the parties as they are, which RecordLevel's guarantee does"
+            " not cover. Validate on data that may be seen, or set limit_val_batches=0."
+        )
+    return True
+
+
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check an argument that has few choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def patterns(name: str, value: object) -> None:
+    """Check an argument that holds glob patterns."""
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not all(isinstance(p, str) for p in value)
+    ):
+        raise ValueError(
+            f"{name}={value!r} must be a list of glob patterns, for example {name}=['*lora_A*']."
+        )
+
+
+def fragments(value: object, every_n_steps: int | None, every_n_seconds: float | None) -> None:
+    """Check that fragments can take turns."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"fragments={value!r} must be a whole number, 1 or more.")
+    if value == 1 or every_n_seconds is not None:
+        return
+    if every_n_steps is None:
+        raise ValueError(
+            f"fragments={value} take turns between two rounds of one of them, and an epoch is not divided."
+            f" Give every_n_steps, a multiple of {value}, or every_n_seconds."
+        )
+    if every_n_steps % value:
+        raise ValueError(
+            f"fragments={value} take turns between two rounds of one of them, so every_n_steps="
+            f"{every_n_steps} must be a multiple of {value}; or give every_n_seconds."
+        )
+
+
+def overlap(value: Overlap | None, every_n_steps: int | None, fragments: int) -> None:
+    """Check that a round can be through before the next one begins."""
+    if value is not None and every_n_steps is not None and value.delay_steps >= every_n_steps // fragments:
+        raise ValueError(
+            f"overlap={value!r} lands a round after the next one has begun, {every_n_steps // fragments}"
+            " steps later. Choose a smaller delay_steps, or rounds that are further apart."
+        )
+
+
+def same_turns(saved: int, fragments: int) -> None:
+    """Check that a checkpoint is of as many fragments."""
+    if saved != fragments:
+        raise MisconfigurationException(
+            f"The checkpoint's federated state is of fragments={saved}, now it is fragments={fragments}."
+            " Resume with the fragments of the checkpoint, or begin anew from its weights."
+        )
+
+
+def can_land(under_way_since: int | None, overlap: Overlap | None) -> None:
+    """Check that a round that was under way when a checkpoint was saved can land."""
+    if under_way_since is not None and overlap is None:
+        raise MisconfigurationException(
+            f"The checkpoint was saved while a round was under way, begun at step {under_way_since}. Resume"
+            " with the overlap of the checkpoint; a checkpoint of another step may be resumed without."
+        )
+
+
+def seconds(name: str, value: float) -> None:
+    """Check an argument that is a time span."""
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be positive, in seconds.")
+
+
+def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
+    """Check that the Trainer leaves other parties alone and lets the written parameters stand."""
+    strategy = trainer.strategy
+    # DeepSpeed's is a kind of DDPStrategy, too.
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(
+        strategy, SingleDeviceStrategy | DDPStrategy
+    ):
+        raise MisconfigurationException(
+            f"Trainer(strategy={type(strategy).__name__}) shards or shadows a party's parameters, so a"
+            " round's result could be lost by the next optimizer step. Use a single device or strategy='ddp'"
+            " inside a party."
+        )
+    if strategy.world_size != topology.party_size:
+        raise MisconfigurationException(
+            f"The strategy {type(strategy).__name__} spans {strategy.world_size} processes, but a party has"
+            f" {topology.party_size} ({topology.num_parties} parties). Gradients would cross between parties."
+            " Pass plugins=[PartyEnvironment(num_parties=...)] so that each party is a world of its own,"
+            " with devices set to the processes per party (devices=1 and no strategy for single-process"
+            " parties)."
+        )
+    only_one(trainer, callback)
+    for other in callbacks_of(trainer):
+        if isinstance(other, LearningRateFinder | BatchSizeFinder):
+            rank_zero_warn(
+                f"{type(other).__name__} searches at each party alone, without rounds: parties may end with"
+                " different settings. Search once before the federation and fix the value."
+            )
+
+
+def only_one(trainer: Trainer, callback: Callback) -> None:
+    """Check that the Trainer has no other callback that federates, be it of a class derived from ours."""
+    bases = type(callback).__mro__
+    kind = bases[bases.index(Callback) - 1]
+    found = [type(other).__name__ for other in callbacks_of(trainer) if isinstance(other, kind)]
+    if len(found) > 1:
+        raise MisconfigurationException(
+            f"The Trainer has {len(found)} callbacks that federate ({', '.join(found)}): their rounds would"
+            " mix, and a checkpoint holds the state of one. Keep one; those that the command line adds, and"
+            " configure_callbacks, count, too."
+        )
+
+
+def checkpoints(trainer: Trainer) -> None:
+    """Warn about checkpoints that hold the frozen parameters although the callback would leave them out."""
+    for other in callbacks_of(trainer):
+        if isinstance(other, ModelCheckpoint) and other.save_weights_only:
+            rank_zero_warn(
+                "ModelCheckpoint(save_weights_only=True) asks no callback what to save, so save_frozen=False"
+                " has no effect on its files: they hold the frozen parameters, too. Drop one of the two."
+            )
+
+
+def samplers(trainer: Trainer, topology: Topology) -> None:
+    """Check that no sampler hands out only a part of the party's private data."""
+
+    def check(loader: Any) -> Any:
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas != topology.party_size:
+            raise MisconfigurationException(
+                f"The training DataLoader of party {topology.party} has a DistributedSampler over"
+                f" {sampler.num_replicas} replicas, but the party has {topology.party_size} process(es): it"
+                " would train on a part of its private data only. Remove the sampler; Lightning adds one"
+                " inside a party by itself."
+            )
+        return loader
+
+    apply_to_collection(trainer.train_dataloader, DataLoader, check)
+
+
+def optimizers(trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Warn about federated parameters that no optimizer trains."""
+    trained = {
+        id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
+    }
+    idle = [name for name, parameter in parameters.items() if id(parameter) not in trained]
+    if idle:
+        rank_zero_warn(
+            f"{len(idle)} federated parameter(s) are in no optimizer, the first is {idle[0]!r}: they cross"
+            " each round but nothing trains them. Give them to configure_optimizers, freeze them, or name"
+            " them in `exclude`."
+        )
+
+
+def own_checkpoint(saved_by: int, party: int) -> None:
+    """Check that a party resumes what it saved itself: optimizer state and counts are no other party's."""
+    if saved_by != party:
+        raise MisconfigurationException(
+            f"Party {party} resumes a checkpoint that party {saved_by} has saved: the state of its optimizer"
+            " and what it counted since the last round belong to that party. Give each party its own, as in"
+            f" ckpt_path='.../party-{party}/...'; on the command line {{party}} stands for the index."
+        )
+
+
+def devices(described: Sequence[object]) -> None:
+    """Warn if two parties compute on the same accelerator."""
+    named = [device for device in described if device is not None]
+    if len(set(named)) < len(named):
+        rank_zero_warn(
+            f"Several parties compute on the same accelerator ({named}). Start torchrun with"
+            " --virtual-local-rank, or set CUDA_VISIBLE_DEVICES per party, so that each has its own."
+        )
+
+
+def trainable_checkpoint(
+    module: LightningModule, state_dict: Mapping[str, Any], left_out: Collection[str]
+) -> None:
+    """Check that a checkpoint without frozen parameters holds all others and nothing unknown."""
+    expected = [name for name, _ in module.named_parameters() if name not in left_out]
+    missing = [name for name in expected if name not in state_dict]
+    known = set(module.state_dict())
+    unknown = [name for name in state_dict if name not in known]
+    for words, names in (("lacks the", missing), ("holds the unknown", unknown)):
+        if names:
+            raise ValueError(
+                f"The checkpoint {words} parameter {names[0]!r} ({len(names)} in all). Build the module as it"
+                " was when the checkpoint was saved: same base, same PEFT configuration."
+            )

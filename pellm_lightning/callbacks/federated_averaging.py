@@ -1,0 +1,782 @@
+"""FederatedAveraging: Lightning's hooks, what a user can ask for, joining and checkpoints."""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from pellm_lightning.aggregation import Aggregation, lora_modules
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.callbacks import arguments as checks
+from pellm_lightning.callbacks.drift.base import DriftCorrection, check_optimizer, drift_correction_of
+from pellm_lightning.callbacks.fit_facts import FitFacts, foresee
+from pellm_lightning.callbacks.fit_loop import Manner, Participation, Started
+from pellm_lightning.callbacks.schedule import schedule
+from pellm_lightning.callbacks.trainable import CURE, TrainableSet
+from pellm_lightning.callbacks.weight_averaging import (
+    agreed,
+    begin_averaging,
+    check_averaging,
+    check_coordinates,
+    warn_of_missed,
+)
+from pellm_lightning.comm import (
+    TLS,
+    Collectives,
+    ElasticFederation,
+    Federation,
+    FederationError,
+    Membership,
+    Quorum,
+    check_quorum,
+)
+from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.comm.torchrun.store import launched, store_from_env
+from pellm_lightning.engine import outer_optimizer as outer
+from pellm_lightning.engine.aggregator import Aggregator, RoundReport, granted
+from pellm_lightning.engine.auxiliary import Beside
+from pellm_lightning.engine.fragments import FragmentedAggregator, check_rule, fragments_of
+from pellm_lightning.engine.optim import without_parser
+from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.exchange.base import chosen
+from pellm_lightning.privacy import GaussianMechanism
+from pellm_lightning.report import record as records
+from pellm_lightning.report.about import About
+from pellm_lightning.report.lines import show_log_lines
+from pellm_lightning.report.teller import Teller
+from pellm_lightning.tensors.adapter_config import adapter_configs
+from pellm_lightning.tensors.frozen_state import frozen_state
+from pellm_lightning.tensors.selection import load_compiled_, named_as_in, select
+from pellm_lightning.trainer import isolation
+from pellm_lightning.trainer.environment import (
+    Party,
+    describe_device,
+    shares_terminal,
+    speak_as,
+    topology_of,
+)
+from pellm_lightning.trainer.metrics import ValidationMetrics
+from pellm_lightning.trainer.pickling import own_state
+from pellm_lightning.trainer.resume import last_of_unfinished, precede_runs
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_NUMBERS = itertools.count()
+
+
+class FederatedAveraging(Callback):
+    """Averages the trainable parameters over all parties, round by round, while ``trainer.fit`` goes on.
+
+    Each party runs its own Trainer on its own data; only parameters with ``requires_grad=True`` leave it.
+    Launched by ``torchrun --nproc-per-node N`` every process is a party, or every G processes with
+    ``PartyEnvironment``. Without a launcher it is a federation of one party.
+
+    Args:
+        every_n_epochs: A round at the end of every n-th epoch, before that epoch's validation. Default: every
+            epoch.
+        every_n_steps: Instead, a round after every n optimizer steps (``trainer.global_step``).
+        every_n_seconds: Instead, a round whenever n seconds of training are over, counted from the end of the
+            last exchange: all parties come at about the same time, however many steps each has made.
+        fragments: Number of groups of layers that take turns: each has a round as often as the schedule says,
+            and at each exchange only a K-th of the parameters crosses.
+        overlap: Lets rounds run in the background while training goes on; see ``Overlap``. Default: training
+            stands still for a round.
+        weighting: How much a party counts: "samples" by the training samples it consumed since the last
+            round, all its processes together; "uniform" all alike; a number is this party's own fixed weight.
+        aggregation: What is computed from the parties' parameters, from ``pellm_lightning.aggregation``.
+            Default: ``LowRankMean()`` for LoRA, the weighted mean for all else.
+        measure_deviation: Report each round by how much the result misses the mean of the LoRA products. It
+            takes half as many bytes again as averaging the factors, and other parties see these. Default:
+            yes, unless the exchange hides the factors, or compresses and would send them for this alone.
+        exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``,
+            ``Masked(...)`` so that nobody sees another's, or in fewer bytes ``Cast("bfloat16")``,
+            ``Quantized(...)`` and ``TopK(...)``.
+        privacy: Differential privacy of each party's updates, from ``pellm_lightning.privacy``. It needs
+            weighting="uniform".
+        include: Glob patterns over names of trainable parameters; only what matches one federates. Default:
+            all.
+        exclude: Glob patterns over names of trainable parameters that stay local.
+        outer_optimizer: Optimizer of the global parameters, fed with the pseudo-gradient. ``SGD(lr=1)`` is
+            FedAvg, ``SGD(lr=1, momentum=0.9)`` FedAvgM, ``Adam`` FedAdam, and ``SGD(lr=0.7, momentum=0.9,
+            nesterov=True)`` DiLoCo.
+        outer_scheduler: Learning rate of the outer optimizer by round: any scheduler of
+            ``torch.optim.lr_scheduler`` that needs no metric, stepped once for each round in which a party
+            counted. Its epochs are rounds.
+        inner_optimizer_state: "keep" lets the local optimizers go on with their moments after a round,
+            "reset" clears them.
+        on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
+            result and clears its local optimizers ("exclude"), or all parties stop with an error ("raise").
+        quorum: Parties that must have trained in a round for it to move the global parameters: more than half
+            of all ("majority"), or a number. When fewer still train, the federation ends for all with the
+            last result of a quorum, so that nobody's data decides because it lasted longest. Separate jobs
+            need as many to meet.
+        timeout_s: Seconds a party may be late before the others give up: more than the time by which the
+            slowest party's local steps outlast the fastest's.
+        check_base: Compare every value of the frozen weights, of the adapters' buffers and of what quantised
+            weights are read by over the parties before training, by digests made once per fit.
+        save_frozen: Whether checkpoints hold the frozen parameters too. Without them a checkpoint is as small
+            as the adapter, and is resumed on, or loaded onto, a freshly built base.
+        record: Whether each party writes what happens, round by round, into ``rounds.jsonl`` in the Trainer's
+            ``default_root_dir`` (below ``party-<k>/`` if there are several), for
+            ``python -m pellm_lightning report``. With ``fast_dev_run`` or ``barebones`` nothing is written.
+        federation: Makes an already joined Federation, for parties that do not meet by the launcher's
+            environment variables. Called once per fit.
+        rendezvous: Makes this launch one party of several separate jobs, which join at "tcp://host:port"
+            (``python -m pellm_lightning rendezvous``) or "etcd://host:port". Default: ``PELLM_RENDEZVOUS``.
+        name: Name of this party among separate jobs. Default: ``PELLM_PARTY``.
+        roster: Names of all parties, in the same order everywhere. Default: ``PELLM_ROSTER``, with commas.
+        listen: "host:port" at which the other parties reach this one. Default: ``PELLM_LISTEN``, or this host
+            only.
+        advertise: "host:port" to tell them instead, where an address is translated on the way. Default:
+            ``PELLM_ADVERTISE``.
+        tls: This party's certificate and the federation's authority. Default: ``PELLM_TLS_CERT``,
+            ``PELLM_TLS_KEY`` and ``PELLM_TLS_CA``; without any, nothing is encrypted.
+        membership: How long separate jobs wait for whom, and whether they go on without a lost one.
+        state_dir: Where separate jobs keep the global state through their own death. Default: ``federation/``
+            below the Trainer's ``default_root_dir/party-<k>``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        every_n_seconds: float | None = None,
+        fragments: int = 1,
+        overlap: Overlap | None = None,
+        weighting: Literal["samples", "uniform"] | float = "samples",
+        aggregation: Aggregation | None = None,
+        measure_deviation: bool | None = None,
+        exchange: Exchange | None = None,
+        privacy: GaussianMechanism | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        outer_optimizer: OptimizerCallable = outer.sgd_one,
+        outer_scheduler: LRSchedulerCallable | None = None,
+        inner_optimizer_state: Literal["keep", "reset"] = "keep",
+        on_nonfinite: Literal["exclude", "raise"] = "exclude",
+        quorum: Quorum = "majority",
+        timeout_s: float = 1800,
+        check_base: bool = True,
+        save_frozen: bool = True,
+        record: bool = True,
+        federation: Callable[[], Federation | ElasticFederation] | None = None,
+        rendezvous: str | None = None,
+        name: str | None = None,
+        roster: Sequence[str] = (),
+        listen: str | None = None,
+        advertise: str | None = None,
+        tls: TLS | None = None,
+        membership: Membership | None = None,
+        state_dir: str | None = None,
+    ) -> None:
+        checks.fragments(fragments, every_n_steps, every_n_seconds)
+        checks.overlap(overlap, every_n_steps, fragments)
+        self._schedule = schedule(every_n_epochs, every_n_steps, every_n_seconds).shared_by(fragments)
+        checks.weighting(weighting)
+        checks.privacy(privacy, weighting)
+        checks.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
+        checks.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
+        checks.patterns("include", include)
+        checks.patterns("exclude", exclude)
+        check_quorum(quorum)
+        checks.seconds("timeout_s", timeout_s)
+        checks.outer(outer_optimizer, outer_scheduler)
+        self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership, quorum=quorum)
+        """How this party joins separate jobs; None if all parties come from one launch."""
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.every_n_seconds = every_n_seconds
+        self.fragments = fragments
+        self.overlap = overlap
+        self.weighting = weighting
+        self.aggregation = aggregation
+        self.measure_deviation = measure_deviation
+        self.exchange: Exchange = chosen(exchange)
+        self.privacy = privacy
+        self.include = include
+        self.exclude = exclude
+        self.outer_optimizer = without_parser(outer_optimizer)
+        self.outer_scheduler = without_parser(outer_scheduler)
+        self.inner_optimizer_state = inner_optimizer_state
+        self.on_nonfinite = on_nonfinite
+        self.quorum = quorum
+        self.timeout_s = timeout_s
+        self.check_base = check_base
+        self.save_frozen = save_frozen
+        self.record = record
+        self.federation = federation
+        self.rendezvous = rendezvous
+        self.name = name
+        self.roster = roster
+        self.listen = listen
+        self.advertise = advertise
+        self.tls = tls
+        self.membership = membership
+        self.state_dir = state_dir
+        self.rounds: list[RoundReport] = []
+        """Reports of the rounds of the present fit, or of the last one."""
+        self.about: About | None = None
+        """What there is to say of its federation; None before training starts."""
+        self._is_set_up = False
+        # What a fit builds; all of it is dropped when the fit ends.
+        self._topology = Topology()
+        self._party: Party | None = None
+        self._joined: Federation | ElasticFederation | None = None
+        self._drift: DriftCorrection | None = None
+        self._tells_loss = True
+        self._participation: Participation | None = None
+        self._trainable: TrainableSet | None = None
+        self._teller: Teller | None = None
+        self._validation = ValidationMetrics()
+        self._renaming: RemovableHandle | None = None
+        # The state of a checkpoint that was loaded, or of the fit that has ended.
+        self._state: dict[str, Any] = {}
+
+    @property
+    def writes_base(self) -> bool:
+        """Whether rounds write into frozen weights, which then belong to what was trained."""
+        return self.aggregation is not None and self.aggregation.writes_base
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Key of the state in checkpoints.
+
+        Until ``setup`` it is another one each time. Lightning's Trainer would refuse two callbacks of one key
+        when it is made, in words that do not help; ``setup`` refuses them in ours.
+        """
+        return super().state_key if self._is_set_up else f"{super().state_key}@{next(_NUMBERS)}"
+
+    # ---- hooks, in the order in which they run
+
+    def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
+        """Keep the parties' files apart before Lightning looks for ``ckpt_path``; return which to resume."""
+        if self.federation is not None:
+            return ckpt_path  # which party this is will be known when it has joined
+        self._topology = topology_of(trainer)
+        speak_as(self._topology.rank_in_party)
+        if self._topology.party > 0:
+            isolation.separate_files(trainer, self._topology.party)
+        if self._topology.is_speaker:
+            isolation.keep_metrics(trainer)
+        if self.job is None or ckpt_path != "last":
+            return ckpt_path
+        state, stopped = self._state_path(trainer), self._stopped_path(trainer)
+        return last_of_unfinished(trainer, self._topology.party, state, stopped) or ckpt_path
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the parties' files apart; for a fit also join the federation and refuse what cannot work."""
+        self._is_set_up = True
+        self._topology = topology_of(trainer)
+        if stage == "fit":
+            # Of an earlier fit, which may have failed.
+            self._state, self._participation, self._teller = {}, None, None
+            self.rounds, self.about = [], None
+            self._validation = ValidationMetrics()
+            self._drift = self._drift_correction(trainer, pl_module)
+            self._party = Party(self._topology, trainer.strategy)
+            show_log_lines()
+            self._join(trainer)
+            checks.trainer(trainer, self, self._topology)
+            check_averaging(
+                trainer,
+                self._schedule,
+                mixes=self.overlap is not None or self.fragments > 1,
+                separate=isinstance(self._joined, ElasticFederation),
+                saves_frozen=self.save_frozen,
+            )
+            if not self.save_frozen:
+                checks.checkpoints(trainer)
+            # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
+            isolation.put_first(trainer, self)
+            self._tells_loss = not checks.protects_records(trainer, self.weighting)
+        else:
+            checks.only_one(trainer, self)
+        speak_as(self._topology.rank_in_party)
+        if self._topology.party > 0:
+            # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do
+            # not: their launcher's rank made them dummies until now.
+            isolation.separate_files(trainer, self._topology.party)
+            if shares_terminal(self._topology):
+                isolation.hush(trainer)
+        if not self.save_frozen:
+            pl_module.strict_loading = False
+        self._stop_renaming()  # of a fit that has failed
+        self._renaming = pl_module.register_load_state_dict_pre_hook(load_compiled_)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what the aggregation cannot handle; the module has its adapter by now."""
+        if self.aggregation is not None:
+            self._apply_rule(pl_module, self._select(pl_module))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
+        checks.samplers(trainer, self._topology)
+        trainable = self._select(pl_module)
+        self._trainable = TrainableSet(pl_module, self.include, self.exclude)
+        plan = self._apply_rule(pl_module, trainable)
+        shared = {name: trainable[name] for name in sorted(plan.shared)}
+        check_coordinates(trainer, plan)
+        for_good = plan.named(plan.rule.resting(0) & plan.rule.resting(1))
+        checks.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
+        self._check_drift(trainer, shared)
+
+        def told(done: RoundReport, on_bar: bool) -> None:
+            self._telling.round(pl_module, done, on_bar=on_bar)
+
+        self._participation = Participation(
+            trainer,
+            self._in_party,
+            plan,
+            trainable,
+            Manner(
+                self._schedule,
+                self.fragments,
+                self.overlap,
+                self.weighting,
+                resets=self.inner_optimizer_state == "reset",
+                tells_loss=self._tells_loss,
+            ),
+            drift=self._drift,
+            told=told,
+            stopped_path=self._stopped_path(trainer),
+        )
+        started = self._participation.start(
+            lambda: self._aggregator(trainer, pl_module, trainable), self._state
+        )
+        if started.overwritten:
+            begin_averaging(trainer, pl_module)
+        names = self._in_party.speak(lambda: self._roster(trainer))
+        about = About(names, started.settings, self.writes_base)
+        if self._topology.is_speaker and self._topology.party == 0:
+            self._warn_of(started)
+        self.about = about.resumed(self._state.get("about", {}))
+        self._teller = Teller(trainer, self._topology, self.about, self.rounds, self._new_record(trainer))
+        if self._topology.is_speaker:
+            self._teller.began(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
+            if self._joined is not None:
+                self._teller.show(self._joined.phases)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the gradients of what rests in this round, before they are clipped or applied."""
+        self._check_trainable(trainer, pl_module, everything=False)
+        self._taking_part.drop_gradients()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count what was consumed; run the round that is due, before Lightning validates and saves."""
+        self._check_trainable(trainer, pl_module, everything=trainer.is_last_batch)
+        self._taking_part.after_batch(outputs, batch, batch_idx)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the round first if training is over; remember which metrics are older than now."""
+        if not _validates_in_fit(trainer):
+            return
+        if _is_stopping(trainer):
+            self._taking_part.close_round()
+        self._validation.start(trainer)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the validation samples, which weight this party's metrics."""
+        if _validates_in_fit(trainer):
+            self._validation.count(trainer, batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average the metrics over the parties before EarlyStopping and ModelCheckpoint read them."""
+        if trainer.sanity_checking:
+            self._validation.check(trainer)
+        if _validates_in_fit(trainer):
+            local = self._validation.end(trainer, self._in_party)
+            self._telling.validated(local, self._taking_part.mean(local))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
+        self._taking_part.after_epoch()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the last, incomplete round; then answer the others' rounds until every party is through."""
+        self._taking_part.close_round()
+        before = len(self.rounds)
+        self._taking_part.finish()
+        warn_of_missed(trainer, len(self.rounds) - before)
+        if self._joined is not None:
+            self._joined.close()
+        self._telling.ended()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave at once, so that the others fail in seconds and can say why."""
+        said = str(exception)  # nothing, of a KeyboardInterrupt
+        why = type(exception).__name__ + (f": {said}" if said else "")
+        if self._joined is not None:
+            # Of a FederationError the others know already, from us or from the party that caused it.
+            known = isinstance(exception, FederationError)
+            self._joined.abort(None if known else why)
+        if self._teller is not None:
+            self._teller.ended(why)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave, if that has not happened yet, and drop every reference to the module."""
+        self._stop_renaming()
+        if stage != "fit":
+            return
+        if self._joined is not None and self._participation is None:
+            why = _why_nothing_was_trained(trainer)
+            log.warning("[party %s] Left the federation: %s.", self._topology.name, why)
+            self._joined.abort(why)
+        self._state = self.state_dict()
+        self._party = self._joined = self._drift = self._participation = self._teller = None
+        self._trainable = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
+        built = ("_party", "_joined", "_drift", "_participation", "_trainable", "_teller")
+        return own_state(self, **dict.fromkeys(built))
+
+    # ---- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on exactly, in the middle of a round too."""
+        if self._participation is None or not self._topology.is_speaker:
+            return self._state
+        about = {} if self.about is None else asdict(self.about)
+        state = self._participation.state()
+        # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
+        return {"party": self._topology.party, **state, "about": about, "directory": os.getcwd()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts: the aggregator does not exist yet."""
+        self._state = state_dict
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave frozen parameters out of the checkpoint if asked to, unless rounds write into them."""
+        if not self.save_frozen:
+            for name in set(checkpoint["state_dict"]) & self._left_out(pl_module):
+                del checkpoint["state_dict"][name]
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
+        if not self.save_frozen:
+            state_dict = named_as_in(pl_module, checkpoint["state_dict"])
+            checks.trainable_checkpoint(pl_module, state_dict, self._left_out(pl_module))
+
+    # ---- the parts of the hooks
+
+    def _stop_renaming(self) -> None:
+        if self._renaming is not None:
+            self._renaming.remove()
+            self._renaming = None
+
+    def _join(self, trainer: Trainer) -> None:
+        if self._topology.is_speaker and not (self.federation or self.job or launched()):
+            log.warning(
+                "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
+                " this host run `torchrun --nproc-per-node N your_script.py`%s.",
+                f"; the {self._topology.party_size} processes of this Trainer are that one party"
+                if self._topology.party_size > 1
+                else "",
+            )
+        self._in_party.speak(self._join_as_speaker)
+        if self._joined is not None:
+            known = self._topology
+            self._topology = Topology(
+                *self._joined.place, known.rank_in_party, known.party_size, label=self._joined.name
+            )
+            self._party = Party(self._topology, trainer.strategy)
+        if isinstance(self._joined, ElasticFederation):
+            self._joined.interrupt = lambda: _raise_if_terminated(trainer)
+
+    def _join_as_speaker(self) -> None:
+        if self.federation is not None:
+            self._joined = self.federation()
+        elif self.job is not None:
+            self._joined = self.job.join()
+        else:
+            party, num_parties = self._topology.party, self._topology.num_parties
+            store = store_from_env(self.timeout_s)
+            self._joined = Federation(store, party, num_parties, timeout_s=self.timeout_s)
+
+    def _left_out(self, module: LightningModule) -> set[str]:
+        """Return the names of the frozen parameters that are as they were before the fit."""
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        kept: set[int] = set()
+        if self.writes_base:
+            bases = [lora.base for lora in lora_modules(module).values()]
+            kept = {base.data_ptr() for base in bases if base is not None}
+        return {name for name, p in parameters.items() if not p.requires_grad and p.data_ptr() not in kept}
+
+    def _select(self, module: LightningModule) -> dict[str, nn.Parameter]:
+        try:
+            return select(module, self.include, self.exclude)
+        except ValueError as error:
+            cure = "" if any(p.requires_grad for p in module.parameters()) else f" {CURE}"
+            raise MisconfigurationException(f"Party {self._topology.name}: {error}{cure}") from error
+
+    def _check_trainable(self, trainer: Trainer, module: LightningModule, *, everything: bool) -> None:
+        if self._trainable is not None:
+            self._trainable.check(trainer, module, everything=everything)
+
+    def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
+        try:
+            plan = Plan(
+                self.aggregation,
+                parameters,
+                lora_modules(module),
+                granted=granted(self.exchange, self.privacy, self._beside),
+            )
+            if self.overlap is not None:
+                self.overlap.check(plan.rule)
+            if self.fragments > 1:
+                check_rule(plan.rule)
+                fragments_of(plan.shared, self.fragments)
+            return plan
+        except ValueError as error:
+            raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
+
+    def _aggregator(
+        self, trainer: Trainer, module: LightningModule, trainable: Mapping[str, Tensor]
+    ) -> Aggregator | FragmentedAggregator:
+        if self._joined is None:
+            raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
+        return self._made(
+            self._joined,
+            trainer,
+            module,
+            trainable,
+            overlap=self.overlap,
+            facts=self._facts(trainer),
+            state_dir=self._state_path(trainer),
+        )
+
+    def _roster(self, trainer: Trainer) -> list[str]:
+        """Return the names of all parties, as the speaker; warn of those that share an accelerator."""
+        if self._joined is None:
+            return []
+        if isinstance(self._joined, Federation):
+            device = describe_device(trainer.strategy.root_device)
+            checks.devices(self._joined.all_gather_json("device", device))
+        return list(self._joined.roster)
+
+    def rehearsal(
+        self,
+        federation: Collectives,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Mapping[str, Tensor],
+    ) -> Aggregator | FragmentedAggregator:
+        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
+
+        Args:
+            federation: Who takes part.
+            trainer: What the fit will be run by.
+            module: The module, whole: its adapter is there.
+            parameters: Stand for the module's, by the names of ``parameters.select``.
+
+        Raises:
+            ValueError, MisconfigurationException: As the fit would.
+        """
+        self._drift = self._drift_correction(trainer, module)
+        return self._made(federation, trainer, module, parameters, overlap=None, facts={}, state_dir=None)
+
+    def _made(
+        self,
+        federation: Collectives,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Mapping[str, Tensor],
+        *,
+        overlap: Overlap | None,
+        facts: Mapping[str, Any],
+        state_dir: str | None,
+    ) -> Aggregator | FragmentedAggregator:
+        """Return the aggregator that the arguments describe."""
+        whole: Callable[..., Aggregator] = Aggregator
+        if overlap is not None:
+            whole = partial(OverlappedAggregator, overlap=overlap)
+        make: Callable[..., Aggregator | FragmentedAggregator] = whole
+        if self.fragments > 1:
+            make = partial(FragmentedAggregator, fragments=self.fragments, make=whole)
+        return make(
+            federation,
+            parameters,
+            aggregation=self.aggregation,
+            lora=lora_modules(module),
+            measure_deviation=self.measure_deviation,
+            exchange=self.exchange,
+            privacy=self.privacy,
+            beside=self._beside,
+            outer_optimizer=self.outer_optimizer,
+            outer_scheduler=self.outer_scheduler,
+            frozen=frozen_state(module) if self.check_base else None,
+            adapters=adapter_configs(module),
+            config={
+                "every_n_epochs": self.every_n_epochs,
+                "every_n_steps": self.every_n_steps,
+                "every_n_seconds": self.every_n_seconds,
+                "fragments": self.fragments,
+                "overlap": repr(self.overlap),
+                "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
+                "on_nonfinite": self.on_nonfinite,
+                "inner_optimizer_state": self.inner_optimizer_state,
+                "weight averaging": agreed(trainer),
+            },
+            files=isolation.written_paths(trainer),
+            facts=facts,
+            on_nonfinite=self.on_nonfinite,
+            quorum=self.quorum,
+            state_dir=state_dir,
+        )
+
+    def _facts(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what this party says of its fit; not how many samples it has, where that is hidden."""
+        tells_steps = self._tells_loss and not self.exchange.hides and self.privacy is None
+        return FitFacts.of(trainer, self._validation.names, tells_steps=tells_steps).to_json()
+
+    def _warn_of(self, started: Started) -> None:
+        """Warn of what the parties' fits will run into together."""
+        facts = {name: FitFacts.from_json(told) for name, told in started.facts.items()}
+        quorum = started.settings["quorum"]
+        for warning in foresee(facts, self.every_n_steps, int(quorum or 1)):
+            log.warning("[party %s] %s", self._topology.name, warning)
+
+    def _new_record(self, trainer: Trainer) -> records.Record | None:
+        if not self.record or vars(trainer).get("fast_dev_run") or trainer.barebones:
+            return None
+        root = trainer.default_root_dir
+        if self._topology.num_parties > 1:
+            root = isolation.below(root, self._topology.party)
+        return records.Record(os.path.join(root, records.NAME))
+
+    def _state_path(self, trainer: Trainer) -> str:
+        root = isolation.below(trainer.default_root_dir, self._topology.party)
+        return self.state_dir or os.path.join(root, "federation")
+
+    def _stopped_path(self, trainer: Trainer) -> str:
+        return os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt")
+
+    def _drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
+        """Return the Trainer's drift correction; refuse what it cannot go with."""
+        drift = drift_correction_of(trainer, module)
+        if drift is not None:
+            optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
+            lands = outer.always_lands(optimizer, scheduled=self.outer_scheduler is not None)
+            if self.overlap is not None or self.fragments > 1:
+                raise MisconfigurationException(
+                    f"{drift.beside.method} corrects each local step by what the last round gave for all"
+                    " parameters, which with an overlap or fragments is not there yet. Leave out one of them."
+                )
+            try:
+                drift.beside.check(private=self.privacy is not None, lands=lands)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from error
+        return drift
+
+    def _check_drift(self, trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Refuse optimizers with which the drift correction would be wrong."""
+        if self._drift is None:
+            return
+        for optimizer in trainer.optimizers:
+            check_optimizer(trainer, optimizer, self._drift)
+            self._drift.check(optimizer, parameters, resets=self.inner_optimizer_state == "reset")
+
+    @property
+    def _beside(self) -> Beside | None:
+        return None if self._drift is None else self._drift.beside
+
+    @property
+    def _in_party(self) -> Party:
+        if self._party is None:
+            raise RuntimeError("The party is known only during a fit.")
+        return self._party
+
+    @property
+    def _taking_part(self) -> Participation:
+        if self._participation is None:
+            raise RuntimeError("A party takes part in rounds only while it trains.")
+        return self._participation
+
+    @property
+    def _telling(self) -> Teller:
+        if self._teller is None:
+            raise RuntimeError("There is nothing to tell of before training starts.")
+        return self._teller
+
+
+def _before_run(trainer: Trainer, ckpt_path: Any) -> Any:
+    for callback in isolation.callbacks_of(trainer):
+        if isinstance(callback, FederatedAveraging):
+            ckpt_path = callback.before_run(trainer, ckpt_path)
+    return ckpt_path
+
+
+precede_runs(_before_run)
+
+
+def _validates_in_fit(trainer: Trainer) -> bool:
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+def _is_stopping(trainer: Trainer) -> bool:
+    """Whether training ends at this batch: it was told to stop, and is free to."""
+    free = trainer.current_epoch >= (trainer.min_epochs or 0) and trainer.global_step >= (
+        trainer.min_steps or 0
+    )
+    return trainer.should_stop and free
+
+
+def _raise_if_terminated(trainer: Trainer) -> None:
+    """Stop waiting for others when this process is told to end; Lightning looks only between batches."""
+    if trainer.received_sigterm:
+        raise SIGTERMException
+
+
+def _why_nothing_was_trained(trainer: Trainer) -> str:
+    if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
+        return (
+            "it has no training batches, so its fit ended before it began; give it data or start without it"
+        )
+    return "its fit ended before it began, since max_epochs or max_steps was reached already"

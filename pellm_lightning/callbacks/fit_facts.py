@@ -1,0 +1,177 @@
+"""What a fit can know of itself before it trains, and what follows for the parties together."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from pellm_lightning.engine.aggregator import RoundReport
+from pellm_lightning.trainer.isolation import callbacks_of
+
+_PREFIX = "federated/"
+# What each round gives, and no validation.
+_OF_ROUNDS = {part.name for part in fields(RoundReport)} | {"worst_deviation"}
+
+
+@dataclass(frozen=True)
+class FitFacts:
+    """What a party says of its fit at the start, for warnings; nothing of it must be equal.
+
+    Args:
+        steps_per_epoch: Optimizer steps of an epoch; None if unknown, or not to be told.
+        steps: Optimizer steps of the whole fit; None as above.
+        validates: Whether the fit validates at all.
+        metrics: Names of what its validation logs, as the sanity check has shown; None if that is unknown.
+        monitors: Class name and metric of what monitors a federated metric of its validation.
+    """
+
+    steps_per_epoch: int | None = None
+    steps: int | None = None
+    validates: bool = True
+    metrics: list[str] | None = None
+    monitors: list[list[str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, trainer: Trainer, metrics: Sequence[str] | None, *, tells_steps: bool) -> "FitFacts":
+        """Return the facts of a fit that is about to train.
+
+        Args:
+            trainer: What the fit is run by.
+            metrics: What the sanity check has logged; None if there was none.
+            tells_steps: Whether the others may know how many steps there are, which tells how many samples.
+        """
+        per_epoch, steps = steps_per_epoch(trainer), planned_steps(trainer)
+        return cls(
+            steps_per_epoch=int(per_epoch) if tells_steps and math.isfinite(per_epoch) else None,
+            steps=int(steps) if tells_steps and math.isfinite(steps) else None,
+            validates=trainer.enable_validation and sum(trainer.num_val_batches) > 0,
+            metrics=None if metrics is None else list(metrics),
+            monitors=[list(pair) for pair in _monitors(trainer)],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``from_json`` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "FitFacts":
+        """Return what another party said; of what cannot be read, nothing."""
+        if not isinstance(value, Mapping) or set(value) != {part.name for part in fields(cls)}:
+            return cls()
+        numbers = [value["steps_per_epoch"], value["steps"]]
+        metrics, monitors = value["metrics"], value["monitors"]
+        readable = (
+            all(number is None or (type(number) is int and number >= 0) for number in numbers)
+            and isinstance(value["validates"], bool)
+            and (metrics is None or (isinstance(metrics, list) and _are_texts(metrics)))
+            and isinstance(monitors, list)
+            and all(isinstance(pair, list) and len(pair) == 2 and _are_texts(pair) for pair in monitors)
+        )
+        return cls(**value) if readable else cls()
+
+
+def steps_per_epoch(trainer: Trainer) -> float:
+    """Return the optimizer steps of an epoch; NaN if nobody knows, as with a loader without a length."""
+    batches = trainer.num_training_batches
+    if not math.isfinite(batches) or not trainer.lightning_module.automatic_optimization:
+        return math.nan
+    return float(math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+def planned_steps(trainer: Trainer) -> float:
+    """Return the optimizer steps after which a fit is through, if nothing stops it before; NaN if unknown."""
+    max_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    max_epochs = trainer.max_epochs
+    if max_epochs is None or max_epochs < 0:
+        planned = max_steps
+    else:
+        by_epochs = max_epochs * steps_per_epoch(trainer)
+        planned = max_steps if math.isnan(by_epochs) else min(max_steps, by_epochs)
+    return planned if math.isfinite(planned) else math.nan
+
+
+def foresee(facts: Mapping[str, FitFacts], every_n_steps: int | None, quorum: int) -> Iterator[str]:
+    """Yield what the parties' fits will run into together, for whoever can still change them.
+
+    Args:
+        facts: Of each party, by its name.
+        every_n_steps: The schedule of rounds, None if rounds do not go by steps.
+        quorum: Parties that a round needs.
+    """
+    if every_n_steps is not None:
+        yield from _unequal_steps(facts, every_n_steps, quorum)
+    yield from _missing_metrics(facts)
+
+
+def _unequal_steps(facts: Mapping[str, FitFacts], every_n_steps: int, quorum: int) -> Iterator[str]:
+    per_epoch = {name: told.steps_per_epoch for name, told in facts.items() if told.steps_per_epoch}
+    steps = {name: told.steps for name, told in facts.items() if told.steps}
+    if len(set(steps.values())) > 1:
+        rounds = {name: math.ceil(of_party / every_n_steps) for name, of_party in steps.items()}
+        enough = sorted(rounds.values(), reverse=True)[quorum - 1 :]
+        end = (
+            f" Once fewer than quorum={quorum} still train, the federation ends, and what the others would"
+            " have trained after that is not used."
+            if enough and enough[0] < max(rounds.values())
+            else ""
+        )
+        yield (
+            f"The parties will not train equally long: optimizer steps {_by_party(steps)}, which with"
+            f" every_n_steps={every_n_steps} are rounds {_by_party(rounds)}.{end} Give all the"
+            " same max_steps, or rounds by every_n_epochs."
+        )
+    elif len(set(per_epoch.values())) > 1 and any(told.validates for told in facts.values()):
+        yield (
+            f"The parties' epochs differ in length: optimizer steps per epoch {_by_party(per_epoch)}. With"
+            f" every_n_steps={every_n_steps} they validate after different rounds, so each federated/ metric"
+            " is of those only that validate at that moment. Set val_check_interval to the same number of"
+            " batches and check_val_every_n_epoch=None at all, or rounds by every_n_epochs."
+        )
+
+
+def _missing_metrics(facts: Mapping[str, FitFacts]) -> Iterator[str]:
+    wanted: dict[str, list[str]] = {}
+    for name, told in facts.items():
+        for who, metric in told.monitors:
+            wanted.setdefault(metric, []).append(f"{who} of party {name}")
+    for metric, by in sorted(wanted.items()):
+        bare = metric.removeprefix(_PREFIX)
+        without = [name for name, told in facts.items() if not told.validates]
+        unlogged = [
+            name
+            for name, told in facts.items()
+            if told.validates and told.metrics is not None and bare not in told.metrics
+        ]
+        for parties, why, cure in (
+            (without, "runs no validation", "Give it validation data"),
+            (unlogged, "logs no such metric in its validation", f"Log {bare!r} in its validation_step"),
+        ):
+            if parties:
+                yield (
+                    f"{metric!r} is monitored by {', '.join(by)}, but party {', '.join(parties)} {why}: it"
+                    f" will not have this metric, and not stop or save by it as the others do. {cure}, or"
+                    " monitor what all have, such as 'federated/loss'."
+                )
+
+
+def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """Yield who monitors which federated metric that only a validation gives."""
+    named: list[tuple[object, object]] = [
+        (callback, getattr(callback, "monitor", None)) for callback in callbacks_of(trainer)
+    ]
+    named += [(config.scheduler, config.monitor) for config in trainer.lr_scheduler_configs]
+    for by, metric in named:
+        if not isinstance(metric, str) or not metric.startswith(_PREFIX):
+            continue
+        if metric.removeprefix(_PREFIX) not in _OF_ROUNDS:
+            yield type(by).__name__, metric
+
+
+def _by_party(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{value} (party {name})" for name, value in values.items())
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)

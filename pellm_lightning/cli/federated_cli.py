@@ -1,0 +1,207 @@
+"""FederatedCLI: LightningCLI with the federation among its arguments."""
+
+import logging
+import os
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
+from pellm_lightning.cli import commands
+from pellm_lightning.cli.doctor.facts import Rehearsal
+from pellm_lightning.cli.saved_config import SaveNumberedConfig
+from pellm_lightning.comm import TLS, Membership
+from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.comm.torchrun.store import launched
+from pellm_lightning.trainer import isolation
+from pellm_lightning.trainer.environment import PartyEnvironment, shares_terminal, speak_as, topology_of
+
+
+class FederatedCLI(LightningCLI):
+    """LightningCLI whose Trainer federates.
+
+    ``--federated.*`` configures the rounds, ``--num_parties`` the parties.
+
+    Launch it with ``torchrun --nproc-per-node N``. Every party writes below ``party-<k>/`` of
+    ``trainer.default_root_dir`` and of each logger's ``save_dir``; ``{party}`` in ``--ckpt_path`` is its
+    index. All else is LightningCLI as it always was.
+    """
+
+    failure: Exception | None = None
+    """What the doctor's patient failed with as its classes were built."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "doctor": set()}
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        try:
+            return super().init_parser(**kwargs)
+        except ModuleNotFoundError as error:
+            raise ImportError(commands.NEEDS_JSONARGPARSE) from error
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--num_parties",
+            type=int | None,
+            default=None,
+            help="Number of parties among the launched processes; null makes every process a party.",
+        )
+        parser.add_lightning_class_args(FederatedAveraging, "federated")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        command = self.config.get(str(self.config.get("subcommand")), {})
+        if command.get("ckpt_path"):
+            # Parties resume their own checkpoints, so the path may name the party as the data's may.
+            party = _topology(command).party
+            command["ckpt_path"] = command["ckpt_path"].replace("{party}", str(party))
+
+    @override
+    def instantiate_classes(self) -> None:
+        if self.subcommand != "doctor":
+            super().instantiate_classes()
+            return
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        try:
+            super().instantiate_classes()
+        except Exception as error:  # it is a finding of this party, and all shall hear of it
+            self.failure = error
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.save_config_callback is SaveConfigCallback:  # unless the user has given another, or none
+            self.save_config_callback = SaveNumberedConfig
+        trainer_config = self._get(self.config_init, "trainer")
+        plugins = trainer_config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        environment = next((plugin for plugin in plugins if isinstance(plugin, PartyEnvironment)), None)
+        federated = self._get(self.config_init, "federated")
+        if environment is None:
+            # The processes of a separate job are one party.
+            num_parties = 1 if federated.job else self._get(self.config_init, "num_parties")
+            environment = PartyEnvironment(num_parties, federated.timeout_s)
+            if launched():
+                kwargs["plugins"] = [*plugins, environment]
+        topology = federated.job.topology() if federated.job else environment.topology
+        if topology.num_parties > 1:
+            root = trainer_config.get("default_root_dir") or os.getcwd()
+            kwargs["default_root_dir"] = isolation.below(str(root), topology.party)
+        if self.subcommand == "fit" and trainer_config.get("enable_progress_bar") is not False:
+            callbacks = trainer_config.get("callbacks") or []
+            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+            if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+                kwargs["callbacks"] = [*callbacks, *_live_view()]
+        trainer = super().instantiate_trainer(**kwargs)
+        if topology.num_parties > 1:
+            # Before the fit: its first act is to create the loggers' files.
+            isolation.separate_files(trainer, topology.party)
+            speak_as(topology.rank_in_party)
+            if topology.party > 0 and shares_terminal(topology):
+                isolation.hush(trainer)
+        return trainer
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        # Lightning takes a subcommand's arguments from the Trainer's method of that name.
+        trainer_class = self.trainer_class
+        from lightning.pytorch.cli import class_from_function  # there with jsonargparse only
+
+        given = trainer_class if isinstance(trainer_class, type) else class_from_function(trainer_class)
+        self.trainer_class = type(given.__name__, (_OwnCommands, given), {})
+        try:
+            super()._add_subcommands(parser, **kwargs)
+        finally:
+            self.trainer_class = trainer_class
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "doctor":
+            self._examine(
+                **{
+                    name: self.config[subcommand][name]
+                    for name in self._subcommand_method_arguments[subcommand]
+                }
+            )
+        else:
+            super()._run_subcommand(subcommand)
+
+    def _examine(self, wait_s: float) -> None:
+        """Let the doctor look at what was built; exit with 1 if it finds an error."""
+        from pellm_lightning.cli.doctor.command import examine
+
+        if self.failure is None:
+            callback = self._get(self.config_init, "federated")
+            rehearsal = Rehearsal(self.trainer, self.model, self.datamodule, callback)
+            healthy = examine(callback.job, topology_of(self.trainer), rehearsal, wait_s=wait_s)
+        else:
+            command = self.config["doctor"]
+            healthy = examine(_job(command), _topology(command), None, self.failure, wait_s=wait_s)
+        if not healthy:
+            sys.exit(1)
+
+
+class _OwnCommands:
+    """The subcommands that Lightning's Trainer has not; ``FederatedCLI`` runs them."""
+
+    def doctor(self, wait_s: float = 30) -> None:
+        """Check a launch before training: who is there, what differs, how fast the parties reach each other.
+
+        Args:
+            wait_s: Seconds to wait for a party; one that does not come is a finding.
+        """
+        raise NotImplementedError("FederatedCLI runs this command.")
+
+
+def _live_view() -> list[Callback]:
+    """Return the live view of the federation; nothing where rich is not installed."""
+    if find_spec("rich") is None:
+        return []
+    from pellm_lightning.report.bar import FederationProgressBar  # an optional dependency
+
+    return [FederationProgressBar()]
+
+
+def _topology(command: Any) -> Topology:
+    """Return where this process stands, before anything is built of the configuration."""
+    federated = command.get("federated") or {}
+    rendezvous, name, roster = (federated.get(key) for key in ("rendezvous", "name", "roster"))
+    job = Job.configured(rendezvous, name, roster)
+    return job.topology() if job else Topology.from_env(command.get("num_parties"))
+
+
+def _job(command: Any) -> Job | None:
+    """Return how this party joins separate jobs, before anything is built of the configuration."""
+    federated = command.get("federated") or {}
+    keys = ("rendezvous", "name", "roster", "listen", "advertise")
+    rendezvous, name, roster, listen, advertise = (federated.get(key) for key in keys)
+    tls, membership = federated.get("tls"), federated.get("membership")
+    return Job.configured(
+        rendezvous,
+        name,
+        roster,
+        listen,
+        advertise,
+        TLS(**tls) if tls else None,
+        Membership(**membership) if membership else None,
+        quorum=federated.get("quorum", "majority"),
+    )
+
+
+def main() -> None:
+    """Run the command line: ``python -m pellm_lightning fit --config run.yaml``, or one of ``COMMANDS``."""
+    if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
+        commands.main()
+    else:
+        # The ready tasks configure their own optimizers, so the CLI needs not replace them.
+        FederatedCLI(auto_configure_optimizers=False)

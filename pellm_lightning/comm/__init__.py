@@ -1,0 +1,33 @@
+"""The only code that talks across parties."""
+
+from pellm_lightning.comm.collectives import Collectives
+from pellm_lightning.comm.elastic.federation import ElasticFederation
+from pellm_lightning.comm.elastic.membership import Membership
+from pellm_lightning.comm.elastic.quorum_view import Plan, Version, Wants
+from pellm_lightning.comm.errors import (
+    FederationError,
+    MismatchError,
+    PartyLostError,
+    TooFewPartiesError,
+)
+from pellm_lightning.comm.quorum import Quorum, check_quorum, resolve_quorum
+from pellm_lightning.comm.tls import TLS
+from pellm_lightning.comm.torchrun.federation import Federation
+
+__all__ = [
+    "TLS",
+    "Collectives",
+    "ElasticFederation",
+    "Federation",
+    "FederationError",
+    "Membership",
+    "MismatchError",
+    "PartyLostError",
+    "Plan",
+    "Quorum",
+    "TooFewPartiesError",
+    "Version",
+    "Wants",
+    "check_quorum",
+    "resolve_quorum",
+]

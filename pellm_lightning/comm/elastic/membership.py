@@ -1,0 +1,73 @@
+"""What a federation of separate jobs promises its parties: how long it waits for whom, and for how many."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pellm_lightning.comm.quorum import Quorum, resolve_quorum
+from pellm_lightning.comm.tls import check_name
+
+
+@dataclass(frozen=True)
+class Membership:
+    """When separate jobs go on without a party, wait for one, or stop.
+
+    Args:
+        round_timeout_s: Seconds a party that is alive may be late for a round before the others go on
+            without it: more than the time by which the slowest party's local steps outlast the fastest's.
+        wait_s: Seconds to wait while fewer than a quorum are there, or the rendezvous is not; and, at
+            the very first start, for the whole roster.
+        exchange_timeout_s: Seconds that an exchange may make no progress, although all its parties are alive,
+            before it is tried again; without a party to whom it happens twice.
+        heartbeat_ttl_s: Seconds without a sign of life after which a party counts as dead. The others lose
+            about as much time when one dies. Over the internet take 10 or more.
+        on_party_loss: Go on without a party that was lost ("continue"), or stop all ("stop").
+        accept_split_brain: Allow a ``quorum`` below the majority of the roster: a network that falls apart
+            may then leave two federations, each going on by itself.
+    """
+
+    round_timeout_s: float = 1800
+    wait_s: float = 1800
+    exchange_timeout_s: float = 60
+    heartbeat_ttl_s: float = 5
+    on_party_loss: Literal["continue", "stop"] = "continue"
+    accept_split_brain: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("round_timeout_s", "wait_s", "exchange_timeout_s", "heartbeat_ttl_s"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}={getattr(self, field)} must be positive, in seconds.")
+        if self.on_party_loss not in ("continue", "stop"):
+            raise ValueError(f"on_party_loss={self.on_party_loss!r} must be 'continue' or 'stop'.")
+
+    def quorum(self, quorum: Quorum, roster: Collection[str]) -> int:
+        """Return how many parties of a roster must meet.
+
+        Raises:
+            ValueError: If that is more than there are; or less than the majority, which nobody has accepted.
+        """
+        needed, majority = resolve_quorum(quorum, len(roster)), resolve_quorum("majority", len(roster))
+        if needed < majority and not self.accept_split_brain:
+            raise ValueError(
+                f"quorum={needed} is below {majority}, the majority of the {len(roster)} parties: if the"
+                " network falls apart, two groups could both go on, each with parameters of its own. Raise"
+                " it, or accept that by membership.accept_split_brain=true."
+            )
+        return needed
+
+
+def check_roster(name: str, roster: Sequence[str]) -> None:
+    """Check the names of a federation.
+
+    Raises:
+        ValueError: If a name is malformed or appears twice, or this party's is missing.
+    """
+    for other in roster:
+        check_name(other)
+    doubled = sorted({other for other in roster if list(roster).count(other) > 1})
+    if doubled:
+        raise ValueError(f"The roster names {doubled[0]!r} twice; every party needs a name of its own.")
+    if name not in roster:
+        raise ValueError(
+            f"Party {name!r} is not in the roster ({', '.join(roster)}). Give all the same roster."
+        )

@@ -1,0 +1,92 @@
+"""One connection of a client to the rendezvous."""
+
+import contextlib
+import socket
+import ssl
+import weakref
+
+from pellm_lightning.comm.mesh.handshake import split_address
+from pellm_lightning.comm.rendezvous.frames import HELLO, LENGTH_BYTES, FrameError, length, unpack
+from pellm_lightning.comm.tls import RENDEZVOUS, peer_name
+
+_PIECE_BYTES = 64 << 10
+
+
+class HungUpError(OSError):
+    """A server that had proved its name closed the connection without a word."""
+
+
+class Line:
+    """One connection to a rendezvous, its hello said.
+
+    Args:
+        address: Where it is.
+        context: Settings of TLS, None for a plain connection.
+        patience_s: Seconds that each single step may take.
+
+    Raises:
+        OSError: If it cannot be reached or closes the connection, in the handshake an ``ssl.SSLError``.
+        FrameError: If it is no rendezvous.
+    """
+
+    def __init__(self, address: str, context: ssl.SSLContext | None, patience_s: float) -> None:
+        self._socket = socket.create_connection(split_address(address), patience_s)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if context is not None:
+                self._socket = context.wrap_socket(self._socket)
+            # A forgotten store closes its connection, also while the interpreter ends.
+            weakref.finalize(self, self._socket.close)
+            self._say_hello()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def exchange(self, request: bytes) -> tuple[int, list[bytes | None]]:
+        """Send a request; return the tag and the fields of the answer."""
+        for at in range(0, len(request), _PIECE_BYTES):  # so that each piece has its own time
+            self._socket.sendall(request[at : at + _PIECE_BYTES])
+        answer = self._receive(LENGTH_BYTES)
+        size = LENGTH_BYTES + length(answer[:LENGTH_BYTES])
+        answer = self._receive(size, answer)
+        if len(answer) > size:
+            raise FrameError("more than an answer")
+        return unpack(answer[LENGTH_BYTES:])
+
+    def patience(self, seconds: float) -> None:
+        """Set for how many seconds the server may be silent."""
+        self._socket.settimeout(seconds)
+
+    def close(self) -> None:
+        """Close the connection, even while another thread waits for an answer."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _say_hello(self) -> None:
+        """Find out who is there and say what we speak."""
+        if isinstance(self._socket, ssl.SSLSocket) and peer_name(self._socket) != RENDEZVOUS:
+            raise FrameError(f"its certificate is named {peer_name(self._socket)!r}, not {RENDEZVOUS!r}")
+        try:
+            self._socket.sendall(HELLO)
+            hello = self._receive(len(HELLO))
+        except (ConnectionError, ssl.SSLEOFError) as error:
+            if isinstance(self._socket, ssl.SSLSocket):
+                # With TLS 1.3 a client that is not admitted learns it only now.
+                raise HungUpError(str(error)) from error
+            raise
+        if hello[:-2] != HELLO[:-2]:
+            raise FrameError("it says something else than hello")
+        if hello != HELLO:
+            raise FrameError(f"it speaks version {hello[-1]}, not {HELLO[-1]}")
+
+    def _receive(self, size: int, got: bytes = b"") -> bytes:
+        """Return ``got`` and what comes after it, at least ``size`` bytes in all."""
+        data = bytearray(got)
+        while len(data) < size:
+            piece = self._socket.recv(_PIECE_BYTES)
+            if not piece:
+                raise ConnectionResetError("it closed the connection")
+            data += piece
+        return bytes(data)

@@ -1,0 +1,247 @@
+"""A client of the rendezvous that survives its restarts, as a torch ``Store``."""
+
+import math
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from typing_extensions import Self, override
+
+from pellm_lightning.comm.errors import FederationError
+from pellm_lightning.comm.mesh.handshake import split_address
+from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.rendezvous.channel import HungUpError, Line
+from pellm_lightning.comm.rendezvous.frames import (
+    DONE,
+    MAX_FIELDS,
+    REFUSED,
+    FrameError,
+    Op,
+    check_key,
+    check_value,
+    pack,
+)
+from pellm_lightning.comm.rendezvous.polling_store import PolledStore, encoded
+from pellm_lightning.comm.tls import TLS
+
+# A server that stops closes connections before it closes its port; one that shuts us out does so every time.
+_HANG_UPS = 10
+# More words than any server of ours has.
+_MAX_REASON = 1000
+
+
+class RemoteStore(PolledStore):
+    """A client of a ``RendezvousServer``.
+
+    A lost connection is made again and the request is asked again, for ``retry_s`` seconds. That does no harm
+    except to ``add``, which is asked again once at most and may then have counted twice, and to
+    ``delete_key``, which may then say that there was nothing. Several threads may use one client, but one
+    waits while the other is answered; ``clone()`` has a connection of its own.
+
+    Args:
+        address: ``"host:port"`` of the server.
+        tls: Certificate of this party; None for a server without TLS.
+        timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
+        retry_s: Seconds for which the server may be out of reach, or silent, before an error is raised.
+
+    Raises:
+        ValueError: If an argument is out of range; later, if a key or a value is over a limit.
+        torch.distributed.DistNetworkError: If the server is out of reach for ``retry_s``.
+        FederationError: If the server does not admit this party, is not the rendezvous, or refuses a request.
+    """
+
+    _line: Line | None = None
+    _closed = False
+
+    def __init__(
+        self, address: str, *, tls: TLS | None = None, timeout_s: float = 300, retry_s: float = 10
+    ) -> None:
+        if not retry_s > 0:
+            raise ValueError(f"retry_s={retry_s} must be positive, in seconds.")
+        super().__init__(timeout_s)
+        split_address(address)
+        self.address = address
+        self._tls = tls
+        self._context = None if tls is None else tls.client_context
+        self._retry_s = retry_s
+        self._lock = threading.Lock()
+        self.num_keys()  # who is not admitted learns it here
+
+    @override
+    def set(self, key: str, value: str | bytes) -> None:
+        self._ask(Op.SET, _key(key), _value(key, value))
+
+    @override
+    def try_multi_get(self, keys: Sequence[str]) -> list[bytes | None]:
+        found: list[bytes | None] = []
+        while len(found) < len(keys):  # the server answers as many as fit into a frame
+            rest = keys[len(found) : len(found) + MAX_FIELDS]
+            values = self._ask(Op.MULTI_GET, *map(_key, rest))
+            if not 1 <= len(values) <= len(rest):
+                raise self._no_rendezvous("an answer of the wrong length")
+            found += values
+        return found
+
+    @override
+    def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
+        expected, desired = _value(key, expected_value), _value(key, desired_value)
+        return self._only(self._ask(Op.COMPARE_SET, _key(key), expected, desired))
+
+    @override
+    def add(self, key: str, amount: int) -> int:
+        return self._number(self._ask(Op.ADD, _key(key), b"%d" % amount, repeats=1))
+
+    @override
+    def check(self, keys: list[str]) -> bool:
+        parts = [keys[at : at + MAX_FIELDS] for at in range(0, len(keys), MAX_FIELDS)]
+        return all(self._ask(Op.CHECK, *map(_key, part)) == [b"1"] * len(part) for part in parts)
+
+    @override
+    def delete_key(self, key: str) -> bool:
+        return self._number(self._ask(Op.DELETE, _key(key))) == 1
+
+    @override
+    def num_keys(self) -> int:
+        return self._number(self._ask(Op.NUM_KEYS))
+
+    @override
+    def clone(self) -> Self:
+        return type(self)(self.address, tls=self._tls, timeout_s=self._timeout_s, retry_s=self._retry_s)
+
+    @override
+    def close(self) -> None:
+        self._closed = True
+        self._hang_up()
+
+    def _ask(self, op: Op, *fields: bytes, repeats: float = math.inf) -> list[bytes | None]:
+        """Return the answer's fields; ask again what may have been heard, ``repeats`` times at most."""
+        request = pack(op, fields)
+        until = time.monotonic() + self._retry_s
+        asked = hang_ups = 0
+        failure: OSError | None = None
+        with self._lock:
+            for _ in polls(self._retry_s):
+                try:
+                    line = self._connected(until)
+                    asked += 1
+                    return self._done(line.exchange(request))
+                except OSError as error:
+                    self._hang_up()
+                    failure = error
+                    hang_ups = hang_ups + 1 if isinstance(error, HungUpError) else 0
+                    if hang_ups == _HANG_UPS:
+                        raise self._shut_out("it hangs up without a word") from error
+                    if asked > repeats or self._closed:
+                        break
+                except FrameError as error:
+                    self._hang_up()
+                    raise self._no_rendezvous(str(error)) from error
+        raise self._out_of_reach(failure) from failure
+
+    def _connected(self, until: float) -> Line:
+        """Return the connection, made anew if there is none."""
+        if self._closed:
+            raise OSError("this client was closed")
+        # Half of the time, so that a connection that died without a sign leaves time for another.
+        patience_s = max(min(self._retry_s / 2, until - time.monotonic()), 0.05)
+        if self._line is None:
+            try:
+                self._line = Line(self.address, self._context, patience_s)
+            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+                raise  # the server may just be stopping
+            except ssl.SSLCertVerificationError as error:
+                why = f"its certificate is not accepted: {error.verify_message}"
+                raise self._no_rendezvous(why) from error
+            except ssl.SSLError as error:
+                raise self._shut_out(f"it ends the handshake: {error.reason}") from error
+        self._line.patience(patience_s)
+        return self._line
+
+    def _hang_up(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
+
+    def _done(self, answer: tuple[int, list[bytes | None]]) -> list[bytes | None]:
+        """Return an answer's fields if the server did what it was asked for."""
+        tag, fields = answer
+        if tag == DONE:
+            return fields
+        if tag == REFUSED:
+            reason = self._only(fields).decode(errors="replace")[:_MAX_REASON]
+            raise FederationError(f"The rendezvous at {self.address} refuses: {reason}")
+        raise FrameError(f"an answer tagged {tag}")
+
+    def _only(self, fields: Sequence[bytes | None]) -> bytes:
+        if len(fields) != 1 or fields[0] is None:
+            raise self._no_rendezvous("an answer of the wrong length")
+        return fields[0]
+
+    def _number(self, fields: Sequence[bytes | None]) -> int:
+        try:
+            return int(self._only(fields))
+        except ValueError as error:
+            raise self._no_rendezvous("an answer that is no number") from error
+
+    def _out_of_reach(self, error: OSError | None) -> dist.DistNetworkError:
+        return dist.DistNetworkError(
+            f"The rendezvous at {self.address} is out of reach{self._speaking()}: {error}. It was tried for"
+            f" {self._retry_s:g} s. Check that it runs, that the address is right and the port open, and that"
+            " it and all parties use TLS, or none does."
+        )
+
+    def _no_rendezvous(self, why: str) -> FederationError:
+        return FederationError(
+            f"Who answers at {self.address}{self._speaking()} is not this federation's rendezvous: {why}."
+            " Check the address, that it and all parties run the same version and use TLS, or none does, and"
+            " that all have the same ca.pem."
+        )
+
+    def _shut_out(self, why: str) -> FederationError:
+        return FederationError(
+            f"The rendezvous at {self.address} does not admit this party{self._speaking()}: {why}. Check that"
+            " the name is on its roster, that its authority issued the certificate, and that this has not"
+            " expired."
+        )
+
+    def _speaking(self) -> str:
+        return "" if self._tls is None else f" (as {self._tls.name!r}, by {self._tls.cert})"
+
+
+def connect(url: str, tls: TLS | None = None, *, timeout_s: float = 300, retry_s: float = 10) -> PolledStore:
+    """Return a client of the rendezvous at ``tcp://host:port`` or of the etcd at ``etcd://host:port``.
+
+    Args:
+        url: Where the parties meet.
+        tls: Certificate of this party; None for a server without TLS.
+        timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
+        retry_s: Seconds for which the server may be out of reach before an error is raised.
+
+    Raises:
+        ValueError: If ``url`` is neither.
+        ImportError: If the package for etcd is missing.
+        torch.distributed.DistNetworkError: If the server is out of reach for ``retry_s``.
+        FederationError: If the server does not admit this party.
+    """
+    kind, _, address = url.partition("://")
+    if kind == "tcp":
+        return RemoteStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s)
+    if kind == "etcd":
+        from pellm_lightning.comm.rendezvous.etcd import EtcdStore  # an optional dependency
+
+        return EtcdStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s)
+    raise ValueError(f"{url!r} names no rendezvous: give tcp://host:port or etcd://host:port.")
+
+
+def _key(key: str) -> bytes:
+    data = key.encode()
+    check_key(data)
+    return data
+
+
+def _value(key: str, value: str | bytes) -> bytes:
+    data = encoded(value)
+    check_value(key.encode(), data)
+    return data

@@ -1,0 +1,139 @@
+"""What our stores have in common: they wait by asking again, and no server ever waits for them."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from typing_extensions import Self
+
+from pellm_lightning.comm.polling import polls
+
+
+class PolledStore(dist.Store):
+    """A torch ``Store`` whose server only ever answers at once; abstract.
+
+    Keep a reference to it while anything uses it: torch itself keeps none to a store written in Python.
+
+    Args:
+        timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__()
+        self.set_timeout(timedelta(seconds=timeout_s))
+
+    # ---- what a kind of server defines
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Set a value."""
+        raise NotImplementedError
+
+    def try_multi_get(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values, None where there is none."""
+        raise NotImplementedError
+
+    def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
+        """Replace the value if it is ``expected_value``, where "" also stands for none; return the new one.
+
+        That is empty if there is none, unlike in torch's own stores, which then return what was expected. An
+        answer that is lost does no harm: asking again finds ``desired_value`` and returns it.
+        """
+        raise NotImplementedError
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a decimal number, 0 if there is none; return the sum."""
+        raise NotImplementedError
+
+    def delete_key(self, key: str) -> bool:
+        """Delete a value; return whether there was one."""
+        raise NotImplementedError
+
+    def num_keys(self) -> int:
+        """Return the number of keys."""
+        raise NotImplementedError
+
+    def clone(self) -> Self:
+        """Return another client of the same server."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the server; idempotent."""
+        raise NotImplementedError
+
+    # ---- what follows from it
+
+    def try_get(self, key: str) -> bytes | None:
+        """Return the value, None if there is none."""
+        return self.try_multi_get([key])[0]
+
+    def check(self, keys: list[str]) -> bool:
+        """Return whether all keys have values."""
+        return None not in self.try_multi_get(keys)
+
+    def get(self, key: str) -> bytes:
+        """Wait for a value and return it.
+
+        Raises:
+            torch.distributed.DistStoreError: If there is none within the store's timeout.
+        """
+        return self.multi_get([key])[0]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Wait until all keys have values and return them.
+
+        Raises:
+            torch.distributed.DistStoreError: If that takes longer than the store's timeout.
+        """
+        for _ in polls(self._timeout_s):
+            values = self.try_multi_get(keys)
+            there = [value for value in values if value is not None]
+            if len(there) == len(keys):
+                return there
+        raise _too_late(keys, self._timeout_s)
+
+    def multi_set(self, keys: list[str], values: list[str | bytes]) -> None:
+        """Set values, one after the other."""
+        for key, value in zip(keys, values, strict=True):
+            self.set(key, value)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait until all keys have values.
+
+        Raises:
+            torch.distributed.DistStoreError: If that takes longer than ``timeout``, or the store's own.
+        """
+        timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        for _ in polls(timeout_s):
+            if self.check(keys):
+                return
+        raise _too_late(keys, timeout_s)
+
+    def has_extended_api(self) -> bool:
+        """Return False: nothing can be appended."""
+        return False
+
+    def deleteKey(self, key: str) -> bool:  # torch asks by this name from C++
+        """Delete a value; return whether there was one."""
+        return self.delete_key(key)
+
+    def getNumKeys(self) -> int:  # torch asks by this name from C++
+        """Return the number of keys."""
+        return self.num_keys()
+
+    @property
+    def _timeout_s(self) -> float:
+        # torch keeps it, since set_timeout of a PrefixStore reaches its base class only; its stubs lack it.
+        timeout: timedelta = self.timeout  # type: ignore[attr-defined]
+        return timeout.total_seconds()
+
+
+def encoded(value: str | bytes) -> bytes:
+    """Return a value as bytes."""
+    return value.encode() if isinstance(value, str) else bytes(value)
+
+
+def _too_late(keys: Sequence[str], timeout_s: float) -> dist.DistStoreError:
+    return dist.DistStoreError(
+        f"Nobody has set all of {', '.join(keys)} within {timeout_s:g} s. Look at the log of"
+        " whoever should have, or set a longer timeout."
+    )

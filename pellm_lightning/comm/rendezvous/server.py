@@ -1,0 +1,140 @@
+"""The rendezvous: a small server where parties find each other and agree. No tensors, no files.
+
+It never waits on anybody's behalf: a party that waits for a key asks again. So a request is done or refused
+at once, and losing the server loses nothing that the parties do not bring again.
+"""
+
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import Collection
+
+from typing_extensions import Self
+
+from pellm_lightning.comm.rendezvous.connection_handler import Hall
+from pellm_lightning.comm.tls import RENDEZVOUS, TLS, check_name
+
+log = logging.getLogger(__name__)
+
+# So many may knock at the same moment.
+_BACKLOG = 512
+
+
+class RendezvousServer:
+    """A dictionary of keys that all parties reach over TCP, or better TLS.
+
+    With ``tls`` only parties of the roster are let in, by the names in their certificates, and a key with a
+    path component ``@name`` can be written by that party only (see ``Table``). Without, whoever reaches the
+    address may read and change everything: use that on one host or in a private network.
+
+    Args:
+        host: Address of the one interface to listen on; ``"0.0.0.0"`` or ``"::"`` for all.
+        port: Port; 0 for any free one.
+        roster: Names of the parties. Only certificates can enforce it.
+        tls: Certificate with the common name "rendezvous", its key, and the federation's authority.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``tls`` comes without a roster.
+    """
+
+    def __init__(
+        self, host: str, port: int, *, roster: Collection[str] | None = None, tls: TLS | None = None
+    ) -> None:
+        if not host:
+            raise ValueError(
+                "host is empty. Name the interface to listen on; 0.0.0.0 or :: stands for all of them."
+            )
+        if not 0 <= port < 1 << 16:
+            raise ValueError(f"port={port} must lie in 0..65535.")
+        if tls is not None and not roster:
+            raise ValueError("tls comes without a roster. Give the names of the parties that may come in.")
+        if tls is not None and tls.name != RENDEZVOUS:
+            raise ValueError(
+                f"The certificate {tls.cert} is named {tls.name!r}, but parties trust only a rendezvous named"
+                f" {RENDEZVOUS!r}. Make one of that name."
+            )
+        if RENDEZVOUS in (roster or ()):
+            raise ValueError(f"No party can be called {RENDEZVOUS!r}. Give it another name.")
+        names = frozenset(check_name(name) for name in roster or ())
+        self._hall = Hall(names, None if tls is None else tls.server_context)
+        self._host, self._port = host, port
+        self._encrypted = tls is not None
+        self._address: str | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` as bound."""
+        if self._address is None:
+            raise RuntimeError("The rendezvous has no address before it listens. Call start() first.")
+        return self._address
+
+    def start(self) -> Self:
+        """Listen, and serve in a thread of this process; return this server.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+        listener = self._bind()
+        # A forgotten close() must not keep the process from ending.
+        self._thread = threading.Thread(
+            target=self._hall.run, args=(listener,), name="rendezvous", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def serve_forever(self) -> None:
+        """Listen, and serve in this thread until ``close()``, which a signal's handler may call, too.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+        self._hall.run(self._bind())
+
+    def close(self) -> None:
+        """Close all connections and forget all keys; with ``start()``, return when that is done."""
+        self._hall.close()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _bind(self) -> socket.socket:
+        if self._address is not None:
+            raise RuntimeError(f"The rendezvous at {self._address} was started before. Make a new one.")
+        listener = _bound(self._host, self._port)
+        host, port = listener.getsockname()[:2]
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        log.info(
+            "the rendezvous listens on %s %s TLS", self._address, "with" if self._encrypted else "without"
+        )
+        if not self._encrypted and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+            log.warning(
+                "the rendezvous at %s is open to everybody who reaches it, and nothing is encrypted. Use TLS,"
+                " or an address of a private network.",
+                self._address,
+            )
+        return listener
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Listen on one address: the first that ``host`` stands for."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind)
+    try:
+        # Without it a server that is started again finds its port taken by the connections of the one before.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,112 @@
+"""The stand-alone Gloo group, the only place that touches torch's process-group classes.
+
+A stand-alone group is no default group: nothing of Lightning (barriers, ``sync_dist``, samplers,
+torchmetrics) sees it.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pellm_lightning.comm.errors import FederationError
+
+LEFT = "this party has left the group"
+
+
+class Pending:
+    """A collective under way.
+
+    Its connections stay open as long as anything refers to torch's handle, an exception's traceback included,
+    and as long as they are open no other party notices that this one has given up. So the handle is let go
+    before an error leaves ``wait()``.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Block until the collective is through.
+
+        Raises:
+            RuntimeError: If it failed or timed out.
+        """
+        work, self._work = self._work, None
+        if work is None:
+            raise RuntimeError(LEFT)
+        try:
+            work.wait()
+        finally:
+            del work
+
+    def forget(self) -> None:
+        """Let go of a collective that nobody will wait for."""
+        self._work = None
+
+
+class GlooGroup:
+    """One Gloo group over a store.
+
+    Args:
+        store: Store to meet in. Its prefix can be used by one group only, ever.
+        rank: This party.
+        size: Number of parties.
+        timeout_s: Seconds a member may be late for a collective.
+
+    Raises:
+        FederationError: If the environment asks for a TLS that is not there.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+        if os.environ.get("GLOO_DEVICE_TRANSPORT", "").upper() == "TCP_TLS":
+            raise FederationError(
+                "GLOO_DEVICE_TRANSPORT=TCP_TLS asks Gloo for TLS, which torch's released builds do not have."
+                " Unset it and run the parties as separate jobs with tls=TLS(...), or inside a VPN."
+            )
+        # The group keeps no reference to a store subclass written in Python, so we do.
+        self._store = store
+        # torch's stubs do not know the collectives of this class.
+        self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+        self._pending: list[Pending] = []
+        # A round in the background may start a collective while the training thread aborts: begun on a group
+        # that is broken already, it would hold the connections open until the timeout.
+        self._starting = threading.Lock()
+
+    def all_reduce(self, tensor: Tensor) -> Pending:
+        """Start to sum a contiguous CPU tensor in place over the group."""
+        return self._started(lambda group: group.allreduce([tensor]))
+
+    def broadcast(self, tensor: Tensor, source: int) -> Pending:
+        """Start to overwrite a contiguous CPU tensor by the one of party ``source``."""
+        return self._started(lambda group: group.broadcast(tensor, source))
+
+    def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
+        """Start to fill ``gathered`` by the ranks' ``tensor``, contiguous CPU tensors of one size."""
+        return self._started(lambda group: group.allgather([gathered], [tensor]))
+
+    def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
+        """Start to send each rank its part of ``tensor``, flat on the CPU, and to fill ``out`` by theirs."""
+        return self._started(lambda group: group.alltoall_base(out, tensor, out_sizes, sizes))
+
+    def abort(self) -> None:
+        """Break all connections, so that whoever waits for this party notices at once."""
+        with self._starting:
+            group, self._group = self._group, None
+            if group is not None:
+                group.abort()
+            for pending in self._pending:
+                pending.forget()
+            self._pending = []
+
+    def _started(self, start: Callable[[Any], Any]) -> Pending:
+        with self._starting:
+            if self._group is None:
+                raise RuntimeError(LEFT)
+            pending = Pending(start(self._group))
+            self._pending = [other for other in self._pending if other._work is not None]
+            self._pending.append(pending)
+        return pending

@@ -1,0 +1,211 @@
+"""What a party shows at joining, and what must agree before any tensor moves.
+
+Sizes, order and dtypes that differ make a collective abort an innocent process or return garbage in silence,
+so they are compared as words, through the store. Pure: builds and compares plain containers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pellm_lightning.engine.base_difference import base_difference
+from pellm_lightning.tensors.adapter_config import RANK_FIELDS, config_differences, without_ranks
+from pellm_lightning.tensors.digest import tensor_digest
+
+PROTOCOL = 3
+"""Version of what parties say to each other; parties of different versions refuse each other."""
+
+Passport: TypeAlias = dict[str, Any]
+
+
+def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return a digest per frozen tensor: of its shape, its dtype and every value.
+
+    Different for another checkpoint, revision or quantisation, and for a single row or value of them.
+    """
+    return {name: str(tensor_digest(tensor)) for name, tensor in frozen.items()}
+
+
+def checksum(tensor: Tensor) -> str:
+    """Return a digest of a tensor's bits: equal for equal bits only, order included; 16 hex digits."""
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=8).hexdigest()
+
+
+def first_difference(passports: Sequence[Passport], names: Sequence[str] | None = None) -> str | None:
+    """Return what the first party that differs from the first of all should know, or None if all agree.
+
+    Args:
+        passports: What the parties have shown.
+        names: What the parties are called; their indices if None.
+    """
+    names = names or [str(party) for party in range(len(passports))]
+    found = next(differences(passports, names), None)
+    return shared_file(passports, names) if found is None else found[1]
+
+
+def differences(passports: Sequence[Passport], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what is differed in and what to know of it, for each party that differs from the first of all.
+
+    Args:
+        passports: What the parties have shown.
+        names: What the parties are called.
+    """
+    first = passports[0]
+    for party, other in zip(names[1:], passports[1:], strict=True):
+        for topic, compare in _COMPARED.items():
+            for message in compare(names[0], party, first, other):
+                yield topic, message
+
+
+def common(passport: Passport) -> Passport:
+    """Return that part of a passport which must be the same at all parties."""
+    part = {key: passport[key] for key in ("protocol", "schema", "config", "base", "ranks_may_differ")}
+    if passport["ranks_may_differ"]:
+        return part | {"adapters": without_ranks(passport["adapters"])}
+    return part | {"lora": passport["lora"], "adapters": passport["adapters"]}
+
+
+def _protocol(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    if first["protocol"] != other["protocol"]:
+        yield (
+            f"Party {party} speaks protocol version {other['protocol']}, party {base} version"
+            f" {first['protocol']}. Install the same version of pellm-lightning at both."
+        )
+
+
+def _schema(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    ours = {name: (shape, dtype) for name, shape, dtype in first["schema"]}
+    theirs = {name: (shape, dtype) for name, shape, dtype in other["schema"]}
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        has, lacks = (base, party) if name in ours else (party, base)
+        yield (
+            f"Party {has} trains parameter {name!r}, party {lacks} does not ({len(ours)} parameters at party"
+            f" {base}, {len(theirs)} at party {party}). Give both the same model, the same PEFT configuration"
+            " and the same include and exclude patterns."
+        )
+    for name in sorted(ours.keys() & theirs.keys()):
+        shape, dtype = ours[name]
+        if theirs[name] != (shape, dtype):
+            their_shape, their_dtype = theirs[name]
+            yield (
+                f"Parameter {name!r} is {dtype} of shape {shape} at party {base} but {their_dtype} of shape"
+                f" {their_shape} at party {party}. Use the same model, PEFT configuration (rank!) and"
+                f" precision at both.{_of_eva(first)}"
+            )
+
+
+def _of_eva(passport: Passport) -> str:
+    """Return what to know where ranks follow from a party's own data."""
+    if all(config.get("init_lora_weights") != "eva" for config in passport["adapters"].values()):
+        return ""
+    return (
+        " EVA (init_lora_weights='eva') gives each layer a rank by the party's own data: set rho=1.0 in its"
+        " EvaConfig, or initialise at one party, save the adapter and load it at all."
+    )
+
+
+def _config(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    # Others follow from these.
+    causes = ("exchange", "privacy", "drift correction", "roster")
+    for key in sorted(first["config"].keys() | other["config"].keys(), key=lambda k: (k not in causes, k)):
+        ours, theirs = first["config"].get(key), other["config"].get(key)
+        if ours != theirs:
+            yield (
+                f"Party {base} has {key}={ours!r}, party {party} has {key}={theirs!r}. Give all parties the"
+                f" same {key}."
+            )
+
+
+def _lora(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    for name in sorted(first["lora"].keys() ^ other["lora"].keys()):
+        has, lacks = (base, party) if name in first["lora"] else (party, base)
+        yield (
+            f"The LoRA module {name!r} adds the product of its factors at party {has}, not at party {lacks}."
+            " Give both the same PEFT configuration and the same version of peft."
+        )
+    for name in sorted(first["lora"].keys() & other["lora"].keys()):
+        scaling, theirs = first["lora"][name][1], other["lora"][name][1]
+        if theirs != scaling and not first["ranks_may_differ"]:
+            yield (
+                f"The LoRA module {name!r} has scaling {scaling:g} (lora_alpha over rank) at party {base} but"
+                f" {theirs:g} at party {party}, so equal factors are different updates. Give both the same"
+                " lora_alpha and use_rslora, or use the aggregation HeterogeneousRank."
+            )
+
+
+def _adapters(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    differences = config_differences(first["adapters"], other["adapters"], without=RANK_FIELDS)
+    yield from _of_config(base, party, differences)
+
+
+def _ranks(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    if not first["ranks_may_differ"]:
+        differences = config_differences(first["adapters"], other["adapters"], fields_of=RANK_FIELDS)
+        yield from _of_config(base, party, differences)
+
+
+def _of_config(base: str, party: str, found: Iterator[tuple[str, str, Any, Any]]) -> Iterator[str]:
+    for adapter, field, ours, theirs in found:
+        yield (
+            f"The PEFT configuration of the adapter {adapter!r} has {_said(field, ours)} at party {base} but"
+            f" {_said(field, theirs)} at party {party}, so parameters of equal names do not mean the same."
+            " Give both the same PEFT configuration; only paths, dropout, inference_mode and what the"
+            " parameters' names show may differ."
+        )
+
+
+def _said(field: str, value: Any) -> str:
+    return f"no {field}" if value is None else f"{field}={value!r}"
+
+
+def _base(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    if first["base"] is None or other["base"] is None:
+        return
+    difference = base_difference(base, party, first["base"], other["base"], first["adapters"])
+    if difference is not None:
+        yield difference
+
+
+def _round(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+    if first["round"] != other["round"]:
+        yield (
+            f"Party {base} starts at round {first['round']}, party {party} at round {other['round']}. Resume"
+            " all parties from checkpoints of the same round, or none."
+        )
+    elif first["checksum"] != other["checksum"]:
+        yield (
+            f"Parties {base} and {party} resume round {first['round']} with different global vectors. Their"
+            " checkpoints are from different federations: resume all parties from the same run."
+        )
+
+
+_COMPARED: dict[str, Callable[[str, str, Passport, Passport], Iterator[str]]] = {
+    "protocol": _protocol,
+    "settings": _config,
+    "adapter configuration": _adapters,
+    "parameters": _schema,
+    "adapter": _lora,
+    "ranks": _ranks,
+    "base model": _base,
+    "resume": _round,
+}
+"""What is compared, in this order; how, by what is differed in."""
+
+
+def shared_file(passports: Sequence[Passport], names: Sequence[str]) -> str | None:
+    """Return what two parties that write to the same path should know, or None if there are none."""
+    writers: dict[str, str] = {}
+    for party, passport in zip(names, passports, strict=True):
+        for path in sorted(set(passport["files"])):
+            if path in writers:
+                return (
+                    f"Parties {writers[path]} and {party} would both write to {path!r}. Give each party its"
+                    " own path, for example\n    party = os.environ['RANK']\n"
+                    "    logger = MyLogger(save_dir=f'logs/party-{party}')"
+                )
+            writers[path] = party
+    return None

@@ -1,0 +1,327 @@
+"""Who counts in a round, and how much: what the parties have said, less what must not be summed."""
+
+import logging
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pellm_lightning.aggregation.base import Counting
+from pellm_lightning.comm import Collectives, FederationError, MismatchError
+from pellm_lightning.engine.coordination import Header, Purpose
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.privacy.processor import PrivateUpdates
+
+log = logging.getLogger(__name__)
+
+# A party that was healed of NaN, or came back, trains in the next round; if not even then enough do, it is no
+# accident.
+_MAX_SHORT_ROUNDS = 2
+
+
+class WhoCounts:
+    """Judges the parties' headers; every party comes to the same.
+
+    Weights are those of the parties that meet, in their order; where the exchange hides them, 1 for who
+    counts.
+
+    Args:
+        federation: The joined parties.
+        exchange: How values are summed.
+        private: Differential privacy, if any.
+        on_nonfinite: As in ``Aggregator``.
+        quorum: Parties that must have trained in a round for it to move anything.
+    """
+
+    def __init__(
+        self,
+        federation: Collectives,
+        exchange: Exchange,
+        private: PrivateUpdates | None,
+        on_nonfinite: Literal["exclude", "raise"],
+        quorum: int,
+    ) -> None:
+        self._federation = federation
+        self._hides = exchange.hides
+        self._private = private
+        self._on_nonfinite = on_nonfinite
+        self.quorum = quorum
+        self._min_counting = max(exchange.min_counting, 1 if private is None else private.min_counting)
+
+    def weights(self, headers: Sequence[Header], round: int) -> list[float]:
+        """Return the weights that the parties came with.
+
+        Raises:
+            MismatchError: If a party is in another round.
+            FederationError: If all train, and none counts.
+        """
+        rounds = [header.round for header in headers if not header.behind]
+        if len(set(rounds)) > 1:
+            raise MismatchError(
+                f"The parties are in different rounds ({_by_party(rounds)}). They must start together: resume"
+                " all from checkpoints of the same round."
+            )
+        weights = [0.0 if header.behind else header.weight for header in headers]
+        # Where others are done, a party of weight 0 may be the last one active: then nothing moves.
+        all_train = all(header.purpose is Purpose.ROUND and not header.behind for header in headers)
+        if sum(weights) == 0 and all_train and all(header.fine for header in headers):
+            raise FederationError(
+                f"No party has weight above 0 in round {round}, so there is no mean. With"
+                " weighting='samples' this means that no party consumed a training sample: check the data of"
+                " each party."
+            )
+        return weights
+
+    def without(
+        self, excluded: Sequence[int], weights: Sequence[float], round: int, first: str | None
+    ) -> list[float]:
+        """Return the weights without those whose values are not finite.
+
+        Args:
+            excluded: Whose values are not, by index.
+            weights: The weights.
+            round: The round.
+            first: Name of this party's first parameter that is not finite, if any.
+
+        Raises:
+            FederationError: If that shall stop all, or nobody is left.
+        """
+        federation, here = self._federation, ""
+        if federation.party in excluded:
+            here = " Here an update exceeds float32."
+            if first:
+                here = f" Here the first such parameter is {first!r}."
+        who = federation.called(excluded)
+        message = f"Round {round}: the parameters of party {who} hold NaN or infinity.{here}"
+        rest = [0.0 if party in excluded else weight for party, weight in enumerate(weights)]
+        cure = " Lower that party's learning rate, clip its gradients, or look at its data."
+        if self._on_nonfinite == "raise" or sum(rest) == 0:
+            raise FederationError(message + " No parameter was changed." + cure)
+        log.warning(
+            "[party %s] %s It counts 0 in this round and takes over the result.%s",
+            federation.name,
+            message,
+            cure,
+        )
+        return rest
+
+    def sendable(self, headers: Sequence[Header], weights: Sequence[float], round: int) -> list[float]:
+        """Return the weights without those whose values were revealed in a sum of others.
+
+        Args:
+            headers: What the parties said.
+            weights: Their weights.
+            round: The round.
+        """
+        federation = self._federation
+        together = _counting_together(headers, weights, federation.names)
+        exposed = weights[federation.party] > 0 and federation.party not in together
+        if exposed:
+            log.warning(
+                "[party %s] Round %d: a sum of this party's update was revealed in an attempt that failed. It"
+                " is not sent again in a sum of others, which would tell the parties apart: this party counts"
+                " 0 and takes over the result.",
+                federation.name,
+                round,
+            )
+        return [weight if party in together else 0.0 for party, weight in enumerate(weights)]
+
+    def trained(
+        self,
+        headers: Sequence[Header],
+        said: Sequence[float],
+        sendable: Sequence[float],
+        excluded: Collection[int],
+    ) -> list[int]:
+        """Return who has trained in a round, whatever weight it was given, by index.
+
+        Args:
+            headers: What the parties said.
+            said: The weights that they came with.
+            sendable: The weights without those that must not be sent.
+            excluded: Whose values are not finite.
+        """
+        return [
+            party
+            for party, header in enumerate(headers)
+            if header.purpose is Purpose.ROUND
+            and not header.behind
+            and party not in excluded
+            and (said[party] == 0 or sendable[party] > 0)
+        ]
+
+    def allowed(
+        self, weights: Sequence[float], trained: Sequence[int], round: int, failed: int
+    ) -> list[float]:
+        """Return the weights; all 0 if too few trained, could be hidden in a sum, or the budget is used up.
+
+        Args:
+            weights: The weights that may be sent.
+            trained: Who has trained, by index.
+            round: The round.
+            failed: Noisy releases of attempts at this round that failed.
+        """
+        federation, count = self._federation, sum(weight > 0 for weight in weights)
+        if count and self._private is not None and not self._private.affords(failed):
+            log.warning(
+                "[party %s] Round %d: one more would exceed max_epsilon=%g. Nothing is sent; all go back to"
+                " the last global parameters.",
+                federation.name,
+                round,
+                self._private.mechanism.max_epsilon,
+            )
+            return [0.0] * len(weights)
+        if 0 < count < self._min_counting:
+            log.warning(
+                "[party %s] Round %d: only %d parties count, and each would see what the others sent."
+                " Nothing is sent; all go back to the last global parameters.",
+                federation.name,
+                round,
+                count,
+            )
+            return [0.0] * len(weights)
+        return self.in_quorum(weights, trained)
+
+    def in_quorum(self, weights: Sequence[float], trained: Sequence[int]) -> list[float]:
+        """Return the weights; all 0 if fewer than a quorum have trained."""
+        return list(weights) if len(trained) >= self.quorum else [0.0] * len(weights)
+
+    def counting(
+        self, sums: Collectives, weights: Sequence[float], own_weight: float, round: int
+    ) -> Counting:
+        """Return the shares; where weights are hidden, this party's weight itself, and NaN of the others."""
+        if self._hides:
+            shares = [math.nan if weight else 0.0 for weight in weights]
+            if weights[sums.party]:
+                shares[sums.party] = own_weight
+        else:
+            total = sum(weights)
+            shares = [weight / total if total else 0.0 for weight in weights]
+        return Counting(sums, shares, round)
+
+    @staticmethod
+    def scaled(counting: Counting, total_weight: float) -> Counting:
+        """Return the shares, once the total of the hidden weights is known.
+
+        Raises:
+            FederationError: If some count, yet all together weigh nothing.
+        """
+        if counting.num_counting and total_weight <= 0:
+            raise FederationError(
+                f"The weights of round {counting.round} are too small for the digits behind the point that a"
+                " masked exchange has: their sum is 0. Give larger weights, or a larger fractional_bits."
+            )
+        shares = [share / total_weight if share else 0.0 for share in counting.shares]
+        return Counting(counting.federation, shares, counting.round)
+
+    def none_after(self, headers: Sequence[Header], round: int, shortage: "Shortage") -> bool:
+        """Tell whether no further round can move anything, the present one being through.
+
+        Args:
+            headers: What the parties said as they came to it.
+            round: Its index.
+            shortage: Whether too few trained in it.
+        """
+        federation = self._federation
+        if self._private is not None and not self._private.affords():
+            log.warning(
+                "[party %s] Round %d is the last: one more would exceed max_epsilon=%g.",
+                federation.name,
+                round,
+                self._private.mechanism.max_epsilon,
+            )
+            return True
+        done = sum(header.purpose is Purpose.DONE for header in headers)
+        left = federation.max_parties - done
+        if shortage.rounds:
+            ends = left < self.quorum or shortage.rounds >= _MAX_SHORT_ROUNDS
+            log.warning("[party %s] %s", federation.name, self._explained(headers, round, shortage, ends))
+            return ends
+        if not done or left >= self._min_counting:
+            return False
+        log.warning(
+            "[party %s] Round %d is the last: %d parties have made all their steps, and the %d that have not"
+            " are too few to hide in a sum. Give all parties equally many rounds, by every_n_steps and"
+            " max_steps, if the others' steps shall count.",
+            federation.name,
+            round,
+            done,
+            left,
+        )
+        return True
+
+    def _explained(self, headers: Sequence[Header], round: int, shortage: "Shortage", ends: bool) -> str:
+        """Return why a round that fewer than a quorum trained in moved nothing, and what comes of it."""
+        federation, trained = self._federation, shortage.trained
+        who = f" (party {federation.called(trained)})" if trained else ""
+        since = round - shortage.rounds
+        result = f"the result of round {since}" if since >= 0 else "the parameters of the start"
+        said = (
+            f"Round {round}: {len(trained)} of {federation.max_parties} parties trained in it{who}, but"
+            f" quorum={self.quorum}, so it moves nothing and all go back to {result}."
+        )
+        idle = [
+            f"party {federation.called([party])} {why}"
+            for party, header in enumerate(headers)
+            if party not in trained and (why := _why_idle(header, party in shortage.excluded))
+        ]
+        if idle:
+            said += f" The others: {', '.join(idle)}."
+        if not ends:
+            return f"{said} The local steps since then are lost, the federation goes on."
+        stopping = [party for party, header in enumerate(headers) if header.purpose is not Purpose.DONE]
+        stops = ", ".join(
+            f"party {federation.called([party])} stops with {_steps(shortage.steps_left[party])} left"
+            for party in stopping
+        )
+        return (
+            f"{said} The federation ends with that result: {stops}. To use these steps too, give all parties"
+            " equally many rounds, by every_n_epochs and the same max_epochs or by the same max_steps;"
+            " quorum=1 would let the last party that still trains decide the result alone."
+        )
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A lack of parties that train.
+
+    Args:
+        rounds: Rounds in a row, the present one included, in which fewer than a quorum trained; 0 if it had
+            enough.
+        trained: Who trained in the present one, by index.
+        excluded: Whose values were not finite, by index.
+        steps_left: Optimizer steps that each party still has to make; NaN where that is unknown here.
+    """
+
+    rounds: int
+    trained: Sequence[int]
+    excluded: Sequence[int]
+    steps_left: Sequence[float]
+
+
+def _why_idle(header: Header, excluded: bool) -> str | None:
+    """Return why a party did not train in a round, None if nobody knows."""
+    if header.purpose is Purpose.DONE:
+        return "has made all its steps"
+    if excluded or not header.fine:
+        return "holds NaN or infinity"
+    return "has just come (back)" if header.behind or header.purpose is Purpose.JOIN else None
+
+
+def _steps(left: float) -> str:
+    return f"about {left:.0f} steps" if math.isfinite(left) else "an unknown number of steps"
+
+
+def _counting_together(headers: Sequence[Header], weights: Sequence[float], names: Sequence[str]) -> set[int]:
+    """Return who counts, less those whose values were revealed in a sum of others than all these."""
+    together = {party for party, weight in enumerate(weights) if weight > 0}
+    while True:
+        sum_ = {headers[party].values_of(names[party]) for party in together}
+        burnt = {party for party in together if headers[party].exposed and {*headers[party].exposed} != sum_}
+        if not burnt:
+            return together
+        together -= burnt
+
+
+def _by_party(values: Sequence[int]) -> str:
+    return ", ".join(f"party {party}: {value}" for party, value in enumerate(values))

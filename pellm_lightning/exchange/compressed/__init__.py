@@ -1,0 +1,1 @@
+"""Exchanges that send fewer bytes."""

@@ -1,0 +1,1 @@
+"""Secure aggregation: sums that reveal nothing but themselves."""

@@ -1,0 +1,238 @@
+"""The party as Lightning's whole world: its processes form the default group, other parties do not exist."""
+
+import atexit
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from pellm_lightning.comm import FederationError
+from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.comm.torchrun.store import store_from_env
+from pellm_lightning.trainer.isolation import callbacks_of
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class PartyEnvironment(ClusterEnvironment):
+    """Splits the processes of one launch into parties; a strategy inside a party sees that party only.
+
+    With ``torchrun --nproc-per-node 4`` and ``Trainer(plugins=[PartyEnvironment(num_parties=2)],
+    strategy="ddp", devices=2)`` ranks 0 and 1 are party 0 and train with DDP, ranks 2 and 3 are party 1.
+
+    Args:
+        num_parties: Number of parties; None makes every process a party. It must divide the number of
+            processes.
+        timeout_s: Seconds a process of a party waits for the others of the same party. While its first
+            process waits for other parties the rest wait for it, so it must not be shorter than the
+            callback's ``timeout_s``.
+    """
+
+    def __init__(self, num_parties: int | None = None, timeout_s: float = 1800) -> None:
+        super().__init__()
+        if num_parties is not None and num_parties < 1:
+            raise ValueError(
+                f"num_parties={num_parties} must be at least 1, or None for one party per process."
+            )
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
+        self.num_parties = num_parties
+        self.timeout_s = timeout_s
+
+    @property
+    def topology(self) -> Topology:
+        """Where this process stands."""
+        return Topology.from_env(self.num_parties)
+
+    @property
+    @override
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    @override
+    def main_address(self) -> str:
+        return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+    @property
+    @override
+    def main_port(self) -> int:
+        return int(os.environ.get("MASTER_PORT", 0))
+
+    @staticmethod
+    @override
+    def detect() -> bool:
+        return False
+
+    @override
+    def world_size(self) -> int:
+        return self.topology.party_size
+
+    @override
+    def set_world_size(self, size: int) -> None:
+        log.debug("The party's size is given by the launcher; set_world_size(%d) changes nothing.", size)
+
+    @override
+    def global_rank(self) -> int:
+        return self.topology.rank_in_party
+
+    @override
+    def set_global_rank(self, rank: int) -> None:
+        log.debug(
+            "The rank in the party is given by the launcher; set_global_rank(%d) changes nothing.", rank
+        )
+
+    @override
+    def local_rank(self) -> int:
+        return self.topology.local_rank()
+
+    @override
+    def node_rank(self) -> int:
+        topology = self.topology
+        return topology.rank_in_party // min(
+            topology.party_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1 << 30))
+        )
+
+    @override
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Check the Trainer's devices against the party and form the party's group.
+
+        Lightning calls this first of all in every fit, before it would itself start a default group over all
+        parties.
+        """
+        topology = self.topology
+        if num_devices * num_nodes != topology.party_size:
+            raise ValueError(
+                f"A party has {topology.party_size} process(es) ({topology.num_parties} parties in one"
+                f" launch), but the Trainer is set to devices={num_devices} x num_nodes={num_nodes}. Set"
+                " devices to the processes per party, or launch num_parties x devices processes."
+            )
+        if topology.party_size > 1 and not dist.is_initialized():
+            self._form_party_group(topology)
+
+    def _form_party_group(self, topology: Topology) -> None:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore(_fresh_prefix(topology), store_from_env(self.timeout_s)),
+            rank=topology.rank_in_party,
+            world_size=topology.party_size,
+            timeout=timedelta(seconds=self.timeout_s),
+        )
+        # A worker that exits with a live group sometimes aborts, which makes torchrun kill the others.
+        atexit.register(_destroy_party_group)
+
+
+class Party:
+    """One party's processes: the speaker acts for all, the others follow.
+
+    Args:
+        topology: Where this process stands.
+        strategy: The Trainer's strategy, which spans exactly the party.
+    """
+
+    def __init__(self, topology: Topology, strategy: Strategy) -> None:
+        self.topology = topology
+        self._strategy = strategy
+
+    def speak(self, act: Callable[[], T]) -> T:
+        """Run ``act`` at the speaker; return its result, or raise its error, at all of the party."""
+        if self.topology.party_size == 1:
+            return act()
+        result: T | None = None
+        error: Exception | None = None
+        if self.topology.is_speaker:
+            try:
+                result = act()
+            except Exception as caught:
+                error = caught
+        result, said = self._strategy.broadcast(
+            (result, None if error is None else f"{type(error).__name__}: {error}")
+        )
+        if error is not None:
+            raise error
+        if said is not None:
+            raise FederationError(f"The first process of party {self.topology.party} failed: {said}")
+        return result  # type: ignore[return-value]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return each value summed over the party's processes."""
+        if self.topology.party_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self._strategy.root_device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def broadcast_(self, x: Tensor) -> Tensor:
+        """Overwrite ``x`` by the speaker's, in place."""
+        if self.topology.party_size > 1:
+            dist.broadcast(x, 0)
+        return x
+
+
+def topology_of(trainer: Trainer) -> Topology:
+    """Return where this process stands; without a PartyEnvironment each process of a launch is a party.
+
+    A launch that is one party of separate jobs says so in its callback. Processes without a launcher's rank,
+    which Lightning has started itself or SLURM, are all of one party.
+    """
+    # A single-device strategy does not expose its environment, so this reads the connector.
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, PartyEnvironment):
+        topology = environment.topology
+    else:
+        topology = Topology.from_env()
+    for callback in callbacks_of(trainer):
+        job = getattr(callback, "job", None)
+        if isinstance(job, Job):
+            topology = job.topology()
+    if "RANK" not in os.environ and trainer.world_size > 1:
+        return replace(topology, rank_in_party=trainer.global_rank, party_size=trainer.world_size)
+    return topology
+
+
+def party_of(trainer: Trainer | None) -> int:
+    """Return the index of the party this process belongs to."""
+    return Topology.from_env().party if trainer is None else topology_of(trainer).party
+
+
+def speak_as(rank_in_party: int) -> None:
+    """Make Lightning's rank-zero functions mean the party's rank 0, so that every party's loggers write."""
+    for function in (rank_zero_only, utils_rank_zero_only):
+        setattr(function, "rank", rank_in_party)  # noqa: B010  (a function's attribute, unknown to the type checker)
+
+
+def shares_terminal(topology: Topology) -> bool:
+    """Whether several parties run on this host under one launcher, and so print into one terminal."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > topology.party_size
+
+
+def _fresh_prefix(topology: Topology) -> str:
+    """Return a prefix that no earlier start of these workers used: torchrun restarts them on one store."""
+    return f"party/{topology.party}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
+def _destroy_party_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def describe_device(device: torch.device) -> str | None:
+    """Return what tells one accelerator from all others, or None for a CPU."""
+    if device.type != "cuda":
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)
+    return f"{os.uname().nodename}:{properties.uuid}"
