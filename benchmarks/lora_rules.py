@@ -60,8 +60,8 @@ RULES: dict[str, Callable[[], Aggregation] | None] = {
     "share_a": ShareA,
     "alone": None,
     "central": None,
-    "low_rank_power_balanced": lambda: LowRankMean(solver="power", gauge="balanced"),
-    "low_rank_power_svd": lambda: LowRankMean(solver="power", gauge="svd"),
+    "low_rank_power_balanced": lambda: LowRankMean(solver="power", factorization="balanced"),
+    "low_rank_power_svd": lambda: LowRankMean(solver="power", factorization="svd"),
     # Every other party has a quarter of the rank.
     "ranks_low_rank": lambda: HeterogeneousRank(solver="power"),
     "ranks_zero_pad": lambda: HeterogeneousRank(method="zero_pad"),
@@ -239,18 +239,21 @@ def train_party(
         plan = Plan(rule, parameters, lora_modules(model))
     rounds = []
     for number in range(run.rounds):
-        resting = plan.named(rule.resting(number)) if rule else set()
+        frozen_parts = plan.named(rule.frozen_parts(number)) if rule else set()
         for _ in range(run.steps):
             batch = train[torch.randperm(len(train), generator=generator)[:BATCH]]
             nn.functional.cross_entropy(_logits(model, batch), batch.labels).backward()
-            for name in resting:
+            for name in frozen_parts:
                 parameters[name].grad = None
             optimizer.step()
             optimizer.zero_grad()
         deviation, forgotten = None, set(parameters) if run.optimizer_state == "reset" else set()
         if rule is not None:
             done = aggregator.step(weight=len(train))
-            deviation, forgotten = done.deviation, forgotten | plan.named(rule.regauged(done.active_parties))
+            deviation, forgotten = (
+                done.deviation,
+                forgotten | plan.named(rule.basis_changed(done.active_parties)),
+            )
         for name in forgotten:
             optimizer.state.pop(parameters[name], None)
         rounds.append(evaluate(model, test, mixture) | {"deviation": deviation})

@@ -268,7 +268,7 @@ class Rounds:
             "exchange": variant.exchange,
             "outer_optimizer": variant.outer,
         }
-        self._variant, self._trained, self._lands = variant, trained, -1
+        self._variant, self._trained, self._plain = variant, trained, -1
         tensors: dict[str, Tensor] = dict(trained)
         self._overlapped = None
         if variant.overlap is None:
@@ -292,13 +292,13 @@ class Rounds:
                 self._aggregator.step(1.0)
             return
         overlapped, overlap = self._overlapped
-        if step == self._lands or (last and step < self._lands):
-            overlapped.land()
+        if step == self._plain or (last and step < self._plain):
+            overlapped.apply()
         if last:
             overlapped.step(1.0)
         elif due:
             overlapped.begin(1.0)
-            self._lands = step + overlap.delay_steps
+            self._plain = step + overlap.delay_steps
 
     @torch.no_grad()
     def put_into(self, model: nn.Module) -> None:

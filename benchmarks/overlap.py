@@ -135,7 +135,7 @@ class Training:
         stalled = time.perf_counter() - begun
         took = self.steps(self.arguments.delay, trains=trains)
         begun = time.perf_counter()
-        self.aggregator.land()
+        self.aggregator.apply()
         stalled += time.perf_counter() - begun
         self.steps(self.arguments.steps - self.arguments.delay, trains=trains)
         return took, stalled

@@ -23,7 +23,7 @@ from shapes import CASES
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.comm import TLS
 from pellm_lightning.comm.certs import make_ca, make_certificate
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 
 # A rendezvous serves one federation.
 PLAIN, WITH_TLS = (29710, 29711), (29712, 29713)
@@ -80,9 +80,9 @@ def measure(folder: Path, repeats: int) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     roster = tuple(names(size))
     fixed = Federation.from_env()
-    plain = [Job(f"tcp://127.0.0.1:{port}", roster[rank], roster) for port in PLAIN]
+    plain = [SeparateJobs(f"tcp://127.0.0.1:{port}", roster[rank], roster) for port in PLAIN]
     own = tls_of(folder, roster[rank])
-    secure = [Job(f"tcp://127.0.0.1:{port}", roster[rank], roster, tls=own) for port in WITH_TLS]
+    secure = [SeparateJobs(f"tcp://127.0.0.1:{port}", roster[rank], roster, tls=own) for port in WITH_TLS]
     jobs = [*plain, *secure]
     for case, shapes in CASES.items():
         parameters = {f"layer{i:03}": torch.randn(shape) for i, shape in enumerate(shapes)}

@@ -26,7 +26,7 @@ from history import SIZE, Entry, findings, noise, recorded  # noqa: E402
 
 from pellm_lightning import Aggregator  # noqa: E402
 from pellm_lightning.comm import ElasticFederation, Membership  # noqa: E402
-from pellm_lightning.comm.rendezvous.client import RemoteStore  # noqa: E402
+from pellm_lightning.comm.rendezvous.client import RendezvousStore  # noqa: E402
 from pellm_lightning.comm.rendezvous.server import RendezvousServer  # noqa: E402
 
 
@@ -48,7 +48,7 @@ def long(rounds: int) -> dict[str, object]:
     """Return what there was after a tenth of the rounds, and before the last."""
     found: list[dict[str, float]] = []
     began = time.perf_counter()
-    with Parties(3) as parties, closing(RemoteStore(parties.address)) as store:
+    with Parties(3) as parties, closing(RendezvousStore(parties.address)) as store:
 
         def look(party: str, aggregator: Aggregator) -> None:
             if party == "p0" and aggregator.round in (rounds // 10, rounds - 1):
@@ -120,7 +120,10 @@ class Parties:
     def _live(self, name: str, rounds: int, look: Callable[[str, Aggregator], None]) -> None:
         index = self.roster.index(name)
         federation = ElasticFederation(
-            partial(RemoteStore, self.address), name, self.roster, membership=Membership(heartbeat_ttl_s=3)
+            partial(RendezvousStore, self.address),
+            name,
+            self.roster,
+            membership=Membership(heartbeat_ttl_s=3),
         )
         w = torch.zeros(SIZE)
         state_dir = Path(self._directory.name, name)

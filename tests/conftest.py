@@ -24,7 +24,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.connectors import data_connector
 
 from pellm_lightning.comm.torchrun.gloo import GlooGroup
-from pellm_lightning.tensors import flat_buffer as layout
+from pellm_lightning.tensors import flat_buffer
 
 # A busy processor makes an example slow and no wrong: tests have a timeout, examples have none of their own.
 settings.register_profile("tests", deadline=None)
@@ -39,7 +39,7 @@ _ALONE = {
     "test_exchange_elastic",
     "test_networks",
 }
-_ALONE |= {f"test_federation_{name}" for name in ("job", "mesh", "rifts", "server", "store")}
+_ALONE |= {f"test_federation_{name}" for name in ("job", "mesh", "reachability", "server", "store")}
 _ALONE |= {"test_overlap", "test_round_report", "test_separate_jobs_errors"}
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -180,8 +180,8 @@ def one_thread_per_party() -> Iterator[None]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut vectors of a few dozen scalars as those of millions are."""
-    monkeypatch.setattr(layout, "_CHUNK", 8)
-    monkeypatch.setattr(layout, "_BUCKET", 24)
+    monkeypatch.setattr(flat_buffer, "_CHUNK", 8)
+    monkeypatch.setattr(flat_buffer, "_BUCKET", 24)
 
 
 @pytest.fixture

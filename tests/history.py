@@ -24,7 +24,7 @@ class Entry:
     """The global state that a party took for settled."""
 
     party: str
-    lineage: str
+    run_id: str
     round: int
     """Rounds that are in it."""
     attempt: int
@@ -78,7 +78,7 @@ def digest_of(vector: Tensor) -> str:
 
 def entry_of(aggregator: Aggregator, weights: Sequence[float], stage: Any) -> Entry:
     """Return what a party has now; ``weights`` are those of the members, empty without a round."""
-    version = aggregator._replica.version
+    version = aggregator._global_state.version
     assert version is not None
     federation = aggregator.federation
     vector = aggregator.global_vector
@@ -97,10 +97,10 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
     """Call ``keep(entry)`` for every result of this aggregator from now on: when made, and when settled."""
     federation: Any = aggregator.federation
     seen: dict[str, Any] = {"weights": [], "stage": "made"}
-    counting, decided, settle = (
+    counting, decided, commit = (
         aggregator._counting,
-        federation._decisions.come_to,
-        aggregator._meeting.settle,
+        federation._commit_protocol.await_decision,
+        aggregator._meeting.commit,
     )
     prepare = aggregator._prepare
 
@@ -120,13 +120,13 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
     def settles(*arguments: Any) -> None:
         seen["stage"] = "in doubt"
         keep(entry_of(aggregator, seen["weights"], "made"))
-        settle(*arguments)
+        commit(*arguments)
         keep(entry_of(aggregator, seen["weights"], seen["stage"]))
 
     aggregator._prepare = prepares  # type: ignore[method-assign]
     aggregator._counting = counts  # type: ignore[method-assign]
-    federation._decisions.come_to = decides
-    aggregator._meeting.settle = settles  # type: ignore[method-assign]
+    federation._commit_protocol.await_decision = decides
+    aggregator._meeting.commit = settles  # type: ignore[method-assign]
 
 
 def findings(entries: Iterable[Entry], roster: Sequence[str]) -> Findings:
@@ -138,7 +138,7 @@ def findings(entries: Iterable[Entry], roster: Sequence[str]) -> Findings:
     overruled = 0
     for round, of_it in sorted(of_round.items()):
         settled = [entry for entry in of_it if entry.stage == "settled"]
-        attempts = {(entry.lineage, entry.attempt, entry.digest) for entry in of_it}
+        attempts = {(entry.run_id, entry.attempt, entry.digest) for entry in of_it}
         twice = len(attempts) > len({attempt[:2] for attempt in attempts})
         if twice or len({entry.digest for entry in settled}) > 1:
             divergent.append(round)
@@ -152,7 +152,7 @@ def findings(entries: Iterable[Entry], roster: Sequence[str]) -> Findings:
         divergent=divergent,
         gaps=[round for round in range(rounds + 1) if round not in of_round],
         overruled=overruled,
-        lineages=len({e.lineage for of_it in of_round.values() for e in of_it if e.stage == "settled"}),
+        lineages=len({e.run_id for of_it in of_round.values() for e in of_it if e.stage == "settled"}),
         replay_error=_replayed(of_round, standing, rounds, roster),
     )
 

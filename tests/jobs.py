@@ -18,7 +18,7 @@ from torch import Tensor
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import ElasticFederation, FederationError, Membership, Quorum
 from pellm_lightning.comm.rendezvous.frames import Op
-from pellm_lightning.comm.rendezvous.key_value_store import RefusedError, Table
+from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
 
 TTL_S = 0.4
 
@@ -31,14 +31,14 @@ class Rendezvous:
     """The real rendezvous' table, in this process: it can go away, and come back empty."""
 
     def __init__(self) -> None:
-        self.table = Table()
+        self.table = KeyValueStore()
         self.away = False
         self.lock = threading.Lock()
 
     def restart(self) -> None:
         """Lose everything."""
         with self.lock:
-            self.table = Table()
+            self.table = KeyValueStore()
 
     def values(self, part: str) -> dict[str, bytes]:
         """Return what is stored under keys with ``part`` in them."""
@@ -267,10 +267,10 @@ class Life:
     def _instrument(self, federation: Any, aggregator: Any) -> None:
         """Make it pass points that are no request to the rendezvous."""
         self._before(federation, "_connected_to", "forming")
-        self._before(federation, "settle", "voting")
+        self._before(federation, "commit", "voting")
         self._before(federation, "all_reduce_each_", "exchanging")
         self._before(aggregator, "_bring_up_to_date", "transfer")
-        self._before(aggregator._replica, "write_", "writing")
+        self._before(aggregator._global_state, "write_", "writing")
         if aggregator._meeting._state_dir is not None:
             self._before(aggregator._meeting._state_dir, "keep", "keeping")
         all_to_all = federation.all_to_all

@@ -6,8 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pellm_lightning.exchange import Masked
-from pellm_lightning.exchange.secure.signing_keys import Identity, make_identity
+from pellm_lightning.exchange import SecureAggregation
+from pellm_lightning.exchange.secure.signing_keys import SigningKey, make_identity
 
 _making = threading.Lock()
 _kept: list[TemporaryDirectory[str]] = []
@@ -29,10 +29,10 @@ def _keys(which: str) -> Path:
     return folder
 
 
-def masked(**arguments: Any) -> Masked:
+def masked(**arguments: Any) -> SecureAggregation:
     """A masked exchange for any party, of our keys if no others are given."""
-    return Masked(**{"identity": f"{keys()}/{{party}}.key", "peers": str(keys())} | arguments)
+    return SecureAggregation(**{"identity": f"{keys()}/{{party}}.key", "peers": str(keys())} | arguments)
 
 
-def identity_of(name: str, which: str = "ours") -> Identity:
-    return Identity(keys(which) / f"{name}.key")
+def identity_of(name: str, which: str = "ours") -> SigningKey:
+    return SigningKey(keys(which) / f"{name}.key")

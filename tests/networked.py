@@ -20,7 +20,7 @@ from network import Network, enter
 
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import TLS, Membership
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def take_part(task: Task) -> None:
 
 def _train(task: Task) -> None:
     membership = Membership(**task.membership)
-    federation = Job(
+    federation = SeparateJobs(
         task.rendezvous,
         task.name,
         tuple(task.roster),

@@ -10,10 +10,10 @@ from typing import Any
 
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.engine.aggregator import RoundReport
-from pellm_lightning.report.record import Record
+from pellm_lightning.report.record import RunRecord
 
 
-class Clocked(Record):
+class Clocked(RunRecord):
     """A Record whose clock is set by hand."""
 
     def at(self, seconds: float) -> "Clocked":
@@ -21,7 +21,7 @@ class Clocked(Record):
         return self
 
 
-def start(record: Record, party: int, names: Sequence[str], **facts: Any) -> None:
+def start(record: RunRecord, party: int, names: Sequence[str], **facts: Any) -> None:
     """Write a party's start; ``facts`` change what it says."""
     record.start(
         **{

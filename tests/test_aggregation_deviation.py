@@ -40,8 +40,8 @@ from pellm_lightning.aggregation import (
     ResidualMean,
     ShareA,
     Stacking,
+    base_writing,
 )
-from pellm_lightning.aggregation import base_writing as into_base
 
 FEW: Sizes = {"q": (8, 9)}
 MANY: Sizes = {"a": (8, 7), "b": (6, 9), "c": (9, 9), "d": (5, 8), "e": (7, 6)}
@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Aggregation, Result]] = {
     "FrozenA": (FrozenA(), of_all),
     "Alternating": (Alternating(), of_all),
     "LowRankMean, power": (LowRankMean("power"), of_power),
-    "LowRankMean, exact": (LowRankMean("exact", gauge="svd"), of_best),
+    "LowRankMean, exact": (LowRankMean("exact", factorization="svd"), of_best),
     "HeterogeneousRank": (HeterogeneousRank(solver="exact"), of_best),
     "HeterogeneousRank, zero_pad": (HeterogeneousRank("zero_pad"), of_mean),
     "ResidualMean": (ResidualMean(), of_all),
@@ -94,7 +94,7 @@ def rounds_of(rule: Aggregation, sizes: Sizes, dtype: torch.dtype, **arguments: 
     bases = [frozen(3, sizes) for _ in WEIGHTS]
 
     def train(party: int, number: int, parameters: Parameters) -> None:
-        if rule.resting(number):
+        if rule.frozen_parts(number):
             parameters = {name: p for name, p in parameters.items() if "lora_B" in name}
         apart(party, number, parameters)
 
@@ -276,7 +276,7 @@ def test_measuring_changes_no_bit_of_the_result(rule: Aggregation) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Mean(), LowRankMean("power"), LowRankMean("exact"), LowRankMean("exact", gauge="svd")]
+    "rule", [Mean(), LowRankMean("power"), LowRankMean("exact"), LowRankMean("exact", factorization="svd")]
 )
 def test_no_round_makes_a_matrix_of_the_size_of_a_weight(rule: Aggregation) -> None:
     # The largest is the stack of the four parties' factors and the result's, in float64: 4096 x 80 scalars,
@@ -302,7 +302,7 @@ def test_no_round_makes_a_matrix_of_the_size_of_a_weight(rule: Aggregation) -> N
 def test_writing_a_weight_makes_no_second_one(
     rule: Aggregation, across: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(into_base, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(base_writing, "_BLOCK", 1 << 14)
     size = 512
 
     def act(federation: Federation) -> int:

@@ -27,8 +27,14 @@ from products import (
 from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation
-from pellm_lightning.aggregation import Aggregation, Alternating, FrozenA, ResidualMean, Stacking
-from pellm_lightning.aggregation import base_writing as into_base
+from pellm_lightning.aggregation import (
+    Aggregation,
+    Alternating,
+    FrozenA,
+    ResidualMean,
+    Stacking,
+    base_writing,
+)
 
 SIZES: Sizes = {"k": (6, 5), "q": (4, 7), "v": (5, 5)}
 WEIGHTS = [1.0, 3.0, 0.5]
@@ -127,7 +133,7 @@ def test_residual_mean_puts_into_the_weight_what_the_factors_miss(
 ) -> None:
     # W_t = W_0 + sum of M - s B A over the rounds, with B and A as written; so W + s B A is exact: in round 0
     # W_0 + M.
-    monkeypatch.setattr(into_base, "_BLOCK", block)
+    monkeypatch.setattr(base_writing, "_BLOCK", block)
     bases = [{name: lay(base) for name, base in frozen(3, SIZES).items()} for _ in WEIGHTS]
     stored = [{name: base.data_ptr() for name, base in of_party.items()} for of_party in bases]
     seen = run_rounds(
@@ -178,7 +184,7 @@ def test_a_bf16_weight_loses_its_rounding_and_no_more(
 ) -> None:
     # Of each entry at most half of the distance to the next bf16, 2^-8 of it. What all entries lose together
     # is the deviation that is reported, relative to the mean product.
-    monkeypatch.setattr(into_base, "_BLOCK", 13)
+    monkeypatch.setattr(base_writing, "_BLOCK", 13)
     bases = [frozen(3, SIZES, torch.bfloat16) for _ in WEIGHTS]
     seen = run_rounds(
         rule,

@@ -187,22 +187,22 @@ def test_orthonormal_columns_span_as_much_as_fits(n: int, r: int) -> None:
 
 
 def handed_back(
-    terms: list[Term], rank: int, gauge: Gauge, scaling: float = 1.0, anchor: Term | None = None
+    terms: list[Term], rank: int, factorization: Gauge, scaling: float = 1.0, anchor: Term | None = None
 ) -> tuple[Tensor, Tensor]:
     """The factors of the best product, of scaling ``scaling``; terms count by their shares."""
     low = best_rank(Stack.of([(c * scaling, b, a) for c, b, a in terms]), rank)
     _, b, a = terms[0] if anchor is None else anchor
     low = completed(low, b, a)
-    return hand_back(low, mean_factors(terms, low), scaling, rank, gauge)
+    return hand_back(low, mean_factors(terms, low), scaling, rank, factorization)
 
 
 @settings(deadline=None)
 @given(alike(), st.sampled_from(GAUGES), st.sampled_from([1.0, 2.0, 0.125]))
 def test_every_gauge_gives_the_same_product(
-    drawn: tuple[list[Term], int], gauge: Gauge, scaling: float
+    drawn: tuple[list[Term], int], factorization: Gauge, scaling: float
 ) -> None:
     terms, r = drawn
-    b, a = handed_back(terms, r, gauge, scaling)
+    b, a = handed_back(terms, r, factorization, scaling)
     wanted = best(scaling * dense(terms), r)
     assert (b.shape[1], a.shape[0]) == (r, r)
     np.testing.assert_allclose(scaling * (b @ a), wanted, rtol=0, atol=1e-11 * np.linalg.norm(wanted))
@@ -343,32 +343,34 @@ def test_procrustes_of_parties_rotated_at_will_is_finite_and_exact(
     assert distance((b, a), turned) <= distance(rotated, turned) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("gauge", GAUGES)
-def test_factors_that_agree_come_back(gauge: Gauge) -> None:
+@pytest.mark.parametrize("factorization", GAUGES)
+def test_factors_that_agree_come_back(factorization: Gauge) -> None:
     b, a = double(0, 6, 3), double(1, 3, 8)
-    found_b, found_a = handed_back([(0.25, b, a), (0.75, b, a)], 3, gauge, scaling=2.0)
+    found_b, found_a = handed_back([(0.25, b, a), (0.75, b, a)], 3, factorization, scaling=2.0)
     torch.testing.assert_close(found_b, b, rtol=0, atol=1e-12)
     torch.testing.assert_close(found_a, a, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("gauge", ["balanced", "svd"])
-def test_signs_do_not_depend_on_the_signs_of_the_parties(gauge: Gauge) -> None:
+@pytest.mark.parametrize("factorization", ["balanced", "svd"])
+def test_signs_do_not_depend_on_the_signs_of_the_parties(factorization: Gauge) -> None:
     terms = [(0.25, double(0, 6, 3), double(1, 3, 8)), (0.75, double(2, 6, 3), double(3, 3, 8))]
     flips = torch.tensor([[1.0, -1, -1], [-1, -1, 1]]).double()
     flipped = [(c, b * flip, flip[:, None] * a) for (c, b, a), flip in zip(terms, flips, strict=True)]
-    for found, wanted in zip(handed_back(flipped, 3, gauge), handed_back(terms, 3, gauge), strict=True):
+    for found, wanted in zip(
+        handed_back(flipped, 3, factorization), handed_back(terms, 3, factorization), strict=True
+    ):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 # ---- directions without a product
 
 
-@pytest.mark.parametrize("gauge", GAUGES)
-def test_without_a_product_no_row_of_a_dies(gauge: Gauge) -> None:
+@pytest.mark.parametrize("factorization", GAUGES)
+def test_without_a_product_no_row_of_a_dies(factorization: Gauge) -> None:
     # B = 0 at all parties, A drifted: as after a round in which nothing was learned.
     b, a = torch.zeros(6, 3).double(), double(1, 3, 8)
     terms = [(0.25, b, a), (0.75, b, a + double(2, 3, 8, scale=0.3))]
-    found_b, found_a = handed_back(terms, 3, gauge, anchor=(0, b, a))
+    found_b, found_a = handed_back(terms, 3, factorization, anchor=(0, b, a))
     assert not found_b.any()
     assert (found_a.norm(dim=1) > 0.1).all()
     # It spans the anchor's rows, the only ones that all parties know.
@@ -376,13 +378,13 @@ def test_without_a_product_no_row_of_a_dies(gauge: Gauge) -> None:
     torch.testing.assert_close(found_a, inside, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("gauge", ["balanced", "svd"])
-def test_a_direction_without_a_product_can_still_be_trained(gauge: Gauge) -> None:
+@pytest.mark.parametrize("factorization", ["balanced", "svd"])
+def test_a_direction_without_a_product_can_still_be_trained(factorization: Gauge) -> None:
     # The gradient of B is that of the product times A^T, so no row of A may be zero, nor next to it.
     b = double(0, 6, 3)
     b[:, 1] = 0
     terms = [(0.25, b, double(1, 3, 8)), (0.75, 2 * b, double(1, 3, 8))]
-    found_b, found_a = handed_back(terms, 3, gauge)
+    found_b, found_a = handed_back(terms, 3, factorization)
     np.testing.assert_allclose(found_b @ found_a, dense(terms), atol=1e-12)
     assert (found_a.norm(dim=1) > 0.009 * found_a.norm(dim=1).max()).all()
 
@@ -414,23 +416,23 @@ def test_a_dead_direction_keeps_the_row_of_a_that_it_had() -> None:
     b, a = double(0, 6, 3), double(1, 3, 8)
     b[:, 1] = 0
     terms = [(0.25, b, a), (0.75, b, a)]
-    for gauge in GAUGES:
-        found_b, found_a = handed_back(terms, 3, gauge)
+    for factorization in GAUGES:
+        found_b, found_a = handed_back(terms, 3, factorization)
         torch.testing.assert_close(found_b, b, rtol=0, atol=1e-10)
         torch.testing.assert_close(found_a, a, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("factorization", GAUGES)
 @pytest.mark.parametrize(("m", "n", "r"), [(2, 9, 4), (9, 2, 4), (1, 1, 3), (3, 3, 5)])
-def test_more_columns_than_the_matrix_has_directions(m: int, n: int, r: int, gauge: Gauge) -> None:
+def test_more_columns_than_the_matrix_has_directions(m: int, n: int, r: int, factorization: Gauge) -> None:
     terms = [(0.25, double(0, m, r), double(1, r, n)), (0.75, double(2, m, r), double(3, r, n))]
-    b, a = handed_back(terms, r, gauge)
+    b, a = handed_back(terms, r, factorization)
     assert (b.shape, a.shape) == ((m, r), (r, n))
     np.testing.assert_allclose(b @ a, dense(terms), atol=1e-12)
 
 
-@pytest.mark.parametrize("gauge", GAUGES)
-def test_a_negative_scaling_is_a_sign_of_the_product(gauge: Gauge) -> None:
+@pytest.mark.parametrize("factorization", GAUGES)
+def test_a_negative_scaling_is_a_sign_of_the_product(factorization: Gauge) -> None:
     terms = [(0.25, double(0, 6, 3), double(1, 3, 8)), (0.75, double(2, 6, 3), double(3, 3, 8))]
-    b, a = handed_back(terms, 3, gauge, scaling=-2.0)
+    b, a = handed_back(terms, 3, factorization, scaling=-2.0)
     np.testing.assert_allclose(b @ a, best(dense(terms), 3), atol=1e-10)

@@ -13,7 +13,7 @@ from transcript import Message, tapped
 
 from pellm_lightning import Federation
 from pellm_lightning.aggregation import gathering
-from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Counting, Factors, Part, Parts, Term
+from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Factors, Part, Parts, RoundContext, Term
 from pellm_lightning.aggregation.lora import Pair
 
 M, N = 5, 7
@@ -82,7 +82,7 @@ def test_pairs_are_owned_in_turn(num_pairs: int) -> None:
 def test_owners_receive_the_terms_of_their_pairs_and_nobody_else(num_pairs: int) -> None:
     def act(federation: Federation) -> tuple[dict[int, list[Term]], int]:
         pairs = pairs_of(federation.party, num_pairs, 3)
-        terms = gathering.to_owners(pairs, Counting(federation, SHARES), FACTORS)
+        terms = gathering.to_owners(pairs, RoundContext(federation, SHARES), FACTORS)
         return terms, federation.bytes_sent
 
     for party, (terms, sent) in enumerate(run_parties(3, act)):
@@ -98,7 +98,7 @@ def test_owners_receive_the_terms_of_their_pairs_and_nobody_else(num_pairs: int)
 def test_all_receive_the_terms_of_all_pairs(num_pairs: int) -> None:
     def act(federation: Federation) -> tuple[dict[int, list[Term]], int]:
         pairs = pairs_of(federation.party, num_pairs, 3)
-        terms = gathering.to_all(pairs, Counting(federation, SHARES), FACTORS)
+        terms = gathering.to_all(pairs, RoundContext(federation, SHARES), FACTORS)
         return terms, federation.bytes_sent
 
     for party, (terms, sent) in enumerate(run_parties(3, act)):
@@ -109,7 +109,7 @@ def test_all_receive_the_terms_of_all_pairs(num_pairs: int) -> None:
         assert sent == (4 * mine if SHARES[party] else 0)
 
 
-Gather = Callable[[list[Factors], Counting, Parts], dict[int, list[Term]]]
+Gather = Callable[[list[Factors], RoundContext, Parts], dict[int, list[Term]]]
 
 
 @pytest.mark.parametrize("gather", [gathering.to_owners, gathering.to_all])
@@ -118,7 +118,7 @@ def test_a_factor_that_rested_does_not_cross(gather: Gather, parts: Parts) -> No
     # It is the anchor's at every party, as a bf16 parameter holds it.
     def act(federation: Federation) -> tuple[dict[int, list[Term]], int]:
         pairs = pairs_of(federation.party, 4, 2, torch.bfloat16)
-        terms = gather(pairs, Counting(federation, SHARES[:2]), parts)
+        terms = gather(pairs, RoundContext(federation, SHARES[:2]), parts)
         return terms, federation.bytes_sent
 
     for party, (terms, sent) in enumerate(run_parties(2, act)):
@@ -138,7 +138,7 @@ def test_a_party_alone_has_its_own_terms() -> None:
     def act(federation: Federation) -> None:
         pairs = pairs_of(0, 2, 1)
         for gather in (gathering.to_owners, gathering.to_all):
-            terms = gather(pairs, Counting(federation, [1.0]), EVERYTHING)
+            terms = gather(pairs, RoundContext(federation, [1.0]), EVERYTHING)
             for k in range(2):
                 (term,) = terms[k]
                 assert (term.share, term.scaling) == (1.0, 1.0)
@@ -153,7 +153,7 @@ def test_factors_that_lie_across_cross_in_their_logical_order() -> None:
     def act(federation: Federation) -> list[Term]:
         (pair,) = pairs_of(federation.party, 1, 2)
         across = Factors(**{**vars(pair), "b": pair.b.t().contiguous().t(), "a": pair.a.t().contiguous().t()})
-        return gathering.to_all([across], Counting(federation, [0.25, 0.75]), FACTORS)[0]
+        return gathering.to_all([across], RoundContext(federation, [0.25, 0.75]), FACTORS)[0]
 
     for terms in run_parties(2, act):
         check(terms, 0, 2)

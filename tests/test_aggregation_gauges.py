@@ -36,7 +36,7 @@ SOLVERS: list[Solver] = ["power", "exact"]
 GAUGES: list[Gauge] = ["procrustes", "balanced", "svd"]
 
 solvers = pytest.mark.parametrize("solver", SOLVERS)
-gauges = pytest.mark.parametrize("gauge", GAUGES)
+gauges = pytest.mark.parametrize("factorization", GAUGES)
 
 
 def drifted(far: float) -> list[Parameters]:
@@ -53,7 +53,10 @@ def drifted(far: float) -> list[Parameters]:
 @solvers
 def test_the_product_does_not_depend_on_the_gauge(solver: Solver) -> None:
     ends = drifted(0.5)
-    found = [one_round(LowRankMean(solver, gauge=gauge), ends, WEIGHTS)[0] for gauge in GAUGES]
+    found = [
+        one_round(LowRankMean(solver, factorization=factorization), ends, WEIGHTS)[0]
+        for factorization in GAUGES
+    ]
     for module in SIZES:
         first, *others = (update(result, module) for result in found)
         assert all(away(other, first) < 1e-6 for other in others)
@@ -68,8 +71,8 @@ def test_the_gauges_are_what_they_say(solver: Solver, scaling: float) -> None:
         return modules(frozen(0, SIZES), scaling)
 
     ends = drifted(0.5)
-    (svd, *_) = one_round(LowRankMean(solver, gauge="svd"), ends, WEIGHTS, lora=lora)
-    (balanced, *_) = one_round(LowRankMean(solver, gauge="balanced"), ends, WEIGHTS, lora=lora)
+    (svd, *_) = one_round(LowRankMean(solver, factorization="svd"), ends, WEIGHTS, lora=lora)
+    (balanced, *_) = one_round(LowRankMean(solver, factorization="balanced"), ends, WEIGHTS, lora=lora)
     for module in SIZES:
         a = svd[name_a(module)]
         torch.testing.assert_close(a @ a.T, torch.eye(RANK), rtol=0, atol=1e-6)
@@ -85,7 +88,7 @@ def test_bf16_factors_are_the_result_rounded_once() -> None:
     # B = U S and A = V^T, the largest entry of each column of U positive. Each written number is off by half
     # of the distance to the next bf16, 2^-8 of it, at most, whatever rounding the round before has left.
     seen = run_rounds(
-        LowRankMean("exact", gauge="svd"),
+        LowRankMean("exact", factorization="svd"),
         lambda party: adapter(0, SIZES, RANK, torch.bfloat16),
         drift(0.5),
         weights=WEIGHTS,
@@ -109,7 +112,7 @@ def test_bf16_factors_are_the_result_rounded_once() -> None:
 def test_procrustes_is_nearer_to_the_mean_factors_than_the_balanced_ones_rotated(solver: Solver) -> None:
     ends = drifted(0.5)
     (near, *_) = one_round(LowRankMean(solver), ends, WEIGHTS)
-    (balanced, *_) = one_round(LowRankMean(solver, gauge="balanced"), ends, WEIGHTS)
+    (balanced, *_) = one_round(LowRankMean(solver, factorization="balanced"), ends, WEIGHTS)
     for module in SIZES:
         a, b = name_a(module), name_b(module)
         mean_a, mean_b = (
@@ -126,8 +129,8 @@ def test_procrustes_is_nearer_to_the_mean_factors_than_the_balanced_ones_rotated
 
 
 @solvers
-@pytest.mark.parametrize("gauge", ["balanced", "svd"])
-def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, gauge: Gauge) -> None:
+@pytest.mark.parametrize("factorization", ["balanced", "svd"])
+def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, factorization: Gauge) -> None:
     # Each party may turn the signs of a column of B and the row of A together: its product stays, to the bit.
     ends = drifted(0.5)
     flipped = [copied(end) for end in ends]
@@ -136,7 +139,7 @@ def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, gauge: Gaug
         for module in SIZES:
             end[name_b(module)] *= flips
             end[name_a(module)] *= flips[:, None]
-    rule = LowRankMean(solver, gauge=gauge)
+    rule = LowRankMean(solver, factorization=factorization)
     start = adapter(0, SIZES, RANK)
     plain, turned_ = (one_round(rule, those, WEIGHTS, start=start)[0] for those in (ends, flipped))
     assert bits(flipped[0]) != bits(ends[0])
@@ -145,14 +148,16 @@ def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, gauge: Gaug
 
 @solvers
 @gauges
-def test_parties_that_agree_get_back_what_they_came_with(solver: Solver, gauge: Gauge) -> None:
+def test_parties_that_agree_get_back_what_they_came_with(solver: Solver, factorization: Gauge) -> None:
     end = adapter(5, SIZES, RANK)
     start = adapter(0, SIZES, RANK)
     # "exact" rounds factors of up to 3 to float32 once, 2e-7. "power" has sums that cross in float32: each of
     # a few roundings turns a column by 2^-24 times the condition of the products, 4, and so moves factors of
     # norm 5 by 1e-6; this is ten times what was seen. Factors of another gauge differ by about 1.
     tolerance = {"exact": 1e-6, "power": 3e-5}[solver]
-    for result in one_round(LowRankMean(solver, gauge=gauge), [end] * 3, WEIGHTS, start=start):
+    for result in one_round(
+        LowRankMean(solver, factorization=factorization), [end] * 3, WEIGHTS, start=start
+    ):
         for name, p in end.items():
             torch.testing.assert_close(result[name], p, rtol=0, atol=tolerance)
 
@@ -172,14 +177,14 @@ def test_parties_whose_mean_factors_cancel_out(solver: Solver, rank: int) -> Non
 
 
 @solvers
-@pytest.mark.parametrize("gauge", ["balanced", "svd"])
-def test_at_the_start_where_b_is_zero_no_row_of_a_dies(solver: Solver, gauge: Gauge) -> None:
+@pytest.mark.parametrize("factorization", ["balanced", "svd"])
+def test_at_the_start_where_b_is_zero_no_row_of_a_dies(solver: Solver, factorization: Gauge) -> None:
     # A has drifted apart, as by weight decay, and B has not moved: a row of A that is zero could never learn.
     ends = drifted(0.1)
     for end in ends:
         for module in SIZES:
             end[name_b(module)].zero_()
-    (result, *_) = one_round(LowRankMean(solver, gauge=gauge), ends, WEIGHTS)
+    (result, *_) = one_round(LowRankMean(solver, factorization=factorization), ends, WEIGHTS)
     for module in SIZES:
         assert not result[name_b(module)].any()
         assert (result[name_a(module)].norm(dim=1) > 0.1).all()

@@ -47,7 +47,7 @@ GAUGES: list[Gauge] = ["procrustes", "balanced", "svd"]
 A, B = name_a("q"), name_b("q")
 
 solvers = pytest.mark.parametrize("solver", SOLVERS)
-gauges = pytest.mark.parametrize("gauge", GAUGES)
+gauges = pytest.mark.parametrize("factorization", GAUGES)
 
 
 def drifted(far: float) -> list[Parameters]:
@@ -62,9 +62,9 @@ def drifted(far: float) -> list[Parameters]:
 
 
 @gauges
-def test_exact_misses_the_singular_values_that_are_cut_and_no_more(gauge: Gauge) -> None:
+def test_exact_misses_the_singular_values_that_are_cut_and_no_more(factorization: Gauge) -> None:
     ends = drifted(1.0)
-    (result, *_) = one_round(LowRankMean("exact", gauge=gauge), ends, WEIGHTS)
+    (result, *_) = one_round(LowRankMean("exact", factorization=factorization), ends, WEIGHTS)
     for module in SIZES:
         wanted = mean_update(ends, module, WEIGHTS)
         missed = np.linalg.norm(update(result, module) - wanted)
@@ -75,10 +75,12 @@ def test_exact_misses_the_singular_values_that_are_cut_and_no_more(gauge: Gauge)
 
 @gauges
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_power_is_the_dense_subspace_iteration(steps: int, gauge: Gauge) -> None:
+def test_power_is_the_dense_subspace_iteration(steps: int, factorization: Gauge) -> None:
     # It starts with the A that everybody began the round with.
     ends = drifted(1.0)
-    (result, *_) = one_round(LowRankMean("power", steps, gauge), ends, WEIGHTS, start=adapter(0, SIZES, RANK))
+    (result, *_) = one_round(
+        LowRankMean("power", steps, factorization), ends, WEIGHTS, start=adapter(0, SIZES, RANK)
+    )
     for module in SIZES:
         wanted = mean_update(ends, module, WEIGHTS)
         dense = iterated(wanted, adapter(0, SIZES, RANK)[name_a(module)], steps)
@@ -160,7 +162,7 @@ def federations(draw: st.DrawFn) -> dict[str, Any]:
         "scale": draw(st.sampled_from([1e-4, 1.0, 1e3])),
         "scaling": draw(st.sampled_from([1.0, 0.25, 2.0])),
         "solver": draw(st.sampled_from(SOLVERS)),
-        "gauge": draw(st.sampled_from(GAUGES)),
+        "factorization": draw(st.sampled_from(GAUGES)),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -192,7 +194,7 @@ def test_any_factors_have_a_finite_best_mean(drawn: dict[str, Any]) -> None:
         kill_(end, drawn["dead"])
         ends.append({name: p if weight else p * math.nan for name, p in end.items()})
     results = one_round(
-        LowRankMean(drawn["solver"], gauge=drawn["gauge"]),
+        LowRankMean(drawn["solver"], factorization=drawn["factorization"]),
         ends,
         weights,
         start=start,
@@ -215,7 +217,9 @@ def test_any_factors_have_a_finite_best_mean(drawn: dict[str, Any]) -> None:
 
 @solvers
 @gauges
-def test_products_beyond_float32_write_nothing_that_is_not_finite(solver: Solver, gauge: Gauge) -> None:
+def test_products_beyond_float32_write_nothing_that_is_not_finite(
+    solver: Solver, factorization: Gauge
+) -> None:
     # Factors of 1e25 have products of 1e50: what is to cross or be written of them may exceed float32, and
     # then the round stops at every party. Else the result is right.
     ends = drifted(0.5)
@@ -225,11 +229,13 @@ def test_products_beyond_float32_write_nothing_that_is_not_finite(solver: Solver
 
     def act(federation: Federation) -> Parameters | None:
         parameters = adapter(0, SIZES, RANK)
-        aggregator = Aggregator(federation, parameters, aggregation=LowRankMean(solver, gauge=gauge))
+        aggregator = Aggregator(
+            federation, parameters, aggregation=LowRankMean(solver, factorization=factorization)
+        )
         aggregator.start()
         for name, p in parameters.items():
             p.copy_(ends[federation.party][name])
-        if solver == "exact" and gauge != "svd":
+        if solver == "exact" and factorization != "svd":
             aggregator.step(WEIGHTS[federation.party])
             return parameters
         with pytest.raises(FederationError, match=r"'k\.default' exceed float32.*No parameter was changed"):
@@ -305,7 +311,7 @@ def on_unlike_processors(monkeypatch: pytest.MonkeyPatch) -> threading.local:
 @gauges
 @pytest.mark.parametrize("steps", [1, 2])
 def test_directions_of_rounding_errors_are_the_same_at_all_parties(
-    steps: int, gauge: Gauge, monkeypatch: pytest.MonkeyPatch
+    steps: int, factorization: Gauge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the parties add up, column by column, is of the same columns."""
     # Column 2 of B cancels in the sum, and column 3 is zero: of four columns the product has two, and where
@@ -320,7 +326,7 @@ def test_directions_of_rounding_errors_are_the_same_at_all_parties(
     def act(federation: Federation) -> Parameters:
         here.party = federation.party
         held = copied(adapter(0, {"q": (9, 14)}, 4))
-        aggregator = Aggregator(federation, held, aggregation=LowRankMean("power", steps, gauge))
+        aggregator = Aggregator(federation, held, aggregation=LowRankMean("power", steps, factorization))
         aggregator.start()
         for name, p in held.items():
             p.copy_(ends[federation.party][name])

@@ -93,12 +93,12 @@ def product(model: nn.Module) -> Tensor:
     return the_module(model).scaling * b @ a
 
 
-def move_(model: nn.Module, seed: int, resting: Sequence[str] = ()) -> None:
+def move_(model: nn.Module, seed: int, frozen_parts: Sequence[str] = ()) -> None:
     """Do what training may do: move all that trains, unless its name holds one of the words."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in select(model).items():
-            if not any(word in name for word in resting):
+            if not any(word in name for word in frozen_parts):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -186,7 +186,7 @@ def test_a_module_tells_its_scaling_and_its_base(name: str) -> None:
     assert pair.name == next(iter(lora_modules(model))) == "base_model.model.layer.default"
     # lora_alpha is 6: 6 / 4, or 6 / 4^(1/2) with rsLoRA.
     assert said.scaling == (3.0 if layer.config.get("use_rslora") else 1.5)
-    assert said.obstacle is None
+    assert said.unsupported_reason is None
     assert product(model).shape == layer.size
     if name == "aLoRA":
         assert said.base_obstacle == "its update is not one of the base weight (ALoraLinearVariant)"
@@ -239,14 +239,14 @@ def test_every_variant_of_peft_is_judged() -> None:
             config["arrow_config"].task_adapter_names = []  # as PEFT fills it in
         model = adapted(LINEAR.make, **config)
         assert type(layer_of(model).lora_variant["default"]).__name__ == name
-        judged[name] = the_module(model).obstacle
+        judged[name] = the_module(model).unsupported_reason
     model = adapted(LINEAR.make)
     layer_of(model).lora_variant["default"] = variants.QALoraLinearVariant()  # else it takes a GPTQ base
-    judged["QALoraLinearVariant"] = the_module(model).obstacle
+    judged["QALoraLinearVariant"] = the_module(model).unsupported_reason
     plain = {"DoraLinearVariant", "VeloraLinearVariant", "ALoraLinearVariant", "QALoraLinearVariant"}
-    for name, obstacle in judged.items():
+    for name, unsupported_reason in judged.items():
         if name != "MiCALinearVariant":  # which has no pairs, so nobody asks
-            assert obstacle == (None if name in plain else f"its update is changed by {name}")
+            assert unsupported_reason == (None if name in plain else f"its update is changed by {name}")
     on_other_layers = {"MiCAEmbeddingVariant", "DoraEmbeddingVariant", "_DoraConvNdVariant"}
     on_other_layers |= {f"DoraConv{dims}dVariant" for dims in (1, 2, 3)}
     known = {
@@ -274,7 +274,7 @@ def test_an_update_that_is_not_the_product_is_called_so(config: dict[str, Any], 
         alone = LINEAR.output(model)
     update = LINEAR.output(model) - alone
     assert (update - rows(5, 9)() @ product(model).T).abs().max() > 0.01
-    assert "its update is changed by" in str(the_module(model).obstacle)
+    assert "its update is changed by" in str(the_module(model).unsupported_reason)
 
 
 def test_pooled_inputs_of_qalora_leave_the_update_linear_in_the_product() -> None:
@@ -291,7 +291,7 @@ def test_pooled_inputs_of_qalora_leave_the_update_linear_in_the_product() -> Non
     pooled = rows(5, 9)().view(5, 3, 3).mean(dim=2) * 3
     expected = layer_of(model).base_layer(rows(5, 9)()) + pooled @ product(model).T
     torch.testing.assert_close(LINEAR.output(model), expected.detach(), rtol=0, atol=1e-12)
-    assert the_module(model).obstacle is None
+    assert the_module(model).unsupported_reason is None
     assert the_module(model).base_obstacle == "its update is not one of the base weight (QALoraLinearVariant)"
 
 
@@ -337,18 +337,18 @@ ON_EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["layer
 
 
 def test_a_convolution_of_groups_is_an_obstacle() -> None:
-    assert the_module(adapted(grouped)).obstacle == "its convolution has 2 groups"
+    assert the_module(adapted(grouped)).unsupported_reason == "its convolution has 2 groups"
 
 
 def test_several_experts_in_one_parameter_are_an_obstacle() -> None:
     said = the_module(adapted(partial(Experts, 3), **ON_EXPERTS))
-    assert said.obstacle == "its factors hold 3 experts at once"
+    assert said.unsupported_reason == "its factors hold 3 experts at once"
 
 
 def test_one_expert_is_a_matrix_of_its_own() -> None:
     """Its weight has three dimensions, (1, 6, 9): one expert, outputs, inputs."""
     said = the_module(adapted(partial(Experts, 1), **ON_EXPERTS))
-    assert said.obstacle is None
+    assert said.unsupported_reason is None
     assert said.base_obstacle is not None or said.base is None or said.base.shape == (6, 9)
 
 
@@ -372,7 +372,7 @@ def test_two_parameters_of_one_module_are_two_pairs() -> None:
 def test_a_merged_adapter_stands_against_writing_the_base_only() -> None:
     model = adapted(LINEAR.make)
     model.merge_adapter()
-    assert the_module(model).obstacle is None
+    assert the_module(model).unsupported_reason is None
     assert the_module(model).base_obstacle == "its adapter is merged into the base weight"
     model.unmerge_adapter()
     assert the_module(model).base_obstacle is None
@@ -387,7 +387,7 @@ def test_a_quantised_base_cannot_be_written() -> None:
     base.weight = nn.Parameter(base.weight.detach().to(torch.int8), requires_grad=False)
     assert the_module(model).base_obstacle == words
     assert the_module(model).base is None
-    assert the_module(model).obstacle is None
+    assert the_module(model).unsupported_reason is None
 
 
 def test_a_base_that_is_not_contiguous_cannot_be_written() -> None:
@@ -430,7 +430,7 @@ def test_factors_that_two_modules_share_are_an_obstacle() -> None:
         LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, task_type="CAUSAL_LM"),
     )
     assert len(find_pairs(select(model))) == 2
-    assert all(module.obstacle is not None for module in lora_modules(model).values())
+    assert all(module.unsupported_reason is not None for module in lora_modules(model).values())
 
 
 def test_a_convolution_that_pads_unlike_its_factors_cannot_be_written() -> None:
@@ -468,7 +468,7 @@ def test_adapters_are_pairs_of_their_own_and_only_the_trainable_one_federates() 
         "second": 2.0,
     }
     for module in said.values():
-        assert module.obstacle is None
+        assert module.unsupported_reason is None
         assert module.base_obstacle == "it has several adapters (default, second) on one base weight"
 
 
@@ -509,11 +509,14 @@ Done = tuple[list[Any], list[Any], RoundReport]
 
 
 def federate(
-    models: Sequence[nn.Module], rule: Aggregation | None, resting: Sequence[str] = ("",), move: Move = move_
+    models: Sequence[nn.Module],
+    rule: Aggregation | None,
+    frozen_parts: Sequence[str] = ("",),
+    move: Move = move_,
 ) -> list[Done]:
     """Run rounds of three parties of the weights 1, 3 and 0, each party training before each round.
 
-    ``resting`` names, round by round, the factor that is not trained, "" none. Returns of each round copies
+    ``frozen_parts`` names, round by round, the factor that is not trained, "" none. Returns of each round copies
     of the parties' models before and after it, and party 0's report.
     """
 
@@ -522,9 +525,9 @@ def federate(
         aggregator = Aggregator(federation, select(model), aggregation=rule, lora=lora_modules(model))
         aggregator.start()
         done = []
-        for round_, factor in enumerate(resting):
+        for round_, factor in enumerate(frozen_parts):
             words = [f"lora_{factor}.", f"lora_embedding_{factor}."] if factor else []
-            move(model, seed=10 * round_ + party, resting=words)
+            move(model, seed=10 * round_ + party, frozen_parts=words)
             before = copy.deepcopy(model)
             report = aggregator.step((1.0, 3.0, 0.0)[party])
             done.append((before, copy.deepcopy(model), report))
@@ -558,7 +561,7 @@ class Exact:
     ranks: tuple[int | None, ...] = (None, None, None)
     more: int = 0
     alphas: tuple[int, int, int] = (6, 6, 6)
-    resting: tuple[str, str] = ("", "")
+    frozen_parts: tuple[str, str] = ("", "")
 
     def takes(self, layer: Layer) -> bool:
         alike = len({*self.ranks}) == len({*self.alphas}) == 1  # else biases of B have a test of their own
@@ -566,12 +569,12 @@ class Exact:
 
 
 EXACT = {
-    "FrozenA": Exact(FrozenA(), (2, 2, 2), resting=("A", "A")),
-    "Alternating": Exact(Alternating(), (2, 2, 2), resting=("A", "B")),
+    "FrozenA": Exact(FrozenA(), (2, 2, 2), frozen_parts=("A", "A")),
+    "Alternating": Exact(Alternating(), (2, 2, 2), frozen_parts=("A", "B")),
     # Of full rank, so that the factors can hold any mean.
     "LowRankMean, power": Exact(LowRankMean("power")),
     "LowRankMean, exact": Exact(LowRankMean("exact")),
-    "LowRankMean, balanced": Exact(LowRankMean("power", gauge="balanced")),
+    "LowRankMean, balanced": Exact(LowRankMean("power", factorization="balanced")),
     "ResidualMean": Exact(ResidualMean(), (2, 2, 2)),
     "Stacking": Exact(Stacking(), (2, 2, 2)),
     "Stacking of three ranks": Exact(Stacking(), (3, 1, 2), alphas=(6, 2, 5)),
@@ -579,7 +582,7 @@ EXACT = {
     "HeterogeneousRank": Exact(HeterogeneousRank(), (None, 1, 2), alphas=(6, 2, 5)),
     # More rank than an update can have.
     "LowRankMean, power, of excess": Exact(LowRankMean("power"), more=2),
-    "LowRankMean, exact, of excess": Exact(LowRankMean("exact", gauge="svd"), more=2),
+    "LowRankMean, exact, of excess": Exact(LowRankMean("exact", factorization="svd"), more=2),
     "ResidualMean, of excess": Exact(ResidualMean(), more=2),
     "HeterogeneousRank, of excess": Exact(HeterogeneousRank(), (None, 1, 2), more=5),
 }
@@ -595,7 +598,7 @@ def two_rounds(name: str) -> list[Done]:
         ranks = {kind: exact.more + (rank or min(layer.size)) for kind, layer in taken.items()}
         adapters = {k: layer.adapted(party, ranks[k], lora_alpha=alpha) for k, layer in taken.items()}
         models.append(nn.ModuleDict(adapters))
-    return federate(models, exact.rule, exact.resting)
+    return federate(models, exact.rule, exact.frozen_parts)
 
 
 @pytest.mark.parametrize(
@@ -658,7 +661,7 @@ def test_the_first_round_of_an_embedding_loses_nothing() -> None:
     The first tokens of a vocabulary are special ones, which no text of the parties may hold.
     """
 
-    def move(model: nn.Module, seed: int, resting: Any) -> None:
+    def move(model: nn.Module, seed: int, frozen_parts: Any) -> None:
         a = select(model)[the_pair(model).a]
         assert not a.any()
         with torch.no_grad():
@@ -713,12 +716,14 @@ def attentive(seed: int, rank: int) -> PeftModel:
 
 
 @pytest.mark.parametrize(
-    ("rule", "rank", "resting"), [(LowRankMean(), 6, ""), (FrozenA(), 2, "A")], ids=["LowRankMean", "FrozenA"]
+    ("rule", "rank", "frozen_parts"),
+    [(LowRankMean(), 6, ""), (FrozenA(), 2, "A")],
+    ids=["LowRankMean", "FrozenA"],
 )
-def test_attention_computes_with_the_mean_products(rule: Aggregation, rank: int, resting: str) -> None:
+def test_attention_computes_with_the_mean_products(rule: Aggregation, rank: int, frozen_parts: str) -> None:
     models = [attentive(party, rank) for party in range(3)]
     x = rows(2, 5, 6)()
-    ((before, after, _),) = federate(models, rule, resting=(resting,))
+    ((before, after, _),) = federate(models, rule, frozen_parts=(frozen_parts,))
     # A model whose adapters hold the mean exactly: A = 1 of rank 6, B = the mean product, 18 or 6 by 6.
     expected = attentive(0, 6).double()
     parameters = select(expected)
@@ -819,8 +824,8 @@ def test_what_is_no_factor_is_averaged_beside_the_pairs(rule: Aggregation) -> No
         base = tiny_llama()
         torch.manual_seed(100 + party)
         models.append(get_peft_model(base, LoraConfig(r=2, **config)))
-    resting = "A" if isinstance(rule, FrozenA) else ""
-    ((before, after, _),) = federate(models, rule, resting=(resting,))
+    frozen_parts = "A" if isinstance(rule, FrozenA) else ""
+    ((before, after, _),) = federate(models, rule, frozen_parts=(frozen_parts,))
     factors = {name for pair in find_pairs(select(models[0])) for name in (pair.a, pair.b)}
     others = select(models[0]).keys() - factors
     kinds = ("lora_magnitude_vector", "modules_to_save", "trainable_tokens_delta")
@@ -866,9 +871,9 @@ def test_a_rule_names_the_module_that_it_cannot_handle(kind: str, rule: Aggregat
 @pytest.mark.parametrize("kind", HARD)
 def test_factors_that_are_no_product_can_still_be_averaged(kind: str, rule: Aggregation | None) -> None:
     make, config, _ = HARD[kind]
-    resting = "A" if isinstance(rule, FrozenA) else ""
+    frozen_parts = "A" if isinstance(rule, FrozenA) else ""
     models = [adapted(make, seed=party, **config) for party in range(3)]
-    ((before, after, _),) = federate(models, rule, resting=(resting,))
+    ((before, after, _),) = federate(models, rule, frozen_parts=(frozen_parts,))
     for name in select(models[0]):
         mean = sum(
             share * select(model)[name].detach().double() for share, model in zip(SHARES, before, strict=True)

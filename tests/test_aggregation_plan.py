@@ -138,17 +138,17 @@ def test_the_mean_needs_none(rule: Aggregation | None) -> None:
 # ---- modules that a rule cannot handle
 
 HARD: list[tuple[Aggregation, LoraModule, str]] = [
-    (LowRankMean(), LoraModule(obstacle=OBSTACLE), OBSTACLE),
-    (HeterogeneousRank(), LoraModule(obstacle=OBSTACLE), OBSTACLE),
+    (LowRankMean(), LoraModule(unsupported_reason=OBSTACLE), OBSTACLE),
+    (HeterogeneousRank(), LoraModule(unsupported_reason=OBSTACLE), OBSTACLE),
     (FrozenA(), LoraModule(zero_a=True), "its A is zero and would stay so, and B with it"),
-    (ResidualMean(), LoraModule(base=torch.zeros(3, 6), obstacle=OBSTACLE), OBSTACLE),
+    (ResidualMean(), LoraModule(base=torch.zeros(3, 6), unsupported_reason=OBSTACLE), OBSTACLE),
     (ResidualMean(), LoraModule(base_obstacle=BASE_OBSTACLE), BASE_OBSTACLE),
     (
         ResidualMean(),
         LoraModule(),
         "no frozen weight is known for it (pass lora={...: LoraModule(base=...)})",
     ),
-    (Stacking(), LoraModule(base=torch.zeros(3, 6), obstacle=OBSTACLE), OBSTACLE),
+    (Stacking(), LoraModule(base=torch.zeros(3, 6), unsupported_reason=OBSTACLE), OBSTACLE),
     (Stacking(), LoraModule(base_obstacle=BASE_OBSTACLE), BASE_OBSTACLE),
     (Stacking(), LoraModule(), "no frozen weight is known for it"),
 ]
@@ -175,19 +175,19 @@ def test_without_lora_there_is_no_weight_to_write(rule: Aggregation, alone: Fede
 
 @pytest.mark.parametrize("rule", [Mean(), FrozenA(), Alternating(), ShareA()], ids=repr)
 def test_rules_of_single_factors_take_any_module(rule: Aggregation) -> None:
-    lora = {"v.default": LoraModule(obstacle=OBSTACLE, base_obstacle=BASE_OBSTACLE)}
+    lora = {"v.default": LoraModule(unsupported_reason=OBSTACLE, base_obstacle=BASE_OBSTACLE)}
     assert len(Plan(rule, NAMES, lora).pairs) == 2
 
 
 @pytest.mark.parametrize("rule", [Mean(), Alternating()], ids=repr)
 def test_a_module_that_is_no_product_is_not_measured(rule: Aggregation) -> None:
-    lora = {"v.default": LoraModule(obstacle=OBSTACLE)}
+    lora = {"v.default": LoraModule(unsupported_reason=OBSTACLE)}
     assert [pair.name for pair in Plan(rule, NAMES, lora).products] == ["q.default"]
 
 
 def test_by_default_a_hard_module_is_averaged_factor_by_factor(caplog: pytest.LogCaptureFixture) -> None:
     # The other has the best product. The deviation is that of the modules that have one.
-    lora = {"v.default": LoraModule(obstacle=OBSTACLE)}
+    lora = {"v.default": LoraModule(unsupported_reason=OBSTACLE)}
     with caplog.at_level(logging.WARNING):
         seen = run_rounds(
             None, lambda party: parameters(), drift(0.5), weights=[1, 3, 0.5], lora=lambda party: lora
@@ -210,7 +210,7 @@ def test_by_default_pairs_get_the_low_rank_mean(alone: Federation) -> None:
 
 def test_lora_modules_of_no_pair_are_no_matter() -> None:
     # As those of an adapter that is not trained.
-    lora = modules(frozen(0, SIZES)) | {"v.other": LoraModule(obstacle=OBSTACLE)}
+    lora = modules(frozen(0, SIZES)) | {"v.other": LoraModule(unsupported_reason=OBSTACLE)}
     plan = Plan(ResidualMean(), NAMES, lora)
     assert [pair.name for pair in plan.pairs] == ["q.default", "v.default"]
 
@@ -226,8 +226,8 @@ def test_a_scaling_of_zero_is_refused(rule: Aggregation | None, alone: Federatio
 # ---- outer optimizers
 
 ONLY_MEAN = [
-    LowRankMean(gauge="balanced"),
-    LowRankMean("exact", gauge="svd"),
+    LowRankMean(factorization="balanced"),
+    LowRankMean("exact", factorization="svd"),
     HeterogeneousRank(),
     HeterogeneousRank("zero_pad"),
     ResidualMean(),
@@ -292,7 +292,7 @@ def test_rules_that_keep_coordinates_take_any(
 WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: LowRankMean("svd"), r"solver='svd' must be one of 'power', 'exact'"),  # type: ignore[arg-type]
     (
-        lambda: LowRankMean(gauge="anchored"),  # type: ignore[arg-type]
+        lambda: LowRankMean(factorization="anchored"),  # type: ignore[arg-type]
         r"gauge='anchored' must be one of 'procrustes', 'balanced', 'svd'",
     ),
     (lambda: LowRankMean(steps=0), r"steps=0 must be a whole number, 1 or more"),
@@ -301,7 +301,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: LowRankMean(steps=True), r"steps=True must"),
     (lambda: HeterogeneousRank("pad"), r"method='pad' must be 'low_rank' or 'zero_pad'"),  # type: ignore[arg-type]
     (
-        lambda: HeterogeneousRank(gauge="procrustes"),  # type: ignore[arg-type]
+        lambda: HeterogeneousRank(factorization="procrustes"),  # type: ignore[arg-type]
         r"gauge='procrustes' must be 'balanced' or 'svd': .* first r directions",
     ),
     (lambda: HeterogeneousRank(solver="qr"), r"solver='qr' must be one of"),  # type: ignore[arg-type]
@@ -320,11 +320,11 @@ def test_a_rule_tells_all_its_settings() -> None:
     assert repr(LowRankMean("exact", 2, "svd")) == "LowRankMean(solver='exact', steps=2, gauge='svd')"
     assert repr(Stacking(7)) == "Stacking(seed=7)"
     told = {
-        repr(HeterogeneousRank(method, solver, steps, gauge))
+        repr(HeterogeneousRank(method, solver, steps, factorization))
         for method in ("low_rank", "zero_pad")
         for solver in ("power", "exact")
         for steps in (1, 2)
-        for gauge in ("balanced", "svd")
+        for factorization in ("balanced", "svd")
     }
     assert len(told) == 16
 

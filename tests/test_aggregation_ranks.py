@@ -110,10 +110,12 @@ def test_of_equal_ranks_party_0_is_the_source() -> None:
 
 
 @scalings_vary
-@pytest.mark.parametrize("gauge", ["balanced", "svd"])
-def test_each_party_gets_the_best_of_its_own_rank(scalings: list[Mapping[str, float]], gauge: Any) -> None:
+@pytest.mark.parametrize("factorization", ["balanced", "svd"])
+def test_each_party_gets_the_best_of_its_own_rank(
+    scalings: list[Mapping[str, float]], factorization: Any
+) -> None:
     seen = run_rounds(
-        HeterogeneousRank(solver="exact", gauge=gauge),
+        HeterogeneousRank(solver="exact", factorization=factorization),
         start,
         drift(0.5),
         weights=WEIGHTS,
@@ -173,12 +175,12 @@ def test_by_sums_alone_it_is_the_dense_subspace_iteration_cut(
     st.sampled_from(["balanced", "svd"]),
 )
 def test_any_ranks_give_the_best_of_each(
-    drawn: list[tuple[int, float, float]], m: int, n: int, gauge: Any
+    drawn: list[tuple[int, float, float]], m: int, n: int, factorization: Any
 ) -> None:
     ranks, scalings, weights = zip(*drawn, strict=True)
     sizes = {"q": (m, n)}
     seen = run_rounds(
-        HeterogeneousRank(solver="exact", gauge=gauge),
+        HeterogeneousRank(solver="exact", factorization=factorization),
         lambda party: adapter(party, sizes, ranks[party]),
         drift(0.5),
         weights=weights,
@@ -198,7 +200,7 @@ def test_one_rank_and_one_scaling_are_the_low_rank_mean() -> None:
         seen = run_rounds(rule, lambda party: adapter(party, SIZES, 3), drift(0.5), weights=WEIGHTS, rounds=2)
         return [bits(of_party[-1].result) for of_party in seen]
 
-    assert run(HeterogeneousRank(gauge="svd")) == run(LowRankMean(gauge="svd"))
+    assert run(HeterogeneousRank(factorization="svd")) == run(LowRankMean(factorization="svd"))
 
 
 # ---- zero_pad

@@ -38,20 +38,19 @@ from pellm_lightning.aggregation import (
     Stacking,
     factors,
 )
-from pellm_lightning.aggregation import base_writing as into_base
 
 SIZES = {"k": (6, 5), "q": (4, 7), "v": (5, 5)}
 SCALING = 2.0
 HEAD = "head.weight"
 
 LOW_RANK: dict[str, Aggregation] = {
-    f"LowRankMean, {solver}, {gauge}": LowRankMean(solver, gauge=gauge)
+    f"LowRankMean, {solver}, {factorization}": LowRankMean(solver, factorization=factorization)
     for solver in ("power", "exact")
-    for gauge in ("procrustes", "balanced", "svd")
+    for factorization in ("procrustes", "balanced", "svd")
 }
 OTHER_COORDINATES: dict[str, Aggregation] = {
     "HeterogeneousRank, power": HeterogeneousRank(solver="power"),
-    "HeterogeneousRank, exact": HeterogeneousRank(solver="exact", gauge="svd"),
+    "HeterogeneousRank, exact": HeterogeneousRank(solver="exact", factorization="svd"),
 }
 PLAIN: dict[str, Aggregation] = {
     "Mean": Mean(),
@@ -134,7 +133,7 @@ def test_all_parties_end_with_the_same_bits_and_so_do_two_runs(rule: Aggregation
 
 @pytest.mark.parametrize(
     ("rule", "module", "name"),
-    [(LowRankMean("power"), factors, "hand_back"), (ResidualMean(), into_base, "_add_")],
+    [(LowRankMean("power"), factors, "hand_back"), (ResidualMean(), base_writing, "_add_")],
     ids=["LowRankMean, power", "ResidualMean"],
 )
 def test_a_party_whose_processor_rounds_otherwise_takes_the_firsts_bits(
@@ -235,7 +234,7 @@ def test_a_party_that_is_left_out_is_as_one_of_weight_0(rule: Aggregation) -> No
     ids=[name for name in RULES if name != "ShareA"],
 )
 def test_where_one_party_counts_all_get_its_update(rule: Aggregation, weights: list[float]) -> None:
-    only = "lora_B" if rule.resting(0) else ""
+    only = "lora_B" if rule.frozen_parts(0) else ""
     seen, bases = federated(rule, drift(0.3, only), weights)
     (counting,) = (party for party, weight in enumerate(weights) if weight)
     wanted = effective(rule, seen[counting][0].held, frozen(5, SIZES))
@@ -261,7 +260,7 @@ def test_one_party_alone_keeps_its_bits(rule: Aggregation) -> None:
 
     def train(party: int, number: int, parameters: Parameters) -> None:
         for name, p in parameters.items():
-            if not (rule.resting(number) and "lora_A" in name):
+            if not (rule.frozen_parts(number) and "lora_A" in name):
                 p += torch.where(p == 0, random(number, *p.shape), 0.4 * p * torch.sin(7 * p))
 
     bases = frozen(5, SIZES)
@@ -331,7 +330,7 @@ def test_factors_that_nobody_moves_do_not_drift(rule: Aggregation) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [LowRankMean("power"), LowRankMean("exact", gauge="svd")], ids=["power", "exact"]
+    "rule", [LowRankMean("power"), LowRankMean("exact", factorization="svd")], ids=["power", "exact"]
 )
 def test_rounding_of_factors_to_bf16_is_no_distance(rule: Aggregation) -> None:
     # After round 0, in which the parties moved, they hold what the global vector rounds to; the result of

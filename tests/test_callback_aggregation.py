@@ -48,8 +48,8 @@ RULES: dict[str, Aggregation | None] = {
     "Mean": Mean(),
     "LowRankMean, two steps": LowRankMean("power", steps=2),
     "LowRankMean, exact": LowRankMean("exact"),
-    "LowRankMean, balanced": LowRankMean("power", gauge="balanced"),
-    "LowRankMean, svd": LowRankMean("exact", gauge="svd"),
+    "LowRankMean, balanced": LowRankMean("power", factorization="balanced"),
+    "LowRankMean, svd": LowRankMean("exact", factorization="svd"),
     "FrozenA": FrozenA(),
     "Alternating": Alternating(),
     "ShareA": ShareA(),
@@ -161,7 +161,7 @@ def test_one_party_alone_trains_to_the_bit_as_with_the_plain_mean(tmp_path: Path
 
     ((mean,), *others) = [
         fit_parties(1, partial(fit, rule))
-        for rule in (Mean(), None, LowRankMean("exact"), LowRankMean(gauge="balanced"))
+        for rule in (Mean(), None, LowRankMean("exact"), LowRankMean(factorization="balanced"))
     ]
     for (other,) in others:
         assert_same(mean, other)
@@ -371,18 +371,20 @@ def test_what_rests_takes_no_part_of_the_clipped_norm(
             gradients = {key: p.grad for key, p in self.trained().items() if p.grad is not None}
             if gradients:
                 self.norms.append(float(torch.stack([g.norm() for g in gradients.values()]).norm()))
-                self.resting.append({word for word in (A, B) if not any(word in key for key in gradients)})
+                self.frozen_parts.append(
+                    {word for word in (A, B) if not any(word in key for key in gradients)}
+                )
 
     def fit(party: int, federated: Any) -> Watching:
         module = Watching(party)
-        module.norms, module.resting = [], []
+        module.norms, module.frozen_parts = [], []
         callbacks = [federated(aggregation=Alternating(), every_n_steps=1)]
         quiet_trainer(tmp_path, callbacks, max_epochs=1, **options).fit(module, data(20, seed=party))
         return module
 
     for module in fit_parties(2, fit):
         # All gradients are longer than 1e-3, so clipping leaves just that to what trains.
-        assert module.resting[:4] == [{A}, {B}, {A}, {B}]
+        assert module.frozen_parts[:4] == [{A}, {B}, {A}, {B}]
         assert module.norms[:4] == pytest.approx([1e-3] * 4, rel=1e-3)
 
 
@@ -443,7 +445,7 @@ def test_the_moments_of_a_party_that_trains_on_alone_are_kept(tmp_path: Path) ->
 
     def fit(party: int, federated: Any) -> Steps:
         watch = Steps()
-        callbacks = [federated(aggregation=LowRankMean(gauge="balanced"), quorum=1), watch]
+        callbacks = [federated(aggregation=LowRankMean(factorization="balanced"), quorum=1), watch]
         quiet_trainer(tmp_path, callbacks, max_epochs=3 - 2 * party).fit(Tuned(party), data(4, seed=party))
         return watch
 
@@ -652,7 +654,7 @@ RANKS: tuple[dict[str, Any], ...] = (
 OF_RANKS = {
     "HeterogeneousRank": HeterogeneousRank(),
     "HeterogeneousRank, exact": HeterogeneousRank(solver="exact"),
-    "HeterogeneousRank, svd": HeterogeneousRank(solver="exact", gauge="svd"),
+    "HeterogeneousRank, svd": HeterogeneousRank(solver="exact", factorization="svd"),
     "HeterogeneousRank, padded": HeterogeneousRank("zero_pad"),
     "Stacking": Stacking(),
 }
@@ -950,7 +952,7 @@ def test_a_yaml_names_the_rule_and_prints_it_again(
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["federated"]["aggregation"] == {
         "class_path": "pellm_lightning.aggregation.HeterogeneousRank",
-        "init_args": {"method": "low_rank", "solver": "exact", "steps": 1, "gauge": "svd"},
+        "init_args": {"method": "low_rank", "solver": "exact", "steps": 1, "factorization": "svd"},
     }
     (tmp_path / "printed.yaml").write_text(printed)
     callback = command("--config=printed.yaml")
@@ -961,10 +963,13 @@ def test_a_yaml_names_the_rule_and_prints_it_again(
     ("words", "messages"),
     [
         ([PATH + "LowRankMean", SETTING + "solver=fast"], ["solver", "fast", "'power'", "'exact'"]),
-        ([PATH + "LowRankMean", SETTING + "gauge=best"], ["gauge", "best", "'procrustes'"]),
+        ([PATH + "LowRankMean", SETTING + "gauge=best"], ["factorization", "best", "'procrustes'"]),
         ([PATH + "LowRankMean", SETTING + "steps=two"], ["steps", "two", "int"]),
         ([PATH + "LowRankMean", SETTING + "step=2"], ["step"]),
-        ([PATH + "HeterogeneousRank", SETTING + "gauge=procrustes"], ["gauge", "procrustes", "'balanced'"]),
+        (
+            [PATH + "HeterogeneousRank", SETTING + "gauge=procrustes"],
+            ["factorization", "procrustes", "'balanced'"],
+        ),
         ([PATH + "LowrankMean"], ["LowrankMean"]),
         (["--federated.aggregation=2"], ["federated.aggregation", "2"]),
     ],

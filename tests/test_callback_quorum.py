@@ -267,7 +267,7 @@ def test_a_hidden_number_of_samples_is_not_told(tmp_path: Path, caplog: pytest.L
 
     fit_all(tmp_path, every_n_steps=8, exchange=masked(), quorum=3)
     assert not [text for text in warnings_of(caplog) if "equally long" in text]
-    assert "about" not in "".join(
+    assert "summary" not in "".join(
         r.getMessage() for r in caplog.records if "quorum" in r.getMessage() and "party 0]" in r.getMessage()
     )
 

@@ -157,7 +157,7 @@ def test_who_comes_late_to_rounds_in_the_background_takes_over(jobs: Jobs) -> No
     def call_and_wait() -> None:
         late.start()
         deadline = time.monotonic() + 10
-        while not any(key.endswith("roll/@c") for key in jobs.written()) and time.monotonic() < deadline:
+        while not any(key.endswith("member/@c") for key in jobs.written()) and time.monotonic() < deadline:
             time.sleep(0.01)
 
     in_threads(
@@ -210,7 +210,7 @@ def test_a_job_that_comes_late_takes_over_and_counts_0(jobs: Jobs) -> None:
     def call_and_wait() -> None:
         late.start()
         deadline = time.monotonic() + 10
-        while not any(key.endswith("roll/@c") for key in jobs.written()) and time.monotonic() < deadline:
+        while not any(key.endswith("member/@c") for key in jobs.written()) and time.monotonic() < deadline:
             time.sleep(0.01)
 
     in_threads([lambda: jobs.fit("a", At(5, call_and_wait)), lambda: jobs.fit("b")])

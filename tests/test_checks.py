@@ -27,7 +27,7 @@ from parties import Classifier, ValidatedClassifier, data, dataset, fit_parties,
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning import FederatedAveraging
-from pellm_lightning.callbacks import arguments as checks
+from pellm_lightning.callbacks import arguments
 from pellm_lightning.comm.topology import Topology
 
 # ---- arguments
@@ -97,7 +97,7 @@ ALONE = Topology(0, 2, 0, 1)
 def test_sharding_strategies_are_refused(strategy: type) -> None:
     sharded = strategy.__new__(strategy)  # it cannot be built without its library or a GPU
     with pytest.raises(MisconfigurationException) as caught:
-        checks.trainer(trainer_with(sharded), FederatedAveraging(), ALONE)
+        arguments.trainer(trainer_with(sharded), FederatedAveraging(), ALONE)
     assert f"Trainer(strategy={strategy.__name__})" in str(caught.value)
     assert "Use a single device or strategy='ddp' inside a party" in str(caught.value)
 
@@ -116,7 +116,7 @@ class Ddp(DDPStrategy):
 
 def test_ddp_that_spans_parties_is_refused() -> None:
     with pytest.raises(MisconfigurationException) as caught:
-        checks.trainer(trainer_with(Ddp(4)), FederatedAveraging(), Topology(1, 2, 0, 2))
+        arguments.trainer(trainer_with(Ddp(4)), FederatedAveraging(), Topology(1, 2, 0, 2))
     assert "Ddp spans 4 processes, but a party has 2 (2 parties)" in str(caught.value)
     assert "plugins=[PartyEnvironment(num_parties=...)]" in str(caught.value)
 
@@ -124,19 +124,19 @@ def test_ddp_that_spans_parties_is_refused() -> None:
 def test_one_device_for_a_party_of_several_processes_is_refused() -> None:
     alone = trainer_with(SingleDeviceStrategy(torch.device("cpu")))
     with pytest.raises(MisconfigurationException, match="spans 1 processes, but a party has 2"):
-        checks.trainer(alone, FederatedAveraging(), Topology(1, 2, 0, 2))
+        arguments.trainer(alone, FederatedAveraging(), Topology(1, 2, 0, 2))
 
 
 def test_ddp_within_a_party_and_a_single_device_are_welcome() -> None:
-    checks.trainer(trainer_with(Ddp(2)), FederatedAveraging(), Topology(1, 2, 0, 2))
-    checks.trainer(trainer_with(SingleDeviceStrategy(torch.device("cpu"))), FederatedAveraging(), ALONE)
+    arguments.trainer(trainer_with(Ddp(2)), FederatedAveraging(), Topology(1, 2, 0, 2))
+    arguments.trainer(trainer_with(SingleDeviceStrategy(torch.device("cpu"))), FederatedAveraging(), ALONE)
 
 
 @pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
 def test_finders_are_warned_about(finder: Any) -> None:
     trainer = trainer_with(SingleDeviceStrategy(torch.device("cpu")), [finder()])
     with pytest.warns(UserWarning, match=f"{finder.__name__} searches at each party alone"):
-        checks.trainer(trainer, FederatedAveraging(), ALONE)
+        arguments.trainer(trainer, FederatedAveraging(), ALONE)
 
 
 class Own(FederatedAveraging):
@@ -207,11 +207,11 @@ def loader_with(replicas: int) -> DataLoader:
 def test_a_sampler_that_cuts_private_data_is_found(nested: Any) -> None:
     trainer: Any = SimpleNamespace(train_dataloader=nested(loader_with(3)))
     with pytest.raises(MisconfigurationException) as caught:
-        checks.samplers(trainer, Topology(2, 3, 0, 1))
+        arguments.samplers(trainer, Topology(2, 3, 0, 1))
     assert "The training DataLoader of party 2 has a DistributedSampler over 3 replicas" in str(caught.value)
     assert "Remove the sampler" in str(caught.value)
     trainer.train_dataloader = nested(loader_with(2))
-    checks.samplers(trainer, Topology(2, 3, 0, 2))  # the party's own two processes
+    arguments.samplers(trainer, Topology(2, 3, 0, 2))  # the party's own two processes
 
 
 @pytest.mark.parametrize("combined", [False, True])
@@ -237,16 +237,16 @@ def test_federated_parameters_without_an_optimizer_are_warned_about() -> None:
     with pytest.warns(
         UserWarning, match=r"1 federated parameter\(s\) are in no optimizer, the first is 'bias'"
     ):
-        checks.optimizers(trainer, dict(module.head.named_parameters()))
+        arguments.optimizers(trainer, dict(module.head.named_parameters()))
     trainer.optimizers.append(torch.optim.SGD([module.head.bias], lr=0.1))
-    checks.optimizers(trainer, dict(module.head.named_parameters()))
+    arguments.optimizers(trainer, dict(module.head.named_parameters()))
 
 
 def test_parties_on_one_accelerator_are_warned_about() -> None:
     with pytest.warns(UserWarning, match=r"same accelerator.*--virtual-local-rank"):
-        checks.devices(["host:gpu-a", "host:gpu-b", "host:gpu-a"])
-    checks.devices(["host:gpu-a", "host:gpu-b"])
-    checks.devices([None, None])
+        arguments.devices(["host:gpu-a", "host:gpu-b", "host:gpu-a"])
+    arguments.devices(["host:gpu-a", "host:gpu-b"])
+    arguments.devices([None, None])
 
 
 def test_weights_only_checkpoints_are_warned_about() -> None:
@@ -255,8 +255,8 @@ def test_weights_only_checkpoints_are_warned_about() -> None:
         return trainer_with(SingleDeviceStrategy(torch.device("cpu")), [checkpoint])
 
     with pytest.warns(UserWarning, match=r"save_frozen=False has no effect on its files.*Drop one"):
-        checks.checkpoints(trainer(True))
-    checks.checkpoints(trainer(False))
+        arguments.checkpoints(trainer(True))
+    arguments.checkpoints(trainer(False))
 
 
 @pytest.mark.filterwarnings("ignore:ModelCheckpoint.save_weights_only=True.:UserWarning")
@@ -281,9 +281,9 @@ def test_a_checkpoint_of_trainables_must_match() -> None:
     full = module.state_dict()
     trainable = {name: full[name] for name in ("head.weight", "head.bias")}
     left_out = full.keys() - trainable.keys()
-    checks.trainable_checkpoint(module, trainable, left_out)
-    checks.trainable_checkpoint(module, full, left_out)
+    arguments.trainable_checkpoint(module, trainable, left_out)
+    arguments.trainable_checkpoint(module, full, left_out)
     with pytest.raises(ValueError, match=r"lacks the parameter 'head.weight' \(2 in all\)"):
-        checks.trainable_checkpoint(module, {}, left_out)
+        arguments.trainable_checkpoint(module, {}, left_out)
     with pytest.raises(ValueError, match=r"holds the unknown parameter 'lora' \(1 in all\)"):
-        checks.trainable_checkpoint(module, trainable | {"lora": torch.zeros(1)}, left_out)
+        arguments.trainable_checkpoint(module, trainable | {"lora": torch.zeros(1)}, left_out)

@@ -156,7 +156,7 @@ def test_a_compressed_exchange_by_yaml(command: Any, tmp_path: Path) -> None:
     cli = command("fit", "--config=run.yaml", "--federated.exchange.error_feedback=true")
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
     assert repr(callback.exchange) == "Quantized(bits=4, block_size=128, error_feedback=True, seed=0)"
-    assert len(callback.state_dict()["aggregator"]["memory"]["residuals"])
+    assert len(callback.state_dict()["aggregator"]["error_feedback"]["residuals"])
     with pytest.raises(SystemExit):
         command("fit", "--federated.exchange=Quantized", "--federated.exchange.bits=2")
     command("fit", "--federated.exchange=TopK", "--federated.exchange.k=8")

@@ -15,10 +15,9 @@ import pytest
 import yaml
 from certificates import files, tls_of
 
-from pellm_lightning.cli import commands
-from pellm_lightning.cli import federated_cli as cli
-from pellm_lightning.comm.rendezvous.client import RemoteStore
-from pellm_lightning.exchange.secure.signing_keys import Identity, Peers
+from pellm_lightning.cli import commands, federated_cli
+from pellm_lightning.comm.rendezvous.client import RendezvousStore
+from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +56,9 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
     assert printed.keys() == {"clinic-a", "0"}
     for name, public in printed.items():
         private = tmp_path / f"new/{name}.key"
-        assert Identity(private).public == public
+        assert SigningKey(private).public == public
         assert f"made {private}; keep it secret" in caplog.text
-    assert Peers(printed).fingerprint == Peers(tmp_path / "new").fingerprint
+    assert TrustedKeys(printed).fingerprint == TrustedKeys(tmp_path / "new").fingerprint
     with pytest.raises(SystemExit, match=r"clinic-a\.key exists already\. Remove it first"):
         commands.main(["keys", "new", f"--directory={tmp_path / 'new'}", "--names=clinic-a"])
     with pytest.raises(SystemExit, match="name"):
@@ -97,7 +96,7 @@ def test_the_rendezvous_serves_until_a_signal(number: int, monkeypatch: pytest.M
 
     def visit() -> None:
         try:
-            store = RemoteStore(f"127.0.0.1:{port}", tls=tls_of("clinic-a"), retry_s=10)
+            store = RendezvousStore(f"127.0.0.1:{port}", tls=tls_of("clinic-a"), retry_s=10)
             answers.append(store.compare_set("x", "", "1"))
             store.close()
         finally:
@@ -112,7 +111,7 @@ def test_the_rendezvous_serves_until_a_signal(number: int, monkeypatch: pytest.M
     ]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words])
     thread.start()
-    cli.main()
+    federated_cli.main()
     thread.join()
     assert answers == [b"1"]
 
@@ -131,7 +130,7 @@ def test_the_rendezvous_as_a_process(tmp_path: Path) -> None:
         [sys.executable, "-m", "pellm_lightning", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         try:
-            store = RemoteStore(f"127.0.0.1:{port}", tls=tls_of("clinic-a"), retry_s=60)
+            store = RendezvousStore(f"127.0.0.1:{port}", tls=tls_of("clinic-a"), retry_s=60)
             store.compare_set("x", "", "1")
             process.terminate()
             out, err = process.communicate(timeout=20)

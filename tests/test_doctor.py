@@ -25,11 +25,11 @@ from pellm_lightning.aggregation import ResidualMean, ShareA, Stacking, lora_mod
 from pellm_lightning.callbacks.drift import SCAFFOLD
 from pellm_lightning.cli.doctor import command, show
 from pellm_lightning.cli.doctor.checks import Finding, Seen, findings
-from pellm_lightning.cli.doctor.command import Visit, examine, measure
+from pellm_lightning.cli.doctor.command import DryRun, examine, measure
 from pellm_lightning.cli.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured
-from pellm_lightning.cli.doctor.inquiry import Inquiry, clocks, offsets
+from pellm_lightning.cli.doctor.inquiry import Survey, clocks, offsets
 from pellm_lightning.comm.elastic.register import Register
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.aggregator import Aggregator
@@ -70,7 +70,7 @@ def facts(name: str, **changes: Any) -> Facts:
             "size_bytes": 40,
             "parameters": 10,
             "of_parameters": 100,
-            "passport": shown(files=[f"host-{name}:/runs"]),
+            "party_spec": shown(files=[f"host-{name}:/runs"]),
         }
         | changes
     )
@@ -93,7 +93,7 @@ def with_c(**changes: Any) -> Seen:
 def test_of_a_healthy_launch_all_is_told_and_good() -> None:
     found = findings(HEALTHY)
     assert {finding.level for finding in found} == {"ok"}
-    told = {finding.about: finding.says for finding in found}
+    told = {finding.summary: finding.says for finding in found}
     assert told == {
         "parties": "All 3 parties are there, on 3 hosts.",
         "versions": "The same at all 3 parties (torch 2.13.0).",
@@ -130,8 +130,8 @@ ODD = {
     "another's files": ({"files": ["host-a:/runs"]}, "files", "would both write to 'host-a:/runs'"),
 }
 CASES: dict[str, tuple[Seen, str, str, str]] = {
-    name: (with_c(passport=shown(**changes)), "error", about, says)
-    for name, (changes, about, says) in ODD.items()
+    name: (with_c(party_spec=shown(**changes)), "error", summary, says)
+    for name, (changes, summary, says) in ODD.items()
 } | {
     "missing": (
         replace(HEALTHY, facts={"a": facts("a"), "b": facts("b")}, measured={}, clocks={}, wait_s=7),
@@ -146,7 +146,7 @@ CASES: dict[str, tuple[Seen, str, str, str]] = {
         "Party c came, but did not read its data and build its model within 7 s",
     ),
     "broken": (
-        with_c(trouble=["no model 'm'"], passport=None),
+        with_c(trouble=["no model 'm'"], party_spec=None),
         "error",
         "fit",
         "c cannot begin: no model 'm'.",
@@ -218,25 +218,25 @@ CASES: dict[str, tuple[Seen, str, str, str]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_wrong_is_found_and_nothing_else(name: str) -> None:
-    seen, level, about, says = CASES[name]
+    seen, level, summary, says = CASES[name]
     bad = [finding for finding in findings(seen) if finding.level != "ok"]
     if not seen.measured:
         assert bad.pop() == Finding("warning", "network", "Not measured: that needs all parties.")
-    assert [(finding.level, finding.about) for finding in bad] == [(level, about)]
+    assert [(finding.level, finding.summary) for finding in bad] == [(level, summary)]
     assert re.search(says, bad[0].says)
-    good = {finding.about for finding in findings(seen) if finding.level == "ok"}
-    assert about not in good
+    good = {finding.summary for finding in findings(seen) if finding.level == "ok"}
+    assert summary not in good
 
 
 def test_all_differences_are_told_not_only_the_first() -> None:
     schema = [[f"w{i}", [1], "float32"] for i in range(3)]
     others = {"config": OTHER_SETTINGS["config"], "base": {"x": "0", "y": "0"}, "schema": schema}
     told = [
-        (finding.about, finding.says)
-        for finding in findings(with_c(passport=shown(**others)))
+        (finding.summary, finding.says)
+        for finding in findings(with_c(party_spec=shown(**others)))
         if finding.level == "error"
     ]
-    assert [about for about, _ in told] == ["settings", "settings", "parameters", "base model"]
+    assert [summary for summary, _ in told] == ["settings", "settings", "parameters", "base model"]
     assert "exchange='Plain()'" in told[0][1]
     assert "every_n_steps=5" in told[1][1]
     # w0, w1 and w2 are there only, w and v here only.
@@ -245,9 +245,9 @@ def test_all_differences_are_told_not_only_the_first() -> None:
 
 
 def test_with_errors_the_seconds_of_a_round_are_an_estimate() -> None:
-    seen = with_c(passport=shown(base={}))
+    seen = with_c(party_spec=shown(base={}))
     seen = replace(seen, measured=dict.fromkeys(ROSTER, replace(MEASURED, bytes_per_s=400.0, rounds_s=[])))
-    (about_round,) = [finding for finding in findings(seen) if finding.about == "round"]
+    (about_round,) = [finding for finding in findings(seen) if finding.summary == "round"]
     assert about_round.level == "ok"
     assert about_round.says.endswith(
         "take about 100 ms uncompressed; none was made, since the parties must be mended first."
@@ -265,13 +265,13 @@ def test_what_a_party_of_another_version_tells() -> None:
 # ---- words between parties
 
 
-def inquiries(store: Any, names: tuple[str, ...], act: Callable[[Inquiry], Any], **now: Any) -> list[Any]:
+def inquiries(store: Any, names: tuple[str, ...], act: Callable[[Survey], Any], **now: Any) -> list[Any]:
     """What ``act`` returned at each party, all in threads."""
     results: list[Any] = [None] * len(names)
 
     def party(index: int, name: str) -> None:
         clock = {"now": now[name]} if name in now else {}
-        results[index] = act(Inquiry(Register(store), name, ROSTER, **clock))
+        results[index] = act(Survey(Register(store), name, ROSTER, **clock))
 
     in_threads([lambda i=i, n=n: party(i, n) for i, n in enumerate(names)])
     return results
@@ -286,7 +286,7 @@ def test_who_left_words_behind_is_not_there() -> None:
 
 
 def test_who_says_nothing_is_left_out() -> None:
-    def act(inquiry: Inquiry) -> list[str]:
+    def act(inquiry: Survey) -> list[str]:
         inquiry.meet(10)
         return [] if inquiry.present[2:] and inquiry._name == "c" else list(inquiry.ask("x", 1, 0.4))
 
@@ -304,7 +304,7 @@ def test_offsets_of_clocks() -> None:
 def test_a_clock_that_is_ahead_is_measured() -> None:
     import time
 
-    def act(inquiry: Inquiry) -> dict[str, float]:
+    def act(inquiry: Survey) -> dict[str, float]:
         inquiry.meet(10)
         return clocks(inquiry, 10)
 
@@ -337,7 +337,7 @@ def visits(
     store, results = dist.HashStore(), {}
 
     def party(index: int) -> None:
-        visit = Visit(None, Topology(index, parties), wait_s)
+        visit = DryRun(None, Topology(index, parties), wait_s)
         visit.connect(store)
         patient = make(index)
         results[index] = visit.look(patient, None if patient else ValueError("model='m' cannot be loaded"))
@@ -348,7 +348,7 @@ def visits(
 
 
 def bad(seen: Seen) -> list[tuple[str, str]]:
-    return [(finding.level, finding.about) for finding in findings(seen) if finding.level != "ok"]
+    return [(finding.level, finding.summary) for finding in findings(seen) if finding.level != "ok"]
 
 
 SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -399,7 +399,7 @@ def test_a_rehearsed_round_sends_what_a_round_sends(tmp_path: Path) -> None:
 
 def test_only_what_leaves_a_party_is_counted(tmp_path: Path) -> None:
     (seen, _) = visits(lambda _: rehearsal(tmp_path, module=Tuned(0), aggregation=ShareA()), parties=2)
-    (told,) = [finding.says for finding in findings(seen) if finding.about == "parameters"]
+    (told,) = [finding.says for finding in findings(seen) if finding.summary == "parameters"]
     # A of rank 2 over 8 and over 16 inputs; B and the head stay at home.
     assert f": {2 * 8 + 2 * 16} of {sum(p.numel() for p in Tuned(0).parameters())} leave" in told
 
@@ -486,7 +486,7 @@ def jobs(
             root, rendezvous=address, name=name, roster=ROSTER, tls=tls_of(name), **arguments.get(name, {})
         )
         job = patient.callback.job
-        assert isinstance(job, Job)
+        assert isinstance(job, SeparateJobs)
         results[name] = examine(job, job.topology({}), patient, wait_s=wait_s)
 
     in_threads([lambda name=name: party(name) for name in names])
@@ -529,10 +529,10 @@ def test_a_job_that_is_missing_is_named(
 def test_a_rendezvous_that_refuses_is_a_finding(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(job: Job) -> None:
+    def refuse(job: SeparateJobs) -> None:
         raise dist.DistNetworkError("The rendezvous at h:1 is out of reach.")
 
-    monkeypatch.setattr(Job, "connect", refuse)
+    monkeypatch.setattr(SeparateJobs, "connect", refuse)
     assert jobs("tcp://h:1", tmp_path, ("a",), 1) == {"a": False}
     assert (
         "error    rendezvous: DistNetworkError: The rendezvous at h:1 is out of reach."

@@ -229,7 +229,7 @@ def reach(
     for _ in range(steps):
         correction._stepped(optimizer)
         step()
-    return correction.contribution().extent
+    return correction.contribution().effective_steps
 
 
 # ---- where there is nothing to correct
@@ -323,7 +323,7 @@ def test_skipped_steps_do_not_count(tmp_path: Path) -> None:
         trainer.fit(module, data(STEPS[party], seed=party, batch_size=1))
 
     fit_parties(3, lambda party, federated: fit(FedNova(), party, federated))
-    assert [seen[p].extent for p in range(3)] == pytest.approx([LR * (t - 1) for t in STEPS])
+    assert [seen[p].effective_steps for p in range(3)] == pytest.approx([LR * (t - 1) for t in STEPS])
     fit_parties(3, lambda party, federated: fit(SCAFFOLD(), party, federated))
     for party in range(3):
         # Half precision products leave three digits.

@@ -24,10 +24,10 @@ from tuned import A, B, Tuned, assert_same, differ
 
 from pellm_lightning import Aggregator, Federation, FederationError
 from pellm_lightning.aggregation import Alternating, FrozenA, HeterogeneousRank, LowRankMean, Mean, ShareA
-from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.callbacks.drift import SCAFFOLD, DriftCorrection, FedDyn, FedNova, FedProx
 from pellm_lightning.comm import MismatchError
-from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 from pellm_lightning.privacy import GaussianMechanism
 
 ALL: dict[str, Callable[[], DriftCorrection]] = {
@@ -137,7 +137,7 @@ def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
         module = Classifier(seed=party)
         trainer = quiet_trainer(tmp_path, [federated(), corrections[party]])
         trainer.fit(module, data(8 + 8 * party, seed=party))
-        assert corrections[party].state_dict()["memory"], "a checkpoint may be saved after the fit"
+        assert corrections[party].state_dict()["error_feedback"], "a checkpoint may be saved after the fit"
         return module.vector()
 
     first, again = fit_parties(2, fit), fit_parties(2, fit)
@@ -179,7 +179,7 @@ def test_a_resting_factor_stays_and_keeps_what_is_known_of_it(tmp_path: Path) ->
             super().end_round(mean, counted=counted)
             party = 0 if "0" in self.of else 1
             values = {n: p.detach().clone() for n, p in self._parameters.items()}
-            held[party].append((values, {n: m.clone() for n, m in mean.items()}, dict(self._memory)))
+            held[party].append((values, {n: m.clone() for n, m in mean.items()}, dict(self._error_feedback)))
 
     def fit(party: int, federated: Any) -> None:
         correction = Watching()
@@ -224,7 +224,7 @@ def test_rules_that_change_coordinates_are_refused(tmp_path: Path, name: str, ru
 # ---- parties that are lost, fail, or come late
 
 
-CARRIES = Beside("Test()", vector=True, recoil=0.25)
+CARRIES = AuxiliaryTerms("Test()", vector=True, vector_coefficient=0.25)
 
 
 def carrying(life: Life) -> None:
@@ -234,7 +234,7 @@ def carrying(life: Life) -> None:
 
     def steps(weight: float, loss: float | None = None) -> Any:
         value = (life.index + 1.0) * (aggregator.round + 1)
-        done = step(weight, loss, Contribution(vector={"w": torch.full_like(life.w, value)}))
+        done = step(weight, loss, AuxiliaryValues(vector={"w": torch.full_like(life.w, value)}))
         life.means.append((done.round, done.parties, aggregator.carried["w"].clone()))
         return done
 
@@ -252,7 +252,7 @@ def test_failed_attempts_leave_no_trace(world: Callable[..., World], point: str)
     faults: dict[str, dict[str, Act]] = {name: {"started": carrying} for name in w.roster}
     faults["p2"][f"{point}@2"] = die
     for name in w.roster:
-        w.start(name, faults=faults[name], weight=1.0, beside=CARRIES, train=stays)
+        w.start(name, faults=faults[name], weight=1.0, auxiliary=CARRIES, train=stays)
     w.join()
     start = torch.randn(SIZE, generator=torch.Generator().manual_seed(77))  # of p0, which all took over
     for life in w.lives[:2]:
@@ -277,7 +277,7 @@ def test_who_comes_late_is_given_the_mean(world: Callable[..., World]) -> None:
         late.append(life.aggregator.carried["w"].clone())
         carrying(life)
 
-    common: dict[str, Any] = {"weight": 1.0, "beside": CARRIES, "train": stays}
+    common: dict[str, Any] = {"weight": 1.0, "auxiliary": CARRIES, "train": stays}
     for name in ("p0", "p1"):
         w.start(name, faults={"started": carrying}, pace_s=0.05, **common)
     w.wait_for(2)
@@ -313,7 +313,7 @@ def test_who_does_not_count_keeps_its_memory(tmp_path: Path) -> None:
 
         def noted(mean: Mapping[str, Tensor], *, counted: bool) -> None:
             end(mean, counted=counted)
-            seen[party].append((counted, correction._memory["head.weight"].clone()))
+            seen[party].append((counted, correction._error_feedback["head.weight"].clone()))
 
         correction.end_round = noted  # type: ignore[method-assign]
         module = Overflowing(party)
@@ -327,16 +327,16 @@ def test_who_does_not_count_keeps_its_memory(tmp_path: Path) -> None:
     assert [counted for counted, _ in seen[1]] == [True, False, True]
     assert torch.equal(seen[1][0][1], seen[1][1][1])
     assert not torch.equal(seen[1][1][1], seen[1][2][1])
-    assert all(torch.isfinite(memory).all() for _, memory in seen[0] + seen[1])
+    assert all(torch.isfinite(error_feedback).all() for _, error_feedback in seen[0] + seen[1])
 
 
 def test_a_vector_that_is_not_finite_does_not_count() -> None:
     def act(federation: Federation) -> tuple[Any, Tensor]:
         w = torch.zeros(4)
-        aggregator = Aggregator(federation, {"w": w}, beside=CARRIES)
+        aggregator = Aggregator(federation, {"w": w}, auxiliary=CARRIES)
         aggregator.start()
         value = math.inf if federation.party == 1 else 3.0
-        report = aggregator.step(1.0, None, Contribution(vector={"w": torch.full((4,), value)}))
+        report = aggregator.step(1.0, None, AuxiliaryValues(vector={"w": torch.full((4,), value)}))
         return report, aggregator.carried["w"].clone()
 
     for report, carried in run_parties(3, act):
@@ -400,7 +400,7 @@ def momentum(head: Any) -> torch.optim.Optimizer:
     [
         ([SCAFFOLD(), FedProx(0.1)], Classifier, {}, "2 drift corrections"),
         ([SCAFFOLD()], Manual, {}, "SCAFFOLD.* manual optimization"),
-        ([SCAFFOLD(), RecordLevel(1.0, 1.0)], Classifier, {}, "before RecordLevel"),
+        ([SCAFFOLD(), DPSGD(1.0, 1.0)], Classifier, {}, "before RecordLevel"),
         ([FedNova()], lambda: Classifier(optimizer="Adam"), {}, "not Adam, which scales"),
         ([FedNova()], lambda: Custom(groups), {}, "have different lr"),
         ([FedNova()], lambda: Custom(momentum), {}, "inner_optimizer_state='reset'"),
@@ -482,14 +482,14 @@ def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
 
 def test_a_contribution_is_checked() -> None:
     def act(federation: Federation) -> None:
-        aggregator = Aggregator(federation, {"w": torch.zeros(4)}, beside=CARRIES)
+        aggregator = Aggregator(federation, {"w": torch.zeros(4)}, auxiliary=CARRIES)
         aggregator.start()
         with pytest.raises(ValueError, match=r"round 0 of Test\(\) without a contribution"):
             aggregator.step(1.0)
         with pytest.raises(ValueError, match=r"'w' has shape \[3\] there and \[4\] here"):
-            aggregator.step(1.0, None, Contribution(vector={"w": torch.zeros(3)}))
+            aggregator.step(1.0, None, AuxiliaryValues(vector={"w": torch.zeros(3)}))
         with pytest.raises(ValueError, match="extent=-1"):
-            aggregator.step(1.0, None, Contribution(extent=-1, vector={"w": torch.zeros(4)}))
+            aggregator.step(1.0, None, AuxiliaryValues(effective_steps=-1, vector={"w": torch.zeros(4)}))
 
     run_parties(1, act)
 

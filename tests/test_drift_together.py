@@ -24,9 +24,9 @@ from tuned import A, B, assert_same, differ
 
 from pellm_lightning import Aggregator, Federation, FederationError, RoundReport
 from pellm_lightning.aggregation import Alternating, ShareA
-from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.callbacks.drift import FedDyn
-from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 from pellm_lightning.privacy import GaussianMechanism
 
 PARAMETERS = 200
@@ -68,7 +68,7 @@ def test_after_record_level_all_that_leaves_follows_from_noisy_gradients(tmp_pat
         module, correction, given = Classifier(seed=party), ALL[name](), []
         contribution = correction.contribution
 
-        def noted() -> Contribution:
+        def noted() -> AuxiliaryValues:
             given.append(contribution())
             return given[-1]
 
@@ -78,14 +78,14 @@ def test_after_record_level_all_that_leaves_follows_from_noisy_gradients(tmp_pat
         return module.vector(), given
 
     kept = [Keeps(), Keeps()]
-    private = fit_parties(2, partial(fit, [[RecordLevel(1.0, 0.5), keeps] for keeps in kept], 0))
+    private = fit_parties(2, partial(fit, [[DPSGD(1.0, 0.5), keeps] for keeps in kept], 0))
     replayed = fit_parties(2, partial(fit, [[Replays(keeps.steps)] for keeps in kept], 100))
     assert torch.equal(private[0][0], private[1][0])
     for (vector, given), (other, again) in zip(private, replayed, strict=True):
         assert torch.equal(vector, other)
         assert len(given) == 3, "12 steps"
         for one, two in zip(given, again, strict=True):
-            assert one.extent == two.extent
+            assert one.effective_steps == two.effective_steps
             assert_same(dict(one.vector), dict(two.vector))
 
 
@@ -99,7 +99,7 @@ def test_a_round_without_a_trainer_refuses_sums_without_noise(name: str) -> None
             federation,
             {"w": torch.zeros(4)},
             privacy=GaussianMechanism(1.0, 1.0, distributed=False),
-            beside=ALL[name]().beside,
+            auxiliary=ALL[name]().auxiliary,
         )
 
     with pytest.raises(ValueError, match="differential privacy of a party does not cover"):
@@ -109,17 +109,19 @@ def test_a_round_without_a_trainer_refuses_sums_without_noise(name: str) -> None
 def test_fedprox_adds_nothing_to_a_private_round() -> None:
     """Without noise, so that rounds can be compared; what is given beside the update stays at home."""
 
-    def act(beside: Beside | None, federation: Federation) -> tuple[Tensor, int]:
+    def act(auxiliary: AuxiliaryTerms | None, federation: Federation) -> tuple[Tensor, int]:
         w = torch.zeros(PARAMETERS)
         privacy = GaussianMechanism(1.0, 0.0, distributed=False)
-        aggregator = Aggregator(federation, {"w": w}, privacy=privacy, beside=beside)
+        aggregator = Aggregator(federation, {"w": w}, privacy=privacy, auxiliary=auxiliary)
         aggregator.start()
         w += 1.0 + federation.party
-        given = Contribution(extent=7.0, vector={"w": torch.ones(PARAMETERS)})
+        given = AuxiliaryValues(effective_steps=7.0, vector={"w": torch.ones(PARAMETERS)})
         return w, aggregator.step(1.0, None, given).bytes_sent
 
     for (x, sent), (same, as_much) in zip(
-        run_parties(2, partial(act, ALL["FedProx"]().beside)), run_parties(2, partial(act, None)), strict=True
+        run_parties(2, partial(act, ALL["FedProx"]().auxiliary)),
+        run_parties(2, partial(act, None)),
+        strict=True,
     ):
         assert torch.equal(x, same)
         assert sent == as_much
@@ -136,16 +138,16 @@ def sums_of(messages: list[Message]) -> list[Message]:
 def test_all_that_crosses_a_masked_exchange_is_masked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Vectors of one repeated number would show themselves, as extents would among who comes to meet."""
     messages = tapped(monkeypatch)
-    beside = ALL[name]().beside
+    auxiliary = ALL[name]().auxiliary
 
     def act(federation: Federation) -> tuple[int, dict[str, Tensor]]:
         w = torch.zeros(PARAMETERS)
-        aggregator = Aggregator(federation, {"w": w}, exchange=masked(), beside=beside)
+        aggregator = Aggregator(federation, {"w": w}, exchange=masked(), auxiliary=auxiliary)
         aggregator.start()
         begun = len(messages)
         w += 2.0
         value = 3.0 + federation.party
-        given = Contribution(extent=value, vector={"w": torch.full((PARAMETERS,), value)})
+        given = AuxiliaryValues(effective_steps=value, vector={"w": torch.full((PARAMETERS,), value)})
         aggregator.step(value, None, given)
         return begun, {name: part.clone() for name, part in aggregator.carried.items()}
 
@@ -158,7 +160,7 @@ def test_all_that_crosses_a_masked_exchange_is_masked(monkeypatch: pytest.Monkey
             assert mine[4:].isnan().all(), "neither its loss nor its distance"
     sums = [message for message in sums_of(crossed) if message.sent]
     # The update, and the vector if there is one, of three parties.
-    assert len(sums) >= 3 * (1 + beside.vector)
+    assert len(sums) >= 3 * (1 + auxiliary.vector)
     for message in sums:
         assert len(message.values.unique()) > PARAMETERS / 2
     for _, carried in results:
@@ -170,12 +172,14 @@ def test_all_that_crosses_a_masked_exchange_is_masked(monkeypatch: pytest.Monkey
 def test_a_vector_beyond_the_limit_of_masked_sums_stops_all_and_touches_nothing() -> None:
     def act(federation: Federation) -> tuple[str, Tensor, Tensor]:
         w = torch.zeros(4)
-        aggregator = Aggregator(federation, {"w": w}, exchange=masked(), beside=Beside("Test()", vector=True))
+        aggregator = Aggregator(
+            federation, {"w": w}, exchange=masked(), auxiliary=AuxiliaryTerms("Test()", vector=True)
+        )
         aggregator.start()
         w += 1.0
         value = 1e30 if federation.party == 1 else 1.0
         with pytest.raises(FederationError) as caught:
-            aggregator.step(1.0, None, Contribution(vector={"w": torch.full((4,), value)}))
+            aggregator.step(1.0, None, AuxiliaryValues(vector={"w": torch.full((4,), value)}))
         federation.abort(str(caught.value))
         return str(caught.value), w, aggregator.carried["w"]
 
@@ -233,15 +237,15 @@ def test_a_round_that_fails_after_the_sum_leaves_what_was_carried() -> None:
 
     def act(federation: Federation) -> dict[str, Any]:
         parameters = adapter(3, {"q": (6, 9)}, 2)
-        aggregator = Aggregator(federation, parameters, beside=Beside("Test()", vector=True))
+        aggregator = Aggregator(federation, parameters, auxiliary=AuxiliaryTerms("Test()", vector=True))
         aggregator.start()
-        given = Contribution(vector={name: torch.ones_like(p) for name, p in parameters.items()})
+        given = AuxiliaryValues(vector={name: torch.ones_like(p) for name, p in parameters.items()})
         aggregator.step(1.0, None, given)
         before = aggregator.state_dict()
         for parameter in parameters.values():
             parameter += 1.0
-        twice = Contribution(vector={name: 2 * part for name, part in given.vector.items()})
-        aggregator._replica.products.combine = fails  # type: ignore[method-assign, union-attr]
+        twice = AuxiliaryValues(vector={name: 2 * part for name, part in given.vector.items()})
+        aggregator._global_state.products.combine = fails  # type: ignore[method-assign, union-attr]
         with pytest.raises(FederationError, match="products"):
             aggregator.step(1.0, None, twice)
         after = aggregator.state_dict()
@@ -310,7 +314,7 @@ def test_feddyn_refuses_a_schedule(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, callbacks).fit(Classifier(), data(8, seed=0))
 
     def act(federation: Federation) -> None:
-        Aggregator(federation, {"w": torch.zeros(4)}, beside=FedDyn(0.1).beside, outer_scheduler=FADING)
+        Aggregator(federation, {"w": torch.zeros(4)}, auxiliary=FedDyn(0.1).auxiliary, outer_scheduler=FADING)
 
     with pytest.raises(MisconfigurationException, match="outer_scheduler would undo that"):
         fit_parties(1, fit)
@@ -339,10 +343,10 @@ def world() -> Iterator[World]:
     made.close()
 
 
-BOTH = Beside("Test()", vector=True, rescales=True)
+BOTH = AuxiliaryTerms("Test()", vector=True, rescales=True)
 
 
-def gives(life: Life) -> None:
+def supports(life: Life) -> None:
     """Let a party reach (index + 1) far, and carry (index + 1) * (round + 1) everywhere."""
     aggregator: Any = life.aggregator
     step = aggregator.step
@@ -350,7 +354,7 @@ def gives(life: Life) -> None:
     def steps(weight: float, loss: float | None = None) -> RoundReport:
         far = life.index + 1.0
         vector = {"w": torch.full_like(life.w, far * (aggregator.round + 1))}
-        return step(weight, loss, Contribution(extent=far, vector=vector))
+        return step(weight, loss, AuxiliaryValues(effective_steps=far, vector=vector))
 
     aggregator.step = steps
 
@@ -364,10 +368,10 @@ def walks(life: Life) -> None:
 def test_failed_attempts_move_neither_the_vector_nor_the_schedule(world: World, point: str) -> None:
     """Updates are as long as the parties reach, so the rescaled mean is how far the present ones reach."""
     outer = {"outer_optimizer": partial(torch.optim.SGD, lr=1.0, momentum=0.5), "outer_scheduler": FADING}
-    faults: dict[str, Any] = {name: {"started": gives} for name in world.roster}
+    faults: dict[str, Any] = {name: {"started": supports} for name in world.roster}
     faults["p2"][f"{point}@2"] = die
     for name in world.roster:
-        world.start(name, faults=faults[name], weight=1.0, beside=BOTH, train=walks, **outer)
+        world.start(name, faults=faults[name], weight=1.0, auxiliary=BOTH, train=walks, **outer)
     world.join()
     start = torch.randn(SIZE, generator=torch.Generator().manual_seed(77))  # of p0, which all took over
     for life in world.lives[:2]:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save as packed_by_safetensors
 
-from pellm_lightning.tensors import snapshot as durable
-from pellm_lightning.tensors.snapshot import DamagedError, StateDir
+from pellm_lightning.tensors import snapshot
+from pellm_lightning.tensors.snapshot import DamagedError, SnapshotDir
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -60,12 +60,12 @@ def adam_state() -> dict[str, Any]:
 
 @given(state=states)
 def test_what_is_packed_comes_back(state: dict[str, Any]) -> None:
-    assert same(state, durable.unpack(durable.pack(state)))
+    assert same(state, snapshot.unpack(snapshot.pack(state)))
 
 
 def test_an_optimizer_goes_on_from_its_unpacked_state() -> None:
     state = adam_state()
-    found = durable.unpack(durable.pack(state))
+    found = snapshot.unpack(snapshot.pack(state))
     assert same(state, found)
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(6))])
     optimizer.load_state_dict(found["outer_optimizer"])
@@ -76,7 +76,7 @@ def test_an_optimizer_goes_on_from_its_unpacked_state() -> None:
 @given(state=states)
 def test_the_bytes_are_safetensors(state: dict[str, Any]) -> None:
     """Those of its own functions are read, and they read ours: each value at its place, and all of them."""
-    packed = durable.pack(state)
+    packed = snapshot.pack(state)
     with tempfile.NamedTemporaryFile() as file:
         file.write(packed)
         file.flush()
@@ -84,7 +84,7 @@ def test_the_bytes_are_safetensors(state: dict[str, Any]) -> None:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata()
     assert json.loads(metadata["words"])
-    assert same(state, durable.unpack(packed_by_safetensors(tensors, metadata)))
+    assert same(state, snapshot.unpack(packed_by_safetensors(tensors, metadata)))
 
 
 def longest_pause(act: Callable[[], Any]) -> float:
@@ -108,10 +108,10 @@ def longest_pause(act: Callable[[], Any]) -> float:
 def test_a_large_state_does_not_stop_the_heart(tmp_path: Path) -> None:
     """Who holds the interpreter for as long as it takes to copy gigabytes is taken for dead."""
     state = {"global": torch.ones(1 << 25)}  # 128 MiB
-    packed, states = durable.pack(state), StateDir(tmp_path)
+    packed, states = snapshot.pack(state), SnapshotDir(tmp_path)
     acts: list[Callable[[], Any]] = [
-        lambda: durable.pack(state),
-        lambda: durable.unpack(packed),
+        lambda: snapshot.pack(state),
+        lambda: snapshot.unpack(packed),
         lambda: states.keep(1, state),
         states.newest,
     ]
@@ -124,16 +124,16 @@ def test_a_large_state_does_not_stop_the_heart(tmp_path: Path) -> None:
 
 @given(state=states, data=st.data())
 def test_a_damaged_state_is_refused(state: dict[str, Any], data: st.DataObject) -> None:
-    packed = durable.pack(state)
+    packed = snapshot.pack(state)
     where = data.draw(st.integers(0, len(packed) - 1))
     cut = packed[:where]
     with pytest.raises(DamagedError):
-        durable.unpack(cut)
+        snapshot.unpack(cut)
     changed = bytearray(packed)
     changed[where] ^= 1 << data.draw(st.integers(0, 7))
     # A bit of the header may mean nothing, such as one of a blank; then what is read is the same.
     try:
-        found = durable.unpack(bytes(changed))
+        found = snapshot.unpack(bytes(changed))
     except DamagedError:
         return
     assert same(state, found)
@@ -142,7 +142,7 @@ def test_a_damaged_state_is_refused(state: dict[str, Any], data: st.DataObject) 
 @given(raw=st.binary(max_size=200))
 def test_other_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(DamagedError):
-        durable.unpack(raw)
+        snapshot.unpack(raw)
 
 
 HEADER = {"__metadata__": {}, "t0": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
@@ -173,7 +173,7 @@ HEADER = {"__metadata__": {}, "t0": {"dtype": "F32", "shape": [2], "data_offsets
 def test_a_header_that_lies_is_refused(header: Any) -> None:
     words = json.dumps(header).encode()
     with pytest.raises(DamagedError) as caught:
-        durable.unpack(len(words).to_bytes(8, "little") + words + bytes(8))
+        snapshot.unpack(len(words).to_bytes(8, "little") + words + bytes(8))
     assert "'digest'" not in str(caught.value), "nothing was wrong until the digest was looked for"
 
 
@@ -190,30 +190,30 @@ def test_no_planted_code_runs(tmp_path: Path) -> None:
         path = tmp_path / f"round-{number}.safetensors"
         save({"round": Planted()}, path)
         with pytest.raises(DamagedError):
-            durable.unpack(path.read_bytes())
+            snapshot.unpack(path.read_bytes())
         with pytest.raises(DamagedError):
-            StateDir(tmp_path).newest()
+            SnapshotDir(tmp_path).newest()
 
 
 def test_equal_states_have_equal_digests_and_no_others() -> None:
     state = adam_state()
-    assert durable.digest(state) == durable.digest(adam_state())
+    assert snapshot.digest(state) == snapshot.digest(adam_state())
     for change in ({"round": 4}, {"global": state["global"].double()}, {"global": state["global"].flip(0)}):
-        assert durable.digest(state | change) != durable.digest(state)
+        assert snapshot.digest(state | change) != snapshot.digest(state)
     nudged = state["global"].clone()
     nudged[5] = math.nextafter(float(nudged[5]), 100) + 1e-6
-    assert durable.digest(state | {"global": nudged}) != durable.digest(state)
+    assert snapshot.digest(state | {"global": nudged}) != snapshot.digest(state)
 
 
 def test_an_object_is_no_state() -> None:
     with pytest.raises(TypeError, match="cannot hold a object"):
-        durable.pack({"x": object()})
+        snapshot.pack({"x": object()})
     with pytest.raises(TypeError, match="cannot hold a Tensor of complex64"):
-        durable.pack({"x": torch.zeros(2, dtype=torch.complex64)})
+        snapshot.pack({"x": torch.zeros(2, dtype=torch.complex64)})
 
 
 def test_the_last_two_rounds_are_kept(tmp_path: Path) -> None:
-    states = StateDir(tmp_path / "new" / "federation")
+    states = SnapshotDir(tmp_path / "new" / "federation")
     assert states.newest() is None
     for round in (8, 9, 10, 10):
         states.keep(round, {"round": round})
@@ -228,9 +228,9 @@ def test_the_last_two_rounds_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("good", [True, False])
 def test_a_file_cut_in_half_is_refused_with_the_last_good_one(tmp_path: Path, good: bool) -> None:
-    states = StateDir(tmp_path)
+    states = SnapshotDir(tmp_path)
     states.keep(4, adam_state())
-    assert states.keep(5, adam_state()) == durable.digest(adam_state())
+    assert states.keep(5, adam_state()) == snapshot.digest(adam_state())
     newest, before = tmp_path / "round-5.safetensors", tmp_path / "round-4.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     if not good:
@@ -246,7 +246,7 @@ def test_a_file_cut_in_half_is_refused_with_the_last_good_one(tmp_path: Path, go
 
 
 def test_a_write_that_fails_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = StateDir(tmp_path)
+    states = SnapshotDir(tmp_path)
     states.keep(1, {"round": 1})
 
     def full(descriptor: int) -> None:

@@ -41,9 +41,9 @@ from pellm_lightning.comm import (
     MismatchError,
     TooFewPartiesError,
 )
-from pellm_lightning.comm.elastic.commit import Decisions
-from pellm_lightning.comm.elastic.quorum_view import Plan, Roll
-from pellm_lightning.comm.elastic.register import KEPT_EPOCHS, Register
+from pellm_lightning.comm.elastic.commit import CommitProtocol
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView
+from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register
 from pellm_lightning.comm.mesh.mesh import Mesh
 
 MANY = 1_000_000
@@ -438,7 +438,7 @@ def test_a_straggler_is_left_out_and_comes_back(world: Callable[..., World]) -> 
 
 
 @pytest.mark.parametrize(
-    "where", ["training@3", "roll:after@3", "exchanging@3", "vote:before@4", "vote:after@4"]
+    "where", ["training@3", "member:after@3", "exchanging@3", "vote:before@4", "vote:after@4"]
 )
 def test_who_slept_finds_itself_outside_and_comes_back(world: Callable[..., World], where: str) -> None:
     w = world(4, rounds=MANY, heartbeat_ttl_s=BRIEF_S)
@@ -468,8 +468,8 @@ def test_who_slept_through_many_epochs(world: Callable[..., World]) -> None:
 
 POINTS = [
     "training@2",
-    "roll:before@2",
-    "roll:after@2",
+    "member:before@2",
+    "member:after@2",
     "plan:before@2",
     "plan:after@2",
     "forming@0",
@@ -527,7 +527,7 @@ def test_killed_during_the_transfer_of_state(world: Callable[..., World], role: 
     w.judged()
 
 
-AWAY = ["roll:before@2", "exchanging@2", "vote:after@3", "settled@3"]
+AWAY = ["member:before@2", "exchanging@2", "vote:after@3", "settled@3"]
 
 
 @pytest.mark.parametrize(
@@ -552,7 +552,7 @@ def test_rendezvous_lost_after_a_decision_to_abort(world: Callable[..., World]) 
     w = world(3, rounds=MANY)
     w.start("p2", faults={"voting@3": die})
     # Its vote is given up, and the next that it writes is the number of the next meeting.
-    (outlives,) = w.start("p0", faults={"epoch:before@3": without_rendezvous(0.3)})
+    (outlives,) = w.start("p0", faults={"term:before@3": without_rendezvous(0.3)})
     w.start("p1")
     w.until(lambda: not outlives.faults)
     w.start("p2")
@@ -599,7 +599,7 @@ class Twist:
         return changed
 
 
-KINDS = ["roll", "plan", "vote", "decision", "at", "passport", "epoch", "ended"]
+KINDS = ["member", "view", "vote", "decision", "at", "party_spec", "term", "ended"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -759,7 +759,7 @@ def test_a_rendezvous_that_is_lost_again_at_once_is_waited_for(world: Callable[.
         life.world.rendezvous.restart()
         without_rendezvous(0.3)(life)
 
-    points = ("roll:before@2", "roll:after@3", "epoch:before@4", "vote:after@6")
+    points = ("member:before@2", "member:after@3", "term:before@4", "vote:after@6")
     w.start("p0", pace_s=0.01, faults=dict.fromkeys(points, flickers))
     w.start("p1", "p2", pace_s=0.01)
     w.until(lambda: not w.lives[0].faults, 10)
@@ -827,24 +827,25 @@ def test_a_death_leaves_no_keys_behind(victim: int) -> None:
     """Who should have deleted what is old may have died instead."""
     rendezvous, names = Rendezvous(), ["p0", "p1", "p2", "p3"]
     rolls = {
-        name: Roll(1, "now", "host:1", "", None, 1, "", "exchange", "", True, words={}) for name in names
+        name: QuorumMember(1, "now", "host:1", "", None, 1, "", "exchange", "", True, words={})
+        for name in names
     }
     registers = [Register(Client(rendezvous, name, lambda *_: None)) for name in names]  # type: ignore[arg-type]
     peers: Any = None
     for register in registers:
         register.renew()
-    registers[0].claim("epoch", 1)
+    registers[0].claim("term", 1)
     for epoch in range(1, 80):
-        plan = Plan.of(epoch, "new", rolls)
-        registers[0].claim(f"plan/{epoch}", plan.to_json())
+        plan = QuorumView.of(epoch, "new", rolls)
+        registers[0].claim(f"view/{epoch}", plan.to_json())
         for index, (name, register) in enumerate(zip(names, registers, strict=True)):
-            decisions = Decisions(register, peers, name, "now")
-            decisions.abort(plan, "a test")
+            commit_protocol = CommitProtocol(register, peers, name, "now")
+            commit_protocol.abort(plan, "a test")
             if index != victim or not 30 <= epoch < 36:
-                decisions.end(plan)
-    kept = {int(key.rpartition("/")[2]) for key in rendezvous.values("/plan/")}
-    assert kept == set(range(79 - KEPT_EPOCHS + 1, 80))
-    assert len(rendezvous.values("/decision/")) == KEPT_EPOCHS
+                commit_protocol.end(plan)
+    kept = {int(key.rpartition("/")[2]) for key in rendezvous.values("/view/")}
+    assert kept == set(range(79 - KEPT_TERMS + 1, 80))
+    assert len(rendezvous.values("/decision/")) == KEPT_TERMS
 
 
 def test_a_member_that_speaks_out_of_turn_costs_an_attempt(

@@ -136,9 +136,9 @@ def test_a_terminal_is_shared_by_parties_of_one_launcher(
 def test_rank_zero_means_the_partys(launched: Any) -> None:
     before = utils_rank_zero_only.rank
     try:
-        environment.speak_as(1)
+        environment.set_rank_zero(1)
         assert rank_zero_only.rank == utils_rank_zero_only.rank == 1
-        environment.speak_as(0)
+        environment.set_rank_zero(0)
         assert rank_zero_only.rank == utils_rank_zero_only.rank == 0
     finally:
         utils_rank_zero_only.rank = before
@@ -167,7 +167,7 @@ SPEAKER, FOLLOWER = Topology(1, 2, 0, 2), Topology(1, 2, 1, 2)
 
 def test_a_party_of_one_acts_without_a_broadcast() -> None:
     party = Party(Topology(), SimpleNamespace())  # type: ignore[arg-type]
-    assert party.speak(lambda: 7) == 7
+    assert party.on_leader(lambda: 7) == 7
     assert party.sum([1.0, 2.5]) == [1.0, 2.5]
     vector = torch.ones(2)
     assert party.broadcast_(vector) is vector
@@ -175,9 +175,9 @@ def test_a_party_of_one_acts_without_a_broadcast() -> None:
 
 def test_the_speaker_acts_and_all_get_the_result() -> None:
     heard: Any = Heard()
-    assert Party(SPEAKER, heard).speak(lambda: {"round": 3}) == {"round": 3}
+    assert Party(SPEAKER, heard).on_leader(lambda: {"round": 3}) == {"round": 3}
     follower: Any = Heard(heard.said)
-    assert Party(FOLLOWER, follower).speak(lambda: pytest.fail("only the speaker acts")) == {"round": 3}
+    assert Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts")) == {"round": 3}
 
 
 def test_an_error_of_the_speaker_is_raised_by_all() -> None:
@@ -186,10 +186,10 @@ def test_an_error_of_the_speaker_is_raised_by_all() -> None:
 
     heard: Any = Heard()
     with pytest.raises(ArithmeticError, match="broken"):
-        Party(SPEAKER, heard).speak(fail)
+        Party(SPEAKER, heard).on_leader(fail)
     follower: Any = Heard(heard.said)
     with pytest.raises(FederationError, match="The first process of party 1 failed: ArithmeticError: broken"):
-        Party(FOLLOWER, follower).speak(lambda: pytest.fail("only the speaker acts"))
+        Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts"))
 
 
 # ---- no launcher

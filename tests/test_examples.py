@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from pellm_lightning import Overlap
-from pellm_lightning.cli import federated_cli as cli
+from pellm_lightning.cli import federated_cli
 from pellm_lightning.comm import Membership
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.exchange import Quantized
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.tasks.partition import dirichlet
@@ -155,7 +155,7 @@ def test_config_parses(
         sys, "argv", ["pellm_lightning", "fit", "--config", str(EXAMPLES / config), "--print_config"]
     )
     with pytest.raises(SystemExit) as exited:
-        cli.main()
+        federated_cli.main()
     assert exited.value.code == 0
     assert "pellm_lightning.tasks." in capsys.readouterr().out
 
@@ -168,7 +168,7 @@ def test_overlay_parses(
     words += ["--config", str(EXAMPLES / f"aggregation/{name}.yaml")]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", "fit", *words, "--print_config"])
     with pytest.raises(SystemExit) as exited:
-        cli.main()
+        federated_cli.main()
     assert exited.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["federated"]["aggregation"]["class_path"] == f"pellm_lightning.aggregation.{RULES[name]}"
@@ -183,10 +183,10 @@ def test_parties_as_separate_jobs_parse(
     words = [word.replace("examples/", f"{EXAMPLES}/") for word in words]
     monkeypatch.setattr(sys, "argv", [name, *words, "--print_config"])
     with pytest.raises(SystemExit) as exited:
-        cli.main()
+        federated_cli.main()
     assert exited.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)["federated"]
-    job = Job.configured(printed["rendezvous"], printed["name"], printed["roster"], environ={})
+    job = SeparateJobs.configured(printed["rendezvous"], printed["name"], printed["roster"], environ={})
     assert job is not None
     assert (job.name, job.roster) == ("a", ("a", "b", "c"))
     assert Membership(**printed["membership"]).wait_s == 600
@@ -203,7 +203,7 @@ def laid_over(
         words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
         monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
         with pytest.raises(SystemExit) as exited:
-            cli.main()
+            federated_cli.main()
         assert exited.value.code == 0
         return yaml.safe_load(capsys.readouterr().out)["federated"]
 
@@ -212,7 +212,7 @@ def laid_over(
 
 def test_party_level_privacy_is_laid_over_masked_sums(laid_over: Callable[[str], Any]) -> None:
     printed = laid_over("privacy/party_level.yaml")
-    assert printed["exchange"]["class_path"].endswith("Masked")
+    assert printed["exchange"]["class_path"].endswith("SecureAggregation")
     GaussianMechanism(**printed["privacy"]["init_args"])
     assert printed["weighting"] == "uniform"
 
@@ -494,5 +494,5 @@ def test_the_header_of_an_overlay_tells_how_to_test_its_result(
     quiet = ["--trainer.limit_test_batches=2", "--trainer.enable_progress_bar=false"]
     quiet += ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--seed_everything=false"]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, *quiet])
-    cli.main()
+    federated_cli.main()
     assert "test_accuracy" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pellm_lightning import Federation, FederationError
 from pellm_lightning.exchange.secure.key_agreement import agree, shared_key, tell
-from pellm_lightning.exchange.secure.signing_keys import Peers
+from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
 
 SOON_S = 8.0
 N = 3
@@ -98,10 +98,10 @@ def row_of(content: bytes) -> Tensor:
 
 
 def agreed(
-    federation: Any, which: str = "ours", peers: Peers | None = None, settings: str = "same"
+    federation: Any, which: str = "ours", peers: TrustedKeys | None = None, settings: str = "same"
 ) -> dict[int, bytes]:
     own = identity_of(federation.name, which)
-    return agree(federation, own, peers or Peers(keys()), settings)
+    return agree(federation, own, peers or TrustedKeys(keys()), settings)
 
 
 def test_two_and_only_two_have_each_key_and_each_time_another() -> None:
@@ -146,7 +146,7 @@ def test_a_stranger_is_named() -> None:
 def test_two_parties_with_each_others_keys_are_refused() -> None:
     def act(federation: Federation) -> Any:
         other = {0: "1", 1: "0", 2: "2"}[federation.party]
-        return agree(federation, identity_of(other), Peers(keys()), "same")
+        return agree(federation, identity_of(other), TrustedKeys(keys()), "same")
 
     assert any("cannot tell whether party" in words for words in refused(act))
 

@@ -57,7 +57,7 @@ def aggregator_of(federation: Federation, parameters: Mapping[str, Tensor], **ar
 
 
 def owed(aggregator: Aggregator) -> Tensor:
-    return aggregator.state_dict()["memory"]["residuals"]
+    return aggregator.state_dict()["error_feedback"]["residuals"]
 
 
 # ---- what rounds compute
@@ -285,29 +285,31 @@ def test_residuals_are_a_partys_own() -> None:
         aggregator = aggregator_of(federation, parameters, exchange=TopK(chunk_size=64, k=4))
         drift(0.1)(federation.party, 0, parameters)
         aggregator.step(1.0)
-        return owed(aggregator), aggregator._replica.state()
+        return owed(aggregator), aggregator._global_state.state()
 
     results = run_parties(2, act)
     assert not torch.equal(results[0][0], results[1][0])
     for _, state in results:
-        assert "memory" not in state, "it would be compared, made durable, and handed to who comes late"
+        assert "error_feedback" not in state, (
+            "it would be compared, made durable, and handed to who comes late"
+        )
 
 
 def test_residuals_of_other_parameters_are_refused() -> None:
-    memory = TopK().memory(torch.zeros(10))
+    error_feedback = TopK().new_error_feedback(torch.zeros(10))
     with pytest.raises(ValueError, match="are 11 numbers, but the parameters are 10"):
-        memory.load_state_dict({"residuals": torch.ones(11)})
+        error_feedback.load_state_dict({"residuals": torch.ones(11)})
 
 
 def test_residuals_of_a_checkpoint_that_the_others_have_gone_beyond_are_forgotten() -> None:
     state = {"residuals": torch.ones(10)}
-    behind, present = TopK().memory(torch.zeros(10)), TopK().memory(torch.zeros(10))
-    for memory in (behind, present):
-        memory.load_state_dict(state)
+    behind, present = TopK().new_error_feedback(torch.zeros(10)), TopK().new_error_feedback(torch.zeros(10))
+    for error_feedback in (behind, present):
+        error_feedback.load_state_dict(state)
     present.begin(7, [True, True])
     present.commit()  # a round stands that it took part in: what it owes is known to be owed
-    for memory in (behind, present):
-        memory.overtaken()
+    for error_feedback in (behind, present):
+        error_feedback.overtaken()
     assert torch.equal(behind.state_dict()["residuals"], torch.zeros(10))
     assert torch.equal(present.state_dict()["residuals"], torch.ones(10))
 
@@ -317,14 +319,16 @@ def test_what_is_no_part_of_the_vector_crosses_exactly() -> None:
 
     def act(federation: Federation) -> None:
         exchange, vector, other = TopK(chunk_size=8, k=1), random(federation.party, 40), random(9, 40)
-        memory = exchange.memory(vector)
-        assert memory is not None
-        memory.begin(0, [True, True])
-        exchange.open(federation, lambda: None, memory=memory).all_reduce_each_([vector[8:32], other[8:32]])
+        error_feedback = exchange.new_error_feedback(vector)
+        assert error_feedback is not None
+        error_feedback.begin(0, [True, True])
+        exchange.open(federation, lambda: None, error_feedback=error_feedback).all_reduce_each_(
+            [vector[8:32], other[8:32]]
+        )
         assert torch.equal(other[8:32], 2 * random(9, 40)[8:32])
         assert torch.equal(vector[:8], random(federation.party, 40)[:8])
-        memory.commit()
-        owes = memory.state_dict()["residuals"]
+        error_feedback.commit()
+        owes = error_feedback.state_dict()["residuals"]
         assert owes[8:32].count_nonzero() >= 21
         assert not torch.cat([owes[:8], owes[32:]]).any()
         kept = random(federation.party, 40)[8:32] - owes[8:32]  # this party's part of the sum
@@ -334,17 +338,17 @@ def test_what_is_no_part_of_the_vector_crosses_exactly() -> None:
 
 
 def test_an_attempt_that_is_given_up_changes_no_residual() -> None:
-    memory = TopK().memory(torch.zeros(10))
-    for end in (memory.discard, lambda: memory.begin(3, [True])):
-        memory.begin(3, [True])
-        memory.lost(2, 5).fill_(1.0)
+    error_feedback = TopK().new_error_feedback(torch.zeros(10))
+    for end in (error_feedback.discard, lambda: error_feedback.begin(3, [True])):
+        error_feedback.begin(3, [True])
+        error_feedback.lost(2, 5).fill_(1.0)
         end()
-        memory.commit()
-        assert not memory.state_dict()["residuals"].any()
-    memory.lost(2, 5).fill_(1.0)
-    memory.lost(7, 8).fill_(math.nan)  # of a round whose values overflowed
-    memory.commit()
-    assert memory.state_dict()["residuals"].tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+        error_feedback.commit()
+        assert not error_feedback.state_dict()["residuals"].any()
+    error_feedback.lost(2, 5).fill_(1.0)
+    error_feedback.lost(7, 8).fill_(math.nan)  # of a round whose values overflowed
+    error_feedback.commit()
+    assert error_feedback.state_dict()["residuals"].tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -417,7 +421,7 @@ def test_an_attempt_that_failed_and_members_that_change_lose_nothing(world: Call
     def notes(life: Life) -> None:
         aggregator = life.aggregator
         assert aggregator is not None
-        average = aggregator._replica.updates.average
+        average = aggregator._global_state.updates.average
 
         def averages(counting: Any, *more: Any) -> Any:
             with lock:
@@ -426,7 +430,7 @@ def test_an_attempt_that_failed_and_members_that_change_lose_nothing(world: Call
                 wanted[life.name, aggregator.round] = counting.share * update  # the last attempt stands
             return average(counting, *more)
 
-        aggregator._replica.updates.average = averages
+        aggregator._global_state.updates.average = averages
 
     lives = federation.start("p0", "p1", "p2", exchange=exchange, faults={"forming@0": notes})
     lives += federation.start("p3", exchange=exchange, faults={"forming@0": notes, "voting@2": dies})
@@ -676,7 +680,7 @@ def test_arguments_are_checked(make: Callable[[], Exchange], words: str) -> None
         (LowRankMean(solver="power"), Quantized(), "a compressed exchange would save nothing"),
         (HeterogeneousRank(solver="power"), Cast(), "Use solver='exact'"),
         (HeterogeneousRank(), Quantized(), "gives the factors new coordinates"),
-        (LowRankMean(gauge="svd"), Cast(), r"Use LowRankMean\(\) with gauge='procrustes'"),
+        (LowRankMean(factorization="svd"), Cast(), r"Use LowRankMean\(\) with gauge='procrustes'"),
         (LowRankMean(), TopK(), "needs the parties' whole factors"),
         (Stacking(), TopK(), r"or exchange.Quantized\(...\)"),
     ],

@@ -22,7 +22,7 @@ from masked import identity_of, keys, masked
 from torch import Tensor
 
 from pellm_lightning import FederationError
-from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, Mask, Ring
+from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, FixedPoint, KeyStream
 
 DIGITS = 24
 BALLOT = 3
@@ -103,8 +103,8 @@ class Transcript:
                 total = torch.stack(list(attempt.masked.values())).sum(0)
                 value = torch.empty(SIZE, dtype=torch.float64)
                 # The vector comes first in each party's stream.
-                masks = [Mask(key) for key in attempt.revealed.values()]
-                Ring(64, DIGITS, len(attempt.members)).decode_(total, value, masks)
+                masks = [KeyStream(key) for key in attempt.revealed.values()]
+                FixedPoint(64, DIGITS, len(attempt.members)).decode_(total, value, masks)
                 read.append((attempt, value))
         return read
 

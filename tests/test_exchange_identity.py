@@ -12,8 +12,8 @@ from masked import identity_of, keys, masked
 from parties import run_parties
 
 from pellm_lightning import Federation
-from pellm_lightning.exchange import Masked
-from pellm_lightning.exchange.secure.signing_keys import Identity, Peers, make_identity
+from pellm_lightning.exchange import SecureAggregation
+from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys, make_identity
 
 
 # RFC 8032, section 7.1, tests 1 and 2: secret key, public key, message, signature.
@@ -45,11 +45,11 @@ def test_signatures_are_ed25519_as_rfc_8032_has_it(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
-    identity = Identity(tmp_path / "a.key")
+    identity = SigningKey(tmp_path / "a.key")
     words = f"ed25519:{base64.b64encode(bytes.fromhex(public)).decode()}"
     assert identity.public == words
     assert identity.sign(bytes.fromhex(message)).hex() == signature
-    peers = Peers({"a": words})
+    peers = TrustedKeys({"a": words})
     assert peers.signed("a", bytes.fromhex(signature), bytes.fromhex(message))
     assert not peers.signed("a", bytes.fromhex(signature), bytes.fromhex(message) + b"x")
     assert not peers.signed("a", bytes(64), bytes.fromhex(message))
@@ -59,9 +59,9 @@ def test_a_made_key_is_its_owners_alone(tmp_path: Path) -> None:
     private, words = make_identity(tmp_path / "new", "clinic-a")
     assert private == tmp_path / "new/clinic-a.key"
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
-    assert Identity(private).public == words
+    assert SigningKey(private).public == words
     assert (tmp_path / "new/clinic-a.pub").read_text() == f"{words}\n"
-    assert Peers(tmp_path / "new").of("clinic-a") == words
+    assert TrustedKeys(tmp_path / "new").of("clinic-a") == words
     assert words not in private.read_text()
     assert make_identity(tmp_path / "new", "clinic-b")[1] != words
 
@@ -82,21 +82,21 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_what_is_no_identity_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be read.*keys"):
-        Identity(tmp_path / "none.key")
+        SigningKey(tmp_path / "none.key")
     (tmp_path / "words.key").write_text("words")
     with pytest.raises(ValueError, match="cannot be read"):
-        Identity(tmp_path / "words.key")
+        SigningKey(tmp_path / "words.key")
     other = generate_private_key(SECP256R1())
     pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
     (tmp_path / "other.key").write_bytes(other.private_bytes(*pem, serialization.NoEncryption()))
     with pytest.raises(ValueError, match="is no Ed25519 key"):
-        Identity(tmp_path / "other.key")
+        SigningKey(tmp_path / "other.key")
     locked = Ed25519PrivateKey.generate().private_bytes(
         *pem, serialization.BestAvailableEncryption(b"secret")
     )
     (tmp_path / "locked.key").write_bytes(locked)
     with pytest.raises(ValueError, match="cannot be read"):
-        Identity(tmp_path / "locked.key")
+        SigningKey(tmp_path / "locked.key")
 
 
 GOOD = "ed25519:" + base64.b64encode(bytes(range(32))).decode()
@@ -115,20 +115,20 @@ GOOD = "ed25519:" + base64.b64encode(bytes(range(32))).decode()
 )
 def test_malformed_peers_are_refused_by_name(peers: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Peers(peers)
+        TrustedKeys(peers)
 
 
 def test_an_empty_folder_holds_no_peers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no public keys"):
-        Peers(tmp_path)
+        TrustedKeys(tmp_path)
 
 
 def test_the_fingerprint_tells_any_difference() -> None:
     a, b, c = (identity_of(name).public for name in "012")
-    same = {Peers({"a": a, "b": b}).fingerprint, Peers({"b": b, "a": a}).fingerprint}
+    same = {TrustedKeys({"a": a, "b": b}).fingerprint, TrustedKeys({"b": b, "a": a}).fingerprint}
     assert len(same) == 1
     others = [{"a": b, "b": a}, {"a": a, "c": b}, {"a": a, "b": b, "c": c}, {"a": a}]
-    assert not same & {Peers(other).fingerprint for other in others}
+    assert not same & {TrustedKeys(other).fingerprint for other in others}
 
 
 def test_peers_may_be_in_words_or_in_a_folder() -> None:
@@ -162,7 +162,7 @@ def test_all_that_must_be_equal_is_in_its_words() -> None:
 # ---- refused before a federation begins
 
 
-def refused(num_parties: int, exchange: Masked) -> list[str]:
+def refused(num_parties: int, exchange: SecureAggregation) -> list[str]:
     def act(federation: Federation) -> str:
         with pytest.raises(ValueError, match="part") as caught:
             exchange.check(federation)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pellm_lightning.exchange.secure import fixed_point as ring
-from pellm_lightning.exchange.secure.fixed_point import Mask, Ring
+from pellm_lightning.exchange.secure import fixed_point
+from pellm_lightning.exchange.secure.fixed_point import FixedPoint, KeyStream
 
 I64 = torch.int64
 
@@ -19,7 +19,7 @@ KEY = bytes(16)
 
 def stream(key: bytes, nonce: int, size: int) -> bytes:
     block = np.empty(size // 4, np.int32)
-    Mask(key, nonce).write(block)
+    KeyStream(key, nonce).write(block)
     return block.tobytes()
 
 
@@ -39,23 +39,27 @@ def test_a_key_makes_other_masks_for_each_nonce() -> None:
 
 def test_a_stream_goes_on_wherever_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = torch.frombuffer(bytearray(stream(KEY, 0, 8000)), dtype=I64)
-    monkeypatch.setattr(ring, "_NUMBERS", 7)  # of 8 bytes each: no multiple of the cipher's blocks of 16
-    mask, zeros = Mask(KEY), torch.zeros(1000, dtype=I64)
-    parts = [Ring(64, 24, 3).encode(part, added=[mask]) for part in zeros.split([0, 1, 499, 500])]
+    monkeypatch.setattr(
+        fixed_point, "_NUMBERS", 7
+    )  # of 8 bytes each: no multiple of the cipher's blocks of 16
+    mask, zeros = KeyStream(KEY), torch.zeros(1000, dtype=I64)
+    parts = [FixedPoint(64, 24, 3).encode(part, added=[mask]) for part in zeros.split([0, 1, 499, 500])]
     assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("bits", [32, 64])
 def test_masks_go_in_and_out(bits: int) -> None:
-    fixed = Ring(bits, 20, 3)
+    fixed = FixedPoint(bits, 20, 3)
     values = torch.randint(-1000, 1000, (70_000,)).float() / 1024
     plain = fixed.encode(values.clone())
     a, b = KEY[1:] + b"a", KEY[1:] + b"b"
-    masked = fixed.encode(values.clone(), added=[Mask(a)], subtracted=[Mask(b, 7)])
+    masked = fixed.encode(values.clone(), added=[KeyStream(a)], subtracted=[KeyStream(b, 7)])
     assert (masked == plain).float().mean() < 1e-3
-    again = fixed.encode(values.clone(), added=[Mask(b, 7), Mask(a), Mask(b)], subtracted=[Mask(b, 7)])
+    again = fixed.encode(
+        values.clone(), added=[KeyStream(b, 7), KeyStream(a), KeyStream(b)], subtracted=[KeyStream(b, 7)]
+    )
     back = torch.empty(70_000)
-    fixed.decode_(again, back, [Mask(a), Mask(b)])
+    fixed.decode_(again, back, [KeyStream(a), KeyStream(b)])
     assert torch.equal(back, values)
 
 
@@ -72,8 +76,8 @@ def test_numbers_come_back_to_half_a_unit(
 ) -> None:
     x = torch.tensor(values, dtype=dtype)
     before = x.double().clone()
-    with mock.patch.object(ring, "_NUMBERS", block):
-        fixed = Ring(bits, fractional_bits, 4)
+    with mock.patch.object(fixed_point, "_NUMBERS", block):
+        fixed = FixedPoint(bits, fractional_bits, 4)
         integers = fixed.encode(x)
         exact = [round(float(value) * 2**fractional_bits) for value in before]
         assert integers.tolist() == exact, "nearest integer, halves to even"
@@ -84,16 +88,16 @@ def test_numbers_come_back_to_half_a_unit(
 
 def test_32_bits_take_no_memory_of_their_own_and_64_leave_the_numbers_alone() -> None:
     x = torch.ones(10)
-    assert Ring(64, 24, 3).encode(x).data_ptr() != x.data_ptr()
+    assert FixedPoint(64, 24, 3).encode(x).data_ptr() != x.data_ptr()
     assert torch.equal(x, torch.ones(10))
-    assert Ring(32, 24, 3).encode(x).data_ptr() == x.data_ptr()
+    assert FixedPoint(32, 24, 3).encode(x).data_ptr() == x.data_ptr()
 
 
 # (2^63 - 1) / 4 is next to 2^61, which float64 takes for it; four times 2^61 would wrap around to -2^63.
 @pytest.mark.parametrize("parties", [3, 4, 5, 8, 64, 100])
 @pytest.mark.parametrize(("bits", "fractional_bits"), [(32, 1), (32, 24), (64, 1), (64, 24), (64, 56)])
 def test_what_is_within_the_limit_never_wraps_around(parties: int, bits: int, fractional_bits: int) -> None:
-    fixed = Ring(bits, fractional_bits, parties)
+    fixed = FixedPoint(bits, fractional_bits, parties)
     largest = torch.tensor([fixed.limit, -fixed.limit], dtype=torch.float64)
     high, low = fixed.encode(largest.clone()).tolist()
     assert high * parties < 2 ** (bits - 1)
@@ -110,12 +114,12 @@ def test_what_no_integer_stands_for_is_refused_wherever_it_is(value: float, at: 
     x = torch.zeros(70_001)
     x[at] = value
     with pytest.raises(OverflowError):
-        Ring(64, 24, 3).encode(x)
+        FixedPoint(64, 24, 3).encode(x)
 
 
 def test_integers_stay_what_they_are() -> None:
     x = torch.tensor([2**60, -(2**60), 1])
-    fixed = Ring(64, 24, 3)
+    fixed = FixedPoint(64, 24, 3)
     encoded = fixed.encode(x)
     assert torch.equal(encoded, x)
     back = torch.empty_like(x)

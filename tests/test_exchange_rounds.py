@@ -39,7 +39,7 @@ from pellm_lightning.aggregation import (
 from pellm_lightning.comm import MismatchError, PartyLostError
 from pellm_lightning.engine.coordination import Header, Purpose
 from pellm_lightning.exchange import Exchange, Plain
-from pellm_lightning.exchange.secure.fixed_point import Mask
+from pellm_lightning.exchange.secure.fixed_point import KeyStream
 
 SOON_S = 8.0
 SIZES: Sizes = {"k": (8, 7), "q": (6, 9)}
@@ -243,13 +243,13 @@ def test_masks_are_never_used_twice_in_rounds_fits_and_after_a_resume(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begun: list[tuple[bytes, int]] = []
-    begin = Mask.__init__
+    begin = KeyStream.__init__
 
-    def noted(self: Mask, key: bytes, nonce: int = 0) -> None:
+    def noted(self: KeyStream, key: bytes, nonce: int = 0) -> None:
         begun.append((key, nonce))
         begin(self, key, nonce)
 
-    monkeypatch.setattr(Mask, "__init__", noted)
+    monkeypatch.setattr(KeyStream, "__init__", noted)
 
     def act(states: Sequence[Any] | None, federation: Federation) -> Any:
         parameters = {"w": torch.zeros(30)}
@@ -611,7 +611,7 @@ def test_without_cryptography_all_but_masked_works(monkeypatch: pytest.MonkeyPat
     exchange = importlib.import_module("pellm_lightning.exchange")
     assert repr(exchange.Plain()) == "Plain()"
     with pytest.raises(ImportError, match=r"pip install 'pellm-lightning\[masked\]'"):
-        exchange.Masked("a.key", {"a": "ed25519:"})
+        exchange.SecureAggregation("a.key", {"a": "ed25519:"})
 
 
 def test_nothing_imports_cryptography_until_it_is_used() -> None:

@@ -18,7 +18,7 @@ from transcript import Message, tapped
 
 from pellm_lightning import Federation, FederationError
 from pellm_lightning.comm import PartyLostError
-from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, Mask
+from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, KeyStream
 
 SOON_S = 8.0
 KEY_WORDS, SIGNATURE_WORDS, MASK_WORDS = 4, 8, KEY_BYTES // 8
@@ -238,13 +238,13 @@ def test_the_same_values_look_different_each_time(monkeypatch: pytest.MonkeyPatc
 def streams(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[bytes, int]]:
     """How often each stream of masks has been begun, by key and nonce."""
     begun: Counter[tuple[bytes, int]] = Counter()
-    begin = Mask.__init__
+    begin = KeyStream.__init__
 
-    def noted(self: Mask, key: bytes, nonce: int = 0) -> None:
+    def noted(self: KeyStream, key: bytes, nonce: int = 0) -> None:
         begun[key, nonce] += 1
         begin(self, key, nonce)
 
-    monkeypatch.setattr(Mask, "__init__", noted)
+    monkeypatch.setattr(KeyStream, "__init__", noted)
     return begun
 
 

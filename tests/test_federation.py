@@ -15,8 +15,7 @@ from transcript import tapped
 
 from pellm_lightning import Federation, FederationError
 from pellm_lightning.comm import MismatchError, PartyLostError
-from pellm_lightning.comm.torchrun import federation as group
-from pellm_lightning.comm.torchrun import store_coordinator as board
+from pellm_lightning.comm.torchrun import federation, store_coordinator
 
 SOON_S = 8.0
 """Far below the parties' timeout of 20 s, far above what a loaded machine needs."""
@@ -54,7 +53,7 @@ def test_all_reduce_keeps_dtype_and_shape(dtype: torch.dtype) -> None:
 
 
 def test_all_reduce_of_a_large_tensor_is_split_and_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group, "_SPLIT_BYTES", 1024)
+    monkeypatch.setattr(federation, "_SPLIT_BYTES", 1024)
     messages = tapped(monkeypatch)
     results = run_parties(2, lambda federation: federation.all_reduce_(integers(1001, federation.party)))
     for result in results:
@@ -491,7 +490,7 @@ def test_a_party_that_dies_while_others_wait_for_its_words() -> None:
         if federation.party == 0:
             time.sleep(0.2)
             raise OSError("power cut")
-        federation.all_gather_json("passport", {})
+        federation.all_gather_json("party_spec", {})
 
     began = time.monotonic()
     results = run_parties(3, act, may_fail=True)
@@ -510,13 +509,13 @@ def test_a_party_that_says_nothing_is_named() -> None:
             federation.abort()
             return
         try:
-            federation.all_gather_json("passport", {})
+            federation.all_gather_json("party_spec", {})
         finally:
             done.set()
 
     results = run_parties(2, act, timeout_s=0.5, may_fail=True)
     assert isinstance(results[0], PartyLostError)
-    for words in ("0.5 s", "party 1", "passport", "timeout_s"):
+    for words in ("0.5 s", "party 1", "party_spec", "timeout_s"):
         assert words in str(results[0])
 
 
@@ -564,7 +563,7 @@ def test_a_late_party_costs_the_timeout_and_the_cure_is_named() -> None:
 def test_the_others_need_not_wait_to_part_from_a_party_that_has_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(board, "_GOODBYE_S", 6.0)
+    monkeypatch.setattr(store_coordinator, "_GOODBYE_S", 6.0)
 
     def act(federation: Federation) -> float:
         if federation.party == 1:
@@ -616,7 +615,7 @@ class MortalStore(dist.Store):
     [
         lambda federation: federation.all_reduce_(torch.ones(1)),
         lambda federation: federation.broadcast_(torch.ones(1)),
-        lambda federation: federation.all_gather_json("passport", {}),
+        lambda federation: federation.all_gather_json("party_spec", {}),
         lambda federation: (federation.enter("in round 1"), federation.all_reduce_(torch.ones(1))),
     ],
     ids=["all_reduce_", "broadcast_", "all_gather_json", "enter"],

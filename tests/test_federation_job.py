@@ -4,7 +4,7 @@ import pytest
 from certificates import tls_of
 
 from pellm_lightning.comm import Membership, Quorum
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 
 ROSTER = ("a", "b", "c")
@@ -12,15 +12,17 @@ VARIABLES = {"PELLM_RENDEZVOUS": "tcp://host:1", "PELLM_PARTY": "b", "PELLM_ROST
 
 
 def test_without_a_rendezvous_there_is_no_job() -> None:
-    assert Job.configured(None, None, None, environ={}) is None
-    assert Job.configured(None, None, (), environ={}) is None
+    assert SeparateJobs.configured(None, None, None, environ={}) is None
+    assert SeparateJobs.configured(None, None, (), environ={}) is None
 
 
 def test_variables_complete_arguments() -> None:
-    job = Job.configured(None, None, None, environ=VARIABLES | {"PELLM_LISTEN": "10.0.0.1:5"})
-    assert job == Job("tcp://host:1", "b", ROSTER, listen="10.0.0.1:5")
-    job = Job.configured("tcp://other:2", "c", ["c", "d"], "10.0.0.2:7", "1.2.3.4:9", environ=VARIABLES)
-    assert job == Job("tcp://other:2", "c", ("c", "d"), listen="10.0.0.2:7", advertise="1.2.3.4:9")
+    job = SeparateJobs.configured(None, None, None, environ=VARIABLES | {"PELLM_LISTEN": "10.0.0.1:5"})
+    assert job == SeparateJobs("tcp://host:1", "b", ROSTER, listen="10.0.0.1:5")
+    job = SeparateJobs.configured(
+        "tcp://other:2", "c", ["c", "d"], "10.0.0.2:7", "1.2.3.4:9", environ=VARIABLES
+    )
+    assert job == SeparateJobs("tcp://other:2", "c", ("c", "d"), listen="10.0.0.2:7", advertise="1.2.3.4:9")
 
 
 @pytest.mark.parametrize(
@@ -40,20 +42,22 @@ def test_what_is_missing_or_malformed_is_named(
     arguments: tuple[object, ...], environ: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Job.configured(*arguments, environ=environ)  # type: ignore[arg-type]
+        SeparateJobs.configured(*arguments, environ=environ)  # type: ignore[arg-type]
 
 
 def test_the_certificate_is_the_partys_own() -> None:
     mine = tls_of("a")
-    assert Job("tcp://h:1", "a", ROSTER, tls=mine).tls == mine
+    assert SeparateJobs("tcp://h:1", "a", ROSTER, tls=mine).tls == mine
     paths = {f"PELLM_TLS_{part}": getattr(mine, part.lower()) for part in ("CERT", "KEY", "CA")}
-    assert Job.configured("tcp://h:1", "a", ROSTER, environ=paths) == Job("tcp://h:1", "a", ROSTER, tls=mine)
+    assert SeparateJobs.configured("tcp://h:1", "a", ROSTER, environ=paths) == SeparateJobs(
+        "tcp://h:1", "a", ROSTER, tls=mine
+    )
     with pytest.raises(ValueError, match="is of 'a', but this party is 'b'"):
-        Job("tcp://h:1", "b", ROSTER, tls=mine)
+        SeparateJobs("tcp://h:1", "b", ROSTER, tls=mine)
 
 
 def test_the_launchers_ranks_are_those_inside_the_party() -> None:
-    job = Job("tcp://host:1", "b", ROSTER)
+    job = SeparateJobs("tcp://host:1", "b", ROSTER)
     assert job.topology({"RANK": "1", "WORLD_SIZE": "2"}) == Topology(1, 3, 1, 2, "b")
     assert job.topology({}) == Topology(1, 3, 0, 1, "b")
     assert job.topology({}).name == "b"
@@ -85,7 +89,7 @@ def test_a_round_needs_the_majority(settings: Membership, quorum: Quorum, roster
 )
 def test_fewer_than_the_majority_must_be_accepted(quorum: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Job("tcp://h:1", "a", ("a", "b", "c", "d"), quorum=quorum)
+        SeparateJobs("tcp://h:1", "a", ("a", "b", "c", "d"), quorum=quorum)
 
 
 @pytest.mark.parametrize("field", ["round_timeout_s", "wait_s", "exchange_timeout_s", "heartbeat_ttl_s"])

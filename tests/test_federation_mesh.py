@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
-from pellm_lightning.comm.mesh import mesh as mesh_module
+from pellm_lightning.comm.mesh import mesh
 from pellm_lightning.comm.mesh.frames import (
     HEADER_BYTES,
     Incoming,
@@ -232,7 +232,7 @@ def test_a_warm_mesh_keeps_its_scratch() -> None:
         kept = [mesh._scratch.data_ptr() for mesh in formed]
         at_all(formed, lambda mesh: mesh.all_reduce(x[mesh.rank]))
         assert [mesh._scratch.data_ptr() for mesh in formed] == kept
-        assert max(mesh._scratch.nbytes for mesh in formed) <= mesh_module._RINGS_BYTES
+        assert max(mesh._scratch.nbytes for mesh in formed) <= mesh._RINGS_BYTES
 
 
 def test_twenty_four_members() -> None:

@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.comm.elastic.reachability import Rifts
+from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 
 ROSTER = ["a", "b", "c", "d"]
 
 
-def after(*failures: tuple[str, str]) -> Rifts:
-    rifts = Rifts(ROSTER)
+def after(*failures: tuple[str, str]) -> ReachabilityTracker:
+    reachability = ReachabilityTracker(ROSTER)
     for by, blamed in failures:
-        rifts.note({"abort": "", "by": by, "blamed": list(blamed)})
-    return rifts
+        reachability.note({"abort": "", "by": by, "blamed": list(blamed)})
+    return reachability
 
 
 @pytest.mark.parametrize(
-    ("failures", "passable"),
+    ("failures", "reachable_group"),
     [
         ([], "abcd"),
         ([("d", "abc")] * 2, "abcd"),
@@ -34,24 +34,24 @@ def after(*failures: tuple[str, str]) -> Rifts:
     ],
 )
 def test_who_is_at_the_end_of_most_failures_is_left_out(
-    failures: list[tuple[str, str]], passable: str
+    failures: list[tuple[str, str]], reachable_group: str
 ) -> None:
-    assert "".join(after(*failures).passable(ROSTER)) == passable
+    assert "".join(after(*failures).reachable_group(ROSTER)) == reachable_group
 
 
 def test_only_what_is_between_those_who_are_there_counts() -> None:
-    assert after(*[("a", "c")] * 3).passable(["a", "b", "d"]) == ["a", "b", "d"]
+    assert after(*[("a", "c")] * 3).reachable_group(["a", "b", "d"]) == ["a", "b", "d"]
 
 
 def test_a_round_without_a_party_leaves_it_one_try() -> None:
-    rifts = after(*[("d", "abc")] * 3)
-    rifts.bridged("abc")
-    assert rifts.passable(ROSTER) == ROSTER
-    rifts.note({"by": "b", "blamed": ["d"]})
-    assert rifts.passable(ROSTER) == ["a", "b", "c"]
-    rifts.bridged("abcd")
-    rifts.note({"by": "b", "blamed": ["d"]})
-    assert rifts.passable(ROSTER) == ROSTER
+    reachability = after(*[("d", "abc")] * 3)
+    reachability.connected("abc")
+    assert reachability.reachable_group(ROSTER) == ROSTER
+    reachability.note({"by": "b", "blamed": ["d"]})
+    assert reachability.reachable_group(ROSTER) == ["a", "b", "c"]
+    reachability.connected("abcd")
+    reachability.note({"by": "b", "blamed": ["d"]})
+    assert reachability.reachable_group(ROSTER) == ROSTER
 
 
 anything = st.recursive(
@@ -63,10 +63,10 @@ anything = st.recursive(
 
 @given(anything | st.fixed_dictionaries({"by": anything, "blamed": anything}))
 def test_what_a_peer_writes_breaks_nothing(decision: Any) -> None:
-    rifts = Rifts(ROSTER)
+    reachability = ReachabilityTracker(ROSTER)
     for _ in range(3):
-        rifts.note(decision)
-    assert rifts.passable(ROSTER) == ROSTER
+        reachability.note(decision)
+    assert reachability.reachable_group(ROSTER) == ROSTER
 
 
 names = st.sampled_from(ROSTER)
@@ -74,27 +74,27 @@ names = st.sampled_from(ROSTER)
 
 @given(st.lists(st.tuples(names, st.lists(names, max_size=4)), max_size=30), st.sets(names))
 def test_those_who_are_left_have_no_rift(failures: list[tuple[str, list[str]]], there: set[str]) -> None:
-    rifts = Rifts(ROSTER)
+    reachability = ReachabilityTracker(ROSTER)
     for by, blamed in failures:
-        rifts.note({"by": by, "blamed": blamed})
-    kept = rifts.passable(there)
+        reachability.note({"by": by, "blamed": blamed})
+    kept = reachability.reachable_group(there)
     assert set(kept) <= there
-    assert rifts.passable(kept) == kept
+    assert reachability.reachable_group(kept) == kept
     assert len(kept) >= min(1, len(there))  # alone nobody fails
 
 
 def test_who_stays_apart_is_tried_less_and_less_often() -> None:
-    rifts = Rifts("abcd")
+    reachability = ReachabilityTracker("abcd")
     for _ in range(3):
-        rifts.note({"blamed": ["d"], "by": "a"})
+        reachability.note({"blamed": ["d"], "by": "a"})
     tried = []
     for round in range(16):
-        if "d" in rifts.passable("abcd"):
+        if "d" in reachability.reachable_group("abcd"):
             tried.append(round)
-            rifts.note({"blamed": ["d"], "by": "a"})
-        assert rifts.passable("abcd") == ["a", "b", "c"]
-        rifts.bridged("abc")
+            reachability.note({"blamed": ["d"], "by": "a"})
+        assert reachability.reachable_group("abcd") == ["a", "b", "c"]
+        reachability.connected("abc")
     # After one round without it, then two, four and eight.
     assert tried == [1, 3, 7, 15]
-    rifts.bridged("abcd")
-    assert rifts.passable("abcd") == ["a", "b", "c", "d"]
+    reachability.connected("abcd")
+    assert reachability.reachable_group("abcd") == ["a", "b", "c", "d"]

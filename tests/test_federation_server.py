@@ -17,12 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pellm_lightning.comm import FederationError
-from pellm_lightning.comm.rendezvous import connection_handler as hall
-from pellm_lightning.comm.rendezvous import frames
-from pellm_lightning.comm.rendezvous import key_value_store as table
-from pellm_lightning.comm.rendezvous.client import RemoteStore
+from pellm_lightning.comm.rendezvous import connection_handler, frames, key_value_store
+from pellm_lightning.comm.rendezvous.client import RendezvousStore
 from pellm_lightning.comm.rendezvous.frames import HELLO, FrameError, Op, length, pack, unpack
-from pellm_lightning.comm.rendezvous.key_value_store import RefusedError, Table
+from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 ROSTER = ["clinic-a", "clinic-b"]
@@ -52,9 +50,9 @@ def port_of(server: RendezvousServer) -> int:
     return int(server.address.rpartition(":")[2])
 
 
-def client_of(server: RendezvousServer, name: str = "clinic-a") -> RemoteStore:
+def client_of(server: RendezvousServer, name: str = "clinic-a") -> RendezvousStore:
     tls = tls_of(name) if server._encrypted else None
-    return RemoteStore(server.address, tls=tls, timeout_s=5, retry_s=5)
+    return RendezvousStore(server.address, tls=tls, timeout_s=5, retry_s=5)
 
 
 def raw(server: RendezvousServer, hello: bytes = HELLO, name: str = "clinic-a") -> socket.socket:
@@ -131,8 +129,8 @@ def test_frames_are_bounded() -> None:
 
 
 def test_a_table_counts_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "MAX_BYTES", 20)
-    kept = Table()
+    monkeypatch.setattr(key_value_store, "MAX_BYTES", 20)
+    kept = KeyValueStore()
     kept.answer(Op.SET, [b"key", b"x" * 10], None)  # 13 bytes
     kept.answer(Op.SET, [b"key", b"x" * 17], None)  # 20 bytes
     with pytest.raises(RefusedError, match=r"used up\. Delete old keys"):
@@ -146,8 +144,8 @@ def test_a_table_counts_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_counts_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "MAX_KEYS", 2)
-    kept = Table()
+    monkeypatch.setattr(key_value_store, "MAX_KEYS", 2)
+    kept = KeyValueStore()
     for key in (b"a", b"b", b"a"):
         kept.answer(Op.SET, [key, b""], None)
     for op, more in ((Op.SET, [b""]), (Op.ADD, [b"1"]), (Op.COMPARE_SET, [b"", b""])):
@@ -158,7 +156,7 @@ def test_a_table_counts_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("amount", [b"", b"x", b"1.5", b" 1", b"+1", b"1" * 20, b"9223372036854775807"])
 def test_only_whole_numbers_of_64_bits_are_added(amount: bytes) -> None:
-    kept = Table()
+    kept = KeyValueStore()
     kept.answer(Op.SET, [b"n", b"1"], None)
     with pytest.raises(RefusedError, match=r"whole numbers|64 bits"):
         kept.answer(Op.ADD, [b"n", amount], None)
@@ -171,7 +169,7 @@ def test_only_whole_numbers_of_64_bits_are_added(amount: bytes) -> None:
 )
 def test_what_is_no_request_is_no_frame(op: int, given: list[bytes | None]) -> None:
     with pytest.raises(FrameError):
-        Table().answer(op, given, None)
+        KeyValueStore().answer(op, given, None)
 
 
 # Who may do what: (operation, key) -> whether clinic-a may.
@@ -201,7 +199,7 @@ RIGHTS = {
 @pytest.mark.parametrize(("op", "key"), RIGHTS)
 def test_who_may_do_what(op: Op, key: str) -> None:
     more = {Op.SET: [b"1"], Op.ADD: [b"1"], Op.COMPARE_SET: [b"", b"1"]}.get(op, [])
-    kept = Table()
+    kept = KeyValueStore()
     if RIGHTS[op, key]:
         kept.answer(op, [key.encode(), *more], "clinic-a")
     else:
@@ -271,12 +269,12 @@ def test_silent_strangers_block_nobody(either: RendezvousServer) -> None:
         start = time.perf_counter()
         client_of(either, "clinic-b").check(["x"])
         assert time.perf_counter() - start < 4 * SOON_S, "who comes after the strangers waits"
-        assert len(either._hall._strangers) <= hall.MAX_STRANGERS
+        assert len(either._hall._strangers) <= connection_handler.MAX_STRANGERS
     until(lambda: not either._hall._strangers)
 
 
 def test_strangers_are_shown_out(either: RendezvousServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hall, "_HELLO_S", 0.2)
+    monkeypatch.setattr(connection_handler, "_HELLO_S", 0.2)
     with socket.create_connection(("127.0.0.1", port_of(either)), 5) as silent:
         silent.sendall(b"\x16" if either._encrypted else HELLO[:3])  # the beginning of something
         with contextlib.suppress(ConnectionError):
@@ -285,7 +283,7 @@ def test_strangers_are_shown_out(either: RendezvousServer, monkeypatch: pytest.M
 
 
 def test_half_a_frame_is_not_waited_for(either: RendezvousServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hall, "_FRAME_S", 0.2)
+    monkeypatch.setattr(connection_handler, "_FRAME_S", 0.2)
     request = pack(Op.SET, [b"@clinic-a", b"1234"])
     for sent in (1, 4, 9, len(request) - 1):
         assert ended(raw(either, HELLO + request[:sent])) == HELLO
@@ -297,7 +295,7 @@ def test_half_a_frame_is_not_waited_for(either: RendezvousServer, monkeypatch: p
 
 
 def test_who_takes_no_answer_is_shown_out(either: RendezvousServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hall, "_FRAME_S", 0.3)
+    monkeypatch.setattr(connection_handler, "_FRAME_S", 0.3)
     client = client_of(either)
     client.set("@clinic-a/large", bytes(4 << 20))
     reader = raw(either, HELLO + pack(Op.CHECK, [b"x"]))
@@ -334,7 +332,7 @@ def test_answers_that_nobody_takes_are_not_piled_up(plain: RendezvousServer) -> 
 
 
 def test_the_newest_connections_of_a_party_win(encrypted: RendezvousServer) -> None:
-    socks = [raw(encrypted, name="clinic-b") for _ in range(hall.MAX_CONNECTIONS_PER_NAME + 2)]
+    socks = [raw(encrypted, name="clinic-b") for _ in range(connection_handler.MAX_CONNECTIONS_PER_NAME + 2)]
     for sock in socks:
         assert sock.recv(10) == HELLO
     for sock in socks[:2]:
@@ -352,19 +350,19 @@ def test_what_was_buffered_before_a_cut_is_not_done() -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
-            connection = hall._Connection(*await asyncio.open_connection(sock=ours))
+            connection = connection_handler._Connection(*await asyncio.open_connection(sock=ours))
             connection.reader.feed_data(pack(Op.ADD, [b"n", b"1"]))
             connection.cut()
             with pytest.raises(ConnectionResetError):
-                await open_hall._attend(hall._Guest(None, "host"), connection)
+                await open_hall._attend(connection_handler._Session(None, "host"), connection)
         return len(open_hall._table)
 
-    open_hall = hall.Hall(frozenset(), None)
+    open_hall = connection_handler.ConnectionHandler(frozenset(), None)
     assert asyncio.run(attend()) == 0
 
 
 def test_idle_guests_make_room(plain: RendezvousServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hall, "MAX_CONNECTIONS", 5)
+    monkeypatch.setattr(connection_handler, "MAX_CONNECTIONS", 5)
     busy = client_of(plain)
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -517,7 +515,7 @@ def test_ipv6() -> None:
         pytest.skip("this machine has no IPv6 loopback")
     with contextlib.closing(server):
         assert server.address.startswith("[::1]:")
-        assert RemoteStore(server.address, retry_s=5).num_keys() == 0
+        assert RendezvousStore(server.address, retry_s=5).num_keys() == 0
 
 
 def test_arguments_are_checked() -> None:

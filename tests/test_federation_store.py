@@ -24,10 +24,10 @@ import pellm_lightning
 from pellm_lightning.comm import FederationError
 from pellm_lightning.comm.certs import make_ca, make_certificate
 from pellm_lightning.comm.rendezvous import frames
-from pellm_lightning.comm.rendezvous.client import RemoteStore, connect
+from pellm_lightning.comm.rendezvous.client import RendezvousStore, connect
 from pellm_lightning.comm.rendezvous.frames import DONE, HELLO, pack, unpack
-from pellm_lightning.comm.rendezvous.key_value_store import Table
-from pellm_lightning.comm.rendezvous.polling_store import PolledStore
+from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore
+from pellm_lightning.comm.rendezvous.polling_store import PollingStore
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.torchrun.gloo import GlooGroup
@@ -49,10 +49,10 @@ def encrypted() -> Iterator[RendezvousServer]:
 
 
 @pytest.fixture(params=["plain", "encrypted"])
-def store(request: pytest.FixtureRequest) -> Iterator[RemoteStore]:
+def store(request: pytest.FixtureRequest) -> Iterator[RendezvousStore]:
     server: RendezvousServer = request.getfixturevalue(request.param)
     tls = tls_of("clinic-a") if request.param == "encrypted" else None
-    with contextlib.closing(RemoteStore(server.address, tls=tls, timeout_s=5, retry_s=5)) as store:
+    with contextlib.closing(RendezvousStore(server.address, tls=tls, timeout_s=5, retry_s=5)) as store:
         yield store
 
 
@@ -91,7 +91,7 @@ def result(store: dist.Store, step: tuple[Any, ...]) -> Any:
     return getattr(store, name)(*arguments)
 
 
-def agree(ours: PolledStore, theirs: dist.Store, steps: list[tuple[Any, ...]], extra_keys: int = 0) -> None:
+def agree(ours: PollingStore, theirs: dist.Store, steps: list[tuple[Any, ...]], extra_keys: int = 0) -> None:
     """Take the same steps on both and compare; of nothing torch returns what was expected, we nothing."""
     wrapped = dist.PrefixStore("p", ours)  # the way through C++
     for store in (ours, theirs):
@@ -114,13 +114,13 @@ def agree(ours: PolledStore, theirs: dist.Store, steps: list[tuple[Any, ...]], e
 
 @PROPERTY
 @given(steps=steps)
-def test_as_a_hash_store(store: RemoteStore, steps: list[tuple[Any, ...]]) -> None:
+def test_as_a_hash_store(store: RendezvousStore, steps: list[tuple[Any, ...]]) -> None:
     agree(store, dist.HashStore(), steps)
 
 
 @settings(PROPERTY, max_examples=15)
 @given(steps=steps)
-def test_as_a_tcp_store(store: RemoteStore, tcp_store: dist.Store, steps: list[tuple[Any, ...]]) -> None:
+def test_as_a_tcp_store(store: RendezvousStore, tcp_store: dist.Store, steps: list[tuple[Any, ...]]) -> None:
     agree(store, tcp_store, steps)
 
 
@@ -133,7 +133,7 @@ def tcp_store() -> dist.Store:
     )
 
 
-def test_values_are_bytes(store: RemoteStore) -> None:
+def test_values_are_bytes(store: RendezvousStore) -> None:
     value = bytes(range(256))
     store.set("@clinic-a/bytes", value)
     assert store.get("@clinic-a/bytes") == value
@@ -145,7 +145,7 @@ def test_values_are_bytes(store: RemoteStore) -> None:
     assert not store.has_extended_api()
 
 
-def test_more_than_fits_into_one_answer(store: RemoteStore) -> None:
+def test_more_than_fits_into_one_answer(store: RendezvousStore) -> None:
     large = bytes(frames.MAX_VALUE_BYTES)
     store.set("@clinic-a/large", large)
     assert store.compare_set("@clinic-a/large", large, large) == large  # the largest request there is
@@ -156,7 +156,7 @@ def test_more_than_fits_into_one_answer(store: RemoteStore) -> None:
     assert store.delete_key("@clinic-a/large")
 
 
-def test_limits_are_told_before_anything_is_sent(store: RemoteStore) -> None:
+def test_limits_are_told_before_anything_is_sent(store: RendezvousStore) -> None:
     before = store.num_keys()
     with pytest.raises(ValueError, match="of 513 bytes must have 1 to 512"):
         store.set("@clinic-a/" + "x" * 503, "")
@@ -173,7 +173,7 @@ def test_limits_are_told_before_anything_is_sent(store: RemoteStore) -> None:
     assert store.num_keys() == before
 
 
-def test_waiting(store: RemoteStore) -> None:
+def test_waiting(store: RendezvousStore) -> None:
     store.delete_key("@clinic-a/late")
     other = store.clone()
     timer = threading.Timer(0.2, lambda: other.set("@clinic-a/late", "now"))
@@ -193,7 +193,7 @@ def test_waiting(store: RemoteStore) -> None:
     assert store.clone().timeout == timedelta(seconds=0.1)
 
 
-def test_many_threads_count_right(store: RemoteStore) -> None:
+def test_many_threads_count_right(store: RendezvousStore) -> None:
     def count() -> None:
         own = store.clone()
         for i in range(50):
@@ -216,7 +216,7 @@ def test_many_threads_count_right(store: RemoteStore) -> None:
         store.delete_key(f"@clinic-a/{swept}")
 
 
-def test_swaps_are_not_lost(store: RemoteStore) -> None:
+def test_swaps_are_not_lost(store: RendezvousStore) -> None:
     def swap(index: int) -> None:
         own = store.clone()
         done = 0
@@ -233,7 +233,7 @@ def test_swaps_are_not_lost(store: RemoteStore) -> None:
 
 def test_gloo_meets_over_it(plain: RendezvousServer) -> None:
     tensors = [torch.full((5,), rank + 1.0) for rank in range(2)]
-    stores = [RemoteStore(plain.address, timeout_s=10) for _ in range(2)]
+    stores = [RendezvousStore(plain.address, timeout_s=10) for _ in range(2)]
 
     def reduce(rank: int) -> None:
         group = GlooGroup(dist.PrefixStore("gloo", stores[rank]), rank, 2, 10)
@@ -245,7 +245,7 @@ def test_gloo_meets_over_it(plain: RendezvousServer) -> None:
 
 
 def test_errors_pass_through_torch(plain: RendezvousServer) -> None:
-    store = RemoteStore(plain.address, retry_s=0.2)
+    store = RendezvousStore(plain.address, retry_s=0.2)
     prefixed = dist.PrefixStore("p", store)
     store.close()
     with pytest.raises(dist.DistNetworkError, match="this client was closed"):
@@ -287,7 +287,7 @@ def test_clients_survive_a_restart(name: str | None) -> None:
     port, tls = free_port(), tls_of(name) if name else None
     server_tls = tls_of("rendezvous") if name else None
     with served(port, server_tls) as process:
-        store = RemoteStore(f"127.0.0.1:{port}", tls=tls, retry_s=20)  # it waits for the start, too
+        store = RendezvousStore(f"127.0.0.1:{port}", tls=tls, retry_s=20)  # it waits for the start, too
         store.set("@clinic-a/x", "1")
         waiting: list[bytes] = []
         other = store.clone()
@@ -314,7 +314,7 @@ def test_clients_survive_a_restart(name: str | None) -> None:
 
 
 def test_a_forgotten_client_is_closed_without_a_word(plain: RendezvousServer) -> None:
-    store = RemoteStore(plain.address)
+    store = RendezvousStore(plain.address)
     assert store._line
     sock = store._line._socket
     del store
@@ -363,10 +363,10 @@ class Impostor:
                     self._act(sock)
 
 
-def forgetful(times: int) -> tuple[list[int], Table, Callable[[socket.socket], None]]:
+def forgetful(times: int) -> tuple[list[int], KeyValueStore, Callable[[socket.socket], None]]:
     """A server that does what it is asked for but closes without an answer, the first few times."""
     heard: list[int] = []
-    kept = Table()
+    kept = KeyValueStore()
 
     def act(sock: socket.socket) -> None:
         sock.sendall(HELLO)
@@ -385,7 +385,7 @@ def forgetful(times: int) -> tuple[list[int], Table, Callable[[socket.socket], N
 
 def test_a_lost_answer_of_compare_set_is_found_again() -> None:
     heard, _, act = forgetful(3)
-    with Impostor(act) as server, contextlib.closing(RemoteStore(server.address, retry_s=5)) as store:
+    with Impostor(act) as server, contextlib.closing(RendezvousStore(server.address, retry_s=5)) as store:
         assert store.compare_set("a", "", "mine") == b"mine"
         assert len(heard) == 4
         store.set("b", "x")
@@ -394,7 +394,7 @@ def test_a_lost_answer_of_compare_set_is_found_again() -> None:
 
 def test_add_is_asked_again_only_once() -> None:
     heard, kept, act = forgetful(100)
-    with Impostor(act) as server, contextlib.closing(RemoteStore(server.address, retry_s=5)) as store:
+    with Impostor(act) as server, contextlib.closing(RendezvousStore(server.address, retry_s=5)) as store:
         with pytest.raises(dist.DistNetworkError, match="out of reach"):
             store.add("n", 1)
         assert len(heard) == 2
@@ -410,7 +410,7 @@ def test_a_silent_server_is_given_up(hello: bytes) -> None:
 
     start = time.monotonic()
     with Impostor(act) as server, pytest.raises(dist.DistNetworkError, match="timed out"):
-        RemoteStore(server.address, retry_s=0.4)
+        RendezvousStore(server.address, retry_s=0.4)
     assert time.monotonic() - start < 4
 
 
@@ -431,7 +431,7 @@ def test_closing_ends_a_wait() -> None:
 
     errors: list[str] = []
     with Impostor(act) as server:
-        store = RemoteStore(server.address, retry_s=20)
+        store = RendezvousStore(server.address, retry_s=20)
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(0.1)
@@ -455,7 +455,7 @@ ANSWERS = [
 @given(answer=st.binary(max_size=60) | st.sampled_from(ANSWERS))
 def test_a_lying_server_harms_nobody(liar: Any, answer: bytes) -> None:
     server, answers = liar
-    store = RemoteStore(server.address, retry_s=0.05)
+    store = RendezvousStore(server.address, retry_s=0.05)
     answers[:] = [answer]
     for act in (
         lambda: store.try_get("x"),
@@ -495,7 +495,7 @@ def liar() -> Iterator[Any]:
 )
 def test_another_service_is_recognized(hello: bytes, said: str) -> None:
     with Impostor(lambda sock: sock.sendall(hello)) as server, pytest.raises(FederationError, match=said):
-        RemoteStore(server.address, retry_s=5)
+        RendezvousStore(server.address, retry_s=5)
 
 
 # ---- who is not admitted
@@ -503,14 +503,14 @@ def test_another_service_is_recognized(hello: bytes, said: str) -> None:
 
 def test_a_party_that_is_not_on_the_roster_is_told_so(encrypted: RendezvousServer) -> None:
     with pytest.raises(FederationError, match=r"does not admit this party \(as 'clinic-x', by .*Check that"):
-        RemoteStore(encrypted.address, tls=tls_of("clinic-x"))
+        RendezvousStore(encrypted.address, tls=tls_of("clinic-x"))
 
 
 def test_a_party_of_another_authority_is_told_so(encrypted: RendezvousServer, tmp_path: Path) -> None:
     # It distrusts the server first, unless it has our ca.pem.
     with pytest.raises(FederationError, match=r"its certificate is not accepted: .*the same ca\.pem"):
-        RemoteStore(encrypted.address, tls=tls_of("clinic-a", "theirs"))
-    store = RemoteStore(encrypted.address, tls=tls_of("clinic-a"))
+        RendezvousStore(encrypted.address, tls=tls_of("clinic-a", "theirs"))
+    store = RendezvousStore(encrypted.address, tls=tls_of("clinic-a"))
     foreign = tls_of("clinic-a", "theirs")
     store._context = foreign.client_context
     store._context.load_verify_locations(tls_of("clinic-a").ca)
@@ -527,7 +527,7 @@ def test_an_expired_certificate_is_told_so(tmp_path: Path) -> None:
     with RendezvousServer("127.0.0.1", 0, roster=ROSTER, tls=files(tmp_path, "rendezvous")) as server:
         time.sleep(2.6)
         with pytest.raises(FederationError, match=r"does not admit this party.*(EXPIRED|without a word)"):
-            RemoteStore(server.address, tls=tls)
+            RendezvousStore(server.address, tls=tls)
 
 
 def test_only_the_rendezvous_is_trusted() -> None:
@@ -537,14 +537,14 @@ def test_only_the_rendezvous_is_trusted() -> None:
             encrypted.recv(10)
 
     with Impostor(act) as server, pytest.raises(FederationError, match="named 'clinic-b', not 'rendezvous'"):
-        RemoteStore(server.address, tls=tls_of("clinic-a"))
+        RendezvousStore(server.address, tls=tls_of("clinic-a"))
 
 
 def test_mixing_tls_and_plain_is_told(plain: RendezvousServer, encrypted: RendezvousServer) -> None:
     told = "it and all parties use TLS, or none does"
     for server, tls in ((encrypted, None), (plain, tls_of("clinic-a"))):
         with pytest.raises((dist.DistNetworkError, FederationError), match=told):
-            RemoteStore(server.address, tls=tls, retry_s=0.5)
+            RendezvousStore(server.address, tls=tls, retry_s=0.5)
 
 
 # ---- arguments
@@ -552,9 +552,9 @@ def test_mixing_tls_and_plain_is_told(plain: RendezvousServer, encrypted: Rendez
 
 def test_connect_reads_the_url(plain: RendezvousServer, encrypted: RendezvousServer) -> None:
     store = connect(f"tcp://{plain.address}", timeout_s=7)
-    assert isinstance(store, RemoteStore)
+    assert isinstance(store, RendezvousStore)
     assert store.timeout == timedelta(seconds=7)
-    assert isinstance(connect(f"tcp://{encrypted.address}", tls_of("clinic-a")), RemoteStore)
+    assert isinstance(connect(f"tcp://{encrypted.address}", tls_of("clinic-a")), RendezvousStore)
     for url in ("127.0.0.1:29400", "http://127.0.0.1:1", "", "tcp:/127.0.0.1:1"):
         with pytest.raises(ValueError, match="names no rendezvous: give tcp://host:port or etcd://host:port"):
             connect(url)
@@ -563,11 +563,11 @@ def test_connect_reads_the_url(plain: RendezvousServer, encrypted: RendezvousSer
 def test_arguments_are_checked() -> None:
     for address in ("nowhere", ":1", "host:", "host:x", "host:0", "host:65536"):
         with pytest.raises(ValueError, match="is no address"):
-            RemoteStore(address)
+            RendezvousStore(address)
     with pytest.raises(ValueError, match="retry_s=0 must be positive"):
-        RemoteStore("127.0.0.1:1", retry_s=0)
+        RendezvousStore("127.0.0.1:1", retry_s=0)
 
 
 def test_an_unknown_host_is_out_of_reach() -> None:
     with pytest.raises(dist.DistNetworkError, match=r"no\.such\.host\.invalid:1 is out of reach"):
-        RemoteStore("no.such.host.invalid:1", retry_s=0.1)
+        RendezvousStore("no.such.host.invalid:1", retry_s=0.1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pellm_lightning import Aggregator, Federation, Overlap
 from pellm_lightning.aggregation import Alternating
-from pellm_lightning.engine.fragments import FragmentedAggregator, Turns, check_rule, fragments_of
+from pellm_lightning.engine.fragments import FragmentCursor, FragmentedAggregator, check_rule, fragments_of
 from pellm_lightning.engine.overlap import OverlappedAggregator
 from pellm_lightning.privacy import GaussianMechanism
 
@@ -104,12 +104,12 @@ def test_each_name_is_in_one_fragment_and_each_layer_whole(
 
 
 def test_turns_count_what_each_has_missed() -> None:
-    turns = Turns.from_step(2, 10)
+    turns = FragmentCursor.from_step(2, 10)
     assert not turns.behind(10)
     turns = turns.passed_on(8, 12)
-    assert turns == Turns([0, 8], [12, 10], 1)
+    assert turns == FragmentCursor([0, 8], [12, 10], 1)
     turns = turns.passed_on(5, 14)
-    assert turns == Turns([5, 0], [12, 14], 0)
+    assert turns == FragmentCursor([5, 0], [12, 14], 0)
     assert turns.behind(14)
     turns = turns.passed_on(0, 14)
     assert not turns.behind(14)
@@ -161,7 +161,7 @@ def test_equals_streaming_diloco() -> None:
             if step % between == 0:
                 aggregator.begin(1.0 + federation.party)
             if step > delay and step % between == delay:
-                aggregator.land()
+                aggregator.apply()
         return tensors
 
     x = [{name: value.double() for name, value in parameters(0).items()} for _ in range(parties)]
@@ -198,9 +198,9 @@ def test_what_crosses_at_once_is_a_fragment() -> None:
 
     of = [4 * sum(SIZES[name] for name in names) for names in fragments_of(SIZES, 2)]
     for told in run_parties(2, act):
-        beside = told[0] - of[0]  # headers and ballot
-        assert told == [of[0] + beside, of[1] + beside] * 2
-        assert beside < 200
+        auxiliary = told[0] - of[0]  # headers and ballot
+        assert told == [of[0] + auxiliary, of[1] + auxiliary] * 2
+        assert auxiliary < 200
 
 
 def test_who_is_through_answers_in_turn() -> None:
@@ -230,16 +230,16 @@ def test_one_validates_while_another_is_a_turn_ahead() -> None:
         if federation.party == 0:
             begun.wait(10)  # the other is in the next fragment's round by then
             mean = aggregator.mean({"loss": (1.0, 1.0)})
-            aggregator.land()
+            aggregator.apply()
             train(tensors, federation.party, 2)
             aggregator.begin(1.0)
         else:
-            aggregator.land()
+            aggregator.apply()
             train(tensors, federation.party, 2)
             aggregator.begin(1.0)
             begun.set()
             mean = {"loss": 1.0}
-        assert aggregator.land().round == 1
+        assert aggregator.apply().round == 1
         return mean, tensors
 
     (mean, first), (_, second) = run_parties(2, act)

@@ -152,11 +152,11 @@ def test_hush_leaves_the_terminal_to_party_0(tmp_path: Path) -> None:
     trainer = quiet_trainer(
         tmp_path, [bar, ModelSummary()], enable_progress_bar=True, enable_model_summary=True
     )
-    isolation.hush(trainer)
+    isolation.silence(trainer)
     assert bar.is_disabled
     assert not any(isinstance(c, ModelSummary) for c in isolation.callbacks_of(trainer))
     assert logging.getLogger("lightning.pytorch").level == logging.WARNING
-    isolation.hush(quiet_trainer(tmp_path))
+    isolation.silence(quiet_trainer(tmp_path))
 
 
 # ---- whole fits

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pellm_lightning.tensors import flat_buffer as layout
+from pellm_lightning.tensors import flat_buffer
 from pellm_lightning.tensors.flat_buffer import Layout
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut vectors of a few dozen scalars as those of millions are."""
-    monkeypatch.setattr(layout, "_CHUNK", 8)
-    monkeypatch.setattr(layout, "_BUCKET", 24)
+    monkeypatch.setattr(flat_buffer, "_CHUNK", 8)
+    monkeypatch.setattr(flat_buffer, "_BUCKET", 24)
 
 
 def numbers(*shape: int, start: int = 0) -> Tensor:
@@ -107,8 +107,8 @@ def test_what_is_packed_comes_back(
         tensor = torch.randn(shape, generator=torch.Generator().manual_seed(index)).to(dtype)
         tensors[f"{index}"] = tensor.transpose(0, -1) if across and tensor.dim() else tensor
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(layout, "_CHUNK", chunk)
-        patched.setattr(layout, "_BUCKET", bucket)
+        patched.setattr(flat_buffer, "_CHUNK", chunk)
+        patched.setattr(flat_buffer, "_BUCKET", bucket)
         flat = Layout(tensors)
         vector = flat.pack_(flat.new_vector())
         expected = torch.cat([tensors[name].reshape(-1).float() for name in sorted(tensors)])
@@ -203,8 +203,8 @@ def test_no_chunk_and_no_bucket_spans_two_groups(
     tensors = {f"{index}": numbers(size) for index, (size, _) in enumerate(drawn)}
     groups = [{f"{index}" for index, (_, group) in enumerate(drawn) if group == which} for which in range(3)]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(layout, "_CHUNK", chunk)
-        patched.setattr(layout, "_BUCKET", bucket)
+        patched.setattr(flat_buffer, "_CHUNK", chunk)
+        patched.setattr(flat_buffer, "_BUCKET", bucket)
         flat = Layout(tensors, groups)
         check_cuts(flat, bucket)
         ends = [0]

@@ -51,7 +51,7 @@ from torch.optim import lr_scheduler
 from pellm_lightning import Aggregator, FederatedAveraging, Federation, FederationError
 from pellm_lightning.aggregation import Alternating, LowRankMean
 from pellm_lightning.comm import MismatchError
-from pellm_lightning.engine import outer_optimizer as outer
+from pellm_lightning.engine import outer_optimizer
 from pellm_lightning.engine.optim import Yogi
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam
@@ -381,7 +381,7 @@ def test_resuming_is_exact(recipe: str, schedule: str | None) -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_restored_schedule_is_where_it_was(steps: int, name: str) -> None:
     one, other = (SGD([nn.Parameter(torch.zeros(1))], lr=0.7) for _ in range(2))
-    schedule, restored = (outer.Schedule(SCHEDULES[name], optimizer) for optimizer in (one, other))
+    schedule, restored = (outer_optimizer.Schedule(SCHEDULES[name], optimizer) for optimizer in (one, other))
     for _ in range(steps):
         schedule.step()
     for _ in range(3):
@@ -478,7 +478,10 @@ def test_a_checkpoint_of_another_outer_optimizer_is_refused(resumed: Any, words:
     ],
 )
 def test_only_elementwise_optimizers_make_sense(optimizer: Any, words: str) -> None:
-    for make in (lambda: FederatedAveraging(outer_optimizer=optimizer), lambda: outer.tried(optimizer)):
+    for make in (
+        lambda: FederatedAveraging(outer_optimizer=optimizer),
+        lambda: outer_optimizer.tried(optimizer),
+    ):
         with pytest.raises(ValueError, match=words) as caught:
             make()
         assert "must be one that moves each element by its own gradients" in str(caught.value)
@@ -489,7 +492,7 @@ def test_only_elementwise_optimizers_make_sense(optimizer: Any, words: str) -> N
     ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"],
 )
 def test_all_others_of_torch_are_taken(name: str) -> None:
-    assert type(outer.tried(getattr(torch.optim, name))).__name__ == name
+    assert type(outer_optimizer.tried(getattr(torch.optim, name))).__name__ == name
 
 
 @pytest.mark.parametrize(
@@ -510,11 +513,11 @@ def test_schedules_that_make_no_sense_are_refused(scheduler: Callable[..., Any],
 
 
 def test_a_schedule_through_new_coordinates_is_refused() -> None:
-    tried = outer.tried(RECIPES["FedAvg"])
+    tried = outer_optimizer.tried(RECIPES["FedAvg"])
     with pytest.raises(ValueError, match="and no momentum, without an outer_scheduler"):
-        outer.check(LowRankMean(gauge="svd"), tried, scheduled=True)
-    outer.check(LowRankMean(gauge="svd"), tried, scheduled=False)
-    outer.check(Alternating(), tried, scheduled=True)
+        outer_optimizer.check(LowRankMean(factorization="svd"), tried, scheduled=True)
+    outer_optimizer.check(LowRankMean(factorization="svd"), tried, scheduled=False)
+    outer_optimizer.check(Alternating(), tried, scheduled=True)
 
 
 # ---- with masked sums, and parties that are lost

@@ -57,7 +57,7 @@ def trained(federation: Federation, overlap: Overlap, rounds: int, steps: int) -
         if step % steps == 0 and step <= rounds * steps:
             aggregator.begin(1.0 + federation.party)
         if step > overlap.delay_steps and step % steps == overlap.delay_steps:
-            aggregator.land()
+            aggregator.apply()
         seen.append(x.clone())
     return seen
 
@@ -111,7 +111,7 @@ def test_bfloat16_lands_on_the_global_vector() -> None:
         x += 0.25 * (1 + federation.party)
         aggregator.begin(1.0)
         x += 1
-        aggregator.land()
+        aggregator.apply()
         return x.clone(), aggregator.global_vector.clone()
 
     for x, vector in run_parties(2, act):
@@ -130,7 +130,7 @@ def test_training_does_not_wait_for_who_comes_late() -> None:
         x += 1
         late.set()
         time.sleep(2.0)  # of training
-        assert aggregator.land().stalled_seconds < 1.5, "it waited for the other one to have trained"
+        assert aggregator.apply().stalled_seconds < 1.5, "it waited for the other one to have trained"
         return aggregator.step(1.0).total_weight
 
     assert run_parties(2, act) == [2.0, 2.0]
@@ -144,7 +144,7 @@ def test_what_is_sent_is_what_was_there_at_the_beginning(dtype: torch.dtype) -> 
         x.fill_(1 + federation.party)
         aggregator.begin(1.0)
         x.fill_(1000)
-        aggregator.land()
+        aggregator.apply()
         return x.clone()
 
     start = noise(0, 99).to(dtype).double()
@@ -160,7 +160,7 @@ def test_a_party_with_nan_is_healed_whatever_is_mixed() -> None:
         if federation.party == 1:
             x[3] = torch.nan
         aggregator.begin(1.0)
-        report = aggregator.land()
+        report = aggregator.apply()
         assert report.excluded == (1,)
         return x.clone(), aggregator.global_vector.clone()
 
@@ -177,7 +177,7 @@ def test_masked_sums_in_the_background() -> None:
                 train(x, federation.party, step)
                 aggregator.begin(1.0)
                 train(x, federation.party, 10 + step)
-                aggregator.land()
+                aggregator.apply()
             return x.clone()
 
         return act
@@ -204,7 +204,7 @@ def test_differential_privacy_is_counted_in_the_background() -> None:
             train(x, federation.party, step)
             aggregator.begin(1.0)
             train(x, federation.party, 10 + step)
-            spent.append(aggregator.land().epsilon)
+            spent.append(aggregator.apply().epsilon)
         return [*spent, aggregator.step(1.0).epsilon], x.clone()
 
     (spent, x), *others = run_parties(3, act)
@@ -220,13 +220,13 @@ def test_resumed_under_way_it_lands_as_if_nothing_had_happened() -> None:
         aggregator.begin(1.0)
         train(x, federation.party, 2)
         state, saved = aggregator.state_dict(), x.clone()
-        report = aggregator.land()
+        report = aggregator.apply()
         again = saved.clone()
         resumed = OverlappedAggregator(federation, {"x": again}, Overlap(2, 0.25), outer_optimizer=diloco)
         resumed.load_state_dict(state)
         assert not resumed.start()
         assert torch.equal(again, saved), "it has not landed yet"
-        assert replace(resumed.land(), stalled_seconds=report.stalled_seconds) == report
+        assert replace(resumed.apply(), stalled_seconds=report.stalled_seconds) == report
         assert torch.equal(again, x)
         train(again, federation.party, 3)
         train(x, federation.party, 3)
@@ -243,7 +243,7 @@ def test_metrics_and_checkpoints_wait_for_the_round() -> None:
         aggregator.begin(1.0)
         mean = aggregator.mean({"loss": (float(federation.party), 1.0)})
         round = aggregator.state_dict()["round"]
-        aggregator.land()
+        aggregator.apply()
         return mean, round
 
     assert run_parties(2, act) == [({"loss": 0.5}, 1)] * 2
@@ -257,7 +257,7 @@ def test_who_is_through_takes_over_what_the_others_make() -> None:
             train(x, federation.party, step)
             aggregator.begin(1.0)
             train(x, federation.party, 10 + step)
-            aggregator.land()
+            aggregator.apply()
         aggregator.step(1.0)
         assert len(list(aggregator.drain())) == 2 - federation.party
         return x.clone()
@@ -279,7 +279,7 @@ def test_a_failure_in_the_background_is_raised_where_it_lands() -> None:
         while not aggregator.failed and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(FederationError) as caught:
-            aggregator.land()
+            aggregator.apply()
         assert not aggregator.failed
         aggregator.state_dict()  # told once; what remains can be saved
         return str(caught.value)
@@ -300,7 +300,7 @@ def test_a_state_is_saved_though_the_round_under_way_has_failed() -> None:
         assert torch.equal(state["global"], before["global"])
         assert aggregator.failed
         with pytest.raises(FederationError):
-            aggregator.land()
+            aggregator.apply()
 
     failed = run_parties(2, act, may_fail=True)
     assert not any(isinstance(error, AssertionError) for error in failed), failed
@@ -317,11 +317,11 @@ def test_an_interrupted_wait_does_not_forget_the_round(monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(Future, "result", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                aggregator.land()
+                aggregator.apply()
         with pytest.raises(RuntimeError, match="before the last has landed"):
             aggregator.begin(1.0)
         go_on.set()
-        assert aggregator.land().round == 0
+        assert aggregator.apply().round == 0
 
     run_parties(1, act)
 
@@ -334,7 +334,7 @@ def test_waiting_for_metrics_counts_as_standing_still() -> None:
             time.sleep(0.5)
         aggregator.begin(1.0)
         aggregator.mean({})
-        return aggregator.land().stalled_seconds
+        return aggregator.apply().stalled_seconds
 
     assert run_parties(2, act)[0] > 0.4
 
@@ -349,7 +349,7 @@ def test_who_lands_in_time_and_who_does_not_resume_from_no_other_state() -> None
             Aggregator(federation, {"x": x}, outer_optimizer=diloco).load_state_dict(state)
         with pytest.raises(RuntimeError, match="before the last has landed"):
             next(aggregator.drain())
-        aggregator.land()
+        aggregator.apply()
 
     run_parties(1, act)
 
@@ -359,11 +359,11 @@ def test_one_round_at_a_time() -> None:
         _, aggregator = overlapped(federation, Overlap(2))
         aggregator.start()
         with pytest.raises(RuntimeError, match=r"No round of party 0 is under way\. Call begin"):
-            aggregator.land()
+            aggregator.apply()
         aggregator.begin(1.0)
         with pytest.raises(RuntimeError, match="Party 0 begins a round before the last has landed"):
             aggregator.begin(1.0)
-        aggregator.land()
+        aggregator.apply()
 
     run_parties(1, act)
 
@@ -389,7 +389,7 @@ def test_what_cannot_be_is_refused(arguments: Mapping[str, Any], words: str) -> 
         (ResidualMean(), 0.0, "writes into the frozen weights"),
         (Stacking(), 0.0, "writes into the frozen weights"),
         (Alternating(), 0.0, "trains other factors after each round"),
-        (LowRankMean(gauge="balanced"), 0.5, r"other coordinates each round, so mix=0\.5"),
+        (LowRankMean(factorization="balanced"), 0.5, r"other coordinates each round, so mix=0\.5"),
     ],
 )
 def test_rules_that_cannot_land_later_are_refused(rule: Any, mix: float, words: str) -> None:
@@ -398,7 +398,7 @@ def test_rules_that_cannot_land_later_are_refused(rule: Any, mix: float, words: 
 
 
 def test_rules_that_can_are_not() -> None:
-    Overlap(2, 0).check(LowRankMean(gauge="balanced"))
+    Overlap(2, 0).check(LowRankMean(factorization="balanced"))
     Overlap(2, 0.5).check(LowRankMean())
 
 

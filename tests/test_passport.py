@@ -8,7 +8,7 @@ import torch
 
 from pellm_lightning.engine.compatibility import (
     PROTOCOL,
-    Passport,
+    PartySpec,
     base_digests,
     checksum,
     common,
@@ -16,7 +16,7 @@ from pellm_lightning.engine.compatibility import (
 )
 
 
-def passport(**changes: Any) -> Passport:
+def party_spec(**changes: Any) -> PartySpec:
     """A passport as it arrives: through JSON."""
     plain = {
         "protocol": PROTOCOL,
@@ -41,18 +41,18 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def test_the_same_passports_do_not_differ() -> None:
-    assert first_difference([passport()]) is None
-    assert first_difference([passport() for _ in range(3)]) is None
+    assert first_difference([party_spec()]) is None
+    assert first_difference([party_spec() for _ in range(3)]) is None
 
 
 def test_a_party_that_does_not_check_its_base_differs_from_none() -> None:
-    assert first_difference([passport(base=None), passport()]) is None
-    assert first_difference([passport(), passport(base=None)]) is None
+    assert first_difference([party_spec(base=None), party_spec()]) is None
+    assert first_difference([party_spec(), party_spec(base=None)]) is None
 
 
 def test_files_of_its_own_are_no_difference() -> None:
-    assert first_difference([passport(files=[f"host:/runs/party-{party}"]) for party in range(3)]) is None
-    assert first_difference([passport(files=["host:/log", "host:/log"]), passport()]) is None
+    assert first_difference([party_spec(files=[f"host:/runs/party-{party}"]) for party in range(3)]) is None
+    assert first_difference([party_spec(files=["host:/log", "host:/log"]), party_spec()]) is None
 
 
 # ---- two parties that do not: in each case party 2 of three is the odd one
@@ -94,7 +94,7 @@ def test_files_of_its_own_are_no_difference() -> None:
     ],
 )
 def test_a_difference_names_party_thing_and_cure(changes: dict[str, Any], words: list[str]) -> None:
-    message = first_difference([passport(), passport(), passport(**changes)])
+    message = first_difference([party_spec(), party_spec(), party_spec(**changes)])
     assert message is not None
     for word in words:
         assert word in message
@@ -105,15 +105,15 @@ def test_no_two_parties_write_the_same_file(pair: tuple[int, int]) -> None:
     files = [[f"host:/runs/party-{party}"] for party in range(3)]
     for party in pair:
         files[party].append("host:/shared/logs")
-    message = first_difference([passport(files=paths) for paths in files])
+    message = first_difference([party_spec(files=paths) for paths in files])
     assert message is not None
     assert f"Parties {pair[0]} and {pair[1]} would both write to 'host:/shared/logs'" in message
 
 
 def test_the_cause_is_named_before_its_consequence() -> None:
     # Another LoRA rank makes the schema differ; that the base differs, too, is not what must be mended first.
-    odd = passport(schema=[["a", [4, 3], "float32"]], base={}, round=1, files=["x"])
-    assert "Party 0 trains parameter 'b'" in str(first_difference([passport(files=["x"]), odd]))
+    odd = party_spec(schema=[["a", [4, 3], "float32"]], base={}, round=1, files=["x"])
+    assert "Party 0 trains parameter 'b'" in str(first_difference([party_spec(files=["x"]), odd]))
 
 
 # ---- what the LoRA modules say
@@ -122,7 +122,7 @@ def test_the_cause_is_named_before_its_consequence() -> None:
 def test_another_scaling_names_module_party_and_cure() -> None:
     # The same factors would be updates of another size.
     message = first_difference(
-        [passport(), passport(), passport(lora={"q.default": [8, 0.7071067811865476]})]
+        [party_spec(), party_spec(), party_spec(lora={"q.default": [8, 0.7071067811865476]})]
     )
     assert message is not None
     for word in ("'q.default'", "scaling 2 ", "party 0", "0.707107 at party 2", "lora_alpha", "use_rslora"):
@@ -131,22 +131,22 @@ def test_another_scaling_names_module_party_and_cure() -> None:
 
 
 def test_scalings_may_differ_where_ranks_may() -> None:
-    others = [passport(lora={"q.default": [rank, 16 / rank]}, ranks_may_differ=True) for rank in (8, 4, 16)]
+    others = [party_spec(lora={"q.default": [rank, 16 / rank]}, ranks_may_differ=True) for rank in (8, 4, 16)]
     assert first_difference(others) is None
 
 
 def test_a_scaling_that_differs_is_told_after_the_schema() -> None:
     # A rank that differs makes the scaling differ, too; the rank is what must be mended.
-    odd = passport(schema=[["a", [4, 3], "float32"], ["b", [4], "bfloat16"]], lora={"q.default": [4, 4.0]})
-    assert "'a' is float32 of shape [2, 3]" in str(first_difference([passport(), odd]))
+    odd = party_spec(schema=[["a", [4, 3], "float32"], ["b", [4], "bfloat16"]], lora={"q.default": [4, 4.0]})
+    assert "'a' is float32 of shape [2, 3]" in str(first_difference([party_spec(), odd]))
 
 
 def test_another_aggregation_is_told_before_the_schema_that_it_makes_differ() -> None:
     config = {"every_n_epochs": 1, "weighting": "samples"}
-    ours = passport(
+    ours = party_spec(
         config=config | {"aggregation": "HeterogeneousRank()"}, schema=[["a", ["rank", 3], "float32"]]
     )
-    odd = passport(config=config | {"aggregation": "Mean()"}, schema=[["a", [2, 3], "float32"]])
+    odd = party_spec(config=config | {"aggregation": "Mean()"}, schema=[["a", [2, 3], "float32"]])
     assert "aggregation='HeterogeneousRank()', party 1 has" in str(first_difference([ours, odd]))
 
 
@@ -154,8 +154,8 @@ def test_another_aggregation_is_told_before_the_schema_that_it_makes_differ() ->
 def test_a_module_that_only_some_parties_take_for_a_pair_is_a_difference(odd: int) -> None:
     # By default a module with an obstacle is left to the mean. If parties judge it differently, their vectors
     # have other orders, though names and shapes are the same.
-    both = [passport(), passport()]
-    both[odd] = passport(lora={})
+    both = [party_spec(), party_spec()]
+    both[odd] = party_spec(lora={})
     message = first_difference(both)
     assert message is not None, "their vectors would be mixed up, or Gloo abort a process"
     assert "'q.default'" in message
@@ -184,7 +184,7 @@ def test_another_adapter_configuration_names_field_values_and_cure(
     for free in (False, True):
         same = {"ranks_may_differ": free}
         message = first_difference(
-            [passport(**one, **same), passport(**one, **same), passport(**odd, **same)]
+            [party_spec(**one, **same), party_spec(**one, **same), party_spec(**odd, **same)]
         )
         assert message is not None
         for word in ("adapter 'default'", *words, "Give both the same PEFT configuration"):
@@ -203,22 +203,22 @@ def test_another_adapter_configuration_names_field_values_and_cure(
 )
 def test_ranks_and_alphas_may_differ_where_the_rule_allows_it(changes: dict[str, Any]) -> None:
     one, odd = {"adapters": {"default": LORA}}, {"adapters": {"default": LORA | changes}}
-    message = first_difference([passport(**one), passport(**odd)])
+    message = first_difference([party_spec(**one), party_spec(**odd)])
     assert message is not None
     assert next(iter(changes)) in message
-    assert first_difference([passport(**part, ranks_may_differ=True) for part in (one, odd)]) is None
-    shared = [common(passport(**part, ranks_may_differ=True)) for part in (one, odd)]
+    assert first_difference([party_spec(**part, ranks_may_differ=True) for part in (one, odd)]) is None
+    shared = [common(party_spec(**part, ranks_may_differ=True)) for part in (one, odd)]
     assert shared[0] == shared[1]
 
 
 def test_an_adapter_that_one_party_alone_has_is_told_by_its_parameters() -> None:
-    assert first_difference([passport(adapters={"own": LORA}), passport()]) is None
+    assert first_difference([party_spec(adapters={"own": LORA}), party_spec()]) is None
 
 
 def test_a_rank_by_own_data_is_told_of() -> None:
     eva = {"adapters": {"default": LORA | {"init_lora_weights": "eva"}}}
-    odd = passport(schema=[["a", [4, 3], "float32"], ["b", [4], "bfloat16"]], **eva)
-    message = str(first_difference([passport(**eva), odd]))
+    odd = party_spec(schema=[["a", [4, 3], "float32"], ["b", [4], "bfloat16"]], **eva)
+    message = str(first_difference([party_spec(**eva), odd]))
     assert "'a' is float32 of shape [2, 3]" in message
     assert "rho=1.0" in message
 

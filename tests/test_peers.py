@@ -15,7 +15,7 @@ import pytest
 from forked import python
 
 _PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
-_NAMES = ("shapes", "payload", "memory", "environments", "round_times", "round_times_report")
+_NAMES = ("shapes", "payload", "error_feedback", "environments", "round_times", "round_times_report")
 _NAMES += ("training_report",)
 
 
@@ -92,7 +92,7 @@ class TestParty:
 
 class TestWatch:
     def test_it_knows_a_role_s_memory_and_ends_what_is_left(self, peers: Any, tmp_path: Path) -> None:
-        watch = peers["memory"].Watch(json.dumps(str(tmp_path)))
+        watch = peers["error_feedback"].Watch(json.dumps(str(tmp_path)))
         watch.start()
         script = "import time; held = b'1' * 50_000_000; time.sleep(60)"
         marked = os.environ | session_of(peers, tmp_path).to_env() | {"PEERS_ROLE": "party-1"}

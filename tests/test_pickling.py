@@ -24,17 +24,17 @@ from torch import Tensor, nn
 import pellm_lightning
 from pellm_lightning import Aggregator, FederatedAveraging, FederatedCLI, Federation, Overlap, RoundReport
 from pellm_lightning.aggregation import Deviation, LoraModule, LowRankMean
-from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.callbacks.drift import SCAFFOLD, FedDyn, FedNova, FedProx
-from pellm_lightning.comm import TLS, ElasticFederation, Membership, Plan, Version
-from pellm_lightning.comm.elastic.quorum_view import Roll
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm import TLS, ElasticFederation, Membership, QuorumView, Version
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.engine.optim import OptimizerConfig, Yogi
-from pellm_lightning.exchange import Masked, Quantized, TopK
+from pellm_lightning.exchange import Quantized, SecureAggregation, TopK
 from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, Noise
-from pellm_lightning.report.about import About
 from pellm_lightning.report.bar import FederationProgressBar
-from pellm_lightning.report.record import Record
+from pellm_lightning.report.record import RunRecord
+from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tasks import CausalLM, ClassificationDataModule, TextClassification, TextDataModule
 
 
@@ -79,11 +79,11 @@ ALSO = {
     "pellm_lightning.engine.optim": ("OptimizerConfig", "Yogi"),
     "pellm_lightning.engine.outer_optimizer": ("sgd_one",),
     "pellm_lightning.report.bar": ("FederationProgressBar",),
-    "pellm_lightning.report.record": ("Record",),
-    "pellm_lightning.report.about": ("About",),
+    "pellm_lightning.report.record": ("RunRecord",),
+    "pellm_lightning.report.run_summary": ("RunSummary",),
     "pellm_lightning.callbacks.schedule": ("schedule",),
     "pellm_lightning.comm.topology": ("Topology",),
-    "pellm_lightning.comm.elastic.separate_jobs": ("Job",),
+    "pellm_lightning.comm.elastic.separate_jobs": ("SeparateJobs",),
 }
 
 
@@ -125,12 +125,14 @@ def report() -> RoundReport:
     return RoundReport(**needed | {"parties": (0, 1), "excluded": (1,), "deviation": deviation})
 
 
-def roll() -> Roll:
-    return Roll(0, "i", "127.0.0.1:1", "d", Version("l", 1, 2), 2, "l", "exchange", "", True, {"a": 1})
+def roll() -> QuorumMember:
+    return QuorumMember(
+        0, "i", "127.0.0.1:1", "d", Version("l", 1, 2), 2, "l", "exchange", "", True, {"a": 1}
+    )
 
 
 EXAMPLES: dict[Any, Callable[[], Any]] = {
-    About: lambda: About(["a", "b"], {"exchange": "Plain()"}),
+    RunSummary: lambda: RunSummary(["a", "b"], {"exchange": "Plain()"}),
     CausalLM: lambda: CausalLM("folder", LoraConfig(r=2)),
     ClassificationDataModule: lambda: ClassificationDataModule("*.jsonl", "folder", ["a", "b"]),
     Deviation: lambda: Deviation(0.5, 0.75, "q_proj.default"),
@@ -149,14 +151,14 @@ EXAMPLES: dict[Any, Callable[[], Any]] = {
     FedDyn: lambda: FedDyn(0.1),
     FedProx: lambda: FedProx(0.1),
     GaussianMechanism: lambda: GaussianMechanism(1.0, 0.5, adaptive=AdaptiveClipping()),
-    Job: lambda: Job("tcp://127.0.0.1:1", "a", ("a", "b"), tls=tls_of("a")),
+    SeparateJobs: lambda: SeparateJobs("tcp://127.0.0.1:1", "a", ("a", "b"), tls=tls_of("a")),
     LoraModule: lambda: LoraModule(2.0, torch.ones(2, 3)),
-    Masked: masked,
+    SecureAggregation: masked,
     OptimizerConfig: lambda: OptimizerConfig("torch.optim.Adam", {"lr": 0.5}),
     Overlap: lambda: Overlap(delay_steps=3, mix=0.25),
-    Plan: lambda: Plan(1, 2, "g", "l", {"a": roll()}),
-    Record: lambda: Record("rounds.jsonl"),
-    RecordLevel: lambda: RecordLevel(1.0, 1.0),
+    QuorumView: lambda: QuorumView(1, 2, "g", "l", {"a": roll()}),
+    RunRecord: lambda: RunRecord("rounds.jsonl"),
+    DPSGD: lambda: DPSGD(1.0, 1.0),
     RoundReport: report,
     TLS: lambda: tls_of("a"),
     TextClassification: lambda: TextClassification("folder", 3, LoraConfig(r=2)),
@@ -235,7 +237,7 @@ CALLBACKS: dict[str, Callable[[], list[Callback]]] = {
     "feddyn": lambda: [FedDyn(0.1)],
     "fednova": lambda: [FedNova()],
     "fedprox": lambda: [FedProx(0.1)],
-    "record level": lambda: [RecordLevel(1.0, 1.0)],
+    "record level": lambda: [DPSGD(1.0, 1.0)],
 }
 
 

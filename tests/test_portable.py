@@ -32,8 +32,8 @@ def gradient(step: int) -> Array:
 def stepped(make: Callable[[Any], torch.optim.Optimizer], offset: int = 0, piece: int = 1 << 16) -> Array:
     """The parameter after four steps; ``offset`` numbers lie before it in its memory."""
     start = torch.from_numpy(drawn(0))
-    memory = torch.empty(offset + len(start))
-    parameter = nn.Parameter(memory[offset:].copy_(start))
+    error_feedback = torch.empty(offset + len(start))
+    parameter = nn.Parameter(error_feedback[offset:].copy_(start))
     optimizer = make([parameter])
     for step in range(STEPS):
         parameter.grad = torch.from_numpy(gradient(step))

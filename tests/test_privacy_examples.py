@@ -8,7 +8,7 @@ import pytest
 import test_examples
 from test_examples import EXAMPLES, documented, run
 
-from pellm_lightning.callbacks.dp_sgd.poisson_sampling import SampledLedger
+from pellm_lightning.callbacks.dp_sgd.poisson_sampling import PoissonAccountant
 
 home = test_examples.home
 
@@ -31,10 +31,10 @@ def test_record_level(home: Path) -> None:
         rows = list(csv.DictReader(path.read_text().splitlines()))
         logged = [float(row["privacy/epsilon_records"]) for row in rows if row["privacy/epsilon_records"]]
         # The table has 1014 rows: 507 at each of two parties, in four batches an epoch.
-        ledger, expected = SampledLedger(), []
+        accountant, expected = PoissonAccountant(), []
         for _ in range(2):
-            ledger.step(2.0, 128 / 507, 4)
-            expected.append(ledger.epsilon(1e-4))
+            accountant.step(2.0, 128 / 507, 4)
+            expected.append(accountant.epsilon(1e-4))
         assert logged == pytest.approx(expected, rel=1e-6)
         assert len([row for row in rows if row["federated/round"]]) == 2
     assert (home / "runs/examples/record_level/party-0/adapter/adapter_config.json").exists()

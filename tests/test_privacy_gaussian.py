@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from scipy import stats
 
-from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, Ledger, Noise
+from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, Noise, PrivacyAccountant
 from pellm_lightning.privacy.clipping import clip_factor
 
 
@@ -58,9 +58,9 @@ def test_without_noise_it_only_clips() -> None:
     mechanism = GaussianMechanism(1.0, 0.0, adaptive=AdaptiveClipping())
     assert mechanism.noise_std(1, 1.0) == 0
     assert mechanism.bit_noise_std(1) == 0
-    ledger = Ledger()
-    ledger.release(mechanism.noise_multiplier)
-    assert mechanism.epsilon(ledger) == math.inf
+    accountant = PrivacyAccountant()
+    accountant.release(mechanism.noise_multiplier)
+    assert mechanism.epsilon(accountant) == math.inf
 
 
 def test_clips_as_the_function_does() -> None:
@@ -76,24 +76,24 @@ def test_noise_on_bits_is_distributed_like_that_on_updates() -> None:
 
 def test_stops_before_the_budget_is_exceeded() -> None:
     # z = 4: 50 rounds cost 8.596, so 49 cost less and 51 more.
-    mechanism, ledger = GaussianMechanism(1.0, 4.0, max_epsilon=8.6), Ledger()
-    while mechanism.affords(ledger):
-        ledger.release(4.0)
-    assert ledger.releases == 50
-    assert mechanism.epsilon(ledger) == pytest.approx(8.596, abs=5e-4)
+    mechanism, accountant = GaussianMechanism(1.0, 4.0, max_epsilon=8.6), PrivacyAccountant()
+    while mechanism.within_budget(accountant):
+        accountant.release(4.0)
+    assert accountant.releases == 50
+    assert mechanism.epsilon(accountant) == pytest.approx(8.596, abs=5e-4)
 
 
 def test_without_a_budget_there_is_no_end() -> None:
-    ledger = Ledger()
-    ledger.release(0.0)
-    assert GaussianMechanism(1.0, 4.0).affords(ledger)
+    accountant = PrivacyAccountant()
+    accountant.release(0.0)
+    assert GaussianMechanism(1.0, 4.0).within_budget(accountant)
 
 
 def test_the_accountant_is_the_one_asked_for() -> None:
-    ledger = Ledger()
+    accountant = PrivacyAccountant()
     for _ in range(50):
-        ledger.release(4.0)
-    assert GaussianMechanism(1.0, 4.0, accountant="rdp").epsilon(ledger) == pytest.approx(9.235, abs=5e-4)
+        accountant.release(4.0)
+    assert GaussianMechanism(1.0, 4.0, accountant="rdp").epsilon(accountant) == pytest.approx(9.235, abs=5e-4)
 
 
 def test_representation_has_every_setting() -> None:

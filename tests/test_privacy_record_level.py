@@ -39,9 +39,8 @@ from torch.utils.data import (
 )
 
 from pellm_lightning.aggregation import Alternating, FrozenA
-from pellm_lightning.callbacks.dp_sgd import RecordLevel
-from pellm_lightning.callbacks.dp_sgd import dp_sgd as record_level
-from pellm_lightning.callbacks.dp_sgd.poisson_sampling import PoissonBatches, SampledLedger, poisson
+from pellm_lightning.callbacks.dp_sgd import DPSGD, dp_sgd
+from pellm_lightning.callbacks.dp_sgd.poisson_sampling import PoissonAccountant, PoissonBatches, poisson
 
 pytestmark = [
     # Layers whose inputs need no gradient: frozen ones stand before them.
@@ -70,7 +69,7 @@ class Recorder(Callback):
 
 def fit(
     root: Path,
-    private: RecordLevel,
+    private: DPSGD,
     module: LightningModule | None = None,
     loader: Any = None,
     *callbacks: Any,
@@ -89,7 +88,7 @@ def fit(
 def test_equals_opacus(tmp_path: Path) -> None:
     # Without noise: the same batches through Opacus' own optimizer give the same gradients.
     recorder = Recorder()
-    fit(tmp_path, RecordLevel(0.0, 0.5), None, data(24, seed=0, batch_size=12), recorder, max_epochs=4)
+    fit(tmp_path, DPSGD(0.0, 0.5), None, data(24, seed=0, batch_size=12), recorder, max_epochs=4)
     assert len(recorder.grads) == 8
     sizes = {len(batch[0]) for batch in recorder.batches}
     assert len(sizes) > 1, "Poisson batches have no fixed size"
@@ -118,7 +117,7 @@ def test_one_record_moves_the_gradient_by_no_more_than_the_norm(tmp_path: Path) 
     recorder = Recorder()
     loader = DataLoader(TensorDataset(x, y), batch_size=8)  # probability 1: every record each time
     module = Embedded()
-    fit(tmp_path, RecordLevel(0.0, 0.25), module, loader, recorder, max_epochs=1)
+    fit(tmp_path, DPSGD(0.0, 0.25), module, loader, recorder, max_epochs=1)
     (grad,) = recorder.grads
     assert grad.isfinite().all()
     assert 0 < float(grad.norm()) <= 7 * 0.25 / 8  # seven records are finite
@@ -136,7 +135,7 @@ def test_noise_has_the_standard_deviation_it_should(tmp_path: Path) -> None:
     recorder = Recorder()
     wide = Classifier(lr=0.0)
     wide.head = linear(16, 512, seed=0)
-    private = RecordLevel(1e6, 1e-6)
+    private = DPSGD(1e6, 1e-6)
     fit(tmp_path, private, wide, data(40, seed=0, batch_size=8), recorder, max_epochs=2)
     draws = torch.stack(recorder.grads).double().flatten() * 8  # times the expected batch size
     assert draws.numel() == 10 * (16 * 512 + 512)
@@ -149,12 +148,12 @@ def test_noise_has_the_standard_deviation_it_should(tmp_path: Path) -> None:
 def test_an_empty_draw_is_noise_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     # A probability so small that nothing is drawn, at most once in 10^5 runs.
-    private = RecordLevel(0.0, 1.0)
+    private = DPSGD(0.0, 1.0)
     monkeypatch.setattr(PoissonBatches, "__init__", _rarely)
     fit(tmp_path, private, None, data(8, seed=0, batch_size=4), recorder)
     assert [len(batch[0]) for batch in recorder.batches] == [1] * 4, "a stand-in"
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in recorder.grads)
-    assert private._ledger.steps == 4
+    assert private._accountant.steps == 4
 
 
 def _rarely(self: PoissonBatches, records: int, rate: float, batches: int) -> None:
@@ -165,7 +164,7 @@ def test_learns(tmp_path: Path) -> None:
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     y = (x[:, 0] > 0).long()
     module = Classifier(lr=1.0)
-    fit(tmp_path, RecordLevel(0.5, 1.0), module, DataLoader(TensorDataset(x, y), batch_size=40), max_epochs=8)
+    fit(tmp_path, DPSGD(0.5, 1.0), module, DataLoader(TensorDataset(x, y), batch_size=40), max_epochs=8)
     with torch.no_grad():
         assert float((module(x).argmax(1) == y).float().mean()) > 0.8
 
@@ -182,7 +181,7 @@ def test_works_with_adam_a_schedule_and_workers(tmp_path: Path) -> None:
 
     loader = DataLoader(dataset(24, seed=0), batch_size=6, num_workers=1, persistent_workers=True)
     recorder = Recorder()
-    trainer = fit(tmp_path, RecordLevel(1.0, 1.0), Scheduled(), loader, recorder)
+    trainer = fit(tmp_path, DPSGD(1.0, 1.0), Scheduled(), loader, recorder)
     assert len(recorder.grads) == trainer.global_step == 8
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**8)
     assert type(trainer.optimizers[0]) is torch.optim.AdamW
@@ -190,7 +189,7 @@ def test_works_with_adam_a_schedule_and_workers(tmp_path: Path) -> None:
 
 def test_works_with_bf16_mixed(tmp_path: Path) -> None:
     recorder = Recorder()
-    fit(tmp_path, RecordLevel(0.0, 1e-3), None, None, recorder, precision="bf16-mixed")
+    fit(tmp_path, DPSGD(0.0, 1e-3), None, None, recorder, precision="bf16-mixed")
     assert all(float(grad.norm()) <= 24 * 1e-3 / 4 for grad in recorder.grads)
     assert any(float(grad.norm()) > 0 for grad in recorder.grads), "but for empty draws"
 
@@ -266,28 +265,28 @@ def test_refuses_loaders_that_do_not_hand_out_every_record_once(
 def test_hundred_steps_at_one() -> None:
     from opacus.accountants import RDPAccountant
 
-    ledger, opacus = SampledLedger(), RDPAccountant()
+    accountant, opacus = PoissonAccountant(), RDPAccountant()
     for _ in range(100):
-        ledger.step(1.0, 0.1)
+        accountant.step(1.0, 0.1)
         opacus.step(noise_multiplier=1.0, sample_rate=0.1)
-    assert ledger.epsilon(1e-5) == pytest.approx(7.904, abs=5e-4)
-    assert ledger.epsilon(1e-5, "pld") == pytest.approx(7.047, abs=5e-4)
+    assert accountant.epsilon(1e-5) == pytest.approx(7.904, abs=5e-4)
+    assert accountant.epsilon(1e-5, "pld") == pytest.approx(7.047, abs=5e-4)
     # Opacus sums the same Rényi divergences over slightly different orders.
     assert opacus.get_epsilon(1e-5) == pytest.approx(7.899, abs=5e-4)
-    assert ledger.epsilon(1e-5) == pytest.approx(opacus.get_epsilon(1e-5), rel=1e-3)
+    assert accountant.epsilon(1e-5) == pytest.approx(opacus.get_epsilon(1e-5), rel=1e-3)
 
 
 def test_affordable_steps_are_the_most_within_the_budget() -> None:
-    ledger = SampledLedger()
-    ledger.step(1.0, 0.1, 40)
-    more = ledger.affordable(1.0, 0.1, 10_000, 7.904, 1e-5)
+    accountant = PoissonAccountant()
+    accountant.step(1.0, 0.1, 40)
+    more = accountant.affordable(1.0, 0.1, 10_000, 7.904, 1e-5)
     assert more == 60
-    ledger.step(1.0, 0.1, more)
-    assert ledger.epsilon(1e-5) <= 7.904
-    ledger.step(1.0, 0.1)
-    assert ledger.epsilon(1e-5) > 7.904
-    assert ledger.affordable(1.0, 0.1, 10_000, 7.904, 1e-5) == 0
-    assert SampledLedger().affordable(1.0, 0.1, 50, 7.904, 1e-5) == 50
+    accountant.step(1.0, 0.1, more)
+    assert accountant.epsilon(1e-5) <= 7.904
+    accountant.step(1.0, 0.1)
+    assert accountant.epsilon(1e-5) > 7.904
+    assert accountant.affordable(1.0, 0.1, 10_000, 7.904, 1e-5) == 0
+    assert PoissonAccountant().affordable(1.0, 0.1, 50, 7.904, 1e-5) == 50
 
 
 def test_accounting_and_opacus_leave_the_logs_alone() -> None:
@@ -308,44 +307,44 @@ assert not logging.root.handlers, logging.root.handlers
 
 
 def test_steps_without_noise_cost_everything() -> None:
-    ledger = SampledLedger()
-    assert ledger.epsilon(1e-5) == 0
-    ledger.step(0.0, 0.1)
-    assert ledger.epsilon(1e-5) == math.inf
+    accountant = PoissonAccountant()
+    assert accountant.epsilon(1e-5) == 0
+    accountant.step(0.0, 0.1)
+    assert accountant.epsilon(1e-5) == math.inf
 
 
 def test_epsilon_is_logged_and_goes_on_after_a_resume(tmp_path: Path) -> None:
-    first, both, mixed = SampledLedger(), SampledLedger(), SampledLedger()
+    first, both, mixed = PoissonAccountant(), PoissonAccountant(), PoissonAccountant()
     first.step(1.0, 4 / 24, 6)  # 24 records in batches of 4
     both.step(1.0, 4 / 24, 12)
     mixed.step(1.0, 4 / 24, 6)
     mixed.step(2.0, 4 / 24, 6)
 
-    logger, resumed = Rounds(), RecordLevel(2.0, 1.0)
-    fit(tmp_path, RecordLevel(1.0, 1.0), logger=logger, log_every_n_steps=1)
+    logger, resumed = Rounds(), DPSGD(2.0, 1.0)
+    fit(tmp_path, DPSGD(1.0, 1.0), logger=logger, log_every_n_steps=1)
     assert logger.metrics["privacy/epsilon_records"] == pytest.approx(
         [first.epsilon(1e-5), both.epsilon(1e-5)]
     )
-    fit(tmp_path, RecordLevel(1.0, 1.0), max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
+    fit(tmp_path, DPSGD(1.0, 1.0), max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
     fit(tmp_path, resumed, ckpt_path=tmp_path / "first.ckpt")
     assert resumed.state_dict() == mixed.state_dict()
     assert resumed.epsilon == mixed.epsilon(1e-5)
 
 
 def test_stops_before_the_budget_is_exceeded(tmp_path: Path) -> None:
-    limit = SampledLedger()
+    limit = PoissonAccountant()
     limit.step(1.0, 4 / 24, 9)
-    private = RecordLevel(1.0, 1.0, max_epsilon=limit.epsilon(1e-5) + 1e-9)
+    private = DPSGD(1.0, 1.0, max_epsilon=limit.epsilon(1e-5) + 1e-9)
     trainer = fit(tmp_path, private)
-    assert trainer.global_step == private._ledger.steps == 9
+    assert trainer.global_step == private._accountant.steps == 9
     assert private.epsilon <= private.max_epsilon
     with pytest.raises(MisconfigurationException, match="is spent after 9 steps"):
         fit(tmp_path, private)
 
 
 def test_a_budget_for_more_than_was_planned_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_level, "_PLANNED_STEPS", 4)
-    assert fit(tmp_path, RecordLevel(1.0, 1.0, max_epsilon=100.0)).global_step == 12
+    monkeypatch.setattr(dp_sgd, "_PLANNED_STEPS", 4)
+    assert fit(tmp_path, DPSGD(1.0, 1.0, max_epsilon=100.0)).global_step == 12
 
 
 def test_a_loader_of_fewer_records_spends_more(tmp_path: Path) -> None:
@@ -353,22 +352,22 @@ def test_a_loader_of_fewer_records_spends_more(tmp_path: Path) -> None:
         def train_dataloader(self) -> Any:
             return data(24 if self.current_epoch == 0 else 8, seed=0)
 
-    limit = SampledLedger()
+    limit = PoissonAccountant()
     limit.step(1.0, 4 / 24, 6)
     limit.step(1.0, 4 / 8, 1)
-    private = RecordLevel(1.0, 1.0, max_epsilon=limit.epsilon(1e-5) + 1e-9)
+    private = DPSGD(1.0, 1.0, max_epsilon=limit.epsilon(1e-5) + 1e-9)
     trainer = quiet_trainer(tmp_path, [private], reload_dataloaders_every_n_epochs=1)
     trainer.fit(Shrinking())
     assert private.state_dict() == limit.state_dict()
 
 
 def test_does_not_step_past_the_budget_for_min_steps(tmp_path: Path) -> None:
-    limit = SampledLedger()
+    limit = PoissonAccountant()
     limit.step(1.0, 4 / 24, 3)
-    private = RecordLevel(1.0, 1.0, max_epsilon=limit.epsilon(1e-5) + 1e-9)
+    private = DPSGD(1.0, 1.0, max_epsilon=limit.epsilon(1e-5) + 1e-9)
     with pytest.raises(MisconfigurationException, match="min_epochs or min_steps keeps training on"):
         fit(tmp_path, private, min_steps=5)
-    assert private._ledger.steps == 3
+    assert private._accountant.steps == 3
 
 
 # ---- in a federation
@@ -405,7 +404,7 @@ def test_what_rests_gets_neither_step_nor_noise(tmp_path: Path, rule: Any) -> No
     start = LoraPair().factors()
 
     def party(index: int, federated: Any) -> tuple[list[torch.Tensor], float]:
-        module, private = LoraPair(), RecordLevel(1.0, 1.0)
+        module, private = LoraPair(), DPSGD(1.0, 1.0)
         averaging = federated(aggregation=rule(), weighting="uniform")
         trainer = quiet_trainer(tmp_path / str(index), [averaging, private], max_epochs=1)
         trainer.fit(module, data(16 + 8 * index, seed=index))
@@ -421,7 +420,7 @@ def test_what_rests_gets_neither_step_nor_noise(tmp_path: Path, rule: Any) -> No
 def test_nothing_else_of_the_records_leaves_a_party(tmp_path: Path) -> None:
     def party(index: int, federated: Any, weighting: Any = "uniform") -> list[dict[str, float]]:
         logger = Rounds()
-        callbacks = [federated(weighting=weighting), RecordLevel(1.0, 1.0)]
+        callbacks = [federated(weighting=weighting), DPSGD(1.0, 1.0)]
         trainer = quiet_trainer(tmp_path / str(index), callbacks, logger=logger, max_epochs=1)
         trainer.fit(Classifier(seed=index), data(16, seed=index))
         return logger.rounds
@@ -452,9 +451,9 @@ def test_peft_classifier_trains_privately(tmp_path: Path) -> None:
     module = TextClassification(
         str(tmp_path / "bert"), 2, peft=LoraConfig(r=2, target_modules=["query", "value"])
     )
-    private = RecordLevel(1.0, 0.5)
+    private = DPSGD(1.0, 0.5)
     fit(tmp_path, private, module, DataLoader(rows, batch_size=6))  # type: ignore[arg-type]
-    assert private._ledger.steps == 8
+    assert private._accountant.steps == 8
     assert not any(hasattr(p, "grad_sample") for p in module.parameters())
 
 
@@ -463,7 +462,7 @@ def test_peft_classifier_trains_privately(tmp_path: Path) -> None:
 
 def refused(tmp_path: Path, words: str, module: LightningModule | None = None, **kwargs: Any) -> None:
     with pytest.raises(MisconfigurationException, match=words):
-        fit(tmp_path, RecordLevel(1.0, 1.0), module, kwargs.pop("loader", None), **kwargs)
+        fit(tmp_path, DPSGD(1.0, 1.0), module, kwargs.pop("loader", None), **kwargs)
 
 
 class TokenMean(Classifier):
@@ -499,10 +498,10 @@ def test_probing_the_loss_logs_nothing_and_draws_nothing(
         assert [part.training for part in module.modules()] == modes
         probed.append(module)
 
-    check, probed = record_level._check_loss, list[LightningModule]()
-    monkeypatch.setattr(record_level, "_check_loss", probe)
+    check, probed = dp_sgd._check_loss, list[LightningModule]()
+    monkeypatch.setattr(dp_sgd, "_check_loss", probe)
     logger = Rounds()
-    fit(tmp_path, RecordLevel(1.0, 1.0), Dropping(), logger=logger, max_epochs=1, log_every_n_steps=1)
+    fit(tmp_path, DPSGD(1.0, 1.0), Dropping(), logger=logger, max_epochs=1, log_every_n_steps=1)
     assert probed
     assert len(logger.metrics["train_loss"]) == 6, "one for each step"
 
@@ -598,12 +597,12 @@ def test_refuses(tmp_path: Path, module: Any, settings: dict[str, Any], words: s
 def test_refuses_a_party_of_several_processes(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, strategy="ddp")
     with pytest.raises(MisconfigurationException, match="not with DDPStrategy"):
-        RecordLevel(1.0, 1.0).setup(trainer, Classifier(), "fit")
+        DPSGD(1.0, 1.0).setup(trainer, Classifier(), "fit")
 
 
 def test_refuses_a_schedule_of_accumulation(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="accumulat"):
-        fit(tmp_path, RecordLevel(1.0, 1.0), None, None, GradientAccumulationScheduler({1: 2}))
+        fit(tmp_path, DPSGD(1.0, 1.0), None, None, GradientAccumulationScheduler({1: 2}))
 
 
 @pytest.mark.parametrize(
@@ -620,25 +619,23 @@ def test_refuses_a_schedule_of_accumulation(tmp_path: Path) -> None:
 )
 def test_refuses_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        RecordLevel(**{"noise_multiplier": 1.0, "max_grad_norm": 1.0} | settings)
+        DPSGD(**{"noise_multiplier": 1.0, "max_grad_norm": 1.0} | settings)
 
 
 def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
     with pytest.raises(ImportError, match=r"pip install \"pellm-lightning\[privacy\]\""):
-        fit(tmp_path, RecordLevel(1.0, 1.0))
+        fit(tmp_path, DPSGD(1.0, 1.0))
 
 
 def test_evaluation_is_left_alone(tmp_path: Path) -> None:
-    quiet_trainer(tmp_path, [RecordLevel(1.0, 1.0)]).validate(
-        ValidatedClassifier(), data(4, seed=0), verbose=False
-    )
+    quiet_trainer(tmp_path, [DPSGD(1.0, 1.0)]).validate(ValidatedClassifier(), data(4, seed=0), verbose=False)
 
 
 def test_leaves_module_and_trainer_as_they_were(tmp_path: Path) -> None:
     module, loader = Classifier(), data(24, seed=0)
-    trainer = fit(tmp_path, RecordLevel(1.0, 1.0), module, loader)
+    trainer = fit(tmp_path, DPSGD(1.0, 1.0), module, loader)
     assert trainer.fit_loop._data_source.instance is loader
     assert not hasattr(module, "autograd_grad_sample_hooks")
     assert not any(hasattr(p, "grad_sample") for p in module.parameters())
-    fit(tmp_path, RecordLevel(1.0, 1.0), module, loader)
+    fit(tmp_path, DPSGD(1.0, 1.0), module, loader)

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from parties import Classifier, ValidatedClassifier, data, fit_parties, quiet_trainer
 
 from pellm_lightning import FederatedAveraging
-from pellm_lightning.report.record import Record, events
+from pellm_lightning.report.record import RunRecord, events
 
 
 def fit(folder: Path, parties: int = 2, **arguments: Any) -> list[FederatedAveraging]:
@@ -112,7 +112,7 @@ def test_a_resumed_fit_goes_on_in_the_same_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_null_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
-    record = Record(tmp_path / "deep" / "rounds.jsonl")
+    record = RunRecord(tmp_path / "deep" / "rounds.jsonl")
     record.validation({"a": math.nan, "b": 1.5}, {}, round=0, step=1, epoch=0)
     record.end(None)
     with record.path.open("a") as file:
@@ -128,11 +128,11 @@ def test_what_is_no_number_is_null_and_a_torn_line_is_left_out(tmp_path: Path) -
 
 def test_a_fit_that_goes_on_after_a_torn_line_loses_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "rounds.jsonl"
-    Record(path).end(None)
+    RunRecord(path).end(None)
     with path.open("a") as file:
         file.write('{"event": "rou')
-    Record(path).start(party=0)
-    Record(path).end("again")
+    RunRecord(path).start(party=0)
+    RunRecord(path).end("again")
     assert [event["event"] for event in events(path)] == ["end", "start", "end"]
     with path.open("ab") as file:
         file.write(b'{"event": "rou\xff\x00')  # what a disk may leave when its host went down
@@ -156,7 +156,7 @@ def test_a_folder_that_is_no_local_one_is_told_and_not_made(
 ) -> None:
     caplog.set_level(logging.WARNING, "pellm_lightning")
     monkeypatch.chdir(tmp_path)
-    Record("s3://bucket/runs/rounds.jsonl").start(party=0)
+    RunRecord("s3://bucket/runs/rounds.jsonl").start(party=0)
     assert not list(tmp_path.iterdir())
     assert "s3://bucket/runs/rounds.jsonl is in no local folder" in caplog.text
 

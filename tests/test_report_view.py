@@ -14,8 +14,8 @@ from rich.console import Console
 
 from pellm_lightning import RoundReport
 from pellm_lightning.report.bar import FederationProgressBar
+from pellm_lightning.report.run_view import RunView
 from pellm_lightning.report.view import clock, spark, view
-from pellm_lightning.report.watched import Watched
 
 
 def report(**changed: Any) -> RoundReport:
@@ -51,7 +51,7 @@ def shown(
     seconds_left: float | None = None,
     width: int = 80,
 ) -> list[str]:
-    watched = Watched(0, names, rounds, dict)
+    watched = RunView(0, names, rounds, dict)
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
     console.print(view(watched, phases or {}, seconds_left))
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from test_callback_separate_jobs import At, Jobs, crash
 from test_launched import TESTS, torchrun
 
 from pellm_lightning import FederatedAveraging
-from pellm_lightning.tensors.snapshot import StateDir
+from pellm_lightning.tensors.snapshot import SnapshotDir
 from pellm_lightning.trainer import resume
 
 MIXES = ["dirpath", "no logger", "csv", "tensorboard", "two"]
@@ -400,7 +400,7 @@ def test_last_of_an_unfinished_federation_is_found_in_any_folder(
     saved.parent.mkdir(parents=True)
     torch.save({"signature": resume.signature("one/3/ab", party)}, saved)
     assert federated.before_run(trainer(), "last") == "last", "it may be of a federation that has ended"
-    StateDir(tmp_path / f"party-{party}/federation").keep(4, {"version": ["one/3/ab", 4, 7]})
+    SnapshotDir(tmp_path / f"party-{party}/federation").keep(4, {"version": ["one/3/ab", 4, 7]})
     assert federated.before_run(trainer(), "last") == str(saved)
     assert federated.before_run(trainer(), None) is None
     assert federated.before_run(trainer(), "some.ckpt") == "some.ckpt"

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from pellm_lightning import Federation, FederationError, RoundReport
 from pellm_lightning.comm import PartyLostError
-from pellm_lightning.tensors import flat_buffer as layout
 
 # ---- the weighted mean
 

@@ -14,7 +14,7 @@ from transcript import tapped
 
 from pellm_lightning import Aggregator, Federation, FederationError
 from pellm_lightning.comm import MismatchError
-from pellm_lightning.engine import compatibility as passport
+from pellm_lightning.engine import compatibility
 
 
 def plain() -> dict[str, Any]:
@@ -89,16 +89,16 @@ def test_a_party_that_differs_stops_all_before_a_tensor_moves(
 ) -> None:
     messages = tapped(monkeypatch)
     alter, words = CHANGES[change]
-    issue = Aggregator.passport
+    issue = Aggregator.party_spec
 
     def act(federation: Federation) -> str:
         party = federation.party
         made = plain() | {"files": [f"host:/party-{party}"]}
         if party == 1:
             alter(made)
-        protocol = made.pop("protocol", passport.PROTOCOL)
+        protocol = made.pop("protocol", compatibility.PROTOCOL)
         aggregator = Aggregator(federation, **made)
-        aggregator.passport = lambda: issue(aggregator) | {"protocol": protocol}  # type: ignore[method-assign]
+        aggregator.party_spec = lambda: issue(aggregator) | {"protocol": protocol}  # type: ignore[method-assign]
         for p in made["parameters"].values():
             p.fill_(7.0 + party)
         before = all_bits(made["parameters"])

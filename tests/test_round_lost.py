@@ -162,7 +162,7 @@ def test_parties_in_different_rounds_stop_all() -> None:
     def act(federation: Federation) -> None:
         w = torch.zeros(4)
         aggregator = started(federation, {"w": w})
-        aggregator._replica.round += federation.party  # as a party whose schedule counts other steps
+        aggregator._global_state.round += federation.party  # as a party whose schedule counts other steps
         w += 1
         with pytest.raises(MismatchError, match=r"party 0: 0, party 1: 1, party 2: 2"):
             aggregator.step(1)

@@ -9,7 +9,7 @@ from rounds import Factory, all_bits, random, sgd, started, write_
 from torch import Tensor, nn
 
 from pellm_lightning import Aggregator, Federation
-from pellm_lightning.tensors import flat_buffer as layout
+from pellm_lightning.tensors import flat_buffer
 
 # ---- parameters of every kind
 
@@ -112,8 +112,8 @@ def test_a_parameter_whose_size_changed_is_told() -> None:
 def test_no_memory_in_proportion_after_the_first_round(
     dtype: torch.dtype, outer: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "_CHUNK", 1024)
-    monkeypatch.setattr(layout, "_BUCKET", 4096)
+    monkeypatch.setattr(flat_buffer, "_CHUNK", 1024)
+    monkeypatch.setattr(flat_buffer, "_BUCKET", 4096)
     size = 64 * 1024
 
     def act(federation: Federation) -> tuple[int, int]:

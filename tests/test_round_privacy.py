@@ -18,7 +18,7 @@ from transcript import tapped
 from pellm_lightning import Aggregator, FederatedAveraging, Federation, FederationError, RoundReport
 from pellm_lightning.aggregation import LowRankMean
 from pellm_lightning.exchange import Exchange, Plain
-from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, Ledger
+from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, PrivacyAccountant
 
 N, SIZE = 4, 20_000
 EXCHANGES: dict[str, tuple[Callable[[], Exchange], bool]] = {
@@ -124,10 +124,10 @@ def test_what_is_not_finite_is_left_out(exchange: str) -> None:
     assert all(report.excluded == (2,) and report.active_parties == 3 for report in reports)
     assert all(torch.isfinite(w).all() for w, _, _ in made)
     # In the open, what the others sent before it was known was a release, too.
-    ledger = Ledger()
+    accountant = PrivacyAccountant()
     for _ in range(2 if exchange == "plain" else 1):
-        ledger.release(1.0)
-    assert reports[0].epsilon == ledger.epsilon(1e-5)
+        accountant.release(1.0)
+    assert reports[0].epsilon == accountant.epsilon(1e-5)
 
 
 def test_training_losses_stay_at_home() -> None:
@@ -139,10 +139,10 @@ def test_training_losses_stay_at_home() -> None:
 
 
 def test_the_budget_ends_all_at_the_same_round_and_is_never_exceeded() -> None:
-    ledger = Ledger()
+    accountant = PrivacyAccountant()
     for _ in range(3):
-        ledger.release(2.0)
-    budget = ledger.epsilon(1e-5) + 0.01
+        accountant.release(2.0)
+    budget = accountant.epsilon(1e-5) + 0.01
 
     def mechanism() -> GaussianMechanism:
         return GaussianMechanism(1.0, 2.0, max_epsilon=budget)
@@ -151,7 +151,7 @@ def test_the_budget_ends_all_at_the_same_round_and_is_never_exceeded() -> None:
     for _, reports, _ in made:
         assert [report.last for report in reports] == [False, False, True, True, True]
         assert [report.active_parties for report in reports] == [N, N, N, 0, 0]
-        assert reports[-1].epsilon == ledger.epsilon(1e-5)
+        assert reports[-1].epsilon == accountant.epsilon(1e-5)
     # Who goes on all the same is set back: nothing of its steps is told.
     assert torch.equal(made[0][0], made[1][0])
 
@@ -170,12 +170,12 @@ def test_a_resumed_run_goes_on_with_ledger_and_clipping_norm() -> None:
         assert aggregator.state_dict()["privacy"] == state["privacy"]
         return aggregator.step(1.0)
 
-    ledger = Ledger()
+    accountant = PrivacyAccountant()
     for _ in range(4):
-        ledger.release(0.3)
+        accountant.release(0.3)
     resumed = run_parties(N, act)
     assert first[0][1][-1].clipping_norm != 1.0
-    assert all(report.epsilon == ledger.epsilon(1e-5) for report in resumed)
+    assert all(report.epsilon == accountant.epsilon(1e-5) for report in resumed)
     assert len({report.clipping_norm for report in resumed}) == 1
 
 
@@ -244,7 +244,7 @@ def _releases(lives: list[Life]) -> list[int]:
         assert life.aggregator is not None
         private = life.aggregator._private
         assert private is not None
-        ledgers.append(private.ledger.releases)
+        ledgers.append(private.accountant.releases)
     return ledgers
 
 
@@ -312,10 +312,10 @@ def test_parties_must_have_the_same_mechanism() -> None:
 
 
 def test_a_fit_stops_within_its_budget_logs_epsilon_and_resumes(tmp_path: Path) -> None:
-    ledger = Ledger()
+    accountant = PrivacyAccountant()
     for _ in range(3):
-        ledger.release(2.0)
-    budget = ledger.epsilon(1e-5) + 0.01
+        accountant.release(2.0)
+    budget = accountant.epsilon(1e-5) + 0.01
 
     def fit(party: int, federated: Any, max_steps: int = -1, resumed: bool = False) -> Any:
         callback = federated(
@@ -336,13 +336,13 @@ def test_a_fit_stops_within_its_budget_logs_epsilon_and_resumes(tmp_path: Path) 
     for logged, vector, steps in first:
         assert steps == 6
         assert [done["active_parties"] for done in logged] == [3, 3, 3]
-        assert logged[-1]["epsilon"] == pytest.approx(ledger.epsilon(1e-5))
+        assert logged[-1]["epsilon"] == pytest.approx(accountant.epsilon(1e-5))
         assert torch.equal(vector, first[0][1])
     fit_parties(3, lambda party, federated: fit(party, federated, max_steps=4))
     again = fit_parties(3, lambda party, federated: fit(party, federated, resumed=True))
     for logged, _, _ in again:  # two rounds are in the checkpoint, so one is left
         assert [done["round"] for done in logged] == [2]
-        assert logged[-1]["epsilon"] == pytest.approx(ledger.epsilon(1e-5))
+        assert logged[-1]["epsilon"] == pytest.approx(accountant.epsilon(1e-5))
 
 
 def test_a_callback_needs_uniform_weights() -> None:

@@ -299,7 +299,7 @@ def test_of_two_parties_that_write_to_the_same_file_one_is_refused(jobs: Jobs) -
     first = threading.Thread(target=partial(jobs.fit, "b", trainer={"logger": Shared()}, **brief))
     for thread in (*others, first):
         thread.start()
-    shown_by_b = soon(lambda: any(key.endswith("passport/@b") for key in jobs.store.list_keys()))
+    shown_by_b = soon(lambda: any(key.endswith("party_spec/@b") for key in jobs.store.list_keys()))
     jobs.fit("c", trainer={"logger": Shared()}, **brief)
     for thread in (*others, first):
         thread.join()
@@ -370,7 +370,7 @@ def test_of_one_name_twice_at_the_very_start_one_is_refused(before: str) -> None
     in_threads([start, start])
     words = [one for one in came if isinstance(one, str)]
     (left,) = (one for one in came if not isinstance(one, str))
-    assert left.muster("words", None, {}).members == ["a"]
+    assert left.join_quorum("words", None, {}).members == ["a"]
     left.close()
     assert len(words) == 1
     assert "A process that runs as party a is there already" in words[0]
@@ -403,9 +403,9 @@ def test_who_was_taken_for_dead_and_replaced_stops_when_it_wakes_up() -> None:
     sign = store.of_others.get(f"{second._register.life}/at/@a")
     store.wake()
     with pytest.raises(FederationError, match="Another process has taken the place of party a"):
-        first.muster("words", None, {})
+        first.join_quorum("words", None, {})
     first.abort("it was replaced")
-    assert second.muster("words", None, {}).members == ["a"]
+    assert second.join_quorum("words", None, {}).members == ["a"]
     assert b"left" not in store.of_others.get(f"{second._register.life}/at/@a"), sign
     second.close()
 
@@ -446,7 +446,7 @@ def test_a_name_can_be_taken_again(left: str) -> None:
     started = time.monotonic()
     second = member(store.of_others, "a", ["a"])
     assert time.monotonic() - started < (1 if left == "killed" else 0.2)
-    assert second.muster("words", None, {}).members == ["a"]
+    assert second.join_quorum("words", None, {}).members == ["a"]
     second.close()
     store.wake()
     first.abort("done")
@@ -534,12 +534,12 @@ def test_a_name_that_is_not_on_the_rendezvous_roster() -> None:
 
 
 def test_another_version_of_the_protocol(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    passport = Aggregator.passport
+    party_spec = Aggregator.party_spec
 
     def of_another_version(self: Aggregator) -> dict[str, Any]:
-        return passport(self) | ({"protocol": 99} if self.federation.name == "c" else {})
+        return party_spec(self) | ({"protocol": 99} if self.federation.name == "c" else {})
 
-    monkeypatch.setattr(Aggregator, "passport", of_another_version)
+    monkeypatch.setattr(Aggregator, "party_spec", of_another_version)
     jobs.run()
     assert "Party c speaks protocol version 99, party" in jobs.refused("c")
     jobs.end_alike("a", "b")

@@ -40,7 +40,7 @@ def test_consecutive_ranks_form_a_party(rank: int, num_parties: int | None, expe
 
 
 def test_first_rank_of_a_party_speaks_for_it() -> None:
-    speakers = [Topology.from_env(2, environment(rank, 6)).is_speaker for rank in range(6)]
+    speakers = [Topology.from_env(2, environment(rank, 6)).is_leader for rank in range(6)]
     assert speakers == [True, False, False, True, False, False]
 
 

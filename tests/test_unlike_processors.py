@@ -72,7 +72,7 @@ def test_the_settings_make_unlike_processors(parties: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize(
-    "kind", ["rule", "thin", "outer", "exchange", "masked", "quantized", "beside", "private"]
+    "kind", ["rule", "thin", "outer", "exchange", "masked", "quantized", "auxiliary", "private"]
 )
 def test_all_hold_the_same_bits_after_each_round(parties: list[dict[str, Any]], kind: str) -> None:
     """Parameters, frozen weights, the global vector, the state of the outer optimizer, the clipping norm."""

@@ -21,7 +21,7 @@ class TwoProcesses:
     def __init__(self, others: list[float], names: list[str] | None = None) -> None:
         self.others, self.names = others, names
 
-    def speak(self, act: Callable[[], list[str]]) -> list[str]:
+    def on_leader(self, act: Callable[[], list[str]]) -> list[str]:
         return act() if self.names is None else self.names
 
     def sum(self, values: list[float]) -> list[float]:

@@ -89,12 +89,12 @@ def test_checkpoints_after_each_round_hold_the_same_average(tmp_path: Path) -> N
 
     seen: list[list[torch.Tensor]] = [[], []]
 
-    class Watched(ValidatedClassifier):
+    class RunView(ValidatedClassifier):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             seen[self.party].append(self.vector())
 
     def fit(party: int, federated: Any) -> None:
-        module = Watched(seed=party)
+        module = RunView(seed=party)
         module.party = party
         trainer = quiet_trainer(tmp_path, [federated(), ema(), Saving(party)], max_epochs=3)
         trainer.fit(module, batches(SIZES[party], seed=party), data(4, seed=9))
@@ -212,7 +212,7 @@ def test_factors_in_new_coordinates_each_round_are_not_averaged(tmp_path: Path) 
         quiet_trainer(tmp_path, callbacks).fit(module, data(8, seed=party))
         return module.of("")
 
-    for error in fit_parties(2, partial(fit, LowRankMean(gauge="svd")), may_fail=True):
+    for error in fit_parties(2, partial(fit, LowRankMean(factorization="svd")), may_fail=True):
         assert isinstance(error, MisconfigurationException)
         assert "EMAWeightAveraging's mean of them over rounds has no meaning. Use aggregation=Mean()" in str(
             error

@@ -9,8 +9,8 @@ from loop import own, rounds
 from payload import Party, Session
 
 from pellm_lightning import Aggregator, Federation
-from pellm_lightning.comm.elastic.separate_jobs import Job
-from pellm_lightning.exchange import Masked, Plain, Quantized
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
+from pellm_lightning.exchange import Plain, Quantized, SecureAggregation
 from pellm_lightning.exchange.secure.signing_keys import make_identity
 
 
@@ -39,7 +39,7 @@ def with_rendezvous(session: Session, party: Party) -> None:
             [*command, f"--roster={','.join(roster)}"], env=os.environ | {"PEERS_ROLE": "server"}
         )
     try:
-        run(session, party, Job(f"tcp://{address}", roster[party.party], roster).join())
+        run(session, party, SeparateJobs(f"tcp://{address}", roster[party.party], roster).join())
     finally:
         if rendezvous is not None:
             rendezvous.terminate()
@@ -55,14 +55,14 @@ def run(session: Session, party: Party, federation: Federation) -> None:
     federation.close()
 
 
-def exchange(session: Session, party: Party) -> Plain | Masked | Quantized:
+def exchange(session: Session, party: Party) -> Plain | SecureAggregation | Quantized:
     if session.variant == "compressed":
         return Quantized(bits=4)
     if session.variant == "masked":
         keys = f"{session.folder}/keys"
         make_identity(keys, str(party.party))
         party.ready(-1)
-        return Masked(f"{keys}/{party.party}.key", keys)
+        return SecureAggregation(f"{keys}/{party.party}.key", keys)
     return Plain()
 
 

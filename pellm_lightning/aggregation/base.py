@@ -22,8 +22,8 @@ class Part(Enum):
 
 
 Parts: TypeAlias = frozenset[Part]
-Needs: TypeAlias = Literal["means", "sums", "parties"]
-Granted: TypeAlias = Literal["means", "sums", "parties", "rounded", "sparse"]
+Requirement: TypeAlias = Literal["means", "sums", "parties"]
+Capability: TypeAlias = Literal["means", "sums", "parties", "rounded", "sparse"]
 EVERYTHING: Parts = frozenset(Part)
 FACTORS: Parts = frozenset({Part.A, Part.B})
 OTHERS: Parts = frozenset({Part.OTHER})
@@ -31,7 +31,7 @@ NOTHING: Parts = frozenset()
 
 
 @dataclass(frozen=True)
-class Counting:
+class RoundContext:
     """Who counts how much in a round; the same at every party.
 
     Args:
@@ -121,7 +121,7 @@ class Aggregation(ABC):
     """Outer optimizers that make sense: any, those without momentum or decay, or only ``SGD(lr=1)``."""
     ranks_may_differ: bool = False
     """Whether parties may have other ranks and scalings than one another."""
-    needs: Needs = "parties"
+    requires: Requirement = "parties"
     """What ``combine`` needs: only means of the parts, sums over the parties, or what single parties have."""
     writes_base: bool = False
     """Whether the frozen weights take up what the factors cannot hold."""
@@ -130,19 +130,19 @@ class Aggregation(ABC):
         """Return the parts whose result is their weighted mean, where ``counting`` parties count."""
         return EVERYTHING
 
-    def resting(self, round: int) -> Parts:
+    def frozen_parts(self, round: int) -> Parts:
         """Return the parts that are not trained during a round and so do not cross at its end."""
         return NOTHING
 
-    def regauged(self, counting: int) -> Parts:
+    def basis_changed(self, counting: int) -> Parts:
         """Return the parts whose coordinates a round changes, so that an optimizer's moments say nothing."""
         return NOTHING
 
-    def obstacle(self, module: LoraModule) -> str | None:
+    def unsupported_reason(self, module: LoraModule) -> str | None:
         """Return why the rule cannot handle a module, in words, or None."""
         return None
 
-    def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+    def combine(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
         """Combine the pairs; all parties do so at the same time, once their values are known to be finite."""
         return Combined()
 

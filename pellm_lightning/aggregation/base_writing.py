@@ -11,9 +11,9 @@ from pellm_lightning.aggregation.base import (
     OTHERS,
     Aggregation,
     Combined,
-    Counting,
     Factors,
     Parts,
+    RoundContext,
     Term,
 )
 from pellm_lightning.aggregation.deviation import stack_of
@@ -37,11 +37,11 @@ class ResidualMean(Aggregation):
     outer = "mean"
     writes_base = True
 
-    def obstacle(self, module: LoraModule) -> str | None:
+    def unsupported_reason(self, module: LoraModule) -> str | None:
         """Return what stands against writing the module's update into its base weight."""
-        return module.obstacle or module.base_obstacle
+        return module.unsupported_reason or module.base_obstacle
 
-    def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+    def combine(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
         """Let the plain mean be the result and remember what the parties held."""
         return Combined(None, gathering.to_all(pairs, counting, FACTORS))
 
@@ -71,15 +71,15 @@ class Stacking(Aggregation):
         """Return what is no factor."""
         return OTHERS
 
-    def regauged(self, counting: int) -> Parts:
+    def basis_changed(self, counting: int) -> Parts:
         """Return the factors, which are new."""
         return FACTORS
 
-    def obstacle(self, module: LoraModule) -> str | None:
+    def unsupported_reason(self, module: LoraModule) -> str | None:
         """Return what stands against merging the module."""
-        return module.obstacle or module.base_obstacle
+        return module.unsupported_reason or module.base_obstacle
 
-    def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+    def combine(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
         """Return B = 0 and a new A, uniform as PEFT draws it, for each pair."""
         terms = gathering.to_all(pairs, counting, FACTORS)
         generator = torch.Generator().manual_seed(_mixed(self.seed, counting.round))

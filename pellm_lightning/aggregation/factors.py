@@ -166,7 +166,7 @@ def completed(low: LowRank, b: Tensor, a: Tensor, nothing: float = _NOTHING) -> 
 
 
 def hand_back(
-    low: LowRank, mean: MeanFactors | None, scaling: float, rank: int, gauge: Gauge
+    low: LowRank, mean: MeanFactors | None, scaling: float, rank: int, factorization: Gauge
 ) -> tuple[Tensor, Tensor]:
     """Return factors B (m, r) and A (r, n) with ``scaling * B A`` equal to the low-rank product.
 
@@ -185,17 +185,17 @@ def hand_back(
         if mean.whole:
             return mean.b, mean.a
         left, right = mean.b, mean.a
-    elif mean is not None and gauge == "procrustes":
+    elif mean is not None and factorization == "procrustes":
         left, right = _nearest(mean.projected(low), target)
     else:
-        left, right = _diagonal(target, rank, gauge)
+        left, right = _diagonal(target, rank, factorization)
     return low.u @ left, right @ low.v.T
 
 
-def _diagonal(target: Tensor, rank: int, gauge: Gauge) -> tuple[Tensor, Tensor]:
+def _diagonal(target: Tensor, rank: int, factorization: Gauge) -> tuple[Tensor, Tensor]:
     """Return L (k, r) and K (r, k), zero outside the diagonal; where k < r the rest stays zero."""
     k = target.numel()
-    if gauge == "svd":
+    if factorization == "svd":
         scale = torch.ones_like(target)
     else:
         root = target.abs().sqrt()

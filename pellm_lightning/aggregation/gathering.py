@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pellm_lightning.aggregation.base import Counting, Factors, Part, Parts, Term
+from pellm_lightning.aggregation.base import Factors, Part, Parts, RoundContext, Term
 from pellm_lightning.comm import Collectives
-from pellm_lightning.engine.compatibility import checksum
+from pellm_lightning.tensors.digest import bits_digest
 
 
 def owned(num_pairs: int, federation: Collectives) -> list[int]:
@@ -19,7 +19,7 @@ def owned(num_pairs: int, federation: Collectives) -> list[int]:
     return list(range(federation.party, num_pairs, federation.num_parties))
 
 
-def to_owners(pairs: Sequence[Factors], counting: Counting, parts: Parts) -> dict[int, list[Term]]:
+def to_owners(pairs: Sequence[Factors], counting: RoundContext, parts: Parts) -> dict[int, list[Term]]:
     """Send each pair's factors to the party that owns the pair; return the terms of those owned here.
 
     A party sends and receives what a reduce-scatter would move, (N - 1) / N of its factors, and computes for
@@ -42,7 +42,7 @@ def to_owners(pairs: Sequence[Factors], counting: Counting, parts: Parts) -> dic
     return _terms(pairs, indices, received, counting, parts)
 
 
-def to_all(pairs: Sequence[Factors], counting: Counting, parts: Parts) -> dict[int, list[Term]]:
+def to_all(pairs: Sequence[Factors], counting: RoundContext, parts: Parts) -> dict[int, list[Term]]:
     """Send all factors to all parties; return the terms of every pair."""
     mine = _packed(pairs, parts, counting)
     sizes = [sum(_size(pair, party, parts) for pair in pairs) for party in _all(counting)]
@@ -94,7 +94,7 @@ def agree_(tensors: Sequence[Tensor], federation: Collectives, within: torch.dty
     """
     digests = torch.zeros(federation.num_parties, len(tensors), dtype=torch.int64)
     # A digest is unsigned, int64 is not.
-    mine = [int(checksum(tensor if within is None else tensor.to(within)), 16) >> 1 for tensor in tensors]
+    mine = [int(bits_digest(tensor if within is None else tensor.to(within)), 16) >> 1 for tensor in tensors]
     digests[federation.party] = torch.tensor(mine, dtype=torch.int64)
     federation.all_reduce_(digests)
     for tensor, of_parties in zip(tensors, digests.T.tolist(), strict=True):
@@ -113,11 +113,11 @@ def split(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _all(counting: Counting) -> range:
+def _all(counting: RoundContext) -> range:
     return range(counting.federation.num_parties)
 
 
-def _packed(pairs: Sequence[Factors], parts: Parts, counting: Counting) -> Tensor:
+def _packed(pairs: Sequence[Factors], parts: Parts, counting: RoundContext) -> Tensor:
     if not counting.share > 0:
         return torch.zeros(0)
     party, lossy = counting.federation.party, counting.federation.lossy
@@ -152,7 +152,7 @@ def _terms(
     pairs: Sequence[Factors],
     indices: Sequence[int],
     received: Sequence[Tensor],
-    counting: Counting,
+    counting: RoundContext,
     parts: Parts,
 ) -> dict[int, list[Term]]:
     terms: dict[int, list[Term]] = {k: [] for k in indices}

@@ -13,9 +13,9 @@ from pellm_lightning.aggregation.base import (
     OTHERS,
     Aggregation,
     Combined,
-    Counting,
     Factors,
     Parts,
+    RoundContext,
 )
 from pellm_lightning.aggregation.lora import LoraModule, Pair
 from pellm_lightning.aggregation.low_rank import LowRankMean, Solver
@@ -35,7 +35,7 @@ class HeterogeneousRank(Aggregation):
         method: "low_rank" or "zero_pad".
         solver: As in ``LowRankMean``.
         steps: As in ``LowRankMean``.
-        gauge: "balanced" or "svd", as in ``LowRankMean``; both sort the directions.
+        factorization: "balanced" or "svd", as in ``LowRankMean``; both sort the directions.
 
     Raises:
         ValueError: If an argument is none of its choices.
@@ -49,33 +49,33 @@ class HeterogeneousRank(Aggregation):
         method: Literal["low_rank", "zero_pad"] = "low_rank",
         solver: Solver = "exact",
         steps: int = 1,
-        gauge: Literal["balanced", "svd"] = "balanced",
+        factorization: Literal["balanced", "svd"] = "balanced",
     ) -> None:
         if method not in ("low_rank", "zero_pad"):
             raise ValueError(f"method={method!r} must be 'low_rank' or 'zero_pad'.")
-        if gauge not in ("balanced", "svd"):
+        if factorization not in ("balanced", "svd"):
             raise ValueError(
-                f"gauge={gauge!r} must be 'balanced' or 'svd': a party takes the first r directions, so they"
+                f"gauge={factorization!r} must be 'balanced' or 'svd': a party takes the first r directions, so they"
                 " must be sorted by what they contribute."
             )
         self.method = method
-        self.gauge = gauge
-        self._low_rank = LowRankMean(solver, steps, gauge)
-        self.needs = "means" if method == "zero_pad" else self._low_rank.needs
+        self.factorization = factorization
+        self._low_rank = LowRankMean(solver, steps, factorization)
+        self.requires = "means" if method == "zero_pad" else self._low_rank.requires
 
     def averaged(self, round: int, counting: int) -> Parts:
         """Return what is no factor, with "zero_pad" everything."""
         return EVERYTHING if self.method == "zero_pad" else OTHERS
 
-    def regauged(self, counting: int) -> Parts:
+    def basis_changed(self, counting: int) -> Parts:
         """Return the factors, with "zero_pad" nothing."""
         return NOTHING if self.method == "zero_pad" else FACTORS
 
-    def obstacle(self, module: LoraModule) -> str | None:
+    def unsupported_reason(self, module: LoraModule) -> str | None:
         """Return what the module says."""
-        return module.obstacle
+        return module.unsupported_reason
 
-    def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+    def combine(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
         """Return the best factors of rank R of each pair, or leave it to the mean."""
         if self.method == "zero_pad":
             return Combined()

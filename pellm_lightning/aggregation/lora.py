@@ -43,14 +43,14 @@ class LoraModule:
     Args:
         scaling: The update is ``scaling * B A``: alpha / r, or alpha / sqrt(r) with rsLoRA.
         base: The frozen weight as an (m, n) view of its storage, None if it has none in floating point.
-        obstacle: Why the update is not ``scaling * B A`` here, in words; None if it is.
+        unsupported_reason: Why the update is not ``scaling * B A`` here, in words; None if it is.
         base_obstacle: Why the frozen weight cannot take up an update, in words; None if it can.
         zero_a: Whether the factor A is zero, as PEFT starts those of embeddings.
     """
 
     scaling: float = 1.0
     base: Tensor | None = None
-    obstacle: str | None = None
+    unsupported_reason: str | None = None
     base_obstacle: str | None = None
     zero_a: bool = False
 
@@ -85,9 +85,11 @@ def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
                 name = plain_name(f"{path}.{adapter}" if path else adapter)
                 a, b = _factors(module, adapter)
                 tied = a.data_ptr() in shared or b.data_ptr() in shared
-                obstacle = "another module has the same factors" if tied else _obstacle(module, adapter)
+                unsupported_reason = (
+                    "another module has the same factors" if tied else _unsupported_reason(module, adapter)
+                )
                 base, base_obstacle = _base(module, adapter, shared, (b.shape[0], a.flatten(1).shape[1]))
-                found[name] = LoraModule(float(value), base, obstacle, base_obstacle, not a.any())
+                found[name] = LoraModule(float(value), base, unsupported_reason, base_obstacle, not a.any())
     return found
 
 
@@ -103,7 +105,7 @@ def _is_lora(module: Any) -> bool:
     return with_modules and isinstance(getattr(module, "scaling", None), dict)
 
 
-def _obstacle(module: Any, adapter: str) -> str | None:
+def _unsupported_reason(module: Any, adapter: str) -> str | None:
     experts = getattr(module, "num_experts", 1)
     if experts > 1:
         return f"its factors hold {experts} experts at once"

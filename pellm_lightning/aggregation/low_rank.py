@@ -14,9 +14,9 @@ from pellm_lightning.aggregation.base import (
     OTHERS,
     Aggregation,
     Combined,
-    Counting,
     Factors,
     Parts,
+    RoundContext,
     Term,
 )
 from pellm_lightning.aggregation.deviation import stack_of
@@ -41,7 +41,7 @@ class LowRankMean(Aggregation):
             subspace iteration, warm-started with the A that everybody started the round from; the same bytes,
             and 2 r^2 float64 scalars per module. Where the parties drift far in a round, it is not the best.
         steps: Iterations of "power"; each further one costs the bytes of a round again.
-        gauge: Which of the factorisations of the result is handed back. "procrustes": the one nearest to the
+        factorization: Which of the factorisations of the result is handed back. "procrustes": the one nearest to the
             parties' mean factors, in which optimizers' moments keep their meaning; "balanced": B and A of
             equal norms, ``U S^1/2`` and ``S^1/2 V^T``; "svd": ``U S`` and ``V^T``. After the latter two, the
             state that local optimizers keep of A and B is dropped each round, and an outer optimizer other
@@ -51,43 +51,43 @@ class LowRankMean(Aggregation):
         ValueError: If an argument is none of its choices.
     """
 
-    def __init__(self, solver: Solver = "exact", steps: int = 1, gauge: Gauge = "procrustes") -> None:
+    def __init__(self, solver: Solver = "exact", steps: int = 1, factorization: Gauge = "procrustes") -> None:
         _one_of("solver", solver, ("power", "exact"))
-        _one_of("gauge", gauge, ("procrustes", "balanced", "svd"))
+        _one_of("factorization", factorization, ("procrustes", "balanced", "svd"))
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} must be a whole number, 1 or more.")
         self.solver = solver
         self.steps = steps
-        self.gauge = gauge
-        self.needs = "sums" if solver == "power" else "parties"
-        self.outer = "any" if gauge == "procrustes" else "mean"
+        self.factorization = factorization
+        self.requires = "sums" if solver == "power" else "parties"
+        self.outer = "any" if factorization == "procrustes" else "mean"
 
     def averaged(self, round: int, counting: int) -> Parts:
         """Return what is no factor; where one party counts, everything."""
         return EVERYTHING if counting == 1 else OTHERS
 
-    def regauged(self, counting: int) -> Parts:
+    def basis_changed(self, counting: int) -> Parts:
         """Return the factors, unless the gauge keeps their coordinates."""
-        return NOTHING if self.gauge == "procrustes" or counting <= 1 else FACTORS
+        return NOTHING if self.factorization == "procrustes" or counting <= 1 else FACTORS
 
-    def obstacle(self, module: LoraModule) -> str | None:
+    def unsupported_reason(self, module: LoraModule) -> str | None:
         """Return what the module says."""
-        return module.obstacle
+        return module.unsupported_reason
 
-    def combine(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+    def combine(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
         """Return the best factors of each pair; of a single party that counts they are its own."""
         if counting.num_counting == 1:
             return Combined()
         return self.solve(pairs, counting)
 
-    def solve(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+    def solve(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
         """Return the best factors of each pair, however many parties count."""
         return (self._exact if self.solver == "exact" else self._power)(pairs, counting)
 
     def __repr__(self) -> str:
-        return f"LowRankMean(solver={self.solver!r}, steps={self.steps}, gauge={self.gauge!r})"
+        return f"LowRankMean(solver={self.solver!r}, steps={self.steps}, gauge={self.factorization!r})"
 
-    def _power(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+    def _power(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
         own = [(p.b.detach().cpu().double(), p.a.detach().cpu().double()) for p in pairs]
 
         def total(terms: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -112,7 +112,7 @@ class LowRankMean(Aggregation):
         results = [
             factor.float()
             for pair, low, mean in zip(pairs, found, means, strict=True)
-            for factor in _handed_back(pair, low, mean, self.gauge)
+            for factor in _handed_back(pair, low, mean, self.factorization)
         ]
         vector = gathering.flat(results)
         gathering.agree_([vector], counting.federation)
@@ -153,7 +153,7 @@ class LowRankMean(Aggregation):
             for low, pair in zip(found, pairs, strict=True)
         ]
 
-    def _exact(self, pairs: Sequence[Factors], counting: Counting) -> Combined:
+    def _exact(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
         terms = gathering.to_owners(pairs, counting, FACTORS)
         results = {}
         for k, of_pair in terms.items():
@@ -161,14 +161,14 @@ class LowRankMean(Aggregation):
             low = factors.best_rank(stack_of(of_pair), pair.anchor_a.shape[0])
             low = factors.completed(low, pair.anchor_b.cpu(), pair.anchor_a.cpu())
             mean = _mean_factors(of_pair, low) if _alike(pairs) else None
-            results[k] = _handed_back(pair, low, mean, self.gauge)
+            results[k] = _handed_back(pair, low, mean, self.factorization)
         return Combined(_finite(pairs, gathering.from_owners(pairs, results, counting.federation)), terms)
 
 
 def _handed_back(
-    pair: Factors, low: LowRank, mean: MeanFactors | None, gauge: Gauge
+    pair: Factors, low: LowRank, mean: MeanFactors | None, factorization: Gauge
 ) -> tuple[Tensor, Tensor]:
-    return factors.hand_back(low, mean, pair.scaling, pair.anchor_a.shape[0], gauge)
+    return factors.hand_back(low, mean, pair.scaling, pair.anchor_a.shape[0], factorization)
 
 
 def _agreed(found: Sequence[LowRank], federation: Collectives) -> list[LowRank]:

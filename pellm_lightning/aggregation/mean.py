@@ -14,7 +14,7 @@ class Mean(Aggregation):
     which misses the mean of the products by ``sum(w_i (B_i - B) (A_i - A))``. The report says by how much.
     """
 
-    needs = "means"
+    requires = "means"
 
     def __repr__(self) -> str:
         return "Mean()"
@@ -28,11 +28,11 @@ class FrozenA(Aggregation):
     it.
     """
 
-    needs = "means"
+    requires = "means"
 
     outer = "memoryless"
 
-    def obstacle(self, module: LoraModule) -> str | None:
+    def unsupported_reason(self, module: LoraModule) -> str | None:
         """Return that A would rest at zero, if it is."""
         return "its A is zero and would stay so, and B with it" if module.zero_a else None
 
@@ -40,7 +40,7 @@ class FrozenA(Aggregation):
         """Return all but A."""
         return EVERYTHING - _A
 
-    def resting(self, round: int) -> Parts:
+    def frozen_parts(self, round: int) -> Parts:
         """Return A."""
         return _A
 
@@ -57,15 +57,15 @@ class Alternating(Aggregation):
     neither its values nor its optimizer state move; the moments it had are there when its turn comes.
     """
 
-    needs = "means"
+    requires = "means"
 
     outer = "memoryless"
 
     def averaged(self, round: int, counting: int) -> Parts:
         """Return all but the resting factor."""
-        return EVERYTHING - self.resting(round)
+        return EVERYTHING - self.frozen_parts(round)
 
-    def resting(self, round: int) -> Parts:
+    def frozen_parts(self, round: int) -> Parts:
         """Return A in even rounds, B in odd ones."""
         return _B if round % 2 else _A
 
@@ -81,7 +81,7 @@ class ShareA(Aggregation):
     is no common product to deviate from.
     """
 
-    needs = "means"
+    requires = "means"
 
     shared = _A
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, Granted, Part, Parts
+from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, Capability, Part, Parts
 from pellm_lightning.aggregation.lora import LoraModule, Pair, find_pairs
 from pellm_lightning.aggregation.low_rank import LowRankMean
 from pellm_lightning.aggregation.mean import Mean
@@ -21,7 +21,7 @@ class Plan:
         names: Names of the trainable parameters that may federate.
         modules: What the modules of the pairs say, by the pairs' names; a pair that is not among them has
             scaling 1.
-        granted: What the rule may have of the parties. Sums, with a masked exchange: None then chooses
+        capabilities: What the rule may have of the parties. Sums, with a masked exchange: None then chooses
             ``LowRankMean(solver="power")``. Means, with differential privacy: None then chooses ``Mean()``,
             and so it does with sparse updates. Rounded values with other compressed exchanges.
 
@@ -35,14 +35,14 @@ class Plan:
         names: Iterable[str],
         modules: Mapping[str, LoraModule] | None = None,
         *,
-        granted: Granted = "parties",
+        capabilities: Capability = "parties",
     ) -> None:
         names = sorted(names)
-        self.rule: Aggregation = _default(granted) if rule is None else rule
-        _check_needs(self.rule, granted)
+        self.rule: Aggregation = _default(capabilities) if rule is None else rule
+        _check_needs(self.rule, capabilities)
         self.modules = dict(modules or {})
         pairs = find_pairs(names)
-        obstacles = {pair.name: self._obstacle(pair) for pair in pairs}
+        obstacles = {pair.name: self._unsupported_reason(pair) for pair in pairs}
         hard = {name: words for name, words in obstacles.items() if words}
         if hard and rule is not None:
             name, words = next(iter(hard.items()))
@@ -74,7 +74,7 @@ class Plan:
         """Pairs of which both factors federate and are a product, which can be combined and compared."""
         if not self.rule.shared >= FACTORS:
             return []
-        return [pair for pair in self.pairs if self.module(pair).obstacle is None]
+        return [pair for pair in self.pairs if self.module(pair).unsupported_reason is None]
 
     @cached_property
     def groups(self) -> list[tuple[Part, ...]]:
@@ -96,7 +96,7 @@ class Plan:
         """Return what the module of a pair says."""
         return self.modules.get(pair.name, LoraModule())
 
-    def _obstacle(self, pair: Pair) -> str | None:
+    def _unsupported_reason(self, pair: Pair) -> str | None:
         module = self.module(pair)
         if not (math.isfinite(module.scaling) and module.scaling != 0):
             raise ValueError(
@@ -105,39 +105,44 @@ class Plan:
             )
         if self.rule.writes_base and module.base is None and module.base_obstacle is None:
             return "no frozen weight is known for it (pass lora={...: LoraModule(base=...)})"
-        return self.rule.obstacle(module)
+        return self.rule.unsupported_reason(module)
 
 
-def _default(granted: Granted) -> Aggregation:
-    if granted in ("means", "sparse"):
+def _default(capabilities: Capability) -> Aggregation:
+    if capabilities in ("means", "sparse"):
         return Mean()
-    return LowRankMean(solver="power" if granted == "sums" else "exact")
+    return LowRankMean(solver="power" if capabilities == "sums" else "exact")
 
 
-def _check_needs(rule: Aggregation, granted: Granted) -> None:
-    if granted == "sums" and rule.needs == "parties":
+def _check_needs(rule: Aggregation, capabilities: Capability) -> None:
+    if capabilities == "sums" and rule.requires == "parties":
         raise ValueError(
             f"{rule!r} needs what single parties have, and a masked exchange gives sums only. Use Mean(),"
             " FrozenA(), Alternating(), ShareA() or LowRankMean(solver='power'), or exchange.Plain()."
         )
-    if granted == "means" and rule.needs != "means":
+    if capabilities == "means" and rule.requires != "means":
         raise ValueError(
             f"{rule!r} sums more than the parties' updates. With differential privacy, which adds no noise to"
             " the rest, and with SCAFFOLD, FedNova or FedDyn, which correct parameters one by one, use"
             " FrozenA() or Alternating(), which train one factor at a time, or Mean()."
         )
-    if granted == "sparse" and rule.needs != "means":
+    if capabilities == "sparse" and rule.requires != "means":
         raise ValueError(
             f"{rule!r} needs the parties' whole factors in each round, and exchange.TopK(...) sends a"
             " small part of an update. Use Mean(), FrozenA(), Alternating() or ShareA(), or"
             " exchange.Quantized(...)."
         )
-    if granted == "rounded" and rule.needs == "sums":
+    if capabilities == "rounded" and rule.requires == "sums":
         raise ValueError(
             f"{rule!r} sums what must cross exactly, so a compressed exchange would save nothing of it. Use"
             " solver='exact', whose factors are compressed, or exchange.Plain()."
         )
-    if granted == "rounded" and rule.needs == "parties" and rule.regauged(2) and not rule.writes_base:
+    if (
+        capabilities == "rounded"
+        and rule.requires == "parties"
+        and rule.basis_changed(2)
+        and not rule.writes_base
+    ):
         raise ValueError(
             f"{rule!r} gives the factors new coordinates in each round, so the result is far from what every"
             " party has, and a compressed exchange, which sends the difference, would round it coarsely. Use"

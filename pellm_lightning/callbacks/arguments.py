@@ -17,7 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pellm_lightning.callbacks.dp_sgd import RecordLevel
+from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.coordination import MAX_WEIGHT
 from pellm_lightning.engine.outer_optimizer import (
@@ -59,7 +59,7 @@ def outer(optimizer: OptimizerFactory, scheduler: SchedulerFactory | None) -> No
 
 def protects_records(trainer: Trainer, weighting: object) -> bool:
     """Tell whether single records are protected, so that nothing else of the data may leave the party."""
-    if not any(isinstance(other, RecordLevel) for other in callbacks_of(trainer)):
+    if not any(isinstance(other, DPSGD) for other in callbacks_of(trainer)):
         return False
     if weighting == "samples":
         raise MisconfigurationException(
@@ -128,7 +128,7 @@ def same_turns(saved: int, fragments: int) -> None:
         )
 
 
-def can_land(under_way_since: int | None, overlap: Overlap | None) -> None:
+def can_apply(under_way_since: int | None, overlap: Overlap | None) -> None:
     """Check that a round that was under way when a checkpoint was saved can land."""
     if under_way_since is not None and overlap is None:
         raise MisconfigurationException(

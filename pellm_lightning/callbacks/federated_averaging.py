@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.callbacks import arguments as checks
+from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.drift.base import DriftCorrection, check_optimizer, drift_correction_of
 from pellm_lightning.callbacks.fit_facts import FitFacts, foresee
-from pellm_lightning.callbacks.fit_loop import Manner, Participation, Started
+from pellm_lightning.callbacks.fit_loop import FederatedLoop, LoopConfig, Started
 from pellm_lightning.callbacks.schedule import schedule
 from pellm_lightning.callbacks.trainable import CURE, TrainableSet
 from pellm_lightning.callbacks.weight_averaging import (
@@ -41,22 +41,22 @@ from pellm_lightning.comm import (
     Quorum,
     check_quorum,
 )
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched, store_from_env
-from pellm_lightning.engine import outer_optimizer as outer
-from pellm_lightning.engine.aggregator import Aggregator, RoundReport, granted
-from pellm_lightning.engine.auxiliary import Beside
+from pellm_lightning.engine import outer_optimizer
+from pellm_lightning.engine.aggregator import Aggregator, RoundReport, capabilities
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms
 from pellm_lightning.engine.fragments import FragmentedAggregator, check_rule, fragments_of
 from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.exchange.base import chosen
 from pellm_lightning.privacy import GaussianMechanism
-from pellm_lightning.report import record as records
-from pellm_lightning.report.about import About
+from pellm_lightning.report import record
 from pellm_lightning.report.lines import show_log_lines
-from pellm_lightning.report.teller import Teller
+from pellm_lightning.report.reporter import Reporter
+from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.adapter_config import adapter_configs
 from pellm_lightning.tensors.frozen_state import frozen_state
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in, select
@@ -64,8 +64,8 @@ from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import (
     Party,
     describe_device,
+    set_rank_zero,
     shares_terminal,
-    speak_as,
     topology_of,
 )
 from pellm_lightning.trainer.metrics import ValidationMetrics
@@ -102,7 +102,7 @@ class FederatedAveraging(Callback):
             takes half as many bytes again as averaging the factors, and other parties see these. Default:
             yes, unless the exchange hides the factors, or compresses and would send them for this alone.
         exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``,
-            ``Masked(...)`` so that nobody sees another's, or in fewer bytes ``Cast("bfloat16")``,
+            ``SecureAggregation(...)`` so that nobody sees another's, or in fewer bytes ``Cast("bfloat16")``,
             ``Quantized(...)`` and ``TopK(...)``.
         privacy: Differential privacy of each party's updates, from ``pellm_lightning.privacy``. It needs
             weighting="uniform".
@@ -166,7 +166,7 @@ class FederatedAveraging(Callback):
         privacy: GaussianMechanism | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        outer_optimizer: OptimizerCallable = outer.sgd_one,
+        outer_optimizer: OptimizerCallable = outer_optimizer.sgd_one,
         outer_scheduler: LRSchedulerCallable | None = None,
         inner_optimizer_state: Literal["keep", "reset"] = "keep",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
@@ -185,19 +185,21 @@ class FederatedAveraging(Callback):
         membership: Membership | None = None,
         state_dir: str | None = None,
     ) -> None:
-        checks.fragments(fragments, every_n_steps, every_n_seconds)
-        checks.overlap(overlap, every_n_steps, fragments)
+        arguments.fragments(fragments, every_n_steps, every_n_seconds)
+        arguments.overlap(overlap, every_n_steps, fragments)
         self._schedule = schedule(every_n_epochs, every_n_steps, every_n_seconds).shared_by(fragments)
-        checks.weighting(weighting)
-        checks.privacy(privacy, weighting)
-        checks.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
-        checks.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
-        checks.patterns("include", include)
-        checks.patterns("exclude", exclude)
+        arguments.weighting(weighting)
+        arguments.privacy(privacy, weighting)
+        arguments.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
+        arguments.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
+        arguments.patterns("include", include)
+        arguments.patterns("exclude", exclude)
         check_quorum(quorum)
-        checks.seconds("timeout_s", timeout_s)
-        checks.outer(outer_optimizer, outer_scheduler)
-        self.job = Job.configured(rendezvous, name, roster, listen, advertise, tls, membership, quorum=quorum)
+        arguments.seconds("timeout_s", timeout_s)
+        arguments.outer(outer_optimizer, outer_scheduler)
+        self.job = SeparateJobs.configured(
+            rendezvous, name, roster, listen, advertise, tls, membership, quorum=quorum
+        )
         """How this party joins separate jobs; None if all parties come from one launch."""
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
@@ -231,7 +233,7 @@ class FederatedAveraging(Callback):
         self.state_dir = state_dir
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
-        self.about: About | None = None
+        self.summary: RunSummary | None = None
         """What there is to say of its federation; None before training starts."""
         self._is_set_up = False
         # What a fit builds; all of it is dropped when the fit ends.
@@ -240,9 +242,9 @@ class FederatedAveraging(Callback):
         self._joined: Federation | ElasticFederation | None = None
         self._drift: DriftCorrection | None = None
         self._tells_loss = True
-        self._participation: Participation | None = None
+        self._participation: FederatedLoop | None = None
         self._trainable: TrainableSet | None = None
-        self._teller: Teller | None = None
+        self._reporter: Reporter | None = None
         self._validation = ValidationMetrics()
         self._renaming: RemovableHandle | None = None
         # The state of a checkpoint that was loaded, or of the fit that has ended.
@@ -270,10 +272,10 @@ class FederatedAveraging(Callback):
         if self.federation is not None:
             return ckpt_path  # which party this is will be known when it has joined
         self._topology = topology_of(trainer)
-        speak_as(self._topology.rank_in_party)
+        set_rank_zero(self._topology.rank_in_party)
         if self._topology.party > 0:
             isolation.separate_files(trainer, self._topology.party)
-        if self._topology.is_speaker:
+        if self._topology.is_leader:
             isolation.keep_metrics(trainer)
         if self.job is None or ckpt_path != "last":
             return ckpt_path
@@ -287,14 +289,14 @@ class FederatedAveraging(Callback):
         self._topology = topology_of(trainer)
         if stage == "fit":
             # Of an earlier fit, which may have failed.
-            self._state, self._participation, self._teller = {}, None, None
-            self.rounds, self.about = [], None
+            self._state, self._participation, self._reporter = {}, None, None
+            self.rounds, self.summary = [], None
             self._validation = ValidationMetrics()
             self._drift = self._drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
             show_log_lines()
             self._join(trainer)
-            checks.trainer(trainer, self, self._topology)
+            arguments.trainer(trainer, self, self._topology)
             check_averaging(
                 trainer,
                 self._schedule,
@@ -303,19 +305,19 @@ class FederatedAveraging(Callback):
                 saves_frozen=self.save_frozen,
             )
             if not self.save_frozen:
-                checks.checkpoints(trainer)
+                arguments.checkpoints(trainer)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
-            self._tells_loss = not checks.protects_records(trainer, self.weighting)
+            self._tells_loss = not arguments.protects_records(trainer, self.weighting)
         else:
-            checks.only_one(trainer, self)
-        speak_as(self._topology.rank_in_party)
+            arguments.only_one(trainer, self)
+        set_rank_zero(self._topology.rank_in_party)
         if self._topology.party > 0:
             # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do
             # not: their launcher's rank made them dummies until now.
             isolation.separate_files(trainer, self._topology.party)
             if shares_terminal(self._topology):
-                isolation.hush(trainer)
+                isolation.silence(trainer)
         if not self.save_frozen:
             pl_module.strict_loading = False
         self._stop_renaming()  # of a fit that has failed
@@ -330,25 +332,25 @@ class FederatedAveraging(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
-        checks.samplers(trainer, self._topology)
+        arguments.samplers(trainer, self._topology)
         trainable = self._select(pl_module)
         self._trainable = TrainableSet(pl_module, self.include, self.exclude)
         plan = self._apply_rule(pl_module, trainable)
         shared = {name: trainable[name] for name in sorted(plan.shared)}
         check_coordinates(trainer, plan)
-        for_good = plan.named(plan.rule.resting(0) & plan.rule.resting(1))
-        checks.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
+        for_good = plan.named(plan.rule.frozen_parts(0) & plan.rule.frozen_parts(1))
+        arguments.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
         self._check_drift(trainer, shared)
 
         def told(done: RoundReport, on_bar: bool) -> None:
-            self._telling.round(pl_module, done, on_bar=on_bar)
+            self._reporting.round(pl_module, done, on_bar=on_bar)
 
-        self._participation = Participation(
+        self._participation = FederatedLoop(
             trainer,
             self._in_party,
             plan,
             trainable,
-            Manner(
+            LoopConfig(
                 self._schedule,
                 self.fragments,
                 self.overlap,
@@ -365,16 +367,18 @@ class FederatedAveraging(Callback):
         )
         if started.overwritten:
             begin_averaging(trainer, pl_module)
-        names = self._in_party.speak(lambda: self._roster(trainer))
-        about = About(names, started.settings, self.writes_base)
-        if self._topology.is_speaker and self._topology.party == 0:
+        names = self._in_party.on_leader(lambda: self._roster(trainer))
+        summary = RunSummary(names, started.settings, self.writes_base)
+        if self._topology.is_leader and self._topology.party == 0:
             self._warn_of(started)
-        self.about = about.resumed(self._state.get("about", {}))
-        self._teller = Teller(trainer, self._topology, self.about, self.rounds, self._new_record(trainer))
-        if self._topology.is_speaker:
-            self._teller.began(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
+        self.summary = summary.resumed(self._state.get("summary", {}))
+        self._reporter = Reporter(
+            trainer, self._topology, self.summary, self.rounds, self._new_record(trainer)
+        )
+        if self._topology.is_leader:
+            self._reporter.began(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
             if self._joined is not None:
-                self._teller.show(self._joined.phases)
+                self._reporter.show(self._joined.phases)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -420,7 +424,7 @@ class FederatedAveraging(Callback):
             self._validation.check(trainer)
         if _validates_in_fit(trainer):
             local = self._validation.end(trainer, self._in_party)
-            self._telling.validated(local, self._taking_part.mean(local))
+            self._reporting.validated(local, self._taking_part.mean(local))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -436,7 +440,7 @@ class FederatedAveraging(Callback):
         warn_of_missed(trainer, len(self.rounds) - before)
         if self._joined is not None:
             self._joined.close()
-        self._telling.ended()
+        self._reporting.ended()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -447,8 +451,8 @@ class FederatedAveraging(Callback):
             # Of a FederationError the others know already, from us or from the party that caused it.
             known = isinstance(exception, FederationError)
             self._joined.abort(None if known else why)
-        if self._teller is not None:
-            self._teller.ended(why)
+        if self._reporter is not None:
+            self._reporter.ended(why)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -461,12 +465,12 @@ class FederatedAveraging(Callback):
             log.warning("[party %s] Left the federation: %s.", self._topology.name, why)
             self._joined.abort(why)
         self._state = self.state_dict()
-        self._party = self._joined = self._drift = self._participation = self._teller = None
+        self._party = self._joined = self._drift = self._participation = self._reporter = None
         self._trainable = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
-        built = ("_party", "_joined", "_drift", "_participation", "_trainable", "_teller")
+        built = ("_party", "_joined", "_drift", "_participation", "_trainable", "_reporter")
         return own_state(self, **dict.fromkeys(built))
 
     # ---- checkpoints
@@ -474,12 +478,12 @@ class FederatedAveraging(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on exactly, in the middle of a round too."""
-        if self._participation is None or not self._topology.is_speaker:
+        if self._participation is None or not self._topology.is_leader:
             return self._state
-        about = {} if self.about is None else asdict(self.about)
+        summary = {} if self.summary is None else asdict(self.summary)
         state = self._participation.state()
         # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
-        return {"party": self._topology.party, **state, "about": about, "directory": os.getcwd()}
+        return {"party": self._topology.party, **state, "summary": summary, "directory": os.getcwd()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -502,7 +506,7 @@ class FederatedAveraging(Callback):
         """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
         if not self.save_frozen:
             state_dict = named_as_in(pl_module, checkpoint["state_dict"])
-            checks.trainable_checkpoint(pl_module, state_dict, self._left_out(pl_module))
+            arguments.trainable_checkpoint(pl_module, state_dict, self._left_out(pl_module))
 
     # ---- the parts of the hooks
 
@@ -512,7 +516,7 @@ class FederatedAveraging(Callback):
             self._renaming = None
 
     def _join(self, trainer: Trainer) -> None:
-        if self._topology.is_speaker and not (self.federation or self.job or launched()):
+        if self._topology.is_leader and not (self.federation or self.job or launched()):
             log.warning(
                 "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
                 " this host run `torchrun --nproc-per-node N your_script.py`%s.",
@@ -520,7 +524,7 @@ class FederatedAveraging(Callback):
                 if self._topology.party_size > 1
                 else "",
             )
-        self._in_party.speak(self._join_as_speaker)
+        self._in_party.on_leader(self._join_as_leader)
         if self._joined is not None:
             known = self._topology
             self._topology = Topology(
@@ -530,7 +534,7 @@ class FederatedAveraging(Callback):
         if isinstance(self._joined, ElasticFederation):
             self._joined.interrupt = lambda: _raise_if_terminated(trainer)
 
-    def _join_as_speaker(self) -> None:
+    def _join_as_leader(self) -> None:
         if self.federation is not None:
             self._joined = self.federation()
         elif self.job is not None:
@@ -566,7 +570,7 @@ class FederatedAveraging(Callback):
                 self.aggregation,
                 parameters,
                 lora_modules(module),
-                granted=granted(self.exchange, self.privacy, self._beside),
+                capabilities=capabilities(self.exchange, self.privacy, self._auxiliary),
             )
             if self.overlap is not None:
                 self.overlap.check(plan.rule)
@@ -598,7 +602,7 @@ class FederatedAveraging(Callback):
             return []
         if isinstance(self._joined, Federation):
             device = describe_device(trainer.strategy.root_device)
-            checks.devices(self._joined.all_gather_json("device", device))
+            arguments.devices(self._joined.all_gather_json("device", device))
         return list(self._joined.roster)
 
     def rehearsal(
@@ -648,7 +652,7 @@ class FederatedAveraging(Callback):
             measure_deviation=self.measure_deviation,
             exchange=self.exchange,
             privacy=self.privacy,
-            beside=self._beside,
+            auxiliary=self._auxiliary,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
             frozen=frozen_state(module) if self.check_base else None,
@@ -673,7 +677,7 @@ class FederatedAveraging(Callback):
 
     def _facts(self, trainer: Trainer) -> dict[str, Any]:
         """Return what this party says of its fit; not how many samples it has, where that is hidden."""
-        tells_steps = self._tells_loss and not self.exchange.hides and self.privacy is None
+        tells_steps = self._tells_loss and not self.exchange.is_secure and self.privacy is None
         return FitFacts.of(trainer, self._validation.names, tells_steps=tells_steps).to_json()
 
     def _warn_of(self, started: Started) -> None:
@@ -683,13 +687,13 @@ class FederatedAveraging(Callback):
         for warning in foresee(facts, self.every_n_steps, int(quorum or 1)):
             log.warning("[party %s] %s", self._topology.name, warning)
 
-    def _new_record(self, trainer: Trainer) -> records.Record | None:
+    def _new_record(self, trainer: Trainer) -> record.RunRecord | None:
         if not self.record or vars(trainer).get("fast_dev_run") or trainer.barebones:
             return None
         root = trainer.default_root_dir
         if self._topology.num_parties > 1:
             root = isolation.below(root, self._topology.party)
-        return records.Record(os.path.join(root, records.NAME))
+        return record.RunRecord(os.path.join(root, record.NAME))
 
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)
@@ -703,14 +707,14 @@ class FederatedAveraging(Callback):
         drift = drift_correction_of(trainer, module)
         if drift is not None:
             optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
-            lands = outer.always_lands(optimizer, scheduled=self.outer_scheduler is not None)
+            plain = outer_optimizer.is_plain_averaging(optimizer, scheduled=self.outer_scheduler is not None)
             if self.overlap is not None or self.fragments > 1:
                 raise MisconfigurationException(
-                    f"{drift.beside.method} corrects each local step by what the last round gave for all"
+                    f"{drift.auxiliary.method} corrects each local step by what the last round gave for all"
                     " parameters, which with an overlap or fragments is not there yet. Leave out one of them."
                 )
             try:
-                drift.beside.check(private=self.privacy is not None, lands=lands)
+                drift.auxiliary.check(private=self.privacy is not None, plain=plain)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from error
         return drift
@@ -724,8 +728,8 @@ class FederatedAveraging(Callback):
             self._drift.check(optimizer, parameters, resets=self.inner_optimizer_state == "reset")
 
     @property
-    def _beside(self) -> Beside | None:
-        return None if self._drift is None else self._drift.beside
+    def _auxiliary(self) -> AuxiliaryTerms | None:
+        return None if self._drift is None else self._drift.auxiliary
 
     @property
     def _in_party(self) -> Party:
@@ -734,16 +738,16 @@ class FederatedAveraging(Callback):
         return self._party
 
     @property
-    def _taking_part(self) -> Participation:
+    def _taking_part(self) -> FederatedLoop:
         if self._participation is None:
             raise RuntimeError("A party takes part in rounds only while it trains.")
         return self._participation
 
     @property
-    def _telling(self) -> Teller:
-        if self._teller is None:
+    def _reporting(self) -> Reporter:
+        if self._reporter is None:
             raise RuntimeError("There is nothing to tell of before training starts.")
-        return self._teller
+        return self._reporter
 
 
 def _before_run(trainer: Trainer, ckpt_path: Any) -> Any:

@@ -10,14 +10,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.callbacks import arguments as checks
+from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.drift.base import DriftCorrection
 from pellm_lightning.callbacks.fit_facts import planned_steps
 from pellm_lightning.callbacks.schedule import Clock, EverySeconds, Schedule
 from pellm_lightning.comm import TooFewPartiesError
 from pellm_lightning.engine.aggregator import Aggregator, RoundReport
-from pellm_lightning.engine.auxiliary import Contribution
-from pellm_lightning.engine.fragments import FragmentedAggregator, Turns, fragments_of
+from pellm_lightning.engine.auxiliary import AuxiliaryValues
+from pellm_lightning.engine.fragments import FragmentCursor, FragmentedAggregator, fragments_of
 from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.tensors.flat_buffer import Layout
 from pellm_lightning.trainer import resume
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Manner:
+class LoopConfig:
     """How a party takes part."""
 
     schedule: Schedule
@@ -48,7 +48,7 @@ class Manner:
 
 
 @dataclass
-class SinceRound:
+class LocalProgress:
     """What this process did since the last round."""
 
     step: int = 0
@@ -61,15 +61,15 @@ class SinceRound:
     """Samples behind ``loss_sum``."""
 
 
-class Brought(NamedTuple):
+class LocalResult(NamedTuple):
     """What a party brings to a round."""
 
     weight: float
     loss: float | None
     """Mean training loss since the last round."""
-    contribution: Contribution
+    contribution: AuxiliaryValues
     """What a drift correction adds."""
-    turns: Turns
+    turns: FragmentCursor
     """Whose turn it is when the round is over."""
     steps_left: float
     """Optimizer steps that the fit still has to make; NaN if nobody knows."""
@@ -88,7 +88,7 @@ class Started(NamedTuple):
     """What each party has said of its fit, by name."""
 
 
-class Participation:
+class FederatedLoop:
     """Comes to the rounds of one fit, in each process of a party.
 
     Args:
@@ -108,7 +108,7 @@ class Participation:
         party: Party,
         plan: Plan,
         trainable: Mapping[str, nn.Parameter],
-        manner: Manner,
+        manner: LoopConfig,
         *,
         drift: DriftCorrection | None,
         told: Callable[[RoundReport, bool], None],
@@ -128,9 +128,9 @@ class Participation:
         self._resting: list[nn.Parameter] = []
         self._aggregator: Aggregator | FragmentedAggregator | None = None  # of the speaker
         self._drained: Iterator[RoundReport] = iter(())
-        self._since = SinceRound(trainer.global_step)
+        self._since = LocalProgress(trainer.global_step)
         self._samples = SampleCounter(says=manner.weighting == "samples")
-        self._turns = Turns.from_step(manner.fragments, trainer.global_step)
+        self._turns = FragmentCursor.from_step(manner.fragments, trainer.global_step)
         self._under_way_since: int | None = None  # step at which the round in the background began
         self._exchanged_at = 0.0  # by the clock of time.monotonic
 
@@ -144,15 +144,15 @@ class Participation:
             state: As of ``state()``; empty to begin.
         """
         if state:
-            self._since = SinceRound(**state["since"])
-            self._turns = Turns.from_step(self._manner.fragments, self._since.step)
-            self._turns = Turns(**state["turns"]) if "turns" in state else self._turns
+            self._since = LocalProgress(**state["since"])
+            self._turns = FragmentCursor.from_step(self._manner.fragments, self._since.step)
+            self._turns = FragmentCursor(**state["turns"]) if "turns" in state else self._turns
             self._under_way_since = state.get("under_way_since")
-        started = self._party.speak(lambda: self._start_speaking(make, state))
+        started = self._party.on_leader(lambda: self._start_on_leader(make, state))
         if started.overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
-            self._since, self._under_way_since = SinceRound(self._trainer.global_step), None
-            self._turns = Turns.from_step(self._manner.fragments, self._trainer.global_step)
+            self._since, self._under_way_since = LocalProgress(self._trainer.global_step), None
+            self._turns = FragmentCursor.from_step(self._manner.fragments, self._trainer.global_step)
         if self._drift is not None:
             resumed = bool(state) and not started.overwritten
             self._drift.begin(self._shared, self._carried(), resumed=resumed)
@@ -162,7 +162,7 @@ class Participation:
 
     def state(self) -> dict[str, Any]:
         """Return what ``start`` needs to go on exactly, in the middle of a round too; only of the speaker."""
-        aggregator = self._speaking.state_dict()  # waits for the round under way, which may fail only now
+        aggregator = self._on_leader.state_dict()  # waits for the round under way, which may fail only now
         party = self._party.topology.party
         lost = self._under_way_since is not None and self._overlapped.failed
         return {
@@ -170,7 +170,7 @@ class Participation:
             "since": asdict(self._since) | {"loss_sum": float(self._since.loss_sum)},
             "turns": asdict(self._turns),
             "under_way_since": None if lost else self._under_way_since,
-            "signature": resume.signature(self._speaking.lineage, party),
+            "signature": resume.signature(self._on_leader.run_id, party),
         }
 
     # ---- while training goes on
@@ -186,8 +186,8 @@ class Participation:
     def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count what was consumed; come to the round that is due."""
         self._count(outputs, batch, batch_idx)
-        if self._may_land():
-            self._land(on_bar=True)
+        if self._may_apply():
+            self._apply(on_bar=True)
         if self._is_due(epoch_ends=self._trainer.is_last_batch):
             if self._manner.overlap is None:
                 self._run_round()
@@ -201,7 +201,7 @@ class Participation:
 
     def mean(self, local: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the mean over the parties of each named (value, weight)."""
-        mean = self._party.speak(lambda: _or_why_not(lambda: self._speaking.mean(local)))
+        mean = self._party.on_leader(lambda: _or_why_not(lambda: self._on_leader.mean(local)))
         if isinstance(mean, str):
             self._stop_for_lack_of_parties(mean)
         return mean
@@ -210,7 +210,7 @@ class Participation:
         """Run the last, incomplete round of each fragment; all parties end with the same parameters."""
         while self._turns.behind(self._trainer.global_step):
             self._run_round(on_bar=False)
-        self._land(on_bar=False)
+        self._apply(on_bar=False)
 
     def finish(self) -> None:
         """Close the round, then answer the others' until every party is through."""
@@ -219,7 +219,7 @@ class Participation:
         def drained() -> RoundReport | str | None:
             return _or_why_not(lambda: next(self._drained, None))
 
-        while (done := self._party.speak(drained)) is not None:
+        while (done := self._party.on_leader(drained)) is not None:
             if isinstance(done, str):
                 log.warning("[party %s] Ends without the others. %s", self._party.topology.name, done)
                 break
@@ -227,14 +227,14 @@ class Participation:
 
     # ---- coming to a round
 
-    def _start_speaking(
+    def _start_on_leader(
         self, make: Callable[[], Aggregator | FragmentedAggregator], state: Mapping[str, Any]
     ) -> Started:
         aggregator = self._aggregator = make()
         if state:
-            checks.own_checkpoint(state["party"], self._party.topology.party)
-            checks.same_turns(len(self._turns.steps), self._manner.fragments)
-            checks.can_land(self._under_way_since, self._manner.overlap)
+            arguments.own_checkpoint(state["party"], self._party.topology.party)
+            arguments.same_turns(len(self._turns.steps), self._manner.fragments)
+            arguments.can_apply(self._under_way_since, self._manner.overlap)
             aggregator.load_state_dict(state["aggregator"])
         overwritten = aggregator.start()
         if not state:
@@ -244,7 +244,7 @@ class Participation:
 
     def _check_nothing_is_left_behind(self, aggregator: Aggregator | FragmentedAggregator) -> None:
         """Refuse to begin anew in a federation in which this party has trained, and saved, before."""
-        signature = resume.signature(aggregator.lineage, self._party.topology.party)
+        signature = resume.signature(aggregator.run_id, self._party.topology.party)
         if signature is not None:
             path = resume.newest_signed(self._trainer, signature, self._stopped_path)
             if path is not None:
@@ -274,39 +274,39 @@ class Participation:
             epoch_ends=epoch_ends,
         )
         if isinstance(schedule, EverySeconds):
-            return self._party.speak(lambda: schedule.due(clock))  # clocks differ
+            return self._party.on_leader(lambda: schedule.due(clock))  # clocks differ
         return schedule.due(clock)
 
     def _run_round(self, *, on_bar: bool = True) -> None:
         """Run a round while training stands still."""
-        self._land(on_bar=on_bar)
+        self._apply(on_bar=on_bar)
         brought = self._brought()
-        done = self._party.speak(
+        done = self._party.on_leader(
             lambda: _or_why_not(
-                lambda: self._speaking.step(
+                lambda: self._on_leader.step(
                     brought.weight, brought.loss, brought.contribution, steps_left=brought.steps_left
                 )
             )
         )
         if isinstance(done, str):
             self._stop_for_lack_of_parties(done)
-        self._since, self._turns = SinceRound(self._trainer.global_step), brought.turns
+        self._since, self._turns = LocalProgress(self._trainer.global_step), brought.turns
         self._exchanged_at = time.monotonic()
         self._take_over(done, on_bar=on_bar)
 
     def _begin_round(self) -> None:
         """Let a round run in the background."""
-        self._land(on_bar=True)
+        self._apply(on_bar=True)
         brought = self._brought()
-        self._party.speak(
+        self._party.on_leader(
             lambda: self._overlapped.begin(brought.weight, brought.loss, steps_left=brought.steps_left)
         )
-        self._since, self._turns = SinceRound(self._trainer.global_step), brought.turns
+        self._since, self._turns = LocalProgress(self._trainer.global_step), brought.turns
         self._under_way_since = self._trainer.global_step
-        if self._may_land():
-            self._land(on_bar=True)
+        if self._may_apply():
+            self._apply(on_bar=True)
 
-    def _may_land(self) -> bool:
+    def _may_apply(self) -> bool:
         """Tell whether the round in the background has had its time, or has failed."""
         overlap = self._manner.overlap
         if self._under_way_since is None or overlap is None:
@@ -315,24 +315,24 @@ class Participation:
         failed = alone and self._overlapped.failed
         return failed or self._trainer.global_step - self._under_way_since >= overlap.delay_steps
 
-    def _land(self, *, on_bar: bool) -> None:
+    def _apply(self, *, on_bar: bool) -> None:
         """Wait for the round in the background, if there is one, and take over its result."""
         if self._under_way_since is None:
             return
         last = self._trainer.global_step == self._under_way_since  # nothing was learned since to be mixed
         try:
-            done = self._party.speak(lambda: _or_why_not(lambda: self._overlapped.land(last=last)))
+            done = self._party.on_leader(lambda: _or_why_not(lambda: self._overlapped.apply(last=last)))
         except Exception:  # the round is lost; if only the waiting was interrupted, it is not
             self._under_way_since = None
             raise
         self._under_way_since = None
         if isinstance(done, str):
             self._stop_for_lack_of_parties(done)
-        if self._party.topology.is_speaker:
+        if self._party.topology.is_leader:
             self._exchanged_at = self._overlapped.completed
         self._take_over(done, on_bar=on_bar)
 
-    def _brought(self) -> Brought:
+    def _brought(self) -> LocalResult:
         """Return what this party brings to a round: its weight, its loss, what a drift correction adds."""
         since, weighting = self._since, self._manner.weighting
         samples, loss_sum, loss_samples = self._party.sum(
@@ -342,13 +342,13 @@ class Participation:
         samples += self._turns.samples[self._turns.next]
         weight = {"samples": samples, "uniform": 1.0}.get(str(weighting), weighting)
         loss = loss_sum / loss_samples if loss_samples and self._manner.tells_loss else None
-        given = Contribution() if self._drift is None else self._drift.contribution()
+        given = AuxiliaryValues() if self._drift is None else self._drift.contribution()
         steps_left = planned_steps(self._trainer) - self._trainer.global_step
-        return Brought(float(weight), loss, given, turns, steps_left)
+        return LocalResult(float(weight), loss, given, turns, steps_left)
 
     def _stop_for_lack_of_parties(self, why: str) -> NoReturn:
         """Keep this party's own steps since the last round, then stop."""
-        path = self._party.speak(lambda: unused(self._stopped_path))
+        path = self._party.on_leader(lambda: unused(self._stopped_path))
         self._trainer.save_checkpoint(path)
         raise TooFewPartiesError(
             f"{why} Its own steps since the last round are in {path}; resume it from there."
@@ -366,9 +366,9 @@ class Participation:
             for optimizer in self._trainer.optimizers:
                 optimizer.state.clear()
         # Moments in coordinates that are no more.
-        regauged = self._plan.named(self._plan.rule.regauged(done.active_parties))
+        basis_changed = self._plan.named(self._plan.rule.basis_changed(done.active_parties))
         crossed = self._dealt[done.round % self._manner.fragments]
-        for parameter in [self._trainable[name] for name in sorted(regauged & crossed)]:
+        for parameter in [self._trainable[name] for name in sorted(basis_changed & crossed)]:
             for optimizer in self._trainer.optimizers:
                 optimizer.state.pop(parameter, None)
         self._rest_in(done.round + 1)
@@ -388,7 +388,7 @@ class Participation:
 
     def _carried(self) -> dict[str, Tensor]:
         """Return the mean of what the parties carried beside their updates, in every process of the party."""
-        if self._drift is None or not self._drift.beside.vector:
+        if self._drift is None or not self._drift.auxiliary.vector:
             return {}
         vector = self._layout.new_vector()
         if self._aggregator is not None:
@@ -398,13 +398,13 @@ class Participation:
         return self._layout.views(vector)
 
     def _rest_in(self, round: int) -> None:
-        resting = self._plan.named(self._plan.rule.resting(round))
-        self._resting = [self._trainable[name] for name in resting]
+        frozen_parts = self._plan.named(self._plan.rule.frozen_parts(round))
+        self._resting = [self._trainable[name] for name in frozen_parts]
 
     # ---- small parts
 
     @property
-    def _speaking(self) -> Aggregator | FragmentedAggregator:
+    def _on_leader(self) -> Aggregator | FragmentedAggregator:
         if self._aggregator is None:
             raise RuntimeError("Only the party's first process aggregates, and only after start().")
         return self._aggregator

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from pellm_lightning.callbacks import arguments as checks
+from pellm_lightning.callbacks import arguments
 from pellm_lightning.cli.checkpoint import federated_state, read, rebuilt, where_it_was_fitted
 from pellm_lightning.cli.configured import Configured
 from pellm_lightning.cli.merging import (
@@ -116,20 +116,20 @@ def export(
             given = rebuilt(checkpoint, saved, given, trusted)
         given.configure_model()
     _fill(given, saved["state_dict"])
-    about = state.get("about", {})
+    summary = state.get("summary", {})
     model = peft_model_in(given, "export")
     del module, given, saved  # a large model fits once: nothing may hold it when it is loaded again
     if merged:
-        _write_merged([model], out, about)
+        _write_merged([model], out, summary)
         return
     names = _federated(model, state)
     base = base_of(model, names[0])
     with written_whole(out) as folder:
-        said = save_adapters(model, folder, names, with_base=about.get("writes_base", False), final=out)
-        write_card(folder, about, base, title=out.name, contents=said)
+        said = save_adapters(model, folder, names, with_base=summary.get("writes_base", False), final=out)
+        write_card(folder, summary, base, title=out.name, contents=said)
 
 
-def _write_merged(held: list[PeftModel], out: Path, about: Mapping[str, Any]) -> None:
+def _write_merged(held: list[PeftModel], out: Path, summary: Mapping[str, Any]) -> None:
     """Write the merged model, and reload it to compare what it says; ``held`` is emptied for that."""
     model = held[0]
     refuse_unmergeable(model)
@@ -146,7 +146,7 @@ def _write_merged(held: list[PeftModel], out: Path, about: Mapping[str, Any]) ->
         if doubt:
             log.warning(doubt)
         _save_tokenizer(base, folder)
-        write_card(folder, about, base, merged=True, title=out.name)
+        write_card(folder, summary, base, merged=True, title=out.name)
 
 
 def _federated(model: PeftModel, state: Mapping[str, Any]) -> list[str]:
@@ -161,7 +161,7 @@ def _fill(module: LightningModule, state_dict: Mapping[str, Any]) -> None:
     """Load what the checkpoint holds; only frozen parameters may be missing."""
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     state_dict = named_as_in(module, state_dict)
-    checks.trainable_checkpoint(module, state_dict, frozen)
+    arguments.trainable_checkpoint(module, state_dict, frozen)
     module.load_state_dict(state_dict, strict=False)
 
 

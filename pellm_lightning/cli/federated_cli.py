@@ -16,11 +16,11 @@ from pellm_lightning.cli import commands
 from pellm_lightning.cli.doctor.facts import Rehearsal
 from pellm_lightning.cli.saved_config import SaveNumberedConfig
 from pellm_lightning.comm import TLS, Membership
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched
 from pellm_lightning.trainer import isolation
-from pellm_lightning.trainer.environment import PartyEnvironment, shares_terminal, speak_as, topology_of
+from pellm_lightning.trainer.environment import PartyEnvironment, set_rank_zero, shares_terminal, topology_of
 
 
 class FederatedCLI(LightningCLI):
@@ -106,9 +106,9 @@ class FederatedCLI(LightningCLI):
         if topology.num_parties > 1:
             # Before the fit: its first act is to create the loggers' files.
             isolation.separate_files(trainer, topology.party)
-            speak_as(topology.rank_in_party)
+            set_rank_zero(topology.rank_in_party)
             if topology.party > 0 and shares_terminal(topology):
-                isolation.hush(trainer)
+                isolation.silence(trainer)
         return trainer
 
     @override
@@ -176,17 +176,17 @@ def _topology(command: Any) -> Topology:
     """Return where this process stands, before anything is built of the configuration."""
     federated = command.get("federated") or {}
     rendezvous, name, roster = (federated.get(key) for key in ("rendezvous", "name", "roster"))
-    job = Job.configured(rendezvous, name, roster)
+    job = SeparateJobs.configured(rendezvous, name, roster)
     return job.topology() if job else Topology.from_env(command.get("num_parties"))
 
 
-def _job(command: Any) -> Job | None:
+def _job(command: Any) -> SeparateJobs | None:
     """Return how this party joins separate jobs, before anything is built of the configuration."""
     federated = command.get("federated") or {}
     keys = ("rendezvous", "name", "roster", "listen", "advertise")
     rendezvous, name, roster, listen, advertise = (federated.get(key) for key in keys)
     tls, membership = federated.get("tls"), federated.get("membership")
-    return Job.configured(
+    return SeparateJobs.configured(
         rendezvous,
         name,
         roster,

@@ -3,7 +3,7 @@
 from pellm_lightning.comm.collectives import Collectives
 from pellm_lightning.comm.elastic.federation import ElasticFederation
 from pellm_lightning.comm.elastic.membership import Membership
-from pellm_lightning.comm.elastic.quorum_view import Plan, Version, Wants
+from pellm_lightning.comm.elastic.quorum_view import Intent, QuorumView, Version
 from pellm_lightning.comm.errors import (
     FederationError,
     MismatchError,
@@ -20,14 +20,14 @@ __all__ = [
     "ElasticFederation",
     "Federation",
     "FederationError",
+    "Intent",
     "Membership",
     "MismatchError",
     "PartyLostError",
-    "Plan",
     "Quorum",
+    "QuorumView",
     "TooFewPartiesError",
     "Version",
-    "Wants",
     "check_quorum",
     "resolve_quorum",
 ]

@@ -32,7 +32,7 @@ class Topology:
         return self.label or str(self.party)
 
     @property
-    def is_speaker(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process speaks for its party: only rank 0 of a party talks to other parties."""
         return self.rank_in_party == 0
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pellm_lightning.aggregation.base import Aggregation, Counting, Granted, Part
+from pellm_lightning.aggregation.base import Aggregation, Capability, Part, RoundContext
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
@@ -27,23 +27,24 @@ from pellm_lightning.comm import (
     Version,
     resolve_quorum,
 )
-from pellm_lightning.engine import compatibility as passport
+from pellm_lightning.engine import compatibility
 from pellm_lightning.engine import outer_optimizer as outer
-from pellm_lightning.engine.auxiliary import Beside, Contribution
-from pellm_lightning.engine.compatibility import Passport
-from pellm_lightning.engine.coordination import MAX_WEIGHT, Header, Meeting, Purpose, meeting
-from pellm_lightning.engine.global_state import hand_over
-from pellm_lightning.engine.lora_step import Outcome
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
+from pellm_lightning.engine.compatibility import PartySpec
+from pellm_lightning.engine.coordination import MAX_WEIGHT, Coordinator, Header, Purpose, meeting
+from pellm_lightning.engine.global_state import GlobalState
+from pellm_lightning.engine.lora_step import LoraResult
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
-from pellm_lightning.engine.participants import Shortage, WhoCounts
-from pellm_lightning.engine.replica import Replica
-from pellm_lightning.engine.updates import Ballot
+from pellm_lightning.engine.participants import ParticipantFilter, Shortage
+from pellm_lightning.engine.state_transfer import send_state
+from pellm_lightning.engine.updates import ReducedFlags
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.exchange.base import chosen
 from pellm_lightning.privacy.mechanism import GaussianMechanism
-from pellm_lightning.privacy.processor import PrivateUpdates
+from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors.adapter_config import AdapterConfigs
-from pellm_lightning.tensors.snapshot import StateDir
+from pellm_lightning.tensors.digest import bits_digest
+from pellm_lightning.tensors.snapshot import SnapshotDir
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class RoundReport:
 
 
 @dataclass(frozen=True)
-class Crossed:
+class ReduceResult:
     """What the exchange of a round has brought; nothing of it is applied yet."""
 
     weights: list[float]
@@ -115,12 +116,12 @@ class Crossed:
     """Parties that have trained, by their place among those that met."""
     excluded: list[int]
     """Parties left out, by their place among those that met."""
-    counting: Counting
-    ballot: Ballot
+    counting: RoundContext
+    ballot: ReducedFlags
     update_norm: float
     """2-norm of this party's update."""
     total_weight: float
-    combined: Outcome | None
+    combined: LoraResult | None
     """What the LoRA factors become; None without any, or if nobody counted."""
 
 
@@ -158,7 +159,7 @@ class Aggregator:
         exchange: How values are summed over the parties; None is ``exchange.Plain()``.
         privacy: Differential privacy of each party's updates. Every weight must be 1 or 0 then; no training
             loss is exchanged.
-        beside: What a method that corrects drift carries beside the updates, for example
+        auxiliary: What a method that corrects drift carries beside the updates, for example
             ``drift.SCAFFOLD().beside``.
         outer_optimizer: Makes the optimizer of the global vector, one flat float32 parameter of shape (D,).
             It must move each element by its own gradients.
@@ -193,7 +194,7 @@ class Aggregator:
         measure_deviation: bool | None = None,
         exchange: Exchange | None = None,
         privacy: GaussianMechanism | None = None,
-        beside: Beside | None = None,
+        auxiliary: AuxiliaryTerms | None = None,
         outer_optimizer: OptimizerFactory = outer.sgd_one,
         outer_scheduler: SchedulerFactory | None = None,
         frozen: Mapping[str, Tensor] | None = None,
@@ -210,13 +211,13 @@ class Aggregator:
         self._exchange = chosen(exchange)
         self._exchange.check(federation)
         self._meeting = meeting(
-            federation, self._exchange, None if state_dir is None else StateDir(state_dir)
+            federation, self._exchange, None if state_dir is None else SnapshotDir(state_dir)
         )
         self._plan = plan = Plan(
-            aggregation, parameters, lora, granted=granted(self._exchange, privacy, beside)
+            aggregation, parameters, lora, capabilities=capabilities(self._exchange, privacy, auxiliary)
         )
-        hides = self._exchange.hides or privacy is not None
-        measures = _measures(measure_deviation, hides, self._exchange, plan.rule)
+        is_secure = self._exchange.is_secure or privacy is not None
+        measures = _measures(measure_deviation, is_secure, self._exchange, plan.rule)
         tried = outer.tried(outer_optimizer)
         scheduled = outer_scheduler is not None
         _check_privacy(privacy, self._exchange)
@@ -224,9 +225,9 @@ class Aggregator:
         _check_quorum(federation, needed)
         outer.check(plan.rule, tried, scheduled=scheduled)
         # One subtraction then, which has the same bits at all parties; more is compared.
-        self._lands = outer.always_lands(tried, scheduled=scheduled)
-        if beside is not None:
-            beside.check(private=privacy is not None, lands=self._lands)
+        self._plain = outer.is_plain_averaging(tried, scheduled=scheduled)
+        if auxiliary is not None:
+            auxiliary.check(private=privacy is not None, plain=self._plain)
         for name, words in plan.unmanaged.items():
             log.warning(
                 "[party %s] The factors of the LoRA module %r are averaged one by one, since %s.",
@@ -240,23 +241,23 @@ class Aggregator:
         self._adapters = adapters or {}
         self._files = list(files)
         self._facts = dict(facts or {})
-        self._private = None if privacy is None else PrivateUpdates(privacy)
-        self._who = WhoCounts(federation, self._exchange, self._private, on_nonfinite, needed)
-        self._beside = beside
+        self._private = None if privacy is None else DPProcessor(privacy)
+        self._who = ParticipantFilter(federation, self._exchange, self._private, on_nonfinite, needed)
+        self._auxiliary = auxiliary
         self._weight = 0.0
-        self._contribution: Contribution | None = None
+        self._contribution: AuxiliaryValues | None = None
         self._steps_left = math.nan
         self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
         self._told_of_metrics = False
         self._started = False
-        self._replica = Replica(
+        self._global_state = GlobalState(
             federation,
             plan,
             self._parameters,
             exchange=self._exchange,
             private=self._private,
-            beside=beside,
+            auxiliary=auxiliary,
             optimizer=outer_optimizer,
             scheduler=outer_scheduler,
             measures=measures,
@@ -270,25 +271,25 @@ class Aggregator:
             "measure_deviation": measures,
             "exchange": repr(self._exchange),
             "privacy": repr(privacy),
-            "drift correction": None if beside is None else beside.method,
+            "drift correction": None if auxiliary is None else auxiliary.method,
             **(config or {}),
         }
 
     @property
     def round(self) -> int:
         """Index of the round that comes."""
-        return self._replica.round
+        return self._global_state.round
 
     @property
-    def lineage(self) -> str | None:
+    def run_id(self) -> str | None:
         """Name of a federation of separate jobs, the same at all and through restarts; None in one launch."""
-        version = self._replica.version
-        return None if version is None else version.lineage or None
+        version = self._global_state.version
+        return None if version is None else version.run_id or None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the vector that each round exchanges."""
-        return 4 * self._replica.layout.size
+        return 4 * self._global_state.layout.size
 
     @property
     def settings(self) -> Mapping[str, str | int | float | None]:
@@ -298,12 +299,12 @@ class Aggregator:
     @property
     def global_vector(self) -> Tensor:
         """The global vector of shape (D,), float32: what every party's parameters hold after a round."""
-        return self._replica.updates.global_
+        return self._global_state.updates.global_
 
     @property
     def global_parameters(self) -> dict[str, Tensor]:
         """Views of the global vector by parameter, each of the parameter's shape, float32."""
-        return self._replica.layout.views(self.global_vector)
+        return self._global_state.layout.views(self.global_vector)
 
     @property
     def carried(self) -> dict[str, Tensor]:
@@ -311,18 +312,18 @@ class Aggregator:
 
         These are views of the global state, zero before the first round.
         """
-        carried = self._replica.updates.carried
-        return {} if carried is None else self._replica.layout.views(carried)
+        carried = self._global_state.updates.carried
+        return {} if carried is None else self._global_state.layout.views(carried)
 
     # ---- what a party calls
 
-    def introduce(self) -> None:
+    def handshake(self) -> None:
         """Compare what all parties must share, which ``start`` does, too.
 
         Raises:
             MismatchError: If parties differ.
         """
-        self._meeting.introduce(self.passport())
+        self._meeting.handshake(self.party_spec())
 
     @torch.no_grad()
     def start(self) -> bool:
@@ -338,27 +339,27 @@ class Aggregator:
             MismatchError: If parties differ; no parameter was touched.
         """
         self.federation.enter("starting")
-        self.introduce()
+        self.handshake()
         if self._meeting.rejoins:
-            had = self._replica.version
+            had = self._global_state.version
             self._resume()
             self._started = True
             self._next(Purpose.JOIN)
-            return self._replica.version != had
+            return self._global_state.version != had
         self._know_products()
-        if self._replica.loaded is None:
-            self._replica.take_over()
-            self._replica.write_()
+        if self._global_state.loaded is None:
+            self._global_state.take_over()
+            self._global_state.write_()
         self._started = True
         self.federation.enter("training")
-        return self._replica.loaded is None
+        return self._global_state.loaded is None
 
     @torch.no_grad()
     def step(
         self,
         weight: float,
         loss: float | None = None,
-        contribution: Contribution | None = None,
+        contribution: AuxiliaryValues | None = None,
         *,
         steps_left: float = math.nan,
     ) -> RoundReport:
@@ -388,9 +389,9 @@ class Aggregator:
                 " must count alike: a weight would be a factor of what one party can change. Use"
                 " weighting='uniform', which is the weight 1."
             )
-        if self._beside is not None and weight > 0:
+        if self._auxiliary is not None and weight > 0:
             who = f"Party {self.federation.name} comes to round {self.round}"
-            self._beside.check_contribution(contribution, self._replica.layout.shapes, who)
+            self._auxiliary.check_contribution(contribution, self._global_state.layout.shapes, who)
         self._contribution, self._steps_left = contribution, steps_left
         try:
             report = self._next(Purpose.ROUND, weight, loss)
@@ -409,7 +410,7 @@ class Aggregator:
         """
         while (report := self._next(Purpose.DONE)) is not None:
             yield report
-        self._meeting.finished(self._replica.version)
+        self._meeting.finished(self._global_state.version)
 
     def mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the weighted mean over the parties of each named (value, weight), equal on all parties.
@@ -425,18 +426,18 @@ class Aggregator:
                 " private data, or on data that may be seen.",
                 self.federation.name,
             )
-        return self._meeting.mean(values, self.round, self._replica.version)
+        return self._meeting.mean(values, self.round, self._global_state.version)
 
-    def passport(self) -> Passport:
+    def party_spec(self) -> PartySpec:
         """Return what this party shows the others at the start: what must agree, in plain containers."""
-        plan, loaded = self._plan, self._replica.loaded
+        plan, loaded = self._plan, self._global_state.loaded
         if self._frozen is not None and self._base is None:
-            self._base = passport.base_digests(self._frozen)
-        schema = self._replica.layout.schema
+            self._base = compatibility.base_digests(self._frozen)
+        schema = self._global_state.layout.schema
         if plan.rule.ranks_may_differ:
             schema = _without_ranks(schema, plan.named((Part.A,)), plan.named((Part.B,)))
         return {
-            "protocol": passport.PROTOCOL,
+            "protocol": compatibility.PROTOCOL,
             "schema": schema,
             "lora": {
                 pair.name: [self._parameters[pair.a].shape[0], plan.module(pair).scaling]
@@ -447,21 +448,21 @@ class Aggregator:
             "adapters": self._adapters,
             "base": self._base,
             "round": self.round,
-            "checksum": None if loaded is None else passport.checksum(loaded["global"]),
+            "checksum": None if loaded is None else bits_digest(loaded["global"]),
             "files": self._files,
             "facts": self._facts,
         }
 
     def facts(self) -> dict[str, Any]:
         """Return the ``facts`` of the parties that met last, by name; a peer may have said anything."""
-        passports = self._meeting.passports()
+        party_specs = self._meeting.party_specs()
         return {
-            name: shown.get("facts") for name, shown in zip(self.federation.names, passports, strict=True)
+            name: shown.get("facts") for name, shown in zip(self.federation.names, party_specs, strict=True)
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact."""
-        return self._replica.state_dict()
+        return self._global_state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``; call it before ``start()``.
@@ -474,7 +475,7 @@ class Aggregator:
                 "The federated state is of an OverlappedAggregator with a round under way, or of a"
                 " FragmentedAggregator. Resume with the overlap and the fragments with which it was saved."
             )
-        self._replica.load_state_dict(state)
+        self._global_state.load_state_dict(state)
 
     # ---- coming back
 
@@ -484,9 +485,9 @@ class Aggregator:
         if kept is None:
             return
         version = Version(*kept["version"])
-        if self._replica.version is None or version > self._replica.version:
-            self._replica.loaded = None
-            self._replica.adopt(kept)
+        if self._global_state.version is None or version > self._global_state.version:
+            self._global_state.loaded = None
+            self._global_state.load_state(kept)
             log.info(
                 "[party %s] goes on from round %d of an unfinished federation",
                 self.federation.name,
@@ -496,15 +497,21 @@ class Aggregator:
     def _know_products(self) -> None:
         if not self._plan.products:
             return
-        told = [of_party["lora"] for of_party in self._meeting.passports()]
-        loaded = self._replica.loaded if self._meeting.rejoins else None
-        self._replica.know_products(told, None if loaded is None else loaded.get("lora"))
+        told = [of_party["lora"] for of_party in self._meeting.party_specs()]
+        loaded = self._global_state.loaded if self._meeting.rejoins else None
+        self._global_state.know_products(told, None if loaded is None else loaded.get("lora"))
 
     def _bring_up_to_date(self, headers: list[Header]) -> None:
         """Hand the newest global state to those who lack it."""
         behind = [header.behind for header in headers]
         if any(behind):
-            hand_over(self.federation, behind, self._replica.state, self._replica.adopt, self.size_bytes)
+            send_state(
+                self.federation,
+                behind,
+                self._global_state.state,
+                self._global_state.load_state,
+                self.size_bytes,
+            )
 
     # ---- the round
 
@@ -524,7 +531,7 @@ class Aggregator:
                 continue
             self._tag, self._exposed = secrets.token_hex(8), ()
             if self._private is not None:
-                self._private.given_away = 0
+                self._private.releases = 0
             if report is not None:
                 through = time.perf_counter()
                 return replace(
@@ -539,19 +546,19 @@ class Aggregator:
 
     def _attempt(self, headers: list[Header], loss: float | None) -> RoundReport | None:
         """Make one attempt at a round, which stands at all parties or at none."""
-        report, replica = None, self._replica
-        if replica.memory is not None:
-            replica.memory.discard()  # of an attempt that failed
-        with replica.reversible() if self._meeting.rejoins else nullcontext():
+        report, global_state = None, self._global_state
+        if global_state.error_feedback is not None:
+            global_state.error_feedback.discard()  # of an attempt that failed
+        with global_state.reversible() if self._meeting.rejoins else nullcontext():
             self._prepare(headers)
             if any(header.purpose is Purpose.ROUND for header in headers):
                 report = self._round(headers, loss)
             if self._meeting.rejoins:
-                self._meeting.settle(self.round, replica.state())
-        if replica.memory is not None:
-            replica.memory.commit()
-        if replica.stale:
-            replica.write_()
+                self._meeting.commit(self.round, global_state.state())
+        if global_state.error_feedback is not None:
+            global_state.error_feedback.commit()
+        if global_state.stale:
+            global_state.write_()
         self.federation.enter(f"training after round {self.round - 1}" if self.round else "training")
         return report
 
@@ -562,21 +569,21 @@ class Aggregator:
         if any(header.behind for header in headers):
             self._bring_up_to_date(headers)
         self._know_products()
-        if self._replica.version is None:
-            self._replica.take_over()
-            self._replica.version = self._meeting.version(0)
-            self._replica.stale = True
+        if self._global_state.version is None:
+            self._global_state.take_over()
+            self._global_state.version = self._meeting.version(0)
+            self._global_state.stale = True
 
     def _round(self, headers: list[Header], loss: float | None) -> RoundReport:
         """Run one round: first all that is sent and received, then all that is applied."""
-        replica, schedule = self._replica, self._replica.updates.schedule
+        global_state, schedule = self._global_state, self._global_state.updates.schedule
         schedule.check(self.round)
         crossed = self._cross(headers, loss)
         outer_lr = schedule.lr if crossed.counting.num_counting else None
         distance, deviation = self._apply_(crossed)
-        replica.distance = distance
+        global_state.distance = distance
         shortage = self._shortage(headers, crossed)
-        replica.short_rounds = shortage.rounds
+        global_state.short_rounds = shortage.rounds
         report = RoundReport(
             round=self.round,
             parties=tuple(self.federation.members),
@@ -595,27 +602,29 @@ class Aggregator:
             distance=distance,
             deviation=deviation,
             epsilon=None if self._private is None else self._private.epsilon,
-            compression_error=None if replica.memory is None else replica.memory.error,
+            compression_error=None
+            if global_state.error_feedback is None
+            else global_state.error_feedback.error,
             clipping_norm=None if self._private is None else self._private.max_norm,
             outer_lr=outer_lr,
             last=self._who.none_after(headers, self.round, shortage),
             local_loss=loss,
-            weights=() if self._exchange.hides else tuple(crossed.weights),
+            weights=() if self._exchange.is_secure else tuple(crossed.weights),
             losses=tuple(_finite(header.loss) for header in headers) if self._tells else (),
             distances=tuple(_finite(header.distance) for header in headers) if self._tells else (),
         )
-        replica.round += 1
-        replica.version = self._meeting.version(self.round)
+        global_state.round += 1
+        global_state.version = self._meeting.version(self.round)
         return report
 
-    def _cross(self, headers: list[Header], loss: float | None) -> Crossed:
+    def _cross(self, headers: list[Header], loss: float | None) -> ReduceResult:
         """Send this party's update and receive the mean; parameters and global vector stay what they are.
 
         What it cost in privacy is entered at once, whatever comes of the round.
         """
-        replica, updates = self._replica, self._replica.updates
+        global_state, updates = self._global_state, self._global_state.updates
         weights = self._who.weights(headers, self.round)
-        replica.read_()
+        global_state.read_()
         excluded = [party for party, header in enumerate(headers) if not header.fine]
         if excluded:
             weights = self._without(excluded, weights)
@@ -623,7 +632,7 @@ class Aggregator:
         said, weights = weights, self._who.sendable(headers, weights, self.round)
         trained = self._who.trained(headers, said, weights, excluded)
         weights = self._who.allowed(weights, trained, self.round, failed)
-        given_away = self._given_away
+        releases = self._releases
         sums = self._open(headers, weights)
         counting = self._counting(sums, weights)
         update_norm, ballot = self._average(counting, loss)
@@ -631,7 +640,7 @@ class Aggregator:
             excluded = [party for party, fine in enumerate(ballot.fine) if not fine and weights[party] > 0]
             if excluded:
                 weights = self._without(excluded, weights)
-                if self._exchange.hides:  # the difference of two sums would be what was left out
+                if self._exchange.is_secure:  # the difference of two sums would be what was left out
                     raise FederationError(
                         f"Round {self.round}: an update of party {self.federation.called(excluded)} exceeds"
                         " float32. No parameter was changed. Lower that party's learning rate."
@@ -644,24 +653,24 @@ class Aggregator:
                 else:
                     updates.drop_()
         total_weight = sum(weights)
-        if self._exchange.hides and counting.num_counting:
+        if self._exchange.is_secure and counting.num_counting:
             counting, total_weight = self._who.scaled(counting, ballot.total_weight), ballot.total_weight
             updates.divide_(total_weight)
         if counting.num_counting:
-            updates.finish_(counting, ballot.extent)
+            updates.finish_(counting, ballot.effective_steps)
         if self._private is not None:
-            releases = self._given_away - given_away
+            releases = self._releases - releases
             self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
         combined = None
-        if replica.products is not None and counting.num_counting:
-            combined = replica.products.combine(
-                replica.layout, updates.global_, updates.pseudo_gradient, counting
+        if global_state.products is not None and counting.num_counting:
+            combined = global_state.products.combine(
+                global_state.layout, updates.global_, updates.pseudo_gradient, counting
             )
-        return Crossed(weights, trained, excluded, counting, ballot, update_norm, total_weight, combined)
+        return ReduceResult(weights, trained, excluded, counting, ballot, update_norm, total_weight, combined)
 
-    def _shortage(self, headers: list[Header], crossed: Crossed) -> Shortage:
+    def _shortage(self, headers: list[Header], crossed: ReduceResult) -> Shortage:
         """Return whether too few parties trained in a round."""
-        rounds = 0 if len(crossed.trained) >= self._who.quorum else self._replica.short_rounds + 1
+        rounds = 0 if len(crossed.trained) >= self._who.quorum else self._global_state.short_rounds + 1
         steps_left = [header.steps_left for header in headers]
         steps_left[self.federation.party] = self._steps_left  # known here even where others must not know
         return Shortage(rounds, crossed.trained, crossed.excluded, steps_left)
@@ -673,57 +682,61 @@ class Aggregator:
             for header, name, weight in zip(headers, self.federation.names, weights, strict=True)
         ]
         view = json.dumps([self.round, valued])
-        return self._exchange.open(self.federation, lambda: self._reveal(valued), view, self._replica.memory)
+        return self._exchange.open(
+            self.federation, lambda: self._reveal(valued), view, self._global_state.error_feedback
+        )
 
-    def _apply_(self, crossed: Crossed) -> tuple[float, Deviation | None]:
+    def _apply_(self, crossed: ReduceResult) -> tuple[float, Deviation | None]:
         """Step the global vector, and write it; return the parameters' distance from the mean, and LoRA's.
 
         What each party computes for itself, an outer optimizer's step or frozen weights, the parties agree
         on; nothing else crosses here.
         """
-        replica, combined = self._replica, crossed.combined
-        updates, products = replica.updates, replica.products
+        global_state, combined = self._global_state, crossed.combined
+        updates, products = global_state.updates, global_state.products
         moves = crossed.counting.num_counting > 0
         if moves:
             updates.keep_(crossed.counting)
         if products is not None and combined is not None:
-            lands = outer.is_sgd_one(updates.optimizer)
+            plain = outer.is_plain_sgd(updates.optimizer)
             products.put_(
-                replica.layout, updates.global_, updates.pseudo_gradient, combined.replaced, lands=lands
+                global_state.layout, updates.global_, updates.pseudo_gradient, combined.replaced, plain=plain
             )
         distance = updates.advance(writes=not self._meeting.rejoins, moves=moves)
-        if moves and not self._lands and self.federation.num_parties > 1:
-            replica.agree()
+        if moves and not self._plain and self.federation.num_parties > 1:
+            global_state.agree()
         if self._meeting.rejoins:
-            replica.stale = True  # the result may be given up yet, so it is written when it is settled
+            global_state.stale = True  # the result may be given up yet, so it is written when it is settled
         else:
-            replica.put_back_()
+            global_state.put_back_()
         if products is None or combined is None:
             return distance, None
         if combined.terms is None:
             return distance, combined.deviation
-        return distance, products.write_base_(replica.layout, updates.global_, combined.terms)
+        return distance, products.write_base_(global_state.layout, updates.global_, combined.terms)
 
     def _meet(self, purpose: Purpose, weight: float, loss: float | None) -> list[Header]:
         self._check_started()
         self._weight, fine = weight, True
-        if self._exchange.hides:  # NaN has no place in a masked sum, so it must be known before
-            self._replica.read_()
-            fine = weight == 0 or self._replica.layout.first_nonfinite() is None
+        if self._exchange.is_secure:  # NaN has no place in a masked sum, so it must be known before
+            self._global_state.read_()
+            fine = weight == 0 or self._global_state.layout.first_nonfinite() is None
         if weight > 0 and self._contribution is not None:  # once summed it would be in the global state
             fine = fine and self._contribution.first_nonfinite() is None
-        if self._exchange.hides:
+        if self._exchange.is_secure:
             weight = float(weight > 0 and fine)
-        header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._given_away)
+        header = Header(purpose, self.round, weight, fine, self._tag, self._exposed, self._releases)
         if self._tells:
             known = math.nan if loss is None else loss
-            header = replace(header, loss=known, distance=self._replica.distance, steps_left=self._steps_left)
-        return self._meeting.meet(header, self._replica.version)
+            header = replace(
+                header, loss=known, distance=self._global_state.distance, steps_left=self._steps_left
+            )
+        return self._meeting.meet(header, self._global_state.version)
 
     @property
     def _tells(self) -> bool:
         """Whether parties may tell each other figures of their own."""
-        return not self._exchange.hides and self._private is None
+        return not self._exchange.is_secure and self._private is None
 
     def _check_started(self) -> None:
         if not self._started:
@@ -733,35 +746,35 @@ class Aggregator:
             )
 
     def _without(self, excluded: list[int], weights: list[float]) -> list[float]:
-        first = self._replica.layout.first_nonfinite()
+        first = self._global_state.layout.first_nonfinite()
         if first is None and self._contribution is not None:
             first = self._contribution.first_nonfinite()
         return self._who.without(excluded, weights, self.round, first)
 
-    def _counting(self, sums: Collectives, weights: list[float]) -> Counting:
-        if self._replica.memory is not None:
-            self._replica.memory.begin(self.round, [weight > 0 for weight in weights])
+    def _counting(self, sums: Collectives, weights: list[float]) -> RoundContext:
+        if self._global_state.error_feedback is not None:
+            self._global_state.error_feedback.begin(self.round, [weight > 0 for weight in weights])
         return self._who.counting(sums, weights, self._weight, self.round)
 
-    def _average(self, counting: Counting, loss: float | None) -> tuple[float, Ballot]:
-        if counting.num_counting and not self._exchange.hides:
-            self._give_away()
-        return self._replica.updates.average(counting, loss, self._contribution)
+    def _average(self, counting: RoundContext, loss: float | None) -> tuple[float, ReducedFlags]:
+        if counting.num_counting and not self._exchange.is_secure:
+            self._release()
+        return self._global_state.updates.average(counting, loss, self._contribution)
 
     def _reveal(self, valued: list[str]) -> None:
         """Note that a sum is about to become readable, and whose values are in it."""
         if valued[self.federation.party]:
             self._exposed = tuple(filter(None, valued))
         if any(valued):
-            self._give_away()
+            self._release()
 
-    def _give_away(self) -> None:
+    def _release(self) -> None:
         if self._private is not None:
-            self._private.given_away += 1
+            self._private.releases += 1
 
     @property
-    def _given_away(self) -> int:
-        return 0 if self._private is None else self._private.given_away
+    def _releases(self) -> int:
+        return 0 if self._private is None else self._private.releases
 
     # ---- small parts
 
@@ -769,25 +782,27 @@ class Aggregator:
         return time.perf_counter(), self.federation.bytes_sent
 
 
-def granted(exchange: Exchange, privacy: GaussianMechanism | None, beside: Beside | None = None) -> Granted:
+def capabilities(
+    exchange: Exchange, privacy: GaussianMechanism | None, auxiliary: AuxiliaryTerms | None = None
+) -> Capability:
     """Return what an aggregation may have of the parties."""
-    if privacy is not None or (beside is not None and beside.sums):
+    if privacy is not None or (auxiliary is not None and auxiliary.sums):
         return "means"
-    return exchange.gives
+    return exchange.supports
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _measures(asked: bool | None, hides: bool, exchange: Exchange, rule: Aggregation) -> bool:
+def _measures(asked: bool | None, is_secure: bool, exchange: Exchange, rule: Aggregation) -> bool:
     """Return whether rounds measure the deviation, which takes the parties' own factors."""
-    if asked and hides:
+    if asked and is_secure:
         raise ValueError(
             "measure_deviation=True needs the parties' own factors, which a masked exchange or"
             " differential privacy hides. Leave it out."
         )
-    if asked and exchange.gives == "sparse":
+    if asked and exchange.supports == "sparse":
         raise ValueError(
             f"measure_deviation=True needs the parties' whole factors, which {exchange!r} does not send."
             " Leave it out."
@@ -795,11 +810,11 @@ def _measures(asked: bool | None, hides: bool, exchange: Exchange, rule: Aggrega
     if asked is not None:
         return asked
     # What compression saves is not spent on measuring; rules that gather factors have them anyway.
-    return not hides and (exchange.exact or rule.needs == "parties")
+    return not is_secure and (exchange.exact or rule.requires == "parties")
 
 
 def _check_privacy(privacy: GaussianMechanism | None, exchange: Exchange) -> None:
-    if privacy is None or not privacy.distributed or exchange.hides:
+    if privacy is None or not privacy.distributed or exchange.is_secure:
         return
     if privacy.noise_multiplier > 0:
         raise ValueError(
@@ -808,7 +823,7 @@ def _check_privacy(privacy: GaussianMechanism | None, exchange: Exchange) -> Non
         )
 
 
-def _check_rejoining(meeting: Meeting, rule: Aggregation) -> None:
+def _check_rejoining(meeting: Coordinator, rule: Aggregation) -> None:
     if meeting.rejoins and rule.writes_base:
         raise ValueError(
             f"{rule!r} writes into the frozen weights, which a party that comes back cannot be given. Between"

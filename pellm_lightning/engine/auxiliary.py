@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Beside:
+class AuxiliaryTerms:
     """What a method adds to the rounds; the same at every party.
 
     With a share w_i per party, update u_i = anchor - x_i, vector v_i and extent a_i, the mean of the updates
@@ -22,25 +22,25 @@ class Beside:
         vector: Whether a vector of each party, (D,) float32, crosses with its update. Its mean is part of the
             global state: it is in checkpoints, and who comes late is given it.
         rescales: Whether updates are divided by the party's extent.
-        recoil: How many times the mean vector is added to the pseudo-gradient.
+        vector_coefficient: How many times the mean vector is added to the pseudo-gradient.
     """
 
     method: str
     vector: bool = False
     rescales: bool = False
-    recoil: float = 0.0
+    vector_coefficient: float = 0.0
 
     @property
     def sums(self) -> bool:
         """Whether more is summed than the updates, or something else in their place."""
         return self.vector or self.rescales
 
-    def check(self, *, private: bool, lands: bool) -> None:
+    def check(self, *, private: bool, plain: bool) -> None:
         """Refuse what the method cannot go with.
 
         Args:
             private: Whether differential privacy is asked for.
-            lands: Whether the outer optimizer lands on the mean in every round, as SGD(lr=1) does.
+            plain: Whether the outer optimizer lands on the mean in every round, as SGD(lr=1) does.
 
         Raises:
             ValueError: If it cannot.
@@ -51,14 +51,14 @@ class Beside:
                 " party does not cover. Use FedProx, which adds nothing to what leaves a party; or no"
                 " privacy=GaussianMechanism(...)."
             )
-        if self.recoil and not lands:
+        if self.vector_coefficient and not plain:
             raise ValueError(
                 f"{self.method} says itself where the global parameters go, and another outer_optimizer or an"
                 " outer_scheduler would undo that. Leave out both, which is SGD with lr=1."
             )
 
     def check_contribution(
-        self, contribution: "Contribution | None", shapes: Mapping[str, list[int]], who: str
+        self, contribution: "AuxiliaryValues | None", shapes: Mapping[str, list[int]], who: str
     ) -> None:
         """Refuse a contribution that is not what the method asks for.
 
@@ -75,9 +75,9 @@ class Beside:
         who = f"{who} of {self.method}"
         if contribution is None:
             raise ValueError(f"{who} without a contribution. Pass step(..., contribution=Contribution(...)).")
-        if not (math.isfinite(contribution.extent) and contribution.extent >= 0):
+        if not (math.isfinite(contribution.effective_steps) and contribution.effective_steps >= 0):
             raise ValueError(
-                f"{who} with extent={contribution.extent}; it must be finite and >= 0: the sum of the"
+                f"{who} with extent={contribution.effective_steps}; it must be finite and >= 0: the sum of the"
                 " learning rates of its steps."
             )
         given = {name: list(part.shape) for name, part in contribution.vector.items()}
@@ -90,15 +90,15 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Contribution:
+class AuxiliaryValues:
     """What one party gives to a round beside its update.
 
     Args:
-        extent: By what its update is divided if updates are rescaled, >= 0; at 0 the update counts as zero.
+        effective_steps: By what its update is divided if updates are rescaled, >= 0; at 0 the update counts as zero.
         vector: Its vector by name of the parameters, float32, each of the parameter's shape.
     """
 
-    extent: float = 1.0
+    effective_steps: float = 1.0
     vector: Mapping[str, Tensor] = field(default_factory=dict)
 
     def first_nonfinite(self) -> str | None:

@@ -4,21 +4,19 @@ Sizes, order and dtypes that differ make a collective abort an innocent process 
 so they are compared as words, through the store. Pure: builds and compares plain containers.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from pellm_lightning.engine.base_difference import base_difference
 from pellm_lightning.tensors.adapter_config import RANK_FIELDS, config_differences, without_ranks
 from pellm_lightning.tensors.digest import tensor_digest
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of what parties say to each other; parties of different versions refuse each other."""
 
-Passport: TypeAlias = dict[str, Any]
+PartySpec: TypeAlias = dict[str, Any]
 
 
 def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
@@ -29,47 +27,41 @@ def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: str(tensor_digest(tensor)) for name, tensor in frozen.items()}
 
 
-def checksum(tensor: Tensor) -> str:
-    """Return a digest of a tensor's bits: equal for equal bits only, order included; 16 hex digits."""
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(values.numpy().data, digest_size=8).hexdigest()
-
-
-def first_difference(passports: Sequence[Passport], names: Sequence[str] | None = None) -> str | None:
+def first_difference(party_specs: Sequence[PartySpec], names: Sequence[str] | None = None) -> str | None:
     """Return what the first party that differs from the first of all should know, or None if all agree.
 
     Args:
-        passports: What the parties have shown.
+        party_specs: What the parties have shown.
         names: What the parties are called; their indices if None.
     """
-    names = names or [str(party) for party in range(len(passports))]
-    found = next(differences(passports, names), None)
-    return shared_file(passports, names) if found is None else found[1]
+    names = names or [str(party) for party in range(len(party_specs))]
+    found = next(differences(party_specs, names), None)
+    return shared_file(party_specs, names) if found is None else found[1]
 
 
-def differences(passports: Sequence[Passport], names: Sequence[str]) -> Iterator[tuple[str, str]]:
+def differences(party_specs: Sequence[PartySpec], names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield what is differed in and what to know of it, for each party that differs from the first of all.
 
     Args:
-        passports: What the parties have shown.
+        party_specs: What the parties have shown.
         names: What the parties are called.
     """
-    first = passports[0]
-    for party, other in zip(names[1:], passports[1:], strict=True):
+    first = party_specs[0]
+    for party, other in zip(names[1:], party_specs[1:], strict=True):
         for topic, compare in _COMPARED.items():
             for message in compare(names[0], party, first, other):
                 yield topic, message
 
 
-def common(passport: Passport) -> Passport:
+def common(party_spec: PartySpec) -> PartySpec:
     """Return that part of a passport which must be the same at all parties."""
-    part = {key: passport[key] for key in ("protocol", "schema", "config", "base", "ranks_may_differ")}
-    if passport["ranks_may_differ"]:
-        return part | {"adapters": without_ranks(passport["adapters"])}
-    return part | {"lora": passport["lora"], "adapters": passport["adapters"]}
+    part = {key: party_spec[key] for key in ("protocol", "schema", "config", "base", "ranks_may_differ")}
+    if party_spec["ranks_may_differ"]:
+        return part | {"adapters": without_ranks(party_spec["adapters"])}
+    return part | {"lora": party_spec["lora"], "adapters": party_spec["adapters"]}
 
 
-def _protocol(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+def _protocol(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
     if first["protocol"] != other["protocol"]:
         yield (
             f"Party {party} speaks protocol version {other['protocol']}, party {base} version"
@@ -77,7 +69,7 @@ def _protocol(base: str, party: str, first: Passport, other: Passport) -> Iterat
         )
 
 
-def _schema(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+def _schema(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
     ours = {name: (shape, dtype) for name, shape, dtype in first["schema"]}
     theirs = {name: (shape, dtype) for name, shape, dtype in other["schema"]}
     for name in sorted(ours.keys() ^ theirs.keys()):
@@ -98,9 +90,9 @@ def _schema(base: str, party: str, first: Passport, other: Passport) -> Iterator
             )
 
 
-def _of_eva(passport: Passport) -> str:
+def _of_eva(party_spec: PartySpec) -> str:
     """Return what to know where ranks follow from a party's own data."""
-    if all(config.get("init_lora_weights") != "eva" for config in passport["adapters"].values()):
+    if all(config.get("init_lora_weights") != "eva" for config in party_spec["adapters"].values()):
         return ""
     return (
         " EVA (init_lora_weights='eva') gives each layer a rank by the party's own data: set rho=1.0 in its"
@@ -108,7 +100,7 @@ def _of_eva(passport: Passport) -> str:
     )
 
 
-def _config(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+def _config(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
     # Others follow from these.
     causes = ("exchange", "privacy", "drift correction", "roster")
     for key in sorted(first["config"].keys() | other["config"].keys(), key=lambda k: (k not in causes, k)):
@@ -120,7 +112,7 @@ def _config(base: str, party: str, first: Passport, other: Passport) -> Iterator
             )
 
 
-def _lora(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+def _lora(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
     for name in sorted(first["lora"].keys() ^ other["lora"].keys()):
         has, lacks = (base, party) if name in first["lora"] else (party, base)
         yield (
@@ -137,12 +129,12 @@ def _lora(base: str, party: str, first: Passport, other: Passport) -> Iterator[s
             )
 
 
-def _adapters(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+def _adapters(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
     differences = config_differences(first["adapters"], other["adapters"], without=RANK_FIELDS)
     yield from _of_config(base, party, differences)
 
 
-def _ranks(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+def _ranks(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
     if not first["ranks_may_differ"]:
         differences = config_differences(first["adapters"], other["adapters"], fields_of=RANK_FIELDS)
         yield from _of_config(base, party, differences)
@@ -162,7 +154,7 @@ def _said(field: str, value: Any) -> str:
     return f"no {field}" if value is None else f"{field}={value!r}"
 
 
-def _base(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+def _base(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
     if first["base"] is None or other["base"] is None:
         return
     difference = base_difference(base, party, first["base"], other["base"], first["adapters"])
@@ -170,7 +162,7 @@ def _base(base: str, party: str, first: Passport, other: Passport) -> Iterator[s
         yield difference
 
 
-def _round(base: str, party: str, first: Passport, other: Passport) -> Iterator[str]:
+def _round(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
     if first["round"] != other["round"]:
         yield (
             f"Party {base} starts at round {first['round']}, party {party} at round {other['round']}. Resume"
@@ -183,7 +175,7 @@ def _round(base: str, party: str, first: Passport, other: Passport) -> Iterator[
         )
 
 
-_COMPARED: dict[str, Callable[[str, str, Passport, Passport], Iterator[str]]] = {
+_COMPARED: dict[str, Callable[[str, str, PartySpec, PartySpec], Iterator[str]]] = {
     "protocol": _protocol,
     "settings": _config,
     "adapter configuration": _adapters,
@@ -196,11 +188,11 @@ _COMPARED: dict[str, Callable[[str, str, Passport, Passport], Iterator[str]]] = 
 """What is compared, in this order; how, by what is differed in."""
 
 
-def shared_file(passports: Sequence[Passport], names: Sequence[str]) -> str | None:
+def shared_file(party_specs: Sequence[PartySpec], names: Sequence[str]) -> str | None:
     """Return what two parties that write to the same path should know, or None if there are none."""
     writers: dict[str, str] = {}
-    for party, passport in zip(names, passports, strict=True):
-        for path in sorted(set(passport["files"])):
+    for party, party_spec in zip(names, party_specs, strict=True):
+        for path in sorted(set(party_spec["files"])):
             if path in writers:
                 return (
                     f"Parties {writers[path]} and {party} would both write to {path!r}. Give each party its"

@@ -23,18 +23,18 @@ from pellm_lightning.comm import (
     Collectives,
     ElasticFederation,
     FederationError,
+    Intent,
     MismatchError,
     PartyLostError,
-    Plan,
+    QuorumView,
     Version,
-    Wants,
 )
 from pellm_lightning.comm.elastic.quorum_view import is_count
-from pellm_lightning.engine import compatibility as passport
-from pellm_lightning.engine.compatibility import Passport
+from pellm_lightning.engine import compatibility
+from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.tensors import snapshot as durable
-from pellm_lightning.tensors.snapshot import StateDir
+from pellm_lightning.tensors import snapshot
+from pellm_lightning.tensors.snapshot import SnapshotDir
 
 log = logging.getLogger(__name__)
 
@@ -84,14 +84,14 @@ class Header:
         return f"{name}/{self.tag}"
 
 
-class Meeting(ABC):
+class Coordinator(ABC):
     """How the parties of an aggregator come together, and how the result of a round becomes everybody's."""
 
     rejoins: bool
     """Whether parties may be lost and come back; then an attempt at a round may fail and is made again."""
 
     @abstractmethod
-    def introduce(self, mine: Passport) -> None:
+    def handshake(self, mine: PartySpec) -> None:
         """Compare what all parties must share.
 
         Raises:
@@ -99,7 +99,7 @@ class Meeting(ABC):
         """
 
     @abstractmethod
-    def passports(self) -> list[Passport]:
+    def party_specs(self) -> list[PartySpec]:
         """Return the passports of those who meet, in their order."""
 
     @abstractmethod
@@ -117,7 +117,7 @@ class Meeting(ABC):
         """Return the version of the global parameters that the present attempt makes."""
 
     @abstractmethod
-    def settle(self, round: int, state: Mapping[str, Any]) -> None:
+    def commit(self, round: int, state: Mapping[str, Any]) -> None:
         """Agree with the others that the result of this attempt stands.
 
         Raises:
@@ -137,7 +137,7 @@ class Meeting(ABC):
         """Forget what was kept for coming back, since the federation has ended."""
 
 
-class FixedMeeting(Meeting):
+class LaunchCoordinator(Coordinator):
     """All parties of one launch: whoever is lost, all stop.
 
     Args:
@@ -150,17 +150,17 @@ class FixedMeeting(Meeting):
     def __init__(self, federation: Any, exchange: Exchange) -> None:
         self._federation = federation
         self._exchange = exchange
-        self._passports: list[Passport] = []
+        self._passports: list[PartySpec] = []
 
     @override
-    def introduce(self, mine: Passport) -> None:
-        self._passports = self._federation.all_gather_json("passport", mine)
-        difference = passport.first_difference(self._passports)
+    def handshake(self, mine: PartySpec) -> None:
+        self._passports = self._federation.all_gather_json("party_spec", mine)
+        difference = compatibility.first_difference(self._passports)
         if difference:
             raise MismatchError(difference)
 
     @override
-    def passports(self) -> list[Passport]:
+    def party_specs(self) -> list[PartySpec]:
         return self._passports
 
     @override
@@ -190,7 +190,7 @@ class FixedMeeting(Meeting):
         return None
 
     @override
-    def settle(self, round: int, state: Mapping[str, Any]) -> None:
+    def commit(self, round: int, state: Mapping[str, Any]) -> None:
         pass  # whoever fails from here on stops all others, too
 
     @override
@@ -219,7 +219,9 @@ class FixedMeeting(Meeting):
         rows = torch.zeros(federation.num_parties, len(numbers), dtype=torch.float64)
         rows[federation.party] = torch.tensor(numbers, dtype=torch.float64)
         federation.all_reduce_(rows)
-        if self._exchange.hides and rows[federation.party, :4].tolist() != [*map(float, astuple(mine)[:4])]:
+        if self._exchange.is_secure and rows[federation.party, :4].tolist() != [
+            *map(float, astuple(mine)[:4])
+        ]:
             raise _changed(federation.name)
         return [
             Header(
@@ -239,7 +241,7 @@ class FixedMeeting(Meeting):
         return summed(values, told, self._federation, self._exchange)
 
 
-class ElasticMeeting(Meeting):
+class ElasticCoordinator(Coordinator):
     """Separate jobs: those who are there go on, and whoever comes back takes over where they are.
 
     Args:
@@ -250,29 +252,31 @@ class ElasticMeeting(Meeting):
 
     rejoins = True
 
-    def __init__(self, federation: ElasticFederation, exchange: Exchange, state_dir: StateDir | None) -> None:
+    def __init__(
+        self, federation: ElasticFederation, exchange: Exchange, state_dir: SnapshotDir | None
+    ) -> None:
         self._federation = federation
         self._exchange = exchange
         self._state_dir = state_dir
         self._attempt = 0
-        self._lineage = ""
+        self._run_id = ""
 
     @override
-    def introduce(self, mine: Passport) -> None:
+    def handshake(self, mine: PartySpec) -> None:
         federation = self._federation
         mine = mine | {"config": mine["config"] | federation.shared}
-        shared = json.dumps(passport.common(mine), sort_keys=True)
+        shared = json.dumps(compatibility.common(mine), sort_keys=True)
         if self._state_dir is not None:
             federation.remember(self._state_dir.reserved())
-        others = federation.introduce(mine, hashlib.sha256(shared.encode()).hexdigest(), _difference)
+        others = federation.handshake(mine, hashlib.sha256(shared.encode()).hexdigest(), _difference)
         with _readable("the others"):
-            conflict = passport.shared_file([mine, *others.values()], [federation.name, *others])
+            conflict = compatibility.shared_file([mine, *others.values()], [federation.name, *others])
         if conflict:
             raise MismatchError(conflict)
 
     @override
-    def passports(self) -> list[Passport]:
-        told = [dict(self._federation.passport_of(party)) for party in range(self._federation.num_parties)]
+    def party_specs(self) -> list[PartySpec]:
+        told = [dict(self._federation.spec_of(party)) for party in range(self._federation.num_parties)]
         for name, of_party in zip(self._federation.names, told, strict=True):
             with _readable(name):
                 of_party["lora"] = {
@@ -285,7 +289,7 @@ class ElasticMeeting(Meeting):
 
     @override
     def meet(self, mine: Header, version: Version | None) -> list[Header]:
-        wants: Wants = "rest" if mine.purpose is Purpose.DONE else "exchange"
+        wants: Intent = "rest" if mine.purpose is Purpose.DONE else "exchange"
         words = {
             "purpose": int(mine.purpose),
             "round": mine.round,
@@ -301,16 +305,16 @@ class ElasticMeeting(Meeting):
         }
         while True:
             self._federation.enter(f"meeting for round {mine.round}")
-            plan = self._federation.muster(wants, version, words)
-            self._attempt, self._lineage = plan.attempt, plan.lineage
+            plan = self._federation.join_quorum(wants, version, words)
+            self._attempt, self._run_id = plan.attempt, plan.run_id
             if self._state_dir is not None:
                 self._state_dir.reserve(plan.attempt)  # before any member can make its result durable
-            if self._exchange.hides and plan.rolls[self._federation.name].words != words:
+            if self._exchange.is_secure and plan.entries[self._federation.name].words != words:
                 raise _changed(self._federation.name)
             newest = plan.newest
             headers = [
                 replace(_header(name, roll.words), behind=roll.version != newest)
-                for name, roll in plan.rolls.items()
+                for name, roll in plan.entries.items()
             ]
             if all(header.purpose is not Purpose.METRICS for header in headers):
                 self._federation.enter(f"in round {mine.round}")
@@ -322,7 +326,7 @@ class ElasticMeeting(Meeting):
     def mean(
         self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
     ) -> dict[str, float]:
-        return (self._hidden_mean if self._exchange.hides else self._open_mean)(values, round, version)
+        return (self._hidden_mean if self._exchange.is_secure else self._open_mean)(values, round, version)
 
     def _hidden_mean(
         self, values: Mapping[str, tuple[float, float]], round: int, version: Version | None
@@ -332,17 +336,19 @@ class ElasticMeeting(Meeting):
         while True:
             words = {"purpose": int(Purpose.METRICS), "round": round, "weight": 0.0, "names": _known(values)}
             self._federation.enter("averaging metrics")
-            plan = self._federation.muster("exchange", version, words)
+            plan = self._federation.join_quorum("exchange", version, words)
             mean = self._sum_metrics(plan, values)
             if mean is not None:
                 return mean
 
-    def _sum_metrics(self, plan: Plan, values: dict[str, tuple[float, float]]) -> dict[str, float] | None:
+    def _sum_metrics(
+        self, plan: QuorumView, values: dict[str, tuple[float, float]]
+    ) -> dict[str, float] | None:
         """Sum what the members told that they have; None if the attempt failed.
 
         What a sum may have shown already is not summed again with others: their difference would show more.
         """
-        told = [_names(name, roll.words.get("names", {})) for name, roll in plan.rolls.items()]
+        told = [_names(name, roll.words.get("names", {})) for name, roll in plan.entries.items()]
         revealed = False
 
         def revealing() -> None:
@@ -351,7 +357,7 @@ class ElasticMeeting(Meeting):
 
         try:
             mean = summed(values, told, self._federation, self._exchange, revealing)
-            self._federation.settle(durable.digest({"metrics": sorted(mean.items())}))
+            self._federation.commit(snapshot.digest({"metrics": sorted(mean.items())}))
         except PartyLostError as error:
             self._federation.fail(error)
             if revealed:
@@ -364,8 +370,8 @@ class ElasticMeeting(Meeting):
     ) -> dict[str, float]:
         words = {"purpose": int(Purpose.METRICS), "round": round, "weight": 0.0, "metrics": dict(values)}
         self._federation.enter("averaging metrics")
-        plan = self._federation.muster("words", version, words)
-        told = [_metrics(name, roll.words.get("metrics", {})) for name, roll in plan.rolls.items()]
+        plan = self._federation.join_quorum("words", version, words)
+        told = [_metrics(name, roll.words.get("metrics", {})) for name, roll in plan.entries.items()]
         missing = _warn_of_nonfinite([_known(of_party) for of_party in told], self._federation)
         totals: dict[str, list[float]] = {}
         for of_party in told:
@@ -379,12 +385,12 @@ class ElasticMeeting(Meeting):
 
     @override
     def version(self, round: int) -> Version:
-        return Version(self._lineage, round, self._attempt)
+        return Version(self._run_id, round, self._attempt)
 
     @override
-    def settle(self, round: int, state: Mapping[str, Any]) -> None:
+    def commit(self, round: int, state: Mapping[str, Any]) -> None:
         kept = self._state_dir
-        self._federation.settle(durable.digest(state) if kept is None else kept.keep(round, state))
+        self._federation.commit(snapshot.digest(state) if kept is None else kept.keep(round, state))
 
     @override
     def again(self, error: PartyLostError) -> bool:
@@ -403,11 +409,11 @@ class ElasticMeeting(Meeting):
             self._state_dir.clear()
 
 
-def meeting(federation: Collectives, exchange: Exchange, state_dir: StateDir | None) -> Meeting:
+def meeting(federation: Collectives, exchange: Exchange, state_dir: SnapshotDir | None) -> Coordinator:
     """Return how the parties of a federation meet."""
     if isinstance(federation, ElasticFederation):
-        return ElasticMeeting(federation, exchange, state_dir)
-    return FixedMeeting(federation, exchange)
+        return ElasticCoordinator(federation, exchange, state_dir)
+    return LaunchCoordinator(federation, exchange)
 
 
 def summed(
@@ -429,7 +435,7 @@ def summed(
         exchange: How sums are formed.
         revealing: As in ``Exchange.open``.
     """
-    if exchange.hides and told[federation.party] != _known(values):
+    if exchange.is_secure and told[federation.party] != _known(values):
         raise _changed(federation.name)
     missing = _warn_of_nonfinite(told, federation)
     having = Counter(name for names in told for name in names["finite"])
@@ -467,12 +473,12 @@ def _readable(name: str) -> Iterator[None]:
         ) from error
 
 
-def _difference(passports: Sequence[Passport], names: Sequence[str]) -> str | None:
+def _difference(party_specs: Sequence[PartySpec], names: Sequence[str]) -> str | None:
     try:
-        found = passport.first_difference(passports, names)
+        found = compatibility.first_difference(party_specs, names)
     except (KeyError, TypeError, ValueError, AttributeError):
         return f"Party {names[0]} shows what party {names[1]} cannot read. Install the same version at both."
-    unlike = [name for name, shown in zip(names, passports, strict=True) if shown["base"] is None]
+    unlike = [name for name, shown in zip(names, party_specs, strict=True) if shown["base"] is None]
     if found is None and len(unlike) == 1:
         return f"Party {unlike[0]} has check_base=False, the other has not. Give all parties the same."
     return found

@@ -11,8 +11,8 @@ from torch import Tensor
 from pellm_lightning.aggregation.base import Aggregation
 from pellm_lightning.comm import Collectives, ElasticFederation
 from pellm_lightning.engine.aggregator import Aggregator, RoundReport
-from pellm_lightning.engine.auxiliary import Contribution
-from pellm_lightning.engine.compatibility import Passport
+from pellm_lightning.engine.auxiliary import AuxiliaryValues
+from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.engine.overlap import OverlappedAggregator
 
 
@@ -49,7 +49,7 @@ def check_rule(rule: Aggregation) -> None:
     Raises:
         ValueError: If it is one.
     """
-    if rule.resting(0) != rule.resting(1):
+    if rule.frozen_parts(0) != rule.frozen_parts(1):
         raise ValueError(
             f"{rule!r} trains other factors after each round, but fragments have their rounds at different"
             " times. Use another aggregation, or fragments=1."
@@ -57,7 +57,7 @@ def check_rule(rule: Aggregation) -> None:
 
 
 @dataclass(frozen=True)
-class Turns:
+class FragmentCursor:
     """What a party has done since the last round of each fragment, and whose turn it is."""
 
     samples: list[float]
@@ -68,7 +68,7 @@ class Turns:
     """The fragment whose turn it is."""
 
     @classmethod
-    def from_step(cls, fragments: int, step: int) -> "Turns":
+    def from_step(cls, fragments: int, step: int) -> "FragmentCursor":
         """Return what is so before the first round."""
         return cls([0.0] * fragments, [step] * fragments)
 
@@ -76,7 +76,7 @@ class Turns:
         """Tell whether the next fragment has been trained since it was sent."""
         return step > self.steps[self.next]
 
-    def passed_on(self, samples: float, step: int) -> "Turns":
+    def passed_on(self, samples: float, step: int) -> "FragmentCursor":
         """Return what is so after the next fragment was sent.
 
         Args:
@@ -85,7 +85,7 @@ class Turns:
         """
         since, steps = [before + samples for before in self.samples], list(self.steps)
         since[self.next], steps[self.next] = 0.0, step
-        return Turns(since, steps, (self.next + 1) % len(steps))
+        return FragmentCursor(since, steps, (self.next + 1) % len(steps))
 
 
 class FragmentedAggregator:
@@ -96,7 +96,7 @@ class FragmentedAggregator:
         parameters: Named floating-point tensors on one device.
         fragments: Number of fragments K.
         make: Makes the aggregator of a fragment.
-        **options: As of ``Aggregator``; neither ``privacy`` nor ``beside``.
+        **options: As of ``Aggregator``; neither ``privacy`` nor ``auxiliary``.
 
     Raises:
         ValueError: As ``Aggregator``; or if it cannot be done in fragments.
@@ -117,7 +117,7 @@ class FragmentedAggregator:
                 "Separate jobs agree on one state of all parameters, so fragments need all parties in one"
                 " launch. Set fragments=1."
             )
-        if options.get("privacy") is not None or options.get("beside") is not None:
+        if options.get("privacy") is not None or options.get("auxiliary") is not None:
             raise ValueError(
                 "Differential privacy and drift corrections look at all parameters at once. Set fragments=1."
             )
@@ -142,18 +142,18 @@ class FragmentedAggregator:
         return self._parts[0].settings
 
     @property
-    def lineage(self) -> str | None:
+    def run_id(self) -> str | None:
         """As of ``Aggregator``."""
-        return self._parts[0].lineage
+        return self._parts[0].run_id
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the vectors that the fragments exchange, all together."""
         return sum(part.size_bytes for part in self._parts)
 
-    def passport(self) -> Passport:
+    def party_spec(self) -> PartySpec:
         """As of ``Aggregator``, of all fragments together."""
-        shown = [part.passport() for part in self._parts]
+        shown = [part.party_spec() for part in self._parts]
         schema = sorted(entry for of_part in shown for entry in of_part["schema"])
         lora = {name: pair for of_part in shown for name, pair in of_part["lora"].items()}
         return shown[0] | {"schema": schema, "lora": lora}
@@ -181,7 +181,7 @@ class FragmentedAggregator:
         self,
         weight: float,
         loss: float | None = None,
-        contribution: Contribution | None = None,
+        contribution: AuxiliaryValues | None = None,
         *,
         steps_left: float = math.nan,
     ) -> RoundReport:
@@ -192,9 +192,9 @@ class FragmentedAggregator:
         """Begin a round of the next fragment, as ``OverlappedAggregator`` does."""
         self._overlapped.begin(weight, loss, steps_left=steps_left)
 
-    def land(self, *, last: bool = False) -> RoundReport:
+    def apply(self, *, last: bool = False) -> RoundReport:
         """Land the round under way, as ``OverlappedAggregator`` does."""
-        return self._told(self._overlapped.land(last=last))
+        return self._told(self._overlapped.apply(last=last))
 
     def drain(self) -> Iterator[RoundReport]:
         """As of ``Aggregator``."""

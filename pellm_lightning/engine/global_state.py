@@ -1,64 +1,290 @@
-"""What all parties share between two rounds: what checkpoints hold, and what who comes late is handed."""
+"""The global state of a federation as one party holds it, and the way between it and its parameters."""
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pellm_lightning.comm import Collectives, FederationError, Version
-from pellm_lightning.engine.updates import Updates
-from pellm_lightning.privacy.processor import PrivateUpdates
-from pellm_lightning.tensors import portable
-from pellm_lightning.tensors import snapshot as durable
+from pellm_lightning.aggregation.heterogeneous_rank import PaddedFactors
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.comm import Collectives, MismatchError, Version
+from pellm_lightning.engine import state_transfer
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms
+from pellm_lightning.engine.lora_step import LoraAggregator
+from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
+from pellm_lightning.engine.updates import UpdateReducer
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.privacy.processor import DPProcessor
+from pellm_lightning.tensors.flat_buffer import Layout
 
 log = logging.getLogger(__name__)
 
-# What a global state may weigh: an outer optimizer with a few vectors of its own, and words.
-_MAX_VECTORS = 16
-_MAX_WORDS = 1 << 28
 
-
-def state_of(
-    round: int,
-    version: Version | None,
-    short_rounds: int,
-    lora: Mapping[str, Any] | None,
-    updates: Updates,
-    private: PrivateUpdates | None,
-) -> dict[str, Any]:
-    """Return the state as it lies in memory, to be looked at before anything goes on.
+class GlobalState:
+    """What one party holds of what all share: the round, the global vector, the outer optimizer, the budget.
 
     Args:
-        round: The round that comes.
-        version: Which of the states of this round it is, between separate jobs.
-        short_rounds: Rounds in a row, up to now, in which fewer than a quorum trained.
-        lora: What the LoRA pairs were when the federation began.
-        updates: The vectors, the outer optimizer and its schedule.
-        private: Differential privacy, if any.
+        federation: The joined parties.
+        plan: The aggregation, applied to the parameters.
+        parameters: This party's shared parameters, by name.
+        exchange: How values are summed over the parties.
+        private: Differential privacy; None without.
+        auxiliary: What crosses beside the updates; None if nothing does.
+        optimizer: Makes the outer optimizer of the global vector.
+        scheduler: Makes the schedule of its learning rate; None leaves it as it is.
+        measures: Whether rounds measure the deviation of the LoRA products.
     """
-    return {
-        "round": round,
-        "version": None if version is None else list(version),
-        "short_rounds": short_rounds,
-        "shapes": updates.layout.shapes,
-        "lora": lora,
-        "global": updates.global_,
-        "outer_class": type(updates.optimizer).__name__,
-        "outer_optimizer": updates.optimizer.state_dict(),
-        "outer_scheduler": updates.schedule.state,
-        "privacy": None if private is None else private.state_dict(),
-        "carried": updates.carried,
-    }
+
+    def __init__(
+        self,
+        federation: Collectives,
+        plan: Plan,
+        parameters: Mapping[str, Tensor],
+        *,
+        exchange: Exchange,
+        private: DPProcessor | None,
+        auxiliary: AuxiliaryTerms | None,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None,
+        measures: bool,
+    ) -> None:
+        self.round = 0
+        """The round that comes."""
+        self.version: Version | None = None
+        """Which of the states of this round it is, between separate jobs; None before the first."""
+        self.short_rounds = 0
+        """Rounds in a row, up to now, in which fewer than a quorum trained."""
+        self.stale = False
+        """Whether the parameters are still to be written."""
+        self.distance = math.nan
+        """2-norm of the parameters minus the result, in the last round."""
+        self.loaded: Mapping[str, Any] | None = None
+        """The state that this party goes on from; None if it begins."""
+        self.products: LoraAggregator | None = None
+        """The LoRA pairs; None without any, and before the parties have met."""
+        self._federation = federation
+        self._plan = plan
+        self._parameters = parameters
+        self._exchange = exchange
+        self._private = private
+        self._auxiliary = auxiliary
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+        self._measures = measures
+        self._padded: PaddedFactors | None = None
+        self._before = torch.empty(0)
+        self._warned = False
+        self._lay_out(parameters)
+
+    # ---- the parameters
+
+    def read_(self) -> None:
+        """Let what the rounds look at be the parameters as they are now."""
+        if self._padded is not None:
+            self._padded.read_()
+
+    def write_(self) -> None:
+        """Write the global vector into the parameters."""
+        self.updates.write_()
+        self.put_back_()
+        self.stale = False
+
+    def put_back_(self) -> None:
+        """Write what a round has changed of what it looks at into the parameters."""
+        if self._padded is not None:
+            self._padded.write_()
+
+    def take_over(self) -> None:
+        """Let the global vector be that of one party: party 0, but of factors a party of the largest rank."""
+        vector = self.updates.global_
+        if self._padded is None or self.products is None:
+            self._federation.broadcast_(vector)
+            return
+        sources = dict.fromkeys(self._parameters, 0)
+        for pair in self._plan.products:
+            sources[pair.a] = sources[pair.b] = self.products.source(pair)
+        for name, source in sources.items():
+            if source != self._federation.party:
+                self.layout.view(vector, name).zero_()
+        self._federation.all_reduce_(vector)  # each value comes from one party alone
+
+    # ---- before the first round
+
+    def know_products(self, told: Sequence[Mapping[str, Any]], reference: Mapping[str, Any] | None) -> None:
+        """Learn what the parties' LoRA pairs are, now that they have met; lay out those of unlike ranks.
+
+        Args:
+            told: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
+            reference: Those of the global factors, if the federation is under way; else None.
+
+        Raises:
+            MismatchError: If a pair of this party is of a higher rank than the global factors.
+        """
+        if self.products is not None:
+            self.products.told = told
+            return
+        self.products = LoraAggregator(
+            self._plan, self._parameters, self._federation, told, self._measures, reference
+        )
+        if self._plan.rule.ranks_may_differ:
+            larger = self.products.larger()
+            if larger is not None:
+                raise MismatchError(
+                    f"The rank of {larger!r} at party {self._federation.name} is above that of the"
+                    " global factors, which was settled when the federation began. Give it a lower rank, or"
+                    " begin anew."
+                )
+            self._pad(self.products)
+
+    def _lay_out(self, tensors: Mapping[str, Tensor]) -> None:
+        """Build what has the size of the global vector."""
+        groups = [self._plan.named(parts) & tensors.keys() for parts in self._plan.groups]
+        self.layout = Layout(tensors, groups)
+        self.updates = UpdateReducer(
+            self.layout,
+            self._plan,
+            self._make_optimizer,
+            self._federation,
+            exact=self._exchange.exact,
+            private=self._private,
+            auxiliary=self._auxiliary,
+            scheduler=self._make_scheduler,
+        )
+        self.error_feedback = self._exchange.new_error_feedback(self.updates.pseudo_gradient)
+
+    def _pad(self, products: LoraAggregator) -> None:
+        """Lay out factors of the largest rank of the parties, and go on from a loaded state."""
+        pairs = self._plan.products
+        self._padded = PaddedFactors(
+            self._parameters, {pair: (products.rank(pair), products.ratio(pair)) for pair in pairs}
+        )
+        self._padded.read_()
+        self._lay_out(self._padded.tensors)
+        if self.loaded is not None:
+            self._restore(self.loaded)
+
+    # ---- the state
+
+    def state(self) -> dict[str, Any]:
+        """Return the state as it lies in memory, to be looked at before anything goes on."""
+        updates, version = self.updates, self.version
+        return {
+            "round": self.round,
+            "version": None if version is None else list(version),
+            "short_rounds": self.short_rounds,
+            "shapes": updates.layout.shapes,
+            "lora": self.products.reference if self.products else None,
+            "global": updates.global_,
+            "outer_class": type(updates.optimizer).__name__,
+            "outer_optimizer": updates.optimizer.state_dict(),
+            "outer_scheduler": updates.schedule.state,
+            "privacy": None if self._private is None else self._private.state_dict(),
+            "carried": updates.carried,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and plain containers, with what this party alone owes."""
+        kept = {"error_feedback": None if self.error_feedback is None else self.error_feedback.state_dict()}
+        return _copied(self.state()) | kept
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: If it is of other parameters or settings.
+        """
+        self.round, self.short_rounds = state["round"], state["short_rounds"]
+        self.version = Version(*state["version"]) if state.get("version") else None
+        self.loaded = state
+        if not self._plan.rule.ranks_may_differ:  # else the shapes depend on the other parties' ranks
+            self._restore(state)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Let the global state be another one; the parameters are written when it is settled."""
+        if self.error_feedback is not None:
+            self.error_feedback.overtaken()
+        if self.products is None:
+            self.load_state_dict(state)
+        else:
+            self.round, self.short_rounds = state["round"], state["short_rounds"]
+            self.version = Version(*state["version"])
+            self._restore(state)
+        self.stale, self.distance = True, math.nan
+
+    def agree(self) -> None:
+        """Make sure that the outer optimizer's step has the same bits at all parties that meet.
+
+        ``portable.step_`` sees to that for what consists of sums, products, quotients and square roots. An
+        optimizer may do more, take powers or draw numbers, and a party may have another version of torch.
+        """
+        size_bytes = 4 * self.layout.size
+        differed = state_transfer.agree(self._federation, self.state, self._correct, size_bytes)
+        if differed and not self._warned:
+            self._warned = True
+            log.warning(
+                "[party %s] Round %d: the outer optimizer %s gave other bits at party %s than at party %s,"
+                " whose state all go on with. That is right, but the whole state crosses each time. Install"
+                " the same version of torch at all parties, and use an optimizer that draws no random"
+                " numbers.",
+                self._federation.name,
+                self.round,
+                type(self.updates.optimizer).__name__,
+                self._federation.called(differed),
+                self._federation.called([0]),
+            )
+
+    def _correct(self, state: Mapping[str, Any]) -> None:
+        """Take over another party's result of the same round."""
+        self._restore(state)
+        self.stale = True
+
+    @contextmanager
+    def reversible(self) -> Iterator[None]:
+        """Undo what is done to the state if it fails; the parameters are no part of it."""
+        if self._before.numel() != self.layout.size:
+            self._before = torch.empty_like(self.updates.global_)
+        before = _copied(self.state(), self._before)
+        version, stale, loaded, distance = self.version, self.stale, self.loaded, self.distance
+        try:
+            yield
+        except BaseException:
+            self.round, self.short_rounds = before["round"], before["short_rounds"]
+            self.version, self.stale, self.loaded, self.distance = version, stale, loaded, distance
+            if self.layout.shapes == before["shapes"]:
+                self._restore(before)
+            raise
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; round and version are the caller's.
+
+        Raises:
+            ValueError: If it is of other parameters or settings; it may come from a peer.
+        """
+        updates = self.updates
+        _check_shapes(state["shapes"], updates.layout.shapes)
+        _check_settings(state, updates, self._private)
+        updates.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
+        if self._private is not None:
+            self._private.load_state_dict(state["privacy"])
+        if updates.carried is not None:
+            updates.carried.copy_(state["carried"])
+        updates.global_.copy_(state["global"])
+        # A copy, since the optimizer goes on in the very tensors that it is given.
+        updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
+        if self.error_feedback is not None and state.get("error_feedback") is not None:
+            self.error_feedback.load_state_dict(state["error_feedback"])
 
 
-def copied(state: Mapping[str, Any], into: Tensor | None = None) -> dict[str, Any]:
+def _copied(state: Mapping[str, Any], into: Tensor | None = None) -> dict[str, Any]:
     """Return a state that stays what it is while training goes on.
 
     Args:
-        state: What ``state_of`` returned.
+        state: What ``GlobalState.state`` returned.
         into: Memory for the global vector, (D,) float32; None for new memory.
     """
     carried = state["carried"]
@@ -68,24 +294,6 @@ def copied(state: Mapping[str, Any], into: Tensor | None = None) -> dict[str, An
         "carried": None if carried is None else carried.clone(),
         "outer_optimizer": copy.deepcopy(state["outer_optimizer"]),
     }
-
-
-def restore_(state: Mapping[str, Any], updates: Updates, private: PrivateUpdates | None) -> None:
-    """Go on from a state; round and version are the caller's.
-
-    Raises:
-        ValueError: If it is of other parameters or settings; it may come from a peer.
-    """
-    _check_shapes(state["shapes"], updates.layout.shapes)
-    _check_settings(state, updates, private)
-    updates.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
-    if private is not None:
-        private.load_state_dict(state["privacy"])
-    if updates.carried is not None:
-        updates.carried.copy_(state["carried"])
-    updates.global_.copy_(state["global"])
-    # A copy, since the optimizer goes on in the very tensors that it is given.
-    updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
 
 
 def _check_shapes(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -104,7 +312,7 @@ def _check_shapes(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     )
 
 
-def _check_settings(state: Mapping[str, Any], updates: Updates, private: PrivateUpdates | None) -> None:
+def _check_settings(state: Mapping[str, Any], updates: UpdateReducer, private: DPProcessor | None) -> None:
     name = type(updates.optimizer).__name__
     if state.get("outer_class", name) != name:
         raise ValueError(
@@ -125,100 +333,6 @@ def _check_settings(state: Mapping[str, Any], updates: Updates, private: Private
         raise ValueError(
             f"The federated state was saved {'without' if carried is None else 'with another'} vector beside"
             " the global parameters than"
-            f" {updates.beside.method if updates.beside else 'plain averaging'} keeps. Resume with the drift"
+            f" {updates.auxiliary.method if updates.auxiliary else 'plain averaging'} keeps. Resume with the drift"
             " correction of the checkpoint, or begin anew from its weights."
         )
-
-
-def agree(
-    federation: Collectives,
-    state: Callable[[], Mapping[str, Any]],
-    adopt: Callable[[Mapping[str, Any]], None],
-    vector_bytes: int,
-) -> list[int]:
-    """Make sure that what every party computed for itself has the same bits at all of them.
-
-    The parties compare checksums, 8 bytes each; those that differ from the first take over its state.
-
-    Args:
-        federation: The parties that meet; each calls this.
-        state: Returns this party's state.
-        adopt: Takes over another one.
-        vector_bytes: Bytes of the global vector.
-
-    Returns:
-        The parties that differed, by their place among those that meet.
-
-    Raises:
-        FederationError: As ``hand_over``.
-    """
-    told = torch.zeros(federation.num_parties, dtype=torch.int64)
-    told[federation.party] = portable.checksum(_tensors_in(state()))
-    first, *others = federation.all_reduce_(told).tolist()
-    differ = [False, *(other != first for other in others)]
-    if any(differ):
-        hand_over(federation, differ, state, adopt, vector_bytes)
-    return [party for party, differs in enumerate(differ) if differs]
-
-
-def _tensors_in(state: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a state, and its numbers as float64, in order."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, int | float):
-        yield torch.tensor(state, dtype=torch.float64)
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors_in(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors_in(value)
-
-
-def hand_over(
-    federation: Collectives,
-    behind: Sequence[bool],
-    state: Callable[[], Mapping[str, Any]],
-    adopt: Callable[[Mapping[str, Any]], None],
-    vector_bytes: int,
-) -> None:
-    """Hand the newest global state to those who lack it; every party calls this.
-
-    Args:
-        federation: The parties that meet.
-        behind: Party by party, whether it lacks the state; some do, some do not.
-        state: Returns this party's state.
-        adopt: Takes over another one.
-        vector_bytes: Bytes of the global vector.
-
-    Raises:
-        FederationError: If the state is too large to be one, or cannot be taken over.
-    """
-    source, here = behind.index(False), federation.party
-    packed = durable.pack(state()) if source == here else b""
-    size_bytes = int(federation.all_reduce_(torch.tensor([len(packed)], dtype=torch.int64)))
-    if size_bytes > _MAX_VECTORS * vector_bytes + _MAX_WORDS:
-        raise FederationError(
-            f"Party {federation.called([source])} would send {size_bytes} bytes of global state, more than"
-            f" {vector_bytes} bytes of parameters can have. Install the same version at all parties."
-        )
-    blob = torch.frombuffer(packed, dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
-    parts = [blob if lacks and source == here else blob[:0] for lacks in behind]
-    sizes = [size_bytes if party == source and behind[here] else 0 for party in range(len(behind))]
-    received = federation.all_to_all(parts, sizes)[source]
-    if not behind[here]:
-        return
-    try:
-        newest = durable.unpack(received.numpy().data)
-        adopt(newest)
-    except (ValueError, KeyError, TypeError) as error:  # a peer sent it, it may be anything
-        raise FederationError(
-            f"Party {federation.name} cannot take over the global state of party"
-            f" {federation.called([source])}: {error}. Install the same version at all parties."
-        ) from error
-    log.info(
-        "[party %s] takes over round %d from party %s",
-        federation.name,
-        newest["round"],
-        federation.called([source]),
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pellm_lightning.aggregation import gathering
-from pellm_lightning.aggregation.base import EVERYTHING, Counting, Factors, Term
+from pellm_lightning.aggregation.base import EVERYTHING, Factors, RoundContext, Term
 from pellm_lightning.aggregation.base_writing import write_rest_
 from pellm_lightning.aggregation.deviation import Deviation, deviation, missed
 from pellm_lightning.aggregation.lora import Pair, matrix
@@ -18,7 +18,7 @@ from pellm_lightning.tensors.flat_buffer import Layout
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LoraResult:
     """What came of combining the pairs."""
 
     deviation: Deviation | None
@@ -29,7 +29,7 @@ class Outcome:
     """Results that the rule computed, rather than means, as matrices by the names of the factors."""
 
 
-class Products:
+class LoraAggregator:
     """The pairs of a federation, whose products are what the parties' adapters really are.
 
     Args:
@@ -80,7 +80,7 @@ class Products:
         own = {pair.name: self._parameters[pair.a].shape[0] for pair in self._plan.products}
         return next((name for name, rank in own.items() if rank > self.reference[name][0]), None)
 
-    def combine(self, layout: Layout, global_: Tensor, staging: Tensor, counting: Counting) -> Outcome:
+    def combine(self, layout: Layout, global_: Tensor, staging: Tensor, counting: RoundContext) -> LoraResult:
         """Let the rule combine the pairs, and measure what comes of it; nothing is written yet."""
         rule = self._plan.rule
         pairs = self._factors(layout, global_)
@@ -90,21 +90,21 @@ class Products:
             for pair, (b, a) in zip(pairs, combined.factors, strict=True):
                 replaced |= {pair.pair.b: b, pair.pair.a: a}
         if rule.writes_base:
-            return Outcome(None, combined.terms, replaced)
+            return LoraResult(None, combined.terms, replaced)
         if not self._measure:
-            return Outcome(None, None, replaced)
+            return LoraResult(None, None, replaced)
         terms = combined.terms
         if terms is None:
-            terms = gathering.to_owners(pairs, counting, EVERYTHING - rule.resting(counting.round))
+            terms = gathering.to_owners(pairs, counting, EVERYTHING - rule.frozen_parts(counting.round))
         results = combined.factors or [
             (self._mean(layout, global_, staging, p.pair.b), self._mean(layout, global_, staging, p.pair.a))
             for p in pairs
         ]
         squares = missed(pairs, results, terms, gathering.owned(len(pairs), self._federation))
-        return Outcome(deviation(pairs, squares, self._federation), None, replaced)
+        return LoraResult(deviation(pairs, squares, self._federation), None, replaced)
 
     def put_(
-        self, layout: Layout, global_: Tensor, staging: Tensor, replaced: Mapping[str, Tensor], *, lands: bool
+        self, layout: Layout, global_: Tensor, staging: Tensor, replaced: Mapping[str, Tensor], *, plain: bool
     ) -> None:
         """Put the results where the outer optimizer finds them.
 
@@ -113,12 +113,12 @@ class Products:
             global_: The global vector.
             staging: The pseudo-gradient, in which ``anchor - result`` is put.
             replaced: Results by the names of the factors.
-            lands: Whether the outer optimizer lands on the result. Then the global vector takes it as it is:
+            plain: Whether the outer optimizer lands on the result. Then the global vector takes it as it is:
                 a difference would round it, and carry what the last anchor lost in the parameters' dtype.
         """
         for name, result in replaced.items():
             anchor, step = matrix(layout.view(global_, name)), matrix(layout.view(staging, name))
-            if lands:
+            if plain:
                 anchor.copy_(result)
                 step.zero_()
             else:

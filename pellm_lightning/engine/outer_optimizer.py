@@ -25,7 +25,7 @@ sgd_one = OptimizerConfig("torch.optim.SGD", {"lr": 1.0})
 """Makes the optimizer that lands on what the aggregation returns: federated averaging."""
 
 
-def is_sgd_one(optimizer: torch.optim.Optimizer) -> bool:
+def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
     """Tell whether a step, with the learning rate of this round, is ``x -= grad`` and nothing else."""
     (group,) = optimizer.param_groups
     return type(optimizer) is torch.optim.SGD and (
@@ -33,14 +33,14 @@ def is_sgd_one(optimizer: torch.optim.Optimizer) -> bool:
     ) == (1.0, 0, 0, False)  # fmt: skip
 
 
-def always_lands(optimizer: torch.optim.Optimizer, *, scheduled: bool) -> bool:
+def is_plain_averaging(optimizer: torch.optim.Optimizer, *, scheduled: bool) -> bool:
     """Tell whether every round lands on what the aggregation returns.
 
     Args:
         optimizer: As it was made, before a schedule has changed it.
         scheduled: Whether its learning rate changes from round to round.
     """
-    return is_sgd_one(optimizer) and not scheduled
+    return is_plain_sgd(optimizer) and not scheduled
 
 
 def check(rule: Aggregation, optimizer: torch.optim.Optimizer, *, scheduled: bool) -> None:
@@ -56,7 +56,7 @@ def check(rule: Aggregation, optimizer: torch.optim.Optimizer, *, scheduled: boo
     """
     (group,) = optimizer.param_groups
     memoryless = type(optimizer) is torch.optim.SGD and not group["momentum"] and not group["weight_decay"]
-    if rule.outer == "mean" and not always_lands(optimizer, scheduled=scheduled):
+    if rule.outer == "mean" and not is_plain_averaging(optimizer, scheduled=scheduled):
         raise ValueError(
             f"{rule!r} gives the factors other coordinates each round, so a step from the last ones towards"
             f" them has no meaning: outer_optimizer={describe(optimizer)} must be SGD with lr=1 and no"

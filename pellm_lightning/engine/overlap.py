@@ -17,7 +17,7 @@ from pellm_lightning.aggregation.base import Aggregation
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.comm import Collectives, FederationError
 from pellm_lightning.engine.aggregator import Aggregator, RoundReport
-from pellm_lightning.engine.auxiliary import Contribution
+from pellm_lightning.engine.auxiliary import AuxiliaryValues
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class Overlap:
                 f"{rule!r} writes into the frozen weights, with which training goes on while a round is under"
                 " way. Use another aggregation, or no overlap."
             )
-        if rule.resting(0) != rule.resting(1):
+        if rule.frozen_parts(0) != rule.frozen_parts(1):
             raise ValueError(
                 f"{rule!r} trains other factors after each round, but with an overlap nobody knows yet that"
                 " the round is over. Use another aggregation, or no overlap."
@@ -86,7 +86,7 @@ class Overlap:
 
 
 class OverlappedAggregator(Aggregator):
-    """An aggregator whose rounds can run in the background: ``begin``, train on, ``land``.
+    """An aggregator whose rounds can run in the background: ``begin``, train on, ``apply``.
 
     It works on copies of the parameters in CPU memory, one more times their size. Whatever a round does
     (masks, noise, compression, parties that come and go) it does to the copies, in a thread of its own.
@@ -104,7 +104,7 @@ class OverlappedAggregator(Aggregator):
     def __init__(
         self, federation: Collectives, parameters: Mapping[str, Tensor], overlap: Overlap, **options: Any
     ) -> None:
-        if options.get("beside") is not None:
+        if options.get("auxiliary") is not None:
             raise ValueError("A drift correction needs the last round's result at once: use no overlap.")
         self._staging = Staging(parameters)
         super().__init__(federation, self._staging.copies, **options)
@@ -118,7 +118,7 @@ class OverlappedAggregator(Aggregator):
 
     @property
     def failed(self) -> bool:
-        """Whether the round under way has failed already; ``land()`` raises why."""
+        """Whether the round under way has failed already; ``apply()`` raises why."""
         round = self._under_way
         return round is not None and round.done() and round.exception() is not None
 
@@ -131,7 +131,7 @@ class OverlappedAggregator(Aggregator):
             self._report = None
             self._staging.put(mix=0)
         if self._report is not None:  # its result is what the global vector holds
-            self._replica.write_()
+            self._global_state.write_()
         return overwritten
 
     def begin(self, weight: float, loss: float | None = None, *, steps_left: float = math.nan) -> None:
@@ -145,7 +145,7 @@ class OverlappedAggregator(Aggregator):
         Raises:
             RuntimeError: If the last one has not landed yet.
         """
-        self._check_landed()
+        self._check_applied()
         begun = time.perf_counter()
         step = super().step
         self._staging.take()
@@ -159,7 +159,7 @@ class OverlappedAggregator(Aggregator):
         self._under_way = _in_background(round)
         self._stalled = time.perf_counter() - begun
 
-    def land(self, *, last: bool = False) -> RoundReport:
+    def apply(self, *, last: bool = False) -> RoundReport:
         """Wait for the round under way, and mix its result into the parameters.
 
         Args:
@@ -183,7 +183,7 @@ class OverlappedAggregator(Aggregator):
         self,
         weight: float,
         loss: float | None = None,
-        contribution: Contribution | None = None,
+        contribution: AuxiliaryValues | None = None,
         *,
         steps_left: float = math.nan,
     ) -> RoundReport:
@@ -199,11 +199,11 @@ class OverlappedAggregator(Aggregator):
             FederationError: As ``Aggregator.step``.
         """
         self.begin(weight, loss, steps_left=steps_left)
-        return self.land(last=True)
+        return self.apply(last=True)
 
     @override
     def drain(self) -> Iterator[RoundReport]:
-        self._check_landed()
+        self._check_applied()
         self._staging.take()
         self._staging.wait()
         for report in super().drain():
@@ -233,7 +233,7 @@ class OverlappedAggregator(Aggregator):
             pending = pending | {"deviation": None if deviation is None else Deviation(**deviation)}
             self._report = RoundReport(**pending)
 
-    def _check_landed(self) -> None:
+    def _check_applied(self) -> None:
         if self._under_way is not None or self._report is not None:
             raise RuntimeError(f"Party {self.federation.name} begins a round before the last has landed.")
 

@@ -6,11 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pellm_lightning.aggregation.base import Counting
+from pellm_lightning.aggregation.base import RoundContext
 from pellm_lightning.comm import Collectives, FederationError, MismatchError
 from pellm_lightning.engine.coordination import Header, Purpose
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.privacy.processor import PrivateUpdates
+from pellm_lightning.privacy.processor import DPProcessor
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _MAX_SHORT_ROUNDS = 2
 
 
-class WhoCounts:
+class ParticipantFilter:
     """Judges the parties' headers; every party comes to the same.
 
     Weights are those of the parties that meet, in their order; where the exchange hides them, 1 for who
@@ -37,12 +37,12 @@ class WhoCounts:
         self,
         federation: Collectives,
         exchange: Exchange,
-        private: PrivateUpdates | None,
+        private: DPProcessor | None,
         on_nonfinite: Literal["exclude", "raise"],
         quorum: int,
     ) -> None:
         self._federation = federation
-        self._hides = exchange.hides
+        self._is_secure = exchange.is_secure
         self._private = private
         self._on_nonfinite = on_nonfinite
         self.quorum = quorum
@@ -162,7 +162,7 @@ class WhoCounts:
             failed: Noisy releases of attempts at this round that failed.
         """
         federation, count = self._federation, sum(weight > 0 for weight in weights)
-        if count and self._private is not None and not self._private.affords(failed):
+        if count and self._private is not None and not self._private.within_budget(failed):
             log.warning(
                 "[party %s] Round %d: one more would exceed max_epsilon=%g. Nothing is sent; all go back to"
                 " the last global parameters.",
@@ -188,19 +188,19 @@ class WhoCounts:
 
     def counting(
         self, sums: Collectives, weights: Sequence[float], own_weight: float, round: int
-    ) -> Counting:
+    ) -> RoundContext:
         """Return the shares; where weights are hidden, this party's weight itself, and NaN of the others."""
-        if self._hides:
+        if self._is_secure:
             shares = [math.nan if weight else 0.0 for weight in weights]
             if weights[sums.party]:
                 shares[sums.party] = own_weight
         else:
             total = sum(weights)
             shares = [weight / total if total else 0.0 for weight in weights]
-        return Counting(sums, shares, round)
+        return RoundContext(sums, shares, round)
 
     @staticmethod
-    def scaled(counting: Counting, total_weight: float) -> Counting:
+    def scaled(counting: RoundContext, total_weight: float) -> RoundContext:
         """Return the shares, once the total of the hidden weights is known.
 
         Raises:
@@ -212,7 +212,7 @@ class WhoCounts:
                 " masked exchange has: their sum is 0. Give larger weights, or a larger fractional_bits."
             )
         shares = [share / total_weight if share else 0.0 for share in counting.shares]
-        return Counting(counting.federation, shares, counting.round)
+        return RoundContext(counting.federation, shares, counting.round)
 
     def none_after(self, headers: Sequence[Header], round: int, shortage: "Shortage") -> bool:
         """Tell whether no further round can move anything, the present one being through.
@@ -223,7 +223,7 @@ class WhoCounts:
             shortage: Whether too few trained in it.
         """
         federation = self._federation
-        if self._private is not None and not self._private.affords():
+        if self._private is not None and not self._private.within_budget():
             log.warning(
                 "[party %s] Round %d is the last: one more would exceed max_epsilon=%g.",
                 federation.name,

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pellm_lightning.aggregation.base import Counting, Parts
+from pellm_lightning.aggregation.base import Parts, RoundContext
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.comm import Collectives
-from pellm_lightning.engine import outer_optimizer as outer
-from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.engine import outer_optimizer
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 from pellm_lightning.privacy.clipping import squared_norm
-from pellm_lightning.privacy.processor import PrivateUpdates
+from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors import portable
 from pellm_lightning.tensors.flat_buffer import Chunk, Layout
 
 
 @dataclass(frozen=True)
-class Ballot:
+class ReducedFlags:
     """What the parties say when each has seen all its values."""
 
     fine: list[bool]
@@ -30,11 +30,11 @@ class Ballot:
     """Mean of the parties' clipping bits; 0 without adaptive clipping."""
     loss: float | None
     """Mean of the parties' training losses, weighted; None if no party gave one."""
-    extent: float
+    effective_steps: float
     """Mean of the parties' extents, weighted; 0 if updates are not rescaled."""
 
 
-class Updates:
+class UpdateReducer:
     """The vectors of the rounds of one layout: what the parties share, and what crosses between them.
 
     Args:
@@ -44,7 +44,7 @@ class Updates:
         federation: The joined parties.
         exact: Whether the exchange sums float32 exactly; if not, the parties' ballot crosses apart.
         private: Makes updates differentially private; None leaves them as they are.
-        beside: What crosses beside the updates; None if nothing does.
+        auxiliary: What crosses beside the updates; None if nothing does.
         scheduler: Makes the schedule of the outer optimizer's learning rate; None leaves it as it is.
     """
 
@@ -52,29 +52,29 @@ class Updates:
         self,
         layout: Layout,
         plan: Plan,
-        optimizer: outer.OptimizerFactory,
+        optimizer: outer_optimizer.OptimizerFactory,
         federation: Collectives,
         *,
         exact: bool,
-        private: PrivateUpdates | None,
-        beside: Beside | None = None,
-        scheduler: outer.SchedulerFactory | None = None,
+        private: DPProcessor | None,
+        auxiliary: AuxiliaryTerms | None = None,
+        scheduler: outer_optimizer.SchedulerFactory | None = None,
     ) -> None:
         self.layout = layout
         self._plan = plan
         self._federation = federation
         self._exact = exact
         self._private = private
-        self.beside = beside
-        self.carried = layout.new_vector() if beside is not None and beside.vector else None
+        self.auxiliary = auxiliary
+        self.carried = layout.new_vector() if auxiliary is not None and auxiliary.vector else None
         """Mean of the parties' vectors of the last round in which each part crossed, (D,) float32."""
         self._carrying = None if self.carried is None else layout.new_vector()
         self._parameter = nn.Parameter(layout.pack_(layout.new_vector()))
         self.optimizer = optimizer([self._parameter])
-        self.schedule = outer.Schedule(scheduler, self.optimizer)
+        self.schedule = outer_optimizer.Schedule(scheduler, self.optimizer)
         # The parties' ballot follows the vector: a flag each, the clipping bit, the loss with its weight, the
         # weight, and the extent if updates are rescaled.
-        self._rescales = beside is not None and beside.rescales
+        self._rescales = auxiliary is not None and auxiliary.rescales
         self._staging = layout.new_vector(extra=federation.max_parties + 4 + self._rescales)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
@@ -92,8 +92,8 @@ class Updates:
     # ---- the mean of the updates
 
     def average(
-        self, counting: Counting, loss: float | None, contribution: Contribution | None = None
-    ) -> tuple[float, Ballot]:
+        self, counting: RoundContext, loss: float | None, contribution: AuxiliaryValues | None = None
+    ) -> tuple[float, ReducedFlags]:
         """Sum the parties' ``share * (anchor - x)``; return the norm of this party's update, and the ballot.
 
         Parts that the rule does not average stay at home, and zero in the vector. Behind the last bucket
@@ -109,8 +109,8 @@ class Updates:
             bit = self._make_private(self._private, averaged, counting.num_counting)
             loss = None
         squares: list[float] = []
-        extent = 0.0 if contribution is None else contribution.extent
-        factor = share if not self._rescales else share / extent if extent else 0.0
+        effective_steps = 0.0 if contribution is None else contribution.effective_steps
+        factor = share if not self._rescales else share / effective_steps if effective_steps else 0.0
 
         def packed() -> Iterator[Tensor]:
             yield from self._carry(counting, averaged, contribution)
@@ -120,7 +120,7 @@ class Updates:
                 if self._crosses(bucket, averaged):
                     yield self._staging[bucket[0].start : bucket[-1].stop]
             squares.extend(self._pack(last, factor))
-            self._cast(told, _norm(squares), bit, loss, share, extent)
+            self._cast(told, _norm(squares), bit, loss, share, effective_steps)
             start = last[0].start if self._crosses(last, averaged) else self.layout.size
             if self._exact:
                 yield self._staging[start:]
@@ -143,15 +143,15 @@ class Updates:
         if self._carrying is not None:
             self._carrying.mul_(1 / total_weight)
 
-    def finish_(self, counting: Counting, extent: float) -> None:
+    def finish_(self, counting: RoundContext, effective_steps: float) -> None:
         """Let the means of what crossed beside the updates act on the pseudo-gradient."""
-        if self.beside is None or not self.beside.sums:
+        if self.auxiliary is None or not self.auxiliary.sums:
             return
         for at in self._crossed(counting):
             if self._rescales:
-                self.pseudo_gradient[at].mul_(extent)
-            if self._carrying is not None and self.beside.recoil:
-                self._add_(at, self._carrying, self.beside.recoil)
+                self.pseudo_gradient[at].mul_(effective_steps)
+            if self._carrying is not None and self.auxiliary.vector_coefficient:
+                self._add_(at, self._carrying, self.auxiliary.vector_coefficient)
 
     def _add_(self, at: slice, vector: Tensor, factor: float) -> None:
         """Add a multiple of a vector to the pseudo-gradient, by two roundings at every party.
@@ -164,7 +164,7 @@ class Updates:
             self.pseudo_gradient[part].add_(multiple)
 
     def _carry(
-        self, counting: Counting, averaged: Parts, contribution: Contribution | None
+        self, counting: RoundContext, averaged: Parts, contribution: AuxiliaryValues | None
     ) -> Iterator[Tensor]:
         """Yield the parts of this party's vector that cross, times its share."""
         if self._carrying is None:
@@ -181,12 +181,12 @@ class Updates:
         groups = self._plan.groups
         return [bucket for bucket in self.layout.buckets() if averaged.issuperset(groups[bucket[0].group])]
 
-    def _crossed(self, counting: Counting) -> Iterator[slice]:
+    def _crossed(self, counting: RoundContext) -> Iterator[slice]:
         """Yield where the vectors hold what crossed in this round."""
         for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_counting)):
             yield slice(bucket[0].start, bucket[-1].stop)
 
-    def _make_private(self, private: PrivateUpdates, averaged: Parts, counting: int) -> float:
+    def _make_private(self, private: DPProcessor, averaged: Parts, counting: int) -> float:
         """Settle how the update is clipped and how much noise it gets; return the noisy clipping bit."""
         crossing = [chunk for bucket in self._crossing(averaged) for chunk in bucket]
         norm = _norm([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
@@ -206,7 +206,7 @@ class Updates:
             yield _squared_norm(update)
             if factor > 0:
                 if self._private is not None:
-                    self._private.hide_(update)
+                    self._private.privatize_(update)
                 update.mul_(factor)
             else:
                 update.zero_()  # and not a product: 0 * nan is nan
@@ -223,7 +223,7 @@ class Updates:
         bit: float,
         loss: float | None,
         share: float,
-        extent: float,
+        effective_steps: float,
     ) -> None:
         """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
         fine = math.isfinite(update_norm)
@@ -232,25 +232,31 @@ class Updates:
             float(party == self._federation.party and fine) for party in range(self._federation.max_parties)
         ]
         of_loss = [0.0, 0.0] if known is None else [share * known, share]
-        numbers = [*mine, share * bit, *of_loss, share, *([share * extent] if self._rescales else [])]
+        numbers = [
+            *mine,
+            share * bit,
+            *of_loss,
+            share,
+            *([share * effective_steps] if self._rescales else []),
+        ]
         told.copy_(torch.tensor(numbers, dtype=told.dtype))
 
-    def _counted(self, told: Tensor) -> Ballot:
+    def _counted(self, told: Tensor) -> ReducedFlags:
         numbers = told.tolist()
-        extent = numbers.pop() if self._rescales else 0.0
+        effective_steps = numbers.pop() if self._rescales else 0.0
         *fine, bit, loss, share, total = numbers
         met = fine[: self._federation.num_parties]
-        return Ballot(
+        return ReducedFlags(
             fine=[vote == 1.0 for vote in met],
             total_weight=total,
             clipping_bit=bit / total if total else 0.0,
             loss=loss / share if share else None,
-            extent=extent / total if total else 0.0,
+            effective_steps=effective_steps / total if total else 0.0,
         )
 
     # ---- the step
 
-    def keep_(self, counting: Counting) -> None:
+    def keep_(self, counting: RoundContext) -> None:
         """Let the mean of the parties' vectors be that of this round; what did not cross stays as it was."""
         if self.carried is None or self._carrying is None:
             return
@@ -265,7 +271,7 @@ class Updates:
             moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers,
                 and so does the learning rate.
         """
-        plain = outer.is_sgd_one(self.optimizer)
+        plain = outer_optimizer.is_plain_sgd(self.optimizer)
         squares: list[float] = []
         for chunk in self.layout.chunks():
             at = slice(chunk.start, chunk.stop)

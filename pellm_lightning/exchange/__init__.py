@@ -2,6 +2,6 @@
 
 from pellm_lightning.exchange.base import Exchange, Plain
 from pellm_lightning.exchange.compressed.exchanges import Cast, Quantized, TopK
-from pellm_lightning.exchange.secure.secure_aggregation import Masked
+from pellm_lightning.exchange.secure.secure_aggregation import SecureAggregation
 
-__all__ = ["Cast", "Exchange", "Masked", "Plain", "Quantized", "TopK"]
+__all__ = ["Cast", "Exchange", "Plain", "Quantized", "SecureAggregation", "TopK"]

@@ -8,17 +8,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.comm import Collectives
-from pellm_lightning.exchange.error_feedback import Memory
+from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
 
 class Exchange(ABC):
     """How the values of a round are summed over the parties. Configuration only: it keeps nothing."""
 
-    hides: bool = False
+    is_secure: bool = False
     """Whether parties see sums only; then what needs the parties' values one by one is refused."""
     exact: bool = True
     """Whether a sum of float32 is no less exact than float32; else what needs more digits crosses apart."""
-    gives: Literal["parties", "sums", "rounded", "sparse"] = "parties"
+    supports: Literal["parties", "sums", "rounded", "sparse"] = "parties"
     """What rules get of the parties: their values, sums only, values that were rounded on the way, or only
     means of updates that are sent in parts."""
     min_counting: int = 1
@@ -31,7 +31,7 @@ class Exchange(ABC):
             ValueError: If it would not.
         """
 
-    def memory(self, vector: Tensor) -> Memory | None:
+    def new_error_feedback(self, vector: Tensor) -> ErrorFeedback | None:
         """Return what a party keeps from round to round of what it sums in a vector; None keeps nothing."""
         return None
 
@@ -41,7 +41,7 @@ class Exchange(ABC):
         federation: Collectives,
         revealing: Callable[[], None],
         view: str = "",
-        memory: Memory | None = None,
+        error_feedback: ErrorFeedback | None = None,
     ) -> Collectives:
         """Return the collectives that sum for the present attempt; every party must call it.
 
@@ -51,7 +51,7 @@ class Exchange(ABC):
             view: What this party was told of the attempt, such as the round and who counts. An exchange that
                 hides values fails unless all were told the same: who makes a party believe that others count,
                 too, sees what it sends.
-            memory: What this party keeps from round to round, as ``memory()`` made it; None if no vector is
+            error_feedback: What this party keeps from round to round, as ``error_feedback()`` made it; None if no vector is
                 summed.
         """
 
@@ -69,7 +69,7 @@ class Plain(Exchange):
         federation: Collectives,
         revealing: Callable[[], None],
         view: str = "",
-        memory: Memory | None = None,
+        error_feedback: ErrorFeedback | None = None,
     ) -> Collectives:
         """Return the federation itself."""
         return federation

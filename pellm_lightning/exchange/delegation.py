@@ -8,7 +8,7 @@ from typing_extensions import override
 from pellm_lightning.comm import Collectives
 
 
-class Wrapped(Collectives):
+class DelegatingCollectives(Collectives):
     """The collectives of one attempt over those of a federation.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Memory:
+class ErrorFeedback:
     """The residuals of one party: what its codes have lost, to be sent with the next ones.
 
     They are in units of the sum, after the update was multiplied by the party's share: what is owed is owed

@@ -1,8 +1,8 @@
 """Differential privacy: of a party by clipping and noise, of a record by DP-SGD, and what they cost."""
 
-from pellm_lightning.privacy.accountant import Ledger, noise_multiplier_for
+from pellm_lightning.privacy.accountant import PrivacyAccountant, noise_multiplier_for
 from pellm_lightning.privacy.adaptive_clipping import AdaptiveClipping
 from pellm_lightning.privacy.mechanism import GaussianMechanism
 from pellm_lightning.privacy.noise import Noise
 
-__all__ = ["AdaptiveClipping", "GaussianMechanism", "Ledger", "Noise", "noise_multiplier_for"]
+__all__ = ["AdaptiveClipping", "GaussianMechanism", "Noise", "PrivacyAccountant", "noise_multiplier_for"]

@@ -14,7 +14,7 @@ MAX_MULTIPLIER = 1e6
 """More noise than any budget asks for."""
 
 
-class Ledger:
+class PrivacyAccountant:
     """The noisy releases of a federation and the (epsilon, delta) that they have cost.
 
     A release is one Gaussian mechanism with the noise multiplier z = standard deviation / sensitivity, and
@@ -59,7 +59,7 @@ class Ledger:
 
     def epsilon_after(self, noise_multiplier: float, delta: float, accountant: Accountant = "pld") -> float:
         """Return the epsilon as it would be after one more release with this multiplier."""
-        after = Ledger()
+        after = PrivacyAccountant()
         after._runs = [*self._runs, (_multiplier(noise_multiplier), 1)]
         return after.epsilon(delta, accountant)
 
@@ -73,7 +73,7 @@ class Ledger:
         Raises:
             ValueError: If the state is none of `state_dict`. It may come from a peer.
         """
-        loaded = Ledger()
+        loaded = PrivacyAccountant()
         runs = state_dict.get("releases") if isinstance(state_dict, Mapping) else None
         if not isinstance(runs, list):
             raise ValueError(f"A ledger's state must hold a list under 'releases', not {_short(state_dict)}.")
@@ -87,7 +87,7 @@ class Ledger:
         self._runs = loaded._runs
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Ledger) and self._runs == other._runs
+        return isinstance(other, PrivacyAccountant) and self._runs == other._runs
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 

@@ -5,7 +5,7 @@ import math
 from pellm_lightning.privacy.accountant import (
     MAX_MULTIPLIER,
     Accountant,
-    Ledger,
+    PrivacyAccountant,
     check_accountant,
     check_delta,
 )
@@ -125,15 +125,17 @@ class GaussianMechanism:
                 " each add all the noise with distributed=False."
             )
 
-    def epsilon(self, ledger: Ledger) -> float:
+    def epsilon(self, accountant: PrivacyAccountant) -> float:
         """Return what the releases in the ledger have cost, at this mechanism's delta."""
-        return ledger.epsilon(self.delta, self.accountant)
+        return accountant.epsilon(self.delta, self.accountant)
 
-    def affords(self, ledger: Ledger) -> bool:
+    def within_budget(self, accountant: PrivacyAccountant) -> bool:
         """Tell whether one more release stays within ``max_epsilon``."""
         if self.max_epsilon is None:
             return True
-        return ledger.epsilon_after(self.noise_multiplier, self.delta, self.accountant) <= self.max_epsilon
+        return (
+            accountant.epsilon_after(self.noise_multiplier, self.delta, self.accountant) <= self.max_epsilon
+        )
 
     def __repr__(self) -> str:
         return (

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console, RenderableType
 from typing_extensions import override
 
+from pellm_lightning.report.run_view import RunView
 from pellm_lightning.report.view import view
-from pellm_lightning.report.watched import Watched
 from pellm_lightning.trainer.pickling import own_state
 
 _LOOK_EVERY_S = 1.0
@@ -35,13 +35,13 @@ class FederationProgressBar(RichProgressBar):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{"refresh_rate": _REFRESHES_PER_S} | arguments)
         self.quiet = False
-        self._watched: Watched | None = None
+        self._watched: RunView | None = None
         self._phases: dict[str, str] = {}
         self._begun: tuple[float, int] | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, watched: Watched) -> None:
+    def watch(self, watched: RunView) -> None:
         """Show this federation from now on."""
         self._watched, self._phases = watched, watched.phases()
         if self.is_enabled:
@@ -106,7 +106,7 @@ class FederationProgressBar(RichProgressBar):
 
             self.progress.get_renderables = renderables  # type: ignore[method-assign]
 
-    def _view(self, watched: Watched) -> RenderableType:
+    def _view(self, watched: RunView) -> RenderableType:
         return view(watched, self._phases, self._seconds_left())
 
     def _seconds_left(self) -> float | None:

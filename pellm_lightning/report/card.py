@@ -14,7 +14,7 @@ NAME = "README.md"
 
 def write_card(
     folder: Path,
-    about: Mapping[str, Any],
+    summary: Mapping[str, Any],
     base: str | None,
     *,
     merged: bool = False,
@@ -25,7 +25,7 @@ def write_card(
 
     Args:
         folder: Of the adapter or model.
-        about: ``asdict`` of an ``About``; empty if nothing is known.
+        summary: ``asdict`` of an ``RunSummary``; empty if nothing is known.
         base: Name of the base model.
         merged: Whether the folder holds a whole model and no adapter.
         title: Of the card. Default: the name of the folder.
@@ -41,20 +41,22 @@ def write_card(
             *front,
             "---\n",
             f"# {title or folder.resolve().name}\n",
-            *_body(about, base, merged, contents),
+            *_body(summary, base, merged, contents),
             "",
         ]
     )
     (folder / NAME).write_text(text, encoding="utf-8")
 
 
-def _body(about: Mapping[str, Any], base: str | None, merged: bool, contents: Sequence[str]) -> Iterator[str]:
+def _body(
+    summary: Mapping[str, Any], base: str | None, merged: bool, contents: Sequence[str]
+) -> Iterator[str]:
     what = "A model with a merged adapter" if merged else "An adapter"
     yield (
         f"{what} for `{base or 'an unknown base model'}`, trained by several parties together without sharing"
         " their data (federated learning) with pellm_lightning.\n"
     )
-    if about.get("writes_base") and not merged:
+    if summary.get("writes_base") and not merged:
         yield (
             "Its training has changed the weights beside the adapter, too: load it onto the model in `base/`,"
             f" and not onto `{base}`.\n"
@@ -62,51 +64,51 @@ def _body(about: Mapping[str, Any], base: str | None, merged: bool, contents: Se
     if contents:
         yield " ".join(contents) + "\n"
     yield "## The federation\n"
-    if not about:
+    if not summary:
         yield "The checkpoint does not tell anything about it.\n"
         return
-    settings = about["settings"]
+    settings = summary["settings"]
     rows = {
-        "rounds": about["rounds"],
-        "parties that trained in a round": _trained(about),
-        "rounds that moved nothing, for lack of a quorum": about["short_rounds"],
+        "rounds": summary["rounds"],
+        "parties that trained in a round": _trained(summary),
+        "rounds that moved nothing, for lack of a quorum": summary["short_rounds"],
         "aggregation": settings.get("aggregation"),
         "outer optimizer": settings.get("outer_optimizer"),
         "a round every": schedule(settings),
         "weighting": settings.get("weighting"),
         "exchange": settings.get("exchange"),
-        "privacy": settings.get("privacy") if about["epsilon"] is not None else "none",
+        "privacy": settings.get("privacy") if summary["epsilon"] is not None else "none",
     }
-    if about["epsilon"] is not None:
-        rows["epsilon, over all rounds"] = f"{about['epsilon']:.4g}"
+    if summary["epsilon"] is not None:
+        rows["epsilon, over all rounds"] = f"{summary['epsilon']:.4g}"
     if settings.get("drift correction"):
         rows["drift correction"] = settings["drift correction"]
     yield from _table(["", ""], [[name, _code(value)] for name, value in rows.items()])
     yield "## The parties\n"
     by_samples = settings.get("weighting") == "samples"
-    nothing = [0] * len(about["parties"])
-    took_part = about["took_part"] or nothing
-    weights = [None for _ in nothing] if about["weights"] is None else about["weights"] or nothing
+    nothing = [0] * len(summary["parties"])
+    took_part = summary["took_part"] or nothing
+    weights = [None for _ in nothing] if summary["weights"] is None else summary["weights"] or nothing
     yield from _table(
         ["party", "rounds", "training samples" if by_samples else "sum of its weights"],
         [
             [_code(name), str(rounds), "hidden by the exchange" if weight is None else f"{weight:,.10g}"]
-            for name, rounds, weight in zip(about["parties"], took_part, weights, strict=True)
+            for name, rounds, weight in zip(summary["parties"], took_part, weights, strict=True)
         ],
     )
     if by_samples:
         yield "Samples are counted as often as they were trained on.\n"
-    if (seen := max(took_part)) < about["rounds"]:
+    if (seen := max(took_part)) < summary["rounds"]:
         yield f"The table is of the {seen} rounds that the party which has saved this took part in.\n"
     yield "## Made with\n"
     yield ", ".join(f"{package} {number}" for package, number in versions().items()) + f", {date.today()}.\n"
 
 
-def _trained(about: Mapping[str, Any]) -> str:
+def _trained(summary: Mapping[str, Any]) -> str:
     """Return how many parties trained in how many rounds."""
-    counts = sorted(about["trained"].items(), key=lambda item: -int(item[0]))
+    counts = sorted(summary["trained"].items(), key=lambda item: -int(item[0]))
     seen = ", ".join(f"{number} in {rounds}" for number, rounds in counts)
-    return f"{seen or 'unknown'}; quorum {about['settings'].get('quorum', 'unknown')}"
+    return f"{seen or 'unknown'}; quorum {summary['settings'].get('quorum', 'unknown')}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:

@@ -53,9 +53,9 @@ def announce(
     log.info("[party %s] these are %s", topology.name, _first(parameters))
     if plan.pairs:
         log.info("[party %s] %d LoRA modules, aggregated by %r", topology.name, len(plan.pairs), plan.rule)
-    if exchange.hides:
+    if exchange.is_secure:
         log.info("[party %s] the other parties see sums over all only: %r", topology.name, exchange)
-    if exchange.gives in ("rounded", "sparse"):
+    if exchange.supports in ("rounded", "sparse"):
         log.info("[party %s] they cross in fewer bytes than these: %r", topology.name, exchange)
     if privacy is not None:
         log.info("[party %s] updates are clipped and noisy: %r", topology.name, privacy)

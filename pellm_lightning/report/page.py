@@ -168,7 +168,7 @@ def _outcome(fit: Fit) -> str:
 def _facts(fit: Fit) -> list[tuple[str, str]]:
     """Return the few figures that stand on top: what, and how much."""
     record, rounds = fit.narrator, fit.rounds
-    facts = [("Outcome", _outcome(fit)), ("Parties", str(len(fit.names))), ("Rounds", f"{len(rounds):,}")]
+    facts = [("LoraResult", _outcome(fit)), ("Parties", str(len(fit.names))), ("Rounds", f"{len(rounds):,}")]
     if rounds:
         facts.append(("Optimizer steps", _span([_steps(r) for r in fit.records.values()])))
     facts.append(("Time", duration(max(r.seconds for r in fit.records.values()))))
@@ -226,7 +226,7 @@ def _story(findings: Findings) -> list[str]:
 
 
 def _who_sees(exchange: str, privacy: str) -> str:
-    if exchange.startswith("Masked"):
+    if exchange.startswith("SecureAggregation"):
         text = "They are masked: no party sees more of another's than the sum over all."
     elif exchange.startswith("Plain"):
         text = "The other parties could see each party's values."

@@ -26,10 +26,10 @@ NAME = "rounds.jsonl"
 PACKAGES = ("pellm-lightning", "lightning", "torch", "transformers", "peft", "numpy")
 
 
-class Record:
+class RunRecord:
     """Appends what happens in a fit to a file, one JSON object a line.
 
-    Each line has ``event``, ``run`` (drawn by each ``Record``, so that lines of others in the same file are
+    Each line has ``event``, ``run`` (drawn by each ``RunRecord``, so that lines of others in the same file are
     told apart), ``time`` (UTC, ISO 8601) and ``elapsed_seconds`` since the fit began. The events are "start"
     (who, where, with which settings and versions), "round" (a ``RoundReport`` with the Trainer's step and
     epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on in the

@@ -296,13 +296,13 @@ def read(path: str | Path) -> PartyRecord:
     Raises:
         ValueError: If the file is no record.
     """
-    path, story = Path(path), _Story()
+    path, story = Path(path), _RecordParser()
     number = 0
     try:
         for event in events(path):
             number += 1
             if story.starts and event["event"] == "start" and event["round"] == event["step"] == 0:
-                story = _Story(earlier_fits=story.earlier_fits + 1)
+                story = _RecordParser(earlier_fits=story.earlier_fits + 1)
             story.hear(event)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -317,7 +317,7 @@ def read(path: str | Path) -> PartyRecord:
 
 
 @dataclass
-class _Story:
+class _RecordParser:
     """A record while it is read."""
 
     who: Mapping[str, Any] = field(default_factory=dict)

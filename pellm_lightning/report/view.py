@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pellm_lightning.engine.aggregator import RoundReport
-from pellm_lightning.report.watched import Watched
+from pellm_lightning.report.run_view import RunView
 from pellm_lightning.report.words import size
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -17,7 +17,7 @@ _PHASE_WIDTH = 30
 UNKNOWN = "-"
 
 
-def view(watched: Watched, phases: Mapping[str, str], seconds_left: float | None) -> RenderableType:
+def view(watched: RunView, phases: Mapping[str, str], seconds_left: float | None) -> RenderableType:
     """Return what to show: the federation in lines, and a table with one row per party.
 
     Args:
@@ -50,7 +50,7 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def _headline(watched: Watched, done: RoundReport | None, seconds_left: float | None) -> Text:
+def _headline(watched: RunView, done: RoundReport | None, seconds_left: float | None) -> Text:
     parties = len(watched.names)
     words = [f"federation of {parties} {'party' if parties == 1 else 'parties'}"]
     if done is None:
@@ -93,7 +93,7 @@ def _cost_line(rounds: Sequence[RoundReport]) -> Text:
     return Text(" · ".join(words))
 
 
-def _parties(watched: Watched, phases: Mapping[str, str], done: RoundReport | None) -> Table:
+def _parties(watched: RunView, phases: Mapping[str, str], done: RoundReport | None) -> Table:
     told = done is not None and len(done.losses) > 0
     weighed = done is not None and len(done.weights) > 0
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))

@@ -110,8 +110,8 @@ class SaveAdapter(Callback):
         with_base = federated is not None and federated.writes_base
         with earlier_adapter_kept(folder), written_whole(folder) as unfinished:
             said = save_adapters(model, unfinished, names, with_base=with_base, final=folder)
-            if federated is not None and federated.about is not None:
-                write_card(unfinished, asdict(federated.about), base, title=folder.name, contents=said)
+            if federated is not None and federated.summary is not None:
+                write_card(unfinished, asdict(federated.summary), base, title=folder.name, contents=said)
 
     @staticmethod
     def _names(

@@ -66,7 +66,7 @@ class Notes:
         """Write what was added in one line."""
         waiting, self._waiting = self._waiting, []
         # Lightning's rank-zero functions mean rank 0 of the launch until the callback's setup, after this.
-        if waiting and (trainer is None or topology_of(trainer).is_speaker):
+        if waiting and (trainer is None or topology_of(trainer).is_leader):
             level = logging.WARNING if any(note.is_warning for note in waiting) else logging.INFO
             log.log(level, "Party %s: %s", party, " ".join(note.text for note in waiting))
 

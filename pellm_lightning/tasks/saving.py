@@ -45,14 +45,14 @@ def save_adapters(
 def _save_all(model: PeftModel, folder: Path, names: Sequence[str], final: Path) -> list[str]:
     if len(names) == 1:
         _save(model, names[0], folder)
-        return _beside(model, names)
+        return _kept_together(model, names)
     places = {name: name if name != "base" else "base-adapter" for name in names}
     for name, place in places.items():
         _save(model, name, folder / place)
     listed = ", ".join(f"`{name}` in `{place}/`" for name, place in places.items())
     said = [f"These adapters were trained together, all active: {listed}."]
-    obstacle = _obstacle(model, names)
-    if obstacle is None:
+    unsupported_reason = _unsupported_reason(model, names)
+    if unsupported_reason is None:
         _save_sum(model, names, folder)
         said.append("Their sum is one adapter at the root of this folder: it alone gives the trained model.")
     else:
@@ -61,16 +61,16 @@ def _save_all(model: PeftModel, folder: Path, names: Sequence[str], final: Path)
             f' model.load_adapter("{final.name}/{places[name]}", adapter_name="{name}");' for name in others
         )
         said.append(
-            f"There is none at the root, since {obstacle}. Load them all:"
+            f"There is none at the root, since {unsupported_reason}. Load them all:"
             f' `model = PeftModel.from_pretrained(base, "{final.name}/{places[first]}",'
             f' adapter_name="{first}");{loads} model.base_model.set_adapter({list(names)})`.'
         )
         log.warning("%s holds an adapter in each of %s, and none at its root, since %s. Its %s says how to"
-                    " load them.", final, ", ".join(places.values()), obstacle, "README.md")  # fmt: skip
-    return said + _beside(model, names)
+                    " load them.", final, ", ".join(places.values()), unsupported_reason, "README.md")  # fmt: skip
+    return said + _kept_together(model, names)
 
 
-def _beside(model: PeftModel, names: Sequence[str]) -> list[str]:
+def _kept_together(model: PeftModel, names: Sequence[str]) -> list[str]:
     """Tell of adapters that were active and are not saved: without them the model is another."""
     missing = [name for name in model.active_adapters if name in model.peft_config and name not in names]
     if model.peft_type == PeftType.XLORA or not missing:
@@ -110,7 +110,7 @@ def _unmark_compiled(folder: Path) -> None:
         config.write_text(plain_name(text), encoding="utf-8")
 
 
-def _obstacle(model: PeftModel, names: Sequence[str]) -> str | None:
+def _unsupported_reason(model: PeftModel, names: Sequence[str]) -> str | None:
     """Return why adapters cannot be added up to one, None if they can."""
     if set(model.active_adapters) != set(names):
         return "they were not all active at once"

@@ -197,3 +197,9 @@ def _weights(device: torch.device) -> Tensor:
         int.from_bytes(drawn[at : at + 8], "little", signed=True) | 1 for at in range(0, len(drawn), 8)
     ]
     return torch.tensor(weights, dtype=torch.int64, device=device)
+
+
+def bits_digest(tensor: Tensor) -> str:
+    """Return a digest of a tensor's bits: equal for equal bits only, order included; 16 hex digits."""
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=8).hexdigest()

@@ -89,7 +89,7 @@ def digest(state: Mapping[str, Any]) -> str:
     return _apart(state)[1]["digest"]
 
 
-class StateDir:
+class SnapshotDir:
     """The directory in which a party keeps the global state of the last rounds.
 
     Args:

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.comm import FederationError
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.trainer.isolation import callbacks_of
@@ -148,13 +148,13 @@ class Party:
         self.topology = topology
         self._strategy = strategy
 
-    def speak(self, act: Callable[[], T]) -> T:
+    def on_leader(self, act: Callable[[], T]) -> T:
         """Run ``act`` at the speaker; return its result, or raise its error, at all of the party."""
         if self.topology.party_size == 1:
             return act()
         result: T | None = None
         error: Exception | None = None
-        if self.topology.is_speaker:
+        if self.topology.is_leader:
             try:
                 result = act()
             except Exception as caught:
@@ -197,7 +197,7 @@ def topology_of(trainer: Trainer) -> Topology:
         topology = Topology.from_env()
     for callback in callbacks_of(trainer):
         job = getattr(callback, "job", None)
-        if isinstance(job, Job):
+        if isinstance(job, SeparateJobs):
             topology = job.topology()
     if "RANK" not in os.environ and trainer.world_size > 1:
         return replace(topology, rank_in_party=trainer.global_rank, party_size=trainer.world_size)
@@ -209,7 +209,7 @@ def party_of(trainer: Trainer | None) -> int:
     return Topology.from_env().party if trainer is None else topology_of(trainer).party
 
 
-def speak_as(rank_in_party: int) -> None:
+def set_rank_zero(rank_in_party: int) -> None:
     """Make Lightning's rank-zero functions mean the party's rank 0, so that every party's loggers write."""
     for function in (rank_zero_only, utils_rank_zero_only):
         setattr(function, "rank", rank_in_party)  # noqa: B010  (a function's attribute, unknown to the type checker)

@@ -80,7 +80,7 @@ def put_first(trainer: Trainer, callback: Callback) -> None:
     vars(trainer)["callbacks"] = [callback, *(c for c in callbacks_of(trainer) if c is not callback)]
 
 
-def hush(trainer: Trainer) -> None:
+def silence(trainer: Trainer) -> None:
     """Leave the terminal to party 0: no progress bar, no model summary, no routine lines of Lightning."""
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.disable()

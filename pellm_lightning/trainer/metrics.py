@@ -47,7 +47,7 @@ class ValidationMetrics:
             if value is not self._before.get(name) and not name.startswith("federated/")
         }
         # The speaker's names: what is logged with rank_zero_only is known to one process only.
-        names = party.speak(lambda: sorted(values))
+        names = party.on_leader(lambda: sorted(values))
         weights = [self._weight(name) if name in values else 0.0 for name in names]
         totals = [
             values[name] * weight if weight else 0.0 for name, weight in zip(names, weights, strict=True)

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from pellm_lightning.tensors.snapshot import StateDir
+from pellm_lightning.tensors.snapshot import SnapshotDir
 from pellm_lightning.trainer.isolation import checkpoint_dirs
 
 _RUNS = ("fit", "validate", "test", "predict")
@@ -68,7 +68,7 @@ def last_of_unfinished(trainer: Trainer, party: int, state_dir: str, stopped: st
     Raises:
         DamagedError: If the kept state is damaged.
     """
-    kept = StateDir(state_dir).newest()
+    kept = SnapshotDir(state_dir).newest()
     of = None if kept is None else signature(kept["version"][0], party)
     return None if of is None else newest_signed(trainer, of, stopped)
 
@@ -83,14 +83,14 @@ def left_behind(path: str, *, party: str, round: int) -> MisconfigurationExcepti
     )
 
 
-def signature(lineage: str | None, party: int) -> str | None:
+def signature(run_id: str | None, party: int) -> str | None:
     """Return what marks the checkpoints of a party in a federation of separate jobs; None in one launch.
 
     Args:
-        lineage: Name of the federation, the same through all restarts of its parties.
+        run_id: Name of the federation, the same through all restarts of its parties.
         party: Index of the party.
     """
-    return None if not lineage else f"party {party} of {lineage}"
+    return None if not run_id else f"party {party} of {run_id}"
 
 
 def newest_signed(trainer: Trainer, signature: str, stopped: str) -> str | None:

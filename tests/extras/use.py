@@ -147,12 +147,12 @@ def certs(folder: Path) -> None:
 
 
 def masked(folder: Path) -> None:
-    from pellm_lightning.exchange import Masked
+    from pellm_lightning.exchange import SecureAggregation
     from pellm_lightning.exchange.secure.signing_keys import make_identity
 
     for name in ("0", "1", "2"):
         make_identity(folder, name)
-    assert abs(mean_of(3, lambda index: Masked(folder / f"{index}.key", folder)) - 2) < 1e-5
+    assert abs(mean_of(3, lambda index: SecureAggregation(folder / f"{index}.key", folder)) - 2) < 1e-5
 
 
 def etcd(folder: Path) -> None:
@@ -167,11 +167,11 @@ def etcd(folder: Path) -> None:
 
 
 def privacy(folder: Path) -> None:
-    from pellm_lightning.callbacks.dp_sgd import RecordLevel
+    from pellm_lightning.callbacks.dp_sgd import DPSGD
     from pellm_lightning.privacy.accountant import gaussian_epsilon
 
     assert 4 < gaussian_epsilon(1.0, 1e-5, "pld") < 5
-    fit(folder, [RecordLevel(noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-3)])
+    fit(folder, [DPSGD(noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-3)])
 
 
 def main() -> None:

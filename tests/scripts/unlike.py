@@ -27,10 +27,9 @@ from pellm_lightning.aggregation import (
     ShareA,
     Stacking,
 )
-from pellm_lightning.engine.auxiliary import Beside, Contribution
-from pellm_lightning.engine.compatibility import checksum
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 from pellm_lightning.engine.optim import Yogi
-from pellm_lightning.exchange import Cast, Masked, Quantized, TopK
+from pellm_lightning.exchange import Cast, Quantized, SecureAggregation, TopK
 from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism
 
 OUT, PARTY, PARTIES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -72,8 +71,8 @@ def outer(kind: Callable[..., torch.optim.Optimizer], **settings: Any) -> dict[s
     return {"outer_optimizer": lambda parameters: kind(parameters, **settings)}
 
 
-def masked(**settings: Any) -> Masked:
-    return Masked(f"{OUT}/{PARTY}.key", OUT, **settings)
+def masked(**settings: Any) -> SecureAggregation:
+    return SecureAggregation(f"{OUT}/{PARTY}.key", OUT, **settings)
 
 
 def cosine(optimizer: torch.optim.Optimizer) -> object:
@@ -86,13 +85,16 @@ def cases() -> dict[str, Case]:
     adam = mean | outer(torch.optim.Adam, lr=0.1)
     nesterov = outer(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
     rules: list[Any] = [Mean(), FrozenA(), Alternating(), ShareA(), ResidualMean(), Stacking(), power]
-    rules += [LowRankMean(gauge=gauge) for gauge in ("procrustes", "balanced", "svd")]
+    rules += [LowRankMean(factorization=factorization) for factorization in ("procrustes", "balanced", "svd")]
     rules += [HeterogeneousRank(), HeterogeneousRank("zero_pad"), HeterogeneousRank(solver="power")]
     found: dict[str, Case] = {f"rule {rule!r}": ({"aggregation": rule}, full) for rule in rules}
     found |= {
-        f"thin {solver} {gauge}": ({"aggregation": LowRankMean(solver, gauge=gauge)}, thin)
+        f"thin {solver} {factorization}": (
+            {"aggregation": LowRankMean(solver, factorization=factorization)},
+            thin,
+        )
         for solver in ("exact", "power")
-        for gauge in ("procrustes", "balanced")
+        for factorization in ("procrustes", "balanced")
     }
     optimizers: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
         "SGD": (torch.optim.SGD, {"lr": 0.7}),
@@ -117,8 +119,8 @@ def cases() -> dict[str, Case]:
     found["masked power"] = ({"exchange": masked(), "aggregation": power}, full)
     found["masked thin power"] = ({"exchange": masked(), "aggregation": power}, thin)
     found["quantized low rank"] = ({"exchange": Quantized(8)}, full)
-    carried = Beside("test", vector=True, rescales=True, recoil=0.3)
-    found["beside"] = (mean | {"beside": carried}, full)
+    carried = AuxiliaryTerms("test", vector=True, rescales=True, vector_coefficient=0.3)
+    found["auxiliary"] = (mean | {"auxiliary": carried}, full)
     private = GaussianMechanism(1.0, 4.0, delta=1e-3, distributed=False, adaptive=AdaptiveClipping())
     found["private"] = (mean | nesterov | {"privacy": private}, full)
     return found
@@ -133,9 +135,9 @@ def run(federation: Federation, options: dict[str, Any], train: Callable[..., No
     for number in range(ROUNDS):
         train(number, parameters)
         contribution = None
-        if "beside" in options:
+        if "auxiliary" in options:
             vector = {name: p * 0.3 for name, p in parameters.items()}
-            contribution = Contribution(extent=1.5 + PARTY, vector=vector)
+            contribution = AuxiliaryValues(effective_steps=1.5 + PARTY, vector=vector)
         private = "privacy" in options
         aggregator.step(1.0 if private else 1.0 + PARTY / 3, contribution=contribution)
         state = aggregator.state_dict()

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pellm_lightning import FederatedAveraging
-from pellm_lightning.cli import export as exporting
+from pellm_lightning.cli import export as export_module
 from pellm_lightning.cli.export import export
 from pellm_lightning.tasks import CausalLM, SaveAdapter
 
@@ -128,7 +128,7 @@ def test_a_merged_model_that_differs_is_not_left(
     def broken(model: PeftModel) -> Any:  # as PEFT alone does: both ends of the tied weight change
         return model.merge_and_unload()
 
-    monkeypatch.setattr(exporting, "merge_", broken)
+    monkeypatch.setattr(export_module, "merge_", broken)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"says something else than the adapter model: .* off by"):
         export(checkpoint, tmp_path / "out", module=ROWS, merged=True)

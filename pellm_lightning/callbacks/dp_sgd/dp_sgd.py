@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from pellm_lightning.callbacks.dp_sgd.poisson_sampling import PoissonBatches, SampledLedger, poisson
+from pellm_lightning.callbacks.dp_sgd.poisson_sampling import PoissonAccountant, PoissonBatches, poisson
 from pellm_lightning.privacy.accountant import Accountant, check_accountant, check_delta, root_logger_kept
 from pellm_lightning.privacy.clipping import check_max_norm, clip_factors
 from pellm_lightning.privacy.noise import Noise
@@ -29,7 +29,7 @@ _PROBED_RECORDS = 16
 _PLANNED_STEPS = 100_000
 
 
-class RecordLevel(Callback):
+class DPSGD(Callback):
     """Trains one party by DP-SGD, so that what leaves it hides any single record of its training data.
 
     Before each optimizer step the gradient of every record in the batch is clipped to the 2-norm C =
@@ -87,7 +87,7 @@ class RecordLevel(Callback):
         self.delta = delta
         self.max_epsilon = max_epsilon
         self.accountant = accountant
-        self._ledger = SampledLedger()
+        self._accountant = PoissonAccountant()
         self._noise = Noise()
         # What a fit builds; all of it is dropped when the fit ends.
         self._source: _PoissonSource | None = None
@@ -120,7 +120,7 @@ class RecordLevel(Callback):
         if self._steps_left == 0:
             raise MisconfigurationException(
                 f"The records' privacy budget max_epsilon={self.max_epsilon} is spent after"
-                f" {self._ledger.steps} steps; the next would exceed it. Raise it or the noise_multiplier, or"
+                f" {self._accountant.steps} steps; the next would exceed it. Raise it or the noise_multiplier, or"
                 " stop here."
             )
 
@@ -148,7 +148,7 @@ class RecordLevel(Callback):
         samples = {name: _take(parameter) for name, parameter in trained.items()}
         self._check(trained, samples)
         self._steps_left -= 1
-        self._ledger.step(self.noise_multiplier, self._batches.rate)
+        self._accountant.step(self.noise_multiplier, self._batches.rate)
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in
                              samples.values()]).norm(dim=0)  # fmt: skip
         factors = clip_factors(norms, self.max_grad_norm).float() * (self._size > 0)
@@ -194,17 +194,17 @@ class RecordLevel(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the steps whose cost a resumed run goes on from."""
-        return self._ledger.state_dict()
+        return self._accountant.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what was spent."""
-        self._ledger.load_state_dict(state_dict)
+        self._accountant.load_state_dict(state_dict)
 
     @property
     def epsilon(self) -> float:
         """Epsilon of all steps so far, at ``delta``."""
-        return self._ledger.epsilon(self.delta, self.accountant)
+        return self._accountant.epsilon(self.delta, self.accountant)
 
     # ---- the parts of the hooks
 
@@ -216,7 +216,7 @@ class RecordLevel(Callback):
             return
         planned = trainer.estimated_stepping_batches
         at_most = int(planned) if 0 < planned < _PLANNED_STEPS else _PLANNED_STEPS
-        self._steps_left = self._ledger.affordable(
+        self._steps_left = self._accountant.affordable(
             self.noise_multiplier, self._rate, at_most, self.max_epsilon, self.delta, self.accountant
         )
 

@@ -101,7 +101,7 @@ def poisson(loader: Any) -> DataLoader[Any]:
     )
 
 
-class SampledLedger:
+class PoissonAccountant:
     """The noisy steps of one party on Poisson samples of its records, and what they have cost.
 
     Neighbouring: one record more or less. A step is a Gaussian mechanism of multiplier z on a sample in which
@@ -151,7 +151,7 @@ class SampledLedger:
         """Return how many more steps, ``at_most`` so many, stay within ``max_epsilon``."""
 
         def within(count: int) -> bool:
-            after = SampledLedger()
+            after = PoissonAccountant()
             after._runs = list(self._runs)
             after.step(noise_multiplier, rate, count)
             return after.epsilon(delta, accountant) <= max_epsilon

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from pellm_lightning.callbacks.dp_sgd import RecordLevel
-from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.callbacks.dp_sgd import DPSGD
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 from pellm_lightning.trainer.isolation import callbacks_of
 from pellm_lightning.trainer.pickling import own_state
 
@@ -35,7 +35,7 @@ class DriftCorrection(Callback, ABC):
         self._parameters: dict[str, nn.Parameter] = {}
         self._names: dict[nn.Parameter, str] = {}
         # What the party remembers from round to round, if the method asks for that.
-        self._memory: Named = {}
+        self._error_feedback: Named = {}
         # The state of a checkpoint that was loaded, or of the fit that has ended.
         self._state: dict[str, Any] = {}
 
@@ -43,7 +43,7 @@ class DriftCorrection(Callback, ABC):
 
     @property
     @abstractmethod
-    def beside(self) -> Beside:
+    def auxiliary(self) -> AuxiliaryTerms:
         """What the method adds to the rounds."""
 
     def check(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], *, resets: bool) -> None:
@@ -68,9 +68,9 @@ class DriftCorrection(Callback, ABC):
     def _stepped(self, optimizer: Optimizer) -> None:
         """Count a step that is about to be made."""
 
-    def _give(self) -> Contribution:
+    def _give(self) -> AuxiliaryValues:
         """Return what goes to the round beside the update; parameters still hold the local result."""
-        return Contribution()
+        return AuxiliaryValues()
 
     def _keep(self) -> None:
         """Make what was given the party's own memory: the round stands, and this party counted in it."""
@@ -99,11 +99,11 @@ class DriftCorrection(Callback, ABC):
         Raises:
             MisconfigurationException: If the checkpoint knows nothing of this correction.
         """
-        self._parameters, self._memory = dict(parameters), {}
+        self._parameters, self._error_feedback = dict(parameters), {}
         self._names = {parameter: name for name, parameter in parameters.items()}
         if resumed and not self._state:
             raise MisconfigurationException(
-                f"The checkpoint was saved without {self.beside.method}, which therefore does not know where"
+                f"The checkpoint was saved without {self.auxiliary.method}, which therefore does not know where"
                 " its round began. Resume with the callbacks of the checkpoint, or start anew from its"
                 " weights."
             )
@@ -112,7 +112,7 @@ class DriftCorrection(Callback, ABC):
         if not resumed:
             self._start(mean)
 
-    def contribution(self) -> Contribution:
+    def contribution(self) -> AuxiliaryValues:
         """Return what this party gives to the round that comes."""
         with torch.no_grad():
             return self._give()
@@ -142,7 +142,7 @@ class DriftCorrection(Callback, ABC):
         """Make sure that there are rounds; ``FederatedAveraging`` stands first in line."""
         if not self._parameters:
             raise MisconfigurationException(
-                f"{self.beside.method} corrects the drift between rounds, but there are none. Add"
+                f"{self.auxiliary.method} corrects the drift between rounds, but there are none. Add"
                 " FederatedAveraging() to the Trainer's callbacks."
             )
 
@@ -161,7 +161,7 @@ class DriftCorrection(Callback, ABC):
                     continue
                 if parameter.grad.is_sparse:
                     raise MisconfigurationException(
-                        f"The gradient of {name!r} is sparse, and {self.beside.method} would make it dense at"
+                        f"The gradient of {name!r} is sparse, and {self.auxiliary.method} would make it dense at"
                         " every step. Build the layer with sparse=False."
                     )
                 self._correct_(name, parameter, parameter.grad, float(group["lr"]))
@@ -172,7 +172,7 @@ class DriftCorrection(Callback, ABC):
         """Drop every reference to the module."""
         if stage == "fit":
             self._state = self.state_dict()
-            self._parameters, self._names, self._memory = {}, {}, {}
+            self._parameters, self._names, self._error_feedback = {}, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the module of a fit out of a pickled callback or a copy."""
@@ -214,7 +214,7 @@ def drift_correction_of(trainer: Trainer, module: LightningModule) -> DriftCorre
     found = [callback for callback in callbacks_of(trainer) if isinstance(callback, DriftCorrection)]
     if len(found) > 1:
         raise MisconfigurationException(
-            f"The Trainer has {len(found)} drift corrections ({', '.join(c.beside.method for c in found)});"
+            f"The Trainer has {len(found)} drift corrections ({', '.join(c.auxiliary.method for c in found)});"
             " each would correct what the others have done. Keep one."
         )
     for correction in found:
@@ -238,7 +238,7 @@ def check_coefficient(name: str, value: float, *, positive: bool) -> None:
 
 
 def _check_trainer(trainer: Trainer, module: LightningModule, correction: DriftCorrection) -> None:
-    method = correction.beside.method
+    method = correction.auxiliary.method
     if not module.automatic_optimization:
         raise MisconfigurationException(
             f"{method} acts before each optimizer step, which manual optimization makes by itself, after"
@@ -247,7 +247,7 @@ def _check_trainer(trainer: Trainer, module: LightningModule, correction: DriftC
     callbacks = callbacks_of(trainer)
     before = callbacks[: callbacks.index(correction)]
     for other in callbacks:
-        if isinstance(other, RecordLevel) and other not in before:
+        if isinstance(other, DPSGD) and other not in before:
             raise MisconfigurationException(
                 f"{method} stands before RecordLevel in the Trainer's callbacks: it would correct gradients"
                 " that RecordLevel then replaces, and learn from them before they are noisy. Put RecordLevel"
@@ -261,7 +261,7 @@ def check_optimizer(trainer: Trainer, optimizer: Optimizer, correction: DriftCor
     Raises:
         MisconfigurationException: If it is one.
     """
-    method = correction.beside.method
+    method = correction.auxiliary.method
     if isinstance(optimizer, torch.optim.LBFGS):
         raise MisconfigurationException(
             f"{method} corrects one gradient per step, but LBFGS computes several. Use another optimizer."

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pellm_lightning.callbacks.drift.base import DriftCorrection, Named, check_coefficient, clones
-from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 
 
 class FedDyn(DriftCorrection):
@@ -45,37 +45,37 @@ class FedDyn(DriftCorrection):
 
     @property
     @override
-    def beside(self) -> Beside:
+    def auxiliary(self) -> AuxiliaryTerms:
         """The party's memory, whose mean moves the global parameters."""
-        return Beside(f"FedDyn(alpha={self.alpha})", vector=True, recoil=1 / self.alpha)
+        return AuxiliaryTerms(f"FedDyn(alpha={self.alpha})", vector=True, vector_coefficient=1 / self.alpha)
 
     @override
     def _start(self, mean: Mapping[str, Tensor]) -> None:
         self._anchors = self._anchor()
-        if not self._memory:
-            self._memory = self._zeros()
+        if not self._error_feedback:
+            self._error_feedback = self._zeros()
 
     @override
     def _correct_(self, name: str, parameter: nn.Parameter, grad: Tensor, lr: float) -> None:
-        grad.add_(parameter.detach() - self._anchors[name], alpha=self.alpha).sub_(self._memory[name])
+        grad.add_(parameter.detach() - self._anchors[name], alpha=self.alpha).sub_(self._error_feedback[name])
 
     @override
-    def _give(self) -> Contribution:
+    def _give(self) -> AuxiliaryValues:
         self._given = {
             name: torch.sub(own, self._parameters[name].float() - self._anchors[name], alpha=self.alpha)
-            for name, own in self._memory.items()
+            for name, own in self._error_feedback.items()
         }
-        return Contribution(vector=self._given)
+        return AuxiliaryValues(vector=self._given)
 
     @override
     def _keep(self) -> None:
-        self._memory = self._given
+        self._error_feedback = self._given
 
     @override
     def _saved(self) -> dict[str, Any]:
-        return {"anchor": clones(self._anchors), "memory": clones(self._memory)}
+        return {"anchor": clones(self._anchors), "error_feedback": clones(self._error_feedback)}
 
     @override
     def _load(self, saved: Mapping[str, Any], mean: Mapping[str, Tensor]) -> None:
         self._anchors = self._placed(saved["anchor"])
-        self._memory = self._placed(saved["memory"])
+        self._error_feedback = self._placed(saved["error_feedback"])

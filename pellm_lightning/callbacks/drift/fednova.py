@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from pellm_lightning.callbacks.drift.base import DriftCorrection
-from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 
 _SETTINGS = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
 
@@ -46,9 +46,9 @@ class FedNova(DriftCorrection):
 
     @property
     @override
-    def beside(self) -> Beside:
+    def auxiliary(self) -> AuxiliaryTerms:
         """The party's reach."""
-        return Beside("FedNova()", rescales=True)
+        return AuxiliaryTerms("FedNova()", rescales=True)
 
     @override
     def check(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], *, resets: bool) -> None:
@@ -94,8 +94,8 @@ class FedNova(DriftCorrection):
             self._reach += lr * self._velocity
 
     @override
-    def _give(self) -> Contribution:
-        return Contribution(extent=self._reach)
+    def _give(self) -> AuxiliaryValues:
+        return AuxiliaryValues(effective_steps=self._reach)
 
     @override
     def _saved(self) -> dict[str, Any]:

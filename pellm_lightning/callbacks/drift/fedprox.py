@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pellm_lightning.callbacks.drift.base import DriftCorrection, Named, check_coefficient, clones
-from pellm_lightning.engine.auxiliary import Beside
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms
 
 
 class FedProx(DriftCorrection):
@@ -33,9 +33,9 @@ class FedProx(DriftCorrection):
 
     @property
     @override
-    def beside(self) -> Beside:
+    def auxiliary(self) -> AuxiliaryTerms:
         """Nothing but the setting, which must be the same everywhere."""
-        return Beside(f"FedProx(mu={self.mu})")
+        return AuxiliaryTerms(f"FedProx(mu={self.mu})")
 
     @override
     def _start(self, mean: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pellm_lightning.callbacks.drift.base import DriftCorrection, Named, clones
-from pellm_lightning.engine.auxiliary import Beside, Contribution
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 
 
 class SCAFFOLD(DriftCorrection):
@@ -39,15 +39,15 @@ class SCAFFOLD(DriftCorrection):
 
     @property
     @override
-    def beside(self) -> Beside:
+    def auxiliary(self) -> AuxiliaryTerms:
         """The party's mean gradient."""
-        return Beside("SCAFFOLD()", vector=True)
+        return AuxiliaryTerms("SCAFFOLD()", vector=True)
 
     @override
     def _start(self, mean: Mapping[str, Tensor]) -> None:
-        if not self._memory:
-            self._memory = clones(mean)
-        self._shift = {name: mean[name] - own for name, own in self._memory.items()}
+        if not self._error_feedback:
+            self._error_feedback = clones(mean)
+        self._shift = {name: mean[name] - own for name, own in self._error_feedback.items()}
         self._gradients = self._zeros()
         self._rates = dict.fromkeys(self._parameters, 0.0)
 
@@ -58,29 +58,29 @@ class SCAFFOLD(DriftCorrection):
         grad.add_(self._shift[name])
 
     @override
-    def _give(self) -> Contribution:
+    def _give(self) -> AuxiliaryValues:
         # What was not trained, as a factor that rests, has no new gradient.
         self._given = {
-            name: total / self._rates[name] if self._rates[name] else self._memory[name]
+            name: total / self._rates[name] if self._rates[name] else self._error_feedback[name]
             for name, total in self._gradients.items()
         }
-        return Contribution(vector=self._given)
+        return AuxiliaryValues(vector=self._given)
 
     @override
     def _keep(self) -> None:
-        self._memory = self._given
+        self._error_feedback = self._given
 
     @override
     def _saved(self) -> dict[str, Any]:
         return {
-            "memory": clones(self._memory),
+            "error_feedback": clones(self._error_feedback),
             "gradients": clones(self._gradients),
             "rates": dict(self._rates),
         }
 
     @override
     def _load(self, saved: Mapping[str, Any], mean: Mapping[str, Tensor]) -> None:
-        self._memory = self._placed(saved["memory"])
-        self._shift = {name: mean[name] - own for name, own in self._memory.items()}
+        self._error_feedback = self._placed(saved["error_feedback"])
+        self._shift = {name: mean[name] - own for name, own in self._error_feedback.items()}
         self._gradients = self._placed(saved["gradients"])
         self._rates = dict(saved["rates"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pellm_lightning.cli.doctor.facts import Facts, Measured
-from pellm_lightning.engine.compatibility import Passport, differences, shared_file
+from pellm_lightning.engine.compatibility import PartySpec, differences, shared_file
 from pellm_lightning.report import words
 
 CLOCKS_S = 2.0
@@ -18,7 +18,7 @@ class Finding:
     """One thing that was looked at."""
 
     level: Literal["ok", "warning", "error"]
-    about: str
+    topic: str
     """What was looked at, in a word or two."""
     says: str
     """What was found, and what to do if it is not good."""
@@ -118,21 +118,21 @@ def _versions(seen: Seen) -> Iterator[Finding]:
 
 def _alike(seen: Seen) -> Iterator[Finding]:
     """Compare what must be the same at all parties; of each kind tell the first, and count the rest."""
-    shown: dict[str, Passport] = {name: f.passport for name, f in seen.facts.items() if f.passport}
+    shown: dict[str, PartySpec] = {name: f.party_spec for name, f in seen.facts.items() if f.party_spec}
     if len(shown) < 2:
         return
     told: dict[tuple[str, str], list[str]] = {}
     names = list(shown)
     for name in names[1:]:
-        for about, message in _differences(shown[names[0]], shown[name], names[0], name):
-            apart = message if about == "settings" else ""
-            told.setdefault((about, name + apart), []).append(message)
-    for (about, _), messages in told.items():
+        for topic, message in _differences(shown[names[0]], shown[name], names[0], name):
+            apart = message if topic == "settings" else ""
+            told.setdefault((topic, name + apart), []).append(message)
+    for (topic, _), messages in told.items():
         more = f" ({len(messages) - 1} more like this.)" if len(messages) > 1 else ""
-        yield Finding("error", about, messages[0] + more)
-    differing = {about for about, _ in told}
-    bases = [passport["base"] for passport in shown.values()]
-    unchecked = [name for name, passport in shown.items() if passport["base"] is None]
+        yield Finding("error", topic, messages[0] + more)
+    differing = {topic for topic, _ in told}
+    bases = [party_spec["base"] for party_spec in shown.values()]
+    unchecked = [name for name, party_spec in shown.items() if party_spec["base"] is None]
     if unchecked:
         mixed = "" if len(unchecked) == len(shown) else " The others compare it: give all parties the same."
         yield Finding(
@@ -148,7 +148,7 @@ def _alike(seen: Seen) -> Iterator[Finding]:
     if "settings" not in differing:
         yield Finding("ok", "settings", f"The same at {_all(len(shown))}.")
     if not differing & {"parameters", "adapter"}:
-        size = next(facts for facts in seen.facts.values() if facts.passport)
+        size = next(facts for facts in seen.facts.values() if facts.party_spec)
         share = 100 * size.parameters / max(size.of_parameters, 1)
         yield Finding(
             "ok",
@@ -158,7 +158,7 @@ def _alike(seen: Seen) -> Iterator[Finding]:
         )
 
 
-def _differences(first: Passport, other: Passport, base: str, party: str) -> list[tuple[str, str]]:
+def _differences(first: PartySpec, other: PartySpec, base: str, party: str) -> list[tuple[str, str]]:
     try:
         return list(differences([first, other], [base, party]))
     except (KeyError, TypeError, ValueError, AttributeError):  # of another version
@@ -167,7 +167,7 @@ def _differences(first: Passport, other: Passport, base: str, party: str) -> lis
 
 
 def _files(seen: Seen) -> Iterator[Finding]:
-    shown = {name: f.passport for name, f in seen.facts.items() if f.passport}
+    shown = {name: f.party_spec for name, f in seen.facts.items() if f.party_spec}
     if len(shown) < 2:
         return
     conflict = shared_file(list(shown.values()), list(shown))

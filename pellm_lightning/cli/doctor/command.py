@@ -15,14 +15,14 @@ from torch import Tensor
 from pellm_lightning.cli.doctor import show
 from pellm_lightning.cli.doctor.checks import Finding, Seen, findings
 from pellm_lightning.cli.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured, in_words
-from pellm_lightning.cli.doctor.inquiry import Inquiry, clocks
+from pellm_lightning.cli.doctor.inquiry import Survey, clocks
 from pellm_lightning.comm import Collectives, ElasticFederation, Federation, PartyLostError
 from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
-from pellm_lightning.comm.elastic.separate_jobs import Job
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.engine.aggregator import Aggregator
-from pellm_lightning.engine.auxiliary import Contribution
+from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.fragments import FragmentedAggregator
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _TICKS = 10
 
 
 def examine(
-    job: Job | None,
+    job: SeparateJobs | None,
     topology: Topology,
     rehearsal: Rehearsal | None,
     failure: Exception | None = None,
@@ -59,9 +59,9 @@ def examine(
     """
     if not wait_s > 0:
         raise ValueError(f"wait_s={wait_s} must be positive, in seconds.")
-    if not topology.is_speaker:
+    if not topology.is_leader:
         return True
-    visit = Visit(job, topology, wait_s)
+    visit = DryRun(job, topology, wait_s)
     try:
         visit.connect()
         seen = visit.look(rehearsal, failure)
@@ -81,7 +81,7 @@ _GONE = (RuntimeError, OSError, ImportError, UnreachableError, RestartedError)
 """What a rendezvous that is not there, or not ours, is told by; torch's errors are RuntimeErrors."""
 
 
-class Visit:
+class DryRun:
     """One party's part in the examination.
 
     Args:
@@ -90,9 +90,9 @@ class Visit:
         wait_s: Seconds to wait for a party.
     """
 
-    inquiry: Inquiry
+    inquiry: Survey
 
-    def __init__(self, job: Job | None, topology: Topology, wait_s: float) -> None:
+    def __init__(self, job: SeparateJobs | None, topology: Topology, wait_s: float) -> None:
         self.job = job
         self.topology = topology
         self.wait_s = wait_s
@@ -109,7 +109,7 @@ class Visit:
         if store is None:
             store = self.job.connect() if self.job else store_from_env(self.wait_s)
         self._store = store
-        self.inquiry = Inquiry(Register(store), self.name, self.roster)
+        self.inquiry = Survey(Register(store), self.name, self.roster)
 
     def look(self, rehearsal: Rehearsal | None, failure: Exception | None) -> Seen:
         """Gather what the parties tell, and measure with them if all are there."""
@@ -192,8 +192,8 @@ def measure(
         aggregator = rehearsal.callback.rehearsal(federation, rehearsal.trainer, rehearsal.module, copies)
     if isinstance(federation, ElasticFederation):
         if isinstance(aggregator, Aggregator):  # before all meet: who is slow would be taken for another
-            aggregator.introduce()
-        members = federation.muster("exchange", None, {}).members
+            aggregator.handshake()
+        members = federation.join_quorum("exchange", None, {}).members
         missing = [name for name in federation.roster if name not in members]
         if missing:
             raise PartyLostError(
@@ -201,7 +201,7 @@ def measure(
             )
     latency_s, seconds, size = _sums(federation)
     if isinstance(federation, ElasticFederation):
-        federation.settle("sums")
+        federation.commit("sums")
     rounds_s: list[float] = []
     sent = 0
     if aggregator is not None:
@@ -239,7 +239,7 @@ def _rounds(aggregator: Aggregator | FragmentedAggregator) -> tuple[list[float],
     reports = []
     for _ in range(ROUNDS):
         carried = {name: torch.zeros_like(part) for name, part in aggregator.carried.items()}
-        reports.append(aggregator.step(1.0, contribution=Contribution(vector=carried)))
+        reports.append(aggregator.step(1.0, contribution=AuxiliaryValues(vector=carried)))
     for _ in aggregator.drain():
         pass
     return [report.seconds for report in reports], reports[-1].bytes_sent

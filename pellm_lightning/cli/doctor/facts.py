@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from pellm_lightning.callbacks import arguments as checks
+from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.comm import Collectives
-from pellm_lightning.engine.compatibility import Passport
+from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.report.record import versions
 from pellm_lightning.tensors.selection import select
 from pellm_lightning.trainer.environment import describe_device, topology_of
@@ -42,7 +42,7 @@ class Facts:
     """That would leave the party."""
     of_parameters: int = 0
     """In the whole model."""
-    passport: Passport | None = None
+    party_spec: PartySpec | None = None
     """What an aggregator would show; None if it could not be made."""
     trouble: list[str] = field(default_factory=list)
     """What a fit would fail with here."""
@@ -172,18 +172,18 @@ class Rehearsal:
             self._build()
             parameters = select(self.module, self.callback.include, self.callback.exclude)
             aggregator = self.callback.rehearsal(Roster(names, party), self.trainer, self.module, parameters)
-            passport = aggregator.passport()
-            leaving = [parameters[name] for name, *_ in passport["schema"]]
+            party_spec = aggregator.party_spec()
+            leaving = [parameters[name] for name, *_ in party_spec["schema"]]
             known |= {
                 "size_bytes": aggregator.size_bytes,
                 "parameters": sum(p.numel() for p in leaving),
                 "of_parameters": sum(p.numel() for p in self.module.parameters()),
-                "passport": passport | {"config": passport["config"] | shared},
+                "party_spec": party_spec | {"config": party_spec["config"] | shared},
             }
         except Exception as error:
             trouble.append(in_words(error))
         try:
-            checks.trainer(self.trainer, self.callback, topology_of(self.trainer))
+            arguments.trainer(self.trainer, self.callback, topology_of(self.trainer))
         except Exception as error:
             trouble.append(in_words(error))
         return Facts(**known, trouble=trouble, doubts=doubts)

@@ -17,7 +17,7 @@ class Answer(NamedTuple):
     """When this party read it, in seconds since the epoch by its own clock."""
 
 
-class Inquiry:
+class Survey:
     """The parties of a roster tell each other small things; nobody is waited for longer than said.
 
     Every process draws a number, and all that it writes bears it. Who has written this process's number after
@@ -128,7 +128,7 @@ def offsets(delays: dict[str, dict[str, float]]) -> dict[str, float]:
     }
 
 
-def clocks(inquiry: Inquiry, wait_s: float) -> dict[str, float]:
+def clocks(inquiry: Survey, wait_s: float) -> dict[str, float]:
     """Return by how many seconds each party's clock is ahead of the first party's, of those who answer.
 
     All must have answered something just before: who asks late measures its lateness.

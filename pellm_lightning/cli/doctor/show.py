@@ -25,7 +25,7 @@ def lines(seen: Seen | None, found: Sequence[Finding]) -> list[str]:
     told = []
     for row in [] if seen is None else _rows(seen):
         told.append("party {}: {}, {}, processes: {}".format(*row))
-    told += [f"{finding.level:<7}  {finding.about}: {finding.says}" for finding in found]
+    told += [f"{finding.level:<7}  {finding.topic}: {finding.says}" for finding in found]
     return [*told, verdict(found)]
 
 
@@ -64,12 +64,12 @@ def _tables(seen: Seen | None, found: Sequence[Finding], width: int | None = Non
         console.print(parties)
         console.print()
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    for column in ("level", "about"):
+    for column in ("level", "topic"):
         table.add_column(column, no_wrap=True)
     table.add_column("says", overflow="fold")
     for finding in found:
         style = _STYLES[finding.level]
-        table.add_row(Text(finding.level, style=style), Text(finding.about), Text(finding.says))
+        table.add_row(Text(finding.level, style=style), Text(finding.topic), Text(finding.says))
     console.print(table)
     console.print()
     worst = next((level for level in ("error", "warning") if any(f.level == level for f in found)), "ok")

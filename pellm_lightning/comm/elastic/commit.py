@@ -1,17 +1,17 @@
-"""From the votes to the decision, which stands once it is written, and on to the next epoch."""
+"""From the votes to the decision, which stands once it is written, and on to the next term."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pellm_lightning.comm.elastic.peers import Peers
-from pellm_lightning.comm.elastic.quorum_view import Plan
-from pellm_lightning.comm.elastic.register import KEPT_EPOCHS, Register, RestartedError
+from pellm_lightning.comm.elastic.quorum_view import QuorumView
+from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, RestartedError
 from pellm_lightning.comm.polling import polls
 
 Decision = dict[str, Any]
 
 
-class Decisions:
+class CommitProtocol:
     """Makes, with the others, the one decision on each plan.
 
     Args:
@@ -27,34 +27,34 @@ class Decisions:
         self._name = name
         self._incarnation = incarnation
 
-    def vote(self, plan: Plan, digest: str) -> None:
+    def vote(self, view: QuorumView, digest: str) -> None:
         """Vote for a result."""
-        vote = {"epoch": plan.epoch, "incarnation": self._incarnation, "digest": digest}
+        vote = {"term": view.term, "incarnation": self._incarnation, "digest": digest}
         self._register.write(f"vote/@{self._name}", vote)
 
-    def come_to(self, plan: Plan, timeout_s: float) -> Decision:
+    def await_decision(self, view: QuorumView, timeout_s: float) -> Decision:
         """Return the decision on a plan, which this party helps to make.
 
         Raises:
             RestartedError: If it cannot be known any more.
         """
-        key = _key(plan)
-        votes = [f"vote/@{name}" for name in plan.members]
+        key = _key(view)
+        votes = [f"vote/@{name}" for name in view.members]
         for _ in polls(timeout_s):
-            now, decision, *cast = self._register.read("epoch", key, *votes)
+            now, decision, *cast = self._register.read("term", key, *votes)
             if isinstance(decision, dict):
                 return decision
-            if not isinstance(now, int) or now > plan.epoch + KEPT_EPOCHS:
+            if not isinstance(now, int) or now > view.term + KEPT_TERMS:
                 raise RestartedError  # this party has slept through the decision: it is in doubt
-            digests = {name: _vote(vote, plan, name) for name, vote in zip(plan.members, cast, strict=True)}
-            verdict = self._verdict(plan, digests)
+            digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, cast, strict=True)}
+            verdict = self._verdict(view, digests)
             if verdict:
                 self._register.claim(key, verdict)
         late = [name for name, digest in digests.items() if digest is None]
-        return self.abort(plan, f"party {', '.join(late)} did not vote in time", late, self._name)
+        return self.abort(view, f"party {', '.join(late)} did not vote in time", late, self._name)
 
     def abort(
-        self, plan: Plan, reason: str, blamed: list[str] | None = None, by: str | None = None
+        self, view: QuorumView, reason: str, blamed: list[str] | None = None, by: str | None = None
     ) -> Decision:
         """Decide to give up an attempt, unless it is decided already; return what stands.
 
@@ -65,55 +65,55 @@ class Decisions:
             by: The party that could not reach them.
         """
         verdict = {"abort": reason, "blamed": blamed or [], "by": by}
-        decision = self._register.claim(_key(plan), verdict)
+        decision = self._register.claim(_key(view), verdict)
         return decision if isinstance(decision, dict) else verdict
 
-    def known(self, plan: Plan) -> Decision | None:
+    def known(self, view: QuorumView) -> Decision | None:
         """Return the decision if there is one."""
-        (decision,) = self._register.read(_key(plan))
+        (decision,) = self._register.read(_key(view))
         return decision if isinstance(decision, dict) else None
 
-    def await_end(self, plan: Plan, look_s: float, interrupt: Callable[[], None]) -> None:
-        """Wait until an epoch is over that goes on without this party; end it if its members are gone."""
-        while plan.exchanges:
+    def await_end(self, view: QuorumView, look_s: float, interrupt: Callable[[], None]) -> None:
+        """Wait until a term is over that goes on without this party; end it if its members are gone."""
+        while view.exchanges:
             for _ in polls(look_s):
                 interrupt()
-                now, decision = self._register.read("epoch", _key(plan))
-                if decision is not None or now != plan.epoch:
-                    self.end(plan)
+                now, decision = self._register.read("term", _key(view))
+                if decision is not None or now != view.term:
+                    self.end(view)
                     return
-            dead = self._peers.dead(plan)
+            dead = self._peers.dead(view)
             if dead:
-                self.abort(plan, self._lost(dead[0]))
-        self.end(plan)
+                self.abort(view, self._lost(dead[0]))
+        self.end(view)
 
-    def end(self, plan: Plan) -> None:
-        """Turn to the next epoch, unless another party has done so."""
-        self._register.swap("epoch", plan.epoch, plan.epoch + 1)
-        if self._name in plan.rolls and plan.members[plan.epoch % len(plan.members)] == self._name:
+    def end(self, view: QuorumView) -> None:
+        """Turn to the next term, unless another party has done so."""
+        self._register.swap("term", view.term, view.term + 1)
+        if self._name in view.entries and view.members[view.term % len(view.members)] == self._name:
             # Twice, by two members: the first may have died instead.
-            for old in (plan.epoch - KEPT_EPOCHS, plan.epoch - 2 * KEPT_EPOCHS - 1):
-                self._register.delete(f"plan/{old}", f"decision/{old}")
+            for old in (view.term - KEPT_TERMS, view.term - 2 * KEPT_TERMS - 1):
+                self._register.delete(f"view/{old}", f"decision/{old}")
 
-    def _verdict(self, plan: Plan, digests: Mapping[str, str | None]) -> Decision | None:
+    def _verdict(self, view: QuorumView, digests: Mapping[str, str | None]) -> Decision | None:
         if None not in digests.values():
             if len(set(digests.values())) == 1:
                 return {"commit": next(iter(digests.values()))}
             return {"diverged": ", ".join(f"party {name}: {digest}" for name, digest in digests.items())}
-        dead = [name for name in self._peers.dead(plan) if digests[name] is None]
+        dead = [name for name in self._peers.dead(view) if digests[name] is None]
         return {"abort": self._lost(dead[0]), "blamed": []} if dead else None
 
     def _lost(self, name: str) -> str:
         return f"party {name} was lost: {self._peers.fate(name)}"
 
 
-def _key(plan: Plan) -> str:
-    return f"decision/{plan.epoch}"
+def _key(view: QuorumView) -> str:
+    return f"decision/{view.term}"
 
 
-def _vote(value: Any, plan: Plan, name: str) -> str | None:
+def _vote(value: Any, view: QuorumView, name: str) -> str | None:
     """Return the digest that a member has voted for in a plan, None if it has not."""
     if not isinstance(value, dict):
         return None
-    cast_in = value.get("epoch"), value.get("incarnation")
-    return str(value.get("digest")) if cast_in == (plan.epoch, plan.rolls[name].incarnation) else None
+    cast_in = value.get("term"), value.get("incarnation")
+    return str(value.get("digest")) if cast_in == (view.term, view.entries[name].incarnation) else None

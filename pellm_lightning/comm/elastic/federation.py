@@ -1,6 +1,6 @@
 """A federation of separate jobs: parties die, stall and come back, and every round is all or nothing.
 
-A meeting of the parties is an *epoch*, one attempt at one round. In each, through registers in the
+A meeting of the parties is a *term*, one attempt at one round. In each, through registers in the
 rendezvous' store that stand once they are written:
 
 1. every party calls the *roll*: that it is here, which global parameters it has, what it wants;
@@ -8,7 +8,7 @@ rendezvous' store that stand once they are written:
 3. the members exchange tensors among each other, keep what comes of it, and *vote*;
 4. whoever sees all votes writes the *decision* to commit; whoever sees trouble, to abort.
 
-Nothing here is decided by time alone: a party that was taken for dead finds an epoch that went on without
+Nothing here is decided by time alone: a party that was taken for dead finds a term that went on without
 it, and comes to the next. A plan needs the majority of the roster, and each member makes its result durable
 before it votes, so of two rounds that follow each other one party knows both, and the newest version is never
 lost. The scheme is that of an atomic commitment over single-decree registers; the safety argument is in
@@ -28,14 +28,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.comm.collectives import Collectives
-from pellm_lightning.comm.elastic.commit import Decision, Decisions
-from pellm_lightning.comm.elastic.handshake import Difference, Introductions, Passport
+from pellm_lightning.comm.elastic.commit import CommitProtocol, Decision
+from pellm_lightning.comm.elastic.handshake import Difference, PartySpec, SpecExchange
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat, sign_of
-from pellm_lightning.comm.elastic.join_quorum import Patience, RollCall
+from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol
 from pellm_lightning.comm.elastic.membership import Membership, check_roster
 from pellm_lightning.comm.elastic.peers import Peers
-from pellm_lightning.comm.elastic.quorum_view import Plan, Roll, Version, Wants, is_count
-from pellm_lightning.comm.elastic.reachability import Rifts
+from pellm_lightning.comm.elastic.quorum_view import Intent, QuorumMember, QuorumView, Version, is_count
+from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener, Mesh
@@ -95,7 +95,7 @@ class ElasticFederation(Collectives):
         self._phase = "joining"
         self._digest = ""
         self._attempt = 0
-        self._plan: Plan | None = None
+        self._view: QuorumView | None = None
         self._resting: set[str] = set()
         self._mesh: Mesh | None = None
         self._ran = ("", 0)
@@ -119,20 +119,20 @@ class ElasticFederation(Collectives):
                 f"Party {name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
             ) from error
         self._peers = Peers(self._heartbeat, name, self._incarnation)
-        self._rifts = Rifts(roster)
-        self._introductions = Introductions(self._register, name, self._incarnation)
-        self._decisions = Decisions(self._register, self._peers, name, self._incarnation)
-        self._roll_call = RollCall(
+        self._reachability = ReachabilityTracker(roster)
+        self._specs = SpecExchange(self._register, name, self._incarnation)
+        self._commit_protocol = CommitProtocol(self._register, self._peers, name, self._incarnation)
+        self._quorum_protocol = QuorumProtocol(
             self._register,
             self._peers,
-            self._introductions,
-            self._rifts,
+            self._specs,
+            self._reachability,
             name,
             roster,
             self.quorum,
             self.membership,
         )
-        self._roll_call.interrupt = self._wait
+        self._quorum_protocol.interrupt = self._wait
 
     # ---- who meets
 
@@ -144,7 +144,7 @@ class ElasticFederation(Collectives):
     @property
     def names(self) -> list[str]:  # type: ignore[override]
         """Members of the present plan, in the order of the roster; before the first, this party alone."""
-        return self._plan.members if self._plan else [self._name]
+        return self._view.members if self._view else [self._name]
 
     @property
     @override
@@ -171,20 +171,20 @@ class ElasticFederation(Collectives):
         """What this party was told of the federation, and must be the same at all."""
         return {"roster": ", ".join(self.roster), "quorum": self.quorum, "tls": self._tls is not None}
 
-    def introduce(self, passport: Passport, digest: str, difference: Difference) -> dict[str, Passport]:
+    def handshake(self, party_spec: PartySpec, digest: str, difference: Difference) -> dict[str, PartySpec]:
         """Say what this party is, before it comes to its first meeting; return what those alive have said.
 
         Args:
-            passport: What the others may want to know, as plain containers.
+            party_spec: What the others may want to know, as plain containers.
             digest: Of that part of it which must be the same at all parties.
             difference: Returns in words what of two passports differs, given their owners' names.
         """
         self._digest = digest
-        self._introductions.introduce(passport, difference)
+        self._specs.handshake(party_spec, difference)
         try:
-            self._introductions.show()
+            self._specs.show()
             known = {
-                name: self._introductions.of(name, str(self._heartbeat.seen(name).get("incarnation")))
+                name: self._specs.of(name, str(self._heartbeat.seen(name).get("incarnation")))
                 for name in self.roster
                 if name != self._name and self._peers.alive(name)
             }
@@ -192,7 +192,7 @@ class ElasticFederation(Collectives):
             return {}  # the first meeting shows it again
         return {name: shown for name, shown in known.items() if shown is not None}
 
-    def passport_of(self, party: int) -> Passport:
+    def spec_of(self, party: int) -> PartySpec:
         """Return what a member of the present plan has introduced itself with.
 
         Raises:
@@ -200,14 +200,14 @@ class ElasticFederation(Collectives):
         """
         name, found = self.names[party], None
         try:
-            found = self._introductions.of(name, self._planned.rolls[name].incarnation)
+            found = self._specs.of(name, self._current_view.entries[name].incarnation)
         except (RestartedError, UnreachableError) as error:
             raise PartyLostError("The rendezvous went away in the round.") from error
         if found is None:
             raise PartyLostError(f"Party {name} is no longer what it was.", parties=(name,))
         return found
 
-    def muster(self, wants: Wants, version: Version | None, words: dict[str, Any]) -> Plan:
+    def join_quorum(self, wants: Intent, version: Version | None, words: dict[str, Any]) -> QuorumView:
         """Come to the next meeting that this party is part of; return who goes on together, and as what.
 
         If tensors will cross, the members are connected when it returns.
@@ -222,22 +222,22 @@ class ElasticFederation(Collectives):
             FederationError: If too few parties are there for too long, or one was lost and that shall stop
                 all.
         """
-        patience = self._roll_call.patience()
+        deadline = self._quorum_protocol.deadline()
         while True:
             try:
                 if self._register.renew():
                     log.warning("[party %s] the rendezvous was restarted; the parties meet anew", self._name)
-                plan = self._met(wants, version, words, patience)
+                view = self._met(wants, version, words, deadline)
             except RestartedError:
                 continue
             except UnreachableError as error:
                 self.interrupt()
-                patience.without_rendezvous(error)
+                deadline.without_rendezvous(error)
                 continue
-            if plan is not None:
-                return plan
+            if view is not None:
+                return view
 
-    def settle(self, digest: str) -> None:
+    def commit(self, digest: str) -> None:
         """Vote for the result that this party has made durable; return when it is decided to commit.
 
         If the rendezvous is lost after the vote, the result stands: the others have made the same durable,
@@ -250,14 +250,14 @@ class ElasticFederation(Collectives):
             PartyLostError: If it was decided to abort; the attempt shall be made again.
             FederationError: If the members' results differ.
         """
-        plan = self._planned
+        view = self._current_view
         try:
             self._peers.check_alone(*self._register.read(sign_of(self._name)))
         except (RestartedError, UnreachableError) as error:
             raise PartyLostError("The rendezvous went away before the vote.") from error
         try:
-            self._decisions.vote(plan, digest)
-            decision = self._decisions.come_to(plan, self.timeout_s)
+            self._commit_protocol.vote(view, digest)
+            decision = self._commit_protocol.await_decision(view, self.timeout_s)
         except (RestartedError, UnreachableError):
             log.warning(
                 "[party %s] the rendezvous went away after the vote on the round; its result stands",
@@ -266,15 +266,15 @@ class ElasticFederation(Collectives):
             self._drop_mesh()
             return
         if "abort" in decision:
-            self._try(lambda: self._aborted(plan, decision))
+            self._try(lambda: self._aborted(view, decision))
             raise PartyLostError(f"The round's attempt was given up: {decision['abort']}")
         if "diverged" in decision:
             raise FederationError(
                 f"The parties computed different results from the same values ({decision['diverged']}). No"
                 " parameter was changed. Install the same versions of torch and pellm-lightning at all."
             )
-        self._rifts.bridged(plan.members)
-        self._try(lambda: self._decisions.end(plan))
+        self._reachability.connected(view.members)
+        self._try(lambda: self._commit_protocol.end(view))
 
     def remember(self, attempt: int) -> None:
         """Number attempts above those that this party may have taken part in before it died."""
@@ -284,17 +284,17 @@ class ElasticFederation(Collectives):
         """Say that all parties are through, for those who come too late to be told."""
 
         def claim() -> None:
-            self._register.claim(f"ended/{version.lineage}", version.round)
+            self._register.claim(f"ended/{version.run_id}", version.round)
 
         self._try(claim)
 
     def fail(self, error: Exception) -> None:
         """Give up this attempt at once, at all members; nothing of it was kept."""
-        plan = self._planned
+        view = self._current_view
         self._drop_mesh()
         blamed, by = list(getattr(error, "parties", ())), getattr(error, "by", None) or self._name
         log.info("[party %s] gives up this attempt at the round: %s", self._name, error)
-        self._try(lambda: self._aborted(plan, self._decisions.abort(plan, str(error), blamed, by)))
+        self._try(lambda: self._aborted(view, self._commit_protocol.abort(view, str(error), blamed, by)))
 
     # ---- tensors
 
@@ -366,7 +366,7 @@ class ElasticFederation(Collectives):
         self._drop_mesh()
         self._heartbeat.stop(farewell=farewell)
         if not self._heartbeat.is_replaced:
-            own = [f"{key}/@{self._name}" for key in ("roll", "vote", "passport")]
+            own = [f"{key}/@{self._name}" for key in ("member", "vote", "party_spec")]
             self._try(lambda: self._register.delete(*own))
         self._listener.close()
         for store in self._stores:
@@ -375,65 +375,65 @@ class ElasticFederation(Collectives):
     # ---- meeting
 
     def _met(
-        self, wants: Wants, version: Version | None, words: dict[str, Any], patience: Patience
-    ) -> Plan | None:
-        """Come to the present epoch; return its plan, or None if it went on without this party."""
+        self, wants: Intent, version: Version | None, words: dict[str, Any], deadline: QuorumDeadline
+    ) -> QuorumView | None:
+        """Come to the present term; return its plan, or None if it went on without this party."""
         if self._closed:
             raise FederationError(f"Party {self._name} has left this federation. Join it again.")
-        roll = self._roll(wants, version, words)  # first, since it finds out who was replaced
-        self._introductions.show()
-        plan = self._roll_call.call(roll, patience)
-        if plan is None:
+        entry = self._roll(wants, version, words)  # first, since it finds out who was replaced
+        self._specs.show()
+        view = self._quorum_protocol.call(entry, deadline)
+        if view is None:
             return None
-        self._attempt = max(self._attempt, plan.attempt)
-        self._peers.hear(plan.rolls)
-        if not plan.includes(self._name, self._incarnation):
-            self._decisions.await_end(plan, self.membership.heartbeat_ttl_s, self._wait)
+        self._attempt = max(self._attempt, view.attempt)
+        self._peers.hear(view.entries)
+        if not view.includes(self._name, self._incarnation):
+            self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._wait)
             return None
-        if self._ran == (self._register.life, plan.epoch):
+        if self._ran == (self._register.life, view.term):
             # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
-            self._decisions.abort(plan, f"party {self._name} was in doubt")
-            self._decisions.end(plan)
+            self._commit_protocol.abort(view, f"party {self._name} was in doubt")
+            self._commit_protocol.end(view)
             return None
-        self._ran = self._register.life, plan.epoch
-        self._go_on(plan)
-        if not plan.exchanges:
-            self._decisions.end(plan)
-        elif not self._connected_to(plan):
+        self._ran = self._register.life, view.term
+        self._go_on(view)
+        if not view.exchanges:
+            self._commit_protocol.end(view)
+        elif not self._connected_to(view):
             return None
-        return plan
+        return view
 
-    def _roll(self, wants: Wants, version: Version | None, words: dict[str, Any]) -> Roll:
-        """Return what this party says as it comes to the present epoch."""
-        epoch, sign = self._register.read("epoch", sign_of(self._name))
+    def _roll(self, wants: Intent, version: Version | None, words: dict[str, Any]) -> QuorumMember:
+        """Return what this party says as it comes to the present term."""
+        term, sign = self._register.read("term", sign_of(self._name))
         self._peers.check_alone(sign)
-        epoch = self._register.claim("epoch", 1) if epoch is None else epoch
-        if not is_count(epoch):
+        term = self._register.claim("term", 1) if term is None else term
+        if not is_count(term):
             raise FederationError(
-                f"Party {self._name} finds {epoch!r:.100} where the number of the meeting must be."
+                f"Party {self._name} finds {term!r:.100} where the number of the meeting must be."
                 " Use this rendezvous for one federation only, or start it again: the parties go on where"
                 " they were."
             )
-        return Roll(
-            epoch=epoch,
+        return QuorumMember(
+            term=term,
             incarnation=self._incarnation,
             address=self._address,
             digest=self._digest,
             version=version,
             attempt=max(self._attempt, version.attempt if version else 0),
-            lineage=self._plan.lineage if self._plan else "",
+            run_id=self._view.run_id if self._view else "",
             wants=wants,
-            group=self._plan.group if self._plan and self._mesh else "",
-            member=self._plan is not None,
+            group=self._view.group if self._view and self._mesh else "",
+            member=self._view is not None,
             words=words,
         )
 
-    def _go_on(self, plan: Plan) -> None:
+    def _go_on(self, view: QuorumView) -> None:
         """Take a plan as the present one, and say what has changed."""
-        before = self._plan.members if self._plan else []
-        lost = [name for name in before if name not in plan.rolls and name not in self._resting]
-        new = [name for name in plan.members if name not in before and name != self._name]
-        self._plan = plan
+        before = self._view.members if self._view else []
+        lost = [name for name in before if name not in view.entries and name not in self._resting]
+        new = [name for name in view.members if name not in before and name != self._name]
+        self._view = view
         for name in lost:
             log.warning("[party %s] goes on without party %s: %s", self._name, name, self._peers.fate(name))
         if before and new:
@@ -444,30 +444,30 @@ class ElasticFederation(Collectives):
                 f" {self._name} stops too, its parameters are those of the last completed round plus its own"
                 " local steps. Mend the cause and start all parties again."
             )
-        self._roll_call.partners = plan.members
-        self._resting = {name for name, roll in plan.rolls.items() if roll.wants == "rest"}
+        self._quorum_protocol.partners = view.members
+        self._resting = {name for name, entry in view.entries.items() if entry.wants == "rest"}
         self._heartbeat.say_now(member=True)
 
-    def _aborted(self, plan: Plan, decision: Decision) -> None:
+    def _aborted(self, view: QuorumView, decision: Decision) -> None:
         """Take note of an aborted attempt."""
         self._drop_mesh()
-        self._rifts.note(decision)
-        self._decisions.end(plan)
+        self._reachability.note(decision)
+        self._commit_protocol.end(view)
 
     # ---- connections
 
-    def _connected_to(self, plan: Plan) -> bool:
+    def _connected_to(self, view: QuorumView) -> bool:
         """Connect the members, if they are not; return whether that worked."""
-        if self._mesh is not None and plan.group == plan.rolls[self._name].group:
+        if self._mesh is not None and view.group == view.entries[self._name].group:
             return True
         self._drop_mesh()
         try:
             self._mesh = Mesh(
                 self._listener,
-                plan.group,
+                view.group,
                 self.party,
-                plan.members,
-                [roll.address for roll in plan.rolls.values()],
+                view.members,
+                [entry.address for entry in view.entries.values()],
                 timeout_s=self.membership.exchange_timeout_s,
                 watch=self._watch,
                 tls=self._tls,
@@ -479,20 +479,20 @@ class ElasticFederation(Collectives):
 
     def _watch(self) -> None:
         """Raise when a member of the plan has died, or another one has given up."""
-        plan = self._planned
+        view = self._current_view
         self._peers.check_alone()
         if time.monotonic() - self._watched > _LOOK_S:
             self._watched = time.monotonic()
-            decision = self._known_decision(plan)
+            decision = self._known_decision(view)
             if decision is not None:
                 raise PartyLostError(f"Another party has given up: {decision.get('abort')}")
-        dead = self._peers.dead(plan)
+        dead = self._peers.dead(view)
         if dead:
             raise PartyLostError(f"Party {dead[0]} was lost: {self._peers.fate(dead[0])}", parties=dead)
 
-    def _known_decision(self, plan: Plan) -> Decision | None:
+    def _known_decision(self, view: QuorumView) -> Decision | None:
         try:
-            return self._decisions.known(plan)
+            return self._commit_protocol.known(view)
         except RestartedError as error:
             raise PartyLostError("The rendezvous was restarted: nobody can vote on this attempt.") from error
         except UnreachableError:
@@ -516,10 +516,10 @@ class ElasticFederation(Collectives):
             raise PartyLostError(str(error), parties=error.parties, by=error.by) from error
 
     @property
-    def _planned(self) -> Plan:
-        if self._plan is None:
+    def _current_view(self) -> QuorumView:
+        if self._view is None:
             raise FederationError(f"Party {self._name} has met no other party yet: it must muster first.")
-        return self._plan
+        return self._view
 
     # ---- small parts
 

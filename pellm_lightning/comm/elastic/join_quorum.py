@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from pellm_lightning.comm.elastic.handshake import Introductions, alike
+from pellm_lightning.comm.elastic.handshake import SpecExchange, alike
 from pellm_lightning.comm.elastic.membership import Membership
 from pellm_lightning.comm.elastic.peers import Peers
-from pellm_lightning.comm.elastic.quorum_view import Plan, Roll, is_count, stage
-from pellm_lightning.comm.elastic.reachability import Rifts
-from pellm_lightning.comm.elastic.register import KEPT_EPOCHS, Register, UnreachableError
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count, stage
+from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
+from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, UnreachableError
 from pellm_lightning.comm.errors import (
     FederationError,
     MismatchError,
@@ -20,14 +20,14 @@ from pellm_lightning.comm.errors import (
 from pellm_lightning.comm.polling import polls
 
 
-class RollCall:
+class QuorumProtocol:
     """Waits for the parties and makes the plan, if no other party is quicker.
 
     Args:
         register: Where the roll is called.
         peers: Who lives.
-        introductions: What the parties have shown of themselves.
-        rifts: Who cannot reach whom.
+        specs: What the parties have shown of themselves.
+        reachability: Who cannot reach whom.
         name: This party.
         roster: All parties.
         quorum: How many are needed.
@@ -38,8 +38,8 @@ class RollCall:
         self,
         register: Register,
         peers: Peers,
-        introductions: Introductions,
-        rifts: Rifts,
+        specs: SpecExchange,
+        reachability: ReachabilityTracker,
         name: str,
         roster: Sequence[str],
         quorum: int,
@@ -47,8 +47,8 @@ class RollCall:
     ) -> None:
         self._register = register
         self._peers = peers
-        self._introductions = introductions
-        self._rifts = rifts
+        self._specs = specs
+        self._reachability = reachability
         self._name = name
         self._roster = roster
         self._membership = membership
@@ -58,24 +58,26 @@ class RollCall:
         self.interrupt: Callable[[], None] = lambda: None
         """Called again and again while waiting; what it raises ends the waiting."""
 
-    def call(self, mine: Roll, patience: "Patience") -> Plan | None:
-        """Come to an epoch; return its plan as soon as there is one, None if the epoch is over."""
-        self._register.write(f"roll/@{self._name}", mine.to_json())
-        patience.begin()
-        epoch = mine.epoch
+    def call(self, mine: QuorumMember, deadline: "QuorumDeadline") -> QuorumView | None:
+        """Come to a term; return its plan as soon as there is one, None if the term is over."""
+        self._register.write(f"member/@{self._name}", mine.to_json())
+        deadline.begin()
+        term = mine.term
         for _ in polls():
             self.interrupt()
-            keys = [f"roll/@{name}" for name in self._roster]
-            end = f"ended/{mine.version.lineage if mine.version else ''}"
-            now, planned, ended, *said = self._register.read("epoch", f"plan/{epoch}", end, *keys)
-            if isinstance(now, int) and now > epoch + KEPT_EPOCHS:
+            keys = [f"member/@{name}" for name in self._roster]
+            end = f"ended/{mine.version.run_id if mine.version else ''}"
+            now, viewed, ended, *said = self._register.read("term", f"view/{term}", end, *keys)
+            if isinstance(now, int) and now > term + KEPT_TERMS:
                 return None  # this party has slept; what it would find or write there is nobody's any more
-            if planned is not None:
-                return self._read(planned, mine)
-            if now != epoch:
+            if viewed is not None:
+                return self._read(viewed, mine)
+            if now != term:
                 return None
-            rolls = self._present(epoch, dict(zip(self._roster, map(Roll.from_json, said), strict=True)))
-            if mine.version and is_count(ended) and len(rolls) == 1:
+            entries = self._present(
+                term, dict(zip(self._roster, map(QuorumMember.from_json, said), strict=True))
+            )
+            if mine.version and is_count(ended) and len(entries) == 1:
                 if mine.version.round < ended:
                     raise FederationError(
                         f"The federation ended after {ended} rounds while party {self._name} was away, which"
@@ -83,94 +85,96 @@ class RollCall:
                         " of all parties that are older, start the rendezvous again."
                     )
                 if mine.wants == "rest":
-                    return Plan.of(epoch, mine.version.lineage, rolls)  # it was late, but lacks nothing
-            ready = self._ready(rolls, mine, patience)
+                    return QuorumView.of(term, mine.version.run_id, entries)  # it was late, but lacks nothing
+            ready = self._ready(entries, mine, deadline)
             if ready:
-                new = f"{self._register.life}/{epoch}/{secrets.token_hex(4)}"
-                plan = Plan.of(epoch, new, ready, self._last_attempt(epoch))
-                self._register.claim(f"plan/{epoch}", plan.to_json())
+                new = f"{self._register.life}/{term}/{secrets.token_hex(4)}"
+                view = QuorumView.of(term, new, ready, self._last_attempt(term))
+                self._register.claim(f"view/{term}", view.to_json())
         raise AssertionError("polls without end have ended")
 
-    def _last_attempt(self, epoch: int) -> int:
+    def _last_attempt(self, term: int) -> int:
         """Return the number of the plan before, which perhaps none of those who go on knows any more."""
-        (last,) = self._register.read(f"plan/{epoch - 1}")
+        (last,) = self._register.read(f"view/{term - 1}")
         attempt = last.get("attempt") if isinstance(last, dict) else None
         return attempt if is_count(attempt) else 0
 
-    def _read(self, value: Any, mine: Roll) -> Plan:
-        epoch = mine.epoch
-        plan = Plan.from_json(epoch, value)
-        if plan is not None and not alike(*plan.rolls.values(), mine):
-            self._introductions.check_alike(plan.rolls, mine)
-        if plan is None or not set(plan.members) <= set(self._roster):
+    def _read(self, value: Any, mine: QuorumMember) -> QuorumView:
+        term = mine.term
+        view = QuorumView.from_json(term, value)
+        if view is not None and not alike(*view.entries.values(), mine):
+            self._specs.check_alike(view.entries, mine)
+        if view is None or not set(view.members) <= set(self._roster):
             raise MismatchError(
-                f"Party {self._name} cannot read what another party has written as the plan of epoch {epoch}."
+                f"Party {self._name} cannot read what another party has written as the plan of term {term}."
                 " Install the same version of pellm-lightning and give the same roster at all parties."
             )
-        return plan
+        return view
 
-    def _present(self, epoch: int, rolls: Mapping[str, Roll | None]) -> dict[str, Roll]:
-        """Return what those said who have come to this epoch, and still live."""
-        came = {name: roll for name, roll in rolls.items() if roll is not None and roll.epoch == epoch}
+    def _present(self, term: int, entries: Mapping[str, QuorumMember | None]) -> dict[str, QuorumMember]:
+        """Return what those said who have come to this term, and still live."""
+        came = {name: entry for name, entry in entries.items() if entry is not None and entry.term == term}
         self._peers.hear(came)
-        return {name: roll for name, roll in came.items() if self._peers.lives(name, roll.incarnation)}
+        return {name: entry for name, entry in came.items() if self._peers.lives(name, entry.incarnation)}
 
-    def _ready(self, rolls: dict[str, Roll], mine: Roll, patience: "Patience") -> dict[str, Roll] | None:
+    def _ready(
+        self, entries: dict[str, QuorumMember], mine: QuorumMember, deadline: "QuorumDeadline"
+    ) -> dict[str, QuorumMember] | None:
         """Return who can go on together now, or None if somebody is to be waited for."""
-        same = {name: roll for name, roll in rolls.items() if alike(roll, mine)}
-        passable = self._rifts.passable(same)
-        if len(passable) >= self._needed:
-            same = {name: same[name] for name in passable}
+        same = {name: entry for name, entry in entries.items() if alike(entry, mine)}
+        reachable_group = self._reachability.reachable_group(same)
+        if len(reachable_group) >= self._needed:
+            same = {name: same[name] for name in reachable_group}
         if self._name not in same:
             same = {}  # the others may plan without this party, it cannot
-        patience.complain()
-        awaited = self._awaited(rolls, patience)
-        if patience.is_over(rolls):
+        deadline.complain()
+        awaited = self._awaited(entries, deadline)
+        if deadline.is_over(entries):
             # New processes must not begin anew while one that has the global state still lives.
-            known = any(roll.version for roll in rolls.values())
+            known = any(entry.version for entry in entries.values())
             awaited = [name for name in awaited if not known and self._peers.is_member(name)]
-        patience.looks(rolls, awaited)
+        deadline.looks(entries, awaited)
         if awaited:
             return None
         try:
             if len(same) >= self._needed:
                 self._check_begun(same)
                 return same
-            if len(rolls) >= self._needed:
-                self._introductions.check_alike(rolls, mine)
+            if len(entries) >= self._needed:
+                self._specs.check_alike(entries, mine)
         except FederationError as mismatch:
-            patience.differs(mismatch)
+            deadline.differs(mismatch)
         return None
 
-    def _awaited(self, rolls: Mapping[str, Roll], patience: "Patience") -> list[str]:
+    def _awaited(self, entries: Mapping[str, QuorumMember], deadline: "QuorumDeadline") -> list[str]:
         """Return those who have not come yet, but will."""
-        missing = [name for name in self._roster if name not in rolls]
-        where = stage(rolls, self._needed)
+        missing = [name for name in self._roster if name not in entries]
+        where = stage(entries, self._needed)
         if where == "beginning":
             return missing
         alive = [name for name in missing if self._peers.alive(name)]
         if where == "resuming":
             # Those who were started together come together, give or take.
-            return missing if patience.waited_s < 2 * self._membership.heartbeat_ttl_s else alive
+            return missing if deadline.waited_s < 2 * self._membership.heartbeat_ttl_s else alive
         # Who is still starting up will not come before the others have done their next local steps.
         return [name for name in alive if name in self.partners or self._peers.is_member(name)]
 
-    def _check_begun(self, rolls: Mapping[str, Roll]) -> None:
+    def _check_begun(self, entries: Mapping[str, QuorumMember]) -> None:
         """Raise if it is not clear whether the federation begins or resumes: too few have its state."""
-        begun = [name for name, roll in rolls.items() if roll.version]
-        if begun and stage(rolls, self._needed) == "beginning":
+        begun = [name for name, entry in entries.items() if entry.version]
+        if begun and stage(entries, self._needed) == "beginning":
             raise FederationError(
                 f"Party {', '.join(begun)} has the state of an unfinished federation, the others have none:"
                 f" fewer than the {self._needed} that make a majority. To begin anew, remove its state (it"
                 " was written under its state_dir); to go on from it, copy it to the others."
             )
 
-    def patience(self) -> "Patience":
+    def deadline(self) -> "QuorumDeadline":
         """Return the patience of one muster."""
-        return Patience(self._peers, self._name, self._roster, self._needed, self._membership)
+        return QuorumDeadline(self._peers, self._name, self._roster, self._needed, self._membership)
 
 
-class Patience:
+class QuorumDeadline:
     """How long a party has waited in one muster, and for what.
 
     Args:
@@ -194,11 +198,11 @@ class Patience:
 
     @property
     def waited_s(self) -> float:
-        """Seconds since this party came to the epoch."""
+        """Seconds since this party came to the term."""
         return time.monotonic() - self._began
 
     def begin(self) -> None:
-        """Begin a new epoch."""
+        """Begin a new term."""
         self._began = time.monotonic()
         self._mismatch = None
 
@@ -219,18 +223,18 @@ class Patience:
         if self._mismatch is not None and time.monotonic() - self._differed > grace_s:
             raise self._mismatch
 
-    def looks(self, rolls: Mapping[str, Roll], awaited: Sequence[str]) -> None:
+    def looks(self, entries: Mapping[str, QuorumMember], awaited: Sequence[str]) -> None:
         """Take note of who is there.
 
         Raises:
             TooFewPartiesError: If too few have been there for too long.
         """
         self._reached = time.monotonic()
-        if len({*rolls, *filter(self._peers.alive, awaited)}) >= self._needed:
+        if len({*entries, *filter(self._peers.alive, awaited)}) >= self._needed:
             self._enough = time.monotonic()
         waited = time.monotonic() - self._enough
         if waited > self._membership.wait_s:
-            missing = [name for name in self._roster if name not in rolls]
+            missing = [name for name in self._roster if name not in entries]
             fates = ", ".join(f"{name} ({self._peers.fate(name)})" for name in missing)
             raise TooFewPartiesError(
                 f"Party {self._name} has waited {waited:.0f} s (wait_s) for {self._needed} of the"
@@ -239,9 +243,9 @@ class Patience:
                 parties=tuple(missing),
             )
 
-    def is_over(self, rolls: Mapping[str, Roll]) -> bool:
+    def is_over(self, entries: Mapping[str, QuorumMember]) -> bool:
         """Tell whether those who have not come are to be left out."""
-        beginning = stage(rolls, self._needed) == "beginning"
+        beginning = stage(entries, self._needed) == "beginning"
         return self.waited_s > (self._membership.wait_s if beginning else self._membership.round_timeout_s)
 
     def without_rendezvous(self, error: UnreachableError) -> None:

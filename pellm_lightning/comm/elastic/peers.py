@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat
-from pellm_lightning.comm.elastic.quorum_view import Plan, Roll
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView
 from pellm_lightning.comm.errors import FederationError
 
 
@@ -39,10 +39,10 @@ class Peers:
                 " life; this one stops. Give every party a name of its own, and start each once."
             )
 
-    def hear(self, rolls: Mapping[str, Roll]) -> None:
+    def hear(self, entries: Mapping[str, QuorumMember]) -> None:
         """Take note of processes whose heartbeat was not seen yet."""
-        for name, roll in rolls.items():
-            self._heartbeat.hear(name, roll.incarnation)
+        for name, entry in entries.items():
+            self._heartbeat.hear(name, entry.incarnation)
 
     def lives(self, name: str, incarnation: str) -> bool:
         """Tell whether the process that a party once was still runs."""
@@ -58,9 +58,9 @@ class Peers:
         """Tell whether a party lives that has been part of a plan."""
         return self.alive(name) and bool(self._heartbeat.seen(name).get("member"))
 
-    def dead(self, plan: Plan) -> list[str]:
+    def dead(self, view: QuorumView) -> list[str]:
         """Return which members of a plan have died since."""
-        return [name for name, roll in plan.rolls.items() if not self.lives(name, roll.incarnation)]
+        return [name for name, entry in view.entries.items() if not self.lives(name, entry.incarnation)]
 
     def phase(self, name: str) -> str:
         """Return what a party does, for people who watch."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 
 from pellm_lightning.comm.mesh.handshake import split_address
 
-Wants = Literal["exchange", "words", "rest"]
+Intent = Literal["exchange", "words", "rest"]
 _WANTS = ("exchange", "words", "rest")
 # Longer than any name, address or digest.
 _MAX_TEXT = 256
@@ -16,7 +16,7 @@ _MAX_TEXT = 256
 class Version(NamedTuple):
     """Which global parameters a party has; of one lineage the greater is the newer."""
 
-    lineage: str
+    run_id: str
     """Drawn when the federation first began; two runs never share one."""
     round: int
     """Rounds that are in them."""
@@ -25,10 +25,10 @@ class Version(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Roll:
+class QuorumMember:
     """What a party says when it comes to meet the others."""
 
-    epoch: int
+    term: int
     """The meeting it comes to."""
     incarnation: str
     """Which of the processes that ran under this name it is."""
@@ -40,9 +40,9 @@ class Roll:
     """Its global parameters, None if it has just begun."""
     attempt: int
     """The greatest plan it knows of."""
-    lineage: str
+    run_id: str
     """Of that plan: a first meeting that was given up is made again by the same name."""
-    wants: Wants
+    wants: Intent
     """To exchange tensors, only words, or nothing any more."""
     group: str
     """The connections it has from the last round, or nothing."""
@@ -56,12 +56,12 @@ class Roll:
         return asdict(self) | {"version": list(self.version) if self.version else None}
 
     @classmethod
-    def from_json(cls, value: Any) -> "Roll | None":
+    def from_json(cls, value: Any) -> "QuorumMember | None":
         """Return what a peer wrote, or None if it is no roll."""
         if not isinstance(value, dict) or value.keys() != cls.__annotations__.keys():
             return None
-        texts = [value[key] for key in ("incarnation", "address", "digest", "lineage", "group")]
-        numbers = [value["epoch"], value["attempt"]]
+        texts = [value[key] for key in ("incarnation", "address", "digest", "run_id", "group")]
+        numbers = [value["term"], value["attempt"]]
         version = value["version"]
         if (
             not all(_is_text(text) for text in texts)
@@ -77,103 +77,107 @@ class Roll:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Who goes on together in an epoch; written once, so that all read the same."""
+class QuorumView:
+    """Who goes on together in a term; written once, so that all read the same."""
 
-    epoch: int
+    term: int
     attempt: int
     """Number of the plan, greater than any that a member knew of."""
     group: str
     """Name of their connections; those of the last round, if all members still have them."""
-    lineage: str
+    run_id: str
     """Of the global parameters that come of it."""
-    rolls: dict[str, Roll]
+    entries: dict[str, QuorumMember]
     """What each member said, in the order of the roster."""
 
     @property
     def members(self) -> list[str]:
         """Names of those who go on together, in the order of the roster."""
-        return list(self.rolls)
+        return list(self.entries)
 
     @property
     def digest(self) -> str:
         """The members' digest of what all must share."""
-        return next(iter(self.rolls.values())).digest
+        return next(iter(self.entries.values())).digest
 
     @property
     def exchanges(self) -> bool:
         """Whether tensors will cross: not if somebody wants words first, or all want nothing."""
-        wants = {roll.wants for roll in self.rolls.values()}
+        wants = {entry.wants for entry in self.entries.values()}
         return "words" not in wants and "exchange" in wants
 
     @property
     def newest(self) -> Version | None:
         """The newest version among the members'."""
-        return max((roll.version for roll in self.rolls.values() if roll.version), default=None)
+        return max((entry.version for entry in self.entries.values() if entry.version), default=None)
 
     def includes(self, name: str, incarnation: str) -> bool:
         """Tell whether a process is a member."""
-        return name in self.rolls and self.rolls[name].incarnation == incarnation
+        return name in self.entries and self.entries[name].incarnation == incarnation
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
-        rolls = [[name, roll.to_json()] for name, roll in self.rolls.items()]
-        return {"attempt": self.attempt, "group": self.group, "lineage": self.lineage, "rolls": rolls}
+        entries = [[name, entry.to_json()] for name, entry in self.entries.items()]
+        return {"attempt": self.attempt, "group": self.group, "run_id": self.run_id, "rolls": entries}
 
     @classmethod
-    def from_json(cls, epoch: int, value: Any) -> "Plan | None":
+    def from_json(cls, term: int, value: Any) -> "QuorumView | None":
         """Return what a peer wrote, or None if it is no plan."""
-        if not isinstance(value, dict) or value.keys() != {"attempt", "group", "lineage", "rolls"}:
+        if not isinstance(value, dict) or value.keys() != {"attempt", "group", "run_id", "rolls"}:
             return None
         if not is_count(value["attempt"]) or not isinstance(value["rolls"], list) or not value["rolls"]:
             return None
-        if not _is_text(value["group"]) or not _is_text(value["lineage"]):
+        if not _is_text(value["group"]) or not _is_text(value["run_id"]):
             return None
-        rolls = {}
+        entries = {}
         for item in value["rolls"]:
             if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
                 return None
-            roll = Roll.from_json(item[1])
-            if roll is None:
+            entry = QuorumMember.from_json(item[1])
+            if entry is None:
                 return None
-            rolls[item[0]] = roll
-        return cls(epoch, value["attempt"], value["group"], value["lineage"], rolls)
+            entries[item[0]] = entry
+        return cls(term, value["attempt"], value["group"], value["run_id"], entries)
 
     @classmethod
-    def of(cls, epoch: int, new: str, rolls: Mapping[str, Roll], last_attempt: int = 0) -> "Plan":
+    def of(
+        cls, term: int, new: str, entries: Mapping[str, QuorumMember], last_attempt: int = 0
+    ) -> "QuorumView":
         """Return the plan by which those who called go on.
 
         Args:
-            epoch: The meeting.
+            term: The meeting.
             new: A name that nothing has had before.
             rolls: Who goes on, in the order of the roster.
             last_attempt: Number of the plan before.
         """
-        groups = {roll.group for roll in rolls.values()}
-        versions = [roll.version for roll in rolls.values() if roll.version]
-        last = max(rolls.values(), key=lambda roll: roll.attempt)
+        groups = {entry.group for entry in entries.values()}
+        versions = [entry.version for entry in entries.values() if entry.version]
+        last = max(entries.values(), key=lambda entry: entry.attempt)
         # Connections may be those of more parties than go on now.
-        between = "/" + hashlib.sha256(" ".join(rolls).encode()).hexdigest()[:16]
+        between = "/" + hashlib.sha256(" ".join(entries).encode()).hexdigest()[:16]
         return cls(
-            epoch=epoch,
+            term=term,
             attempt=1 + max(last.attempt, last_attempt),
             group=groups.pop()
             if len(groups) == 1 and all(g.endswith(between) for g in groups)
             else new + between,
-            lineage=max(versions).lineage if versions else last.lineage or new,
-            rolls=dict(rolls),
+            run_id=max(versions).run_id if versions else last.run_id or new,
+            entries=dict(entries),
         )
 
 
-def stage(rolls: Mapping[str, Roll], needed: int) -> Literal["beginning", "resuming", "running"]:
+def stage(entries: Mapping[str, QuorumMember], needed: int) -> Literal["beginning", "resuming", "running"]:
     """Return where a federation is: not begun, begun and to be resumed by new processes, or running.
 
     That it has begun counts only if as many say so as a round needs: state that a single party has left may
     be of another run.
     """
-    if any(roll.member for roll in rolls.values()):
+    if any(entry.member for entry in entries.values()):
         return "running"
-    return "resuming" if sum(roll.version is not None for roll in rolls.values()) >= needed else "beginning"
+    return (
+        "resuming" if sum(entry.version is not None for entry in entries.values()) >= needed else "beginning"
+    )
 
 
 def is_count(value: Any) -> TypeGuard[int]:

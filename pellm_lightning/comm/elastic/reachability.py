@@ -11,7 +11,7 @@ _KEPT = 16
 _MAX_WAIT = 32
 
 
-class Rifts:
+class ReachabilityTracker:
     """Attempts that failed between parties that live.
 
     Whom a party accuses is its own word: one that is cut off accuses all the others, and may be the first to
@@ -36,7 +36,7 @@ class Rifts:
         if by in self._roster and accused:
             self._failures.append((by, accused))
 
-    def passable(self, names: Collection[str]) -> list[str]:
+    def reachable_group(self, names: Collection[str]) -> list[str]:
         """Return those of ``names`` that may well go on together; the same at all that know the same."""
         kept = list(names)
         while kept:
@@ -52,7 +52,7 @@ class Rifts:
             kept.remove(max(kept, key=lambda name: (ends[name], self._roster.index(name))))
         return kept
 
-    def bridged(self, members: Collection[str]) -> None:
+    def connected(self, members: Collection[str]) -> None:
         """Forget what was between parties that have completed a round.
 
         Who was left out gets one more try, not three: in the next round, then after 2, 4 and so on, since

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-KEPT_EPOCHS = 16
-"""For how many epochs plans and decisions are kept: for those who slept."""
+KEPT_TERMS = 16
+"""For how many terms plans and decisions are kept: for those who slept."""
 
 _MAX_BYTES = 4 << 20
 _LIFE = "life"

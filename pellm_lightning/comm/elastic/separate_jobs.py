@@ -9,8 +9,8 @@ import torch.distributed as dist
 from pellm_lightning.comm.elastic.federation import ElasticFederation
 from pellm_lightning.comm.elastic.membership import Membership, check_roster
 from pellm_lightning.comm.quorum import Quorum
-from pellm_lightning.comm.rendezvous.polling_store import PolledStore
-from pellm_lightning.comm.rendezvous.prefix_store import Room
+from pellm_lightning.comm.rendezvous.polling_store import PollingStore
+from pellm_lightning.comm.rendezvous.prefix_store import PrefixStore
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.topology import Topology
 
@@ -24,7 +24,7 @@ _VARIABLES = {
 
 
 @dataclass(frozen=True)
-class Job:
+class SeparateJobs:
     """How one party joins the others.
 
     Args:
@@ -71,7 +71,7 @@ class Job:
         membership: Membership | None = None,
         quorum: Quorum = "majority",
         environ: Mapping[str, str] | None = None,
-    ) -> "Job | None":
+    ) -> "SeparateJobs | None":
         """Return the job that arguments and ``PELLM_...`` variables describe; None without a rendezvous.
 
         Raises:
@@ -137,9 +137,9 @@ class Job:
         impatient = replace(
             self.membership, wait_s=wait_s, round_timeout_s=wait_s, exchange_timeout_s=wait_s / 2
         )
-        return self._joined(lambda: Room(self.connect(), room), impatient)
+        return self._joined(lambda: PrefixStore(self.connect(), room), impatient)
 
-    def connect(self) -> PolledStore:
+    def connect(self) -> PollingStore:
         """Return a client of the rendezvous.
 
         Raises:

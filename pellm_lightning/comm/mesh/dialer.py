@@ -11,9 +11,9 @@ from selectors import EVENT_WRITE, DefaultSelector
 
 from pellm_lightning.comm.mesh.handshake import (
     BadPeerError,
-    Talk,
-    Talks,
-    Turns,
+    HandshakeSteps,
+    PeerHandshake,
+    PeerHandshakes,
     greet,
     greeting,
     prepare,
@@ -27,7 +27,7 @@ _ATTEMPT_S = 10.0
 _PAUSE_S = 0.05
 
 
-class Calls:
+class Dialer:
     """Connections being opened to several members at once.
 
     Args:
@@ -49,8 +49,8 @@ class Calls:
         self._due = dict.fromkeys(callees, 0.0)
         self._attempts = Counter[int]()
         self._selector = DefaultSelector()
-        self._talks: Talks[socket.socket] = Talks(self._selector)
-        self._ranks: dict[Talk[socket.socket], int] = {}
+        self._talks: PeerHandshakes[socket.socket] = PeerHandshakes(self._selector)
+        self._ranks: dict[PeerHandshake[socket.socket], int] = {}
 
     def go_on(self, timeout_s: float) -> Iterator[tuple[int, socket.socket]]:
         """Wait for something to happen, then yield each member that has answered, with its connection."""
@@ -79,7 +79,7 @@ class Calls:
             for _ in self._go_on(talk):
                 pass
 
-    def _go_on(self, talk: Talk[socket.socket]) -> Iterator[tuple[int, socket.socket]]:
+    def _go_on(self, talk: PeerHandshake[socket.socket]) -> Iterator[tuple[int, socket.socket]]:
         try:
             sock = self._talks.go_on(talk)
         except (OSError, BadPeerError) as error:
@@ -92,7 +92,7 @@ class Calls:
             del self.troubles[rank]
             yield rank, sock
 
-    def _call(self, rank: int) -> Turns[socket.socket]:
+    def _call(self, rank: int) -> HandshakeSteps[socket.socket]:
         """Return a connection to a member on which it has confirmed who and where it is."""
         name, address = self._callees[rank]
         host, port = split_address(address)
@@ -119,7 +119,7 @@ class Calls:
         return sock
 
 
-def _connect(sock: socket.socket, where: tuple[object, ...]) -> Turns[None]:
+def _connect(sock: socket.socket, where: tuple[object, ...]) -> HandshakeSteps[None]:
     prepare(sock)
     error = sock.connect_ex(where)
     if error in (EINPROGRESS, EWOULDBLOCK):

@@ -219,7 +219,7 @@ class UnexpectedFrameError(Exception):
         self.length = length
 
 
-class HungUpError(Exception):
+class PeerDisconnectedError(Exception):
     """The other end closed the connection, or it broke."""
 
 
@@ -258,14 +258,14 @@ class Link:
 
         Raises:
             UnexpectedFrameError: If the other end sends what must not come.
-            HungUpError: If it is gone although it is needed.
+            PeerDisconnectedError: If it is gone although it is needed.
         """
         self.events = 0
         sent = self.push()
         received = self._pull() if self.inbox else 0
         self.is_hot = max(sent, received) >= _TURN_BYTES
         if not self.inbox and self.outbox and self._send_error is not None:
-            raise HungUpError(str(self._send_error))
+            raise PeerDisconnectedError(str(self._send_error))
         return sent + received
 
     def part(self, label: Label) -> None:
@@ -348,12 +348,12 @@ class Link:
                 # TLS hands over 16 KiB at a time, and what it has already read does not wake a selector.
                 some = self._receive(room[received:])
                 if not some:
-                    raise HungUpError("it hung up")
+                    raise PeerDisconnectedError("it hung up")
                 received += some
         except (BlockingIOError, ssl.SSLWantReadError):
             self.events |= EVENT_READ
         except ssl.SSLWantWriteError:
             self.events |= EVENT_WRITE
         except OSError as error:
-            raise HungUpError(str(error)) from error
+            raise PeerDisconnectedError(str(error)) from error
         return received

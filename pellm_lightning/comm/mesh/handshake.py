@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 from pellm_lightning.comm.tls import peer_name
 
 T = TypeVar("T")
-Turns = Generator[tuple[int, int], None, T]
+HandshakeSteps = Generator[tuple[int, int], None, T]
 """A conversation: yields a descriptor and the event there that it must wait for; returns its result."""
 
 _GREETING = struct.Struct("!4sBH")
@@ -62,7 +62,7 @@ def prepare(sock: socket.socket) -> None:
 # ---- conversations
 
 
-def secure(sock: socket.socket, context: ssl.SSLContext | None) -> Turns[socket.socket]:
+def secure(sock: socket.socket, context: ssl.SSLContext | None) -> HandshakeSteps[socket.socket]:
     """Shake hands if there is a context; return the socket to go on with, which owns the descriptor."""
     if context is None:
         return sock
@@ -76,7 +76,7 @@ def secure(sock: socket.socket, context: ssl.SSLContext | None) -> Turns[socket.
     return wrapped
 
 
-def greet(sock: socket.socket, name: str, group: str) -> Turns[None]:
+def greet(sock: socket.socket, name: str, group: str) -> HandshakeSteps[None]:
     """Say who we are, and which group this connection is for."""
     words = json.dumps({"from": name, "group": group}).encode()
     left = _GREETING.pack(_GREETING_MAGIC, _VERSION, len(words)) + words
@@ -85,7 +85,7 @@ def greet(sock: socket.socket, name: str, group: str) -> Turns[None]:
         left = left[sent:]
 
 
-def greeting(sock: socket.socket) -> Turns[tuple[str, str]]:
+def greeting(sock: socket.socket) -> HandshakeSteps[tuple[str, str]]:
     """Read who is at the other end, and for which group; with TLS the certificate must say the same.
 
     Raises:
@@ -107,7 +107,7 @@ def greeting(sock: socket.socket) -> Turns[tuple[str, str]]:
     return name, group
 
 
-def _exactly(sock: socket.socket, size: int) -> Turns[bytes]:
+def _exactly(sock: socket.socket, size: int) -> HandshakeSteps[bytes]:
     got = b""
     while len(got) < size:
         piece = yield from _turns(sock, partial(sock.recv, size - len(got)))
@@ -117,7 +117,7 @@ def _exactly(sock: socket.socket, size: int) -> Turns[bytes]:
     return got
 
 
-def _turns(sock: socket.socket, act: Callable[[], T]) -> Turns[T]:
+def _turns(sock: socket.socket, act: Callable[[], T]) -> HandshakeSteps[T]:
     while True:
         try:
             return act()
@@ -131,37 +131,37 @@ def _turns(sock: socket.socket, act: Callable[[], T]) -> Turns[T]:
 
 
 @dataclass(eq=False)
-class Talk(Generic[T]):
+class PeerHandshake(Generic[T]):
     """One conversation under way."""
 
-    turns: Turns[T]
+    turns: HandshakeSteps[T]
     deadline: float
     host: str
     descriptor: int = -1
     events: int = 0
 
 
-class Talks(Generic[T]):
+class PeerHandshakes(Generic[T]):
     """Conversations that go on side by side, none of which can hold up another.
 
     Args:
-        selector: What their sockets are registered with, each with its ``Talk`` as data.
+        selector: What their sockets are registered with, each with its ``PeerHandshake`` as data.
     """
 
     def __init__(self, selector: BaseSelector) -> None:
         self._selector = selector
-        self._under_way: dict[Talk[T], None] = {}
+        self._under_way: dict[PeerHandshake[T], None] = {}
 
     def __len__(self) -> int:
         return len(self._under_way)
 
-    def begin(self, turns: Turns[T], seconds: float, host: str = "") -> Talk[T]:
+    def begin(self, turns: HandshakeSteps[T], seconds: float, host: str = "") -> PeerHandshake[T]:
         """Start a conversation with a host that may take so long; ``go_on`` makes its first turn."""
-        talk = Talk(turns, time.monotonic() + seconds, host)
+        talk = PeerHandshake(turns, time.monotonic() + seconds, host)
         self._under_way[talk] = None
         return talk
 
-    def go_on(self, talk: Talk[T]) -> T | None:
+    def go_on(self, talk: PeerHandshake[T]) -> T | None:
         """Let it take its next turn; return its result, or None if it is to be continued.
 
         Raises:
@@ -184,7 +184,7 @@ class Talks(Generic[T]):
             self._selector.modify(descriptor, events, talk)
         return None
 
-    def end(self, talk: Talk[T]) -> None:
+    def end(self, talk: PeerHandshake[T]) -> None:
         """Break it off."""
         self._forget(talk)
         talk.turns.close()
@@ -194,12 +194,12 @@ class Talks(Generic[T]):
         deadlines = [talk.deadline for talk in self._under_way]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def overdue(self) -> list[Talk[T]]:
+    def overdue(self) -> list[PeerHandshake[T]]:
         """Return those whose time is over."""
         now = time.monotonic()
         return [talk for talk in self._under_way if talk.deadline <= now]
 
-    def most_dispensable(self) -> Talk[T]:
+    def most_dispensable(self) -> PeerHandshake[T]:
         """Return the one that was begun first with the host that has the most: a crowd crowds out itself."""
         crowd = Counter(talk.host for talk in self._under_way).most_common(1)[0][0]
         return next(talk for talk in self._under_way if talk.host == crowd)
@@ -209,7 +209,7 @@ class Talks(Generic[T]):
         for talk in list(self._under_way):
             self.end(talk)
 
-    def _forget(self, talk: Talk[T]) -> None:
+    def _forget(self, talk: PeerHandshake[T]) -> None:
         self._under_way.pop(talk, None)
         if talk.descriptor >= 0:
             self._selector.unregister(talk.descriptor)

@@ -13,9 +13,9 @@ from selectors import EVENT_READ, DefaultSelector
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.mesh.handshake import (
     BadPeerError,
-    Talk,
-    Talks,
-    Turns,
+    HandshakeSteps,
+    PeerHandshake,
+    PeerHandshakes,
     greeting,
     join_address,
     prepare,
@@ -76,7 +76,7 @@ class Listener:
         self._rebuffed = (0.0, "")
         self._closing = threading.Event()
         self._selector = DefaultSelector()
-        self._talks: Talks[Guest] = Talks(self._selector)
+        self._talks: PeerHandshakes[Guest] = PeerHandshakes(self._selector)
         self._bell, self._ring = socket.socketpair()
         self._selector.register(self._server, EVENT_READ)
         self._selector.register(self._bell, EVENT_READ)
@@ -107,7 +107,7 @@ class Listener:
                 for key, _ in self._selector.select(self._talks.seconds_left()):
                     if key.fileobj is self._server:
                         self._accept()
-                    elif isinstance(key.data, Talk):
+                    elif isinstance(key.data, PeerHandshake):
                         self._go_on(key.data)
                 for talk in self._talks.overdue():
                     self._talks.end(talk)
@@ -133,7 +133,7 @@ class Listener:
         while len(self._talks) > max(most, 0):
             self._talks.end(self._talks.most_dispensable())
 
-    def _go_on(self, talk: Talk[Guest]) -> None:
+    def _go_on(self, talk: PeerHandshake[Guest]) -> None:
         try:
             guest = self._talks.go_on(talk)
         except (OSError, BadPeerError) as error:
@@ -174,7 +174,7 @@ class Listener:
             own.close()
 
 
-def _received(sock: socket.socket, context: ssl.SSLContext | None) -> Turns[Guest]:
+def _received(sock: socket.socket, context: ssl.SSLContext | None) -> HandshakeSteps[Guest]:
     """Let a guest prove its name and say what it comes for."""
     try:
         prepare(sock)

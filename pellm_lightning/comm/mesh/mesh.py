@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 
 from pellm_lightning.comm.errors import FederationError
-from pellm_lightning.comm.mesh.dialer import Calls
+from pellm_lightning.comm.mesh.dialer import Dialer
 from pellm_lightning.comm.mesh.frames import (
     DTYPES,
-    HungUpError,
     Incoming,
     Kind,
     Label,
     Link,
     Outgoing,
+    PeerDisconnectedError,
     UnexpectedFrameError,
 )
 from pellm_lightning.comm.mesh.group import Group
 from pellm_lightning.comm.mesh.handshake import greet
 from pellm_lightning.comm.mesh.listener import Listener
-from pellm_lightning.comm.mesh.reduction import BLOCK_BYTES, Addition
-from pellm_lightning.comm.mesh.stall_detector import Patience
+from pellm_lightning.comm.mesh.reduction import BLOCK_BYTES, Reduction
+from pellm_lightning.comm.mesh.stall_detector import StallDetector
 from pellm_lightning.comm.tls import TLS
 
 __all__ = ["Listener", "Mesh"]
@@ -132,7 +132,7 @@ class Mesh:
                 sums.append(Outgoing(label(Kind.SUM, self.rank), chunks[self.rank], ready=0))
                 link.outbox += [Outgoing(label(Kind.PART, peer), chunks[peer]), sums[-1]]
                 link.inbox += [parts[-1], Incoming(label(Kind.SUM, peer), chunks[peer])]
-            self._exchange(Addition(own, rings, parts, sums).go_on)
+            self._exchange(Reduction(own, rings, parts, sums).go_on)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite a contiguous CPU tensor by the one of member ``source``.
@@ -207,7 +207,7 @@ class Mesh:
         """Get one connection to each peer: the lower ranks are called, the higher ones call."""
         group = self._group
         callees = {peer: (group.names[peer], group.addresses[peer]) for peer in range(self.rank)}
-        calls = Calls(group.me, group.name, callees, tls)
+        calls = Dialer(group.me, group.name, callees, tls)
         began = time.monotonic()
         pause = 0.001
         try:
@@ -250,7 +250,7 @@ class Mesh:
             work: Does what can be done with what has come; returns whether that lets links go on.
         """
         undone = turning = list(self._links.values())
-        patience = Patience(self._timeout_s, undone)
+        patience = StallDetector(self._timeout_s, undone)
         # Before anybody's mistake can be noticed, everybody has been told what this member does: so the
         # others can judge for themselves who is wrong.
         for link in undone:
@@ -274,7 +274,7 @@ class Mesh:
     def _turn(self, link: Link) -> int:
         try:
             return link.turn()
-        except HungUpError as error:
+        except PeerDisconnectedError as error:
             raise self._group.gone(link.rank, str(error), self._here) from error
         except UnexpectedFrameError as error:
             expected = link.inbox[0].label

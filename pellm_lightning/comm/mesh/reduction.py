@@ -11,7 +11,7 @@ BLOCK_BYTES = 256 << 10
 """So much is added at a time: it fits into a core's cache, and is a multiple of every scalar's size."""
 
 
-class Addition:
+class Reduction:
     """x_0 + x_1 + … + x_{N-1} in the order of the ranks, each sum rounded to the dtype.
 
     Args:

@@ -10,7 +10,7 @@ from pellm_lightning.comm.mesh.frames import Kind, Link
 _SECOND_HAND_S = 0.5
 
 
-class Patience:
+class StallDetector:
     """How long each peer has not moved.
 
     Args:

@@ -12,11 +12,11 @@ from pellm_lightning.comm.tls import RENDEZVOUS, peer_name
 _PIECE_BYTES = 64 << 10
 
 
-class HungUpError(OSError):
+class ServerDisconnectedError(OSError):
     """A server that had proved its name closed the connection without a word."""
 
 
-class Line:
+class Channel:
     """One connection to a rendezvous, its hello said.
 
     Args:
@@ -74,7 +74,7 @@ class Line:
         except (ConnectionError, ssl.SSLEOFError) as error:
             if isinstance(self._socket, ssl.SSLSocket):
                 # With TLS 1.3 a client that is not admitted learns it only now.
-                raise HungUpError(str(error)) from error
+                raise ServerDisconnectedError(str(error)) from error
             raise
         if hello[:-2] != HELLO[:-2]:
             raise FrameError("it says something else than hello")

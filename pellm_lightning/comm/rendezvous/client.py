@@ -12,7 +12,7 @@ from typing_extensions import Self, override
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.polling import polls
-from pellm_lightning.comm.rendezvous.channel import HungUpError, Line
+from pellm_lightning.comm.rendezvous.channel import Channel, ServerDisconnectedError
 from pellm_lightning.comm.rendezvous.frames import (
     DONE,
     MAX_FIELDS,
@@ -23,7 +23,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     check_value,
     pack,
 )
-from pellm_lightning.comm.rendezvous.polling_store import PolledStore, encoded
+from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
 from pellm_lightning.comm.tls import TLS
 
 # A server that stops closes connections before it closes its port; one that shuts us out does so every time.
@@ -32,7 +32,7 @@ _HANG_UPS = 10
 _MAX_REASON = 1000
 
 
-class RemoteStore(PolledStore):
+class RendezvousStore(PollingStore):
     """A client of a ``RendezvousServer``.
 
     A lost connection is made again and the request is asked again, for ``retry_s`` seconds. That does no harm
@@ -52,7 +52,7 @@ class RemoteStore(PolledStore):
         FederationError: If the server does not admit this party, is not the rendezvous, or refuses a request.
     """
 
-    _line: Line | None = None
+    _line: Channel | None = None
     _closed = False
 
     def __init__(
@@ -130,7 +130,7 @@ class RemoteStore(PolledStore):
                 except OSError as error:
                     self._hang_up()
                     failure = error
-                    hang_ups = hang_ups + 1 if isinstance(error, HungUpError) else 0
+                    hang_ups = hang_ups + 1 if isinstance(error, ServerDisconnectedError) else 0
                     if hang_ups == _HANG_UPS:
                         raise self._shut_out("it hangs up without a word") from error
                     if asked > repeats or self._closed:
@@ -140,7 +140,7 @@ class RemoteStore(PolledStore):
                     raise self._no_rendezvous(str(error)) from error
         raise self._out_of_reach(failure) from failure
 
-    def _connected(self, until: float) -> Line:
+    def _connected(self, until: float) -> Channel:
         """Return the connection, made anew if there is none."""
         if self._closed:
             raise OSError("this client was closed")
@@ -148,7 +148,7 @@ class RemoteStore(PolledStore):
         patience_s = max(min(self._retry_s / 2, until - time.monotonic()), 0.05)
         if self._line is None:
             try:
-                self._line = Line(self.address, self._context, patience_s)
+                self._line = Channel(self.address, self._context, patience_s)
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 raise  # the server may just be stopping
             except ssl.SSLCertVerificationError as error:
@@ -187,30 +187,30 @@ class RemoteStore(PolledStore):
 
     def _out_of_reach(self, error: OSError | None) -> dist.DistNetworkError:
         return dist.DistNetworkError(
-            f"The rendezvous at {self.address} is out of reach{self._speaking()}: {error}. It was tried for"
+            f"The rendezvous at {self.address} is out of reach{self._identity()}: {error}. It was tried for"
             f" {self._retry_s:g} s. Check that it runs, that the address is right and the port open, and that"
             " it and all parties use TLS, or none does."
         )
 
     def _no_rendezvous(self, why: str) -> FederationError:
         return FederationError(
-            f"Who answers at {self.address}{self._speaking()} is not this federation's rendezvous: {why}."
+            f"Who answers at {self.address}{self._identity()} is not this federation's rendezvous: {why}."
             " Check the address, that it and all parties run the same version and use TLS, or none does, and"
             " that all have the same ca.pem."
         )
 
     def _shut_out(self, why: str) -> FederationError:
         return FederationError(
-            f"The rendezvous at {self.address} does not admit this party{self._speaking()}: {why}. Check that"
+            f"The rendezvous at {self.address} does not admit this party{self._identity()}: {why}. Check that"
             " the name is on its roster, that its authority issued the certificate, and that this has not"
             " expired."
         )
 
-    def _speaking(self) -> str:
+    def _identity(self) -> str:
         return "" if self._tls is None else f" (as {self._tls.name!r}, by {self._tls.cert})"
 
 
-def connect(url: str, tls: TLS | None = None, *, timeout_s: float = 300, retry_s: float = 10) -> PolledStore:
+def connect(url: str, tls: TLS | None = None, *, timeout_s: float = 300, retry_s: float = 10) -> PollingStore:
     """Return a client of the rendezvous at ``tcp://host:port`` or of the etcd at ``etcd://host:port``.
 
     Args:
@@ -227,7 +227,7 @@ def connect(url: str, tls: TLS | None = None, *, timeout_s: float = 300, retry_s
     """
     kind, _, address = url.partition("://")
     if kind == "tcp":
-        return RemoteStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s)
+        return RendezvousStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s)
     if kind == "etcd":
         from pellm_lightning.comm.rendezvous.etcd import EtcdStore  # an optional dependency
 

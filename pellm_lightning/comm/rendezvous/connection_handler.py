@@ -22,7 +22,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     pack,
     unpack,
 )
-from pellm_lightning.comm.rendezvous.key_value_store import RefusedError, Table
+from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
 from pellm_lightning.comm.tls import peer_name
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _BROKEN = (OSError, EOFError, FrameError)
 
 
 @dataclass(eq=False)
-class _Guest:
+class _Session:
     """Who asks: a party by its certificate, or without TLS whoever connects from one host."""
 
     name: str | None
@@ -77,8 +77,8 @@ class _Connection:
             timer.cancel()
 
 
-class Hall:
-    """Serves one ``Table`` to whoever may come in.
+class ConnectionHandler:
+    """Serves one ``KeyValueStore`` to whoever may come in.
 
     Args:
         roster: Names that may come in, with TLS.
@@ -88,8 +88,8 @@ class Hall:
     def __init__(self, roster: frozenset[str], context: ssl.SSLContext | None) -> None:
         self._roster = roster
         self._context = context
-        self._table = Table()
-        self._guests: dict[str, _Guest] = {}
+        self._table = KeyValueStore()
+        self._guests: dict[str, _Session] = {}
         self._strangers: dict[asyncio.Task[None], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._turned_away = 0
@@ -188,7 +188,7 @@ class Hall:
         )
         return _Connection(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
-    async def _greeted(self, connection: _Connection, host: str) -> _Guest:
+    async def _greeted(self, connection: _Connection, host: str) -> _Session:
         """Return who is there; whoever is not on the roster gets no answer."""
         name, label = None, host
         if self._context is not None:
@@ -204,9 +204,9 @@ class Hall:
         await connection.writer.drain()
         if hello != HELLO:
             raise FrameError(f"version {int.from_bytes(hello[-2:], 'big')} of this protocol")
-        return self._guests.get(label) or _Guest(name, label)
+        return self._guests.get(label) or _Session(name, label)
 
-    def _seat(self, guest: _Guest, connection: _Connection) -> None:
+    def _seat(self, guest: _Session, connection: _Connection) -> None:
         """Count a connection among its guest's."""
         if guest.name is not None:
             _make_room(guest.connections, MAX_CONNECTIONS_PER_NAME)
@@ -217,20 +217,20 @@ class Hall:
         guest.connections.append(connection)
         self._guests[guest.label] = guest
 
-    def _unseat(self, guest: _Guest, connection: _Connection) -> None:
+    def _unseat(self, guest: _Session, connection: _Connection) -> None:
         guest.connections.remove(connection)
         if not guest.connections:
             del self._guests[guest.label]
             log.info("[%s] is gone", guest.label)
 
-    async def _attend(self, guest: _Guest, connection: _Connection) -> None:
+    async def _attend(self, guest: _Session, connection: _Connection) -> None:
         """Answer one request after the other. No local variable holds one while the next is waited for."""
         while True:
             await _send(guest, connection, *self._answered(guest, connection, await _body(guest, connection)))
             await asyncio.sleep(0)  # others' turn, even if the next request is here already
 
     def _answered(
-        self, guest: _Guest, connection: _Connection, body: bytes
+        self, guest: _Session, connection: _Connection, body: bytes
     ) -> tuple[int, list[bytes | None]]:
         if connection.writer.is_closing():
             # What was buffered before the cut will be asked again: an addition must not count twice.
@@ -249,7 +249,7 @@ class Hall:
             self._turned_away, self._logged_at = 0, time.monotonic()
 
 
-async def _body(guest: _Guest, connection: _Connection) -> bytes:
+async def _body(guest: _Session, connection: _Connection) -> bytes:
     """Wait for a frame as long as it takes, but for its second byte and all others not for long."""
     head = await connection.reader.readexactly(1)
     connection.heard_at = time.monotonic()
@@ -260,7 +260,7 @@ async def _body(guest: _Guest, connection: _Connection) -> bytes:
             return await connection.reader.readexactly(size)
 
 
-async def _send(guest: _Guest, connection: _Connection, tag: int, fields: list[bytes | None]) -> None:
+async def _send(guest: _Session, connection: _Connection, tag: int, fields: list[bytes | None]) -> None:
     """Send an answer piece by piece, so that what is not taken is noticed and not piled up."""
     size = sum(len(field or b"") for field in fields)
     async with guest.large if size > _LARGE_BYTES else contextlib.nullcontext():

@@ -14,7 +14,7 @@ from typing_extensions import Self, override
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.polling import polls
-from pellm_lightning.comm.rendezvous.polling_store import PolledStore, encoded
+from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
 from pellm_lightning.comm.tls import TLS
 
 try:
@@ -32,7 +32,7 @@ _MAX_REASON = 1000
 _TEMPORARY = (ConnectionFailedError, ConnectionTimeoutError, ServerError)
 
 
-class EtcdStore(PolledStore):
+class EtcdStore(PollingStore):
     """A client of etcd's HTTP gateway; all keys lie under one prefix.
 
     Who may write what is for etcd's roles to say. An etcd that is out of reach is asked again for ``retry_s``

@@ -25,7 +25,7 @@ class RefusedError(Exception):
     """A request that is understood but not done; the reason is for whoever asked."""
 
 
-class Table:
+class KeyValueStore:
     """A dictionary with limits.
 
     Every request is done or refused as a whole. Who asks is known by name, or not at all (None): then
@@ -131,14 +131,14 @@ class Table:
         self._size_bytes = size_bytes
 
 
-_ACTS: dict[Op, Callable[[Table, list[bytes]], list[bytes | None]]] = {
-    Op.SET: Table._set,
-    Op.COMPARE_SET: Table._compare_set,
-    Op.ADD: Table._add,
-    Op.DELETE: Table._delete,
-    Op.CHECK: Table._check,
-    Op.MULTI_GET: Table._multi_get,
-    Op.NUM_KEYS: Table._num_keys,
+_ACTS: dict[Op, Callable[[KeyValueStore, list[bytes]], list[bytes | None]]] = {
+    Op.SET: KeyValueStore._set,
+    Op.COMPARE_SET: KeyValueStore._compare_set,
+    Op.ADD: KeyValueStore._add,
+    Op.DELETE: KeyValueStore._delete,
+    Op.CHECK: KeyValueStore._check,
+    Op.MULTI_GET: KeyValueStore._multi_get,
+    Op.NUM_KEYS: KeyValueStore._num_keys,
 }
 _WRITES = (Op.SET, Op.COMPARE_SET, Op.ADD, Op.DELETE)
 

@@ -9,7 +9,7 @@ from typing_extensions import Self
 from pellm_lightning.comm.polling import polls
 
 
-class PolledStore(dist.Store):
+class PollingStore(dist.Store):
     """A torch ``Store`` whose server only ever answers at once; abstract.
 
     Keep a reference to it while anything uses it: torch itself keeps none to a store written in Python.

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from typing_extensions import Self, override
 
-from pellm_lightning.comm.rendezvous.polling_store import PolledStore
+from pellm_lightning.comm.rendezvous.polling_store import PollingStore
 
 
-class Room(PolledStore):
+class PrefixStore(PollingStore):
     """A client that sees only keys below a prefix, so that two federations never meet at one rendezvous.
 
     Args:
@@ -15,7 +15,7 @@ class Room(PolledStore):
         name: The prefix.
     """
 
-    def __init__(self, store: PolledStore, name: str) -> None:
+    def __init__(self, store: PollingStore, name: str) -> None:
         super().__init__(store._timeout_s)
         self._store = store
         self._name = name

@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from typing_extensions import Self
 
-from pellm_lightning.comm.rendezvous.connection_handler import Hall
+from pellm_lightning.comm.rendezvous.connection_handler import ConnectionHandler
 from pellm_lightning.comm.tls import RENDEZVOUS, TLS, check_name
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class RendezvousServer:
     """A dictionary of keys that all parties reach over TCP, or better TLS.
 
     With ``tls`` only parties of the roster are let in, by the names in their certificates, and a key with a
-    path component ``@name`` can be written by that party only (see ``Table``). Without, whoever reaches the
+    path component ``@name`` can be written by that party only (see ``KeyValueStore``). Without, whoever reaches the
     address may read and change everything: use that on one host or in a private network.
 
     Args:
@@ -57,7 +57,7 @@ class RendezvousServer:
         if RENDEZVOUS in (roster or ()):
             raise ValueError(f"No party can be called {RENDEZVOUS!r}. Give it another name.")
         names = frozenset(check_name(name) for name in roster or ())
-        self._hall = Hall(names, None if tls is None else tls.server_context)
+        self._hall = ConnectionHandler(names, None if tls is None else tls.server_context)
         self._host, self._port = host, port
         self._encrypted = tls is not None
         self._address: str | None = None

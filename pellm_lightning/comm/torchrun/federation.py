@@ -16,7 +16,7 @@ from pellm_lightning.comm.errors import FederationError, PartyLostError
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup
 from pellm_lightning.comm.torchrun.store import store_from_env
-from pellm_lightning.comm.torchrun.store_coordinator import Board
+from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
 
 # One Gloo group leaves cores idle while it waits for the network; two reduced in 0.78-0.9x of the time.
 _NUM_LANES = 2
@@ -53,7 +53,7 @@ class Federation(Collectives):
         self.bytes_sent = 0
         joined = store.add(f"pellm/joined/{party}", 1)
         self._store = dist.PrefixStore(f"pellm/{joined}", store)
-        self._board = Board(self._store, party, num_parties, timeout_s)
+        self._board = StoreCoordinator(self._store, party, num_parties, timeout_s)
         self._closed = False
         self._lanes: list[GlooGroup] = []
         if num_parties > 1:
@@ -68,7 +68,7 @@ class Federation(Collectives):
             PartyLostError: If the rendezvous or a party cannot be reached.
         """
         topology = Topology.from_env(num_parties)
-        if not topology.is_speaker:
+        if not topology.is_leader:
             raise ValueError(
                 f"Process {topology.rank_in_party} of party {topology.party} must not join the federation:"
                 " only a party's rank 0 speaks for it. Call Federation.from_env() there and broadcast inside"

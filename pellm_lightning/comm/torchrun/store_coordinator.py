@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _GOODBYE_S = 30.0
 
 
-class Board:
+class StoreCoordinator:
     """Small words that every party can read: what it compares, where it is, why it left.
 
     The store is asked again and again rather than waited for, since a waiting client can notice nothing else

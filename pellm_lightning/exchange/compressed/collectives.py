@@ -11,11 +11,11 @@ from typing_extensions import override
 
 from pellm_lightning.comm import Collectives
 from pellm_lightning.exchange.compressed.codecs import Codec
-from pellm_lightning.exchange.delegation import Wrapped
-from pellm_lightning.exchange.error_feedback import Memory
+from pellm_lightning.exchange.delegation import DelegatingCollectives
+from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
 
-class EncodedSums(Wrapped):
+class CompressedCollectives(DelegatingCollectives):
     """The sums of one attempt; how a bucket is summed is up to those below.
 
     ``all_reduce_each_`` sums the vector of a round: its buckets are encoded. All else is exact, and so is
@@ -26,16 +26,18 @@ class EncodedSums(Wrapped):
     Args:
         federation: The parties that meet.
         codec: How numbers become bytes.
-        memory: What this party keeps from round to round.
+        error_feedback: What this party keeps from round to round.
         seed: Of the stochastic rounding.
     """
 
     lossy = True
 
-    def __init__(self, federation: Collectives, codec: Codec, memory: Memory, seed: int) -> None:
+    def __init__(
+        self, federation: Collectives, codec: Codec, error_feedback: ErrorFeedback, seed: int
+    ) -> None:
         super().__init__(federation)
         self._codec = codec
-        self._memory = memory
+        self._error_feedback = error_feedback
         self._seed = seed
         self._scratch = [torch.empty(codec.piece) for _ in range(2)]
 
@@ -48,10 +50,10 @@ class EncodedSums(Wrapped):
     @override
     def all_reduce_each_(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            at = self._memory.place(tensor)
+            at = self._error_feedback.place(tensor)
             if at is None:
                 self._federation.all_reduce_(tensor)
-            elif not any(self._memory.counting):
+            elif not any(self._error_feedback.counting):
                 tensor.zero_()  # nobody says anything, and what is owed stays owed
             elif tensor.numel():
                 on_cpu = tensor.detach().to("cpu")
@@ -84,7 +86,7 @@ class EncodedSums(Wrapped):
 
     def _keep_(self, x: Tensor, at: int) -> None:
         """Sum over a single party: nothing crosses, and all that is owed is paid."""
-        owed, lost = self._memory.owed(at, at + len(x)), self._memory.lost(at, at + len(x))
+        owed, lost = self._error_feedback.owed(at, at + len(x)), self._error_feedback.lost(at, at + len(x))
         if owed is not None and lost is not None:
             x.add_(owed)
             lost.zero_()
@@ -99,8 +101,8 @@ class EncodedSums(Wrapped):
             generator: For the rounding.
             adds: Whether what is owed is to be added; in a sum it is already.
         """
-        owed = self._memory.owed(at, at + len(x)) if adds else None
-        kept = self._memory.lost(at, at + len(x))
+        owed = self._error_feedback.owed(at, at + len(x)) if adds else None
+        kept = self._error_feedback.lost(at, at + len(x))
         for values, places in self._pieces(x):
             wanted, decoded = values, self._scratch[0][: len(values)]
             if owed is not None:
@@ -108,7 +110,7 @@ class EncodedSums(Wrapped):
             self._codec.encode_(wanted, data[self._bytes(places)], generator)
             self._codec.decode_(data[self._bytes(places)], decoded)
             lost = torch.sub(wanted, decoded, out=decoded)
-            self._memory.note(lost, wanted)
+            self._error_feedback.note(lost, wanted)
             if kept is not None:
                 kept[places].copy_(lost)
 
@@ -131,8 +133,8 @@ class EncodedSums(Wrapped):
         return values
 
     def _next_leg(self) -> int:
-        self._memory.legs += 1
-        return self._memory.legs
+        self._error_feedback.legs += 1
+        return self._error_feedback.legs
 
     # ---- small parts
 
@@ -149,12 +151,12 @@ class EncodedSums(Wrapped):
     def _drawing(self, leg: str, number: int) -> Generator:
         """Return a generator of this party's own, for one purpose in one round: a resumed run draws alike."""
         place, _ = self.place
-        words = f"{self._seed} {self._memory.round} {place} {leg} {number}"
+        words = f"{self._seed} {self._error_feedback.round} {place} {leg} {number}"
         digest = hashlib.blake2b(words.encode(), digest_size=4).digest()
         return Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-class DenseSums(EncodedSums):
+class DenseCollectives(CompressedCollectives):
     """Sums by a reduce-scatter and an all-gather, both encoded: each party adds up a slice of each bucket.
 
     It does so in float32 and in the order of the parties. What the code of a sum loses is a residual of the
@@ -164,24 +166,28 @@ class DenseSums(EncodedSums):
 
     @override
     def _sum_(self, x: Tensor, at: int) -> None:
-        codec, memory, here = self._codec, self._memory, self.party
+        codec, error_feedback, here = self._codec, self._error_feedback, self.party
         length = _slice(len(x), self.num_parties, codec.block)
         ends = [min(party * length, len(x)) for party in range(self.num_parties + 1)]
         slices = [slice(start, stop) for start, stop in pairwise(ends)]
         generator = self._drawing("updates", at)
         sent = []
         for party, place in enumerate(slices):
-            said = memory.counting[here] and party != here
-            data = memory.buffer(f"to {party}", codec.size_bytes(place.stop - place.start) if said else 0)
+            said = error_feedback.counting[here] and party != here
+            data = error_feedback.buffer(
+                f"to {party}", codec.size_bytes(place.stop - place.start) if said else 0
+            )
             if said:
                 self._encode(x[place], at + place.start, data, generator)
             sent.append(data)
         own = slices[here]
         size = codec.size_bytes(own.stop - own.start)
-        sizes = [size if counts and party != here else 0 for party, counts in enumerate(memory.counting)]
+        sizes = [
+            size if counts and party != here else 0 for party, counts in enumerate(error_feedback.counting)
+        ]
         received = self._federation.all_to_all(sent, sizes)
         self._add_up_(x[own], at + own.start, received)
-        mine = memory.buffer("sum", codec.size_bytes(length))
+        mine = error_feedback.buffer("sum", codec.size_bytes(length))
         self._encode(x[own], at + own.start, mine[:size], self._drawing("sums", at), adds=False)
         mine[size:].zero_()  # what all send has the same size
         sums = self._federation.all_gather(mine, [len(mine)] * self.num_parties)
@@ -190,8 +196,8 @@ class DenseSums(EncodedSums):
 
     def _add_up_(self, x: Tensor, at: int, received: Sequence[Tensor]) -> None:
         """Add what all say of the slice that this party owns, and what is owed there, in place."""
-        memory, (decoded, total) = self._memory, self._scratch
-        owed = memory.owed(at, at + len(x))
+        error_feedback, (decoded, total) = self._error_feedback, self._scratch
+        owed = error_feedback.owed(at, at + len(x))
         for values, places in self._pieces(x):
             sum_ = total[: len(values)].zero_()
             for party, data in enumerate(received):
@@ -206,17 +212,19 @@ class DenseSums(EncodedSums):
             values.copy_(sum_)
 
 
-class SparseSums(EncodedSums):
+class SparseCollectives(CompressedCollectives):
     """Sums of few numbers of each party: all get all of them, and add them up in the order of the parties."""
 
     @override
     def _sum_(self, x: Tensor, at: int) -> None:
-        memory, counts = self._memory, self._memory.counting[self.party]
+        error_feedback, counts = self._error_feedback, self._error_feedback.counting[self.party]
         size = self._codec.size_bytes(len(x))
-        data = memory.buffer("said", size if counts else 0)
+        data = error_feedback.buffer("said", size if counts else 0)
         if counts:
             self._encode(x, at, data, self._drawing("updates", at))
-        said = self._federation.all_gather(data, [size if counts else 0 for counts in memory.counting])
+        said = self._federation.all_gather(
+            data, [size if counts else 0 for counts in error_feedback.counting]
+        )
         for values, places in self._pieces(x.zero_()):
             decoded = self._scratch[0][: len(values)]
             for of_party in filter(len, said):

@@ -10,8 +10,12 @@ from typing_extensions import override
 from pellm_lightning.comm import Collectives
 from pellm_lightning.exchange.base import Exchange
 from pellm_lightning.exchange.compressed.codecs import Blocks, Casting, Codec, Largest
-from pellm_lightning.exchange.compressed.collectives import DenseSums, EncodedSums, SparseSums
-from pellm_lightning.exchange.error_feedback import Memory
+from pellm_lightning.exchange.compressed.collectives import (
+    CompressedCollectives,
+    DenseCollectives,
+    SparseCollectives,
+)
+from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 1 << 15
 
@@ -20,14 +24,14 @@ class _Compressed(Exchange):
     """What the compressed exchanges have in common: metrics and words cross as they are."""
 
     exact = False
-    gives: Literal["parties", "sums", "rounded", "sparse"] = "rounded"
+    supports: Literal["parties", "sums", "rounded", "sparse"] = "rounded"
     error_feedback: bool
     seed: int
 
     @override
-    def memory(self, vector: Tensor) -> Memory:
+    def new_error_feedback(self, vector: Tensor) -> ErrorFeedback:
         """Return this party's residuals, zeros."""
-        return Memory(vector, keeps=self.error_feedback)
+        return ErrorFeedback(vector, keeps=self.error_feedback)
 
     @override
     def open(
@@ -35,15 +39,15 @@ class _Compressed(Exchange):
         federation: Collectives,
         revealing: Callable[[], None],
         view: str = "",
-        memory: Memory | None = None,
+        error_feedback: ErrorFeedback | None = None,
     ) -> Collectives:
         """Return sums of codes; without a memory there is no vector to sum, and all else is exact."""
-        if memory is None:
+        if error_feedback is None:
             return federation
-        return self._sums()(federation, self._codec(), memory, self.seed)
+        return self._sums()(federation, self._codec(), error_feedback, self.seed)
 
-    def _sums(self) -> type[EncodedSums]:
-        return DenseSums
+    def _sums(self) -> type[CompressedCollectives]:
+        return DenseCollectives
 
     @abstractmethod
     def _codec(self) -> Codec: ...
@@ -156,7 +160,7 @@ class TopK(_Compressed):
         ValueError: If an argument is out of its range.
     """
 
-    gives = "sparse"
+    supports = "sparse"
 
     def __init__(
         self,
@@ -192,8 +196,8 @@ class TopK(_Compressed):
         return Largest(self.chunk_size, self.k, self.bits)
 
     @override
-    def _sums(self) -> type[EncodedSums]:
-        return SparseSums
+    def _sums(self) -> type[CompressedCollectives]:
+        return SparseCollectives
 
 
 def _check_bits(bits: object) -> None:

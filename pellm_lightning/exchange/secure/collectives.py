@@ -17,15 +17,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.comm import Collectives, FederationError
-from pellm_lightning.exchange.delegation import Wrapped
-from pellm_lightning.exchange.secure import key_agreement as agreement
-from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, Mask, Ring
+from pellm_lightning.exchange.delegation import DelegatingCollectives
+from pellm_lightning.exchange.secure import key_agreement
+from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, FixedPoint, KeyStream
 
 # Rules sum what is scaled by the parties' shares, and small: there is room for more digits.
 _FINE_BITS = 40
 
 # What the attempts of a federation have used for integers, by the index of the tensor in its sum.
-_memory: WeakKeyDictionary[Collectives, dict[int, Tensor]] = WeakKeyDictionary()
+_error_feedback: WeakKeyDictionary[Collectives, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 class Held(NamedTuple):
@@ -36,13 +36,13 @@ class Held(NamedTuple):
     """The tensor, or if that lies on another device a copy of it on the CPU."""
     integers: Tensor
     """Its masked integers, then their sum; maybe in the memory of the numbers."""
-    ring: Ring
+    ring: FixedPoint
 
 
-class MaskedSums(Wrapped):
+class SecAggCollectives(DelegatingCollectives):
     """The sums of one attempt. Nothing else of a party's values crosses: gathering them is refused.
 
-    ``all_reduce_each_`` sums the vector of a round: float32 as ``Masked`` says, all else with 64 bits.
+    ``all_reduce_each_`` sums the vector of a round: float32 as ``SecureAggregation`` says, all else with 64 bits.
     ``all_reduce_`` sums what a rule computed, of the order of one, with 64 bits and 40 of them fractional.
 
     Args:
@@ -63,12 +63,12 @@ class MaskedSums(Wrapped):
     ) -> None:
         super().__init__(federation)
         self._keys = keys
-        self._ring = Ring(bits, fractional_bits, federation.num_parties)
-        self._wide = Ring(64, min(fractional_bits, 32), federation.num_parties)
-        self._fine = Ring(64, _FINE_BITS, federation.num_parties)
+        self._ring = FixedPoint(bits, fractional_bits, federation.num_parties)
+        self._wide = FixedPoint(64, min(fractional_bits, 32), federation.num_parties)
+        self._fine = FixedPoint(64, _FINE_BITS, federation.num_parties)
         self._revealing = revealing
         self._sums = 0
-        self._memory = _memory.setdefault(federation, {})
+        self._error_feedback = _error_feedback.setdefault(federation, {})
 
     # ---- tensors
 
@@ -92,13 +92,13 @@ class MaskedSums(Wrapped):
 
     # ---- the protocol
 
-    def _sum_each_(self, tensors: Iterable[Tensor], ring_of: Callable[[torch.dtype], Ring]) -> None:
+    def _sum_each_(self, tensors: Iterable[Tensor], ring_of: Callable[[torch.dtype], FixedPoint]) -> None:
         own = secrets.token_bytes(KEY_BYTES)
         held: list[Held] = []
         self._federation.all_reduce_each_(self._masked(tensors, own, ring_of, held))
         self._confirm()
         self._revealing()
-        masks = [Mask(key) for key in agreement.tell(self._federation, own, KEY_BYTES)]
+        masks = [KeyStream(key) for key in key_agreement.tell(self._federation, own, KEY_BYTES)]
         for of in held:
             of.ring.decode_(of.integers, of.numbers, masks)
             if of.tensor.device != of.numbers.device:
@@ -108,34 +108,34 @@ class MaskedSums(Wrapped):
         self,
         tensors: Iterable[Tensor],
         own: bytes,
-        ring_of: Callable[[torch.dtype], Ring],
+        ring_of: Callable[[torch.dtype], FixedPoint],
         held: list[Held],
     ) -> Iterator[Tensor]:
         """Yield what leaves this party, one tensor after the other, while the last ones cross."""
         number, self._sums = self._sums, self._sums + 1
-        shared = {party: Mask(key, number) for party, key in self._keys.items()}
-        added = [Mask(own), *(mask for party, mask in shared.items() if party > self.party)]
+        shared = {party: KeyStream(key, number) for party, key in self._keys.items()}
+        added = [KeyStream(own), *(mask for party, mask in shared.items() if party > self.party)]
         subtracted = [mask for party, mask in shared.items() if party < self.party]
         for tensor in tensors:
             ring, numbers = ring_of(tensor.dtype), tensor.detach().to("cpu")
             try:
-                memory = self._memory_for(numbers, ring, len(held))
-                integers = ring.encode(numbers, memory, added, subtracted)
+                error_feedback = self._memory_for(numbers, ring, len(held))
+                integers = ring.encode(numbers, error_feedback, added, subtracted)
             except OverflowError as error:
                 raise self._too_large(error, ring) from error
             held.append(Held(tensor, numbers, integers, ring))
             yield integers
 
-    def _memory_for(self, tensor: Tensor, ring: Ring, index: int) -> Tensor | None:
+    def _memory_for(self, tensor: Tensor, ring: FixedPoint, index: int) -> Tensor | None:
         """Return the memory in which the last attempt has put the integers of a tensor, if it is enough.
 
         New memory of the size of a large adapter costs more time than all that is computed there.
         """
         if ring.encodes_in_place(tensor):
             return None
-        kept = self._memory.get(index)
+        kept = self._error_feedback.get(index)
         if kept is None or kept.dtype != ring.dtype or len(kept) < len(tensor):
-            kept = self._memory[index] = torch.empty(len(tensor), dtype=ring.dtype)
+            kept = self._error_feedback[index] = torch.empty(len(tensor), dtype=ring.dtype)
         return kept[: len(tensor)]
 
     def _confirm(self) -> None:
@@ -148,7 +148,7 @@ class MaskedSums(Wrapped):
                 " Install the same version of pellm-lightning at all parties."
             )
 
-    def _too_large(self, error: OverflowError, ring: Ring) -> FederationError:
+    def _too_large(self, error: OverflowError, ring: FixedPoint) -> FederationError:
         return FederationError(
             f"Party {self.name} would add {error.args[0]:.6g} (an update times the party's weight, or a"
             f" metric times its), but of {self.num_parties} parties' masked values none may exceed"

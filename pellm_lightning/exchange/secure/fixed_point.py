@@ -20,7 +20,7 @@ _ZEROS = bytes(8 * _NUMBERS)
 KEY_BYTES = 16
 
 
-class Ring:
+class FixedPoint:
     """Fixed-point numbers modulo 2^bits: ``round(x 2^fractional_bits)``, halves to even.
 
     A sum of N numbers is off by at most ``N / 2 * 2^-fractional_bits``. It cannot overflow if no summand
@@ -49,8 +49,8 @@ class Ring:
         self,
         x: Tensor,
         out: Tensor | None = None,
-        added: "Sequence[Mask]" = (),
-        subtracted: "Sequence[Mask]" = (),
+        added: "Sequence[KeyStream]" = (),
+        subtracted: "Sequence[KeyStream]" = (),
     ) -> Tensor:
         """Return flat numbers as integers, masked. Integers are masked as they are.
 
@@ -79,7 +79,7 @@ class Ring:
                 _mask(block, stream[: len(block)], added, subtracted)
         return out
 
-    def decode_(self, encoded: Tensor, into: Tensor, masks: "Sequence[Mask]" = ()) -> None:
+    def decode_(self, encoded: Tensor, into: Tensor, masks: "Sequence[KeyStream]" = ()) -> None:
         """Write what integers stand for into a tensor, which may share their memory; they are overwritten.
 
         Args:
@@ -112,7 +112,7 @@ class Ring:
         return scaled
 
 
-class Mask:
+class KeyStream:
     """An endless stream of random integers that whoever has the key can make again.
 
     It is AES-128 in counter mode (NIST SP 800-38A): the nonce is the upper half of the first counter block.
@@ -132,7 +132,9 @@ class Mask:
             self._stream.update_into(memoryview(_ZEROS)[: block.nbytes], block.data.cast("B"))
 
 
-def _mask(block: np.ndarray, stream: np.ndarray, added: Sequence[Mask], subtracted: Sequence[Mask]) -> None:
+def _mask(
+    block: np.ndarray, stream: np.ndarray, added: Sequence[KeyStream], subtracted: Sequence[KeyStream]
+) -> None:
     """Add the next integers of some masks, and subtract those of others, in place and modulo 2^bits."""
     for mask in added:
         mask.write(stream)

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from pellm_lightning.comm import Collectives, FederationError
 from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES
-from pellm_lightning.exchange.secure.signing_keys import Identity, Peers
+from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
 
 _PUBLIC_BYTES = 32
 _SIGNATURE_BYTES = 64
 _CONTEXT = "pellm-lightning/masked/1"
 
 
-def agree(federation: Collectives, identity: Identity, peers: Peers, settings: str) -> dict[int, bytes]:
+def agree(
+    federation: Collectives, identity: SigningKey, peers: TrustedKeys, settings: str
+) -> dict[int, bytes]:
     """Return the key that this party shares with each other one that meets, KEY_BYTES, by its index.
 
     Args:

@@ -8,16 +8,16 @@ from typing_extensions import override
 
 from pellm_lightning.comm import Collectives, ElasticFederation, FederationError
 from pellm_lightning.exchange.base import Exchange
-from pellm_lightning.exchange.error_feedback import Memory
+from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
 if TYPE_CHECKING:
-    from pellm_lightning.exchange.secure.signing_keys import Identity
+    from pellm_lightning.exchange.secure.signing_keys import SigningKey
 
 # Of a sum over two, each sees what the other has.
 MIN_PARTIES = 3
 
 
-class Masked(Exchange):
+class SecureAggregation(Exchange):
     """Sum the parties' values so that nobody sees anything but the sum: secure aggregation.
 
     Everything that a round adds up goes through it: parameters, weights, losses, metrics. Parties, the
@@ -38,9 +38,9 @@ class Masked(Exchange):
         ImportError: If the package ``cryptography`` is not installed.
     """
 
-    hides = True
+    is_secure = True
     exact = False
-    gives = "sums"
+    supports = "sums"
     min_counting = MIN_PARTIES
 
     def __init__(
@@ -60,9 +60,9 @@ class Masked(Exchange):
         self.identity = str(identity)
         self.bits = bits
         self.fractional_bits = fractional_bits
-        from pellm_lightning.exchange.secure.signing_keys import Peers
+        from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
 
-        self._peers = Peers(peers)
+        self._peers = TrustedKeys(peers)
 
     @override
     def check(self, federation: Collectives) -> None:
@@ -99,15 +99,15 @@ class Masked(Exchange):
         federation: Collectives,
         revealing: Callable[[], None],
         view: str = "",
-        memory: Memory | None = None,
+        error_feedback: ErrorFeedback | None = None,
     ) -> Collectives:
         """Agree on fresh keys; return sums that are masked by them.
 
         Raises:
             FederationError: If fewer than three parties meet, or one is not who it says.
         """
-        from pellm_lightning.exchange.secure import key_agreement as agreement
-        from pellm_lightning.exchange.secure.collectives import MaskedSums
+        from pellm_lightning.exchange.secure import key_agreement
+        from pellm_lightning.exchange.secure.collectives import SecAggCollectives
 
         if federation.num_parties < MIN_PARTIES:
             raise FederationError(
@@ -115,8 +115,8 @@ class Masked(Exchange):
                 f" {MIN_PARTIES}."
             )
         identity = self._identity_of(federation.name)
-        keys = agreement.agree(federation, identity, self._peers, f"{self!r} {view}")
-        return MaskedSums(federation, keys, self.bits, self.fractional_bits, revealing)
+        keys = key_agreement.agree(federation, identity, self._peers, f"{self!r} {view}")
+        return SecAggCollectives(federation, keys, self.bits, self.fractional_bits, revealing)
 
     def __repr__(self) -> str:
         return (
@@ -124,10 +124,10 @@ class Masked(Exchange):
             f" bits={self.bits})"
         )
 
-    def _identity_of(self, name: str) -> "Identity":
-        from pellm_lightning.exchange.secure.signing_keys import Identity
+    def _identity_of(self, name: str) -> "SigningKey":
+        from pellm_lightning.exchange.secure.signing_keys import SigningKey
 
-        identity = Identity(self.identity.replace("{party}", name))
+        identity = SigningKey(self.identity.replace("{party}", name))
         if identity.public != self._peers.of(name):
             raise ValueError(
                 f"The identity {str(identity.path)!r} of party {name} has the public key {identity.public},"

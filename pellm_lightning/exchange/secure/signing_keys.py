@@ -21,7 +21,7 @@ except ImportError as error:
 _PREFIX = "ed25519:"
 
 
-class Identity:
+class SigningKey:
     """A party's private key.
 
     Args:
@@ -57,7 +57,7 @@ class Identity:
         return self._key.sign(message)
 
 
-class Peers:
+class TrustedKeys:
     """The public keys of all parties, by name; whoever else claims to be one of them is not.
 
     Args:
@@ -86,9 +86,9 @@ class Peers:
                     f"Parties {first[text]} and {name} have the same public key. Each needs its own."
                 )
 
-    def __reduce__(self) -> "tuple[type[Peers], tuple[dict[str, str]]]":
+    def __reduce__(self) -> "tuple[type[TrustedKeys], tuple[dict[str, str]]]":
         """Pickle the keys in words: the library's own objects cannot be pickled."""
-        return Peers, (dict(self._words),)
+        return TrustedKeys, (dict(self._words),)
 
     @property
     def fingerprint(self) -> str:

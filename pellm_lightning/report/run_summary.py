@@ -8,7 +8,7 @@ from pellm_lightning.engine.aggregator import RoundReport
 
 
 @dataclass
-class About:
+class RunSummary:
     """Who took part in a federation, how, and with how much.
 
     Args:
@@ -51,7 +51,7 @@ class About:
             if self.weights is not None:
                 self.weights[party] += done.weights[place]
 
-    def resumed(self, earlier: Mapping[str, Any]) -> "About":
+    def resumed(self, earlier: Mapping[str, Any]) -> "RunSummary":
         """Return the same, counting on from what ``asdict`` has kept of an earlier fit; empty for none."""
         if list(earlier.get("parties", ())) != list(self.parties):
             return self

@@ -11,20 +11,20 @@ from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.aggregator import RoundReport
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy import GaussianMechanism
-from pellm_lightning.report.about import About
 from pellm_lightning.report.lines import announce, figures, publish, put_on_bar, say_round
-from pellm_lightning.report.record import Record
-from pellm_lightning.report.watched import LiveView, Watched
+from pellm_lightning.report.record import RunRecord
+from pellm_lightning.report.run_summary import RunSummary
+from pellm_lightning.report.run_view import LiveView, RunView
 from pellm_lightning.trainer.isolation import callbacks_of
 
 
-class Teller:
+class Reporter:
     """Tells the user of a fit what happens.
 
     Args:
         trainer: Of this process.
         topology: Where this process stands.
-        about: What is known of the federation; each round is added.
+        summary: What is known of the federation; each round is added.
         rounds: Where the reports of the rounds are gathered.
         record: Where it is written down; None writes nothing.
     """
@@ -33,15 +33,15 @@ class Teller:
         self,
         trainer: Trainer,
         topology: Topology,
-        about: About,
+        summary: RunSummary,
         rounds: list[RoundReport],
-        record: Record | None,
+        record: RunRecord | None,
     ) -> None:
         self._trainer = trainer
         self._topology = topology
-        self.about = about
+        self.summary = summary
         self._rounds = rounds
-        self._record = record if topology.is_speaker else None
+        self._record = record if topology.is_leader else None
         self._next_round = 0
 
     def show(self, phases: Callable[[], dict[str, str]]) -> None:
@@ -52,7 +52,7 @@ class Teller:
         """
         bar: object = self._trainer.progress_bar_callback
         if isinstance(bar, LiveView):
-            bar.watch(Watched(self._topology.party, self.about.parties, self._rounds, phases))
+            bar.watch(RunView(self._topology.party, self.summary.parties, self._rounds, phases))
 
     def began(
         self,
@@ -80,7 +80,7 @@ class Teller:
             self._record.start(
                 party=self._topology.party,
                 name=self._topology.name,
-                parties=list(self.about.parties),
+                parties=list(self.summary.parties),
                 processes=self._topology.party_size,
                 round=round,
                 step=trainer.global_step,
@@ -90,7 +90,7 @@ class Teller:
                 leaving=sum(p.numel() for p in parameters.values()),
                 parameters=sum(p.numel() for p in module.parameters()),
                 lora_modules=len(plan.pairs),
-                settings=self.about.settings,
+                settings=self.summary.settings,
                 config=_config_of(trainer),
             )
 
@@ -98,12 +98,12 @@ class Teller:
         """Tell of a round; with ``on_bar`` on the progress bar, too."""
         trainer, bar = self._trainer, self._trainer.progress_bar_callback
         self._rounds.append(done)
-        self.about.count(done)
+        self.summary.count(done)
         self._next_round = done.round + 1
         publish(trainer, figures(done))
         if on_bar and bar is not None:
             put_on_bar(module, done)
-        if self._topology.is_speaker and self._says(bar):
+        if self._topology.is_leader and self._says(bar):
             say_round(self._topology, done)
         if self._record is not None:
             self._record.round(done, step=trainer.global_step, epoch=trainer.current_epoch)

@@ -8,7 +8,7 @@ from pellm_lightning.engine.aggregator import RoundReport
 
 
 @dataclass(frozen=True)
-class Watched:
+class RunView:
     """A federation as one party sees it.
 
     Args:
@@ -31,5 +31,5 @@ class LiveView(Protocol):
     quiet: bool
     """Whether it shows nothing, so that rounds are told in lines."""
 
-    def watch(self, watched: Watched) -> None:
+    def watch(self, watched: RunView) -> None:
         """Show this federation from now on."""

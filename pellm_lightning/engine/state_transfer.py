@@ -1,0 +1,111 @@
+"""Transfer of the global state between parties: to one that lacks the newest, or whose bits differ."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellm_lightning.comm import Collectives, FederationError
+from pellm_lightning.tensors import portable, snapshot
+
+log = logging.getLogger(__name__)
+
+# What a global state may weigh: an outer optimizer with a few vectors of its own, and words.
+_MAX_VECTORS = 16
+_MAX_WORDS = 1 << 28
+
+
+def agree(
+    federation: Collectives,
+    state: Callable[[], Mapping[str, Any]],
+    load_state: Callable[[Mapping[str, Any]], None],
+    vector_bytes: int,
+) -> list[int]:
+    """Make sure that what every party computed for itself has the same bits at all of them.
+
+    The parties compare checksums, 8 bytes each; those that differ from the first take over its state.
+
+    Args:
+        federation: The parties that meet; each calls this.
+        state: Returns this party's state.
+        load_state: Takes over another one.
+        vector_bytes: Bytes of the global vector.
+
+    Returns:
+        The parties that differed, by their place among those that meet.
+
+    Raises:
+        FederationError: As ``send_state``.
+    """
+    told = torch.zeros(federation.num_parties, dtype=torch.int64)
+    told[federation.party] = portable.checksum(_tensors_in(state()))
+    first, *others = federation.all_reduce_(told).tolist()
+    differ = [False, *(other != first for other in others)]
+    if any(differ):
+        send_state(federation, differ, state, load_state, vector_bytes)
+    return [party for party, differs in enumerate(differ) if differs]
+
+
+def _tensors_in(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a state, and its numbers as float64, in order."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, int | float):
+        yield torch.tensor(state, dtype=torch.float64)
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors_in(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _tensors_in(value)
+
+
+def send_state(
+    federation: Collectives,
+    behind: Sequence[bool],
+    state: Callable[[], Mapping[str, Any]],
+    load_state: Callable[[Mapping[str, Any]], None],
+    vector_bytes: int,
+) -> None:
+    """Hand the newest global state to those who lack it; every party calls this.
+
+    Args:
+        federation: The parties that meet.
+        behind: Party by party, whether it lacks the state; some do, some do not.
+        state: Returns this party's state.
+        load_state: Takes over another one.
+        vector_bytes: Bytes of the global vector.
+
+    Raises:
+        FederationError: If the state is too large to be one, or cannot be taken over.
+    """
+    source, here = behind.index(False), federation.party
+    packed = snapshot.pack(state()) if source == here else b""
+    size_bytes = int(federation.all_reduce_(torch.tensor([len(packed)], dtype=torch.int64)))
+    if size_bytes > _MAX_VECTORS * vector_bytes + _MAX_WORDS:
+        raise FederationError(
+            f"Party {federation.called([source])} would send {size_bytes} bytes of global state, more than"
+            f" {vector_bytes} bytes of parameters can have. Install the same version at all parties."
+        )
+    blob = torch.frombuffer(packed, dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
+    parts = [blob if lacks and source == here else blob[:0] for lacks in behind]
+    sizes = [size_bytes if party == source and behind[here] else 0 for party in range(len(behind))]
+    received = federation.all_to_all(parts, sizes)[source]
+    if not behind[here]:
+        return
+    try:
+        newest = snapshot.unpack(received.numpy().data)
+        load_state(newest)
+    except (ValueError, KeyError, TypeError) as error:  # a peer sent it, it may be anything
+        raise FederationError(
+            f"Party {federation.name} cannot take over the global state of party"
+            f" {federation.called([source])}: {error}. Install the same version at all parties."
+        ) from error
+    log.info(
+        "[party %s] takes over round %d from party %s",
+        federation.name,
+        newest["round"],
+        federation.called([source]),
+    )
