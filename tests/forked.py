@@ -14,13 +14,14 @@ import importlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 _IMPORTS = ["numpy.random", "torch.distributed", "torch._dynamo", "scipy.signal", "tensorboard"]
@@ -32,12 +33,12 @@ _REQUEST_BYTES = 1 << 20
 @cache
 def python() -> str:
     """Return the path of the program; what it forks from ends with this process."""
-    folder = TemporaryDirectory()
+    folder, owner = mkdtemp(), os.getpid()
     ready, tells_ready = os.pipe()
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     originals = [
         subprocess.Popen(
-            [sys.executable, __file__, "serve", f"{folder.name}/{seed}", str(tells_ready)],
+            [sys.executable, __file__, "serve", f"{folder}/{seed}", str(tells_ready)],
             stdin=subprocess.PIPE,  # it ends when nobody holds the other end
             env=environ | {"PYTHONHASHSEED": str(seed + 1)},
             pass_fds=[tells_ready],
@@ -47,15 +48,17 @@ def python() -> str:
     os.close(tells_ready)
 
     def end() -> None:
+        if os.getpid() != owner:  # a fork of this process, which may run what this one registered
+            return
         for original in originals:
             original.communicate()
-        folder.cleanup()
+        shutil.rmtree(folder)
 
     atexit.register(end)
     with os.fdopen(ready, "rb") as file:
         assert file.read() == b"++", "what is forked from has not come up"
-    program = Path(folder.name, "python")
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" run "{folder.name}" "$@"\n')
+    program = Path(folder, "python")
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" run "{folder}" "$@"\n')
     program.chmod(0o700)
     return str(program)
 

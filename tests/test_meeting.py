@@ -44,8 +44,8 @@ def test_a_header_says_what_was_said() -> None:
         "exposed": ["a/1"],
         "releases": 5,
     }
-    expected = Header(Purpose.DONE, 4, 2.0, False, "t", ("a/1",), 5, loss=0.5, distance=7.0)
-    assert _header("b", words | {"loss": 0.5, "distance": 7}) == expected
+    expected = Header(Purpose.DONE, 4, 2.0, False, "t", ("a/1",), 5, 0.5, 7.0, 9.0)
+    assert _header("b", words | {"loss": 0.5, "distance": 7, "steps_left": 9}) == expected
     unsaid = _header("b", words)
     assert math.isnan(unsaid.loss)
     assert math.isnan(unsaid.distance)
