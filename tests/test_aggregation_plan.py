@@ -254,7 +254,7 @@ def test_new_coordinates_leave_only_the_mean(rule: Aggregation, outer: Optimizer
         build(alone, rule, outer)
     said = str(caught.value)
     assert said.startswith(repr(rule))
-    for words in ("outer_optimizer=", "SGD with lr=1", "LowRankMean(gauge='procrustes')"):
+    for words in ("outer_optimizer=", "SGD with lr=1", "LowRankMean(factorization='procrustes')"):
         assert words in said
 
 
@@ -293,7 +293,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: LowRankMean("svd"), r"solver='svd' must be one of 'power', 'exact'"),  # type: ignore[arg-type]
     (
         lambda: LowRankMean(factorization="anchored"),  # type: ignore[arg-type]
-        r"gauge='anchored' must be one of 'procrustes', 'balanced', 'svd'",
+        r"factorization='anchored' must be one of 'procrustes', 'balanced', 'svd'",
     ),
     (lambda: LowRankMean(steps=0), r"steps=0 must be a whole number, 1 or more"),
     (lambda: LowRankMean(steps=-1), r"steps=-1 must"),
@@ -302,7 +302,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: HeterogeneousRank("pad"), r"method='pad' must be 'low_rank' or 'zero_pad'"),  # type: ignore[arg-type]
     (
         lambda: HeterogeneousRank(factorization="procrustes"),  # type: ignore[arg-type]
-        r"gauge='procrustes' must be 'balanced' or 'svd': .* first r directions",
+        r"factorization='procrustes' must be 'balanced' or 'svd': .* first r directions",
     ),
     (lambda: HeterogeneousRank(solver="qr"), r"solver='qr' must be one of"),  # type: ignore[arg-type]
     (lambda: HeterogeneousRank(steps=0), r"steps=0 must"),
@@ -317,7 +317,7 @@ def test_arguments_that_are_none_are_refused(make: Callable[[], Any], words: str
 
 def test_a_rule_tells_all_its_settings() -> None:
     # Parties compare them.
-    assert repr(LowRankMean("exact", 2, "svd")) == "LowRankMean(solver='exact', steps=2, gauge='svd')"
+    assert repr(LowRankMean("exact", 2, "svd")) == "LowRankMean(solver='exact', steps=2, factorization='svd')"
     assert repr(Stacking(7)) == "Stacking(seed=7)"
     told = {
         repr(HeterogeneousRank(method, solver, steps, factorization))

@@ -36,6 +36,7 @@ from pellm_lightning.aggregation import (
     ResidualMean,
     ShareA,
     Stacking,
+    base_writing,
     factors,
 )
 

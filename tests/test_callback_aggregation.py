@@ -471,7 +471,7 @@ HALF = partial(torch.optim.SGD, lr=0.5)
         ("LowRankMean, svd", HALF, "must be SGD with lr=1 and no momentum"),
         ("Stacking", MOMENTUM, "gives the factors other coordinates each round"),
         ("ResidualMean", HALF, "must be SGD with lr=1 and no momentum"),
-        ("HeterogeneousRank", MOMENTUM, "or the aggregation LowRankMean(gauge='procrustes')"),
+        ("HeterogeneousRank", MOMENTUM, "or the aggregation LowRankMean(factorization='procrustes')"),
         ("FrozenA", MOMENTUM, "lets a factor rest, which the memory of outer_optimizer=SGD("),
         ("Alternating", partial(torch.optim.Adam, lr=0.1), "would still move. Use SGD without momentum"),
     ],
@@ -527,8 +527,9 @@ def test_parties_with_other_rules_are_told(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, [callback], max_epochs=1).fit(Tuned(party), data(8, seed=party))
 
     for error in fit_parties(2, fit, may_fail=True):
-        assert "Party 0 has aggregation=\"LowRankMean(solver='power', steps=1, gauge='procrustes')\"" in str(
-            error
+        assert (
+            "Party 0 has aggregation=\"LowRankMean(solver='power', steps=1, factorization='procrustes')\""
+            in str(error)
         )
 
 
@@ -903,8 +904,8 @@ SETTING = "--federated.aggregation."
 COMMANDS = {
     "Mean": ([PATH + "Mean"], "Mean()"),
     "LowRankMean": (
-        [PATH + "LowRankMean", SETTING + "solver=exact", SETTING + "gauge=svd"],
-        "LowRankMean(solver='exact', steps=1, gauge='svd')",
+        [PATH + "LowRankMean", SETTING + "solver=exact", SETTING + "factorization=svd"],
+        "LowRankMean(solver='exact', steps=1, factorization='svd')",
     ),
     "FrozenA": ([PATH + "FrozenA"], "FrozenA()"),
     "Alternating": ([PATH + "Alternating"], "Alternating()"),
@@ -913,10 +914,10 @@ COMMANDS = {
     "Stacking": ([PATH + "Stacking", SETTING + "seed=3"], "Stacking(seed=3)"),
     "HeterogeneousRank": (
         [PATH + "HeterogeneousRank", SETTING + "solver=power", SETTING + "steps=2"],
-        "HeterogeneousRank(method='low_rank', LowRankMean(solver='power', steps=2, gauge='balanced'))",
+        "HeterogeneousRank(method='low_rank', LowRankMean(solver='power', steps=2, factorization='balanced'))",
     ),
     "a name alone": (["--federated.aggregation=LowRankMean", SETTING + "steps=4"],
-                     "LowRankMean(solver='exact', steps=4, gauge='procrustes')"),
+                     "LowRankMean(solver='exact', steps=4, factorization='procrustes')"),
     "null": (["--federated.aggregation=null"], "None"),
 }  # fmt: skip
 
@@ -943,7 +944,7 @@ def test_a_yaml_names_the_rule_and_prints_it_again(
         federated:
           aggregation:
             class_path: pellm_lightning.aggregation.HeterogeneousRank
-            init_args: {method: low_rank, solver: exact, gauge: svd}
+            init_args: {method: low_rank, solver: exact, factorization: svd}
         """
     )
     with pytest.raises(SystemExit) as stopped:
@@ -963,11 +964,11 @@ def test_a_yaml_names_the_rule_and_prints_it_again(
     ("words", "messages"),
     [
         ([PATH + "LowRankMean", SETTING + "solver=fast"], ["solver", "fast", "'power'", "'exact'"]),
-        ([PATH + "LowRankMean", SETTING + "gauge=best"], ["factorization", "best", "'procrustes'"]),
+        ([PATH + "LowRankMean", SETTING + "factorization=best"], ["factorization", "best", "'procrustes'"]),
         ([PATH + "LowRankMean", SETTING + "steps=two"], ["steps", "two", "int"]),
         ([PATH + "LowRankMean", SETTING + "step=2"], ["step"]),
         (
-            [PATH + "HeterogeneousRank", SETTING + "gauge=procrustes"],
+            [PATH + "HeterogeneousRank", SETTING + "factorization=procrustes"],
             ["factorization", "procrustes", "'balanced'"],
         ),
         ([PATH + "LowrankMean"], ["LowrankMean"]),

@@ -400,7 +400,7 @@ def momentum(head: Any) -> torch.optim.Optimizer:
     [
         ([SCAFFOLD(), FedProx(0.1)], Classifier, {}, "2 drift corrections"),
         ([SCAFFOLD()], Manual, {}, "SCAFFOLD.* manual optimization"),
-        ([SCAFFOLD(), DPSGD(1.0, 1.0)], Classifier, {}, "before RecordLevel"),
+        ([SCAFFOLD(), DPSGD(1.0, 1.0)], Classifier, {}, "before DPSGD"),
         ([FedNova()], lambda: Classifier(optimizer="Adam"), {}, "not Adam, which scales"),
         ([FedNova()], lambda: Custom(groups), {}, "have different lr"),
         ([FedNova()], lambda: Custom(momentum), {}, "inner_optimizer_state='reset'"),

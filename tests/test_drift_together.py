@@ -39,7 +39,7 @@ FADING = partial(ExponentialLR, gamma=0.8)
 
 
 class Keeps(Callback):
-    """Keeps the gradients as RecordLevel has left them, step by step."""
+    """Keeps the gradients as DPSGD has left them, step by step."""
 
     def __init__(self) -> None:
         self.steps: list[list[Tensor]] = []

@@ -77,7 +77,7 @@ def test_connections_are_kept_from_round_to_round(world: Callable[..., World]) -
 
     def see(life: Life) -> None:
         assert life.federation is not None
-        groups.append(life.federation._planned.group)
+        groups.append(life.federation._current_view.group)
 
     w.start("p0", faults={f"settled@{number}": see for number in range(6)})
     w.start("p1", "p2")
@@ -722,7 +722,7 @@ def test_a_group_is_never_used_again_with_other_members(world: Callable[..., Wor
 
     def see(life: Life) -> None:
         assert life.federation is not None
-        groups.add((life.federation._planned.group, tuple(life.federation.names)))
+        groups.add((life.federation._current_view.group, tuple(life.federation.names)))
         life.faults["settled"] = see
 
     w.start("p0", "p1", "p2", pace_s=0.02, faults={"settled": see})

@@ -85,7 +85,7 @@ class Transcript:
     def _note(self, life: Life, stage: str, x: Tensor) -> None:
         federation: Any = life.federation
         assert not x.is_floating_point(), "an open number between parties"
-        epoch = (federation._planned.attempt, ",".join(federation.names))
+        epoch = (federation._current_view.attempt, ",".join(federation.names))
         with self._lock:
             self.stages.append((life.name, stage))
             round = life.aggregator.round if life.aggregator is not None else 0

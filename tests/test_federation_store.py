@@ -315,14 +315,14 @@ def test_clients_survive_a_restart(name: str | None) -> None:
 
 def test_a_forgotten_client_is_closed_without_a_word(plain: RendezvousServer) -> None:
     store = RendezvousStore(plain.address)
-    assert store._line
-    sock = store._line._socket
+    assert store._channel
+    sock = store._channel._socket
     del store
     gc.collect()
     assert sock.fileno() == -1
     script = f"""
-from pellm_lightning.comm.rendezvous.client import RemoteStore
-stores = [RemoteStore({plain.address!r}) for _ in range(3)]
+from pellm_lightning.comm.rendezvous.client import RendezvousStore
+stores = [RendezvousStore({plain.address!r}) for _ in range(3)]
 stores.append(stores)
 """
     words = [sys.executable, "-W", "default::ResourceWarning", "-c", LIGHT + script, PACKAGE]

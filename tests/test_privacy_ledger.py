@@ -17,7 +17,7 @@ from pellm_lightning.privacy import PrivacyAccountant, noise_multiplier_for
 RUNS = st.lists(st.tuples(st.floats(0.01, 1e6), st.integers(1, 1000)), max_size=5)
 
 
-def accountant(*runs: tuple[float, int]) -> PrivacyAccountant:
+def released(*runs: tuple[float, int]) -> PrivacyAccountant:
     filled = PrivacyAccountant()
     for multiplier, count in runs:
         for _ in range(count):
@@ -26,7 +26,7 @@ def accountant(*runs: tuple[float, int]) -> PrivacyAccountant:
 
 
 def test_fifty_rounds_at_four() -> None:
-    spent = accountant((4.0, 50))
+    spent = released((4.0, 50))
     assert spent.epsilon(1e-5, "rdp") == pytest.approx(9.235, abs=5e-4)
     assert spent.epsilon(1e-5, "pld") == pytest.approx(8.596, abs=5e-4)
 
@@ -45,7 +45,7 @@ def test_equals_dp_accounting_release_by_release(runs: list[tuple[float, int]]) 
         event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(multiplier), count)
         pld.compose(event)
         rdp.compose(event)
-    spent = accountant(*runs)
+    spent = released(*runs)
     # The accountant rounds the losses up to a grid of 1e-4, ours are in closed form: just below.
     exact = spent.epsilon(1e-5, "pld")
     assert exact == pytest.approx(pld.get_epsilon(1e-5), rel=1e-5)
@@ -58,7 +58,7 @@ def test_equals_dp_accounting_release_by_release(runs: list[tuple[float, int]]) 
 def test_closed_form(multiplier: float, rounds: int, log_delta: float) -> None:
     # delta(epsilon) of a Gaussian, mu = sqrt(T) / z (Balle and Wang 2018, theorem 8), in logarithms.
     delta, mu = 10**log_delta, math.sqrt(rounds) / multiplier
-    epsilon = accountant((multiplier, rounds)).epsilon(delta)
+    epsilon = released((multiplier, rounds)).epsilon(delta)
     if epsilon > 0:
         from scipy.special import log_ndtr
 
@@ -70,7 +70,7 @@ def test_closed_form(multiplier: float, rounds: int, log_delta: float) -> None:
 @given(epsilon=st.floats(0.05, 50), rounds=st.integers(1, 1000), accountant=st.sampled_from(["pld", "rdp"]))
 def test_calibration_spends_the_budget_and_no_more(epsilon: float, rounds: int, accountant: Any) -> None:
     multiplier = noise_multiplier_for(epsilon, 1e-5, rounds, accountant)
-    spent = accountant((multiplier, rounds)).epsilon(1e-5, accountant)
+    spent = released((multiplier, rounds)).epsilon(1e-5, accountant)
     assert spent <= epsilon * (1 + 1e-9)
     assert spent == pytest.approx(epsilon, rel=1e-6)
 
@@ -82,23 +82,23 @@ def test_nothing_released_costs_nothing() -> None:
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_one_release_without_noise_costs_everything(accountant: Any) -> None:
-    assert accountant((4.0, 3), (0.0, 1), (4.0, 1)).epsilon(1e-5, accountant) == math.inf
-    assert accountant((1e-9, 1)).epsilon(1e-5, accountant) == math.inf
+    assert released((4.0, 3), (0.0, 1), (4.0, 1)).epsilon(1e-5, accountant) == math.inf
+    assert released((1e-9, 1)).epsilon(1e-5, accountant) == math.inf
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_what_the_next_release_would_cost(accountant: Any) -> None:
-    spent = accountant((4.0, 3))
-    assert spent.epsilon_after(2.0, 1e-5, accountant) == accountant((4.0, 3), (2.0, 1)).epsilon(
+    spent = released((4.0, 3))
+    assert spent.epsilon_after(2.0, 1e-5, accountant) == released((4.0, 3), (2.0, 1)).epsilon(
         1e-5, accountant
     )
-    assert spent == accountant((4.0, 3))
+    assert spent == released((4.0, 3))
 
 
 @settings(deadline=None)
 @given(RUNS)
 def test_round_trip(runs: list[tuple[float, int]]) -> None:
-    spent, loaded = PrivacyAccountant(), accountant((1.0, 1))
+    spent, loaded = PrivacyAccountant(), released((1.0, 1))
     spent.load_state_dict({"releases": [list(run) for run in runs]})
     loaded.load_state_dict(json.loads(json.dumps(spent.state_dict())))
     assert loaded == spent
@@ -107,19 +107,17 @@ def test_round_trip(runs: list[tuple[float, int]]) -> None:
 
 
 def test_equal_releases_in_a_row_are_one_entry() -> None:
-    assert accountant((4.0, 3), (2.0, 1), (4.0, 2)).state_dict() == {
-        "releases": [[4.0, 3], [2.0, 1], [4.0, 2]]
-    }
+    assert released((4.0, 3), (2.0, 1), (4.0, 2)).state_dict() == {"releases": [[4.0, 3], [2.0, 1], [4.0, 2]]}
     merged = PrivacyAccountant()
     merged.load_state_dict({"releases": [[4, 3], [4.0, 2]]})
-    assert merged == accountant((4.0, 5))
+    assert merged == released((4.0, 5))
 
 
 def test_a_loaded_ledger_goes_on() -> None:
     resumed = PrivacyAccountant()
-    resumed.load_state_dict(accountant((4.0, 3)).state_dict())
+    resumed.load_state_dict(released((4.0, 3)).state_dict())
     resumed.release(4.0)
-    assert resumed == accountant((4.0, 4))
+    assert resumed == released((4.0, 4))
 
 
 @pytest.mark.parametrize(
@@ -151,10 +149,10 @@ def test_a_loaded_ledger_goes_on() -> None:
     ],
 )
 def test_refuses_a_peers_nonsense_and_keeps_its_own(state: Any) -> None:
-    spent = accountant((4.0, 2))
+    spent = released((4.0, 2))
     with pytest.raises(ValueError, match=r"A ledger's|A noise multiplier"):
         spent.load_state_dict(state)
-    assert spent == accountant((4.0, 2))
+    assert spent == released((4.0, 2))
 
 
 @pytest.mark.parametrize("multiplier", [-0.1, math.nan, math.inf, "4", None])
@@ -166,12 +164,12 @@ def test_refuses_no_multiplier(multiplier: Any) -> None:
 @pytest.mark.parametrize("delta", [0, 1, -1, math.nan, "1e-5"])
 def test_refuses_no_delta(delta: Any) -> None:
     with pytest.raises(ValueError, match="must be above 0 and below 1"):
-        accountant((4.0, 1)).epsilon(delta)
+        released((4.0, 1)).epsilon(delta)
 
 
 def test_refuses_an_unknown_accountant() -> None:
     with pytest.raises(ValueError, match="accountant='gdp' must be one of"):
-        accountant((4.0, 1)).epsilon(1e-5, "gdp")  # type: ignore[arg-type]
+        released((4.0, 1)).epsilon(1e-5, "gdp")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -191,4 +189,4 @@ def test_calibration_says_what_cannot_be_bought() -> None:
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ImportError, match=r"pip install \"pellm-lightning\[privacy\]\""):
-        accountant((4.0, 1)).epsilon(1e-5)
+        released((4.0, 1)).epsilon(1e-5)

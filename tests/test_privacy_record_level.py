@@ -293,10 +293,10 @@ def test_accounting_and_opacus_leave_the_logs_alone() -> None:
     # In a process of its own: pytest has handlers at the root logger, and Opacus is imported here.
     source = """
 import logging
-from pellm_lightning.callbacks.dp_sgd.poisson_sampling import SampledLedger
+from pellm_lightning.callbacks.dp_sgd.poisson_sampling import PoissonAccountant
 from pellm_lightning.callbacks.dp_sgd.dp_sgd import _grad_sample_hooks
 from torch import nn
-ledger = SampledLedger()
+ledger = PoissonAccountant()
 ledger.step(1.0, 0.225)
 assert ledger.epsilon(1e-5) > 0
 _grad_sample_hooks(nn.Linear(2, 2))

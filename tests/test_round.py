@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pellm_lightning import Federation, FederationError, RoundReport
 from pellm_lightning.comm import PartyLostError
+from pellm_lightning.tensors import flat_buffer
 
 # ---- the weighted mean
 
@@ -102,8 +103,8 @@ def test_any_weighted_mean_equals_float64(drawn: dict[str, Any]) -> None:
         return parameters
 
     with (
-        mock.patch.object(layout, "_CHUNK", drawn["chunk"]),
-        mock.patch.object(layout, "_BUCKET", 3 * drawn["chunk"]),
+        mock.patch.object(flat_buffer, "_CHUNK", drawn["chunk"]),
+        mock.patch.object(flat_buffer, "_BUCKET", 3 * drawn["chunk"]),
     ):
         first, *others = run_parties(len(weights), act)
     assert all(all_bits(other) == all_bits(first) for other in others)

@@ -63,12 +63,12 @@ def protects_records(trainer: Trainer, weighting: object) -> bool:
         return False
     if weighting == "samples":
         raise MisconfigurationException(
-            "weighting='samples' tells the others how many records a party has drawn, which RecordLevel's"
+            "weighting='samples' tells the others how many records a party has drawn, which DPSGD's"
             " guarantee does not cover. Set weighting='uniform', or a number of your own."
         )
     if trainer.limit_val_batches and trainer.enable_validation:
         log.warning(
-            "Validation metrics are averaged over the parties as they are, which RecordLevel's guarantee does"
+            "Validation metrics are averaged over the parties as they are, which DPSGD's guarantee does"
             " not cover. Validate on data that may be seen, or set limit_val_batches=0."
         )
     return True

@@ -31,6 +31,7 @@ from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 from pellm_lightning.engine.optim import Yogi
 from pellm_lightning.exchange import Cast, Quantized, SecureAggregation, TopK
 from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism
+from pellm_lightning.tensors.digest import bits_digest
 
 OUT, PARTY, PARTIES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 ROUNDS, RANK, M, N = 3, 8, 48, 40
@@ -160,8 +161,8 @@ def main() -> None:
     x, y = drawn(4, 99_999), drawn(5, 99_999)
     settings = {
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "fused": checksum(x.add(y, alpha=0.7)),
-        "linear algebra": checksum(torch.linalg.qr(x[:9990].view(333, 30).double()).Q),
+        "fused": bits_digest(x.add(y, alpha=0.7)),
+        "linear algebra": bits_digest(torch.linalg.qr(x[:9990].view(333, 30).double()).Q),
     }
     (OUT / f"{PARTY}.json").write_text(json.dumps({"settings": settings, "held": found}))
 

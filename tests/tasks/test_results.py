@@ -210,7 +210,7 @@ def test_the_card_tells_the_federation(
     assert text.startswith(f"\n# {out.name}\n")
     for row in (
         "| rounds | `2` |",
-        "| aggregation | `LowRankMean(solver='exact', steps=1, gauge='procrustes')` |",
+        "| aggregation | `LowRankMean(solver='exact', steps=1, factorization='procrustes')` |",
         "| a round every | `2 optimizer steps` |",
         "| exchange | `Plain()` |",
         "| privacy | `none` |",

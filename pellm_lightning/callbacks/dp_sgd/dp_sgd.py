@@ -312,12 +312,12 @@ class _PoissonSource:
 def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
     if not module.automatic_optimization:
         raise MisconfigurationException(
-            "RecordLevel acts before each optimizer step, which manual optimization makes by itself. Set"
+            "DPSGD acts before each optimizer step, which manual optimization makes by itself. Set"
             " automatic_optimization=True."
         )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise MisconfigurationException(
-            f"RecordLevel works in a party of one process, not with {type(trainer.strategy).__name__}: each"
+            f"DPSGD works in a party of one process, not with {type(trainer.strategy).__name__}: each"
             " would sample and add noise for itself. Use devices=1."
         )
     if trainer.accumulate_grad_batches != 1:
@@ -327,7 +327,7 @@ def _check_trainer(trainer: Trainer, module: LightningModule) -> None:
         )
     if trainer.precision not in _PRECISIONS:
         raise MisconfigurationException(
-            f"RecordLevel works with precision {' or '.join(_PRECISIONS)}, not {trainer.precision!r}: scaled"
+            f"DPSGD works with precision {' or '.join(_PRECISIONS)}, not {trainer.precision!r}: scaled"
             " or coarse gradients are not clipped to the norm."
         )
     if getattr(trainer, "overfit_batches", 0):
@@ -352,7 +352,7 @@ def _grad_sample_hooks(module: LightningModule) -> Any:
             from opacus.validators import ModuleValidator
     except ImportError as error:
         raise ImportError(
-            'RecordLevel needs the package opacus: pip install "pellm-lightning[privacy]".'
+            'DPSGD needs the package opacus: pip install "pellm-lightning[privacy]".'
         ) from error
     for name, part in module.named_modules():
         if not part.training and any(p.requires_grad for p in part.parameters(recurse=False)):

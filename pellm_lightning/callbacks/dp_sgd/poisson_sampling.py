@@ -32,7 +32,7 @@ class PoissonBatches(Sampler[list[int]]):
 
     The draws come from the operating system's generator: who can guess who is in a batch has undone the
     amplification by sampling, and ``seed_everything`` with the federation's seed would let anyone. An empty
-    draw hands out record 0 in its place, whose gradient `RecordLevel` drops.
+    draw hands out record 0 in its place, whose gradient `DPSGD` drops.
 
     Args:
         records: Number n of records.

@@ -249,8 +249,8 @@ def _check_trainer(trainer: Trainer, module: LightningModule, correction: DriftC
     for other in callbacks:
         if isinstance(other, DPSGD) and other not in before:
             raise MisconfigurationException(
-                f"{method} stands before RecordLevel in the Trainer's callbacks: it would correct gradients"
-                " that RecordLevel then replaces, and learn from them before they are noisy. Put RecordLevel"
+                f"{method} stands before DPSGD in the Trainer's callbacks: it would correct gradients"
+                " that DPSGD then replaces, and learn from them before they are noisy. Put DPSGD"
                 " before it."
             )
 

@@ -52,7 +52,7 @@ class RendezvousStore(PollingStore):
         FederationError: If the server does not admit this party, is not the rendezvous, or refuses a request.
     """
 
-    _line: Channel | None = None
+    _channel: Channel | None = None
     _closed = False
 
     def __init__(
@@ -146,9 +146,9 @@ class RendezvousStore(PollingStore):
             raise OSError("this client was closed")
         # Half of the time, so that a connection that died without a sign leaves time for another.
         patience_s = max(min(self._retry_s / 2, until - time.monotonic()), 0.05)
-        if self._line is None:
+        if self._channel is None:
             try:
-                self._line = Channel(self.address, self._context, patience_s)
+                self._channel = Channel(self.address, self._context, patience_s)
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 raise  # the server may just be stopping
             except ssl.SSLCertVerificationError as error:
@@ -156,11 +156,11 @@ class RendezvousStore(PollingStore):
                 raise self._no_rendezvous(why) from error
             except ssl.SSLError as error:
                 raise self._shut_out(f"it ends the handshake: {error.reason}") from error
-        self._line.patience(patience_s)
-        return self._line
+        self._channel.patience(patience_s)
+        return self._channel
 
     def _hang_up(self) -> None:
-        line, self._line = self._line, None
+        line, self._channel = self._channel, None
         if line is not None:
             line.close()
 
