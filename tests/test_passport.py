@@ -10,10 +10,10 @@ from pellm_lightning.engine.compatibility import (
     PROTOCOL,
     PartySpec,
     base_digests,
-    checksum,
     common,
     first_difference,
 )
+from pellm_lightning.tensors.digest import bits_digest
 
 
 def party_spec(**changes: Any) -> PartySpec:
@@ -250,6 +250,6 @@ def test_a_checksum_tells_vectors_apart() -> None:
         torch.nextafter(vector, torch.tensor([9.0, 0.0, 9.0, -9.0])),
         vector[:3],
     ]
-    assert checksum(vector) == checksum(vector.clone())
-    assert len({checksum(other) for other in [vector, *others]}) == 6
-    json.dumps(checksum(vector))
+    assert bits_digest(vector) == bits_digest(vector.clone())
+    assert len({bits_digest(other) for other in [vector, *others]}) == 6
+    json.dumps(bits_digest(vector))

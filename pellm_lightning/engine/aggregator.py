@@ -819,7 +819,7 @@ def _check_privacy(privacy: GaussianMechanism | None, exchange: Exchange) -> Non
     if privacy.noise_multiplier > 0:
         raise ValueError(
             f"{privacy!r} lets the parties' noise add up, so each update alone has too little. Hide them with"
-            " exchange.Masked(...), or let each party add all of the noise with distributed=False."
+            " exchange.SecureAggregation(...), or let each party add all of the noise with distributed=False."
         )
 
 

@@ -90,7 +90,7 @@ def chosen(exchange: object) -> Exchange:
         raise ValueError(
             f"exchange={exchange!r:.200} must be one of pellm_lightning.exchange. Several cannot be combined:"
             " a masked sum is one of whole numbers modulo 2^bits, of which no code could be added up. To send"
-            " fewer bytes under masks use Masked(..., bits=32); to send the fewest, Quantized(...) or"
+            " fewer bytes under masks use SecureAggregation(..., bits=32); to send the fewest, Quantized(...) or"
             " TopK(...) without masks."
         )
     return exchange

@@ -120,7 +120,7 @@ class SecureAggregation(Exchange):
 
     def __repr__(self) -> str:
         return (
-            f"Masked(peers={self._peers.fingerprint}, fractional_bits={self.fractional_bits},"
+            f"SecureAggregation(peers={self._peers.fingerprint}, fractional_bits={self.fractional_bits},"
             f" bits={self.bits})"
         )
 
