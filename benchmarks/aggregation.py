@@ -33,14 +33,14 @@ from pellm_lightning.aggregation.factors import (
 SMALL = [(m, 576, 8) for _ in range(30) for m in (576, 192)]
 LARGE = [(m, n, 16) for _ in range(4) for m, n in [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]]
 CASES = {"60 modules, r=8, 1.5 MB": SMALL, "28 modules, r=16, 20 MB": LARGE}
-RULES: dict[str, tuple[Aggregation, bool]] = {
-    "Mean, deviation not measured": (Mean(), False),
-    "Mean": (Mean(), True),
-    "FrozenA": (FrozenA(), True),
-    "Alternating": (Alternating(), True),
-    "LowRankMean power, not measured": (LowRankMean("power"), False),
-    "LowRankMean power": (LowRankMean("power"), True),
-    "LowRankMean exact": (LowRankMean("exact"), True),
+RULES: dict[str, Aggregation] = {
+    "Mean, deviation not measured": Mean(measure_deviation=False),
+    "Mean": Mean(measure_deviation=True),
+    "FrozenA": FrozenA(measure_deviation=True),
+    "Alternating": Alternating(measure_deviation=True),
+    "LowRankMean power, not measured": LowRankMean("power", measure_deviation=False),
+    "LowRankMean power": LowRankMean("power", measure_deviation=True),
+    "LowRankMean exact": LowRankMean("exact", measure_deviation=True),
 }
 
 
@@ -78,7 +78,6 @@ class Site:
     """One party's adapter under one rule."""
 
     def __init__(self, federation: Federation, name: str, modules: list[tuple[int, int, int]]) -> None:
-        rule, measure = RULES[name]
         self.name = name
         self.seconds: list[float] = []
         self.bytes_sent = 0
@@ -87,7 +86,7 @@ class Site:
         for k, (m, n, r) in enumerate(modules):
             self.parameters[f"layer{k:03}.lora_A.default.weight"] = torch.randn(r, n) / n**0.5
             self.parameters[f"layer{k:03}.lora_B.default.weight"] = torch.randn(m, r) / m**0.5
-        self.aggregator = Aggregator(federation, self.parameters, aggregation=rule, measure_deviation=measure)
+        self.aggregator = Aggregator(federation, self.parameters, aggregation=RULES[name])
         self.aggregator.start()
 
     def run(self) -> None:

@@ -299,6 +299,12 @@ def _rule(run: Run) -> Aggregation | None:
     return None if make is None else make()
 
 
+def _unmeasured(rule: Aggregation | None) -> Aggregation:
+    told = LowRankMean() if rule is None else rule
+    told.measure_deviation = False
+    return told
+
+
 def _logits(model: nn.Module, batch: data.Examples) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return model(inputs_embeds=batch.hidden, attention_mask=batch.mask).logits.float()
@@ -313,9 +319,8 @@ def count_bytes(run: Run, models: Sequence[nn.Module]) -> float:
         aggregator = Aggregator(
             federation,
             select(model),
-            aggregation=_rule(run),
+            aggregation=_unmeasured(_rule(run)),
             lora=lora_modules(model),
-            measure_deviation=False,
         )
         aggregator.start()
         return (aggregator.step(1.0).bytes_sent + aggregator.step(1.0).bytes_sent) / 2

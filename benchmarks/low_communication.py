@@ -238,7 +238,7 @@ class EveryStep:
         gradients = {name: parameter.grad for name, parameter in trained.items()}
         self._trained = trained
         # Whatever tensors it averages, with SGD(lr=1) the result is their mean.
-        self._aggregator = Aggregator(federation, gradients, aggregation=Mean(), measure_deviation=False)
+        self._aggregator = Aggregator(federation, gradients, aggregation=Mean(measure_deviation=False))
         self._aggregator.start()
 
     @property
@@ -263,8 +263,7 @@ class Rounds:
     def __init__(self, federation: Federation, trained: dict[str, nn.Parameter], variant: Variant) -> None:
         # No step takes another momentum: the local optimizers go on with their own.
         options: dict[str, Any] = {
-            "aggregation": Mean(),
-            "measure_deviation": False,
+            "aggregation": Mean(measure_deviation=False),
             "exchange": variant.exchange,
             "outer_optimizer": variant.outer,
         }

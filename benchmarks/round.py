@@ -127,7 +127,7 @@ def hook_seconds(steps: int = 2000) -> float:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     batch = {"input_ids": torch.zeros(4, 8), "attention_mask": torch.zeros(4, 8), "labels": torch.zeros(4, 8)}
-    timed = Timed(every_n_steps=10**9, federation=lambda: Federation(dist.HashStore(), 0, 1, timeout_s=60))
+    timed = Timed(every_n_steps=10**9)
     Trainer(accelerator="cpu", devices=1, max_epochs=1, barebones=True, callbacks=[timed]).fit(
         Module(), DataLoader([batch] * steps, batch_size=None)
     )

@@ -75,6 +75,17 @@ def linear(inputs: int, outputs: int, seed: int) -> nn.Linear:
     return layer
 
 
+class Connecting(FederatedAveraging):
+    """A callback whose parties meet as ``connected`` says."""
+
+    def __init__(self, connected: Callable[[], Any], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.connected = connected
+
+    def connect(self) -> Any:
+        return self.connected()
+
+
 class Classifier(LightningModule):
     """A frozen layer and a trained one, the same base at every party; the head differs by ``seed``."""
 
@@ -191,9 +202,7 @@ def fit_parties(
 
     def party(index: int) -> None:
         def federated(**arguments: Any) -> FederatedAveraging:
-            return FederatedAveraging(
-                federation=lambda: Federation(store, index, num_parties, timeout_s=timeout_s), **arguments
-            )
+            return Connecting(lambda: Federation(store, index, num_parties, timeout_s=timeout_s), **arguments)
 
         try:
             results[index] = fit(index, federated)

@@ -3,6 +3,7 @@
 Nothing here knows how the rules compute: products are m x n matrices, decomposed by numpy.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from parties import run_parties
 from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, RoundReport
-from pellm_lightning.aggregation import Aggregation, LoraModule
+from pellm_lightning.aggregation import Aggregation, LoraModule, LowRankMean
 
 Parameters = dict[str, Tensor]
 Sizes = Mapping[str, tuple[int, int]]
@@ -193,3 +194,10 @@ def iterated(matrix: np.ndarray, a: Tensor, steps: int) -> np.ndarray:
 def away(found: np.ndarray, wanted: np.ndarray) -> float:
     """Relative distance, Frobenius."""
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def measuring(rule: Aggregation | None, measure: bool) -> Aggregation:
+    """The rule, LowRankMean for None, told whether to measure the deviation of its results."""
+    told = copy.copy(LowRankMean() if rule is None else rule)
+    told.measure_deviation = measure
+    return told

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from products import Round, adapter, drift, frozen, modules, random, run_rounds
+from products import Round, adapter, drift, frozen, measuring, modules, random, run_rounds
 
 from pellm_lightning.aggregation import (
     Aggregation,
@@ -67,7 +67,7 @@ SENT: dict[str, tuple[Aggregation, list[int]]] = {
 @pytest.mark.parametrize("case", SENT)
 def test_a_round_sends_what_its_rule_needs(case: str) -> None:
     rule, expected = SENT[case]
-    for of_party in rounds_of(rule, rounds=2, measure_deviation=False):
+    for of_party in rounds_of(measuring(rule, False), rounds=2):
         assert [done.report.bytes_sent for done in of_party] == expected
 
 
@@ -80,7 +80,7 @@ def test_measuring_sends_what_changed_to_the_owners(rule: Aggregation, crossing:
     # Of the factors that its round changed a party sends those of the modules that others own (module k is
     # party k's), and of each module two float64 norms. The exact solver's owners have the factors anyway.
     measured = rounds_of(rule)
-    unmeasured = rounds_of(rule, measure_deviation=False)
+    unmeasured = rounds_of(measuring(rule, False))
     for party, (of_party, without) in enumerate(zip(measured, unmeasured, strict=True)):
         others = [size for k, size in enumerate(SIZES.values()) if k != party]
         factors = sum(RANK * (m * ("B" in crossing) + n * ("A" in crossing)) for m, n in others)

@@ -20,6 +20,7 @@ from products import (
     iterated,
     mean_of,
     mean_update,
+    measuring,
     modules,
     name_a,
     name_b,
@@ -250,7 +251,7 @@ def test_factors_that_stay_local_have_no_common_product() -> None:
     "rule", [None, Mean(), FrozenA(), Alternating(), LowRankMean("exact"), HeterogeneousRank()]
 )
 def test_measuring_can_be_left_out(rule: Aggregation | None) -> None:
-    found = plainly(rule, adapter(0, FEW, 2), measure_deviation=False)
+    found = plainly(measuring(rule, False), adapter(0, FEW, 2))
     assert [report.deviation for report in found] == [None, None]
 
 
@@ -258,7 +259,7 @@ def test_measuring_can_be_left_out(rule: Aggregation | None) -> None:
 def test_what_rounding_of_the_base_loses_is_known_without_measuring(rule: Aggregation) -> None:
     bases = [frozen(3, FEW) for _ in range(2)]
     found = plainly(
-        rule, adapter(0, FEW, 2), measure_deviation=False, lora=lambda party: modules(bases[party], SCALING)
+        measuring(rule, False), adapter(0, FEW, 2), lora=lambda party: modules(bases[party], SCALING)
     )
     assert all(report.deviation is not None and report.deviation.total < 1e-6 for report in found)
 
@@ -266,7 +267,7 @@ def test_what_rounding_of_the_base_loses_is_known_without_measuring(rule: Aggreg
 @pytest.mark.parametrize("rule", [Mean(), LowRankMean("power"), LowRankMean("exact")])
 def test_measuring_changes_no_bit_of_the_result(rule: Aggregation) -> None:
     def run(measure: bool) -> list[bytes]:
-        seen = rounds_of(rule, MANY, torch.float32, rounds=2, measure_deviation=measure)
+        seen = rounds_of(measuring(rule, measure), MANY, torch.float32, rounds=2)
         return [bits(of_party[-1].result) for of_party in seen]
 
     assert run(True) == run(False)

@@ -354,7 +354,7 @@ def test_parties_with_other_rules_are_refused(ours: Aggregation | None, theirs: 
 def test_parties_that_measure_and_that_do_not_are_refused() -> None:
     # Measuring is a collective: one party alone would wait for the others.
     def act(federation: Federation) -> None:
-        aggregator = Aggregator(federation, parameters(), measure_deviation=federation.party == 0)
+        aggregator = Aggregator(federation, parameters(), aggregation=Mean(federation.party == 0))
         with pytest.raises(
             MismatchError, match="measure_deviation=True, party 1 has measure_deviation=False"
         ):

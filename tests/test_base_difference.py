@@ -33,7 +33,7 @@ def said(changed: list[str], rows: slice = slice(None), **config: Any) -> str:
     message = base_difference("0", "1", base_digests(ours), base_digests(theirs), adapters)
     assert message is not None
     assert f"of party 1 is not that of party 0: the first tensor that differs is {min(changed)!r}" in message
-    assert "check_base=False" in message
+    assert "check_frozen=False" in message
     return message
 
 

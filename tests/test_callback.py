@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from parties import Classifier, Rounds, ValidatedClassifier, batches, data, fit_parties, quiet_trainer
+from parties import (
+    Classifier,
+    Connecting,
+    Rounds,
+    ValidatedClassifier,
+    batches,
+    data,
+    fit_parties,
+    quiet_trainer,
+)
 from reference import fedavg
 from torch import nn
 
-from pellm_lightning import FederatedAveraging
+from pellm_lightning import FederatedAveraging, Parameters
 
 SGD, Adam = torch.optim.SGD, torch.optim.Adam
 
@@ -214,9 +223,9 @@ class TwoLayers(Classifier):
 @pytest.mark.parametrize(
     ("patterns", "shared"),
     [
-        ({"exclude": ["head.*"]}, {"base.weight", "base.bias"}),
-        ({"include": ["*.weight"]}, {"base.weight", "head.weight"}),
-        ({"include": ["head.*"], "exclude": ["*.bias"]}, {"head.weight"}),
+        ({"parameters": Parameters(exclude=["head.*"])}, {"base.weight", "base.bias"}),
+        ({"parameters": Parameters(include=["*.weight"])}, {"base.weight", "head.weight"}),
+        ({"parameters": Parameters(include=["head.*"], exclude=["*.bias"])}, {"head.weight"}),
     ],
 )
 def test_excluded_parameters_stay_local_and_are_checkpointed(
@@ -302,7 +311,7 @@ def test_validate_test_and_predict_wait_for_nobody(tmp_path: Path) -> None:
     def refuse() -> Any:
         raise AssertionError("only a fit may join the federation")
 
-    trainer = quiet_trainer(tmp_path, [FederatedAveraging(federation=refuse)])
+    trainer = quiet_trainer(tmp_path, [Connecting(refuse)])
     module = Tested()
     assert set(trainer.validate(module, data(8, seed=0), verbose=False)[0]) == {"val_loss"}
     assert set(trainer.test(module, data(8, seed=0), verbose=False)[0]) == {"test_loss"}

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 from tuned import HEAD, A, B, Tuned, assert_same, building, differ
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, aggregation
+from pellm_lightning import FederatedAveraging, FederatedCLI, Parameters, aggregation
 from pellm_lightning.aggregation import (
     Aggregation,
     Alternating,
@@ -140,7 +140,7 @@ def test_without_lora_or_if_not_asked_for_there_is_no_deviation(tmp_path: Path) 
     def fit(party: int, federated: Any) -> None:
         plain = quiet_trainer(tmp_path, [federated()], max_epochs=1, logger=loggers[party])
         plain.fit(Classifier(seed=party), data(8, seed=party))
-        options = {"aggregation": Mean(), "measure_deviation": False}
+        options = {"aggregation": Mean(measure_deviation=False)}
         quiet = quiet_trainer(tmp_path, [federated(**options)], max_epochs=1, logger=loggers[2 + party])
         quiet.fit(Tuned(party), data(8, seed=party))
 
@@ -602,8 +602,8 @@ def test_share_a_announces_what_stays_and_exports_an_adapter_per_party(
 @pytest.mark.parametrize(
     ("patterns", "local"),
     [
-        ({"exclude": ["*modules_to_save*"]}, (HEAD,)),
-        ({"include": ["*first.lora_*"]}, ("second", HEAD)),
+        ({"parameters": Parameters(exclude=["*modules_to_save*"])}, (HEAD,)),
+        ({"parameters": Parameters(include=["*first.lora_*"])}, ("second", HEAD)),
     ],
 )
 def test_what_patterns_leave_out_stays_local_and_is_said(
@@ -717,7 +717,9 @@ class Saved:
         folder = self.root / f"party-{party}"
         module, logger = Tuned(party if epoch is None else 70 + party, **self.ranks[party]), Rounds()
         callbacks = [
-            federated(aggregation=self.rule, every_n_epochs=2, save_frozen=self.save_frozen),
+            federated(
+                aggregation=self.rule, every_n_epochs=2, parameters=Parameters(save_frozen=self.save_frozen)
+            ),
             ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1, enable_version_counter=False),
         ]
         trainer = quiet_trainer(self.root, callbacks, max_epochs=6, logger=logger, enable_checkpointing=True)

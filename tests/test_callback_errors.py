@@ -16,7 +16,7 @@ from parties import Classifier, Rounds, ValidatedClassifier, batches, data, fit_
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pellm_lightning import FederationError
+from pellm_lightning import FederationError, Parameters
 
 
 def errors_of(
@@ -83,12 +83,16 @@ def errors_of(
             "party 1 has outer_optimizer='Adam(",
         ),
         (
-            {"include": ["*.weight"]},
-            {"include": ["*.bias"]},
+            {"parameters": Parameters(include=["*.weight"])},
+            {"parameters": Parameters(include=["*.bias"])},
             "Party 1 trains parameter 'head.bias', party 0 does not (1 parameters at party 0, 1 at party 1)."
             " Give both the same model, the same PEFT configuration and the same include and exclude",
         ),
-        ({}, {"exclude": ["*.bias"]}, "Party 0 trains parameter 'head.bias', party 1 does not"),
+        (
+            {},
+            {"parameters": Parameters(exclude=["*.bias"])},
+            "Party 0 trains parameter 'head.bias', party 1 does not",
+        ),
     ],
 )
 def test_different_settings(
@@ -126,7 +130,9 @@ def test_a_different_base_may_be_allowed(tmp_path: Path) -> None:
         module = Classifier(seed=party)
         if party:
             module.base.weight.mul_(2)
-        quiet_trainer(tmp_path, [federated(check_base=False)]).fit(module, data(8, seed=party))
+        quiet_trainer(tmp_path, [federated(parameters=Parameters(check_frozen=False))]).fit(
+            module, data(8, seed=party)
+        )
         return module.vector()
 
     first, second = fit_parties(2, fit)
@@ -151,7 +157,7 @@ def test_nothing_trainable(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
-    other, own = errors_of(tmp_path, [{}, {"include": ["lora"]}])
+    other, own = errors_of(tmp_path, [{}, {"parameters": Parameters(include=["lora"])}])
     assert "Party 1: The include pattern 'lora' matches none of the 2 trainable parameters" in str(own)
     assert "Party 1 left the federation" in str(other)
     assert "pattern 'lora'" in str(other)

@@ -105,8 +105,8 @@ def test_with_a_quorum_of_one_it_is(tmp_path: Path) -> None:
     [
         {"overlap": Overlap(delay_steps=2)},
         {"overlap": Overlap(delay_steps=0, mix=0)},
-        {"fragments": 2},
-        {"fragments": 2, "overlap": Overlap(delay_steps=1)},
+        {"overlap": Overlap(fragments=2)},
+        {"overlap": Overlap(delay_steps=1, fragments=2)},
         {"exchange": Cast("bfloat16")},
     ],
     ids=str,

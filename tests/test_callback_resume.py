@@ -20,7 +20,7 @@ from parties import (
     quiet_trainer,
 )
 
-from pellm_lightning import FederationError, Overlap
+from pellm_lightning import FederationError, Overlap, Parameters
 from pellm_lightning.engine.optim import Yogi
 from pellm_lightning.exchange import Quantized
 
@@ -165,14 +165,14 @@ class Layered(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("overlap", [None, Overlap(1, mix=0.25)])
+@pytest.mark.parametrize("overlap", [Overlap(fragments=3), Overlap(1, mix=0.25, fragments=3)])
 @pytest.mark.parametrize("step", ["4", "5"])
 def test_resume_between_fragments(
-    tmp_path: Path, step: str, overlap: Overlap | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, step: str, overlap: Overlap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A fragment after steps 2, 4, 6...: each after six.
     monkeypatch.setitem(globals(), "Classifier", Layered)
-    options = {"every_n_steps": 6, "fragments": 3, "outer_optimizer": DILOCO, "overlap": overlap}
+    options = {"every_n_steps": 6, "outer_optimizer": DILOCO, "overlap": overlap}
     options["exchange"] = Quantized(8, error_feedback=True)
     whole = Run(tmp_path, "every_n_train_steps", options)
     assert_goes_on_exactly(whole, Run(tmp_path, "every_n_train_steps", options), step)
@@ -181,12 +181,12 @@ def test_resume_between_fragments(
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_what_was_under_way_is_not_resumed_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "Classifier", Layered)
-    options = {"every_n_steps": 6, "fragments": 3, "overlap": Overlap(1, mix=0.25)}
+    options = {"every_n_steps": 6, "overlap": Overlap(1, mix=0.25, fragments=3)}
     Run(tmp_path, "every_n_train_steps", options).fit()
     for others, words in [
-        ({"fragments": 1}, "is of fragments=3, now it is fragments=1"),
-        ({"fragments": 2}, "is of fragments=3, now it is fragments=2"),
-        ({"overlap": None}, "saved while a round was under way, begun at step 4"),
+        ({"overlap": Overlap(1)}, "is of fragments=3, now it is fragments=1"),
+        ({"overlap": Overlap(1, fragments=2)}, "is of fragments=3, now it is fragments=2"),
+        ({"overlap": Overlap(fragments=3)}, "saved while a round was under way, begun at step 4"),
     ]:
         with pytest.raises(MisconfigurationException, match=words):
             Run(tmp_path, "every_n_train_steps", options | others).fit("4")
@@ -272,7 +272,7 @@ def test_checkpoints_hold_tensors_and_plain_containers_only(tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_small_checkpoints_resume_exactly(tmp_path: Path) -> None:
-    options = {"every_n_epochs": 2, "outer_optimizer": DILOCO, "save_frozen": False}
+    options = {"every_n_epochs": 2, "outer_optimizer": DILOCO, "parameters": Parameters(save_frozen=False)}
     whole = Run(tmp_path, "every_n_epochs", options)
     assert_goes_on_exactly(whole, Run(tmp_path, "every_n_epochs", options), "5")
 
@@ -288,7 +288,7 @@ def test_small_checkpoints_hold_no_frozen_parameter(tmp_path: Path) -> None:
 
     def fit(party: int, federated: Any) -> tuple[Path, Large]:
         module = Large(seed=party)
-        trainer = quiet_trainer(tmp_path, [federated(save_frozen=False)], max_epochs=1)
+        trainer = quiet_trainer(tmp_path, [federated(parameters=Parameters(save_frozen=False))], max_epochs=1)
         trainer.fit(module, data(8, seed=party))
         trainer.save_checkpoint(tmp_path / f"{party}.ckpt")
         return tmp_path / f"{party}.ckpt", module
@@ -312,7 +312,7 @@ def test_small_checkpoints_test_on_a_fresh_base(tmp_path: Path) -> None:
             self.log("sum", self(batch[0]).sum())
 
     def fit(party: int, federated: Any) -> list[Any]:
-        callback = federated(save_frozen=False)
+        callback = federated(parameters=Parameters(save_frozen=False))
         module = Tested(seed=party)
         trainer = quiet_trainer(tmp_path, [callback], max_epochs=1)
         trainer.fit(module, data(8, seed=party))
@@ -340,7 +340,7 @@ def test_a_small_checkpoint_of_another_model_is_refused(tmp_path: Path, change: 
     torch.save(checkpoint, path)
 
     def fit(party: int, federated: Any) -> None:
-        trainer = quiet_trainer(tmp_path, [federated(save_frozen=False)], max_epochs=3)
+        trainer = quiet_trainer(tmp_path, [federated(parameters=Parameters(save_frozen=False))], max_epochs=3)
         trainer.fit(Classifier(optimizer="Adam"), data(8, seed=0), ckpt_path=path)
 
     with pytest.raises(ValueError, match=message):
@@ -385,7 +385,9 @@ def test_a_checkpoint_of_other_federated_parameters_is_refused(tmp_path: Path) -
     paths = save(tmp_path, "a")
 
     def fit(party: int, federated: Any) -> None:
-        trainer = quiet_trainer(tmp_path, [federated(exclude=["head.bias"])], max_epochs=5)
+        trainer = quiet_trainer(
+            tmp_path, [federated(parameters=Parameters(exclude=["head.bias"]))], max_epochs=5
+        )
         trainer.fit(Classifier(optimizer="Adam"), data(8, seed=party), ckpt_path=paths[party])
 
     for error in fit_parties(2, fit, may_fail=True):

@@ -11,10 +11,19 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from parties import Classifier, Rounds, ValidatedClassifier, data, fit_parties, in_threads, quiet_trainer
+from parties import (
+    Classifier,
+    Connecting,
+    Rounds,
+    ValidatedClassifier,
+    data,
+    fit_parties,
+    in_threads,
+    quiet_trainer,
+)
 from tuned import Tuned
 
-from pellm_lightning import FederatedAveraging, Overlap
+from pellm_lightning import FederatedAveraging, Overlap, SeparateJobs
 from pellm_lightning.aggregation import ResidualMean
 from pellm_lightning.comm import (
     ElasticFederation,
@@ -44,11 +53,11 @@ class Jobs:
         return self.store.list_keys()
 
     def callback(self, name: str, **arguments: Any) -> FederatedAveraging:
-        return FederatedAveraging(
-            federation=lambda: ElasticFederation(
+        return Connecting(
+            lambda: ElasticFederation(
                 lambda: self.store, name, ROSTER, membership=Membership(**self.membership)
             ),
-            state_dir=str(self.tmp_path / name),
+            jobs=SeparateJobs("tcp://127.0.0.1:1", name, ROSTER, state_dir=str(self.tmp_path / name)),
             **({"every_n_steps": 2} | arguments),
         )
 

@@ -15,7 +15,7 @@ from parties import Classifier, Rounds, batches, data, fit_parties, linear, quie
 from reference import fedavg
 from torch import nn
 
-from pellm_lightning import FederatedAveraging
+from pellm_lightning import FederatedAveraging, Parameters
 
 
 def end(fit: Any, num_parties: int = 2) -> torch.Tensor:
@@ -198,7 +198,9 @@ def test_a_compiled_party_agrees_with_a_plain_one(tmp_path: Path) -> None:
         if party == 1:
             module.head = torch.compile(module.head, backend="eager")
             assert "head._orig_mod.weight" in dict(module.named_parameters())
-        trainer = quiet_trainer(tmp_path, [federated(include=["head.*"])], max_epochs=2)
+        trainer = quiet_trainer(
+            tmp_path, [federated(parameters=Parameters(include=["head.*"]))], max_epochs=2
+        )
         trainer.fit(module, data(8, seed=party))
         return module.vector()
 
@@ -213,7 +215,7 @@ def test_a_compiled_lightning_module(tmp_path: Path) -> None:
     def fit(compiled: bool, party: int, federated: Any) -> torch.Tensor:
         module = Silent(seed=party)
         given = torch.compile(module, backend="eager") if compiled and party == 0 else module
-        trainer = quiet_trainer(tmp_path, [federated(save_frozen=False)], max_epochs=2)
+        trainer = quiet_trainer(tmp_path, [federated(parameters=Parameters(save_frozen=False))], max_epochs=2)
         trainer.fit(given, data(8, seed=party))
         trainer.save_checkpoint(tmp_path / f"{party}.ckpt")
         saved = torch.load(tmp_path / f"{party}.ckpt")["state_dict"]

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from parties import Classifier, ValidatedClassifier, data, dataset, fit_parties, quiet_trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pellm_lightning import FederatedAveraging
+from pellm_lightning import FederatedAveraging, Overlap, Parameters, SeparateJobs
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.comm.topology import Topology
 
@@ -45,9 +45,9 @@ from pellm_lightning.comm.topology import Topology
         ({"weighting": math.inf}, "weighting=inf must be"),
         ({"weighting": True}, "weighting=True must be"),
         ({"weighting": None}, "weighting=None must be"),
-        ({"include": "*lora*"}, r"include='\*lora\*' must be a list of glob patterns"),
-        ({"exclude": [1]}, r"exclude=\[1\] must be a list of glob patterns"),
-        ({"exclude": {"head"}}, r"exclude=\{'head'\} must be a list of glob patterns"),
+        ({"parameters": {"include": "*lora*"}}, r"include='\*lora\*' must be a list of glob patterns"),
+        ({"parameters": {"exclude": [1]}}, r"exclude=\[1\] must be a list of glob patterns"),
+        ({"parameters": {"exclude": {"head"}}}, r"exclude=\{'head'\} must be a list of glob patterns"),
         ({"inner_optimizer_state": "clear"}, "inner_optimizer_state='clear' must be one of 'keep', 'reset'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore' must be one of 'exclude', 'raise'"),
         ({"timeout_s": 0}, "timeout_s=0 must be positive, in seconds"),
@@ -56,7 +56,9 @@ from pellm_lightning.comm.topology import Topology
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FederatedAveraging(**arguments)
+        FederatedAveraging(
+            **{key: Parameters(**value) if key == "parameters" else value for key, value in arguments.items()}
+        )
 
 
 @pytest.mark.parametrize("weighting", ["samples", "uniform", 0, 2, 0.25])
@@ -69,15 +71,13 @@ def test_arguments_are_attributes_under_the_same_name() -> None:
     arguments: dict[str, Any] = {
         "every_n_steps": 7,
         "weighting": 2.0,
-        "include": ("a",),
-        "exclude": ["b"],
         "outer_optimizer": torch.optim.Adam,
         "inner_optimizer_state": "reset",
         "on_nonfinite": "raise",
         "timeout_s": 5,
-        "check_base": False,
-        "save_frozen": False,
-        "federation": lambda: None,
+        "overlap": Overlap(delay_steps=2),
+        "parameters": Parameters(include=("a",), exclude=["b"], check_frozen=False, save_frozen=False),
+        "jobs": SeparateJobs("tcp://127.0.0.1:1", "a", ("a", "b")),
     }
     callback = FederatedAveraging(**arguments)
     assert {name: getattr(callback, name) for name in arguments} == arguments
@@ -267,7 +267,10 @@ def test_such_checkpoints_hold_what_is_frozen(tmp_path: Path, weights_only: bool
     def fit(party: int, federated: Any) -> list[str]:
         checkpoint = ModelCheckpoint(tmp_path, save_weights_only=weights_only)
         trainer = quiet_trainer(
-            tmp_path, [federated(save_frozen=False), checkpoint], max_epochs=1, enable_checkpointing=True
+            tmp_path,
+            [federated(parameters=Parameters(save_frozen=False)), checkpoint],
+            max_epochs=1,
+            enable_checkpointing=True,
         )
         trainer.fit(Classifier(), data(4, seed=0))
         return sorted(torch.load(checkpoint.best_model_path)["state_dict"])

@@ -176,15 +176,12 @@ def test_the_printed_configuration_runs_again(
         "every_n_epochs": None,
         "every_n_steps": None,
         "every_n_seconds": None,
-        "fragments": 1,
-        "overlap": None,
         "weighting": 2.5,
         "aggregation": None,
-        "measure_deviation": None,
         "exchange": None,
         "privacy": None,
-        "include": [],
-        "exclude": [],
+        "overlap": None,
+        "parameters": None,
         "outer_optimizer": {
             "class_path": "torch.optim.SGD",
             "init_args": config["federated"]["outer_optimizer"]["init_args"],
@@ -194,12 +191,8 @@ def test_the_printed_configuration_runs_again(
         "on_nonfinite": "exclude",
         "quorum": "majority",
         "timeout_s": 1800,
-        "check_base": True,
-        "save_frozen": True,
         "record": True,
-        **dict.fromkeys(("rendezvous", "name", "listen", "advertise", "tls", "membership", "state_dir")),
-        "roster": [],
-        "federation": None,
+        "jobs": None,
     }
     assert config["federated"]["outer_optimizer"]["init_args"]["lr"] == 1.0
     (tmp_path / "printed.yaml").write_text(printed)

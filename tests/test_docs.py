@@ -501,7 +501,7 @@ def test_bash_tells_what_would_run(tmp_path: Path) -> None:
 $ export PELLM_ROSTER=a,b
 $ for name in a b; do
     python -m pellm_lightning fit --config \\
-        'run it.yaml' --federated.name $name '' 'two
+        'run it.yaml' --federated.jobs.name $name '' 'two
 lines' > $name.log 2>&1 &
   done
 what it answers
@@ -510,7 +510,7 @@ $ make test
     block = Block("page.md", 1, "console", text, {})
     (tmp_path / "home").mkdir()
     found = commands_of(script_of(block), tmp_path / "home")
-    fit = ["python", "-m", "pellm_lightning", "fit", "--config", "run it.yaml", "--federated.name"]
+    fit = ["python", "-m", "pellm_lightning", "fit", "--config", "run it.yaml", "--federated.jobs.name"]
     fits = [[*fit, name, "", "two\nlines"] for name in "ab"]
     assert sorted(found) == [["make", "test"], *fits]
 

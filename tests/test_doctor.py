@@ -20,7 +20,7 @@ from test_launched import torchrun
 from torch.nn.utils import parameters_to_vector
 from tuned import Tuned
 
-from pellm_lightning import FederatedAveraging, FederatedCLI
+from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap
 from pellm_lightning.aggregation import ResidualMean, ShareA, Stacking, lora_modules
 from pellm_lightning.callbacks.drift import SCAFFOLD
 from pellm_lightning.cli.doctor import command, show
@@ -124,7 +124,11 @@ ODD = {
         "Party a trains parameter 'v'",
     ),
     "another protocol": ({"protocol": PROTOCOL + 1}, "protocol", "Install the same version"),
-    "no base compared": ({"base": None}, "base model", "Party c has check_base=False. The others compare it"),
+    "no base compared": (
+        {"base": None},
+        "base model",
+        "Party c has check_frozen=False. The others compare it",
+    ),
     "another round": ({"round": 4}, "resume", "Resume all parties from checkpoints of the same round"),
     "nonsense": ({"schema": 5}, "protocol", "cannot read. Install the same version"),
     "another's files": ({"files": ["host-a:/runs"]}, "files", "would both write to 'host-a:/runs'"),
@@ -359,7 +363,7 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
         "privacy": GaussianMechanism(max_norm=1.0, noise_multiplier=1.0, distributed=False),
         "weighting": "uniform",
     },
-    "fragments": lambda: {"fragments": 2, "every_n_steps": 4},
+    "fragments": lambda: {"overlap": Overlap(fragments=2), "every_n_steps": 4},
     "masked": lambda: {"exchange": masked()},
     "stacking": lambda: {"aggregation": Stacking(), "module": Tuned(0)},
     "residual mean": lambda: {"aggregation": ResidualMean(), "module": Tuned(0)},
@@ -569,7 +573,7 @@ def test_the_command_alone(doctor: Any, tmp_path: Path, capsys: pytest.CaptureFi
     assert told.endswith("0 errors, 1 warning: ready to fit.\n")
     assert not list(tmp_path.iterdir()), "the doctor wrote a file"
     with pytest.raises(SystemExit) as ended:
-        doctor("--federated.exclude=['*']")
+        doctor("--federated.parameters.exclude=['*']")
     assert ended.value.code == 1
 
 

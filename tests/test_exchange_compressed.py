@@ -529,7 +529,7 @@ def test_factors_cross_compressed() -> None:
 
 def test_the_deviation_is_measured_if_asked_for_and_where_it_is_free() -> None:
     silent = products_of(Quantized(block_size=16), Mean())
-    asked = products_of(Quantized(block_size=16), Mean(), measure_deviation=True)
+    asked = products_of(Quantized(block_size=16), Mean(measure_deviation=True))
     openly = products_of(Plain(), Mean())
     for (_, without), (_, measured), (_, plain) in zip(silent, asked, openly, strict=True):
         assert without.deviation is None
@@ -699,7 +699,7 @@ def test_rules_that_need_what_is_not_sent_are_refused(
 def test_measuring_what_top_k_does_not_send_is_refused() -> None:
     def act(federation: Federation) -> None:
         with pytest.raises(ValueError, match="measure_deviation=True needs the parties' whole factors"):
-            Aggregator(federation, adapter(1, SIZES, 2), measure_deviation=True, exchange=TopK())
+            Aggregator(federation, adapter(1, SIZES, 2), aggregation=Mean(True), exchange=TopK())
 
     run_parties(1, act)
 

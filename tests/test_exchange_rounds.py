@@ -491,7 +491,7 @@ def test_rules_that_need_the_parties_refuse_before_anything_is_sent(
 def test_measuring_the_deviation_is_refused() -> None:
     def act(federation: Federation) -> None:
         with pytest.raises(ValueError, match="measure_deviation=True needs the parties' own factors"):
-            Aggregator(federation, adapter(1, SIZES, 2), measure_deviation=True, exchange=masked())
+            Aggregator(federation, adapter(1, SIZES, 2), aggregation=Mean(True), exchange=masked())
 
     run_parties(3, act)
 

@@ -310,13 +310,14 @@ def fitted(tmp_path: Path, options: Mapping[str, Any], **trainer: Any) -> list[R
     [
         # Ten steps and fourteen, a fragment every two. At the end one more of each; then the first answers.
         ({"every_n_steps": 6}, ([2, 4, 6, 8, 10, 10, 10], [2, 4, 6, 8, 10, 12, 14, 14, 14])),
-        ({"every_n_steps": 6, "overlap": Overlap(1)}, ([3, 5, 7, 9, 10, 10, 10], [3, 5, 7, 9, 11, 13, 14])),
+        ({"every_n_steps": 6, "delay_steps": 1}, ([3, 5, 7, 9, 10, 10, 10], [3, 5, 7, 9, 11, 13, 14])),
     ],
 )
 def test_fragments_take_turns_in_a_fit(
     tmp_path: Path, options: Mapping[str, Any], steps: tuple[list[int], list[int]]
 ) -> None:
-    first, second = fitted(tmp_path, {"fragments": 3, **options})
+    overlap = Overlap(options.get("delay_steps", 0), fragments=3)
+    first, second = fitted(tmp_path, {"every_n_steps": options["every_n_steps"], "overlap": overlap})
     assert first.steps[: len(steps[0])] == steps[0]
     assert second.steps[: len(steps[1])] == steps[1]
     assert len(first.steps) == len(second.steps), "who is through answers"
@@ -330,10 +331,10 @@ def test_the_schedule_must_divide_among_fragments() -> None:
         fit_parties(1, lambda _, federated: federated(**arguments))
 
     with pytest.raises(ValueError, match="every_n_steps=10 must be a multiple of 3; or give every_n_seconds"):
-        make(every_n_steps=10, fragments=3)
+        make(every_n_steps=10, overlap=Overlap(fragments=3))
     with pytest.raises(ValueError, match=r"an epoch is not divided\. Give every_n_steps, a multiple of 2"):
-        make(every_n_epochs=2, fragments=2)
-    with pytest.raises(ValueError, match="fragments=0 must be a whole number, 1 or more"):
-        make(every_n_steps=2, fragments=0)
-    with pytest.raises(ValueError, match="lands a round after the next one has begun, 5 steps later"):
+        make(every_n_epochs=2, overlap=Overlap(fragments=2))
+    with pytest.raises(ValueError, match=r"fragments=0\) must be a whole number, 1 or more"):
+        make(every_n_steps=2, overlap=Overlap(fragments=0))
+    with pytest.raises(ValueError, match="applies a round after the next one has begun, 5 steps later"):
         make(every_n_steps=10, fragments=2, overlap=Overlap(5))

@@ -85,7 +85,7 @@ def test_files_of_its_own_are_no_difference() -> None:
         ({"config": {"every_n_epochs": 1}}, ["weighting='samples', party 2 has weighting=None"]),
         (
             {"base": {"embed": "01", "layer": "03"}},
-            ["base model of party 2", "'layer'", "check_base=False"],
+            ["base model of party 2", "'layer'", "check_frozen=False"],
         ),
         ({"base": {"embed": "01"}}, ["base model of party 2", "'layer'"]),
         ({"base": {"adapter": "00", "embed": "03", "layer": "03"}}, ["base model of party 2", "'adapter'"]),

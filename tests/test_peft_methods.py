@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from pellm_lightning import FederationError
+from pellm_lightning import FederationError, Parameters
 from pellm_lightning.aggregation import Mean, lora_modules
 from pellm_lightning.aggregation.lora import find_pairs
 from pellm_lightning.tensors.selection import plain_name, select
@@ -308,7 +308,9 @@ def test_the_adapter_is_exported_by_peft(tmp_path: Path, name: str) -> None:
 
     def fit(party: int, federated: Any) -> Tuned:
         module = Tuned(METHODS[name], party)
-        quiet_trainer(tmp_path, [federated(save_frozen=False)], max_epochs=1).fit(module, sentences(party))
+        quiet_trainer(tmp_path, [federated(parameters=Parameters(save_frozen=False))], max_epochs=1).fit(
+            module, sentences(party)
+        )
         module.model.save_pretrained(tmp_path / f"adapter-{party}")
         return module
 

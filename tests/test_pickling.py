@@ -142,11 +142,7 @@ EXAMPLES: dict[Any, Callable[[], Any]] = {
         aggregation=LowRankMean(),
         exchange=Quantized(),
         outer_optimizer=partial(torch.optim.SGD, lr=0.7),
-        rendezvous="tcp://127.0.0.1:1",
-        name="a",
-        roster=["a", "b"],
-        tls=tls_of("a"),
-        membership=Membership(),
+        jobs=SeparateJobs("tcp://127.0.0.1:1", "a", ["a", "b"], tls=tls_of("a"), membership=Membership()),
     ),
     FedDyn: lambda: FedDyn(0.1),
     FedProx: lambda: FedProx(0.1),
@@ -222,7 +218,7 @@ def test_connections_say_why_they_cannot_be_sent(name: str, copied: Callable[[An
         joined = federation()
         live = joined if LIVE[name] is Federation else Aggregator(joined, {"w": torch.ones(2)})
     with pytest.raises(
-        TypeError, match=r"A joined federation cannot be pickled or copied.*federation="
+        TypeError, match=r"A joined federation cannot be pickled or copied.*connect"
     ) as caught:
         copied(live)
     assert type(caught.value) is TypeError

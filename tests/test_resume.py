@@ -23,7 +23,7 @@ from parties import ValidatedClassifier, data, in_threads, quiet_trainer
 from test_callback_separate_jobs import At, Jobs, crash
 from test_launched import TESTS, torchrun
 
-from pellm_lightning import FederatedAveraging
+from pellm_lightning import FederatedAveraging, SeparateJobs
 from pellm_lightning.tensors.snapshot import SnapshotDir
 from pellm_lightning.trainer import resume
 
@@ -387,7 +387,7 @@ def test_last_of_an_unfinished_federation_is_found_in_any_folder(
     """The default ModelCheckpoint saves no last.ckpt, and into another version at each start."""
 
     def trainer() -> Trainer:
-        federated = FederatedAveraging(rendezvous="tcp://127.0.0.1:1", name=f"p{party}", roster=["p0", "p1"])
+        federated = FederatedAveraging(jobs=SeparateJobs("tcp://127.0.0.1:1", f"p{party}", ["p0", "p1"]))
         arguments = {"logger": CSVLogger(tmp_path) if logger else False, "enable_checkpointing": True}
         return quiet_trainer(tmp_path, [federated], **arguments)
 

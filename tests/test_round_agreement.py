@@ -65,7 +65,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "base": (
         lambda it: (it["frozen"]["layer.0"].add_(1), it["frozen"]["layer.1"].add_(1)),
-        ["base model of party 1", "'layer.0'", "check_base=False"],
+        ["base model of party 1", "'layer.0'", "check_frozen=False"],
     ),
     "base dtype": (
         lambda it: it["frozen"].update(embed=it["frozen"]["embed"].double()),

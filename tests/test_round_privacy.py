@@ -269,7 +269,7 @@ def test_who_comes_late_takes_over_ledger_and_clipping_norm(world: World) -> Non
     [
         ({"aggregation": LowRankMean(solver="power")}, "FrozenA"),
         ({"exchange": Plain()}, "distributed=False"),
-        ({"measure_deviation": True}, "differential privacy"),
+        ({"aggregation": Mean(measure_deviation=True)}, "differential privacy"),
         ({"privacy": GaussianMechanism(1.0, 0.1, max_epsilon=1.0)}, "The first round alone"),
     ],
 )

@@ -69,8 +69,8 @@ class Jobs:
             f"--trainer.callbacks.final={self.cwd / f'{name}.pt'}",
             "--data.samples=40",
             "--federated.every_n_steps=5",
-            "--federated.membership.heartbeat_ttl_s=2",
-            "--federated.membership.wait_s=60",
+            "--federated.jobs.membership.heartbeat_ttl_s=2",
+            "--federated.jobs.membership.wait_s=60",
             *words,
             **environ,
         )

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from certificates import tls_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from parties import Classifier, Rounds, data, in_threads, linear, quiet_trainer
+from parties import Classifier, Connecting, Rounds, data, in_threads, linear, quiet_trainer
 
-from pellm_lightning import Aggregator, FederatedAveraging, FederationError
+from pellm_lightning import Aggregator, FederatedAveraging, FederationError, Parameters, SeparateJobs
 from pellm_lightning.comm import ElasticFederation, Membership, MismatchError
 from pellm_lightning.comm.rendezvous.client import connect
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
@@ -56,16 +56,17 @@ class Jobs:
         patience = {"heartbeat_ttl_s": 0.6, "wait_s": WAIT_S, "round_timeout_s": WAIT_S} | dict(
             membership or {}
         )
-        options = {"every_n_steps": 2, "state_dir": str(self.tmp_path / name)} | options
+        options = {"every_n_steps": 2} | options
         try:
-            callback = FederatedAveraging(
-                federation=lambda: ElasticFederation(
+            callback = Connecting(
+                lambda: ElasticFederation(
                     lambda: self.store,
                     name,
                     roster,
                     quorum=options.get("quorum", "majority"),
                     membership=Membership(**patience),
                 ),
+                jobs=SeparateJobs("tcp://127.0.0.1:1", name, roster, state_dir=str(self.tmp_path / name)),
                 **options,
             )
             tamper(callback)
@@ -148,12 +149,18 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         "party {1} has outer_optimizer='Adam(",
     ),
     "include": (
-        {"include": ["*.weight"]},
+        {"parameters": Parameters(include=["*.weight"])},
         "Party {0} trains parameter 'head.bias', party {1} does not (2 parameters at party {0}, 1 at party"
         " {1})",
     ),
-    "exclude": ({"exclude": ["*.bias"]}, "Party {} trains parameter 'head.bias', party {} does not"),
-    "base unchecked": ({"check_base": False}, "Party {1} has check_base=False, the other has not"),
+    "exclude": (
+        {"parameters": Parameters(exclude=["*.bias"])},
+        "Party {} trains parameter 'head.bias', party {} does not",
+    ),
+    "base unchecked": (
+        {"parameters": Parameters(check_frozen=False)},
+        "Party {1} has check_frozen=False, the other has not",
+    ),
     "shape": (
         {"module": wide},
         "Parameter 'head.bias' is float32 of shape [3] at party {} but float32 of shape [4] at party {}",
@@ -263,7 +270,10 @@ def test_a_party_without_weight_follows(jobs: Jobs) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"include": ["lora"]}, "The include pattern 'lora' matches none of the 2 trainable parameters"),
+        (
+            {"parameters": Parameters(include=["lora"])},
+            "The include pattern 'lora' matches none of the 2 trainable parameters",
+        ),
         (
             {"module": lambda: Frozen().requires_grad_(False)},
             "No parameter of the module requires a gradient",

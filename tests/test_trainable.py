@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from parties import Classifier, batches, data, fit_parties, quiet_trainer
 from torch import nn
 
-from pellm_lightning import FederatedAveraging, FederationError
+from pellm_lightning import FederatedAveraging, FederationError, Parameters
 
 
 class Unfreezing(BaseFinetuning):
@@ -96,9 +96,9 @@ def test_excluded_layers_may_be_unfrozen(tmp_path: Path, pattern: str) -> None:
 
     def fit(party: int, federated: Any) -> tuple[torch.Tensor, torch.Tensor]:
         module = AtOnce(seed=party)
-        quiet_trainer(tmp_path, [federated(exclude=[pattern]), ByHand()], max_epochs=3).fit(
-            module, data(8, seed=party)
-        )
+        quiet_trainer(
+            tmp_path, [federated(parameters=Parameters(exclude=[pattern])), ByHand()], max_epochs=3
+        ).fit(module, data(8, seed=party))
         return module.vector(), module.base.weight.detach().clone()
 
     (head, base), (other_head, other_base) = fit_parties(2, fit)

@@ -19,7 +19,7 @@ from parties import Classifier, ValidatedClassifier, batches, data, fit_parties,
 from reference import fedavg
 from tuned import Tuned
 
-from pellm_lightning import FederationError, Overlap
+from pellm_lightning import FederationError, Overlap, Parameters
 from pellm_lightning.aggregation import LowRankMean, Mean
 
 
@@ -136,7 +136,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "rounds by seconds": (ema, {"every_n_seconds": 9.0}, "rounds here do not end with epochs"),
     "fewer rounds": (ema, {"every_n_epochs": 2}, "after epoch 0, which has no round with every_n_epochs=2"),
     "overlap": (ema, {"overlap": Overlap(1)}, "an overlap or fragments leave the parties with unlike"),
-    "small checkpoints": (ema, {"save_frozen": False}, "save_frozen=False cannot be kept"),
+    "small checkpoints": (
+        ema,
+        {"parameters": Parameters(save_frozen=False)},
+        "save_frozen=False cannot be kept",
+    ),
 }
 
 

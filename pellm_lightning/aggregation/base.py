@@ -125,6 +125,12 @@ class Aggregation(ABC):
     """What ``combine`` needs: only means of the parts, sums over the parties, or what single parties have."""
     writes_base: bool = False
     """Whether the frozen weights take up what the factors cannot hold."""
+    measure_deviation: bool | None = None
+    """Whether each round measures by how much its result misses the mean of the LoRA products; None where the
+    parties' factors are at hand."""
+
+    def __init__(self, measure_deviation: bool | None = None) -> None:
+        self.measure_deviation = measure_deviation
 
     def averaged(self, round: int, counting: int) -> Parts:
         """Return the parts whose result is their weighted mean, where ``counting`` parties count."""

@@ -32,6 +32,9 @@ class ResidualMean(Aggregation):
     were really written, so each module's weight is the exact mean of the parties' up to the rounding of W.
     The frozen weights then differ from the base model's: checkpoints hold them, and an exported adapter needs
     the base that is exported beside it. Every party receives all factors, (N - 1) times those of one.
+
+    Args:
+        measure_deviation: As in ``LowRankMean``.
     """
 
     outer = "mean"
@@ -58,13 +61,15 @@ class Stacking(Aggregation):
 
     Args:
         seed: Of the new A, the same at every party; it is counted up by the round.
+        measure_deviation: As in ``LowRankMean``.
     """
 
     outer = "mean"
     writes_base = True
     ranks_may_differ = True
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, measure_deviation: bool | None = None) -> None:
+        super().__init__(measure_deviation)
         self.seed = seed
 
     def averaged(self, round: int, counting: int) -> Parts:

@@ -36,6 +36,7 @@ class HeterogeneousRank(Aggregation):
         solver: As in ``LowRankMean``.
         steps: As in ``LowRankMean``.
         factorization: "balanced" or "svd", as in ``LowRankMean``; both sort the directions.
+        measure_deviation: As in ``LowRankMean``.
 
     Raises:
         ValueError: If an argument is none of its choices.
@@ -50,13 +51,15 @@ class HeterogeneousRank(Aggregation):
         solver: Solver = "exact",
         steps: int = 1,
         factorization: Literal["balanced", "svd"] = "balanced",
+        measure_deviation: bool | None = None,
     ) -> None:
+        super().__init__(measure_deviation)
         if method not in ("low_rank", "zero_pad"):
             raise ValueError(f"method={method!r} must be 'low_rank' or 'zero_pad'.")
         if factorization not in ("balanced", "svd"):
             raise ValueError(
-                f"gauge={factorization!r} must be 'balanced' or 'svd': a party takes the first r directions, so they"
-                " must be sorted by what they contribute."
+                f"factorization={factorization!r} must be 'balanced' or 'svd': a party takes the first r"
+                " directions, so they must be sorted by what they contribute."
             )
         self.method = method
         self.factorization = factorization

@@ -46,12 +46,22 @@ class LowRankMean(Aggregation):
             equal norms, ``U S^1/2`` and ``S^1/2 V^T``; "svd": ``U S`` and ``V^T``. After the latter two, the
             state that local optimizers keep of A and B is dropped each round, and an outer optimizer other
             than ``SGD(lr=1)`` is refused.
+            measure_deviation: Report each round by how much the result misses the mean of the LoRA products. It
+            takes half as many bytes again as averaging the factors, and other parties see these. Default:
+            yes, unless the exchange hides the factors, or compresses and would send them for this alone.
 
     Raises:
         ValueError: If an argument is none of its choices.
     """
 
-    def __init__(self, solver: Solver = "exact", steps: int = 1, factorization: Gauge = "procrustes") -> None:
+    def __init__(
+        self,
+        solver: Solver = "exact",
+        steps: int = 1,
+        factorization: Gauge = "procrustes",
+        measure_deviation: bool | None = None,
+    ) -> None:
+        super().__init__(measure_deviation)
         _one_of("solver", solver, ("power", "exact"))
         _one_of("factorization", factorization, ("procrustes", "balanced", "svd"))
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

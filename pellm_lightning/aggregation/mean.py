@@ -12,6 +12,9 @@ class Mean(Aggregation):
 
     For LoRA that is FedIT (Zhang et al. 2023, arXiv:2305.05644): ``B = sum(w_i B_i)``, ``A = sum(w_i A_i)``,
     which misses the mean of the products by ``sum(w_i (B_i - B) (A_i - A))``. The report says by how much.
+
+    Args:
+        measure_deviation: As in ``LowRankMean``.
     """
 
     requires = "means"
@@ -26,6 +29,9 @@ class FrozenA(Aggregation):
     FFA-LoRA (Sun et al. 2024, arXiv:2403.12313). Exact, since ``sum(w_i B_i A) = sum(w_i B_i) A``, and half
     the bytes, but each party trains half the adapter. What is no LoRA factor is trained and averaged beside
     it.
+
+    Args:
+        measure_deviation: As in ``LowRankMean``.
     """
 
     requires = "means"
@@ -55,6 +61,9 @@ class Alternating(Aggregation):
     exact, for the same reason as with ``FrozenA``, and sends half the bytes, yet both factors learn. What is
     no LoRA factor is trained and averaged in each round. The resting factor's gradients are dropped, so
     neither its values nor its optimizer state move; the moments it had are there when its turn comes.
+
+    Args:
+        measure_deviation: As in ``LowRankMean``.
     """
 
     requires = "means"
@@ -79,6 +88,9 @@ class ShareA(Aggregation):
     FedSA-LoRA (Guo et al. 2024, arXiv:2410.01463). The parties end with models of their own around a common
     A: for data that differ in what is to be learned, not only in how much. No deviation is reported, as there
     is no common product to deviate from.
+
+    Args:
+        measure_deviation: As in ``LowRankMean``.
     """
 
     requires = "means"

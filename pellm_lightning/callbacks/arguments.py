@@ -80,45 +80,6 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
 
 
-def patterns(name: str, value: object) -> None:
-    """Check an argument that holds glob patterns."""
-    if (
-        isinstance(value, str)
-        or not isinstance(value, Sequence)
-        or not all(isinstance(p, str) for p in value)
-    ):
-        raise ValueError(
-            f"{name}={value!r} must be a list of glob patterns, for example {name}=['*lora_A*']."
-        )
-
-
-def fragments(value: object, every_n_steps: int | None, every_n_seconds: float | None) -> None:
-    """Check that fragments can take turns."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"fragments={value!r} must be a whole number, 1 or more.")
-    if value == 1 or every_n_seconds is not None:
-        return
-    if every_n_steps is None:
-        raise ValueError(
-            f"fragments={value} take turns between two rounds of one of them, and an epoch is not divided."
-            f" Give every_n_steps, a multiple of {value}, or every_n_seconds."
-        )
-    if every_n_steps % value:
-        raise ValueError(
-            f"fragments={value} take turns between two rounds of one of them, so every_n_steps="
-            f"{every_n_steps} must be a multiple of {value}; or give every_n_seconds."
-        )
-
-
-def overlap(value: Overlap | None, every_n_steps: int | None, fragments: int) -> None:
-    """Check that a round can be through before the next one begins."""
-    if value is not None and every_n_steps is not None and value.delay_steps >= every_n_steps // fragments:
-        raise ValueError(
-            f"overlap={value!r} lands a round after the next one has begun, {every_n_steps // fragments}"
-            " steps later. Choose a smaller delay_steps, or rounds that are further apart."
-        )
-
-
 def same_turns(saved: int, fragments: int) -> None:
     """Check that a checkpoint is of as many fragments."""
     if saved != fragments:
@@ -128,9 +89,9 @@ def same_turns(saved: int, fragments: int) -> None:
         )
 
 
-def can_apply(under_way_since: int | None, overlap: Overlap | None) -> None:
+def can_apply(under_way_since: int | None, overlap: Overlap) -> None:
     """Check that a round that was under way when a checkpoint was saved can land."""
-    if under_way_since is not None and overlap is None:
+    if under_way_since is not None and not overlap.in_background:
         raise MisconfigurationException(
             f"The checkpoint was saved while a round was under way, begun at step {under_way_since}. Resume"
             " with the overlap of the checkpoint; a checkpoint of another step may be resumed without."

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -22,6 +22,7 @@ from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.drift.base import DriftCorrection, check_optimizer, drift_correction_of
 from pellm_lightning.callbacks.fit_facts import FitFacts, foresee
 from pellm_lightning.callbacks.fit_loop import FederatedLoop, LoopConfig, Started
+from pellm_lightning.callbacks.parameters import Parameters
 from pellm_lightning.callbacks.schedule import schedule
 from pellm_lightning.callbacks.trainable import CURE, TrainableSet
 from pellm_lightning.callbacks.weight_averaging import (
@@ -32,12 +33,10 @@ from pellm_lightning.callbacks.weight_averaging import (
     warn_of_missed,
 )
 from pellm_lightning.comm import (
-    TLS,
     Collectives,
     ElasticFederation,
     Federation,
     FederationError,
-    Membership,
     Quorum,
     check_quorum,
 )
@@ -59,7 +58,7 @@ from pellm_lightning.report.reporter import Reporter
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.adapter_config import adapter_configs
 from pellm_lightning.tensors.frozen_state import frozen_state
-from pellm_lightning.tensors.selection import load_compiled_, named_as_in, select
+from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import (
     Party,
@@ -90,25 +89,19 @@ class FederatedAveraging(Callback):
         every_n_steps: Instead, a round after every n optimizer steps (``trainer.global_step``).
         every_n_seconds: Instead, a round whenever n seconds of training are over, counted from the end of the
             last exchange: all parties come at about the same time, however many steps each has made.
-        fragments: Number of groups of layers that take turns: each has a round as often as the schedule says,
-            and at each exchange only a K-th of the parameters crosses.
-        overlap: Lets rounds run in the background while training goes on; see ``Overlap``. Default: training
-            stands still for a round.
         weighting: How much a party counts: "samples" by the training samples it consumed since the last
             round, all its processes together; "uniform" all alike; a number is this party's own fixed weight.
         aggregation: What is computed from the parties' parameters, from ``pellm_lightning.aggregation``.
             Default: ``LowRankMean()`` for LoRA, the weighted mean for all else.
-        measure_deviation: Report each round by how much the result misses the mean of the LoRA products. It
-            takes half as many bytes again as averaging the factors, and other parties see these. Default:
-            yes, unless the exchange hides the factors, or compresses and would send them for this alone.
         exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``,
             ``SecureAggregation(...)`` so that nobody sees another's, or in fewer bytes ``Cast("bfloat16")``,
             ``Quantized(...)`` and ``TopK(...)``.
         privacy: Differential privacy of each party's updates, from ``pellm_lightning.privacy``. It needs
             weighting="uniform".
-        include: Glob patterns over names of trainable parameters; only what matches one federates. Default:
-            all.
-        exclude: Glob patterns over names of trainable parameters that stay local.
+        overlap: Lets rounds run in the background while training continues, or exchange one fragment of the
+            parameters at a time; see ``Overlap``. Default: training waits for each round of all parameters.
+        parameters: Which trainable parameters federate, and what is checked and saved of the frozen ones; see
+            ``Parameters``. Default: all trainable parameters.
         outer_optimizer: Optimizer of the global parameters, fed with the pseudo-gradient. ``SGD(lr=1)`` is
             FedAvg, ``SGD(lr=1, momentum=0.9)`` FedAvgM, ``Adam`` FedAdam, and ``SGD(lr=0.7, momentum=0.9,
             nesterov=True)`` DiLoCo.
@@ -125,28 +118,12 @@ class FederatedAveraging(Callback):
             need as many to meet.
         timeout_s: Seconds a party may be late before the others give up: more than the time by which the
             slowest party's local steps outlast the fastest's.
-        check_base: Compare every value of the frozen weights, of the adapters' buffers and of what quantised
-            weights are read by over the parties before training, by digests made once per fit.
-        save_frozen: Whether checkpoints hold the frozen parameters too. Without them a checkpoint is as small
-            as the adapter, and is resumed on, or loaded onto, a freshly built base.
         record: Whether each party writes what happens, round by round, into ``rounds.jsonl`` in the Trainer's
             ``default_root_dir`` (below ``party-<k>/`` if there are several), for
             ``python -m pellm_lightning report``. With ``fast_dev_run`` or ``barebones`` nothing is written.
-        federation: Makes an already joined Federation, for parties that do not meet by the launcher's
-            environment variables. Called once per fit.
-        rendezvous: Makes this launch one party of several separate jobs, which join at "tcp://host:port"
-            (``python -m pellm_lightning rendezvous``) or "etcd://host:port". Default: ``PELLM_RENDEZVOUS``.
-        name: Name of this party among separate jobs. Default: ``PELLM_PARTY``.
-        roster: Names of all parties, in the same order everywhere. Default: ``PELLM_ROSTER``, with commas.
-        listen: "host:port" at which the other parties reach this one. Default: ``PELLM_LISTEN``, or this host
-            only.
-        advertise: "host:port" to tell them instead, where an address is translated on the way. Default:
-            ``PELLM_ADVERTISE``.
-        tls: This party's certificate and the federation's authority. Default: ``PELLM_TLS_CERT``,
-            ``PELLM_TLS_KEY`` and ``PELLM_TLS_CA``; without any, nothing is encrypted.
-        membership: How long separate jobs wait for whom, and whether they go on without a lost one.
-        state_dir: Where separate jobs keep the global state through their own death. Default: ``federation/``
-            below the Trainer's ``default_root_dir/party-<k>``.
+        jobs: Makes this launch one party of several separate jobs; see ``SeparateJobs``. Default: the
+            environment's ``PELLM_RENDEZVOUS``, ``PELLM_PARTY`` and so on; without them all parties come from
+            one launch.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -157,80 +134,51 @@ class FederatedAveraging(Callback):
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         every_n_seconds: float | None = None,
-        fragments: int = 1,
-        overlap: Overlap | None = None,
         weighting: Literal["samples", "uniform"] | float = "samples",
         aggregation: Aggregation | None = None,
-        measure_deviation: bool | None = None,
         exchange: Exchange | None = None,
         privacy: GaussianMechanism | None = None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        overlap: Overlap | None = None,
+        parameters: Parameters | None = None,
         outer_optimizer: OptimizerCallable = outer_optimizer.sgd_one,
         outer_scheduler: LRSchedulerCallable | None = None,
         inner_optimizer_state: Literal["keep", "reset"] = "keep",
         on_nonfinite: Literal["exclude", "raise"] = "exclude",
         quorum: Quorum = "majority",
         timeout_s: float = 1800,
-        check_base: bool = True,
-        save_frozen: bool = True,
         record: bool = True,
-        federation: Callable[[], Federation | ElasticFederation] | None = None,
-        rendezvous: str | None = None,
-        name: str | None = None,
-        roster: Sequence[str] = (),
-        listen: str | None = None,
-        advertise: str | None = None,
-        tls: TLS | None = None,
-        membership: Membership | None = None,
-        state_dir: str | None = None,
+        jobs: SeparateJobs | None = None,
     ) -> None:
-        arguments.fragments(fragments, every_n_steps, every_n_seconds)
-        arguments.overlap(overlap, every_n_steps, fragments)
-        self._schedule = schedule(every_n_epochs, every_n_steps, every_n_seconds).shared_by(fragments)
+        self.overlap = overlap or Overlap()
+        self.overlap.check_schedule(every_n_steps, every_n_seconds)
+        schedule_ = schedule(every_n_epochs, every_n_steps, every_n_seconds)
+        self._schedule = schedule_.shared_by(self.overlap.fragments)
         arguments.weighting(weighting)
         arguments.privacy(privacy, weighting)
         arguments.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
         arguments.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
-        arguments.patterns("include", include)
-        arguments.patterns("exclude", exclude)
         check_quorum(quorum)
         arguments.seconds("timeout_s", timeout_s)
         arguments.outer(outer_optimizer, outer_scheduler)
-        self.job = SeparateJobs.configured(
-            rendezvous, name, roster, listen, advertise, tls, membership, quorum=quorum
-        )
+        self.jobs = SeparateJobs.from_env() if jobs is None else jobs
         """How this party joins separate jobs; None if all parties come from one launch."""
+        if self.jobs is not None:
+            self.jobs.membership.quorum(quorum, self.jobs.roster)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
-        self.fragments = fragments
-        self.overlap = overlap
         self.weighting = weighting
         self.aggregation = aggregation
-        self.measure_deviation = measure_deviation
         self.exchange: Exchange = chosen(exchange)
         self.privacy = privacy
-        self.include = include
-        self.exclude = exclude
+        self.parameters = parameters or Parameters()
         self.outer_optimizer = without_parser(outer_optimizer)
         self.outer_scheduler = without_parser(outer_scheduler)
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
         self.quorum = quorum
         self.timeout_s = timeout_s
-        self.check_base = check_base
-        self.save_frozen = save_frozen
         self.record = record
-        self.federation = federation
-        self.rendezvous = rendezvous
-        self.name = name
-        self.roster = roster
-        self.listen = listen
-        self.advertise = advertise
-        self.tls = tls
-        self.membership = membership
-        self.state_dir = state_dir
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
         self.summary: RunSummary | None = None
@@ -256,6 +204,15 @@ class FederatedAveraging(Callback):
         return self.aggregation is not None and self.aggregation.writes_base
 
     @property
+    def _connects_itself(self) -> bool:
+        return type(self).connect is not FederatedAveraging.connect
+
+    @property
+    def _is_staggered(self) -> bool:
+        """Whether a round does not give the result for all parameters at once."""
+        return self.overlap.in_background or self.overlap.fragments > 1
+
+    @property
     @override
     def state_key(self) -> str:
         """Key of the state in checkpoints.
@@ -263,13 +220,31 @@ class FederatedAveraging(Callback):
         Until ``setup`` it is another one each time. Lightning's Trainer would refuse two callbacks of one key
         when it is made, in words that do not help; ``setup`` refuses them in ours.
         """
-        return super().state_key if self._is_set_up else f"{super().state_key}@{next(_NUMBERS)}"
+        key = FederatedAveraging.__qualname__  # of derived classes too, whose connect() is another
+        return key if self._is_set_up else f"{key}@{next(_NUMBERS)}"
+
+    def connect(self) -> Federation | ElasticFederation:
+        """Join the other parties; called once per fit, by the party's first process.
+
+        Override it for parties that meet neither by the launcher's environment variables nor at a rendezvous::
+
+            class Threads(FederatedAveraging):
+                def connect(self):
+                    return Federation(store, party, num_parties)
+
+        Raises:
+            PartyLostError: If the rendezvous or a party cannot be reached.
+        """
+        if self.jobs is not None:
+            return self.jobs.join(self.quorum)
+        party, num_parties = self._topology.party, self._topology.num_parties
+        return Federation(store_from_env(self.timeout_s), party, num_parties, timeout_s=self.timeout_s)
 
     # ---- hooks, in the order in which they run
 
     def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
         """Keep the parties' files apart before Lightning looks for ``ckpt_path``; return which to resume."""
-        if self.federation is not None:
+        if self._connects_itself:
             return ckpt_path  # which party this is will be known when it has joined
         self._topology = topology_of(trainer)
         set_rank_zero(self._topology.rank_in_party)
@@ -277,7 +252,7 @@ class FederatedAveraging(Callback):
             isolation.separate_files(trainer, self._topology.party)
         if self._topology.is_leader:
             isolation.keep_metrics(trainer)
-        if self.job is None or ckpt_path != "last":
+        if self.jobs is None or ckpt_path != "last":
             return ckpt_path
         state, stopped = self._state_path(trainer), self._stopped_path(trainer)
         return last_of_unfinished(trainer, self._topology.party, state, stopped) or ckpt_path
@@ -300,11 +275,11 @@ class FederatedAveraging(Callback):
             check_averaging(
                 trainer,
                 self._schedule,
-                mixes=self.overlap is not None or self.fragments > 1,
+                mixes=self._is_staggered,
                 separate=isinstance(self._joined, ElasticFederation),
-                saves_frozen=self.save_frozen,
+                saves_frozen=self.parameters.save_frozen,
             )
-            if not self.save_frozen:
+            if not self.parameters.save_frozen:
                 arguments.checkpoints(trainer)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
@@ -318,7 +293,7 @@ class FederatedAveraging(Callback):
             isolation.separate_files(trainer, self._topology.party)
             if shares_terminal(self._topology):
                 isolation.silence(trainer)
-        if not self.save_frozen:
+        if not self.parameters.save_frozen:
             pl_module.strict_loading = False
         self._stop_renaming()  # of a fit that has failed
         self._renaming = pl_module.register_load_state_dict_pre_hook(load_compiled_)
@@ -334,7 +309,7 @@ class FederatedAveraging(Callback):
         """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
         arguments.samplers(trainer, self._topology)
         trainable = self._select(pl_module)
-        self._trainable = TrainableSet(pl_module, self.include, self.exclude)
+        self._trainable = TrainableSet(pl_module, self.parameters.include, self.parameters.exclude)
         plan = self._apply_rule(pl_module, trainable)
         shared = {name: trainable[name] for name in sorted(plan.shared)}
         check_coordinates(trainer, plan)
@@ -352,7 +327,6 @@ class FederatedAveraging(Callback):
             trainable,
             LoopConfig(
                 self._schedule,
-                self.fragments,
                 self.overlap,
                 self.weighting,
                 resets=self.inner_optimizer_state == "reset",
@@ -495,7 +469,7 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave frozen parameters out of the checkpoint if asked to, unless rounds write into them."""
-        if not self.save_frozen:
+        if not self.parameters.save_frozen:
             for name in set(checkpoint["state_dict"]) & self._left_out(pl_module):
                 del checkpoint["state_dict"][name]
 
@@ -504,7 +478,7 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
-        if not self.save_frozen:
+        if not self.parameters.save_frozen:
             state_dict = named_as_in(pl_module, checkpoint["state_dict"])
             arguments.trainable_checkpoint(pl_module, state_dict, self._left_out(pl_module))
 
@@ -516,7 +490,7 @@ class FederatedAveraging(Callback):
             self._renaming = None
 
     def _join(self, trainer: Trainer) -> None:
-        if self._topology.is_leader and not (self.federation or self.job or launched()):
+        if self._topology.is_leader and not (self._connects_itself or self.jobs or launched()):
             log.warning(
                 "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
                 " this host run `torchrun --nproc-per-node N your_script.py`%s.",
@@ -524,7 +498,7 @@ class FederatedAveraging(Callback):
                 if self._topology.party_size > 1
                 else "",
             )
-        self._in_party.on_leader(self._join_as_leader)
+        self._in_party.on_leader(self._connect_as_leader)
         if self._joined is not None:
             known = self._topology
             self._topology = Topology(
@@ -534,15 +508,8 @@ class FederatedAveraging(Callback):
         if isinstance(self._joined, ElasticFederation):
             self._joined.interrupt = lambda: _raise_if_terminated(trainer)
 
-    def _join_as_leader(self) -> None:
-        if self.federation is not None:
-            self._joined = self.federation()
-        elif self.job is not None:
-            self._joined = self.job.join()
-        else:
-            party, num_parties = self._topology.party, self._topology.num_parties
-            store = store_from_env(self.timeout_s)
-            self._joined = Federation(store, party, num_parties, timeout_s=self.timeout_s)
+    def _connect_as_leader(self) -> None:
+        self._joined = self.connect()
 
     def _left_out(self, module: LightningModule) -> set[str]:
         """Return the names of the frozen parameters that are as they were before the fit."""
@@ -555,7 +522,7 @@ class FederatedAveraging(Callback):
 
     def _select(self, module: LightningModule) -> dict[str, nn.Parameter]:
         try:
-            return select(module, self.include, self.exclude)
+            return self.parameters.select(module)
         except ValueError as error:
             cure = "" if any(p.requires_grad for p in module.parameters()) else f" {CURE}"
             raise MisconfigurationException(f"Party {self._topology.name}: {error}{cure}") from error
@@ -572,11 +539,11 @@ class FederatedAveraging(Callback):
                 lora_modules(module),
                 capabilities=capabilities(self.exchange, self.privacy, self._auxiliary),
             )
-            if self.overlap is not None:
+            if self.overlap.in_background:
                 self.overlap.check(plan.rule)
-            if self.fragments > 1:
+            if self.overlap.fragments > 1:
                 check_rule(plan.rule)
-                fragments_of(plan.shared, self.fragments)
+                fragments_of(plan.shared, self.overlap.fragments)
             return plan
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
@@ -591,7 +558,7 @@ class FederatedAveraging(Callback):
             trainer,
             module,
             trainable,
-            overlap=self.overlap,
+            in_background=self.overlap.in_background,
             facts=self._facts(trainer),
             state_dir=self._state_path(trainer),
         )
@@ -624,7 +591,9 @@ class FederatedAveraging(Callback):
             ValueError, MisconfigurationException: As the fit would.
         """
         self._drift = self._drift_correction(trainer, module)
-        return self._made(federation, trainer, module, parameters, overlap=None, facts={}, state_dir=None)
+        return self._made(
+            federation, trainer, module, parameters, in_background=False, facts={}, state_dir=None
+        )
 
     def _made(
         self,
@@ -633,36 +602,35 @@ class FederatedAveraging(Callback):
         module: LightningModule,
         parameters: Mapping[str, Tensor],
         *,
-        overlap: Overlap | None,
+        in_background: bool,
         facts: Mapping[str, Any],
         state_dir: str | None,
     ) -> Aggregator | FragmentedAggregator:
         """Return the aggregator that the arguments describe."""
         whole: Callable[..., Aggregator] = Aggregator
-        if overlap is not None:
-            whole = partial(OverlappedAggregator, overlap=overlap)
+        if in_background:
+            whole = partial(OverlappedAggregator, overlap=self.overlap)
         make: Callable[..., Aggregator | FragmentedAggregator] = whole
-        if self.fragments > 1:
-            make = partial(FragmentedAggregator, fragments=self.fragments, make=whole)
+        if self.overlap.fragments > 1:
+            make = partial(FragmentedAggregator, fragments=self.overlap.fragments, make=whole)
         return make(
             federation,
             parameters,
             aggregation=self.aggregation,
             lora=lora_modules(module),
-            measure_deviation=self.measure_deviation,
             exchange=self.exchange,
             privacy=self.privacy,
             auxiliary=self._auxiliary,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
-            frozen=frozen_state(module) if self.check_base else None,
+            frozen=frozen_state(module) if self.parameters.check_frozen else None,
             adapters=adapter_configs(module),
             config={
                 "every_n_epochs": self.every_n_epochs,
                 "every_n_steps": self.every_n_steps,
                 "every_n_seconds": self.every_n_seconds,
-                "fragments": self.fragments,
-                "overlap": repr(self.overlap),
+                "fragments": self.overlap.fragments,
+                "overlap": repr(self.overlap) if self.overlap.in_background else None,
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "on_nonfinite": self.on_nonfinite,
                 "inner_optimizer_state": self.inner_optimizer_state,
@@ -697,7 +665,8 @@ class FederatedAveraging(Callback):
 
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)
-        return self.state_dir or os.path.join(root, "federation")
+        kept = None if self.jobs is None else self.jobs.state_dir
+        return kept or os.path.join(root, "federation")
 
     def _stopped_path(self, trainer: Trainer) -> str:
         return os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt")
@@ -708,7 +677,7 @@ class FederatedAveraging(Callback):
         if drift is not None:
             optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
             plain = outer_optimizer.is_plain_averaging(optimizer, scheduled=self.outer_scheduler is not None)
-            if self.overlap is not None or self.fragments > 1:
+            if self._is_staggered:
                 raise MisconfigurationException(
                     f"{drift.auxiliary.method} corrects each local step by what the last round gave for all"
                     " parameters, which with an overlap or fragments is not there yet. Leave out one of them."

@@ -35,10 +35,8 @@ class LoopConfig:
 
     schedule: Schedule
     """When a round is due."""
-    fragments: int
-    """How many groups of layers take turns."""
-    overlap: Overlap | None
-    """How rounds run in the background; None lets training wait."""
+    overlap: Overlap
+    """How rounds overlap with local steps, and how many fragments take turns."""
     weighting: Literal["samples", "uniform"] | float
     """How much the party counts."""
     resets: bool
@@ -124,13 +122,15 @@ class FederatedLoop:
         self._stopped_path = stopped_path
         self._shared = {name: trainable[name] for name in sorted(plan.shared)}
         self._layout = Layout(self._shared)
-        self._dealt = [set(names) for names in fragments_of(self._shared, manner.fragments)]  # by turn
+        self._dealt = [
+            set(names) for names in fragments_of(self._shared, manner.overlap.fragments)
+        ]  # by turn
         self._resting: list[nn.Parameter] = []
         self._aggregator: Aggregator | FragmentedAggregator | None = None  # of the speaker
         self._drained: Iterator[RoundReport] = iter(())
         self._since = LocalProgress(trainer.global_step)
         self._samples = SampleCounter(says=manner.weighting == "samples")
-        self._turns = FragmentCursor.from_step(manner.fragments, trainer.global_step)
+        self._turns = FragmentCursor.from_step(manner.overlap.fragments, trainer.global_step)
         self._under_way_since: int | None = None  # step at which the round in the background began
         self._exchanged_at = 0.0  # by the clock of time.monotonic
 
@@ -145,14 +145,14 @@ class FederatedLoop:
         """
         if state:
             self._since = LocalProgress(**state["since"])
-            self._turns = FragmentCursor.from_step(self._manner.fragments, self._since.step)
+            self._turns = FragmentCursor.from_step(self._manner.overlap.fragments, self._since.step)
             self._turns = FragmentCursor(**state["turns"]) if "turns" in state else self._turns
             self._under_way_since = state.get("under_way_since")
         started = self._party.on_leader(lambda: self._start_on_leader(make, state))
         if started.overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
             self._since, self._under_way_since = LocalProgress(self._trainer.global_step), None
-            self._turns = FragmentCursor.from_step(self._manner.fragments, self._trainer.global_step)
+            self._turns = FragmentCursor.from_step(self._manner.overlap.fragments, self._trainer.global_step)
         if self._drift is not None:
             resumed = bool(state) and not started.overwritten
             self._drift.begin(self._shared, self._carried(), resumed=resumed)
@@ -189,7 +189,7 @@ class FederatedLoop:
         if self._may_apply():
             self._apply(on_bar=True)
         if self._is_due(epoch_ends=self._trainer.is_last_batch):
-            if self._manner.overlap is None:
+            if not self._manner.overlap.in_background:
                 self._run_round()
             else:
                 self._begin_round()
@@ -233,7 +233,7 @@ class FederatedLoop:
         aggregator = self._aggregator = make()
         if state:
             arguments.own_checkpoint(state["party"], self._party.topology.party)
-            arguments.same_turns(len(self._turns.steps), self._manner.fragments)
+            arguments.same_turns(len(self._turns.steps), self._manner.overlap.fragments)
             arguments.can_apply(self._under_way_since, self._manner.overlap)
             aggregator.load_state_dict(state["aggregator"])
         overwritten = aggregator.start()
@@ -309,7 +309,7 @@ class FederatedLoop:
     def _may_apply(self) -> bool:
         """Tell whether the round in the background has had its time, or has failed."""
         overlap = self._manner.overlap
-        if self._under_way_since is None or overlap is None:
+        if self._under_way_since is None or not overlap.in_background:
             return False
         alone = self._party.topology.party_size == 1  # else all processes of the party must decide alike
         failed = alone and self._overlapped.failed
@@ -367,7 +367,7 @@ class FederatedLoop:
                 optimizer.state.clear()
         # Moments in coordinates that are no more.
         basis_changed = self._plan.named(self._plan.rule.basis_changed(done.active_parties))
-        crossed = self._dealt[done.round % self._manner.fragments]
+        crossed = self._dealt[done.round % self._manner.overlap.fragments]
         for parameter in [self._trainable[name] for name in sorted(basis_changed & crossed)]:
             for optimizer in self._trainer.optimizers:
                 optimizer.state.pop(parameter, None)

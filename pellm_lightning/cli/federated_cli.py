@@ -15,7 +15,6 @@ from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.cli import commands
 from pellm_lightning.cli.doctor.facts import Rehearsal
 from pellm_lightning.cli.saved_config import SaveNumberedConfig
-from pellm_lightning.comm import TLS, Membership
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched
@@ -89,11 +88,11 @@ class FederatedCLI(LightningCLI):
         federated = self._get(self.config_init, "federated")
         if environment is None:
             # The processes of a separate job are one party.
-            num_parties = 1 if federated.job else self._get(self.config_init, "num_parties")
+            num_parties = 1 if federated.jobs else self._get(self.config_init, "num_parties")
             environment = PartyEnvironment(num_parties, federated.timeout_s)
             if launched():
                 kwargs["plugins"] = [*plugins, environment]
-        topology = federated.job.topology() if federated.job else environment.topology
+        topology = federated.jobs.topology() if federated.jobs else environment.topology
         if topology.num_parties > 1:
             root = trainer_config.get("default_root_dir") or os.getcwd()
             kwargs["default_root_dir"] = isolation.below(str(root), topology.party)
@@ -143,10 +142,15 @@ class FederatedCLI(LightningCLI):
         if self.failure is None:
             callback = self._get(self.config_init, "federated")
             rehearsal = Rehearsal(self.trainer, self.model, self.datamodule, callback)
-            healthy = examine(callback.job, topology_of(self.trainer), rehearsal, wait_s=wait_s)
+            healthy = examine(
+                callback.jobs, topology_of(self.trainer), rehearsal, wait_s=wait_s, quorum=callback.quorum
+            )
         else:
             command = self.config["doctor"]
-            healthy = examine(_job(command), _topology(command), None, self.failure, wait_s=wait_s)
+            quorum = (command.get("federated") or {}).get("quorum", "majority")
+            healthy = examine(
+                _jobs(command), _topology(command), None, self.failure, wait_s=wait_s, quorum=quorum
+            )
         if not healthy:
             sys.exit(1)
 
@@ -174,28 +178,14 @@ def _live_view() -> list[Callback]:
 
 def _topology(command: Any) -> Topology:
     """Return where this process stands, before anything is built of the configuration."""
-    federated = command.get("federated") or {}
-    rendezvous, name, roster = (federated.get(key) for key in ("rendezvous", "name", "roster"))
-    job = SeparateJobs.configured(rendezvous, name, roster)
-    return job.topology() if job else Topology.from_env(command.get("num_parties"))
+    jobs = _jobs(command)
+    return jobs.topology() if jobs else Topology.from_env(command.get("num_parties"))
 
 
-def _job(command: Any) -> SeparateJobs | None:
+def _jobs(command: Any) -> SeparateJobs | None:
     """Return how this party joins separate jobs, before anything is built of the configuration."""
-    federated = command.get("federated") or {}
-    keys = ("rendezvous", "name", "roster", "listen", "advertise")
-    rendezvous, name, roster, listen, advertise = (federated.get(key) for key in keys)
-    tls, membership = federated.get("tls"), federated.get("membership")
-    return SeparateJobs.configured(
-        rendezvous,
-        name,
-        roster,
-        listen,
-        advertise,
-        TLS(**tls) if tls else None,
-        Membership(**membership) if membership else None,
-        quorum=federated.get("quorum", "majority"),
-    )
+    jobs = (command.get("federated") or {}).get("jobs")
+    return SeparateJobs.from_config(None if jobs is None else jobs.as_dict())
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ class Collectives(ABC):
         """
         raise TypeError(
             "A joined federation cannot be pickled or copied, nor can what holds one: its connections belong"
-            " to this process. Join where it is needed; FederatedAveraging(federation=...) takes a function"
-            " that does."
+            " to this process. Join where it is needed; a FederatedAveraging whose connect()"
+            " you override does."
         )
 
     @property

@@ -152,10 +152,6 @@ class Aggregator:
         aggregation: What is computed from the parties' parameters; None chooses ``LowRankMean()`` for LoRA
             pairs, which are recognised by PEFT's names, and the weighted mean for all else.
         lora: What the modules of the LoRA pairs say, from ``lora_modules(model)``; scaling 1 without.
-        measure_deviation: Whether each round measures by how much the result misses the mean of the LoRA
-            products. It takes half as many bytes again as averaging the factors, and the parties' factors:
-            None measures where the exchange does not hide these, and with a compressed exchange only where
-            the rule gathers them anyway.
         exchange: How values are summed over the parties; None is ``exchange.Plain()``.
         privacy: Differential privacy of each party's updates. Every weight must be 1 or 0 then; no training
             loss is exchanged.
@@ -191,7 +187,6 @@ class Aggregator:
         *,
         aggregation: Aggregation | None = None,
         lora: Mapping[str, LoraModule] | None = None,
-        measure_deviation: bool | None = None,
         exchange: Exchange | None = None,
         privacy: GaussianMechanism | None = None,
         auxiliary: AuxiliaryTerms | None = None,
@@ -217,7 +212,7 @@ class Aggregator:
             aggregation, parameters, lora, capabilities=capabilities(self._exchange, privacy, auxiliary)
         )
         is_secure = self._exchange.is_secure or privacy is not None
-        measures = _measures(measure_deviation, is_secure, self._exchange, plan.rule)
+        measures = _measures(plan.rule, is_secure, self._exchange)
         tried = outer.tried(outer_optimizer)
         scheduled = outer_scheduler is not None
         _check_privacy(privacy, self._exchange)
@@ -795,8 +790,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _measures(asked: bool | None, is_secure: bool, exchange: Exchange, rule: Aggregation) -> bool:
+def _measures(rule: Aggregation, is_secure: bool, exchange: Exchange) -> bool:
     """Return whether rounds measure the deviation, which takes the parties' own factors."""
+    asked = rule.measure_deviation
     if asked and is_secure:
         raise ValueError(
             "measure_deviation=True needs the parties' own factors, which a masked exchange or"

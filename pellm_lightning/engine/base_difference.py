@@ -62,7 +62,7 @@ def base_difference(
 
 
 _CHECKPOINT = (
-    "Load the same checkpoint and revision in the same dtype, or pass check_base=False if the difference is"
+    "Load the same checkpoint and revision in the same dtype, or pass Parameters(check_frozen=False) if the difference is"
     " intended (for example a quantised base at one party)."
 )
 
@@ -81,13 +81,13 @@ def _cause(
     if parts & adapters.keys() and all(set(name.split(".")) & adapters.keys() for name in differing):
         return (
             "These belong to the adapter and are not trained, and each party drew its own when it built it."
-            f" Let all have the same: {_SEED}, or {_PREPARED}. check_base=False leaves them uncompared."
+            f" Let all have the same: {_SEED}, or {_PREPARED}. check_frozen=False leaves them uncompared."
         )
     if all(".quant_state." in name or name.endswith(".SCB") for name in differing):
         return (
             "They are what the quantised weights are read by. Quantise the same checkpoint with the same"
             " settings and the same version of the library, or quantise it once, save it and load that at"
-            " every party; check_base=False leaves the base uncompared."
+            " every party; check_frozen=False leaves the base uncompared."
         )
     rows = _added_rows(differing)
     if rows:
@@ -95,14 +95,14 @@ def _cause(
             f"Only {rows} differ, as when tokens were added and their rows drawn at random at each party. Let"
             f" all have the same rows: {_SEED} (before resize_token_embeddings), or train them"
             " (modules_to_save, trainable_token_indices), so that the parties begin with those of the first,"
-            f" or {_PREPARED}. check_base=False leaves the base uncompared."
+            f" or {_PREPARED}. check_frozen=False leaves the base uncompared."
         )
     if len(differing) < of and not any(_in_a_stack(name) for name in differing):
         return (
             "The other layers are the same, so these are probably new ones, which from_pretrained draws at"
             f" random if the checkpoint lacks them (a head, a pooler). Let all have the same: {_SEED},"
             " or train them (modules_to_save), so that the parties begin with those of the first, or"
-            f" {_PREPARED}. If they come from a checkpoint, load the same one; check_base=False leaves the"
+            f" {_PREPARED}. If they come from a checkpoint, load the same one; check_frozen=False leaves the"
             " base uncompared."
         )
     return None
@@ -113,7 +113,7 @@ def _written_by_init(init: str, why: str) -> str:
     return (
         f"The adapter's initialisation ({init}) writes into the frozen weights of the layers that it adapts,"
         f" and {why}. Let all parties have the same: {seed}take an initialisation that leaves the base alone"
-        f" (init_lora_weights=True), or {_PREPARED}. check_base=False leaves the base uncompared."
+        f" (init_lora_weights=True), or {_PREPARED}. check_frozen=False leaves the base uncompared."
     )
 
 

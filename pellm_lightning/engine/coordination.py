@@ -480,7 +480,7 @@ def _difference(party_specs: Sequence[PartySpec], names: Sequence[str]) -> str |
         return f"Party {names[0]} shows what party {names[1]} cannot read. Install the same version at both."
     unlike = [name for name, shown in zip(names, party_specs, strict=True) if shown["base"] is None]
     if found is None and len(unlike) == 1:
-        return f"Party {unlike[0]} has check_base=False, the other has not. Give all parties the same."
+        return f"Party {unlike[0]} has check_frozen=False, the other has not. Give all parties the same."
     return found
 
 

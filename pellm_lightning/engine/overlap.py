@@ -24,28 +24,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Overlap:
-    """How a round overlaps with the local steps that follow it.
+    """Settings of rounds that overlap with local steps, or exchange one fragment of the parameters at a time.
 
-    At its beginning a party's parameters are copied, and the round goes on with the copies. ``delay_steps``
-    optimizer steps later its result lands: ``x = mix * x + (1 - mix) * result``, as in Streaming DiLoCo
-    (Douillard et al. 2025, arXiv:2501.18512, where they are called tau and alpha). A round that is not
-    through by then is waited for.
+    With a delay a party's parameters are copied when a round begins, and the round continues with the copies.
+    ``delay_steps`` optimizer steps later its result is applied: ``x = mix * x + (1 - mix) * result``, as in
+    Streaming DiLoCo (Douillard et al. 2025, arXiv:2501.18512, where they are called tau and alpha). A round
+    that is not complete by then is waited for.
+
+    With K fragments the layers are dealt to K groups that take turns: each has a round as often as the
+    schedule says, and each exchange is a K-th as large.
+
+    Example::
+
+        FederatedAveraging(every_n_steps=100, overlap=Overlap(delay_steps=10, fragments=4))
 
     Args:
-        delay_steps: Optimizer steps between the beginning of a round and the landing of its result; 0 waits
-            for it at once.
-        mix: How much of the local parameters stays when it lands, in [0, 1). With 0 the steps made in the
-            meantime are dropped, but for what the local optimizer remembers.
+        delay_steps: Optimizer steps between the beginning of a round and the application of its result; 0
+            lets training wait for it.
+        mix: How much of the local parameters stays when it is applied, in [0, 1). With 0 the steps made in the
+            meantime are dropped, but for what the local optimizer remembers. Without a delay it has no effect.
+        fragments: Number K of groups of layers that take turns.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    delay_steps: int
+    delay_steps: int = 0
     mix: float = 0.5
+    fragments: int = 1
 
     def __post_init__(self) -> None:
-        delay = self.delay_steps
+        delay, fragments = self.delay_steps, self.fragments
         if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
             raise ValueError(
                 f"Overlap(delay_steps={delay!r}) must be a whole number of optimizer steps, 0 or more."
@@ -55,14 +64,40 @@ class Overlap:
                 f"Overlap(mix={self.mix!r}) must be at least 0 and below 1: with 1 a party would never take"
                 " over a result."
             )
-        if self.mix and not delay:
+        if isinstance(fragments, bool) or not isinstance(fragments, int) or fragments < 1:
+            raise ValueError(f"Overlap(fragments={fragments!r}) must be a whole number, 1 or more.")
+
+    @property
+    def in_background(self) -> bool:
+        """Whether training continues while a round is under way."""
+        return self.delay_steps > 0
+
+    def check_schedule(self, every_n_steps: int | None, every_n_seconds: float | None) -> None:
+        """Refuse a schedule in which fragments cannot take turns, or a result comes after the next round.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        fragments = self.fragments
+        if fragments > 1 and every_n_seconds is None:
+            if every_n_steps is None:
+                raise ValueError(
+                    f"{fragments} fragments take turns between two rounds of one of them, and an epoch is not"
+                    f" divided. Give every_n_steps, a multiple of {fragments}, or every_n_seconds."
+                )
+            if every_n_steps % fragments:
+                raise ValueError(
+                    f"{fragments} fragments take turns between two rounds of one of them, so every_n_steps="
+                    f"{every_n_steps} must be a multiple of {fragments}; or give every_n_seconds."
+                )
+        if every_n_steps is not None and self.delay_steps >= every_n_steps // fragments:
             raise ValueError(
-                f"Overlap(delay_steps=0, mix={self.mix!r}) keeps local parameters of which the result knows"
-                " all, and parties would drift apart. Use mix=0, or a delay."
+                f"{self!r} applies a round after the next one has begun, {every_n_steps // fragments}"
+                " steps later. Choose a smaller delay_steps, or rounds that are further apart."
             )
 
     def check(self, rule: Aggregation) -> None:
-        """Refuse a rule whose result cannot be landed later.
+        """Refuse a rule whose result cannot be applied later.
 
         Raises:
             ValueError: If it cannot.
@@ -77,11 +112,11 @@ class Overlap:
                 f"{rule!r} trains other factors after each round, but with an overlap nobody knows yet that"
                 " the round is over. Use another aggregation, or no overlap."
             )
-        if self.mix and rule.outer == "mean":
+        if self.in_background and self.mix and rule.outer == "mean":
             raise ValueError(
                 f"{rule!r} gives the factors other coordinates each round, so mix={self.mix:g} of the old"
                 " ones has no meaning. Use Overlap(mix=0), aggregation=Mean(), or"
-                " LowRankMean(gauge='procrustes')."
+                " LowRankMean(factorization='procrustes')."
             )
 
 
@@ -175,7 +210,7 @@ class OverlappedAggregator(Aggregator):
             raise RuntimeError(f"No round of party {self.federation.name} is under way. Call begin() first.")
         report, self._report = self._report, None
         healed = self.federation.place[0] in report.excluded  # NaN would survive any mixing
-        self._staging.put(mix=0 if last or healed else self._overlap.mix)
+        self._staging.put(mix=0 if last or healed or not self._overlap.in_background else self._overlap.mix)
         return replace(report, stalled_seconds=self._stalled + time.perf_counter() - begun)
 
     @override

@@ -17,7 +17,6 @@ from pellm_lightning.tasks.earlier import earlier_adapter_kept
 from pellm_lightning.tasks.folder import written_whole
 from pellm_lightning.tasks.saving import save_adapters
 from pellm_lightning.tensors.adapters import adapters_with
-from pellm_lightning.tensors.selection import select
 from pellm_lightning.trainer.environment import party_of
 from pellm_lightning.trainer.isolation import callbacks_of
 from pellm_lightning.trainer.pickling import own_state
@@ -120,7 +119,7 @@ class SaveAdapter(Callback):
         """Return which adapters federate; without a federation, which train."""
         if federated is None:
             return adapters_with(model, [p for p in model.parameters() if p.requires_grad])
-        return adapters_with(model, select(pl_module, federated.include, federated.exclude).values())
+        return adapters_with(model, federated.parameters.select(pl_module).values())
 
 
 def base_of(model: PeftModel, adapter: str | None = None) -> str | None:

@@ -138,7 +138,7 @@ def _alike(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "warning" if not mixed else "error",
             "base model",
-            f"Not compared: {_named(unchecked)} has check_base=False.{mixed}",
+            f"Not compared: {_named(unchecked)} has check_frozen=False.{mixed}",
         )
     elif "base model" not in differing:
         count = len(bases[0])

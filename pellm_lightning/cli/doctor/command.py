@@ -16,7 +16,7 @@ from pellm_lightning.cli.doctor import show
 from pellm_lightning.cli.doctor.checks import Finding, Seen, findings
 from pellm_lightning.cli.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured, in_words
 from pellm_lightning.cli.doctor.inquiry import Survey, clocks
-from pellm_lightning.comm import Collectives, ElasticFederation, Federation, PartyLostError
+from pellm_lightning.comm import Collectives, ElasticFederation, Federation, PartyLostError, Quorum
 from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
@@ -41,6 +41,7 @@ def examine(
     rehearsal: Rehearsal | None,
     failure: Exception | None = None,
     wait_s: float = 30.0,
+    quorum: Quorum = "majority",
 ) -> bool:
     """Check a launch together with the other parties; show what was found, and return whether it may train.
 
@@ -53,6 +54,7 @@ def examine(
         rehearsal: What would be trained; None if it could not be built.
         failure: Why not.
         wait_s: Seconds to wait for a party.
+        quorum: How many parties separate jobs need to meet.
 
     Raises:
         ValueError: If ``wait_s`` is not positive.
@@ -61,7 +63,7 @@ def examine(
         raise ValueError(f"wait_s={wait_s} must be positive, in seconds.")
     if not topology.is_leader:
         return True
-    visit = DryRun(job, topology, wait_s)
+    visit = DryRun(job, topology, wait_s, quorum)
     try:
         visit.connect()
         seen = visit.look(rehearsal, failure)
@@ -88,12 +90,16 @@ class DryRun:
         job: How this party joins separate jobs, or None.
         topology: Where this process stands.
         wait_s: Seconds to wait for a party.
+        quorum: How many parties separate jobs need to meet.
     """
 
     inquiry: Survey
 
-    def __init__(self, job: SeparateJobs | None, topology: Topology, wait_s: float) -> None:
+    def __init__(
+        self, job: SeparateJobs | None, topology: Topology, wait_s: float, quorum: Quorum = "majority"
+    ) -> None:
         self.job = job
+        self.quorum = quorum
         self.topology = topology
         self.wait_s = wait_s
         self.roster = list(job.roster) if job else [str(party) for party in range(topology.num_parties)]
@@ -149,7 +155,8 @@ class DryRun:
         """What separate jobs were told of the federation, and must be the same at all."""
         if self.job is None:
             return {}
-        return {"roster": ", ".join(self.roster), "quorum": self.job.quorum}
+        quorum = self.job.membership.quorum(self.quorum, self.roster)
+        return {"roster": ", ".join(self.roster), "quorum": quorum}
 
     def _measured(self, rehearsal: Rehearsal | None) -> Measured:
         federation: Federation | ElasticFederation | None = None
@@ -168,7 +175,9 @@ class DryRun:
 
     def _joined(self) -> Federation | ElasticFederation:
         if self.job is not None:
-            return self.job.rehearse(f"doctor/{'-'.join(self.inquiry.numbers)}"[:100], self.wait_s)
+            return self.job.rehearse(
+                f"doctor/{'-'.join(self.inquiry.numbers)}"[:100], self.wait_s, self.quorum
+            )
         return Federation(self._store, self.topology.party, self.topology.num_parties, timeout_s=self.wait_s)
 
 

@@ -16,7 +16,6 @@ from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.comm import Collectives
 from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.report.record import versions
-from pellm_lightning.tensors.selection import select
 from pellm_lightning.trainer.environment import describe_device, topology_of
 
 log = logging.getLogger(__name__)
@@ -170,7 +169,7 @@ class Rehearsal:
         try:
             self._prepare_data(doubts)
             self._build()
-            parameters = select(self.module, self.callback.include, self.callback.exclude)
+            parameters = self.callback.parameters.select(self.module)
             aggregator = self.callback.rehearsal(Roster(names, party), self.trainer, self.module, parameters)
             party_spec = aggregator.party_spec()
             leaving = [parameters[name] for name, *_ in party_spec["schema"]]
@@ -190,7 +189,7 @@ class Rehearsal:
 
     def copies(self) -> dict[str, Tensor]:
         """Return copies of what would leave the party, on the device that it would train on."""
-        parameters = select(self.module, self.callback.include, self.callback.exclude)
+        parameters = self.callback.parameters.select(self.module)
         device = self.trainer.strategy.root_device
         return {name: p.detach().clone().to(device) for name, p in parameters.items()}
 

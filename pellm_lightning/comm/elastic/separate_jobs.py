@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,36 +25,68 @@ _VARIABLES = {
 }
 
 
+def _from_env(key: str) -> str:
+    return os.environ.get(_VARIABLES[key], "")
+
+
+def _roster_from_env() -> tuple[str, ...]:
+    return tuple(filter(None, _from_env("roster").split(",")))
+
+
 @dataclass(frozen=True)
 class SeparateJobs:
-    """How one party joins the others.
+    """Settings of a party that is a job of its own and joins the other parties at a rendezvous.
+
+    What is not given is read from the environment when the object is made.
+
+    Example::
+
+        # One YAML file per institution: --federated.jobs jobs/clinic-a.yaml
+        jobs = SeparateJobs("tcp://rendezvous:29600", name="clinic-a", roster=["clinic-a", "clinic-b"])
+        FederatedAveraging(jobs=jobs)
 
     Args:
         rendezvous: "tcp://host:port" of ``python -m pellm_lightning rendezvous``, or "etcd://host:port".
-        name: This party.
-        roster: Names of all parties, the same and in the same order at each.
-        listen: "host:port" at which the other parties reach this one.
-        advertise: "host:port" to tell them instead, where an address is translated on the way.
-        tls: This party's certificate and the federation's authority.
-        membership: How long to wait for whom.
-        quorum: How many parties are needed.
+            Default: ``PELLM_RENDEZVOUS``.
+        name: Name of this party. Default: ``PELLM_PARTY``.
+        roster: Names of all parties, the same and in the same order at each. Default: ``PELLM_ROSTER``, with
+            commas.
+        listen: "host:port" at which the other parties reach this one. Default: ``PELLM_LISTEN``, or a free
+            port of this host only.
+        advertise: "host:port" to tell the other parties instead, where an address is translated on the way.
+            Default: ``PELLM_ADVERTISE``.
+        tls: This party's certificate and the federation's authority. Default: ``PELLM_TLS_CERT``,
+            ``PELLM_TLS_KEY`` and ``PELLM_TLS_CA``; without any, nothing is encrypted.
+        membership: How long to wait for which party, and whether to continue without a lost one.
+        state_dir: Where this party keeps the global state through its own death. Default: ``federation/``
+            below the Trainer's ``default_root_dir/party-<k>``.
 
     Raises:
         ValueError: If something is missing or malformed.
     """
 
-    rendezvous: str
-    name: str
-    roster: tuple[str, ...]
-    listen: str = "127.0.0.1:0"
-    advertise: str | None = None
-    tls: TLS | None = None
+    rendezvous: str = field(default_factory=partial(_from_env, "rendezvous"))
+    name: str = field(default_factory=partial(_from_env, "name"))
+    roster: Sequence[str] = field(default_factory=_roster_from_env)
+    listen: str = field(default_factory=lambda: _from_env("listen") or "127.0.0.1:0")
+    advertise: str | None = field(default_factory=lambda: _from_env("advertise") or None)
+    tls: TLS | None = field(default_factory=lambda: _tls_from_env())
     membership: Membership = field(default_factory=Membership)
-    quorum: Quorum = "majority"
+    state_dir: str | None = None
 
     def __post_init__(self) -> None:
+        if not self.rendezvous:
+            raise ValueError(
+                "A party's name or roster is given, but no rendezvous: give jobs.rendezvous as"
+                " 'tcp://host:port', or set PELLM_RENDEZVOUS."
+            )
+        for key in ("name", "roster"):
+            if not getattr(self, key):
+                raise ValueError(
+                    f"rendezvous={self.rendezvous!r} joins separate jobs, which needs this party's {key}: give"
+                    f" jobs.{key}, or set {_VARIABLES[key]}."
+                )
         check_roster(self.name, self.roster)
-        self.membership.quorum(self.quorum, self.roster)
         if self.tls is not None and self.tls.name != self.name:
             raise ValueError(
                 f"The certificate {self.tls.cert} is of {self.tls.name!r}, but this party is {self.name!r}."
@@ -60,50 +94,31 @@ class SeparateJobs:
             )
 
     @classmethod
-    def configured(
-        cls,
-        rendezvous: str | None,
-        name: str | None,
-        roster: Sequence[str] | None,
-        listen: str | None = None,
-        advertise: str | None = None,
-        tls: TLS | None = None,
-        membership: Membership | None = None,
-        quorum: Quorum = "majority",
-        environ: Mapping[str, str] | None = None,
-    ) -> "SeparateJobs | None":
-        """Return the job that arguments and ``PELLM_...`` variables describe; None without a rendezvous.
+    def from_env(cls) -> "SeparateJobs | None":
+        """Return the settings that the environment gives; None if it names no rendezvous.
 
         Raises:
-            ValueError: If the name or the roster is missing, or something is malformed.
+            ValueError: If something is missing or malformed.
         """
-        environ = os.environ if environ is None else environ
-        given = {"rendezvous": rendezvous, "name": name, "listen": listen, "advertise": advertise}
-        found = {key: value or environ.get(_VARIABLES[key]) for key, value in given.items()}
-        roster = list(roster or filter(None, environ.get(_VARIABLES["roster"], "").split(",")))
-        if not found["rendezvous"]:
-            if name or roster:
-                raise ValueError(
-                    "A party's name or roster is given, but no rendezvous: pass"
-                    " rendezvous='tcp://host:port' or set PELLM_RENDEZVOUS."
-                )
-            return None
-        for key, value in (("name", found["name"]), ("roster", roster)):
-            if not value:
-                raise ValueError(
-                    f"rendezvous={found['rendezvous']!r} joins separate jobs, which needs this party's {key}:"
-                    f" pass {key}=... or set {_VARIABLES[key]}."
-                )
-        return cls(
-            rendezvous=str(found["rendezvous"]),
-            name=str(found["name"]),
-            roster=tuple(roster),
-            listen=found["listen"] or "127.0.0.1:0",
-            advertise=found["advertise"],
-            tls=tls or _tls_of(environ),
-            membership=membership or Membership(),
-            quorum=quorum,
-        )
+        if any(_from_env(key) for key in ("rendezvous", "name", "roster")):
+            return cls()
+        return None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> "SeparateJobs | None":
+        """Return the settings of a parsed configuration, before anything is built of it.
+
+        Args:
+            config: Arguments by name, ``tls`` and ``membership`` by their arguments; None for the environment's.
+
+        Raises:
+            ValueError: If something is missing or malformed.
+        """
+        if config is None:
+            return cls.from_env()
+        built = {"tls": TLS, "membership": Membership}
+        given = {key: value for key, value in config.items() if value is not None}
+        return cls(**{key: built[key](**value) if key in built else value for key, value in given.items()})
 
     def topology(self, environ: Mapping[str, str] | None = None) -> Topology:
         """Return where this process stands; the launcher's ranks are those inside the party."""
@@ -116,20 +131,24 @@ class SeparateJobs:
             label=self.name,
         )
 
-    def join(self) -> ElasticFederation:
+    def join(self, quorum: Quorum) -> ElasticFederation:
         """Join the other parties.
+
+        Args:
+            quorum: How many parties must meet.
 
         Raises:
             PartyLostError: If the rendezvous cannot be reached.
         """
-        return self._joined(self.connect, self.membership)
+        return self._joined(self.connect, self.membership, quorum)
 
-    def rehearse(self, room: str, wait_s: float) -> ElasticFederation:
+    def rehearse(self, room: str, wait_s: float, quorum: Quorum) -> ElasticFederation:
         """Join the other parties where no other federation is disturbed.
 
         Args:
             room: Names a part of the rendezvous; the same at all parties, and new.
             wait_s: Seconds to wait for a party, at most.
+            quorum: How many parties must meet.
 
         Raises:
             PartyLostError: If the rendezvous cannot be reached.
@@ -137,7 +156,7 @@ class SeparateJobs:
         impatient = replace(
             self.membership, wait_s=wait_s, round_timeout_s=wait_s, exchange_timeout_s=wait_s / 2
         )
-        return self._joined(lambda: PrefixStore(self.connect(), room), impatient)
+        return self._joined(lambda: PrefixStore(self.connect(), room), impatient, quorum)
 
     def connect(self) -> PollingStore:
         """Return a client of the rendezvous.
@@ -150,12 +169,14 @@ class SeparateJobs:
 
         return connect(self.rendezvous, tls=self.tls)
 
-    def _joined(self, connect: Callable[[], dist.Store], membership: Membership) -> ElasticFederation:
+    def _joined(
+        self, connect: Callable[[], dist.Store], membership: Membership, quorum: Quorum
+    ) -> ElasticFederation:
         return ElasticFederation(
             connect,
             self.name,
             self.roster,
-            quorum=self.quorum,
+            quorum=quorum,
             membership=membership,
             listen=self.listen,
             advertise=self.advertise,
@@ -163,8 +184,8 @@ class SeparateJobs:
         )
 
 
-def _tls_of(environ: Mapping[str, str]) -> TLS | None:
-    paths = [environ.get(f"PELLM_TLS_{part}") for part in ("CERT", "KEY", "CA")]
+def _tls_from_env() -> TLS | None:
+    paths = [os.environ.get(f"PELLM_TLS_{part}") for part in ("CERT", "KEY", "CA")]
     if not any(paths):
         return None
     cert, key, ca = paths

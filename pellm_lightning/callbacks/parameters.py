@@ -1,0 +1,59 @@
+"""Selection of the parameters that federate, and what becomes of the frozen ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from pellm_lightning.tensors.selection import select
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Selection of the federated parameters among the trainable ones, and checks of the frozen ones.
+
+    Example::
+
+        # The LoRA factors federate, the classifier's head stays with its party.
+        FederatedAveraging(parameters=Parameters(exclude=["*classifier*"], save_frozen=False))
+
+    Args:
+        include: Glob patterns over names of trainable parameters; only what matches one federates. Default:
+            all.
+        exclude: Glob patterns over names of trainable parameters that stay local.
+        check_frozen: Compare every value of the frozen weights, of the adapters' buffers and of the
+            quantisation state over the parties before training, by digests computed once per fit.
+        save_frozen: Whether checkpoints hold the frozen parameters too. Without them a checkpoint is as small
+            as the adapter, and is resumed on, or loaded onto, a freshly built base.
+
+    Raises:
+        ValueError: If a list of patterns is none.
+    """
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    check_frozen: bool = True
+    save_frozen: bool = True
+
+    def __post_init__(self) -> None:
+        _check_patterns("include", self.include)
+        _check_patterns("exclude", self.exclude)
+
+    def select(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the module's parameters that federate, by name, sorted.
+
+        Raises:
+            ValueError: If there are none, or a pattern matches nothing.
+        """
+        return select(module, self.include, self.exclude)
+
+
+def _check_patterns(name: str, value: object) -> None:
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not all(isinstance(pattern, str) for pattern in value)
+    ):
+        raise ValueError(
+            f"{name}={value!r} must be a list of glob patterns, for example {name}=['*lora_A*']."
+        )
