@@ -73,7 +73,7 @@ def test_fit_with_a_yaml(command: Any, tmp_path: Path) -> None:
         federated:
           every_n_steps: 2
           weighting: uniform
-          exclude: ["*.bias"]
+          parameters: {exclude: ["*.bias"]}
           outer_optimizer:
             class_path: torch.optim.SGD
             init_args: {lr: 0.7, momentum: 0.9, nesterov: true}

@@ -1,59 +1,86 @@
 """How a party's job is told its name, its roster and where to join."""
 
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from certificates import tls_of
 
+from pellm_lightning import FederatedAveraging, SeparateJobs
 from pellm_lightning.comm import Membership, Quorum
-from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 
 ROSTER = ("a", "b", "c")
+PARTY = {"rendezvous": "tcp://h:1", "name": "a", "roster": ROSTER}
 VARIABLES = {"PELLM_RENDEZVOUS": "tcp://host:1", "PELLM_PARTY": "b", "PELLM_ROSTER": "a,b,c"}
 
 
-def test_without_a_rendezvous_there_is_no_job() -> None:
-    assert SeparateJobs.configured(None, None, None, environ={}) is None
-    assert SeparateJobs.configured(None, None, (), environ={}) is None
+@pytest.fixture(autouse=True)
+def environ() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PELLM_")]:
+            patch.delenv(name)
+        yield patch
 
 
-def test_variables_complete_arguments() -> None:
-    job = SeparateJobs.configured(None, None, None, environ=VARIABLES | {"PELLM_LISTEN": "10.0.0.1:5"})
-    assert job == SeparateJobs("tcp://host:1", "b", ROSTER, listen="10.0.0.1:5")
-    job = SeparateJobs.configured(
-        "tcp://other:2", "c", ["c", "d"], "10.0.0.2:7", "1.2.3.4:9", environ=VARIABLES
+def test_without_a_rendezvous_there_are_no_separate_jobs() -> None:
+    assert SeparateJobs.from_env() is None
+    assert SeparateJobs.from_config(None) is None
+    assert FederatedAveraging().jobs is None
+
+
+def test_variables_complete_arguments(environ: pytest.MonkeyPatch) -> None:
+    for name, value in (VARIABLES | {"PELLM_LISTEN": "10.0.0.1:5"}).items():
+        environ.setenv(name, value)
+    expected = SeparateJobs("tcp://host:1", "b", ROSTER, listen="10.0.0.1:5")
+    assert SeparateJobs.from_env() == expected
+    assert FederatedAveraging().jobs == expected
+    assert SeparateJobs(name="c") == replace(expected, name="c")
+    given = {"rendezvous": "tcp://other:2", "roster": ["b", "d"], "membership": {"wait_s": 7.0}, "tls": None}
+    assert SeparateJobs.from_config(given) == SeparateJobs(
+        "tcp://other:2", "b", ["b", "d"], listen="10.0.0.1:5", membership=Membership(wait_s=7.0)
     )
-    assert job == SeparateJobs("tcp://other:2", "c", ("c", "d"), listen="10.0.0.2:7", advertise="1.2.3.4:9")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environ", "message"),
+    ("arguments", "variables", "message"),
     [
-        ((None, "a", ["a"]), {}, "no rendezvous: pass"),
-        ((None, None, None), {"PELLM_ROSTER": "a"}, "no rendezvous: pass"),
-        (("tcp://h:1", None, ["a"]), {}, "needs this party's name: pass name=... or set PELLM_PARTY"),
-        (("tcp://h:1", "a", None), {}, "needs this party's roster: pass roster=... or set PELLM_ROSTER"),
-        (("tcp://h:1", "d", ROSTER), {}, r"Party 'd' is not in the roster \(a, b, c\)"),
-        (("tcp://h:1", "a", ["a", "b", "a"]), {}, "names 'a' twice"),
-        (("tcp://h:1", "a", ["a", "b/c"]), {}, "'b/c' is no party's name"),
-        (("tcp://h:1", "a", ["a"]), {"PELLM_TLS_KEY": "k"}, "all three of PELLM_TLS_CERT"),
+        ({"name": "a", "roster": ["a"]}, {}, "no rendezvous: give jobs.rendezvous"),
+        ({}, {"PELLM_ROSTER": "a"}, "no rendezvous: give jobs.rendezvous"),
+        (
+            {"rendezvous": "tcp://h:1", "roster": ["a"]},
+            {},
+            "party's name: give jobs.name, or set PELLM_PARTY",
+        ),
+        ({"rendezvous": "tcp://h:1", "name": "a"}, {}, "roster: give jobs.roster, or set PELLM_ROSTER"),
+        (PARTY | {"name": "d"}, {}, r"Party 'd' is not in the roster \(a, b, c\)"),
+        (PARTY | {"roster": ["a", "b", "a"]}, {}, "names 'a' twice"),
+        (PARTY | {"roster": ["a", "b/c"]}, {}, "'b/c' is no party's name"),
+        (PARTY, {"PELLM_TLS_KEY": "k"}, "all three of PELLM_TLS_CERT"),
     ],
 )
 def test_what_is_missing_or_malformed_is_named(
-    arguments: tuple[object, ...], environ: dict[str, str], message: str
+    arguments: dict[str, Any], variables: dict[str, str], message: str, environ: pytest.MonkeyPatch
 ) -> None:
+    for name, value in variables.items():
+        environ.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        SeparateJobs.configured(*arguments, environ=environ)  # type: ignore[arg-type]
+        SeparateJobs(**arguments)
+    if not arguments:
+        with pytest.raises(ValueError, match=message):
+            SeparateJobs.from_env()
 
 
-def test_the_certificate_is_the_partys_own() -> None:
+def test_the_certificate_is_the_partys_own(environ: pytest.MonkeyPatch) -> None:
     mine = tls_of("a")
-    assert SeparateJobs("tcp://h:1", "a", ROSTER, tls=mine).tls == mine
-    paths = {f"PELLM_TLS_{part}": getattr(mine, part.lower()) for part in ("CERT", "KEY", "CA")}
-    assert SeparateJobs.configured("tcp://h:1", "a", ROSTER, environ=paths) == SeparateJobs(
-        "tcp://h:1", "a", ROSTER, tls=mine
-    )
     with pytest.raises(ValueError, match="is of 'a', but this party is 'b'"):
         SeparateJobs("tcp://h:1", "b", ROSTER, tls=mine)
+    given = SeparateJobs("tcp://h:1", "a", ROSTER, tls=mine)
+    for part in ("CERT", "KEY", "CA"):
+        environ.setenv(f"PELLM_TLS_{part}", getattr(mine, part.lower()))
+    assert SeparateJobs("tcp://h:1", "a", ROSTER) == given
 
 
 def test_the_launchers_ranks_are_those_inside_the_party() -> None:
@@ -89,7 +116,7 @@ def test_a_round_needs_the_majority(settings: Membership, quorum: Quorum, roster
 )
 def test_fewer_than_the_majority_must_be_accepted(quorum: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SeparateJobs("tcp://h:1", "a", ("a", "b", "c", "d"), quorum=quorum)
+        FederatedAveraging(quorum=quorum, jobs=SeparateJobs("tcp://h:1", "a", ("a", "b", "c", "d")))
 
 
 @pytest.mark.parametrize("field", ["round_timeout_s", "wait_s", "exchange_timeout_s", "heartbeat_ttl_s"])

@@ -337,4 +337,4 @@ def test_the_schedule_must_divide_among_fragments() -> None:
     with pytest.raises(ValueError, match=r"fragments=0\) must be a whole number, 1 or more"):
         make(every_n_steps=2, overlap=Overlap(fragments=0))
     with pytest.raises(ValueError, match="applies a round after the next one has begun, 5 steps later"):
-        make(every_n_steps=10, fragments=2, overlap=Overlap(5))
+        make(every_n_steps=10, overlap=Overlap(5, fragments=2))

@@ -375,7 +375,7 @@ def test_one_round_at_a_time() -> None:
         ({"delay_steps": 1.5}, r"delay_steps=1\.5\) must be a whole number"),
         ({"delay_steps": 1, "mix": 1.0}, r"mix=1\.0\) must be at least 0 and below 1"),
         ({"delay_steps": 1, "mix": -0.1}, r"mix=-0\.1\) must be at least 0"),
-        ({"delay_steps": 0}, r"mix=0\.5\) keeps local parameters"),
+        ({"fragments": 0}, r"fragments=0\) must be a whole number, 1 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: Mapping[str, Any], words: str) -> None:
@@ -472,7 +472,9 @@ def test_settings_of_the_overlap_must_be_the_same(tmp_path: Path) -> None:
 
 
 def test_what_lands_after_the_next_begins_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Overlap\(delay_steps=10, mix=0.5\) lands a round after the next"):
+    with pytest.raises(
+        ValueError, match=r"Overlap\(delay_steps=10, mix=0.5, fragments=1\) applies a round after the next"
+    ):
         next(iter(fit_parties(1, lambda _, federated: federated(every_n_steps=10, overlap=Overlap(10)))))
 
 

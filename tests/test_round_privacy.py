@@ -16,7 +16,7 @@ from torch import Tensor
 from transcript import tapped
 
 from pellm_lightning import Aggregator, FederatedAveraging, Federation, FederationError, RoundReport
-from pellm_lightning.aggregation import LowRankMean
+from pellm_lightning.aggregation import LowRankMean, Mean
 from pellm_lightning.exchange import Exchange, Plain
 from pellm_lightning.privacy import AdaptiveClipping, GaussianMechanism, PrivacyAccountant
 

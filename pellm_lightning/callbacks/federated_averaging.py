@@ -149,10 +149,10 @@ class FederatedAveraging(Callback):
         record: bool = True,
         jobs: SeparateJobs | None = None,
     ) -> None:
+        due = schedule(every_n_epochs, every_n_steps, every_n_seconds)
         self.overlap = overlap or Overlap()
         self.overlap.check_schedule(every_n_steps, every_n_seconds)
-        schedule_ = schedule(every_n_epochs, every_n_steps, every_n_seconds)
-        self._schedule = schedule_.shared_by(self.overlap.fragments)
+        self._schedule = due.shared_by(self.overlap.fragments)
         arguments.weighting(weighting)
         arguments.privacy(privacy, weighting)
         arguments.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
