@@ -23,8 +23,10 @@ from pellm_lightning.tasks.pretrained import load_model, load_tokenizer
 CORE = {"lightning", "torch", "peft", "transformers", "numpy"}
 CORE |= {"lightning_utilities", "safetensors", "torchmetrics", "typing_extensions"}  # what these need
 # They need an extra, so who uses them imports them at the last moment.
-OPTIONAL = {"federation.certs", "federation.rendezvous.etcd"}
-OPTIONAL |= {f"exchange.{name}" for name in ("agreement", "identity", "ring", "sums")}
+OPTIONAL = {"comm.certs", "comm.rendezvous.etcd"}
+OPTIONAL |= {
+    f"exchange.secure.{name}" for name in ("collectives", "fixed_point", "key_agreement", "signing_keys")
+}
 OPTIONAL |= {f"report.{name}" for name in ("bar", "chart", "figures", "page", "view")}
 
 
