@@ -24,12 +24,12 @@ from itertools import pairwise
 from pathlib import Path
 
 _TESTS = Path(__file__).parent.parent / "tests"
-sys.path[:0] = [str(_TESTS), str(_TESTS / "scripts")]
+sys.path[:0] = [str(_TESTS / "helpers"), str(_TESTS / "scripts")]
 
 from chaos_party import Task, run  # noqa: E402
-from history import Entry, findings  # noqa: E402
+from round_history import Entry, findings  # noqa: E402
 
-from pellm_lightning import commands  # noqa: E402
+from pellm_lightning.cli import commands  # noqa: E402
 
 # What happens how often.
 _FAULTS = {

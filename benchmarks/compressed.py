@@ -26,9 +26,9 @@ from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Cast, Exchange, Plain, Quantized, TopK
 from pellm_lightning.exchange.compressed.codecs import Blocks, Casting, Codec, Largest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-from network import Network, enter
+from network_namespaces import Network, enter
 
 # 16 MB: a tenth of the large case, since the lines are simulated packet by packet.
 THIN = {"a tenth": CASES["large"][:44]}

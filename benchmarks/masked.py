@@ -27,9 +27,9 @@ from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Exchange, Plain, SecureAggregation
 from pellm_lightning.exchange.secure.signing_keys import make_identity
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-from network import Network, enter
+from network_namespaces import Network, enter
 
 # 16 MB: a tenth of the large case, since the lines are simulated packet by packet.
 THIN = {"a tenth": CASES["large"][:44]}

@@ -21,9 +21,9 @@ from torch import nn
 from pellm_lightning import Aggregator, Federation, Overlap
 from pellm_lightning.engine.overlap import OverlappedAggregator
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-from network import Network, NoNetworkError, enter
+from network_namespaces import Network, NoNetworkError, enter
 
 _PORT = 29556
 WAYS = ("no rounds", "blocking", "overlap")

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 
 _TESTS = Path(__file__).parent.parent / "tests"
-sys.path.insert(0, str(_TESTS))
+sys.path.insert(0, str(_TESTS / "helpers"))
 
 import torch  # noqa: E402
-from history import SIZE, Entry, findings, noise, recorded  # noqa: E402
+from round_history import SIZE, Entry, findings, noise, recorded  # noqa: E402
 
 from pellm_lightning import Aggregator  # noqa: E402
 from pellm_lightning.comm import ElasticFederation, Membership  # noqa: E402

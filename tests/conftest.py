@@ -14,12 +14,12 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import forked
+import fork_server
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import settings
-from jobs import World
+from job_threads import World
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.connectors import data_connector
 
@@ -33,19 +33,25 @@ settings.load_profile("tests")
 TESTS = Path(__file__).parent
 # Besides all tests of separate jobs as threads, the fixture ``world``.
 _ALONE = {
-    "test_callback_separate_jobs",
-    "test_chaos",
-    "test_durable",
-    "test_exchange_elastic",
-    "test_networks",
+    "callbacks/test_separate_jobs.py",
+    "callbacks/test_separate_jobs_errors.py",
+    "comm/elastic/test_reachability.py",
+    "comm/elastic/test_separate_jobs.py",
+    "comm/mesh/test_mesh.py",
+    "comm/rendezvous/test_client.py",
+    "comm/rendezvous/test_server.py",
+    "engine/test_overlap.py",
+    "engine/test_round_report.py",
+    "exchange/secure/test_separate_jobs.py",
+    "system/test_chaos.py",
+    "system/test_networks.py",
+    "tensors/test_snapshot.py",
 }
-_ALONE |= {f"test_federation_{name}" for name in ("job", "mesh", "reachability", "server", "store")}
-_ALONE |= {"test_overlap", "test_round_report", "test_separate_jobs_errors"}
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _runs_alone(item: pytest.Item) -> bool:
-    return item.path.stem in _ALONE or "world" in getattr(item, "fixturenames", ())
+    return item.path.relative_to(TESTS).as_posix() in _ALONE or "world" in getattr(item, "fixturenames", ())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,8 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which must not count the waiting
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Let a test that runs alone wait until nothing runs beside it, and others until it has ended."""
-    if getattr(item, "module", None) and getattr(item.module, "python", None) is forked.python:
-        forked.python()  # no test's own time: on a busy machine it takes tens of seconds to come up
+    if getattr(item, "module", None) and getattr(item.module, "python", None) is fork_server.python:
+        fork_server.python()  # no test's own time: on a busy machine it takes tens of seconds to come up
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
     with (

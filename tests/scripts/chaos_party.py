@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from history import SIZE, Entry, noise, recorded
+from round_history import SIZE, Entry, noise, recorded
 
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import ElasticFederation, Membership

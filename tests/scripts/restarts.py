@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from parties import ValidatedClassifier, data, quiet_trainer
+from party_threads import ValidatedClassifier, data, quiet_trainer
 
 from pellm_lightning import FederatedAveraging, PartyEnvironment
 

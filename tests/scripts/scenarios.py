@@ -1,4 +1,4 @@
-"""What each process of a launch does for test_launched.py: the scenarios named on the command line, in order.
+"""What each process of a launch does for system/test_launched.py: the scenarios of its arguments, in order.
 
 What a scenario returns is saved as ``<scenario>-<rank>.pt``.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from little import LittleData, LittleModule
-from parties import Classifier, Rounds, ValidatedClassifier, batches, data, dataset, quiet_trainer
+from party_threads import Classifier, Rounds, ValidatedClassifier, batches, data, dataset, quiet_trainer
+from small_module import LittleData, LittleModule
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap, PartyEnvironment
@@ -40,7 +40,7 @@ def error_of(act: Any) -> str:
 
 
 def fit_uneven(root: Path, party: int, callback: FederatedAveraging) -> dict[str, Any]:
-    """Uneven parties with validation: run here by torchrun and in test_launched.py by threads."""
+    """Uneven parties with validation: run here by torchrun and in system/test_launched.py by threads."""
     module = ValidatedClassifier(seed=party, optimizer="Adam", lr=0.01)
     logger = Rounds()
     trainer = quiet_trainer(root, [callback], max_epochs=3 - 2 * party, logger=logger)
@@ -256,7 +256,7 @@ RULES = {"low rank": LowRankMean("exact"), "residual": ResidualMean(), "alternat
 
 def fit_products(root: Path, party: int, make_trainer: Any, callback: Any, batch_size: int) -> dict[str, Any]:
     """LoRA for four batches; the batch size is that of a process, or of a party that is one process."""
-    from tuned import Tuned  # PEFT takes seconds to import, which the other launches need not wait for
+    from lora_module import Tuned  # PEFT takes seconds to import, which the other launches need not wait for
 
     module, logger = Tuned(party, optimizer="SGD", lr=0.1), Rounds()
     samples = dataset(16 + 16 * party, seed=party)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
-from numerics import assert_says_the_same
 from peft import LoraConfig, PeftModel
+from tolerances import assert_says_the_same
 from transformers import AutoModelForCausalLM
 
 from pellm_lightning.tasks import CausalLM, SaveAdapter, TextDataModule

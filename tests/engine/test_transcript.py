@@ -1,0 +1,92 @@
+"""All that leaves a party in a round."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from manual_rounds import bits, random, started
+from message_transcript import NotedStore, tapped
+from party_threads import run_parties
+from torch import Tensor
+
+from pellm_lightning import Federation, RoundReport
+
+
+def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> None:
+    messages = tapped(monkeypatch)
+    store = NotedStore()
+    secret = torch.tensor([1234.5, 2345.5, 3456.5, 4567.5])
+    size, num_parties = 50, 3
+    starts = [random(party, size) for party in range(num_parties)]
+    ends = [random(10 + party, size) for party in range(num_parties)]
+    weights = [1.0, 3.0, 0.0]
+
+    def act(federation: Federation) -> tuple[int, RoundReport, int]:
+        party = federation.party
+        trained, untrained = starts[party].clone(), secret.clone()
+        aggregator = started(federation, {"w": trained}, frozen={"base": untrained})
+        before = federation.bytes_sent
+        trained.copy_(ends[party])
+        report = aggregator.step(weights[party], loss=0.5)
+        assert torch.equal(untrained, secret)
+        return before, report, federation.bytes_sent
+
+    results = run_parties(num_parties, act, store=store)
+    check_words(store, [secret, *starts, *ends])
+    for party, (first_sync, report, in_all) in enumerate(results):
+        sent = [m for m in messages if m.party == party and m.sent]
+        synchronised = [m.values for m in sent if m.collective == "broadcast"]
+        summed = [m.values for m in sent if m.collective != "broadcast"]
+        # The first synchronisation: party 0's trainable parameters; nothing of the others.
+        assert len(synchronised) == (1 if party == 0 else 0)
+        assert all(torch.equal(values, starts[0]) for values in synchronised)
+        # The round: a header, then this party's share of its update, and the ballot right behind it.
+        header, *rest = summed
+        mine = torch.zeros(num_parties, 7, dtype=torch.float64)
+        # There was no round before, so no distance; and nobody has said how many steps are left.
+        mine[party] = torch.tensor([1, 0, weights[party], 1, 0.5, math.nan, math.nan])
+        torch.testing.assert_close(header, mine.flatten(), rtol=0, atol=0, equal_nan=True)
+        payload = torch.cat(rest)
+        share = weights[party] / sum(weights)
+        # anchor - x times the share, which is party 0's start minus the own end; exact zeros at weight 0.
+        torch.testing.assert_close(payload[:size], share * (starts[0] - ends[party]), rtol=1e-6, atol=1e-6)
+        assert share or bits(payload[:size]) == bytes(4 * size)
+        ballot = payload[size:]
+        votes = [1.0 if other == party else 0.0 for other in range(num_parties)]
+        assert ballot.tolist() == pytest.approx([*votes, 0.0, 0.5 * share, share, share])
+        # Bytes are those handed over, no more and no fewer.
+        assert in_all == sum(values.nbytes for values in [*synchronised, *summed])
+        assert report.bytes_sent == in_all - first_sync, "the report must count all that its round has sent"
+        assert first_sync == (4 * size if party == 0 else 0)
+
+
+def check_words(store: NotedStore, tensors: Iterable[Tensor]) -> None:
+    """No word in the store tells a value: there are only names, shapes, dtypes, settings, short digests."""
+    # Under "lane" torch's Gloo groups tell each other their addresses.
+    words = [value for key, value in store.written if "/lane" not in key]
+    assert len(words) > 3
+    assert all(len(word) < 1000 for word in words)
+    for value in torch.cat(list(tensors)).tolist():
+        assert not any(repr(value).encode() in word for word in words)
+        assert not any(np.float32(value).tobytes() in word for word in words)
+
+
+def test_a_second_exchange_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = tapped(monkeypatch)
+
+    def act(federation: Federation) -> tuple[RoundReport, RoundReport]:
+        w = torch.zeros(100)
+        aggregator = started(federation, {"w": w}, quorum=1)
+        usual = aggregator.step(1)
+        w.fill_(math.nan if federation.party == 1 else 1.0)
+        return usual, aggregator.step(1)
+
+    for usual, healed in run_parties(2, act):
+        assert healed.excluded == (1,)
+        assert usual.bytes_sent + 400 <= healed.bytes_sent <= 2 * usual.bytes_sent
+    # A party that has NaN does not send them again: the last message of each party is the second exchange.
+    updates = [message.values for message in messages if message.values.numel() >= 100]  # headers are smaller
+    assert not any(values.isnan().any() for values in updates[-2:])
+    assert any(values.isnan().any() for values in updates[:-2])

@@ -1,0 +1,232 @@
+"""Keys that two parties share: the standards' numbers, and everybody who would like to sit between them."""
+
+import hashlib
+import hmac
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from party_threads import run_parties
+from secure_exchange import identity_of, keys, masked
+from torch import Tensor
+
+from pellm_lightning import Federation, FederationError
+from pellm_lightning.exchange.secure.key_agreement import agree, shared_key, tell
+from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
+
+SOON_S = 8.0
+N = 3
+
+
+def hkdf(secret: bytes, salt: bytes, info: bytes, size: int) -> bytes:
+    """RFC 5869 with SHA-256, from its text."""
+    key = hmac.digest(salt, secret, hashlib.sha256)
+    made, block = b"", b""
+    for number in range(1, -(-size // 32) + 1):
+        block = hmac.digest(key, block + info + bytes([number]), hashlib.sha256)
+        made += block
+    return made[:size]
+
+
+def test_the_tests_own_hkdf_is_that_of_rfc_5869() -> None:
+    # Appendix A.1.
+    made = hkdf(bytes([0x0B] * 22), bytes(range(13)), bytes(range(0xF0, 0xFA)), 42)
+    assert made.hex() == (
+        "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865"
+    )
+
+
+def test_shared_keys_are_x25519_and_hkdf_as_the_standards_have_them() -> None:
+    # RFC 7748, section 6.1.
+    alice = "77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a"
+    bob = "5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb"
+    publics = {
+        alice: "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a",
+        bob: "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f",
+    }
+    shared = "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
+    expected = hkdf(bytes.fromhex(shared), b"transcript", b"pellm-lightning/masked/1|1|4", 16)
+    for mine, other, one, two in ((alice, bob, 1, 4), (bob, alice, 4, 1)):
+        fresh = X25519PrivateKey.from_private_bytes(bytes.fromhex(mine))
+        assert fresh.public_key().public_bytes_raw().hex() == publics[mine]
+        public = bytes.fromhex(publics[other])
+        assert shared_key(fresh, public, b"transcript", one, two) == expected
+        assert shared_key(fresh, public, b"another", one, two) != expected
+        assert shared_key(fresh, public, b"transcript", one, 5) != expected
+
+
+def test_a_key_of_small_order_is_refused() -> None:
+    fresh = X25519PrivateKey.generate()
+    for point in (bytes(32), (1).to_bytes(32, "little")):
+        with pytest.raises(FederationError, match="Party 2 showed a key of small order"):
+            shared_key(fresh, point, b"", 0, 2)
+
+
+Twist = Callable[[int, Tensor], None]
+
+
+class Lying:
+    """A federation of which somebody changes what a sum of rows comes back as.
+
+    Args:
+        federation: What it really is.
+        twists: What is done to the result of each sum, in turn, given the number of the party that reads it.
+    """
+
+    def __init__(self, federation: Federation, *twists: Twist) -> None:
+        self._federation, self._twists = federation, list(twists)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._federation, name)
+
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        self._federation.all_reduce_(x)
+        if self._twists:
+            self._twists.pop(0)(self._federation.party, x)
+        return x
+
+
+def honest(party: int, rows: Tensor) -> None:
+    pass
+
+
+def row_of(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.int64)
+
+
+def agreed(
+    federation: Any, which: str = "ours", peers: TrustedKeys | None = None, settings: str = "same"
+) -> dict[int, bytes]:
+    own = identity_of(federation.name, which)
+    return agree(federation, own, peers or TrustedKeys(keys()), settings)
+
+
+def test_two_and_only_two_have_each_key_and_each_time_another() -> None:
+    def act(federation: Federation) -> list[dict[int, bytes]]:
+        return [agreed(federation) for _ in range(3)]
+
+    parties = run_parties(4, act)
+    for attempt in range(3):
+        for one in range(4):
+            assert parties[one][attempt].keys() == {0, 1, 2, 3} - {one}
+            for other in parties[one][attempt]:
+                assert parties[one][attempt][other] == parties[other][attempt][one]
+    assert len({key for party in parties for of_it in party for key in of_it.values()}) == 3 * 6
+
+
+def test_all_hear_what_all_tell() -> None:
+    told = run_parties(3, lambda federation: tell(federation, bytes([federation.party + 250] * 16), 16))
+    assert told == [[bytes([250] * 16), bytes([251] * 16), bytes([252] * 16)]] * 3
+
+
+# ---- refused
+
+
+def refused(act: Callable[[Federation], Any]) -> list[str]:
+    """Return what the parties raise, each of them, soon."""
+    began = time.monotonic()
+    said = run_parties(N, act, may_fail=True)
+    assert time.monotonic() - began < SOON_S
+    assert all(isinstance(error, FederationError) for error in said), said
+    return [str(error) for error in said]
+
+
+def test_a_stranger_is_named() -> None:
+    said = refused(lambda f: agreed(f, "strangers" if f.party == 1 else "ours"))
+    pinned = identity_of("1").public
+    assert (
+        "Party 0 cannot tell whether party 1 is party 1: what both were told of this round's keys" in said[0]
+    )
+    assert pinned in said[0]
+
+
+def test_two_parties_with_each_others_keys_are_refused() -> None:
+    def act(federation: Federation) -> Any:
+        other = {0: "1", 1: "0", 2: "2"}[federation.party]
+        return agree(federation, identity_of(other), TrustedKeys(keys()), "same")
+
+    assert any("cannot tell whether party" in words for words in refused(act))
+
+
+@pytest.mark.parametrize("party", range(N))
+def test_a_key_that_was_swapped_for_all_in_the_same_way_is_noticed_by_its_owner(party: int) -> None:
+    """All would sign the same false key, its owner too, and the liar could open what others mask by it."""
+    liar = X25519PrivateKey.generate().public_key().public_bytes_raw()
+
+    def swap(_: int, rows: Tensor) -> None:
+        rows[party] = row_of(liar)
+
+    said = refused(lambda f: agreed(Lying(f, swap)))
+    assert f"What party {party} told the others came back changed." in said[party]
+
+
+def test_keys_that_were_swapped_for_all_but_their_owners_are_signed_by_nobody() -> None:
+    liar = X25519PrivateKey.generate().public_key().public_bytes_raw()
+
+    def swap(reader: int, rows: Tensor) -> None:
+        for party in range(N):
+            if party != reader:
+                rows[party] = row_of(liar)
+
+    assert any("cannot tell whether party" in words for words in refused(lambda f: agreed(Lying(f, swap))))
+
+
+def test_two_keys_in_each_others_place_are_refused() -> None:
+    def swap(reader: int, rows: Tensor) -> None:
+        if reader == 0:
+            rows[[1, 2]] = rows[[2, 1]]
+
+    assert "Party 0 cannot tell" in refused(lambda f: agreed(Lying(f, swap)))[0]
+
+
+def test_a_recorded_meeting_cannot_be_played_again() -> None:
+    recorded: list[Tensor] = []
+
+    def record(reader: int, rows: Tensor) -> None:
+        if reader == 0:
+            recorded.append(rows.clone())
+
+    run_parties(N, lambda f: agreed(Lying(f, record, record)))
+    shown, signed = recorded
+
+    def replay(rows_then: Tensor) -> Twist:
+        def twist(reader: int, rows: Tensor) -> None:
+            for party in range(N):
+                if party != reader:
+                    rows[party] = rows_then[party]
+
+        return twist
+
+    for twists in ([replay(shown), replay(signed)], [honest, replay(signed)]):
+        said = refused(lambda f, twists=twists: agreed(Lying(f, *twists)))
+        assert any("cannot tell whether party" in words for words in said)
+
+
+def test_signatures_that_were_changed_are_refused() -> None:
+    def garble(reader: int, rows: Tensor) -> None:
+        rows[(reader + 1) % N] += 1
+
+    assert any("cannot tell" in words for words in refused(lambda f: agreed(Lying(f, honest, garble))))
+
+
+def test_parties_that_were_told_different_things_do_not_agree() -> None:
+    said = refused(lambda f: agreed(f, settings="0, 1, 2 count" if f.party == 0 else "0 and 2 count"))
+    assert any("cannot tell whether party" in words for words in said)
+
+
+def test_the_exchange_has_its_settings_and_the_round_signed() -> None:
+    def act(federation: Federation, mine: Any, view: str) -> None:
+        mine.open(federation, lambda: None, view)
+
+    for mine, view in ((masked(bits=32), "same"), (masked(), "other")):
+        differs = {2: (mine, view)}
+        said = refused(lambda f, differs=differs: act(f, *differs.get(f.party, (masked(), "same"))))
+        assert any("cannot tell whether party" in words for words in said)
+
+
+def test_two_who_meet_are_too_few() -> None:
+    said = run_parties(2, lambda f: masked().open(f, lambda: None), may_fail=True)
+    assert all("Only 2 parties meet, too few for a masked sum: it needs 3" in str(error) for error in said)

@@ -1,0 +1,189 @@
+"""Who a party is: a key of its own, and everybody's public keys pinned."""
+
+import base64
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from party_threads import run_parties
+from secure_exchange import identity_of, keys, masked
+
+from pellm_lightning import Federation
+from pellm_lightning.exchange import SecureAggregation
+from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys, make_identity
+
+
+# RFC 8032, section 7.1, tests 1 and 2: secret key, public key, message, signature.
+@pytest.mark.parametrize(
+    ("secret", "public", "message", "signature"),
+    [
+        (
+            "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60",
+            "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
+            "",
+            "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e06522490155"
+            "5fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe24655141438e7a100b",
+        ),
+        (
+            "4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb",
+            "3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",
+            "72",
+            "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da"
+            "085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302aeeb00d291612bb0c00",
+        ),
+    ],
+)
+def test_signatures_are_ed25519_as_rfc_8032_has_it(
+    tmp_path: Path, secret: str, public: str, message: str, signature: str
+) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(secret))
+    (tmp_path / "a.key").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    identity = SigningKey(tmp_path / "a.key")
+    words = f"ed25519:{base64.b64encode(bytes.fromhex(public)).decode()}"
+    assert identity.public == words
+    assert identity.sign(bytes.fromhex(message)).hex() == signature
+    peers = TrustedKeys({"a": words})
+    assert peers.signed("a", bytes.fromhex(signature), bytes.fromhex(message))
+    assert not peers.signed("a", bytes.fromhex(signature), bytes.fromhex(message) + b"x")
+    assert not peers.signed("a", bytes(64), bytes.fromhex(message))
+
+
+def test_a_made_key_is_its_owners_alone(tmp_path: Path) -> None:
+    private, words = make_identity(tmp_path / "new", "clinic-a")
+    assert private == tmp_path / "new/clinic-a.key"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert SigningKey(private).public == words
+    assert (tmp_path / "new/clinic-a.pub").read_text() == f"{words}\n"
+    assert TrustedKeys(tmp_path / "new").of("clinic-a") == words
+    assert words not in private.read_text()
+    assert make_identity(tmp_path / "new", "clinic-b")[1] != words
+
+
+def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
+    private, _ = make_identity(tmp_path, "a")
+    before = private.read_bytes()
+    with pytest.raises(FileExistsError, match=r"a\.key exists already\. Remove it first"):
+        make_identity(tmp_path, "a")
+    private.unlink()
+    with pytest.raises(FileExistsError, match=r"a\.pub exists already"):
+        make_identity(tmp_path, "a")
+    assert not private.exists()
+    private.write_bytes(before)
+    with pytest.raises(ValueError, match="name"):
+        make_identity(tmp_path, "../a")
+
+
+def test_what_is_no_identity_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be read.*keys"):
+        SigningKey(tmp_path / "none.key")
+    (tmp_path / "words.key").write_text("words")
+    with pytest.raises(ValueError, match="cannot be read"):
+        SigningKey(tmp_path / "words.key")
+    other = generate_private_key(SECP256R1())
+    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
+    (tmp_path / "other.key").write_bytes(other.private_bytes(*pem, serialization.NoEncryption()))
+    with pytest.raises(ValueError, match="is no Ed25519 key"):
+        SigningKey(tmp_path / "other.key")
+    locked = Ed25519PrivateKey.generate().private_bytes(
+        *pem, serialization.BestAvailableEncryption(b"secret")
+    )
+    (tmp_path / "locked.key").write_bytes(locked)
+    with pytest.raises(ValueError, match="cannot be read"):
+        SigningKey(tmp_path / "locked.key")
+
+
+GOOD = "ed25519:" + base64.b64encode(bytes(range(32))).decode()
+
+
+@pytest.mark.parametrize(
+    ("peers", "words"),
+    [
+        ({}, "holds no public keys"),
+        ({"a": "abc"}, "public key of party a is no key .it does not begin with 'ed25519:'"),
+        ({"a": "ed25519:abc"}, "public key of party a is no key"),
+        ({"a": "ed25519:" + base64.b64encode(bytes(31)).decode()}, "public key of party a is no key"),
+        ({"a": 7}, "public key of party a is no key"),
+        ({"a": GOOD, "b": GOOD}, "Parties a and b have the same public key"),
+    ],
+)
+def test_malformed_peers_are_refused_by_name(peers: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrustedKeys(peers)
+
+
+def test_an_empty_folder_holds_no_peers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no public keys"):
+        TrustedKeys(tmp_path)
+
+
+def test_the_fingerprint_tells_any_difference() -> None:
+    a, b, c = (identity_of(name).public for name in "012")
+    same = {TrustedKeys({"a": a, "b": b}).fingerprint, TrustedKeys({"b": b, "a": a}).fingerprint}
+    assert len(same) == 1
+    others = [{"a": b, "b": a}, {"a": a, "c": b}, {"a": a, "b": b, "c": c}, {"a": a}]
+    assert not same & {TrustedKeys(other).fingerprint for other in others}
+
+
+def test_peers_may_be_in_words_or_in_a_folder() -> None:
+    words = {path.stem: path.read_text() for path in keys().glob("*.pub")}
+    assert repr(masked(peers={name: text.strip() for name, text in words.items()})) == repr(masked())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"bits": 16}, "bits=16 must be 32 or 64"),
+        ({"fractional_bits": 0}, "fractional_bits=0 must be a whole number from 1 to 56"),
+        ({"fractional_bits": 57}, "from 1 to 56"),
+        ({"fractional_bits": 25, "bits": 32}, "from 1 to 24"),
+        ({"fractional_bits": True}, "fractional_bits=True"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(arguments: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        masked(**arguments)
+
+
+def test_all_that_must_be_equal_is_in_its_words() -> None:
+    ours = masked()
+    peers = {str(party): identity_of(str(party)).public for party in range(3)}
+    others = [masked(bits=32), masked(fractional_bits=20), masked(peers=peers)]
+    assert len({repr(exchange) for exchange in (ours, *others)}) == 4
+    assert repr(masked(identity="elsewhere")) == repr(ours), "each keeps its key where it likes"
+
+
+# ---- refused before a federation begins
+
+
+def refused(num_parties: int, exchange: SecureAggregation) -> list[str]:
+    def act(federation: Federation) -> str:
+        with pytest.raises(ValueError, match="part") as caught:
+            exchange.check(federation)
+        return str(caught.value)
+
+    return run_parties(num_parties, act)
+
+
+def test_two_parties_are_too_few() -> None:
+    for words in refused(2, masked()):
+        assert "needs 3 parties, here are 2" in words
+        assert "subtracting its own" in words
+
+
+def test_a_party_without_a_pinned_key_is_named() -> None:
+    peers = {str(party): identity_of(str(party)).public for party in range(2)}
+    for words in refused(4, masked(peers=peers)):
+        assert "peers has no public key of party 2, 3." in words
+
+
+def test_anothers_key_is_no_identity() -> None:
+    for party, words in enumerate(refused(3, masked(identity=f"{keys('strangers')}/{{party}}.key"))):
+        assert f"of party {party} has the public key ed25519:" in words
+        assert identity_of(str(party)).public in words

@@ -1,0 +1,220 @@
+"""The party as Lightning's whole world."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from party_threads import Classifier, data, quiet_trainer
+
+from pellm_lightning import FederatedAveraging, FederationError, PartyEnvironment
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.trainer import environment
+from pellm_lightning.trainer.environment import Party
+
+
+@pytest.fixture
+def launched() -> Iterator[Any]:
+    """Make this process look like one that torchrun has started."""
+    patch = pytest.MonkeyPatch()
+
+    def launch(rank: int, world_size: int, hosts: int = 1) -> None:
+        per_host = world_size // hosts
+        for name, value in {
+            "RANK": rank,
+            "WORLD_SIZE": world_size,
+            "LOCAL_RANK": rank % per_host,
+            "LOCAL_WORLD_SIZE": per_host,
+            "MASTER_ADDR": "host-0",
+            "MASTER_PORT": 1234,
+        }.items():
+            patch.setenv(name, str(value))
+
+    yield launch
+    patch.undo()
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_parties", "hosts", "expected"),
+    [
+        # world size, rank and local rank in the party, node of the party
+        (2, 2, 1, (2, 0, 0, 0)),
+        (3, 2, 1, (2, 1, 1, 0)),
+        (3, None, 1, (1, 0, 0, 0)),
+        (2, 1, 1, (4, 2, 2, 0)),
+        # One party over two hosts of two processes.
+        (3, 1, 2, (4, 3, 1, 1)),
+        # Two hosts, each a party of two.
+        (3, 2, 2, (2, 1, 1, 0)),
+    ],
+)
+def test_lightning_sees_the_party_only(
+    launched: Any, rank: int, num_parties: int | None, hosts: int, expected: tuple[int, ...]
+) -> None:
+    launched(rank, 4, hosts)
+    party = PartyEnvironment(num_parties)
+    assert (party.world_size(), party.global_rank(), party.local_rank(), party.node_rank()) == expected
+    assert party.creates_processes_externally
+    assert (party.main_address, party.main_port) == ("host-0", 1234)
+
+
+def test_ranks_are_the_launchers_to_set(launched: Any) -> None:
+    launched(3, 4)
+    party = PartyEnvironment(2)
+    party.set_world_size(9)
+    party.set_global_rank(9)
+    assert (party.world_size(), party.global_rank()) == (2, 1)
+
+
+def test_lightning_does_not_pick_it_by_itself(launched: Any) -> None:
+    launched(0, 2)
+    assert not PartyEnvironment.detect()
+
+
+def test_without_a_launcher_it_is_a_party_of_one() -> None:
+    party = PartyEnvironment()
+    assert (party.world_size(), party.global_rank(), party.local_rank(), party.node_rank()) == (1, 0, 0, 0)
+    assert (party.main_address, party.main_port) == ("127.0.0.1", 0)
+    party.validate_settings(1, 1)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_parties": 0}, "num_parties=0 must be at least 1"),
+        ({"timeout_s": 0}, "timeout_s=0 must be positive"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PartyEnvironment(**arguments)
+
+
+def test_devices_must_be_the_partys_processes(launched: Any) -> None:
+    launched(0, 4)
+    with pytest.raises(
+        ValueError, match=r"2 process\(es\) \(2 parties .* devices=4 x num_nodes=1. Set devices"
+    ):
+        PartyEnvironment(2).validate_settings(4, 1)
+    assert not dist.is_initialized()
+
+
+def test_a_world_that_is_not_divisible_is_refused(launched: Any, tmp_path: Path) -> None:
+    launched(1, 4)
+    trainer = quiet_trainer(tmp_path, [FederatedAveraging()], plugins=[PartyEnvironment(3)])
+    words = r"num_parties=3 does not divide the 4 launched process\(es\) \(rank 1\)"
+    with pytest.raises(ValueError, match=words):
+        trainer.fit(Classifier(), data(4, seed=0))
+
+
+def test_the_party_of_a_trainer(launched: Any, tmp_path: Path) -> None:
+    launched(3, 4)
+    plain = quiet_trainer(tmp_path)
+    assert environment.topology_of(plain) == Topology(3, 4, 0, 1)
+    federated = quiet_trainer(tmp_path, plugins=[PartyEnvironment(4)])
+    assert environment.topology_of(federated) == Topology(3, 4, 0, 1)
+    assert environment.party_of(federated) == environment.party_of(None) == 3
+
+
+@pytest.mark.parametrize(("size", "hosts", "shared"), [(4, 1, True), (2, 2, False), (1, 1, False)])
+def test_a_terminal_is_shared_by_parties_of_one_launcher(
+    launched: Any, size: int, hosts: int, shared: bool
+) -> None:
+    launched(0, size, hosts)
+    assert environment.shares_terminal(Topology(0, size, 0, 1)) == shared
+    assert not environment.shares_terminal(Topology(0, 1, 0, size))
+
+
+def test_rank_zero_means_the_partys(launched: Any) -> None:
+    before = utils_rank_zero_only.rank
+    try:
+        environment.set_rank_zero(1)
+        assert rank_zero_only.rank == utils_rank_zero_only.rank == 1
+        environment.set_rank_zero(0)
+        assert rank_zero_only.rank == utils_rank_zero_only.rank == 0
+    finally:
+        utils_rank_zero_only.rank = before
+
+
+def test_a_cpu_is_shared_without_a_word() -> None:
+    assert environment.describe_device(torch.device("cpu")) is None
+
+
+# ---- the party's processes
+
+
+class Heard:
+    """A strategy that broadcasts what the speaker said, or keeps what this process says as the speaker."""
+
+    def __init__(self, said: Any = None) -> None:
+        self.said = said
+
+    def broadcast(self, value: Any) -> Any:
+        self.said = value if self.said is None else self.said
+        return self.said
+
+
+SPEAKER, FOLLOWER = Topology(1, 2, 0, 2), Topology(1, 2, 1, 2)
+
+
+def test_a_party_of_one_acts_without_a_broadcast() -> None:
+    party = Party(Topology(), SimpleNamespace())  # type: ignore[arg-type]
+    assert party.on_leader(lambda: 7) == 7
+    assert party.sum([1.0, 2.5]) == [1.0, 2.5]
+    vector = torch.ones(2)
+    assert party.broadcast_(vector) is vector
+
+
+def test_the_speaker_acts_and_all_get_the_result() -> None:
+    heard: Any = Heard()
+    assert Party(SPEAKER, heard).on_leader(lambda: {"round": 3}) == {"round": 3}
+    follower: Any = Heard(heard.said)
+    assert Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts")) == {"round": 3}
+
+
+def test_an_error_of_the_speaker_is_raised_by_all() -> None:
+    def fail() -> None:
+        raise ArithmeticError("broken")
+
+    heard: Any = Heard()
+    with pytest.raises(ArithmeticError, match="broken"):
+        Party(SPEAKER, heard).on_leader(fail)
+    follower: Any = Heard(heard.said)
+    with pytest.raises(FederationError, match="The first process of party 1 failed: ArithmeticError: broken"):
+        Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts"))
+
+
+# ---- no launcher
+
+
+def test_without_a_launcher_a_fit_is_a_federation_of_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Classifier(seed=2)
+    trainer = quiet_trainer(tmp_path, [FederatedAveraging()])
+    trainer.fit(module, data(8, seed=0))
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warning == (
+        "[party 0] No launcher found, so this is a federation of one party. To federate N parties on this"
+        " host run `torchrun --nproc-per-node N your_script.py`."
+    )
+    assert float(trainer.callback_metrics["federated/active_parties"]) == 1
+    alone = Classifier(seed=2)
+    quiet_trainer(tmp_path).fit(alone, data(8, seed=0))
+    torch.testing.assert_close(module.vector(), alone.vector(), rtol=0, atol=1e-6)
+
+
+def test_no_launcher_but_a_party_environment(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = quiet_trainer(tmp_path, [FederatedAveraging()], plugins=[PartyEnvironment()])
+    assert isinstance(trainer.strategy, SingleDeviceStrategy)
+    trainer.fit(Classifier(), data(8, seed=0))
+    assert "No launcher found" in caplog.text
+    assert not dist.is_initialized()
