@@ -374,7 +374,7 @@ def test_two_of_four_never_go_on(world: Callable[..., World]) -> None:
     for life in w.lives[:2]:
         assert isinstance(life.error, TooFewPartiesError)
         assert "has waited 1 s (wait_s) for 3 of the 4 parties; missing: p" in str(life.error)
-        assert "p3 (it has shown no sign of life for" in str(life.error)
+        assert "p3 (it has sent no heartbeat for" in str(life.error)
     assert w.reached == 3
     w.judged()
 

@@ -21,7 +21,7 @@ from masked import keys, masked
 from parties import Rounds, ValidatedClassifier, data, fit_parties, quiet_trainer, refusals, run_parties
 from products import Parameters, Sizes, adapter, drift, random
 from torch import Tensor
-from transcript import Message, NotedStore, tapped
+from transcript import Message, NotedStore, metadata_of, tapped
 
 import pellm_lightning
 from pellm_lightning import Aggregator, Federation, FederationError, RoundReport
@@ -43,8 +43,6 @@ from pellm_lightning.exchange.secure.fixed_point import KeyStream
 
 SOON_S = 8.0
 SIZES: Sizes = {"k": (8, 7), "q": (6, 9)}
-HEADER = 7
-"""How many numbers a party says when it comes to meet."""
 
 
 def aggregator_of(federation: Federation, parameters: Mapping[str, Tensor], **arguments: Any) -> Aggregator:
@@ -208,10 +206,11 @@ def test_a_round_tells_nothing_but_sums(monkeypatch: pytest.MonkeyPatch) -> None
     begun = max(begun for begun, _ in results)
     headers = 0
     for message in messages[begun:]:
-        if message.values.is_floating_point():
-            mine = message.values.view(3, HEADER)[message.party]
-            assert mine[2] in (0, 1), "whether it counts, not how much"
-            assert mine[4:].isnan().all(), "neither its loss nor its distance"
+        assert not message.values.is_floating_point()
+        if said := metadata_of(message, 3):
+            assert said[1]["weight"] in (0, 1), "whether it counts, not how much"
+            told = {said[1].get(name) for name in ("loss", "distance", "steps_left", "metrics")}
+            assert told == {None}, "neither its loss nor its distance"
             headers += 1
     assert headers <= 3 * 2
     assert headers >= 3

@@ -33,8 +33,7 @@ from pellm_lightning.callbacks.weight_averaging import (
 )
 from pellm_lightning.comm import (
     TLS,
-    Collectives,
-    ElasticFederation,
+    Communicator,
     Federation,
     FederationError,
     Membership,
@@ -175,7 +174,7 @@ class FederatedAveraging(Callback):
         check_base: bool = True,
         save_frozen: bool = True,
         record: bool = True,
-        federation: Callable[[], Federation | ElasticFederation] | None = None,
+        federation: Callable[[], Communicator] | None = None,
         rendezvous: str | None = None,
         name: str | None = None,
         roster: Sequence[str] = (),
@@ -239,7 +238,7 @@ class FederatedAveraging(Callback):
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
-        self._joined: Federation | ElasticFederation | None = None
+        self._joined: Communicator | None = None
         self._drift: DriftCorrection | None = None
         self._tells_loss = True
         self._participation: FederatedLoop | None = None
@@ -301,7 +300,7 @@ class FederatedAveraging(Callback):
                 trainer,
                 self._schedule,
                 mixes=self.overlap is not None or self.fragments > 1,
-                separate=isinstance(self._joined, ElasticFederation),
+                separate=self._joined is not None and self._joined.may_lose_parties,
                 saves_frozen=self.save_frozen,
             )
             if not self.save_frozen:
@@ -531,7 +530,6 @@ class FederatedAveraging(Callback):
                 *self._joined.place, known.rank_in_party, known.party_size, label=self._joined.name
             )
             self._party = Party(self._topology, trainer.strategy)
-        if isinstance(self._joined, ElasticFederation):
             self._joined.interrupt = lambda: _raise_if_terminated(trainer)
 
     def _join_as_leader(self) -> None:
@@ -600,14 +598,14 @@ class FederatedAveraging(Callback):
         """Return the names of all parties, as the speaker; warn of those that share an accelerator."""
         if self._joined is None:
             return []
-        if isinstance(self._joined, Federation):
+        if not self._joined.may_lose_parties:  # separate jobs are compared by their first quorum
             device = describe_device(trainer.strategy.root_device)
-            arguments.devices(self._joined.all_gather_json("device", device))
+            arguments.devices(self._joined.gather_json("device", device))
         return list(self._joined.roster)
 
     def rehearsal(
         self,
-        federation: Collectives,
+        federation: Communicator,
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],
@@ -628,7 +626,7 @@ class FederatedAveraging(Callback):
 
     def _made(
         self,
-        federation: Collectives,
+        federation: Communicator,
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
-from pellm_lightning.comm import Collectives
+from pellm_lightning.comm import Communicator
+from pellm_lightning.comm.communicator import Difference, Intent, Metadata, QuorumResult, Version
 from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.report.record import versions
 from pellm_lightning.tensors.selection import select
@@ -90,7 +91,7 @@ def _known(kind: type[Facts] | type[Measured], value: Any) -> dict[str, Any] | N
     return {name: value[name] for name in names}
 
 
-class Roster(Collectives):
+class Roster(Communicator):
     """The parties before any of them has come: who they will be; nothing can be exchanged.
 
     Args:
@@ -98,14 +99,53 @@ class Roster(Collectives):
         party: Index of this party.
     """
 
+    may_lose_parties = False
     timeout_s = 0.0
     bytes_sent = 0
 
     def __init__(self, names: list[str], party: int) -> None:
         self.names = self.roster = names
+        self.quorum = len(names)
         self.party = party
 
     def enter(self, phase: str) -> None:
+        """Tell nobody."""
+
+    def phases(self) -> dict[str, str]:
+        """Know nobody's."""
+        return {}
+
+    def gather_json(self, key: str, value: object) -> list[Any]:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
+
+    def handshake(self, spec: PartySpec, digest: str, difference: Difference) -> dict[str, PartySpec]:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
+
+    def party_specs(self) -> list[PartySpec]:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
+
+    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
+
+    def version(self, round: int) -> None:
+        """Return no version: nothing is attempted."""
+
+    def commit(self, digest: str) -> None:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
+
+    def abort_attempt(self, error: Exception) -> bool:
+        """Make no other attempt."""
+        return False
+
+    def skip_attempts(self, attempt: int) -> None:
+        """Make no attempt."""
+
+    def mark_ended(self, version: Version) -> None:
         """Tell nobody."""
 
     def all_reduce_(self, x: Tensor) -> Tensor:
