@@ -827,7 +827,7 @@ def test_a_death_leaves_no_keys_behind(victim: int) -> None:
     """Who should have deleted what is old may have died instead."""
     rendezvous, names = Rendezvous(), ["p0", "p1", "p2", "p3"]
     rolls = {
-        name: QuorumMember(1, "now", "host:1", "", None, 1, "", "exchange", "", True, words={})
+        name: QuorumMember(1, "now", "host:1", "", None, 1, "", "exchange", "", True, metadata={})
         for name in names
     }
     registers = [Register(Client(rendezvous, name, lambda *_: None)) for name in names]  # type: ignore[arg-type]
