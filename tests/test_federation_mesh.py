@@ -30,7 +30,7 @@ from pellm_lightning.comm.mesh.frames import (
     Outgoing,
     UnexpectedFrameError,
 )
-from pellm_lightning.comm.mesh.handshake import split_address
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.mesh.mesh import Listener, Mesh
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

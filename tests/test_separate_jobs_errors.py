@@ -304,7 +304,7 @@ def test_of_two_parties_that_write_to_the_same_file_one_is_refused(jobs: Jobs) -
     for thread in (*others, first):
         thread.join()
     assert shown_by_b
-    assert "Parties c and b would both write to" in jobs.refused("c")
+    assert "Parties b and c would both write to" in jobs.refused("c")
     jobs.end_alike("a", "b")
 
 

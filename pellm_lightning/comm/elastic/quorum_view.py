@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeGuard
 
 from pellm_lightning.comm.communicator import Intent, Metadata, QuorumResult, Version, will_exchange
-from pellm_lightning.comm.mesh.handshake import split_address
+from pellm_lightning.comm.sockets import split_address
 
 _INTENTS = ("exchange", "metadata", "rest")
 # Longer than any name, address or digest.

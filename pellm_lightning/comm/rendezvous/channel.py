@@ -5,8 +5,8 @@ import socket
 import ssl
 import weakref
 
-from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.rendezvous.frames import HELLO, LENGTH_BYTES, FrameError, length, unpack
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import RENDEZVOUS, peer_name
 
 _PIECE_BYTES = 64 << 10

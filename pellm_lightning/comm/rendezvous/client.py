@@ -10,7 +10,6 @@ import torch.distributed as dist
 from typing_extensions import Self, override
 
 from pellm_lightning.comm.errors import FederationError
-from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.polling import polls
 from pellm_lightning.comm.rendezvous.channel import Channel, ServerDisconnectedError
 from pellm_lightning.comm.rendezvous.frames import (
@@ -24,6 +23,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     pack,
 )
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
 # A server that stops closes connections before it closes its port; one that shuts us out does so every time.

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from typing_extensions import Self, override
 
 from pellm_lightning.comm.errors import FederationError
-from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.polling import polls
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
 try:

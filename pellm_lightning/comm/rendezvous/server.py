@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing_extensions import Self
 
 from pellm_lightning.comm.rendezvous.connection_handler import ConnectionHandler
+from pellm_lightning.comm.sockets import join_address, listening_socket
 from pellm_lightning.comm.tls import RENDEZVOUS, TLS, check_name
 
 log = logging.getLogger(__name__)
@@ -107,9 +108,9 @@ class RendezvousServer:
     def _bind(self) -> socket.socket:
         if self._address is not None:
             raise RuntimeError(f"The rendezvous at {self._address} was started before. Make a new one.")
-        listener = _bound(self._host, self._port)
+        listener = listening_socket(self._host, self._port, _BACKLOG, only_ipv6=True)
         host, port = listener.getsockname()[:2]
-        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._address = join_address(host, port)
         log.info(
             "the rendezvous listens on %s %s TLS", self._address, "with" if self._encrypted else "without"
         )
@@ -120,21 +121,3 @@ class RendezvousServer:
                 self._address,
             )
         return listener
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """Listen on one address: the first that ``host`` stands for."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind)
-    try:
-        # Without it a server that is started again finds its port taken by the connections of the one before.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener

@@ -102,8 +102,8 @@ class StoreCoordinator:
                 if party != self.party and self._store.check([f"left/{party}"]):
                     reason = json.loads(self._store.get(f"left/{party}"))
                     raise PartyLostError(
-                        f"Party {party} left the federation while {reason}. Party {self.party} also stops,"
-                        " its parameters are those of the last completed round plus its own local steps. Fix the"
+                        f"Party {party} left the federation while {reason}. Party {self.party} also"
+                        " stops, its parameters are those of the last completed round plus its own local steps. Fix the"
                         " cause and resume all parties from their last checkpoints."
                     ) from error
 
@@ -112,8 +112,8 @@ class StoreCoordinator:
         reason = f"it waited {self.timeout_s:g} s {waiting or 'for ' + self._elsewhere()}"
         self.publish_reason(reason)
         return PartyLostError(
-            f"Party {self.party} gave up while {self.phase}: {reason}. Look at the log of who is missing,"
-            f" check that all {self.num_parties} parties run and reach the same rendezvous, or raise timeout_s"
+            f"Party {self.party} gave up while {self.phase}: {reason}. Look at the log of who is"
+            f" missing, check that all {self.num_parties} parties run and reach the same rendezvous, or raise timeout_s"
             " above the time by which the slowest party's local steps outlast the fastest's."
         )
 
