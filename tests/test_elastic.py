@@ -405,7 +405,7 @@ def test_who_lives_but_does_not_come_cannot_be_waited_for_forever(world: Callabl
     other.join(5)
     over.set()
     assert isinstance(other.error, TooFewPartiesError)
-    assert "p2 (it did not come" in str(other.error)
+    assert "p2 (it did not join" in str(other.error)
     stuck.join()
 
 

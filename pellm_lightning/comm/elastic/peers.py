@@ -90,5 +90,5 @@ class Peers:
         if silence is None:
             return "it was never seen"
         if self.alive(name):
-            return f"it did not come (it was last seen {status.get('phase', 'busy')})"
+            return f"it did not join (it was last seen {status.get('phase', 'busy')})"
         return f"it has sent no heartbeat for {silence:.1f} s ({status.get('phase', 'busy')})"

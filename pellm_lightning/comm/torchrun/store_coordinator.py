@@ -103,8 +103,8 @@ class StoreCoordinator:
                     reason = json.loads(self._store.get(f"left/{party}"))
                     raise PartyLostError(
                         f"Party {party} left the federation while {reason}. Party {self.party} also"
-                        " stops, its parameters are those of the last completed round plus its own local steps. Fix the"
-                        " cause and resume all parties from their last checkpoints."
+                        " stops, its parameters are those of the last completed round plus its own local"
+                        " steps. Fix the cause and resume all parties from their last checkpoints."
                     ) from error
 
     def timed_out(self, waiting: str = "") -> PartyLostError:
@@ -112,9 +112,9 @@ class StoreCoordinator:
         reason = f"it waited {self.timeout_s:g} s {waiting or 'for ' + self._elsewhere()}"
         self.publish_reason(reason)
         return PartyLostError(
-            f"Party {self.party} gave up while {self.phase}: {reason}. Look at the log of who is"
-            f" missing, check that all {self.num_parties} parties run and reach the same rendezvous, or raise timeout_s"
-            " above the time by which the slowest party's local steps outlast the fastest's."
+            f"Party {self.party} gave up while {self.phase}: {reason}. Look at the log of who is missing,"
+            f" check that all {self.num_parties} parties run and reach the same rendezvous, or raise"
+            " timeout_s above the time by which the slowest party's local steps outlast the fastest's."
         )
 
     def leave_together(self) -> None:
@@ -153,7 +153,7 @@ class StoreCoordinator:
                 break
         if missing:
             silent = ", ".join(map(str, missing))
-            log.warning("[party %d] party %s left without a goodbye", self.party, silent)
+            log.warning("[party %d] party %s did not leave together with the others", self.party, silent)
 
     def _missing(self, key: str) -> list[int]:
         return [party for party in range(self.num_parties) if not self._store.check([key.format(party)])]
