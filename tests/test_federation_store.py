@@ -489,8 +489,8 @@ def liar() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("hello", "said"),
     [
-        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "says something else than hello"),
-        (HELLO[:-1] + b"\x07", "speaks version 7, not 1"),
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "sends something else than hello"),
+        (HELLO[:-1] + b"\x07", "has version 7, not 1"),
     ],
 )
 def test_another_service_is_recognized(hello: bytes, said: str) -> None:

@@ -76,7 +76,7 @@ class Communicator(Collectives):
     """Seconds a party may be late."""
     quorum: int
     """Number of parties that must join a quorum."""
-    may_lose_parties: bool
+    may_lose_parties: bool = False
     """Whether parties may be lost and come back; then an attempt at a round may fail and is made again."""
     interrupt: Callable[[], None]
     """Called repeatedly while this party polls for others; what it raises ends the waiting."""
@@ -90,9 +90,9 @@ class Communicator(Collectives):
     def enter(self, phase: str) -> None:
         """Publish what this party does from now on, so that errors at any party can tell where each was."""
 
-    @abstractmethod
     def phases(self) -> dict[str, str]:
         """Return what each party does, by name, as far as it is known here; any thread may ask."""
+        return {}
 
     @abstractmethod
     def gather_json(self, key: str, value: object) -> list[Any]:
@@ -137,10 +137,23 @@ class Communicator(Collectives):
         """
 
     @abstractmethod
-    def version(self, round: int) -> Version | None:
-        """Return the version that the present attempt makes; None where no attempt is made twice."""
+    def close(self) -> None:
+        """Leave together, when no party needs the others any more. Every party must call it."""
 
     @abstractmethod
+    def abort(self, reason: str | None = None) -> None:
+        """Leave at once: what others wait for fails in seconds, not after the timeout, and gives the reason.
+
+        Args:
+            reason: What happened here; None if the others know already. After ``close()`` nothing happens.
+        """
+
+    # ---- parties that may be lost; as follows they may not, and a failed attempt ends the federation
+
+    def version(self, round: int) -> Version | None:
+        """Return the version that the present attempt makes; None where no attempt is made twice."""
+        return None
+
     def commit(self, digest: str) -> None:
         """Vote for the result that this party has made durable; return once it is committed.
 
@@ -152,29 +165,15 @@ class Communicator(Collectives):
             FederationError: If the members' results differ.
         """
 
-    @abstractmethod
     def abort_attempt(self, error: Exception) -> bool:
         """Abort this attempt at all members; return whether another one can be made."""
+        return False
 
-    @abstractmethod
     def skip_attempts(self, attempt: int) -> None:
         """Number attempts above those in which this party may have taken part before it was restarted."""
 
-    @abstractmethod
     def mark_ended(self, version: Version) -> None:
         """Record that the federation is complete, for parties that come later."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Leave together, when no party needs the others any more. Every party must call it."""
-
-    @abstractmethod
-    def abort(self, reason: str | None = None) -> None:
-        """Leave at once: what others wait for fails in seconds, not after the timeout, and gives the reason.
-
-        Args:
-            reason: What happened here; None if the others know already. After ``close()`` nothing happens.
-        """
 
 
 def will_exchange(intents: Collection[Intent]) -> bool:

@@ -99,7 +99,6 @@ class Roster(Communicator):
         party: Index of this party.
     """
 
-    may_lose_parties = False
     timeout_s = 0.0
     bytes_sent = 0
 
@@ -110,10 +109,6 @@ class Roster(Communicator):
 
     def enter(self, phase: str) -> None:
         """Tell nobody."""
-
-    def phases(self) -> dict[str, str]:
-        """Know nobody's."""
-        return {}
 
     def gather_json(self, key: str, value: object) -> list[Any]:
         """Refuse."""
@@ -130,23 +125,6 @@ class Roster(Communicator):
     def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
         """Refuse."""
         raise RuntimeError(_NOBODY)
-
-    def version(self, round: int) -> None:
-        """Return no version: nothing is attempted."""
-
-    def commit(self, digest: str) -> None:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def abort_attempt(self, error: Exception) -> bool:
-        """Make no other attempt."""
-        return False
-
-    def skip_attempts(self, attempt: int) -> None:
-        """Make no attempt."""
-
-    def mark_ended(self, version: Version) -> None:
-        """Tell nobody."""
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Refuse."""

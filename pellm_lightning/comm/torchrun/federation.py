@@ -63,8 +63,6 @@ class Federation(Communicator):
         federation.close()
     """
 
-    may_lose_parties = False
-
     def __init__(self, store: dist.Store, party: int, num_parties: int, *, timeout_s: float = 1800) -> None:
         if num_parties < 1 or not 0 <= party < num_parties:
             raise ValueError(f"party={party} must lie in 0..{num_parties - 1} for num_parties={num_parties}.")
@@ -145,26 +143,6 @@ class Federation(Communicator):
                 " version of pellm-lightning at all parties."
             ) from error
         return QuorumResult(joined, exchanges=will_exchange(intents))
-
-    @override
-    def version(self, round: int) -> None:
-        return None
-
-    @override
-    def commit(self, digest: str) -> None:
-        """Return at once: a party that fails from here on stops all others."""
-
-    @override
-    def abort_attempt(self, error: Exception) -> bool:
-        return False
-
-    @override
-    def skip_attempts(self, attempt: int) -> None:
-        """Do nothing: no attempt is made twice."""
-
-    @override
-    def mark_ended(self, version: Version) -> None:
-        """Do nothing: no party comes later."""
 
     # ---- tensors
 
