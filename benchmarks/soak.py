@@ -144,7 +144,7 @@ class Parties:
             heart = federation._heartbeat
             heart._stopping = True
             heart._wake.set()
-            federation._drop_mesh()
+            federation._connections.drop()
             federation._listener.close()
 
 

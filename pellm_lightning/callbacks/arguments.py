@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.engine.coordination import MAX_WEIGHT
+from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.engine.outer_optimizer import (
     OptimizerFactory,
     SchedulerFactory,

@@ -33,8 +33,7 @@ from pellm_lightning.callbacks.weight_averaging import (
     warn_of_missed,
 )
 from pellm_lightning.comm import (
-    Collectives,
-    ElasticFederation,
+    Communicator,
     Federation,
     FederationError,
     Quorum,
@@ -187,7 +186,7 @@ class FederatedAveraging(Callback):
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
-        self._joined: Federation | ElasticFederation | None = None
+        self._joined: Communicator | None = None
         self._drift: DriftCorrection | None = None
         self._tells_loss = True
         self._participation: FederatedLoop | None = None
@@ -223,7 +222,7 @@ class FederatedAveraging(Callback):
         key = FederatedAveraging.__qualname__  # of derived classes too, whose connect() is another
         return key if self._is_set_up else f"{key}@{next(_NUMBERS)}"
 
-    def connect(self) -> Federation | ElasticFederation:
+    def connect(self) -> Communicator:
         """Join the other parties; called once per fit, by the party's first process.
 
         Override it for parties that meet neither by the launcher's environment variables nor at a rendezvous::
@@ -276,7 +275,7 @@ class FederatedAveraging(Callback):
                 trainer,
                 self._schedule,
                 mixes=self._is_staggered,
-                separate=isinstance(self._joined, ElasticFederation),
+                separate=self._joined is not None and self._joined.may_lose_parties,
                 saves_frozen=self.parameters.save_frozen,
             )
             if not self.parameters.save_frozen:
@@ -505,7 +504,6 @@ class FederatedAveraging(Callback):
                 *self._joined.place, known.rank_in_party, known.party_size, label=self._joined.name
             )
             self._party = Party(self._topology, trainer.strategy)
-        if isinstance(self._joined, ElasticFederation):
             self._joined.interrupt = lambda: _raise_if_terminated(trainer)
 
     def _connect_as_leader(self) -> None:
@@ -567,14 +565,14 @@ class FederatedAveraging(Callback):
         """Return the names of all parties, as the speaker; warn of those that share an accelerator."""
         if self._joined is None:
             return []
-        if isinstance(self._joined, Federation):
+        if not self._joined.may_lose_parties:  # separate jobs are compared by their first quorum
             device = describe_device(trainer.strategy.root_device)
-            arguments.devices(self._joined.all_gather_json("device", device))
+            arguments.devices(self._joined.gather_json("device", device))
         return list(self._joined.roster)
 
     def rehearsal(
         self,
-        federation: Collectives,
+        federation: Communicator,
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],
@@ -597,7 +595,7 @@ class FederatedAveraging(Callback):
 
     def _made(
         self,
-        federation: Collectives,
+        federation: Communicator,
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
 COMMANDS = ("rendezvous", "certs", "keys", "report")

@@ -1,9 +1,9 @@
-"""The only code that talks across parties."""
+"""Communication between parties: joining, collectives, commit."""
 
 from pellm_lightning.comm.collectives import Collectives
+from pellm_lightning.comm.communicator import Communicator, Intent, QuorumResult, Version
 from pellm_lightning.comm.elastic.federation import ElasticFederation
 from pellm_lightning.comm.elastic.membership import Membership
-from pellm_lightning.comm.elastic.quorum_view import Intent, QuorumView, Version
 from pellm_lightning.comm.errors import (
     FederationError,
     MismatchError,
@@ -17,6 +17,7 @@ from pellm_lightning.comm.torchrun.federation import Federation
 __all__ = [
     "TLS",
     "Collectives",
+    "Communicator",
     "ElasticFederation",
     "Federation",
     "FederationError",
@@ -25,7 +26,7 @@ __all__ = [
     "MismatchError",
     "PartyLostError",
     "Quorum",
-    "QuorumView",
+    "QuorumResult",
     "TooFewPartiesError",
     "Version",
     "check_quorum",

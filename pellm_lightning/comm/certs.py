@@ -1,4 +1,4 @@
-"""Makes a federation's own certificate authority, and a certificate for each name.
+"""Certificates: a federation's own certificate authority, and a certificate for each name.
 
 Certificates are X.509 v3 as of RFC 5280, with keys on the curve P-256, for both ends of TLS 1.3 (RFC 8446).
 """
@@ -104,7 +104,7 @@ def _authority(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePriva
             " first, with make_ca, or name the folder that holds them."
         ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise ValueError(f"{directory / 'ca.key'} is not the key of ca.pem beside it. Give the two together.")
+        raise ValueError(f"{directory / 'ca.key'} is not the key of ca.pem beside it. Give the pair.")
     return certificate, key
 
 
@@ -166,7 +166,7 @@ def _write(
     for taken in (key_path, path):
         if taken.exists():
             raise FileExistsError(
-                f"{taken} is there already and is not overwritten: whoever uses it would be shut out. Move"
+                f"{taken} is there already and is not overwritten: its users would be rejected. Move"
                 " it away first if it is to be replaced."
             )
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8

@@ -1,31 +1,32 @@
-"""What moves tensors between the parties, whoever they are at the moment and whatever carries the bytes."""
+"""Interface to collective operations on tensors, whatever carries the bytes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn, SupportsIndex
 
 from torch import Tensor
 
 
 class Collectives(ABC):
-    """The parties that meet now, and what they can do together; every one of them must call the same.
+    """Collective operations of the parties that take part now; every one of them must call the same.
 
-    A collective fails at all parties or at none that matters: whoever fails breaks its connections, and what
-    it worked on is then half done.
+    A collective fails at all parties or at none that matters: a party that fails breaks its connections, and
+    the tensors it worked on are then half done.
+
+    Example::
+
+        collectives.all_reduce_(update)  # the sum over all parties, in place
     """
 
     party: int
-    """Index of this party among those that meet."""
+    """Index of this party among the members."""
     names: Sequence[str]
-    """Names of the parties that meet, in their order."""
-    roster: Sequence[str]
-    """Names of all parties that may ever meet, present or not."""
-    timeout_s: float
-    """Seconds a party may be late."""
+    """Names of the members, in their order."""
     bytes_sent: int
-    """Bytes this party has handed to the others so far."""
+    """Bytes this party has sent to the others so far."""
     lossy: bool = False
-    """Whether float32 that is gathered comes rounded, by so much of its size: then send small differences."""
+    """Whether float32 that is gathered is rounded relative to its size: then send small differences."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be pickled or copied.
@@ -41,22 +42,22 @@ class Collectives(ABC):
 
     @property
     def num_parties(self) -> int:
-        """Number of parties that meet."""
+        """Number of members."""
         return len(self.names)
 
     @property
     def members(self) -> Sequence[int]:
-        """Index in the federation of each party that meets."""
+        """Index in the roster of each member."""
         return range(self.num_parties)
 
     @property
     def place(self) -> tuple[int, int]:
-        """Index of this party in the federation, and how many there are, present or not."""
+        """Index of this party in the roster, and the size of the roster."""
         return self.party, self.num_parties
 
     @property
     def max_parties(self) -> int:
-        """Number of parties that may ever meet."""
+        """Number of parties that may ever take part."""
         return self.num_parties
 
     @property
@@ -65,16 +66,8 @@ class Collectives(ABC):
         return self.names[self.party]
 
     def called(self, parties: Iterable[int]) -> str:
-        """Return the names of parties, for a message."""
+        """Return the names of members, for a message."""
         return ", ".join(self.names[party] for party in parties)
-
-    @abstractmethod
-    def enter(self, phase: str) -> None:
-        """Say what this party does from now on, so that errors at any party can tell where each one was."""
-
-    def phases(self) -> dict[str, str]:
-        """Return what each party does, by name, as far as it is known here; any thread may ask."""
-        return {}
 
     @abstractmethod
     def all_reduce_(self, x: Tensor) -> Tensor:
@@ -87,7 +80,7 @@ class Collectives(ABC):
         ``Aggregator`` sees to that. A failure leaves ``x`` half reduced.
 
         Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
+            PartyLostError: If a party is lost or too late.
         """
 
     @abstractmethod
@@ -95,7 +88,7 @@ class Collectives(ABC):
         """Sum each of ``tensors`` (contiguous) over the parties, in place; a lazy iterable is fine.
 
         Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
+            PartyLostError: If a party is lost or too late.
         """
 
     @abstractmethod
@@ -103,7 +96,7 @@ class Collectives(ABC):
         """Overwrite ``x`` by the one of party ``source``, in place, and return it.
 
         Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
+            PartyLostError: If a party is lost or too late.
         """
 
     @abstractmethod
@@ -115,7 +108,7 @@ class Collectives(ABC):
             sizes: Scalars that each party sends to this one. All must know beforehand who sends how much.
 
         Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
+            PartyLostError: If a party is lost or too late.
         """
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -126,7 +119,7 @@ class Collectives(ABC):
             sizes: Scalars of each party's.
 
         Raises:
-            PartyLostError: If a party is gone or later than ``timeout_s``.
+            PartyLostError: If a party is lost or too late.
         """
         mine = x.detach().to("cpu").contiguous()
         gathered = [
@@ -136,14 +129,11 @@ class Collectives(ABC):
             self.broadcast_(of_party, party)
         return gathered
 
-    @abstractmethod
-    def close(self) -> None:
-        """Part together: leave when no party needs the others any more. Every party must call it."""
 
-    @abstractmethod
-    def abort(self, reason: str | None = None) -> None:
-        """Leave at once: what others wait for fails in seconds, not after the timeout, and tells the reason.
-
-        Args:
-            reason: What happened here; None if the others know already. After ``close()`` nothing happens.
-        """
+@contextmanager
+def staged(x: Tensor) -> Iterator[Tensor]:
+    """Lend a contiguous copy of ``x`` on the CPU, or ``x`` itself if it is one, and write it back."""
+    copy = x.detach().to("cpu").contiguous()
+    yield copy
+    if copy.data_ptr() != x.data_ptr():
+        x.copy_(copy)

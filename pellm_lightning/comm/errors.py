@@ -1,10 +1,10 @@
-"""What can go wrong between parties. Every message names the party, the thing and the cure."""
+"""Errors between parties. Every message names the party, the thing and the fix."""
 
 from collections.abc import Sequence
 
 
 class FederationError(RuntimeError):
-    """Base of everything that goes wrong between parties; raised on every party that can still be reached.
+    """Base of all errors between parties; raised on every party that can still be reached.
 
     Args:
         message: What happened, where, and what to do.
@@ -27,4 +27,4 @@ class PartyLostError(FederationError):
 
 
 class TooFewPartiesError(FederationError):
-    """Fewer parties than a round needs are there, and this one has waited long enough."""
+    """Fewer parties than the quorum have joined within the timeout."""

@@ -1,4 +1,4 @@
-"""How many parties must take part before something counts for all."""
+"""Quorum: number of parties that must take part before a result counts for all."""
 
 from typing import Literal, TypeAlias
 

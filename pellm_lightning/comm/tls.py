@@ -1,8 +1,8 @@
-"""Who is who over TLS: every connection is encrypted, and both ends prove their names by certificate.
+"""TLS: every connection is encrypted, and both ends prove their names by certificate.
 
-The name in a certificate (the subject's common name) is what counts, not the host: parties move between hosts
-and VPN addresses. So host names are not checked; whoever accepts or opens a connection compares ``peer_name``
-with whom it expects.
+The name in a certificate (the subject's common name) is the identity, not the host: parties move between
+hosts and VPN addresses. So host names are not checked; the code that accepts or opens a connection compares
+``peer_name`` with the expected name.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ def check_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class TLS:
-    """The certificate by which this process proves its name, and the authority by which it judges others.
+    """Certificate of this process, and the authority that must have signed those of others.
 
-    Version 1.3 only (RFC 8446), and both ends must show a certificate. The files are read once: a run goes on
-    while they are renewed or put away, and what is new counts from the next start.
+    Version 1.3 only (RFC 8446), and both ends must show a certificate. The files are read once: a run
+    continues while they are renewed or removed; new ones are used from the next start.
 
     Args:
         cert: Path of this process' certificate, PEM.
@@ -46,6 +46,10 @@ class TLS:
     Raises:
         ValueError: If a file is missing or no PEM, if the key does not fit the certificate, or if the
             certificate is not the authority's or has expired.
+
+    Example::
+
+        SeparateJobs("tcp://hub:29400", "clinic-a", roster, tls=TLS("clinic-a.pem", "clinic-a.key", "ca.pem"))
     """
 
     cert: str
@@ -53,14 +57,14 @@ class TLS:
     ca: str
 
     def __post_init__(self) -> None:
-        # A certificate that nobody will accept is noticed here and not at a far party.
+        # A certificate that is not accepted fails here and not at another party.
         _ = self.name
 
     @cached_property
     def name(self) -> str:
         """The common name of ``cert``: the party that this process speaks for."""
         try:
-            name = _shaken(self.client_context, self.server_context)
+            name = _verified_name(self.client_context, self.server_context)
         except ssl.SSLCertVerificationError as error:
             raise ValueError(
                 f"The certificate {self.cert} is not accepted by the authority {self.ca}:"
@@ -137,11 +141,11 @@ def _check_readable(path: str) -> None:
         ) from error
 
 
-def _shaken(client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> str | None:
-    """Let a certificate shake hands with itself, in memory; return its name as the client sees it.
+def _verified_name(client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> str | None:
+    """Run a TLS handshake of a certificate with itself, in memory; return its verified name.
 
-    This judges it exactly as other parties will: issuer, dates, purposes. The standard library has no public
-    way to read a certificate from a file.
+    This verifies it exactly as other parties will: issuer, dates, purposes. The standard library has no
+    public way to read a certificate from a file.
     """
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = client_context.wrap_bio(to_client, to_server)

@@ -1,4 +1,4 @@
-"""Read the launcher's ranks as (party, rank in the party). Pure: nothing here starts or connects anything."""
+"""Topology: the launcher's ranks as (party, rank in the party). Pure: starts and connects nothing."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this process stands: which party it belongs to and which of the party's processes it is.
+    """Position of this process: its party, and its rank among the party's processes.
 
     Consecutive ranks form a party: with 4 processes and 2 parties, ranks 0 and 1 are party 0, ranks 2 and 3
     party 1.
@@ -18,6 +18,10 @@ class Topology:
         rank_in_party: Index of this process among the party's processes, 0-based.
         party_size: Number of processes of a party.
         label: What the party is called; its index if empty.
+
+    Example:
+        >>> Topology.from_env(2, {"RANK": "3", "WORLD_SIZE": "4"})
+        Topology(party=1, num_parties=2, rank_in_party=1, party_size=2, label='')
     """
 
     party: int = 0
@@ -33,7 +37,7 @@ class Topology:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process speaks for its party: only rank 0 of a party talks to other parties."""
+        """Whether this process is its party's leader: only its rank 0 communicates with other parties."""
         return self.rank_in_party == 0
 
     @classmethod

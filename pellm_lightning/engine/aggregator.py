@@ -20,7 +20,7 @@ from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.comm import (
     Collectives,
-    ElasticFederation,
+    Communicator,
     FederationError,
     PartyLostError,
     Quorum,
@@ -31,9 +31,10 @@ from pellm_lightning.engine import compatibility
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 from pellm_lightning.engine.compatibility import PartySpec
-from pellm_lightning.engine.coordination import MAX_WEIGHT, Coordinator, Header, Purpose, meeting
+from pellm_lightning.engine.coordination import Coordinator, Header, Purpose
 from pellm_lightning.engine.global_state import GlobalState
 from pellm_lightning.engine.lora_step import LoraResult
+from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.engine.participants import ParticipantFilter, Shortage
 from pellm_lightning.engine.state_transfer import send_state
@@ -182,7 +183,7 @@ class Aggregator:
 
     def __init__(
         self,
-        federation: Collectives,
+        federation: Communicator,
         parameters: Mapping[str, Tensor],
         *,
         aggregation: Aggregation | None = None,
@@ -205,7 +206,7 @@ class Aggregator:
         needed = resolve_quorum(quorum, federation.max_parties)
         self._exchange = chosen(exchange)
         self._exchange.check(federation)
-        self._meeting = meeting(
+        self._meeting = Coordinator(
             federation, self._exchange, None if state_dir is None else SnapshotDir(state_dir)
         )
         self._plan = plan = Plan(
@@ -335,7 +336,7 @@ class Aggregator:
         """
         self.federation.enter("starting")
         self.handshake()
-        if self._meeting.rejoins:
+        if self._meeting.may_lose_parties:
             had = self._global_state.version
             self._resume()
             self._started = True
@@ -493,7 +494,7 @@ class Aggregator:
         if not self._plan.products:
             return
         told = [of_party["lora"] for of_party in self._meeting.party_specs()]
-        loaded = self._global_state.loaded if self._meeting.rejoins else None
+        loaded = self._global_state.loaded if self._meeting.may_lose_parties else None
         self._global_state.know_products(told, None if loaded is None else loaded.get("lora"))
 
     def _bring_up_to_date(self, headers: list[Header]) -> None:
@@ -544,11 +545,11 @@ class Aggregator:
         report, global_state = None, self._global_state
         if global_state.error_feedback is not None:
             global_state.error_feedback.discard()  # of an attempt that failed
-        with global_state.reversible() if self._meeting.rejoins else nullcontext():
+        with global_state.reversible() if self._meeting.may_lose_parties else nullcontext():
             self._prepare(headers)
             if any(header.purpose is Purpose.ROUND for header in headers):
                 report = self._round(headers, loss)
-            if self._meeting.rejoins:
+            if self._meeting.may_lose_parties:
                 self._meeting.commit(self.round, global_state.state())
         if global_state.error_feedback is not None:
             global_state.error_feedback.commit()
@@ -559,7 +560,7 @@ class Aggregator:
 
     def _prepare(self, headers: list[Header]) -> None:
         """Bring all to the same global state: the newest, or if there is none, that of one of them."""
-        if not self._meeting.rejoins:
+        if not self._meeting.may_lose_parties:
             return
         if any(header.behind for header in headers):
             self._bring_up_to_date(headers)
@@ -697,10 +698,10 @@ class Aggregator:
             products.put_(
                 global_state.layout, updates.global_, updates.pseudo_gradient, combined.replaced, plain=plain
             )
-        distance = updates.advance(writes=not self._meeting.rejoins, moves=moves)
+        distance = updates.advance(writes=not self._meeting.may_lose_parties, moves=moves)
         if moves and not self._plain and self.federation.num_parties > 1:
             global_state.agree()
-        if self._meeting.rejoins:
+        if self._meeting.may_lose_parties:
             global_state.stale = True  # the result may be given up yet, so it is written when it is settled
         else:
             global_state.put_back_()
@@ -820,16 +821,16 @@ def _check_privacy(privacy: GaussianMechanism | None, exchange: Exchange) -> Non
 
 
 def _check_rejoining(meeting: Coordinator, rule: Aggregation) -> None:
-    if meeting.rejoins and rule.writes_base:
+    if meeting.may_lose_parties and rule.writes_base:
         raise ValueError(
             f"{rule!r} writes into the frozen weights, which a party that comes back cannot be given. Between"
             " separate jobs use LowRankMean() or another rule, or launch all parties by one torchrun."
         )
 
 
-def _check_quorum(federation: Collectives, quorum: int) -> None:
+def _check_quorum(federation: Communicator, quorum: int) -> None:
     """Refuse another quorum than that of separate jobs that must meet."""
-    if isinstance(federation, ElasticFederation) and federation.quorum != quorum:
+    if federation.may_lose_parties and federation.quorum != quorum:
         raise ValueError(
             f"The federation lets {federation.quorum} of its {federation.max_parties} parties meet, but a"
             f" round would need quorum={quorum}. Give both the same quorum."

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pellm_lightning.aggregation.base import Aggregation
-from pellm_lightning.comm import Collectives, ElasticFederation
+from pellm_lightning.comm import Communicator
 from pellm_lightning.engine.aggregator import Aggregator, RoundReport
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.compatibility import PartySpec
@@ -106,13 +106,13 @@ class FragmentedAggregator:
 
     def __init__(
         self,
-        federation: Collectives,
+        federation: Communicator,
         parameters: Mapping[str, Tensor],
         fragments: int,
         make: Callable[..., Aggregator] = Aggregator,
         **options: Any,
     ) -> None:
-        if isinstance(federation, ElasticFederation):
+        if federation.may_lose_parties:
             raise ValueError(
                 "Separate jobs agree on one state of all parameters, so fragments need all parties in one"
                 " launch. Set fragments=1."

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from pellm_lightning.aggregation.base import Aggregation
 from pellm_lightning.aggregation.deviation import Deviation
-from pellm_lightning.comm import Collectives, FederationError
+from pellm_lightning.comm import Communicator, FederationError
 from pellm_lightning.engine.aggregator import Aggregator, RoundReport
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 
@@ -137,7 +137,7 @@ class OverlappedAggregator(Aggregator):
     """
 
     def __init__(
-        self, federation: Collectives, parameters: Mapping[str, Tensor], overlap: Overlap, **options: Any
+        self, federation: Communicator, parameters: Mapping[str, Tensor], overlap: Overlap, **options: Any
     ) -> None:
         if options.get("auxiliary") is not None:
             raise ValueError("A drift correction needs the last round's result at once: use no overlap.")

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm import Collectives
+from pellm_lightning.comm import Collectives, Communicator
 from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
 
@@ -24,7 +24,7 @@ class Exchange(ABC):
     min_counting: int = 1
     """Fewer parties than that never add up their values."""
 
-    def check(self, federation: Collectives) -> None:  # noqa: B027 (nothing to check is the rule)
+    def check(self, federation: Communicator) -> None:  # noqa: B027 (nothing to check is the rule)
         """Refuse a federation in which the exchange would not keep its promise.
 
         Raises:

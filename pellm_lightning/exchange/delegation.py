@@ -1,4 +1,4 @@
-"""Collectives that change how sums are formed, and leave who meets to the federation."""
+"""Collectives that change how sums are formed, and leave membership to the communicator."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,13 @@ class DelegatingCollectives(Collectives):
     """The collectives of one attempt over those of a federation.
 
     Args:
-        federation: The parties that meet.
+        federation: The parties that take part.
     """
 
     def __init__(self, federation: Collectives) -> None:
         self._federation = federation
         self.party = federation.party
         self.names = federation.names
-        self.roster = federation.roster
-        self.timeout_s = federation.timeout_s
 
     @property
     @override
@@ -43,18 +41,6 @@ class DelegatingCollectives(Collectives):
         return self._federation.max_parties
 
     @override
-    def enter(self, phase: str) -> None:
-        self._federation.enter(phase)
-
-    @override
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
         """Overwrite what all have by one party's: for what is a sum already."""
         return self._federation.broadcast_(x, source)
-
-    @override
-    def close(self) -> None:
-        self._federation.close()
-
-    @override
-    def abort(self, reason: str | None = None) -> None:
-        self._federation.abort(reason)

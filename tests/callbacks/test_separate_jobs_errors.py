@@ -314,7 +314,7 @@ def test_of_two_parties_that_write_to_the_same_file_one_is_refused(jobs: Jobs) -
     for thread in (*others, first):
         thread.join()
     assert shown_by_b
-    assert "Parties c and b would both write to" in jobs.refused("c")
+    assert "Parties b and c would both write to" in jobs.refused("c")
     jobs.end_alike("a", "b")
 
 
@@ -380,7 +380,7 @@ def test_of_one_name_twice_at_the_very_start_one_is_refused(before: str) -> None
     in_threads([start, start])
     words = [one for one in came if isinstance(one, str)]
     (left,) = (one for one in came if not isinstance(one, str))
-    assert left.join_quorum("words", None, {}).members == ["a"]
+    assert left.join_quorum("metadata", None, {}).members == ["a"]
     left.close()
     assert len(words) == 1
     assert "A process that runs as party a is there already" in words[0]
@@ -413,9 +413,9 @@ def test_who_was_taken_for_dead_and_replaced_stops_when_it_wakes_up() -> None:
     sign = store.of_others.get(f"{second._register.life}/at/@a")
     store.wake()
     with pytest.raises(FederationError, match="Another process has taken the place of party a"):
-        first.join_quorum("words", None, {})
+        first.join_quorum("metadata", None, {})
     first.abort("it was replaced")
-    assert second.join_quorum("words", None, {}).members == ["a"]
+    assert second.join_quorum("metadata", None, {}).members == ["a"]
     assert b"left" not in store.of_others.get(f"{second._register.life}/at/@a"), sign
     second.close()
 
@@ -456,7 +456,7 @@ def test_a_name_can_be_taken_again(left: str) -> None:
     started = time.monotonic()
     second = member(store.of_others, "a", ["a"])
     assert time.monotonic() - started < (1 if left == "killed" else 0.2)
-    assert second.join_quorum("words", None, {}).members == ["a"]
+    assert second.join_quorum("metadata", None, {}).members == ["a"]
     second.close()
     store.wake()
     first.abort("done")

@@ -141,8 +141,8 @@ def test_the_rendezvous_as_a_process(tmp_path: Path) -> None:
     lines = [line.split(b" INFO ")[1] for line in err.splitlines()]
     assert lines == [
         f"the rendezvous listens on 127.0.0.1:{port} with TLS".encode(),
-        b"[clinic-a] is here",
-        b"[clinic-a] is gone",
+        b"[clinic-a] connected",
+        b"[clinic-a] disconnected",
         b"the rendezvous has closed",
     ]
     with contextlib.closing(socket.create_server(("127.0.0.1", port))):

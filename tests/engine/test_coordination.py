@@ -1,4 +1,4 @@
-"""What separate jobs say as they come to meet may be anything: it is read, or refused in words."""
+"""Metadata with which other parties join a quorum may be anything: it is read, or refused."""
 
 import math
 from typing import Any
@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pellm_lightning.comm import FederationError
-from pellm_lightning.engine.coordination import Header, Purpose, _header, _metrics
+from pellm_lightning.engine.coordination import Header, Purpose
+from pellm_lightning.engine.metrics import read_metrics
 
 NUMBERS = st.integers() | st.floats() | st.just(10**400)  # JSON knows whole numbers of any length
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -25,7 +26,7 @@ SAID = st.sampled_from(
 def test_a_header_is_read_or_refused(words: dict[str, Any]) -> None:
     right: dict[str, Any] = {"purpose": 1, "round": 3, "weight": 2.5}
     try:
-        header = _header("b", right | words)
+        header = Header.from_metadata("b", right | words)
     except FederationError:
         return
     assert math.isfinite(header.weight)
@@ -45,22 +46,22 @@ def test_a_header_says_what_was_said() -> None:
         "releases": 5,
     }
     expected = Header(Purpose.DONE, 4, 2.0, False, "t", ("a/1",), 5, 0.5, 7.0, 9.0)
-    assert _header("b", words | {"loss": 0.5, "distance": 7, "steps_left": 9}) == expected
-    unsaid = _header("b", words)
+    assert Header.from_metadata("b", words | {"loss": 0.5, "distance": 7, "steps_left": 9}) == expected
+    unsaid = Header.from_metadata("b", words)
     assert math.isnan(unsaid.loss)
     assert math.isnan(unsaid.distance)
 
 
 @pytest.mark.parametrize("name", ["weight", "loss", "distance"])
 def test_a_number_too_large_for_a_float_is_refused(name: str) -> None:
-    with pytest.raises(FederationError, match="Party b came to meet"):
-        _header("b", {"purpose": 1, "round": 3, "weight": 2.5} | {name: 10**400})
+    with pytest.raises(FederationError, match="Party b joined with"):
+        Header.from_metadata("b", {"purpose": 1, "round": 3, "weight": 2.5} | {name: 10**400})
 
 
 @given(JSON)
 def test_metrics_are_read_or_refused(told: Any) -> None:
     try:
-        metrics = _metrics("b", told)
+        metrics = read_metrics("b", told)
     except FederationError:
         return
     assert all(isinstance(number, float) for both in metrics.values() for number in both)
@@ -68,4 +69,4 @@ def test_metrics_are_read_or_refused(told: Any) -> None:
 
 def test_a_metric_too_large_for_a_float_is_refused() -> None:
     with pytest.raises(FederationError, match="for its metrics"):
-        _metrics("b", {"val_loss": [10**400, 1]})
+        read_metrics("b", {"val_loss": [10**400, 1]})

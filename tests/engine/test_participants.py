@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, RoundReport
 from pellm_lightning.comm import resolve_quorum
-from pellm_lightning.engine.coordination import MAX_WEIGHT
+from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.exchange import TopK
 
 Rounds = list[RoundReport]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from manual_rounds import bits, random, started
-from message_transcript import NotedStore, tapped
+from message_transcript import NotedStore, metadata_of, tapped
 from party_threads import run_parties
 from torch import Tensor
 
@@ -38,17 +38,18 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
     for party, (first_sync, report, in_all) in enumerate(results):
         sent = [m for m in messages if m.party == party and m.sent]
         synchronised = [m.values for m in sent if m.collective == "broadcast"]
-        summed = [m.values for m in sent if m.collective != "broadcast"]
+        header, *summed = [m for m in sent if m.collective != "broadcast"]
         # The first synchronisation: party 0's trainable parameters; nothing of the others.
         assert len(synchronised) == (1 if party == 0 else 0)
         assert all(torch.equal(values, starts[0]) for values in synchronised)
         # The round: a header, then this party's share of its update, and the ballot right behind it.
-        header, *rest = summed
-        mine = torch.zeros(num_parties, 7, dtype=torch.float64)
+        intent, metadata = metadata_of(header, num_parties)
+        tag = metadata.pop("tag")
         # There was no round before, so no distance; and nobody has said how many steps are left.
-        mine[party] = torch.tensor([1, 0, weights[party], 1, 0.5, math.nan, math.nan])
-        torch.testing.assert_close(header, mine.flatten(), rtol=0, atol=0, equal_nan=True)
-        payload = torch.cat(rest)
+        facts = {"purpose": 1, "round": 0, "weight": weights[party], "fine": True, "loss": 0.5}
+        unknown = {"exposed": [], "releases": 0, "distance": None, "steps_left": None}
+        assert (intent, len(tag), metadata) == ("exchange", 16, facts | unknown)
+        payload = torch.cat([m.values for m in summed])
         share = weights[party] / sum(weights)
         # anchor - x times the share, which is party 0's start minus the own end; exact zeros at weight 0.
         torch.testing.assert_close(payload[:size], share * (starts[0] - ends[party]), rtol=1e-6, atol=1e-6)
@@ -57,7 +58,7 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         votes = [1.0 if other == party else 0.0 for other in range(num_parties)]
         assert ballot.tolist() == pytest.approx([*votes, 0.0, 0.5 * share, share, share])
         # Bytes are those handed over, no more and no fewer.
-        assert in_all == sum(values.nbytes for values in [*synchronised, *summed])
+        assert in_all == sum(m.values.nbytes for m in sent)
         assert report.bytes_sent == in_all - first_sync, "the report must count all that its round has sent"
         assert first_sync == (4 * size if party == 0 else 0)
 
@@ -87,6 +88,6 @@ def test_a_second_exchange_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> No
         assert healed.excluded == (1,)
         assert usual.bytes_sent + 400 <= healed.bytes_sent <= 2 * usual.bytes_sent
     # A party that has NaN does not send them again: the last message of each party is the second exchange.
-    updates = [message.values for message in messages if message.values.numel() >= 100]  # headers are smaller
+    updates = [message.values for message in messages if message.values.dtype is torch.float32]
     assert not any(values.isnan().any() for values in updates[-2:])
     assert any(values.isnan().any() for values in updates[:-2])

@@ -202,7 +202,7 @@ class Life:
         if self.dead:
             self._awake.set()
             _stop_heart(federation)
-            federation._drop_mesh()
+            federation._connections.drop()
             federation._listener.close()
         elif self.error is not None:
             federation.abort(f"{type(self.error).__name__}")

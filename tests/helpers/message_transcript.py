@@ -1,5 +1,6 @@
 """A transcript of what leaves a party: tensors handed to torch's Gloo group, words put into the store."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from pellm_lightning.comm.torchrun.federation import SLOT_BYTES
 from pellm_lightning.comm.torchrun.gloo import GlooGroup
 
 
@@ -23,6 +25,16 @@ class Message:
     sent: bool
     """False for a buffer that is only received into."""
     values: torch.Tensor
+
+
+def metadata_of(message: Message, num_parties: int) -> Any:
+    """Return what a party sent as it joined a quorum, its intent and metadata; None of another message."""
+    if message.values.dtype != torch.uint8:
+        return None
+    rows = message.values.view(num_parties, SLOT_BYTES)
+    assert not any(row.any() for party, row in enumerate(rows) if party != message.party)
+    mine = bytes(rows[message.party].tolist())
+    return json.loads(mine[4 : 4 + int.from_bytes(mine[:4], "little")])
 
 
 class Tap:

@@ -26,8 +26,7 @@ from pellm_lightning import Aggregator, FederatedAveraging, FederatedCLI, Federa
 from pellm_lightning.aggregation import Deviation, LoraModule, LowRankMean
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.callbacks.drift import SCAFFOLD, FedDyn, FedNova, FedProx
-from pellm_lightning.comm import TLS, ElasticFederation, Membership, QuorumView, Version
-from pellm_lightning.comm.elastic.quorum_view import QuorumMember
+from pellm_lightning.comm import TLS, ElasticFederation, Membership, QuorumResult, Version
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.engine.optim import OptimizerConfig, Yogi
 from pellm_lightning.exchange import Quantized, SecureAggregation, TopK
@@ -125,12 +124,6 @@ def report() -> RoundReport:
     return RoundReport(**needed | {"parties": (0, 1), "excluded": (1,), "deviation": deviation})
 
 
-def roll() -> QuorumMember:
-    return QuorumMember(
-        0, "i", "127.0.0.1:1", "d", Version("l", 1, 2), 2, "l", "exchange", "", True, {"a": 1}
-    )
-
-
 EXAMPLES: dict[Any, Callable[[], Any]] = {
     RunSummary: lambda: RunSummary(["a", "b"], {"exchange": "Plain()"}),
     CausalLM: lambda: CausalLM("folder", LoraConfig(r=2)),
@@ -152,7 +145,7 @@ EXAMPLES: dict[Any, Callable[[], Any]] = {
     SecureAggregation: masked,
     OptimizerConfig: lambda: OptimizerConfig("torch.optim.Adam", {"lr": 0.5}),
     Overlap: lambda: Overlap(delay_steps=3, mix=0.25),
-    QuorumView: lambda: QuorumView(1, 2, "g", "l", {"a": roll()}),
+    QuorumResult: lambda: QuorumResult({"a": {"round": 1}}),
     RunRecord: lambda: RunRecord("rounds.jsonl"),
     DPSGD: lambda: DPSGD(1.0, 1.0),
     RoundReport: report,

@@ -16,7 +16,7 @@ from pellm_lightning.cli.doctor import show
 from pellm_lightning.cli.doctor.checks import Finding, Seen, findings
 from pellm_lightning.cli.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured, in_words
 from pellm_lightning.cli.doctor.inquiry import Survey, clocks
-from pellm_lightning.comm import Collectives, ElasticFederation, Federation, PartyLostError, Quorum
+from pellm_lightning.comm import Collectives, Communicator, Federation, PartyLostError, Quorum
 from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
@@ -159,7 +159,7 @@ class DryRun:
         return {"roster": ", ".join(self.roster), "quorum": quorum}
 
     def _measured(self, rehearsal: Rehearsal | None) -> Measured:
-        federation: Federation | ElasticFederation | None = None
+        federation: Communicator | None = None
         try:
             federation = self._joined()
             measured = measure(federation, rehearsal, patience_s=self.wait_s / 4)
@@ -173,7 +173,7 @@ class DryRun:
             return Measured(trouble=in_words(error))
         return measured
 
-    def _joined(self) -> Federation | ElasticFederation:
+    def _joined(self) -> Communicator:
         if self.job is not None:
             return self.job.rehearse(
                 f"doctor/{'-'.join(self.inquiry.numbers)}"[:100], self.wait_s, self.quorum
@@ -181,9 +181,7 @@ class DryRun:
         return Federation(self._store, self.topology.party, self.topology.num_parties, timeout_s=self.wait_s)
 
 
-def measure(
-    federation: Federation | ElasticFederation, rehearsal: Rehearsal | None, *, patience_s: float
-) -> Measured:
+def measure(federation: Communicator, rehearsal: Rehearsal | None, *, patience_s: float) -> Measured:
     """Measure sums over all parties, then rounds as the fit would make them.
 
     Args:
@@ -199,7 +197,7 @@ def measure(
     aggregator = None
     if rehearsal is not None:
         aggregator = rehearsal.callback.rehearsal(federation, rehearsal.trainer, rehearsal.module, copies)
-    if isinstance(federation, ElasticFederation):
+    if federation.may_lose_parties:
         if isinstance(aggregator, Aggregator):  # before all meet: who is slow would be taken for another
             aggregator.handshake()
         members = federation.join_quorum("exchange", None, {}).members
@@ -209,8 +207,7 @@ def measure(
                 f"Party {', '.join(missing)} did not come to measure.", parties=tuple(missing)
             )
     latency_s, seconds, size = _sums(federation)
-    if isinstance(federation, ElasticFederation):
-        federation.commit("sums")
+    federation.commit("sums")
     rounds_s: list[float] = []
     sent = 0
     if aggregator is not None:

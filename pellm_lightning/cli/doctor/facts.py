@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
-from pellm_lightning.comm import Collectives
+from pellm_lightning.comm import Communicator
+from pellm_lightning.comm.communicator import Difference, Intent, Metadata, QuorumResult, Version
 from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.report.record import versions
 from pellm_lightning.trainer.environment import describe_device, topology_of
@@ -89,7 +90,7 @@ def _known(kind: type[Facts] | type[Measured], value: Any) -> dict[str, Any] | N
     return {name: value[name] for name in names}
 
 
-class Roster(Collectives):
+class Roster(Communicator):
     """The parties before any of them has come: who they will be; nothing can be exchanged.
 
     Args:
@@ -102,10 +103,27 @@ class Roster(Collectives):
 
     def __init__(self, names: list[str], party: int) -> None:
         self.names = self.roster = names
+        self.quorum = len(names)
         self.party = party
 
     def enter(self, phase: str) -> None:
         """Tell nobody."""
+
+    def gather_json(self, key: str, value: object) -> list[Any]:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
+
+    def handshake(self, spec: PartySpec, digest: str, difference: Difference) -> dict[str, PartySpec]:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
+
+    def party_specs(self) -> list[PartySpec]:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
+
+    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+        """Refuse."""
+        raise RuntimeError(_NOBODY)
 
     def all_reduce_(self, x: Tensor) -> Tensor:
         """Refuse."""

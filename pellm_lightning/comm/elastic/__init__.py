@@ -1,1 +1,1 @@
-"""Separate jobs: parties die, stall and come back, and every round is everybody's or nobody's."""
+"""Elastic federation of separate jobs: quorum, commit, failure detection."""

@@ -1,4 +1,4 @@
-"""From the votes to the decision, which stands once it is written, and on to the next term."""
+"""Commit protocol: votes, the one decision on each attempt, and the step to the next term."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +12,20 @@ Decision = dict[str, Any]
 
 
 class CommitProtocol:
-    """Makes, with the others, the one decision on each plan.
+    """Atomic commitment over write-once registers: each view gets one decision, to commit or to abort.
+
+    Any member that sees all votes, or that a voter is dead, writes the decision; the first one stands.
 
     Args:
         register: Where votes and decisions are written.
-        peers: Who lives.
+        peers: Who is alive.
         name: This party.
         incarnation: This process.
+
+    Example::
+
+        protocol.vote(view, digest)
+        decision = protocol.await_decision(view, timeout_s=60)
     """
 
     def __init__(self, register: Register, peers: Peers, name: str, incarnation: str) -> None:
@@ -33,20 +40,20 @@ class CommitProtocol:
         self._register.write(f"vote/@{self._name}", vote)
 
     def await_decision(self, view: QuorumView, timeout_s: float) -> Decision:
-        """Return the decision on a plan, which this party helps to make.
+        """Return the decision on a view, which this party helps to make.
 
         Raises:
             RestartedError: If it cannot be known any more.
         """
         key = _key(view)
-        votes = [f"vote/@{name}" for name in view.members]
+        vote_keys = [f"vote/@{name}" for name in view.members]
         for _ in polls(timeout_s):
-            now, decision, *cast = self._register.read("term", key, *votes)
+            now, decision, *votes = self._register.read("term", key, *vote_keys)
             if isinstance(decision, dict):
                 return decision
             if not isinstance(now, int) or now > view.term + KEPT_TERMS:
-                raise RestartedError  # this party has slept through the decision: it is in doubt
-            digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, cast, strict=True)}
+                raise RestartedError  # this party has missed the decision: it is in doubt
+            digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)}
             verdict = self._verdict(view, digests)
             if verdict:
                 self._register.claim(key, verdict)
@@ -56,27 +63,27 @@ class CommitProtocol:
     def abort(
         self, view: QuorumView, reason: str, blamed: list[str] | None = None, by: str | None = None
     ) -> Decision:
-        """Decide to give up an attempt, unless it is decided already; return what stands.
+        """Decide to abort an attempt, unless it is decided already; return the decision that stands.
 
         Args:
-            plan: The attempt's.
-            reason: In words, for all.
-            blamed: Parties that could not be reached although they live.
+            view: The attempt's.
+            reason: For the message at all members.
+            blamed: Parties that could not be reached although they are alive.
             by: The party that could not reach them.
         """
         verdict = {"abort": reason, "blamed": blamed or [], "by": by}
         decision = self._register.claim(_key(view), verdict)
         return decision if isinstance(decision, dict) else verdict
 
-    def known(self, view: QuorumView) -> Decision | None:
+    def read_decision(self, view: QuorumView) -> Decision | None:
         """Return the decision if there is one."""
         (decision,) = self._register.read(_key(view))
         return decision if isinstance(decision, dict) else None
 
-    def await_end(self, view: QuorumView, look_s: float, interrupt: Callable[[], None]) -> None:
-        """Wait until a term is over that goes on without this party; end it if its members are gone."""
+    def await_end(self, view: QuorumView, poll_s: float, interrupt: Callable[[], None]) -> None:
+        """Wait until a term is over that continues without this party; end it if its members are dead."""
         while view.exchanges:
-            for _ in polls(look_s):
+            for _ in polls(poll_s):
                 interrupt()
                 now, decision = self._register.read("term", _key(view))
                 if decision is not None or now != view.term:
@@ -88,7 +95,7 @@ class CommitProtocol:
         self.end(view)
 
     def end(self, view: QuorumView) -> None:
-        """Turn to the next term, unless another party has done so."""
+        """Advance to the next term, unless another party has done so."""
         self._register.swap("term", view.term, view.term + 1)
         if self._name in view.entries and view.members[view.term % len(view.members)] == self._name:
             # Twice, by two members: the first may have died instead.
@@ -112,8 +119,8 @@ def _key(view: QuorumView) -> str:
 
 
 def _vote(value: Any, view: QuorumView, name: str) -> str | None:
-    """Return the digest that a member has voted for in a plan, None if it has not."""
+    """Return the digest that a member has voted for in a view, None if it has not."""
     if not isinstance(value, dict):
         return None
-    cast_in = value.get("term"), value.get("incarnation")
-    return str(value.get("digest")) if cast_in == (view.term, view.entries[name].incarnation) else None
+    voter = value.get("term"), value.get("incarnation")
+    return str(value.get("digest")) if voter == (view.term, view.entries[name].incarnation) else None

@@ -1,15 +1,14 @@
-"""A federation of separate jobs: parties die, stall and come back, and every round is all or nothing.
+"""Communicator of separate jobs: parties die, stall and come back, and every round is all or nothing.
 
-A meeting of the parties is a *term*, one attempt at one round. In each, through registers in the
-rendezvous' store that stand once they are written:
+A *term* is one attempt at one round. In each, through registers of the rendezvous that are written once:
 
-1. every party calls the *roll*: that it is here, which global parameters it has, what it wants;
-2. when all that are alive have called, whoever sees it first writes the *plan*: who goes on together;
-3. the members exchange tensors among each other, keep what comes of it, and *vote*;
-4. whoever sees all votes writes the *decision* to commit; whoever sees trouble, to abort.
+1. every party *joins* the quorum: that it is alive, which global parameters it has, what it intends;
+2. when all that are alive have joined, whoever sees it first writes the *view*: who continues together;
+3. the members exchange tensors among each other, make the result durable, and *vote*;
+4. whoever sees all votes writes the *decision* to commit; whoever sees a failure, to abort.
 
-Nothing here is decided by time alone: a party that was taken for dead finds a term that went on without
-it, and comes to the next. A plan needs the majority of the roster, and each member makes its result durable
+Nothing here is decided by time alone: a party that was taken for dead finds a term that continued without
+it, and joins the next. A view needs the majority of the roster, and each member makes its result durable
 before it votes, so of two rounds that follow each other one party knows both, and the newest version is never
 lost. The scheme is that of an atomic commitment over single-decree registers; the safety argument is in
 docs/reliability.md.
@@ -18,8 +17,7 @@ docs/reliability.md.
 import contextlib
 import logging
 import secrets
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,37 +25,48 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm.collectives import Collectives
+from pellm_lightning.comm.collectives import staged
+from pellm_lightning.comm.communicator import (
+    Communicator,
+    Difference,
+    Intent,
+    Metadata,
+    PartySpec,
+    QuorumResult,
+    Version,
+)
 from pellm_lightning.comm.elastic.commit import CommitProtocol, Decision
-from pellm_lightning.comm.elastic.handshake import Difference, PartySpec, SpecExchange
-from pellm_lightning.comm.elastic.heartbeat import Heartbeat, sign_of
+from pellm_lightning.comm.elastic.connections import MemberConnections
+from pellm_lightning.comm.elastic.handshake import SpecExchange
+from pellm_lightning.comm.elastic.heartbeat import Heartbeat, heartbeat_key
 from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol
 from pellm_lightning.comm.elastic.membership import Membership, check_roster
 from pellm_lightning.comm.elastic.peers import Peers
-from pellm_lightning.comm.elastic.quorum_view import Intent, QuorumMember, QuorumView, Version, is_count
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
-from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
+from pellm_lightning.comm.elastic.register import (
+    Register,
+    RestartedError,
+    UnreachableError,
+    connect_register,
+)
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
-from pellm_lightning.comm.mesh.mesh import Listener, Mesh
-from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.mesh.mesh import Listener
 from pellm_lightning.comm.quorum import Quorum
 from pellm_lightning.comm.tls import TLS
 
 log = logging.getLogger(__name__)
 
-# Seconds between looks at whether an attempt was given up by others.
-_LOOK_S = 0.5
 
-
-class ElasticFederation(Collectives):
-    """The parties of a roster, each a job of its own, that join over a rendezvous and go on without the lost.
+class ElasticFederation(Communicator):
+    """Separate jobs that join over a rendezvous and continue without those that are lost.
 
     Args:
         connect: Makes a client of the rendezvous' store; called twice, since heartbeats need their own.
         name: This party.
         roster: Names of all parties of the federation, the same and in the same order at each.
-        quorum: How many parties must meet: more than half of the roster ("majority"), or a number.
-        membership: How long to wait for whom, and whether to go on without a lost one.
+        quorum: How many parties must take part: more than half of the roster ("majority"), or a number.
+        membership: How long to wait for whom, and whether to continue without a lost one.
         listen: "host:port" at which the other parties reach this one; only that interface is bound. Port 0
             takes a free one.
         advertise: "host:port" to tell the others instead, where an address is translated on the way.
@@ -66,7 +75,15 @@ class ElasticFederation(Collectives):
     Raises:
         ValueError: If a name, an address or ``membership`` is malformed.
         PartyLostError: If the rendezvous cannot be reached.
+
+    Example::
+
+        federation = ElasticFederation(lambda: connect("tcp://hub:29500"), "a", ["a", "b", "c"])
+        federation.join_quorum("exchange", None, {})
+        federation.all_reduce_(torch.ones(3))
     """
+
+    may_lose_parties = True
 
     def __init__(
         self,
@@ -83,11 +100,9 @@ class ElasticFederation(Collectives):
         check_roster(name, roster)
         self.membership = membership or Membership()
         self.quorum = self.membership.quorum(quorum, roster)
-        """How many parties must meet."""
         self.roster = list(roster)
         self.bytes_sent = 0
-        self.interrupt: Callable[[], None] = lambda: None
-        """Called again and again while this party waits for others; what it raises ends the waiting."""
+        self.interrupt = lambda: None
         self.timeout_s = self.membership.round_timeout_s
         self._name = name
         self._tls = tls
@@ -97,22 +112,24 @@ class ElasticFederation(Collectives):
         self._attempt = 0
         self._view: QuorumView | None = None
         self._resting: set[str] = set()
-        self._mesh: Mesh | None = None
-        self._ran = ("", 0)
-        self._watched = 0.0
+        self._last_term = ("", 0)
         self._closed = False
         host, _, port = listen.rpartition(":")
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
         self._address = advertise or self._listener.address
-        self._stores: list[dist.Store] = []
+        self._registers: list[Register] = []
         try:
-            self._register, hearts = self._connected(connect), self._connected(connect)
-            signs = {"incarnation": self._incarnation, "member": False, "phase": self._phase}
-            self._heartbeat = Heartbeat(hearts, name, roster, signs, self.membership.heartbeat_ttl_s)
+            for _ in range(2):
+                self._registers.append(connect_register(connect, self.membership.wait_s, name))
+            self._register = self._registers[0]
+            status = {"incarnation": self._incarnation, "member": False, "phase": self._phase}
+            self._heartbeat = Heartbeat(
+                self._registers[1], name, roster, status, self.membership.heartbeat_ttl_s
+            )
         except BaseException as error:
             self._listener.close()
-            for store in self._stores:
-                _close(store)
+            for register in self._registers:
+                register.close()
             if not isinstance(error, UnreachableError | RestartedError):
                 raise
             raise PartyLostError(
@@ -132,18 +149,27 @@ class ElasticFederation(Collectives):
             self.quorum,
             self.membership,
         )
-        self._quorum_protocol.interrupt = self._wait
+        self._quorum_protocol.interrupt = self._check_waiting
+        self._connections = MemberConnections(
+            self._listener,
+            name,
+            self.quorum,
+            self._peers,
+            self._commit_protocol,
+            self.membership.exchange_timeout_s,
+            tls,
+        )
 
-    # ---- who meets
+    # ---- membership
 
     @property
     def party(self) -> int:  # type: ignore[override]
-        """Index of this party among the members of the present plan."""
+        """Index of this party among the members of the present view."""
         return self.names.index(self._name)
 
     @property
     def names(self) -> list[str]:  # type: ignore[override]
-        """Members of the present plan, in the order of the roster; before the first, this party alone."""
+        """Members of the present view, in the order of the roster; before the first, this party alone."""
         return self._view.members if self._view else [self._name]
 
     @property
@@ -167,92 +193,87 @@ class ElasticFederation(Collectives):
         return [self.roster.index(name) for name in self.names]
 
     @property
-    def shared(self) -> dict[str, str | int | None]:
-        """What this party was told of the federation, and must be the same at all."""
+    @override
+    def settings(self) -> dict[str, str | int | float | None]:
         return {"roster": ", ".join(self.roster), "quorum": self.quorum, "tls": self._tls is not None}
 
-    def handshake(self, party_spec: PartySpec, digest: str, difference: Difference) -> dict[str, PartySpec]:
-        """Say what this party is, before it comes to its first meeting; return what those alive have said.
+    @override
+    def enter(self, phase: str) -> None:
+        self._phase = phase
+        self._heartbeat.set_status(phase=phase)
 
-        Args:
-            party_spec: What the others may want to know, as plain containers.
-            digest: Of that part of it which must be the same at all parties.
-            difference: Returns in words what of two passports differs, given their owners' names.
-        """
+    @override
+    def phases(self) -> dict[str, str]:
+        return {name: self._phase if name == self._name else self._peers.phase(name) for name in self.roster}
+
+    @override
+    def handshake(self, spec: PartySpec, digest: str, difference: Difference) -> dict[str, PartySpec]:
+        """Publish this party's spec; return it and those of the parties that are alive."""
         self._digest = digest
-        self._specs.handshake(party_spec, difference)
-        try:
-            self._specs.show()
-            known = {
-                name: self._specs.of(name, str(self._heartbeat.seen(name).get("incarnation")))
-                for name in self.roster
-                if name != self._name and self._peers.alive(name)
-            }
-        except (RestartedError, UnreachableError):
-            return {}  # the first meeting shows it again
-        return {name: shown for name, shown in known.items() if shown is not None}
+        self._specs.set(spec, difference)
+        known: dict[str, PartySpec | None] = {}
+        # If the rendezvous is away, the first quorum publishes it again.
+        with contextlib.suppress(RestartedError, UnreachableError):
+            self._specs.publish()
+            for name in self.roster:
+                if name != self._name and self._peers.alive(name):
+                    known[name] = self._specs.of(name, self._peers.incarnation(name))
+        known[self._name] = spec
+        return {name: found for name in self.roster if (found := known.get(name)) is not None}
 
-    def spec_of(self, party: int) -> PartySpec:
-        """Return what a member of the present plan has introduced itself with.
+    @override
+    def party_specs(self) -> list[PartySpec]:
+        return [self._spec_of(name, entry) for name, entry in self._current_view.entries.items()]
 
-        Raises:
-            PartyLostError: If it has been replaced by another process meanwhile.
-        """
-        name, found = self.names[party], None
+    def _spec_of(self, name: str, entry: QuorumMember) -> PartySpec:
         try:
-            found = self._specs.of(name, self._current_view.entries[name].incarnation)
+            found = self._specs.of(name, entry.incarnation)
         except (RestartedError, UnreachableError) as error:
             raise PartyLostError("The rendezvous went away in the round.") from error
         if found is None:
-            raise PartyLostError(f"Party {name} is no longer what it was.", parties=(name,))
+            raise PartyLostError(f"Party {name} was restarted meanwhile.", parties=(name,))
         return found
 
-    def join_quorum(self, wants: Intent, version: Version | None, words: dict[str, Any]) -> QuorumView:
-        """Come to the next meeting that this party is part of; return who goes on together, and as what.
+    @override
+    def gather_json(self, key: str, value: object) -> list[Any]:
+        """Return the value of every member of a quorum, in order."""
+        while True:
+            said = self.join_quorum("metadata", None, {key: value}).metadata.values()
+            if all(key in of_party for of_party in said):
+                return [of_party[key] for of_party in said]
 
-        If tensors will cross, the members are connected when it returns.
-
-        Args:
-            wants: What this party comes for.
-            version: Which global parameters it has.
-            words: What it has to say to the others; what all others say is in the plan.
-
-        Raises:
-            MismatchError: If this party differs from the others in what all must share.
-            FederationError: If too few parties are there for too long, or one was lost and that shall stop
-                all.
-        """
+    @override
+    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
         deadline = self._quorum_protocol.deadline()
         while True:
             try:
                 if self._register.renew():
-                    log.warning("[party %s] the rendezvous was restarted; the parties meet anew", self._name)
-                view = self._met(wants, version, words, deadline)
+                    log.warning("[party %s] the rendezvous was restarted; the parties join again", self._name)
+                view = self._join_term(intent, version, metadata, deadline)
             except RestartedError:
                 continue
             except UnreachableError as error:
                 self.interrupt()
-                deadline.without_rendezvous(error)
+                deadline.wait_for_rendezvous(error)
                 continue
             if view is not None:
-                return view
+                return view.result
 
+    @override
+    def version(self, round: int) -> Version:
+        view = self._current_view
+        return Version(view.run_id, round, view.attempt)
+
+    @override
     def commit(self, digest: str) -> None:
-        """Vote for the result that this party has made durable; return when it is decided to commit.
+        """Vote for the result that this party has made durable; return once it is committed.
 
         If the rendezvous is lost after the vote, the result stands: the others have made the same durable,
         or will learn of it as the newest version.
-
-        Args:
-            digest: Of the result, which must be the same at all members.
-
-        Raises:
-            PartyLostError: If it was decided to abort; the attempt shall be made again.
-            FederationError: If the members' results differ.
         """
         view = self._current_view
         try:
-            self._peers.check_alone(*self._register.read(sign_of(self._name)))
+            self._peers.check_not_replaced(*self._register.read(heartbeat_key(self._name)))
         except (RestartedError, UnreachableError) as error:
             raise PartyLostError("The rendezvous went away before the vote.") from error
         try:
@@ -263,11 +284,11 @@ class ElasticFederation(Collectives):
                 "[party %s] the rendezvous went away after the vote on the round; its result stands",
                 self._name,
             )
-            self._drop_mesh()
+            self._connections.drop()
             return
         if "abort" in decision:
-            self._try(lambda: self._aborted(view, decision))
-            raise PartyLostError(f"The round's attempt was given up: {decision['abort']}")
+            self._try(lambda: self._note_abort(view, decision))
+            raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         if "diverged" in decision:
             raise FederationError(
                 f"The parties computed different results from the same values ({decision['diverged']}). No"
@@ -276,44 +297,34 @@ class ElasticFederation(Collectives):
         self._reachability.connected(view.members)
         self._try(lambda: self._commit_protocol.end(view))
 
-    def remember(self, attempt: int) -> None:
-        """Number attempts above those that this party may have taken part in before it died."""
+    @override
+    def abort_attempt(self, error: Exception) -> bool:
+        view = self._current_view
+        self._connections.drop()
+        blamed, by = list(getattr(error, "parties", ())), getattr(error, "by", None) or self._name
+        log.info("[party %s] aborts this attempt at the round: %s", self._name, error)
+        self._try(lambda: self._note_abort(view, self._commit_protocol.abort(view, str(error), blamed, by)))
+        return True
+
+    @override
+    def skip_attempts(self, attempt: int) -> None:
         self._attempt = max(self._attempt, attempt)
 
-    def ended(self, version: Version) -> None:
-        """Say that all parties are through, for those who come too late to be told."""
-
+    @override
+    def mark_ended(self, version: Version) -> None:
         def claim() -> None:
             self._register.claim(f"ended/{version.run_id}", version.round)
 
         self._try(claim)
 
-    def fail(self, error: Exception) -> None:
-        """Give up this attempt at once, at all members; nothing of it was kept."""
-        view = self._current_view
-        self._drop_mesh()
-        blamed, by = list(getattr(error, "parties", ())), getattr(error, "by", None) or self._name
-        log.info("[party %s] gives up this attempt at the round: %s", self._name, error)
-        self._try(lambda: self._aborted(view, self._commit_protocol.abort(view, str(error), blamed, by)))
-
     # ---- tensors
 
     @override
-    def enter(self, phase: str) -> None:
-        self._phase = phase
-        self._heartbeat.say(phase=phase)
-
-    @override
-    def phases(self) -> dict[str, str]:
-        return {name: self._phase if name == self._name else self._peers.phase(name) for name in self.roster}
-
-    @override
     def all_reduce_(self, x: Tensor) -> Tensor:
-        staged = x.detach().to("cpu").contiguous()
-        self.bytes_sent += staged.nbytes if self.num_parties > 1 else 0
-        with self._exchanging() as mesh:
-            mesh.all_reduce(staged.view(-1))
-        return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
+        with staged(x) as copy, self._connections.exchanging() as mesh:
+            self.bytes_sent += copy.nbytes if self.num_parties > 1 else 0
+            mesh.all_reduce(copy.view(-1))
+        return x
 
     @override
     def all_reduce_each_(self, tensors: Iterable[Tensor]) -> None:
@@ -322,32 +333,31 @@ class ElasticFederation(Collectives):
 
     @override
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
-        staged = x.detach().to("cpu").contiguous()
-        self.bytes_sent += staged.nbytes if source == self.party and self.num_parties > 1 else 0
-        with self._exchanging() as mesh:
-            mesh.broadcast(staged.view(-1), source)
-        return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
+        with staged(x) as copy, self._connections.exchanging() as mesh:
+            self.bytes_sent += copy.nbytes if source == self.party and self.num_parties > 1 else 0
+            mesh.broadcast(copy.view(-1), source)
+        return x
 
     @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        staged = torch.cat([part.detach().to("cpu") for part in parts])
-        out = staged.new_empty(sum(sizes))
-        self.bytes_sent += staged.nbytes - parts[self.party].nbytes
-        with self._exchanging() as mesh:
-            mesh.all_to_all(out, staged, list(sizes), [part.numel() for part in parts])
+        sent = torch.cat([part.detach().to("cpu") for part in parts])
+        out = sent.new_empty(sum(sizes))
+        self.bytes_sent += sent.nbytes - parts[self.party].nbytes
+        with self._connections.exchanging() as mesh:
+            mesh.all_to_all(out, sent, list(sizes), [part.numel() for part in parts])
         return list(out.split(list(sizes)))
 
     @override
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Return every party's ``x``, in order, on the CPU: all lines are used at once."""
+        """Return every party's ``x``, in order, on the CPU: all connections are used at once."""
         mine = x.detach().to("cpu").contiguous()
         out = mine.new_empty(sum(sizes))
         self.bytes_sent += mine.nbytes if self.num_parties > 1 else 0
-        with self._exchanging() as mesh:
+        with self._connections.exchanging() as mesh:
             mesh.all_to_all(out, mine.repeat(len(sizes)), list(sizes), [len(mine)] * len(sizes))
         return list(out.split(list(sizes)))
 
-    # ---- going
+    # ---- leaving
 
     @override
     def close(self) -> None:
@@ -356,63 +366,62 @@ class ElasticFederation(Collectives):
 
     @override
     def abort(self, reason: str | None = None) -> None:
-        """Leave at once; the others go on without this party, or stop, as they were told."""
+        """Leave at once; the others continue without this party, or stop, by ``on_party_loss``."""
         self._leave(f"{self._phase}: {reason}" if reason else f"{self._phase}")
 
-    def _leave(self, farewell: str | None) -> None:
+    def _leave(self, reason: str | None) -> None:
         if self._closed:
             return
         self._closed = True
-        self._drop_mesh()
-        self._heartbeat.stop(farewell=farewell)
+        self._connections.drop()
+        self._heartbeat.stop(reason=reason)
         if not self._heartbeat.is_replaced:
             own = [f"{key}/@{self._name}" for key in ("member", "vote", "party_spec")]
             self._try(lambda: self._register.delete(*own))
         self._listener.close()
-        for store in self._stores:
-            _close(store)
+        for register in self._registers:
+            register.close()
 
-    # ---- meeting
+    # ---- joining a quorum
 
-    def _met(
-        self, wants: Intent, version: Version | None, words: dict[str, Any], deadline: QuorumDeadline
+    def _join_term(
+        self, intent: Intent, version: Version | None, metadata: Metadata, deadline: QuorumDeadline
     ) -> QuorumView | None:
-        """Come to the present term; return its plan, or None if it went on without this party."""
+        """Join the present term; return its view, or None if it continued without this party."""
         if self._closed:
             raise FederationError(f"Party {self._name} has left this federation. Join it again.")
-        entry = self._roll(wants, version, words)  # first, since it finds out who was replaced
-        self._specs.show()
-        view = self._quorum_protocol.call(entry, deadline)
+        entry = self._entry(intent, version, metadata)  # first, since it finds out who was replaced
+        self._specs.publish()
+        view = self._quorum_protocol.join(entry, deadline)
         if view is None:
             return None
         self._attempt = max(self._attempt, view.attempt)
-        self._peers.hear(view.entries)
+        self._peers.note_incarnations(view.entries)
         if not view.includes(self._name, self._incarnation):
-            self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._wait)
+            self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
             return None
-        if self._ran == (self._register.life, view.term):
+        if self._last_term == (self._register.life, view.term):
             # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
             self._commit_protocol.abort(view, f"party {self._name} was in doubt")
             self._commit_protocol.end(view)
             return None
-        self._ran = self._register.life, view.term
-        self._go_on(view)
+        self._last_term = self._register.life, view.term
+        self._accept(view)
         if not view.exchanges:
             self._commit_protocol.end(view)
         elif not self._connected_to(view):
             return None
         return view
 
-    def _roll(self, wants: Intent, version: Version | None, words: dict[str, Any]) -> QuorumMember:
-        """Return what this party says as it comes to the present term."""
-        term, sign = self._register.read("term", sign_of(self._name))
-        self._peers.check_alone(sign)
+    def _entry(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumMember:
+        """Return the message with which this party joins the present term."""
+        term, heartbeat = self._register.read("term", heartbeat_key(self._name))
+        self._peers.check_not_replaced(heartbeat)
         term = self._register.claim("term", 1) if term is None else term
         if not is_count(term):
             raise FederationError(
-                f"Party {self._name} finds {term!r:.100} where the number of the meeting must be."
-                " Use this rendezvous for one federation only, or start it again: the parties go on where"
-                " they were."
+                f"Party {self._name} finds {term!r:.100} where the number of the term must be. Use this"
+                " rendezvous for one federation only, or restart it: the parties continue where they were."
             )
         return QuorumMember(
             term=term,
@@ -422,142 +431,61 @@ class ElasticFederation(Collectives):
             version=version,
             attempt=max(self._attempt, version.attempt if version else 0),
             run_id=self._view.run_id if self._view else "",
-            wants=wants,
-            group=self._view.group if self._view and self._mesh else "",
+            intent=intent,
+            group=self._connections.group,
             member=self._view is not None,
-            words=words,
+            metadata=metadata,
         )
 
-    def _go_on(self, view: QuorumView) -> None:
-        """Take a plan as the present one, and say what has changed."""
+    def _accept(self, view: QuorumView) -> None:
+        """Take a view as the present one, and log what has changed."""
         before = self._view.members if self._view else []
         lost = [name for name in before if name not in view.entries and name not in self._resting]
         new = [name for name in view.members if name not in before and name != self._name]
         self._view = view
         for name in lost:
-            log.warning("[party %s] goes on without party %s: %s", self._name, name, self._peers.fate(name))
+            log.warning("[party %s] continues without party %s: %s", self._name, name, self._peers.fate(name))
         if before and new:
-            log.info("[party %s] goes on with party %s, too", self._name, ", ".join(new))
+            log.info("[party %s] continues with party %s", self._name, ", ".join(new))
         if lost and self.membership.on_party_loss == "stop":
             raise FederationError(
                 f"Party {lost[0]} was lost ({self._peers.fate(lost[0])}), and on_party_loss='stop'. Party"
-                f" {self._name} stops too, its parameters are those of the last completed round plus its own"
-                " local steps. Mend the cause and start all parties again."
+                f" {self._name} also stops, its parameters are those of the last completed round plus its own"
+                " local steps. Fix the cause and start all parties again."
             )
         self._quorum_protocol.partners = view.members
-        self._resting = {name for name, entry in view.entries.items() if entry.wants == "rest"}
-        self._heartbeat.say_now(member=True)
+        self._resting = {name for name, entry in view.entries.items() if entry.intent == "rest"}
+        self._heartbeat.publish_status(member=True)
 
-    def _aborted(self, view: QuorumView, decision: Decision) -> None:
-        """Take note of an aborted attempt."""
-        self._drop_mesh()
+    def _note_abort(self, view: QuorumView, decision: Decision) -> None:
+        """Note an aborted attempt, and end its term."""
+        self._connections.drop()
         self._reachability.note(decision)
         self._commit_protocol.end(view)
 
-    # ---- connections
-
     def _connected_to(self, view: QuorumView) -> bool:
         """Connect the members, if they are not; return whether that worked."""
-        if self._mesh is not None and view.group == view.entries[self._name].group:
-            return True
-        self._drop_mesh()
         try:
-            self._mesh = Mesh(
-                self._listener,
-                view.group,
-                self.party,
-                view.members,
-                [entry.address for entry in view.entries.values()],
-                timeout_s=self.membership.exchange_timeout_s,
-                watch=self._watch,
-                tls=self._tls,
-            )
+            self._connections.connect(view)
         except (PartyLostError, MismatchError) as error:
-            self.fail(error)
+            self.abort_attempt(error)
             return False
         return True
-
-    def _watch(self) -> None:
-        """Raise when a member of the plan has died, or another one has given up."""
-        view = self._current_view
-        self._peers.check_alone()
-        if time.monotonic() - self._watched > _LOOK_S:
-            self._watched = time.monotonic()
-            decision = self._known_decision(view)
-            if decision is not None:
-                raise PartyLostError(f"Another party has given up: {decision.get('abort')}")
-        dead = self._peers.dead(view)
-        if dead:
-            raise PartyLostError(f"Party {dead[0]} was lost: {self._peers.fate(dead[0])}", parties=dead)
-
-    def _known_decision(self, view: QuorumView) -> Decision | None:
-        try:
-            return self._commit_protocol.known(view)
-        except RestartedError as error:
-            raise PartyLostError("The rendezvous was restarted: nobody can vote on this attempt.") from error
-        except UnreachableError:
-            return None  # the exchange needs no rendezvous
-
-    def _drop_mesh(self) -> None:
-        if self._mesh is not None:
-            self._mesh.abort()
-            self._mesh = None
-
-    @contextlib.contextmanager
-    def _exchanging(self) -> Iterator[Mesh]:
-        """Lend the mesh; a member that speaks out of turn is lost to the others if they can do without it."""
-        if self._mesh is None:
-            raise FederationError(f"Party {self._name} is not connected to the others: it must muster first.")
-        try:
-            yield self._mesh
-        except MismatchError as error:
-            if self.num_parties - len(error.parties) < self.quorum:
-                raise
-            raise PartyLostError(str(error), parties=error.parties, by=error.by) from error
 
     @property
     def _current_view(self) -> QuorumView:
         if self._view is None:
-            raise FederationError(f"Party {self._name} has met no other party yet: it must muster first.")
+            raise FederationError(f"Party {self._name} is in no quorum yet: call join_quorum first.")
         return self._view
 
-    # ---- small parts
-
-    def _wait(self) -> None:
+    def _check_waiting(self) -> None:
         """Raise what ends the waiting for others."""
-        self._peers.check_alone()
+        self._peers.check_not_replaced()
         self.interrupt()
 
-    def _connected(self, connect: Callable[[], dist.Store]) -> Register:
-        """Return a register over a client of its own; the rendezvous may not be up yet."""
-        told = False
-        for _ in polls(self.membership.wait_s):
-            store = None
-            try:
-                store = connect()
-                register = Register(store)
-                register.renew()
-            except (dist.DistError, UnreachableError) as error:
-                unreachable = UnreachableError(str(error))
-                if not told:
-                    log.warning("[party %s] waits for the rendezvous: %s", self._name, error)
-                told = True
-                _close(store)
-                continue
-            self._stores.append(store)
-            return register
-        raise unreachable
-
     def _try(self, act: Callable[[], None]) -> None:
-        """Do what the next meeting would make good anyway, if the rendezvous is there."""
+        """Do what the next quorum would make good anyway, if the rendezvous can be reached."""
         try:
             act()
         except UnreachableError as error:
             log.debug("[party %s] %s", self._name, error)
-
-
-def _close(store: dist.Store | None) -> None:
-    """Close a client of the rendezvous; torch's own cannot be closed."""
-    close = getattr(store, "close", None)
-    if close is not None:
-        close()

@@ -1,21 +1,18 @@
-"""What the parties show of themselves before they meet, and what they must have in common."""
+"""Handshake: the specs that parties publish before their first quorum, and the check that they agree."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
+from pellm_lightning.comm.communicator import Difference, PartySpec
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember
 from pellm_lightning.comm.elastic.register import Register
 from pellm_lightning.comm.errors import MismatchError
 
-PartySpec = dict[str, Any]
-Difference = Callable[[Sequence[PartySpec], Sequence[str]], str | None]
-
 
 class SpecExchange:
-    """The passports of the parties, each under its name.
+    """The specs of the parties, each published under its party's name.
 
     Args:
-        register: Where they are shown.
+        register: Where they are published.
         name: This party.
         incarnation: This process.
     """
@@ -24,36 +21,36 @@ class SpecExchange:
         self._register = register
         self._name = name
         self._incarnation = incarnation
-        self._shown_in = ""
-        self._passport: PartySpec = {}
+        self._published_in = ""
+        self._spec: PartySpec = {}
         self._difference: Difference = lambda *_: None
         self._known: dict[tuple[str, str], PartySpec] = {}
 
-    def handshake(self, party_spec: PartySpec, difference: Difference) -> None:
-        """Take what this party is to show, and what tells two passports apart in words."""
-        self._passport, self._difference, self._shown_in = party_spec, difference, ""
+    def set(self, party_spec: PartySpec, difference: Difference) -> None:
+        """Set the spec of this party, and what describes the difference of two specs."""
+        self._spec, self._difference, self._published_in = party_spec, difference, ""
 
-    def show(self) -> None:
-        """Show the passport, unless it was shown in this life of the rendezvous."""
-        if self._shown_in != self._register.life:
-            told = {"incarnation": self._incarnation, "party_spec": self._passport}
-            self._register.write(_key(self._name), told)
-            self._shown_in = self._register.life
+    def publish(self) -> None:
+        """Publish this party's spec, unless that was done in this life of the rendezvous."""
+        if self._published_in != self._register.life:
+            value = {"incarnation": self._incarnation, "party_spec": self._spec}
+            self._register.write(_key(self._name), value)
+            self._published_in = self._register.life
 
     def of(self, name: str, incarnation: str) -> PartySpec | None:
-        """Return what a process has shown, None if another one has come in its place."""
+        """Return the spec of a process, None if another one has taken its place."""
         if (name, incarnation) not in self._known:
-            (told,) = self._register.read(_key(name))
-            if not isinstance(told, dict) or told.get("incarnation") != incarnation:
+            (value,) = self._register.read(_key(name))
+            if not isinstance(value, dict) or value.get("incarnation") != incarnation:
                 return None
-            if not isinstance(told.get("party_spec"), dict):
+            if not isinstance(value.get("party_spec"), dict):
                 return None
             self._known = {key: value for key, value in self._known.items() if key[0] != name}
-            self._known[name, incarnation] = told["party_spec"]
+            self._known[name, incarnation] = value["party_spec"]
         return self._known[name, incarnation]
 
     def check_alike(self, entries: Mapping[str, QuorumMember], mine: QuorumMember) -> None:
-        """Raise what differs between this party and the first that is not like it.
+        """Raise the difference between this party and the first member that does not agree with it.
 
         Raises:
             MismatchError: If one differs.
@@ -61,7 +58,7 @@ class SpecExchange:
         for name, entry in entries.items():
             if entry.digest != mine.digest:
                 other = self.of(name, entry.incarnation)
-                difference = other and self._difference([other, self._passport], [name, self._name])
+                difference = other and self._difference([other, self._spec], [name, self._name])
                 raise MismatchError(
                     difference or f"Parties {name} and {self._name} are configured differently."
                 )
@@ -69,14 +66,14 @@ class SpecExchange:
                 raise MismatchError(
                     f"Parties {name} and {self._name} hold the state of different federations, which began"
                     " apart. Remove the state of one of them (it was written under its state_dir), or let it"
-                    " resume no checkpoint: it then takes over the other's."
+                    " resume no checkpoint: it then receives the other's."
                 )
 
 
 def alike(*entries: QuorumMember) -> bool:
-    """Tell whether parties can go on together: what all must share is the same, and so is the lineage."""
-    lineages = {entry.version.run_id for entry in entries if entry.version}
-    return len({entry.digest for entry in entries}) == 1 and len(lineages) <= 1
+    """Tell whether parties can continue together: what all must share is the same, and so is the run."""
+    run_ids = {entry.version.run_id for entry in entries if entry.version}
+    return len({entry.digest for entry in entries}) == 1 and len(run_ids) <= 1
 
 
 def _key(name: str) -> str:

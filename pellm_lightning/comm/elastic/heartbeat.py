@@ -1,4 +1,4 @@
-"""Signs of life: each party shows its own and watches those of the others."""
+"""Heartbeats: each party sends its own and watches those of the others."""
 
 import contextlib
 import logging
@@ -17,102 +17,107 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Sign:
-    """The last sign of life of a party, and when it was new, on this party's own clock."""
+class _Beat:
+    """The last heartbeat of a party, and when it was new, on this party's own clock."""
 
-    words: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
     changed: float = 0.0
 
 
 class Heartbeat:
-    """A thread that counts up this party's sign of life and sees whose has changed.
+    """Thread that sends this party's heartbeat and watches for changes of the others'.
 
-    No two machines' clocks are compared: a party is alive if its sign has changed within ``ttl_s`` of the
-    watcher's own monotonic clock.
+    No two machines' clocks are compared: a party is alive if its heartbeat has changed within ``ttl_s`` of
+    the watcher's own monotonic clock.
 
     Args:
         register: A register over a client of its own.
         name: This party.
         roster: All parties.
-        words: What else this party's sign says.
+        status: What else this party's heartbeat says.
         ttl_s: Seconds without a change after which a party counts as dead.
+
+    Example::
+
+        heartbeat = Heartbeat(register, "a", ["a", "b"], {"incarnation": "x"}, ttl_s=5)
+        heartbeat.alive("b")
     """
 
     def __init__(
-        self, register: Register, name: str, roster: Sequence[str], words: dict[str, Any], ttl_s: float
+        self, register: Register, name: str, roster: Sequence[str], status: dict[str, Any], ttl_s: float
     ) -> None:
         self._register = register
         self._name = name
         self._others = [other for other in roster if other != name]
-        self._words = words
-        self._incarnation = words["incarnation"]
+        self._status = status
+        self._incarnation = status["incarnation"]
         self._ttl_s = ttl_s
         self._beats = 0
-        self._signs: dict[str, _Sign] = {}
-        self._heard: set[str] = set()
+        self._last: dict[str, _Beat] = {}
+        self._incarnations: set[str] = set()
         self._lock = threading.Lock()
         self._stopping = False
         self._wake = threading.Event()
         self.is_replaced = False
         """Whether another process has taken this one's place; then it writes nothing any more."""
-        with contextlib.suppress(UnreachableError, RestartedError):  # the thread goes on trying
+        with contextlib.suppress(UnreachableError, RestartedError):  # the thread tries again
             self._take_name()
-            self._round_trip()  # so that the first look knows who is there
+            self._round_trip()  # so that the first poll knows who is alive
         self._thread = threading.Thread(target=self._run, name=f"heartbeat-{name}", daemon=True)
         self._thread.start()
 
-    def say(self, **words: Any) -> None:
-        """Change what this party's sign says, from the next beat on."""
+    def set_status(self, **status: Any) -> None:
+        """Change what this party's heartbeat says, from the next one on."""
         with self._lock:
-            self._words = self._words | words
+            self._status = self._status | status
 
-    def is_foreign(self, sign: Any) -> bool:
-        """Tell whether a sign under this party's name is that of another process."""
-        return isinstance(sign, dict) and sign.get("incarnation", self._incarnation) != self._incarnation
+    def is_foreign(self, beat: Any) -> bool:
+        """Tell whether a heartbeat under this party's name is that of another process."""
+        return isinstance(beat, dict) and beat.get("incarnation", self._incarnation) != self._incarnation
 
-    def say_now(self, **words: Any) -> None:
-        """Change what this party's sign says, and show it."""
+    def publish_status(self, **status: Any) -> None:
+        """Change what this party's heartbeat says, and send it now."""
         with self._lock:
-            news = not words.items() <= self._words.items()
-        if news:
-            self.say(**words)
+            changes = not status.items() <= self._status.items()
+        if changes:
+            self.set_status(**status)
             self._wake.set()
 
-    def hear(self, party: str, incarnation: str) -> None:
-        """Take note of a process that was heard of otherwise, before its first sign was seen."""
+    def note_incarnation(self, party: str, incarnation: str) -> None:
+        """Note a process that is known otherwise, before its first heartbeat was seen."""
         with self._lock:
-            if party == self._name or incarnation in self._heard:
+            if party == self._name or incarnation in self._incarnations:
                 return
-            self._heard.add(incarnation)
-            sign = self._signs.get(party)
-            if sign is None or sign.words.get("incarnation") != incarnation:
-                self._signs[party] = _Sign({"incarnation": incarnation}, time.monotonic())
+            self._incarnations.add(incarnation)
+            beat = self._last.get(party)
+            if beat is None or beat.status.get("incarnation") != incarnation:
+                self._last[party] = _Beat({"incarnation": incarnation}, time.monotonic())
 
     def alive(self, party: str) -> bool:
-        """Tell whether a party shows signs of life."""
+        """Tell whether a party's heartbeat has changed within the TTL."""
         if party == self._name:
             return True
         with self._lock:
-            sign = self._signs.get(party)
-            return sign is not None and time.monotonic() - sign.changed <= self._ttl_s
+            beat = self._last.get(party)
+            return beat is not None and time.monotonic() - beat.changed <= self._ttl_s
 
-    def seen(self, party: str) -> dict[str, Any]:
-        """Return what a party's last sign said, empty if it has shown none."""
+    def status_of(self, party: str) -> dict[str, Any]:
+        """Return what a party's last heartbeat said, empty if there was none."""
         with self._lock:
-            sign = self._signs.get(party)
-            return dict(sign.words) if sign else {}
+            beat = self._last.get(party)
+            return dict(beat.status) if beat else {}
 
-    def silence(self, party: str) -> float | None:
-        """Return for how many seconds a party has been silent, None if it was never seen."""
+    def silence_s(self, party: str) -> float | None:
+        """Return the seconds since a party's last heartbeat, None if it was never seen."""
         with self._lock:
-            sign = self._signs.get(party)
-            return None if sign is None else time.monotonic() - sign.changed
+            beat = self._last.get(party)
+            return None if beat is None else time.monotonic() - beat.changed
 
-    def stop(self, *, farewell: str | None) -> None:
-        """Show no more signs.
+    def stop(self, *, reason: str | None) -> None:
+        """Send no more heartbeats.
 
         Args:
-            farewell: Why this party leaves, for the others; None takes back the sign without a word.
+            reason: Why this party leaves, for the others; None removes the heartbeat.
         """
         self._stopping = True
         self._wake.set()
@@ -120,20 +125,20 @@ class Heartbeat:
         if self.is_replaced:
             return
         try:
-            if farewell is None:
-                self._register.delete(sign_of(self._name))
+            if reason is None:
+                self._register.delete(heartbeat_key(self._name))
             else:
-                self._register.write(sign_of(self._name), {"left": farewell})
+                self._register.write(heartbeat_key(self._name), {"left": reason})
         except UnreachableError:
-            log.debug("[party %s] left without a goodbye: the rendezvous is gone", self._name)
+            log.debug("[party %s] left, but the rendezvous cannot be told", self._name)
 
     def _take_name(self) -> None:
-        """Claim the name, or raise if another process under it lives: its sign changes while this one looks.
+        """Claim the name, or raise if another process under it is alive: its heartbeat changes meanwhile.
 
-        Of two that start at once one must be refused before it has written anything else: each would go on
-        overwriting what the other has said.
+        Of two that start at once one must be refused before it has written anything else: each would
+        overwrite the other's values.
         """
-        key, mine = sign_of(self._name), self._words | {"beat": 0}
+        key, mine = heartbeat_key(self._name), self._status | {"beat": 0}
         before = self._register.claim(key, mine)
         if before == mine:
             return
@@ -149,60 +154,60 @@ class Heartbeat:
             )
 
     def _run(self) -> None:
-        looked, alive = time.monotonic(), self._alive()
+        watched, alive = time.monotonic(), self._alive()
         while True:
             self._wake.wait(self._ttl_s / 6)
             self._wake.clear()
             if self._stopping or self.is_replaced:
                 return
-            # Who was stopped, or had no rendezvous, for a while has not looked: that is nobody else's death.
-            missed = time.monotonic() - looked > self._ttl_s / 2
+            # A party that was suspended, or had no rendezvous, has not watched: nobody else died of that.
+            missed = time.monotonic() - watched > self._ttl_s / 2
             try:
                 self._round_trip()
             except (UnreachableError, RestartedError):
                 missed = True
             if missed:
-                self._forgive(alive)
-            looked, alive = time.monotonic(), self._alive()
+                self._reset(alive)
+            watched, alive = time.monotonic(), self._alive()
 
     def _round_trip(self) -> None:
-        """Show a sign and look at those of the others."""
+        """Send a heartbeat and read those of the others."""
         if self._register.renew():
             log.info("[party %s] the rendezvous was restarted", self._name)
-        standing, *signs = self._register.read(*map(sign_of, [self._name, *self._others]))
-        if self._beats and self.is_foreign(standing):
+        own, *others = self._register.read(*map(heartbeat_key, [self._name, *self._others]))
+        if self._beats and self.is_foreign(own):
             self.is_replaced = True
             return
         self._beats += 1
         with self._lock:
-            mine = self._words | {"beat": self._beats}
-        self._register.write(sign_of(self._name), mine)
+            mine = self._status | {"beat": self._beats}
+        self._register.write(heartbeat_key(self._name), mine)
         now = time.monotonic()
         with self._lock:
-            for other, words in zip(self._others, signs, strict=True):
-                self._see(other, words, now)
+            for party, status in zip(self._others, others, strict=True):
+                self._observe(party, status, now)
 
-    def _see(self, other: str, words: Any, now: float) -> None:
-        if not isinstance(words, dict):
+    def _observe(self, party: str, status: Any, now: float) -> None:
+        if not isinstance(status, dict):
             return  # a restarted store does not know it yet
-        sign = self._signs.setdefault(other, _Sign())
-        self._heard.add(str(words.get("incarnation")))
-        if "left" in words:
-            sign.changed = -math.inf  # at once
-        elif sign.words != words:
-            sign.changed = now
-        sign.words = words
+        beat = self._last.setdefault(party, _Beat())
+        self._incarnations.add(str(status.get("incarnation")))
+        if "left" in status:
+            beat.changed = -math.inf  # at once
+        elif beat.status != status:
+            beat.changed = now
+        beat.status = status
 
     def _alive(self) -> list[str]:
         return [other for other in self._others if self.alive(other)]
 
-    def _forgive(self, parties: Sequence[str]) -> None:
+    def _reset(self, parties: Sequence[str]) -> None:
         with self._lock:
-            for sign in (self._signs[party] for party in parties):
-                if "left" not in sign.words:
-                    sign.changed = time.monotonic()
+            for beat in (self._last[party] for party in parties):
+                if "left" not in beat.status:
+                    beat.changed = time.monotonic()
 
 
-def sign_of(name: str) -> str:
-    """Return the key of a party's sign of life."""
+def heartbeat_key(name: str) -> str:
+    """Return the key of a party's heartbeat."""
     return f"at/@{name}"

@@ -1,4 +1,4 @@
-"""From the call of the roll to the plan: who goes on together, and how long the others are waited for."""
+"""Quorum protocol: who continues together in a term, and how long the others are waited for."""
 
 import secrets
 import time
@@ -21,12 +21,12 @@ from pellm_lightning.comm.polling import polls
 
 
 class QuorumProtocol:
-    """Waits for the parties and makes the plan, if no other party is quicker.
+    """Waits for the parties and writes the quorum view of a term, unless another party is quicker.
 
     Args:
-        register: Where the roll is called.
-        peers: Who lives.
-        specs: What the parties have shown of themselves.
+        register: Where members and views are written.
+        peers: Who is alive.
+        specs: The parties' specs.
         reachability: Who cannot reach whom.
         name: This party.
         roster: All parties.
@@ -54,37 +54,37 @@ class QuorumProtocol:
         self._membership = membership
         self._needed = quorum
         self.partners: Collection[str] = ()
-        """Members of the last plan."""
+        """Members of the last view."""
         self.interrupt: Callable[[], None] = lambda: None
-        """Called again and again while waiting; what it raises ends the waiting."""
+        """Called repeatedly while waiting; what it raises ends the waiting."""
 
-    def call(self, mine: QuorumMember, deadline: "QuorumDeadline") -> QuorumView | None:
-        """Come to a term; return its plan as soon as there is one, None if the term is over."""
+    def join(self, mine: QuorumMember, deadline: "QuorumDeadline") -> QuorumView | None:
+        """Join the quorum of a term; return its view as soon as there is one, None if the term is over."""
         self._register.write(f"member/@{self._name}", mine.to_json())
-        deadline.begin()
+        deadline.restart()
         term = mine.term
         for _ in polls():
             self.interrupt()
             keys = [f"member/@{name}" for name in self._roster]
             end = f"ended/{mine.version.run_id if mine.version else ''}"
-            now, viewed, ended, *said = self._register.read("term", f"view/{term}", end, *keys)
+            now, written, ended, *members = self._register.read("term", f"view/{term}", end, *keys)
             if isinstance(now, int) and now > term + KEPT_TERMS:
-                return None  # this party has slept; what it would find or write there is nobody's any more
-            if viewed is not None:
-                return self._read(viewed, mine)
+                return None  # this party was suspended; what it would find or write there is stale
+            if written is not None:
+                return self._read(written, mine)
             if now != term:
                 return None
             entries = self._present(
-                term, dict(zip(self._roster, map(QuorumMember.from_json, said), strict=True))
+                term, dict(zip(self._roster, map(QuorumMember.from_json, members), strict=True))
             )
             if mine.version and is_count(ended) and len(entries) == 1:
                 if mine.version.round < ended:
                     raise FederationError(
                         f"The federation ended after {ended} rounds while party {self._name} was away, which"
-                        f" knows {mine.version.round}. The others have the result. To go on from checkpoints"
-                        " of all parties that are older, start the rendezvous again."
+                        f" knows {mine.version.round}. The others have the result. To resume older"
+                        " checkpoints of all parties, restart the rendezvous."
                     )
-                if mine.wants == "rest":
+                if mine.intent == "rest":
                     return QuorumView.of(term, mine.version.run_id, entries)  # it was late, but lacks nothing
             ready = self._ready(entries, mine, deadline)
             if ready:
@@ -94,7 +94,7 @@ class QuorumProtocol:
         raise AssertionError("polls without end have ended")
 
     def _last_attempt(self, term: int) -> int:
-        """Return the number of the plan before, which perhaps none of those who go on knows any more."""
+        """Return the number of the attempt before, which perhaps none of those who continue still knows."""
         (last,) = self._register.read(f"view/{term - 1}")
         attempt = last.get("attempt") if isinstance(last, dict) else None
         return attempt if is_count(attempt) else 0
@@ -106,34 +106,34 @@ class QuorumProtocol:
             self._specs.check_alike(view.entries, mine)
         if view is None or not set(view.members) <= set(self._roster):
             raise MismatchError(
-                f"Party {self._name} cannot read what another party has written as the plan of term {term}."
+                f"Party {self._name} cannot read what another party has written as the view of term {term}."
                 " Install the same version of pellm-lightning and give the same roster at all parties."
             )
         return view
 
     def _present(self, term: int, entries: Mapping[str, QuorumMember | None]) -> dict[str, QuorumMember]:
-        """Return what those said who have come to this term, and still live."""
-        came = {name: entry for name, entry in entries.items() if entry is not None and entry.term == term}
-        self._peers.hear(came)
-        return {name: entry for name, entry in came.items() if self._peers.lives(name, entry.incarnation)}
+        """Return those who have joined this term and are still alive."""
+        joined = {name: entry for name, entry in entries.items() if entry is not None and entry.term == term}
+        self._peers.note_incarnations(joined)
+        return {name: entry for name, entry in joined.items() if self._peers.runs(name, entry.incarnation)}
 
     def _ready(
         self, entries: dict[str, QuorumMember], mine: QuorumMember, deadline: "QuorumDeadline"
     ) -> dict[str, QuorumMember] | None:
-        """Return who can go on together now, or None if somebody is to be waited for."""
+        """Return who can continue together now, or None if a party is to be waited for."""
         same = {name: entry for name, entry in entries.items() if alike(entry, mine)}
         reachable_group = self._reachability.reachable_group(same)
         if len(reachable_group) >= self._needed:
             same = {name: same[name] for name in reachable_group}
         if self._name not in same:
-            same = {}  # the others may plan without this party, it cannot
-        deadline.complain()
+            same = {}  # the others may continue without this party, it cannot without them
+        deadline.raise_mismatch()
         awaited = self._awaited(entries, deadline)
         if deadline.is_over(entries):
-            # New processes must not begin anew while one that has the global state still lives.
+            # New processes must not start over while one that has the global state is still alive.
             known = any(entry.version for entry in entries.values())
             awaited = [name for name in awaited if not known and self._peers.is_member(name)]
-        deadline.looks(entries, awaited)
+        deadline.note(entries, awaited)
         if awaited:
             return None
         try:
@@ -143,20 +143,20 @@ class QuorumProtocol:
             if len(entries) >= self._needed:
                 self._specs.check_alike(entries, mine)
         except FederationError as mismatch:
-            deadline.differs(mismatch)
+            deadline.keep_mismatch(mismatch)
         return None
 
     def _awaited(self, entries: Mapping[str, QuorumMember], deadline: "QuorumDeadline") -> list[str]:
-        """Return those who have not come yet, but will."""
+        """Return those who have not joined yet, but are expected to."""
         missing = [name for name in self._roster if name not in entries]
-        where = stage(entries, self._needed)
-        if where == "beginning":
+        current = stage(entries, self._needed)
+        if current == "beginning":
             return missing
         alive = [name for name in missing if self._peers.alive(name)]
-        if where == "resuming":
-            # Those who were started together come together, give or take.
+        if current == "resuming":
+            # Those who were started together join at about the same time.
             return missing if deadline.waited_s < 2 * self._membership.heartbeat_ttl_s else alive
-        # Who is still starting up will not come before the others have done their next local steps.
+        # A party that is still starting up will not join before the others have made their next local steps.
         return [name for name in alive if name in self.partners or self._peers.is_member(name)]
 
     def _check_begun(self, entries: Mapping[str, QuorumMember]) -> None:
@@ -165,20 +165,20 @@ class QuorumProtocol:
         if begun and stage(entries, self._needed) == "beginning":
             raise FederationError(
                 f"Party {', '.join(begun)} has the state of an unfinished federation, the others have none:"
-                f" fewer than the {self._needed} that make a majority. To begin anew, remove its state (it"
-                " was written under its state_dir); to go on from it, copy it to the others."
+                f" fewer than the {self._needed} that make a majority. To start over, remove its state (it"
+                " was written under its state_dir); to resume it, copy it to the others."
             )
 
     def deadline(self) -> "QuorumDeadline":
-        """Return the patience of one muster."""
+        """Return the deadline of joining one quorum."""
         return QuorumDeadline(self._peers, self._name, self._roster, self._needed, self._membership)
 
 
 class QuorumDeadline:
-    """How long a party has waited in one muster, and for what.
+    """Timeouts of joining one quorum: for late parties, for too few parties, and for the rendezvous.
 
     Args:
-        peers: Who lives.
+        peers: Who is alive.
         name: This party.
         roster: All parties.
         quorum: How many are needed.
@@ -193,71 +193,71 @@ class QuorumDeadline:
         self._roster = roster
         self._membership = membership
         self._needed = quorum
-        self._began = self._enough = self._reached = self._differed = time.monotonic()
+        self._started = self._had_quorum = self._reached_rendezvous = self._mismatched = time.monotonic()
         self._mismatch: FederationError | None = None
 
     @property
     def waited_s(self) -> float:
-        """Seconds since this party came to the term."""
-        return time.monotonic() - self._began
+        """Seconds since this party joined the term."""
+        return time.monotonic() - self._started
 
-    def begin(self) -> None:
-        """Begin a new term."""
-        self._began = time.monotonic()
+    def restart(self) -> None:
+        """Start the time of a new term."""
+        self._started = time.monotonic()
         self._mismatch = None
 
-    def differs(self, mismatch: FederationError) -> None:
-        """Keep in mind why this party cannot go on with the others."""
+    def keep_mismatch(self, mismatch: FederationError) -> None:
+        """Keep the reason why this party cannot continue with the others."""
         if self._mismatch is None:
-            self._mismatch, self._differed = mismatch, time.monotonic()
+            self._mismatch, self._mismatched = mismatch, time.monotonic()
 
-    def complain(self) -> None:
-        """Raise why this party cannot go on, once the others have had the time to see it here.
+    def raise_mismatch(self) -> None:
+        """Raise why this party cannot continue, once the others have had the time to see it here.
 
-        If it left at once, they would wait for it: those who can go on without it, and those who cannot.
+        If it left at once, they would wait for it, whether they can continue without it or not.
 
         Raises:
             FederationError: If it differs from the others, or too few have the federation's state.
         """
         grace_s = self._membership.heartbeat_ttl_s / 2
-        if self._mismatch is not None and time.monotonic() - self._differed > grace_s:
+        if self._mismatch is not None and time.monotonic() - self._mismatched > grace_s:
             raise self._mismatch
 
-    def looks(self, entries: Mapping[str, QuorumMember], awaited: Sequence[str]) -> None:
-        """Take note of who is there.
+    def note(self, entries: Mapping[str, QuorumMember], awaited: Sequence[str]) -> None:
+        """Note who has joined and who is expected.
 
         Raises:
             TooFewPartiesError: If too few have been there for too long.
         """
-        self._reached = time.monotonic()
+        self._reached_rendezvous = time.monotonic()
         if len({*entries, *filter(self._peers.alive, awaited)}) >= self._needed:
-            self._enough = time.monotonic()
-        waited = time.monotonic() - self._enough
+            self._had_quorum = time.monotonic()
+        waited = time.monotonic() - self._had_quorum
         if waited > self._membership.wait_s:
             missing = [name for name in self._roster if name not in entries]
             fates = ", ".join(f"{name} ({self._peers.fate(name)})" for name in missing)
             raise TooFewPartiesError(
                 f"Party {self._name} has waited {waited:.0f} s (wait_s) for {self._needed} of the"
                 f" {len(self._roster)} parties; missing: {fates}. Start them, or look at their logs, and"
-                " start this party again: the federation goes on where it was.",
+                " start this party again: the federation continues where it was.",
                 parties=tuple(missing),
             )
 
     def is_over(self, entries: Mapping[str, QuorumMember]) -> bool:
-        """Tell whether those who have not come are to be left out."""
+        """Tell whether those who have not joined are to be left out."""
         beginning = stage(entries, self._needed) == "beginning"
         return self.waited_s > (self._membership.wait_s if beginning else self._membership.round_timeout_s)
 
-    def without_rendezvous(self, error: UnreachableError) -> None:
+    def wait_for_rendezvous(self, error: UnreachableError) -> None:
         """Wait a moment for the rendezvous to come back.
 
         Raises:
             PartyLostError: If it has been away for too long.
         """
-        waited = time.monotonic() - self._reached
+        waited = time.monotonic() - self._reached_rendezvous
         if waited > self._membership.wait_s:
             raise PartyLostError(
                 f"Party {self._name} has waited {waited:.0f} s (wait_s) for the rendezvous: {error}. Start it"
-                " again; the parties go on where they were."
+                " again; the parties continue where they were."
             ) from error
         time.sleep(0.1)

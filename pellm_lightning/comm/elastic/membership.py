@@ -1,4 +1,4 @@
-"""What a federation of separate jobs promises its parties: how long it waits for whom, and for how many."""
+"""Membership policy of separate jobs: timeouts, quorum, and what to do when a party is lost."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,20 +10,24 @@ from pellm_lightning.comm.tls import check_name
 
 @dataclass(frozen=True)
 class Membership:
-    """When separate jobs go on without a party, wait for one, or stop.
+    """Policy by which separate jobs continue without a party, wait for one, or stop.
 
     Args:
-        round_timeout_s: Seconds a party that is alive may be late for a round before the others go on
+        round_timeout_s: Seconds a party that is alive may be late for a round before the others continue
             without it: more than the time by which the slowest party's local steps outlast the fastest's.
-        wait_s: Seconds to wait while fewer than a quorum are there, or the rendezvous is not; and, at
+        wait_s: Seconds to wait while fewer than a quorum have joined, or the rendezvous is away; and, at
             the very first start, for the whole roster.
         exchange_timeout_s: Seconds that an exchange may make no progress, although all its parties are alive,
-            before it is tried again; without a party to whom it happens twice.
-        heartbeat_ttl_s: Seconds without a sign of life after which a party counts as dead. The others lose
+            before it is tried again, without a party to which this happens repeatedly.
+        heartbeat_ttl_s: Seconds without a heartbeat after which a party counts as dead. The others lose
             about as much time when one dies. Over the internet take 10 or more.
-        on_party_loss: Go on without a party that was lost ("continue"), or stop all ("stop").
+        on_party_loss: Continue without a party that was lost ("continue"), or stop all ("stop").
         accept_split_brain: Allow a ``quorum`` below the majority of the roster: a network that falls apart
-            may then leave two federations, each going on by itself.
+            may then leave two federations that both continue (split brain).
+
+    Example:
+        >>> Membership(heartbeat_ttl_s=10).quorum("majority", ["a", "b", "c"])
+        2
     """
 
     round_timeout_s: float = 1800
@@ -41,7 +45,7 @@ class Membership:
             raise ValueError(f"on_party_loss={self.on_party_loss!r} must be 'continue' or 'stop'.")
 
     def quorum(self, quorum: Quorum, roster: Collection[str]) -> int:
-        """Return how many parties of a roster must meet.
+        """Return how many parties of a roster must join a quorum.
 
         Raises:
             ValueError: If that is more than there are; or less than the majority, which nobody has accepted.
@@ -50,7 +54,7 @@ class Membership:
         if needed < majority and not self.accept_split_brain:
             raise ValueError(
                 f"quorum={needed} is below {majority}, the majority of the {len(roster)} parties: if the"
-                " network falls apart, two groups could both go on, each with parameters of its own. Raise"
+                " network falls apart, two groups could both continue, each with parameters of its own. Raise"
                 " it, or accept that by membership.accept_split_brain=true."
             )
         return needed

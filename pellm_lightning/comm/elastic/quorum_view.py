@@ -1,37 +1,32 @@
-"""What the parties write down to meet: where each stands, and who goes on together. Pure, but for JSON."""
+"""Quorum members and the view on which they agree: who continues together. Pure, but for JSON."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, TypeGuard
 
-from pellm_lightning.comm.mesh.handshake import split_address
+from pellm_lightning.comm.communicator import Intent, Metadata, QuorumResult, Version, will_exchange
+from pellm_lightning.comm.sockets import split_address
 
-Intent = Literal["exchange", "words", "rest"]
-_WANTS = ("exchange", "words", "rest")
+_INTENTS = ("exchange", "metadata", "rest")
 # Longer than any name, address or digest.
 _MAX_TEXT = 256
 
 
-class Version(NamedTuple):
-    """Which global parameters a party has; of one lineage the greater is the newer."""
-
-    run_id: str
-    """Drawn when the federation first began; two runs never share one."""
-    round: int
-    """Rounds that are in them."""
-    attempt: int
-    """Number of the plan that made them, greater than that of every plan which came before."""
-
-
 @dataclass(frozen=True)
 class QuorumMember:
-    """What a party says when it comes to meet the others."""
+    """Message with which a party joins the quorum of a term.
+
+    Example:
+        >>> member = QuorumMember(1, "now", "host:1", "digest", None, 0, "", "exchange", "", False, {})
+        >>> QuorumMember.from_json(member.to_json()) == member
+        True
+    """
 
     term: int
-    """The meeting it comes to."""
+    """The term that it joins."""
     incarnation: str
-    """Which of the processes that ran under this name it is."""
+    """Which of the processes that ran under this name it is (SWIM)."""
     address: str
     """Where it can be reached."""
     digest: str
@@ -39,17 +34,15 @@ class QuorumMember:
     version: Version | None
     """Its global parameters, None if it has just begun."""
     attempt: int
-    """The greatest plan it knows of."""
+    """The greatest attempt it knows of."""
     run_id: str
-    """Of that plan: a first meeting that was given up is made again by the same name."""
-    wants: Intent
-    """To exchange tensors, only words, or nothing any more."""
+    """Of that attempt: a first attempt that was aborted is made again under the same name."""
+    intent: Intent
     group: str
-    """The connections it has from the last round, or nothing."""
+    """Name of the connections it has from the last round, empty if none."""
     member: bool
-    """Whether this process has been part of a plan before."""
-    words: dict[str, Any]
-    """What it has to say to the others."""
+    """Whether this process has been part of a quorum before."""
+    metadata: Metadata
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
@@ -57,7 +50,7 @@ class QuorumMember:
 
     @classmethod
     def from_json(cls, value: Any) -> "QuorumMember | None":
-        """Return what a peer wrote, or None if it is no roll."""
+        """Return what a peer wrote, or None if it is malformed."""
         if not isinstance(value, dict) or value.keys() != cls.__annotations__.keys():
             return None
         texts = [value[key] for key in ("incarnation", "address", "digest", "run_id", "group")]
@@ -68,9 +61,9 @@ class QuorumMember:
             or not _is_address(value["address"])
             or not all(is_count(number) for number in numbers)
             or not (version is None or _is_version(version))
-            or value["wants"] not in _WANTS
+            or value["intent"] not in _INTENTS
             or not isinstance(value["member"], bool)
-            or not isinstance(value["words"], dict)
+            or not isinstance(value["metadata"], dict)
         ):
             return None
         return cls(**value | {"version": Version(*version) if version else None})
@@ -78,38 +71,46 @@ class QuorumMember:
 
 @dataclass(frozen=True)
 class QuorumView:
-    """Who goes on together in a term; written once, so that all read the same."""
+    """The members that continue together in a term; written once, so that all read the same.
+
+    Example:
+        >>> member = QuorumMember(1, "now", "host:1", "digest", None, 0, "", "exchange", "", False, {})
+        >>> view = QuorumView.of(1, "unused name", {"a": member})
+        >>> view.members, view.attempt, view.exchanges
+        (['a'], 1, True)
+    """
 
     term: int
     attempt: int
-    """Number of the plan, greater than any that a member knew of."""
+    """Number of the attempt, greater than any that a member knew of."""
     group: str
     """Name of their connections; those of the last round, if all members still have them."""
     run_id: str
     """Of the global parameters that come of it."""
     entries: dict[str, QuorumMember]
-    """What each member said, in the order of the roster."""
+    """What each member joined with, in the order of the roster."""
 
     @property
     def members(self) -> list[str]:
-        """Names of those who go on together, in the order of the roster."""
+        """Names of the members, in the order of the roster."""
         return list(self.entries)
 
     @property
-    def digest(self) -> str:
-        """The members' digest of what all must share."""
-        return next(iter(self.entries.values())).digest
-
-    @property
     def exchanges(self) -> bool:
-        """Whether tensors will cross: not if somebody wants words first, or all want nothing."""
-        wants = {entry.wants for entry in self.entries.values()}
-        return "words" not in wants and "exchange" in wants
+        """Whether tensors will be exchanged."""
+        return will_exchange({entry.intent for entry in self.entries.values()})
 
     @property
     def newest(self) -> Version | None:
         """The newest version among the members'."""
         return max((entry.version for entry in self.entries.values() if entry.version), default=None)
+
+    @property
+    def result(self) -> QuorumResult:
+        """What callers of ``join_quorum`` need of it."""
+        behind = frozenset(name for name, entry in self.entries.items() if entry.version != self.newest)
+        metadata = {name: entry.metadata for name, entry in self.entries.items()}
+        return QuorumResult(metadata, self.exchanges, behind, self.attempt)
 
     def includes(self, name: str, incarnation: str) -> bool:
         """Tell whether a process is a member."""
@@ -118,19 +119,19 @@ class QuorumView:
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
         entries = [[name, entry.to_json()] for name, entry in self.entries.items()]
-        return {"attempt": self.attempt, "group": self.group, "run_id": self.run_id, "rolls": entries}
+        return {"attempt": self.attempt, "group": self.group, "run_id": self.run_id, "members": entries}
 
     @classmethod
     def from_json(cls, term: int, value: Any) -> "QuorumView | None":
-        """Return what a peer wrote, or None if it is no plan."""
-        if not isinstance(value, dict) or value.keys() != {"attempt", "group", "run_id", "rolls"}:
+        """Return what a peer wrote, or None if it is malformed."""
+        if not isinstance(value, dict) or value.keys() != {"attempt", "group", "run_id", "members"}:
             return None
-        if not is_count(value["attempt"]) or not isinstance(value["rolls"], list) or not value["rolls"]:
+        if not is_count(value["attempt"]) or not isinstance(value["members"], list) or not value["members"]:
             return None
         if not _is_text(value["group"]) or not _is_text(value["run_id"]):
             return None
         entries = {}
-        for item in value["rolls"]:
+        for item in value["members"]:
             if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
                 return None
             entry = QuorumMember.from_json(item[1])
@@ -143,18 +144,18 @@ class QuorumView:
     def of(
         cls, term: int, new: str, entries: Mapping[str, QuorumMember], last_attempt: int = 0
     ) -> "QuorumView":
-        """Return the plan by which those who called go on.
+        """Return the view of those who joined.
 
         Args:
-            term: The meeting.
-            new: A name that nothing has had before.
-            rolls: Who goes on, in the order of the roster.
-            last_attempt: Number of the plan before.
+            term: The term.
+            new: A name that was never used before.
+            entries: Who continues, in the order of the roster.
+            last_attempt: Number of the attempt before.
         """
         groups = {entry.group for entry in entries.values()}
         versions = [entry.version for entry in entries.values() if entry.version]
         last = max(entries.values(), key=lambda entry: entry.attempt)
-        # Connections may be those of more parties than go on now.
+        # Connections may be those of more parties than continue now.
         between = "/" + hashlib.sha256(" ".join(entries).encode()).hexdigest()[:16]
         return cls(
             term=term,
@@ -170,8 +171,8 @@ class QuorumView:
 def stage(entries: Mapping[str, QuorumMember], needed: int) -> Literal["beginning", "resuming", "running"]:
     """Return where a federation is: not begun, begun and to be resumed by new processes, or running.
 
-    That it has begun counts only if as many say so as a round needs: state that a single party has left may
-    be of another run.
+    It has begun only if as many say so as a round needs: state that a single party has left may be of
+    another run.
     """
     if any(entry.member for entry in entries.values()):
         return "running"
@@ -181,7 +182,7 @@ def stage(entries: Mapping[str, QuorumMember], needed: int) -> Literal["beginnin
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Tell whether something is a whole number of decent size."""
+    """Tell whether something is an integer of 0 to 2^53."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 

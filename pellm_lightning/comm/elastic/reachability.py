@@ -1,4 +1,4 @@
-"""Who cannot reach whom, although all live: whom to leave out, so that the others can go on. Pure."""
+"""Connections that fail between live parties: whom to leave out, so that the others can continue. Pure."""
 
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
@@ -12,13 +12,20 @@ _MAX_WAIT = 32
 
 
 class ReachabilityTracker:
-    """Attempts that failed between parties that live.
+    """Records failed attempts between live parties, and leaves out those at the end of most failures.
 
-    Whom a party accuses is its own word: one that is cut off accuses all the others, and may be the first to
-    speak each time. So both ends of a failure count alike, and who is at the end of most is left out.
+    A party that is cut off blames all the others, and may be the first to report each time. So both ends of a
+    failure count alike.
 
     Args:
         roster: All parties.
+
+    Example:
+        >>> tracker = ReachabilityTracker(["a", "b", "c"])
+        >>> for blamed in ("a", "b", "a"):
+        ...     tracker.note({"by": "c", "blamed": [blamed]})
+        >>> tracker.reachable_group(["a", "b", "c"])
+        ['a', 'b']
     """
 
     def __init__(self, roster: Sequence[str]) -> None:
@@ -28,35 +35,35 @@ class ReachabilityTracker:
         self._rounds_to_wait = 1
 
     def note(self, decision: Any) -> None:
-        """Remember who accused whom, by the decision on an attempt; a peer wrote it, it may be anything."""
+        """Record who blamed whom, by the decision on an attempt; a peer wrote it, it may be anything."""
         if not isinstance(decision, dict) or not isinstance(decision.get("blamed"), list):
             return
-        by, blamed = decision.get("by"), decision["blamed"]
-        accused = frozenset(name for name in self._roster if name in blamed and name != by)
-        if by in self._roster and accused:
-            self._failures.append((by, accused))
+        by, reported = decision.get("by"), decision["blamed"]
+        blamed = frozenset(name for name in self._roster if name in reported and name != by)
+        if by in self._roster and blamed:
+            self._failures.append((by, blamed))
 
     def reachable_group(self, names: Collection[str]) -> list[str]:
-        """Return those of ``names`` that may well go on together; the same at all that know the same."""
+        """Return those of ``names`` that may well continue together; the same at all that know the same."""
         kept = list(names)
         while kept:
-            within = [(by, accused.intersection(kept)) for by, accused in self._failures if by in kept]
+            within = [(by, blamed.intersection(kept)) for by, blamed in self._failures if by in kept]
             involved, ends = Counter[str](), Counter[str]()
-            for by, accused in within:
-                if accused:
-                    involved.update({by, *accused})
-                    ends.update([by] * len(accused))
-                    ends.update(accused)
+            for by, blamed in within:
+                if blamed:
+                    involved.update({by, *blamed})
+                    ends.update([by] * len(blamed))
+                    ends.update(blamed)
             if max(involved.values(), default=0) < _ATTEMPTS:
                 break
             kept.remove(max(kept, key=lambda name: (ends[name], self._roster.index(name))))
         return kept
 
     def connected(self, members: Collection[str]) -> None:
-        """Forget what was between parties that have completed a round.
+        """Drop the failures between parties that have completed a round.
 
-        Who was left out gets one more try, not three: in the next round, then after 2, 4 and so on, since
-        each costs the others an attempt.
+        A party that was left out gets one more try, not three: in the next round, then after 2, 4 and so on,
+        since each try costs the others an attempt.
         """
         open_ = [failure for failure in self._failures if not {failure[0], *failure[1]} <= set(members)]
         self._rounds_apart += 1

@@ -1,15 +1,20 @@
-"""Small JSON values in a store that may be killed and restarted at any time."""
+"""Registers: small JSON values in a store that may be killed and restarted at any time."""
 
 import contextlib
 import json
+import logging
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
+from pellm_lightning.comm.polling import polls
+
+log = logging.getLogger(__name__)
+
 KEPT_TERMS = 16
-"""For how many terms plans and decisions are kept: for those who slept."""
+"""Number of terms for which views and decisions are kept, for processes that were suspended."""
 
 _MAX_BYTES = 4 << 20
 _LIFE = "life"
@@ -25,13 +30,19 @@ class UnreachableError(Exception):
 
 
 class Register:
-    """What the parties write down for each other, each value as JSON.
+    """Registers of a key-value store, each value as JSON.
 
-    A store that was restarted is empty. So every value lies under the name of the life in which it was
-    written, which the first party to come draws at random; nothing of two lives is ever mixed.
+    A store that was restarted is empty. So every key has as prefix the name of the store's life, which the
+    first client draws at random; nothing of two lives is ever mixed.
 
     Args:
         store: Any torch ``Store``; not used by anybody else, since a client serves one call at a time.
+
+    Example::
+
+        register = Register(store)
+        register.renew()
+        decision = register.claim("decision/1", {"commit": digest})  # the one that stands
     """
 
     def __init__(self, store: dist.Store) -> None:
@@ -40,14 +51,13 @@ class Register:
         """Name of the life of the store that is read and written."""
 
     def renew(self) -> bool:
-        """Learn in which life the store is; return whether it is another than before.
+        """Read the name of the store's life; return whether it has changed.
 
         Raises:
             UnreachableError: If the store cannot be reached.
         """
         with _reached():
-            drawn = secrets.token_hex(8)
-            life = self._store.compare_set(_LIFE, "", drawn).decode()
+            life = self._store.compare_set(_LIFE, "", secrets.token_hex(8)).decode()
         changed = bool(self.life) and life != self.life
         self.life = life
         return changed
@@ -71,12 +81,12 @@ class Register:
             self._store.set(self._key(key), _json(value))
 
     def claim(self, key: str, value: object) -> Any:
-        """Set a value that stands once and for all; return the one of whoever came first."""
+        """Set a value unless there is one; return the value that stands."""
         with _reached():
             return _parsed(self._store.compare_set(self._key(key), "", _json(value)))
 
     def swap(self, key: str, old: object, new: object) -> Any:
-        """Replace a value, unless another party has done so already; return what stands."""
+        """Compare and swap a value; return the value that stands."""
         with _reached():
             return _parsed(self._store.compare_set(self._key(key), _json(old), _json(new)))
 
@@ -85,6 +95,10 @@ class Register:
         with _reached():
             for key in keys:
                 self._store.delete_key(self._key(key))
+
+    def close(self) -> None:
+        """Close the client; torch's own cannot be closed."""
+        _close(self._store)
 
     def _key(self, key: str) -> str:
         return f"{self.life}/{key}"
@@ -98,6 +112,34 @@ class Register:
         # not: of what is missing it returns what was expected, here something that is no JSON.
         values = [self._store.compare_set(key, _NOTHING, _NOTHING) for key in keys]
         return [None if value.decode(errors="replace") == _NOTHING else value for value in values]
+
+
+def connect_register(connect: Callable[[], dist.Store], wait_s: float, name: str) -> Register:
+    """Return a register over a client of its own; wait if the rendezvous is not up yet.
+
+    Raises:
+        UnreachableError: If it cannot be reached within ``wait_s``.
+    """
+    unreachable: UnreachableError | None = None
+    for _ in polls(wait_s):
+        store = None
+        try:
+            store = connect()
+            register = Register(store)
+            register.renew()
+            return register
+        except (dist.DistError, UnreachableError) as error:
+            if unreachable is None:
+                log.warning("[party %s] waits for the rendezvous: %s", name, error)
+            unreachable = UnreachableError(str(error))
+            _close(store)
+    raise unreachable or UnreachableError("no attempt was made")
+
+
+def _close(store: dist.Store | None) -> None:
+    close = getattr(store, "close", None)
+    if close is not None:
+        close()
 
 
 def _json(value: object) -> str:

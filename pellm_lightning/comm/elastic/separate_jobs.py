@@ -1,4 +1,4 @@
-"""A party that is a job of its own: what it is called, where it joins, with whom."""
+"""Configuration of a party that is a job of its own: name, rendezvous, roster."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +121,7 @@ class SeparateJobs:
         return cls(**{key: built[key](**value) if key in built else value for key, value in given.items()})
 
     def topology(self, environ: Mapping[str, str] | None = None) -> Topology:
-        """Return where this process stands; the launcher's ranks are those inside the party."""
+        """Return the topology of this process; the launcher's ranks are those inside the party."""
         environ = os.environ if environ is None else environ
         return Topology(
             party=self.roster.index(self.name),
@@ -142,21 +142,19 @@ class SeparateJobs:
         """
         return self._joined(self.connect, self.membership, quorum)
 
-    def rehearse(self, room: str, wait_s: float, quorum: Quorum) -> ElasticFederation:
-        """Join the other parties where no other federation is disturbed.
+    def rehearse(self, prefix: str, wait_s: float, quorum: Quorum) -> ElasticFederation:
+        """Join the other parties under a prefix of the rendezvous, so that no federation is disturbed.
 
         Args:
-            room: Names a part of the rendezvous; the same at all parties, and new.
+            prefix: The same at all parties, and never used before.
             wait_s: Seconds to wait for a party, at most.
             quorum: How many parties must meet.
 
         Raises:
             PartyLostError: If the rendezvous cannot be reached.
         """
-        impatient = replace(
-            self.membership, wait_s=wait_s, round_timeout_s=wait_s, exchange_timeout_s=wait_s / 2
-        )
-        return self._joined(lambda: PrefixStore(self.connect(), room), impatient, quorum)
+        brief = replace(self.membership, wait_s=wait_s, round_timeout_s=wait_s, exchange_timeout_s=wait_s / 2)
+        return self._joined(lambda: PrefixStore(self.connect(), prefix), brief, quorum)
 
     def connect(self) -> PollingStore:
         """Return a client of the rendezvous.

@@ -1,1 +1,1 @@
-"""Sums over own connections, one per pair of parties, plain or TLS."""
+"""Mesh: collectives over own connections, one per pair of parties, plain or TLS."""

@@ -1,7 +1,7 @@
 """Frames of tensors between two members.
 
 Nothing here blocks, and nothing is allocated by a length that the other end claims: a receiver knows
-beforehand what must come, and reads into memory that it has.
+beforehand what it expects, and reads into memory that it has.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
     *(torch.bool, torch.complex64, torch.complex128),
 )
-"""What can be sent; the index is the code on the wire."""
+"""Dtypes that can be sent; the index is the code on the wire."""
 
 _LABEL = struct.Struct("!4sBBHIQQ")
 _LENGTH = struct.Struct("!I")
@@ -41,20 +41,20 @@ _LENGTH = struct.Struct("!I")
 _FRAME_MAGIC = b"PeLF" if sys.byteorder == "little" else b"PeBF"
 HEADER_BYTES = _LABEL.size + _LENGTH.size
 
-# A frame that was begun must be ended before anything else can be said, such as who was lost.
+# A frame that was begun must be completed before anything else can be sent, such as a failure notice.
 _FRAME_BYTES = 1 << 20
 # Copying so little costs less than a second packet.
 _SMALL_BYTES = 8 << 10
-# What the system keeps of what is sent to the same host.
+# Send buffer of the system for connections within one host.
 _LOCAL_BYTES = 256 << 10
-# So often in a row what still comes is read and dropped.
+# Reads in a row whose bytes are dropped.
 _DRAINS = 16
-# As much is moved in one direction before the other has its turn.
+# Bytes moved in one direction before the other has its turn.
 _TURN_BYTES = 1 << 20
 
 
 class Label(NamedTuple):
-    """What a message is; sender and receiver each make it from what they have been called with.
+    """Header of a message; sender and receiver each make it from the arguments of their collective.
 
     Args:
         kind: A ``Kind``.
@@ -73,12 +73,12 @@ class Label(NamedTuple):
     size: int
 
     def pack(self) -> bytes:
-        """Return the label as it stands in front of each frame."""
+        """Return the label as bytes, which begin each frame."""
         return _LABEL.pack(_FRAME_MAGIC, *self)
 
     @classmethod
     def unpack(cls, packed: bytes) -> "Label | None":
-        """Return the label, None if the bytes are none."""
+        """Return the label, None if the bytes are no label."""
         magic, *fields = _LABEL.unpack(packed)
         return cls(*fields) if magic == _FRAME_MAGIC else None
 
@@ -95,12 +95,12 @@ class Label(NamedTuple):
 
 
 class Outgoing:
-    """A message on its way out.
+    """Message to send.
 
     Args:
-        label: What it is.
-        data: Its bytes, sent from where they lie.
-        ready: How many of them are there already; the owner raises it.
+        label: Its label.
+        data: Its bytes, sent without a copy.
+        ready: Number of bytes that can be sent already; the owner raises it.
     """
 
     def __init__(self, label: Label, data: memoryview, ready: int | None = None) -> None:
@@ -113,7 +113,7 @@ class Outgoing:
         self._begun = False
 
     def upcoming(self) -> memoryview:
-        """Return what to send next, empty if nothing is ready."""
+        """Return the bytes to send next, empty if none are ready."""
         if self._head:
             return self._head
         if self._sent == self._stop and (self.ready > self._sent or not (self._begun or self.data)):
@@ -134,7 +134,7 @@ class Outgoing:
         return self._begun and not self._head and self._sent == len(self.data)
 
     def cut(self) -> bool:
-        """Let the frame that was begun be the last one; return whether any of it is left to send."""
+        """Make the frame that was begun the last one; return whether any of it is left to send."""
         self.data = self.data[: self._stop]
         self.ready = self._stop
         return self._begun and not self.is_done
@@ -151,18 +151,18 @@ class Outgoing:
 
 
 class Incoming:
-    """A message that must come.
+    """Message to receive.
 
     Args:
-        label: What it must be.
-        ring: Where its bytes go, round and round if it is longer.
+        label: The label it must have.
+        ring: Ring buffer for its bytes.
     """
 
     def __init__(self, label: Label, ring: memoryview) -> None:
         self.label = label
         self.received = 0
         self.freed = 0
-        """Bytes that the owner has used and that may be overwritten."""
+        """Bytes that the owner has processed and that may be overwritten."""
         self._packed = label.pack()
         self._ring = ring
         self._head = bytearray(HEADER_BYTES)
@@ -170,8 +170,8 @@ class Incoming:
         self._frame_left = 0
         self._begun = False
 
-    def room(self) -> memoryview:
-        """Return where the next bytes go, empty while all room is taken."""
+    def buffer(self) -> memoryview:
+        """Return the buffer for the next bytes, empty while the ring is full."""
         if self._frame_left == 0:
             return memoryview(self._head)[self._head_received :]
         size = len(self._ring)
@@ -181,10 +181,10 @@ class Incoming:
         ]
 
     def advance(self, received: int) -> None:
-        """Note that so many bytes have come into the room.
+        """Note that bytes were received into the buffer.
 
         Raises:
-            UnexpectedFrame: If that completes the head of a frame that must not come.
+            UnexpectedFrameError: If that completes the head of an unexpected frame.
         """
         if self._frame_left:
             self.received += received
@@ -196,7 +196,7 @@ class Incoming:
 
     @property
     def is_done(self) -> bool:
-        """Whether everything has come."""
+        """Whether everything was received."""
         return self._begun and self.received == self.label.size
 
     def _read_head(self) -> None:
@@ -211,7 +211,7 @@ class Incoming:
 
 
 class UnexpectedFrameError(Exception):
-    """Something else came than what must come: ``label`` is None for bytes that are no frame."""
+    """A frame that was not expected: ``label`` is None for bytes that are no frame."""
 
     def __init__(self, label: Label | None, length: int) -> None:
         super().__init__(label, length)
@@ -224,7 +224,7 @@ class PeerDisconnectedError(Exception):
 
 
 class Link:
-    """The connection to one member: what goes out and what comes in, as far as it goes without waiting.
+    """Non-blocking connection to one member, with its queues of messages.
 
     Args:
         sock: Connected and non-blocking; the link closes it.
@@ -237,15 +237,15 @@ class Link:
         self.outbox: deque[Outgoing] = deque()
         self.inbox: deque[Incoming] = deque()
         self.events = 0
-        """What the last turn waits for."""
+        """Selector events that the last turn waits for."""
         self.is_hot = False
-        """Whether the last turn ended only because it was another's turn."""
+        """Whether the last turn ended only because of its limit of bytes."""
         self._send_error: OSError | None = None
         self._receive = sock.recv_into
-        with contextlib.suppress(OSError):  # an end that is gone already is noticed at the first turn
+        with contextlib.suppress(OSError):  # a peer that has disconnected is noticed at the first turn
             if sock.getsockname()[0] == sock.getpeername()[0]:
                 # Within one host more would only push one another out of the caches: 0.8 of the time.
-                # Elsewhere the system finds out what the way takes.
+                # Elsewhere the system tunes it.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_BYTES)
 
     @property
@@ -254,11 +254,11 @@ class Link:
         return not self.outbox and not self.inbox
 
     def turn(self) -> int:
-        """Send and receive what can go at once; return how many bytes went.
+        """Send and receive without waiting; return the number of bytes moved.
 
         Raises:
-            UnexpectedFrameError: If the other end sends what must not come.
-            PeerDisconnectedError: If it is gone although it is needed.
+            UnexpectedFrameError: If the other end sends an unexpected frame.
+            PeerDisconnectedError: If it has disconnected too early.
         """
         self.events = 0
         sent = self.push()
@@ -268,15 +268,15 @@ class Link:
             raise PeerDisconnectedError(str(self._send_error))
         return sent + received
 
-    def part(self, label: Label) -> None:
-        """Let ``label`` be the last that is said, after the frame that is under way."""
+    def send_last(self, label: Label) -> None:
+        """Make ``label`` the last message, after the frame that is under way."""
         begun = [message for message in list(self.outbox)[:1] if message.cut()]
         self.outbox = deque([*begun, Outgoing(label, memoryview(b""))])
 
     def drain(self, scrap: bytearray) -> bool:
-        """Finish sending, then read what still comes and drop it; return whether the other end is gone.
+        """Finish sending, then read and drop what is received; return whether the other end has disconnected.
 
-        Whoever closes a connection without having read everything destroys what is still on its way.
+        Closing a connection without having read everything destroys what is still on its way.
         """
         self.push()
         try:
@@ -292,9 +292,9 @@ class Link:
         return False
 
     def push(self) -> int:
-        """Send what can go at once; return how many bytes went.
+        """Send without waiting; return the number of bytes sent.
 
-        That the other end is gone is told by ``turn``, which first reads its last words.
+        A disconnected peer is reported by ``turn``, which first reads what it has sent.
         """
         moved = 0
         while self.outbox and moved < _TURN_BYTES and self._send_error is None:
@@ -314,13 +314,13 @@ class Link:
         moved = 0
         while self.inbox and moved < _TURN_BYTES:
             message = self.inbox[0]
-            room = message.room()
-            received = self._fill(room)
+            buffer = message.buffer()
+            received = self._fill(buffer)
             message.advance(received)
             moved += received
             if message.is_done:
                 self.inbox.popleft()
-            elif received < len(room) or not room:
+            elif received < len(buffer) or not buffer:
                 break
         return moved
 
@@ -340,15 +340,15 @@ class Link:
             self.events |= EVENT_WRITE
         return sent
 
-    def _fill(self, room: memoryview) -> int:
-        """Fill the start of ``room``; less than all means that the rest is still to come."""
+    def _fill(self, buffer: memoryview) -> int:
+        """Fill the start of ``buffer``; less than all means that the rest was not received yet."""
         received = 0
         try:
-            while received < len(room):
-                # TLS hands over 16 KiB at a time, and what it has already read does not wake a selector.
-                some = self._receive(room[received:])
+            while received < len(buffer):
+                # TLS returns 16 KiB at a time, and what it has already read does not wake a selector.
+                some = self._receive(buffer[received:])
                 if not some:
-                    raise PeerDisconnectedError("it hung up")
+                    raise PeerDisconnectedError("it disconnected")
                 received += some
         except (BlockingIOError, ssl.SSLWantReadError):
             self.events |= EVENT_READ

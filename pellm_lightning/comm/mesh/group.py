@@ -1,4 +1,4 @@
-"""The members of a mesh: who they are, and the words for what can go wrong between them."""
+"""Group: the members of a mesh, and the errors that can happen between them."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.frames import Kind, Label
-from pellm_lightning.comm.mesh.handshake import GREETING_BYTES, split_address
+from pellm_lightning.comm.mesh.handshake import GREETING_BYTES
+from pellm_lightning.comm.sockets import split_address
 
-# The mask of the lost in a farewell has as many bits.
+# The bit mask of a failure notice has as many bits.
 _MAX_MEMBERS = 128
 
 
 @dataclass(frozen=True)
 class Group:
-    """Who is in a mesh.
+    """Members of a mesh.
 
     Args:
-        name: What the group is called, its own for each mesh that is ever formed.
-        rank: This party's place in ``names``.
+        name: Name of the group, unique to each mesh.
+        rank: This party's index in ``names``.
         names: Names of the members, the same at each of them.
         addresses: Where each member's listener is reached, "host:port".
 
@@ -50,7 +51,7 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many the members are."""
+        """Number of members."""
         return len(self.names)
 
     @property
@@ -59,42 +60,42 @@ class Group:
         return self.names[self.rank]
 
     def called(self, ranks: Iterable[int]) -> str:
-        """Return who these are and where, in words."""
+        """Return names and addresses of members, for a message."""
         return " and ".join(f"{self.names[rank]} ({self.addresses[rank]})" for rank in ranks)
 
-    # ---- what goes wrong; ``here`` says what this party was doing
+    # ---- errors; ``here`` is what this party was doing
 
     def absent(
-        self, ranks: Iterable[int], timeout_s: float, troubles: Mapping[int, str], rebuffed: str
+        self, ranks: Iterable[int], timeout_s: float, failures: Mapping[int, str], rejected: str
     ) -> PartyLostError:
-        """Return the error for members that were not there in time.
+        """Return the error for members that did not connect in time.
 
         Args:
-            ranks: Theirs.
-            timeout_s: How long they were waited for.
-            troubles: What came of it where this party was to call.
-            rebuffed: Who has called and was hung up on, if anybody was.
+            ranks: The members.
+            timeout_s: How long this party has waited.
+            failures: Last error of each member that this party has dialed.
+            rejected: Whose connection was rejected last and why, empty if none was.
         """
         ranks = list(ranks)
-        uncalled = f"it has not called, or was hung up on ({rebuffed})" if rebuffed else "it has not called"
-        told = "; ".join(f"{self.called([rank])}: {troubles.get(rank, uncalled)}" for rank in ranks)
+        silent = f"it has not connected, or was rejected ({rejected})" if rejected else "it has not connected"
+        reasons = "; ".join(f"{self.called([rank])}: {failures.get(rank, silent)}" for rank in ranks)
         return self._lost(
             ranks,
-            f"Not all members of group {self.name} were there within {timeout_s:g} s. {told}. Check that"
+            f"Not all members of group {self.name} connected within {timeout_s:g} s. {reasons}. Check that"
             " these parties run, that each address can be reached from here and is not blocked, and that all"
             " parties use TLS and have the same ca.pem, or none uses TLS.",
         )
 
     def gone(self, rank: int, why: str, here: str) -> PartyLostError:
-        """Return the error for a member that has hung up."""
+        """Return the error for a member that has disconnected."""
         return self._lost(
             [rank],
-            f"{self.called([rank])} left while {here}: {why}. Its process ended or it gave up this group:"
+            f"{self.called([rank])} left while {here}: {why}. Its process ended or it aborted this group:"
             " look at the end of its log.",
         )
 
     def late(self, ranks: Sequence[int], timeout_s: float, here: str) -> PartyLostError:
-        """Return the error for members that are silent."""
+        """Return the error for members that have stalled."""
         return self._lost(
             ranks,
             f"Nothing moved between {self.me} and {self.called(ranks)} for {timeout_s:g} s while {here}. Look"
@@ -105,9 +106,9 @@ class Group:
     def unexpected(
         self, rank: int, label: Label | None, length: int, expected: Label, here: str
     ) -> FederationError:
-        """Return the error for a frame that must not come, or for a farewell."""
+        """Return the error for an unexpected frame, or for a failure notice."""
         if label is not None and label.kind in (Kind.LOST, Kind.MISMATCH):
-            return self._told(rank, label, here)
+            return self._notified(rank, label, here)
         sent = "bytes that are no frame" if label is None else f"{label} (frame of {length} bytes)"
         return MismatchError(
             f"{self.called([rank])} sent {sent} while {here}, which expects {expected}. Give every party the"
@@ -115,20 +116,20 @@ class Group:
             parties=[self.names[rank]],
         )
 
-    def farewell(self, error: FederationError, sequence: int) -> tuple[list[int], Label]:
-        """Return whose fault an error is, and how to tell the others."""
+    def failure_notice(self, error: FederationError, sequence: int) -> tuple[list[int], Label]:
+        """Return the members that an error blames, and the label that tells the others."""
         blamed = [rank for rank, name in enumerate(self.names) if name in error.parties]
         mask = sum(1 << rank for rank in blamed)
         kind = Kind.MISMATCH if isinstance(error, MismatchError) else Kind.LOST
         return blamed, Label(kind, 0, 0, sequence, mask & (1 << 64) - 1, mask >> 64)
 
-    def _told(self, by: int, label: Label, here: str) -> FederationError:
-        """Return the error for what a peer said before it hung up."""
+    def _notified(self, by: int, label: Label, here: str) -> FederationError:
+        """Return the error for a failure notice of a peer."""
         mask = label.whole | label.size << 64
         ranks = [rank for rank in range(self.size) if mask >> rank & 1 and rank != self.rank]
         if mask >> self.rank & 1 or not ranks:
             ranks = [by]
-            why = "gave up on this party: it was late, or what it sent did not fit"
+            why = "aborted because of this party: it was late, or what it sent did not fit"
         elif label.kind == Kind.LOST:
             why = f"has lost {self.called(ranks)}"
         else:

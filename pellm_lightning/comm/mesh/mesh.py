@@ -1,7 +1,7 @@
-"""Collectives over own connections, one per pair of members, plain or TLS.
+"""Mesh: collectives over own connections, one per pair of members, plain or TLS.
 
-A member that dies, stalls or disagrees is told by its name to all others, and none of them is harmed: each
-knows what must come, checks every frame against it, and says whom it lost before it hangs up.
+A member that dies, stalls or disagrees is named to all others, and none of them is harmed: each knows which
+frames it expects, checks every frame against them, and sends a failure notice before it disconnects.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pellm_lightning.comm.mesh.frames import (
     UnexpectedFrameError,
 )
 from pellm_lightning.comm.mesh.group import Group
-from pellm_lightning.comm.mesh.handshake import greet
+from pellm_lightning.comm.mesh.handshake import send_greeting
 from pellm_lightning.comm.mesh.listener import Listener
 from pellm_lightning.comm.mesh.reduction import BLOCK_BYTES, Reduction
 from pellm_lightning.comm.mesh.stall_detector import StallDetector
@@ -37,36 +37,41 @@ from pellm_lightning.comm.tls import TLS
 
 __all__ = ["Listener", "Mesh"]
 
-# Room for what other members send before it can be added, for each of them and for all together.
+# Ring buffers for what other members send before it can be added: of each, and of all together.
 _RING_BYTES = 1 << 20
 _RINGS_BYTES = 16 << 20
 # How often ``watch`` is called, at least.
 _WATCH_S = 0.1
-# How long a member takes to say whom it lost, at most.
-_FAREWELL_S = 0.3
-# How often a forming mesh looks for members that have called.
-_LOOK_S = 0.02
+# Timeout of sending a failure notice.
+_NOTICE_S = 0.3
+# How often a forming mesh polls for members that have connected.
+_POLL_S = 0.02
 
 
 class Mesh:
-    """The members of one group, joined pair by pair; each member constructs its own at the same time.
+    """The members of one group, connected pair by pair; each member constructs its own at the same time.
 
-    The lower rank of a pair listens, the higher rank calls it. After an error the mesh is of no use, and all
-    its connections are closed.
+    The lower rank of a pair listens, the higher rank dials it. After an error the mesh is broken, and all its
+    connections are closed.
 
     Args:
-        listener: Where this party's peers come in.
+        listener: Accepts the connections of the higher ranks.
         group: Name of the group, its own for each mesh that is ever formed.
-        rank: This party's place in ``names``.
+        rank: This party's index in ``names``.
         names: Names of the members, the same at each of them.
         addresses: Where each member's listener is reached, "host:port".
         timeout_s: Seconds that a member may be late, at forming and at each collective.
         watch: Called several times a second while this party waits; what it raises breaks the mesh.
-        tls: By which to prove this party's name and to judge the others', as the listener's.
+        tls: Certificate of this party, and the authority of the others', as the listener's.
 
     Raises:
         ValueError: If the arguments do not fit each other.
         PartyLostError: If a member cannot be reached within ``timeout_s``.
+
+    Example::
+
+        mesh = Mesh(listener, "round 3", 0, ["a", "b"], [listener.address, "b.example:7001"], timeout_s=60)
+        mesh.all_reduce(update)
     """
 
     def __init__(
@@ -96,7 +101,7 @@ class Mesh:
         self._selector = DefaultSelector()
         self._registered: dict[int, int] = {}
         self._in_use = threading.RLock()
-        self._hanging_up = threading.Lock()
+        self._closing = threading.Lock()
         self._aborted = threading.Event()
         with self._guarded():
             self._form(listener, tls)
@@ -132,7 +137,7 @@ class Mesh:
                 sums.append(Outgoing(label(Kind.SUM, self.rank), chunks[self.rank], ready=0))
                 link.outbox += [Outgoing(label(Kind.PART, peer), chunks[peer]), sums[-1]]
                 link.inbox += [parts[-1], Incoming(label(Kind.SUM, peer), chunks[peer])]
-            self._exchange(Reduction(own, rings, parts, sums).go_on)
+            self._exchange(Reduction(own, rings, parts, sums).advance)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite a contiguous CPU tensor by the one of member ``source``.
@@ -147,8 +152,8 @@ class Mesh:
         nothing = memoryview(b"")
         with self._guarded("broadcast"):
             for peer, link in self._links.items():
-                # Those who have nothing to send say so: a member that calls something else is told from one
-                # that is late.
+                # Members that have nothing to send send an empty frame: so one that calls another collective
+                # is told from one that is late.
                 out, into = (data if rank == source else nothing for rank in (self.rank, peer))
                 for_peer, of_peer = (
                     self._label(Kind.BROADCAST, tensor, len(part), whole=len(data), source=source)
@@ -190,7 +195,7 @@ class Mesh:
     def abort(self) -> None:
         """Close all connections at once; a collective that another thread is in fails."""
         self._aborted.set()
-        with self._hanging_up:
+        with self._closing:
             for link in self._links.values():
                 # Closing here would free the descriptor that the other thread waits for.
                 with contextlib.suppress(OSError):
@@ -204,36 +209,36 @@ class Mesh:
     # ---- forming
 
     def _form(self, listener: Listener, tls: TLS | None) -> None:
-        """Get one connection to each peer: the lower ranks are called, the higher ones call."""
+        """Get one connection to each peer: the lower ranks are dialed, the higher ones dial."""
         group = self._group
-        callees = {peer: (group.names[peer], group.addresses[peer]) for peer in range(self.rank)}
-        calls = Dialer(group.me, group.name, callees, tls)
+        addresses = {peer: (group.names[peer], group.addresses[peer]) for peer in range(self.rank)}
+        dialer = Dialer(group.me, group.name, addresses, tls)
         began = time.monotonic()
         pause = 0.001
         try:
-            while not self._admit(listener):
-                for peer, sock in calls.go_on(pause):
+            while not self._accept(listener):
+                for peer, sock in dialer.poll(pause):
                     self._links[peer] = Link(sock, peer)
-                pause = min(2 * pause, _LOOK_S)
-                self._look_out()
+                pause = min(2 * pause, _POLL_S)
+                self._check()
                 if time.monotonic() >= began + self._timeout_s:
                     missing = [peer for peer in range(self.size) if peer not in {self.rank, *self._links}]
-                    rebuffed = listener.rebuffed(began)
-                    raise group.absent(missing, self._timeout_s, calls.troubles, rebuffed)
+                    rejected = listener.rejected(began)
+                    raise group.absent(missing, self._timeout_s, dialer.failures, rejected)
         finally:
-            calls.close()
+            dialer.close()
 
-    def _admit(self, listener: Listener) -> bool:
-        """Answer the members that have called; return whether all members are joined."""
+    def _accept(self, listener: Listener) -> bool:
+        """Greet the members that have connected; return whether all members are connected."""
         for peer in range(self.rank + 1, self.size):
             sock = listener.take(self._group.names[peer], self._group.name)
             if sock is None:
                 continue
-            # A member that calls again has given up its first call.
+            # A member that connects again has given up its first connection.
             if peer in self._links:
                 self._links.pop(peer).sock.close()
             try:
-                for _ in greet(sock, self._group.me, self._group.name):
+                for _ in send_greeting(sock, self._group.me, self._group.name):
                     raise BlockingIOError("a fresh connection has no room for a greeting")
             except OSError:
                 sock.close()
@@ -244,31 +249,31 @@ class Mesh:
     # ---- exchanging
 
     def _exchange(self, work: Callable[[], bool] = lambda: False) -> None:
-        """Send and receive all that the links have been given; ``work`` goes on whenever something moved.
+        """Send and receive all messages of the links; ``work`` is called whenever bytes have moved.
 
         Args:
-            work: Does what can be done with what has come; returns whether that lets links go on.
+            work: Processes what has been received; returns whether links can proceed after that.
         """
         undone = turning = list(self._links.values())
-        patience = StallDetector(self._timeout_s, undone)
-        # Before anybody's mistake can be noticed, everybody has been told what this member does: so the
-        # others can judge for themselves who is wrong.
+        stalls = StallDetector(self._timeout_s, undone)
+        # Before an error can be noticed, all members have been sent what this one does: so each of them can
+        # find out for itself who is wrong.
         for link in undone:
             link.push()
         while undone:
             moved = [link for link in turning if self._turn(link)]
-            patience.moved(moved)
-            may_go_on = work()
+            stalls.moved(moved)
+            may_proceed = work()
             undone = [link for link in undone if not link.is_done]
-            self._look_out()
-            if may_go_on:
+            self._check()
+            if may_proceed:
                 turning = undone
                 continue
-            # The time is taken before the wait: if this process itself was stopped, nobody else is late.
+            # The time is taken before the wait: if this process itself was suspended, nobody else is late.
             now = time.monotonic()
             ready = self._ready({link: link.events for link in undone}, 0.0 if moved else _WATCH_S)
             turning = list({*ready, *(link for link in undone if link.is_hot)})
-            if not turning and not moved and (late := patience.over(undone, now)):
+            if not turning and not moved and (late := stalls.stalled(undone, now)):
                 raise self._group.late(late, self._timeout_s, self._here)
 
     def _turn(self, link: Link) -> int:
@@ -283,7 +288,7 @@ class Mesh:
             ) from error
 
     def _ready(self, events: Mapping[Link, int], timeout_s: float) -> list[Link]:
-        """Wait until one of the links can go on; return those that can."""
+        """Wait until one of the links can proceed; return those that can."""
         for link in self._links.values():
             self._register(link, events.get(link, 0))
         return [key.data for key, _ in self._selector.select(timeout_s)]
@@ -300,8 +305,8 @@ class Mesh:
         else:
             self._selector.unregister(link.sock)
 
-    def _look_out(self) -> None:
-        """Call ``watch`` when it is time, and notice that another thread has aborted."""
+    def _check(self) -> None:
+        """Call ``watch`` when it is due, and notice that another thread has aborted."""
         now = time.monotonic()
         if now - self._watched >= _WATCH_S:
             self._watched = now
@@ -313,7 +318,7 @@ class Mesh:
         return Label(kind, DTYPES.index(tensor.dtype), source, self._sequence, whole, size)
 
     def _rings(self, own: Tensor) -> dict[int, Tensor]:
-        """Return room, of ``own``'s dtype, for what each peer sends to be added to ``own``."""
+        """Return ring buffers, of ``own``'s dtype, for what each peer sends to be added to ``own``."""
         peers = max(1, len(self._links))
         most = max(1, min(_RING_BYTES, _RINGS_BYTES // peers) // BLOCK_BYTES)
         size = BLOCK_BYTES * min(most, -(-own.nbytes // BLOCK_BYTES))
@@ -322,11 +327,11 @@ class Mesh:
         rings = (self._scratch[i * size : (i + 1) * size] for i in range(len(self._links)))
         return {peer: ring.view(own.dtype) for peer, ring in zip(self._links, rings, strict=True)}
 
-    # ---- what goes wrong
+    # ---- errors
 
     @contextlib.contextmanager
     def _guarded(self, phase: str = "forming") -> Iterator[None]:
-        """Let one collective in at a time; after an error tell the others whose fault it is, and hang up."""
+        """Run one collective at a time; after an error send the others a failure notice, and disconnect."""
         with self._in_use:
             if self._aborted.is_set():
                 raise FederationError(
@@ -343,7 +348,7 @@ class Mesh:
                         f"abort() was called while {self._here}. Form a new mesh, of a new group."
                     ) from error
                 if isinstance(error, FederationError):
-                    self._say_farewell(error)
+                    self._send_notice(error)
                 self._close()
                 raise
 
@@ -352,15 +357,15 @@ class Mesh:
         number = "" if self._phase == "forming" else f" number {self._sequence}"
         return f"{self._group.me} was in {self._phase}{number} of group {self._group.name}"
 
-    def _say_farewell(self, error: FederationError) -> None:
-        """Tell the others whose fault it is, so that each of them blames the same and not us."""
-        blamed, label = self._group.farewell(error, self._sequence)
+    def _send_notice(self, error: FederationError) -> None:
+        """Tell the others which members failed, so that all blame the same and not this party."""
+        blamed, label = self._group.failure_notice(error, self._sequence)
         if not blamed:
             return
         for link in self._links.values():
-            link.part(label)
+            link.send_last(label)
         scrap = bytearray(BLOCK_BYTES)
-        deadline = time.monotonic() + _FAREWELL_S
+        deadline = time.monotonic() + _NOTICE_S
         left = list(self._links.values())
         while left and time.monotonic() < deadline:
             left = [
@@ -369,7 +374,7 @@ class Mesh:
             self._ready({link: EVENT_READ | (EVENT_WRITE if link.outbox else 0) for link in left}, 0.05)
 
     def _close(self) -> None:
-        with self._hanging_up:
+        with self._closing:
             self._aborted.set()
             for link in self._links.values():
                 link.sock.close()

@@ -1,4 +1,4 @@
-"""The sum of what the members send, made block by block while the next blocks are on their way."""
+"""Pipelined sum of the members' tensors: block by block while the next blocks are being received."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from pellm_lightning.comm.mesh.frames import Incoming, Outgoing
 
 BLOCK_BYTES = 256 << 10
-"""So much is added at a time: it fits into a core's cache, and is a multiple of every scalar's size."""
+"""Bytes added at a time: they fit into a core's cache, and are a multiple of every scalar's size."""
 
 
 class Reduction:
     """x_0 + x_1 + … + x_{N-1} in the order of the ranks, each sum rounded to the dtype.
 
     Args:
-        own: Flat tensor, this member's addend; the sum takes its place.
-        rings: Where each peer's addend comes in, of the same dtype, used round and round.
-        incoming: The peers' addends on their way.
-        outgoing: The messages that carry the sum away from ``own``.
+        own: Flat tensor, this member's addend; overwritten by the sum.
+        rings: Ring buffer for each peer's addend, of the same dtype.
+        incoming: Messages that carry the peers' addends.
+        outgoing: Messages that carry the sum.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Reduction:
         self._block = BLOCK_BYTES // own.itemsize
         self._done = 0
 
-    def go_on(self) -> bool:
-        """Add what has come from all; return whether there was any."""
-        come = min((message.received for message in self._incoming), default=0) // self._own.itemsize
-        stop = come if come == self._own.numel() else come - come % self._block
+    def advance(self) -> bool:
+        """Add what was received from all; return whether there was any."""
+        received = min((message.received for message in self._incoming), default=0) // self._own.itemsize
+        stop = received if received == self._own.numel() else received - received % self._block
         if stop == self._done:
             return False
         while self._done < stop:
@@ -61,6 +61,6 @@ class Reduction:
 
 
 def _wrapped(ring: Tensor, start: int, end: int) -> Tensor:
-    """Return where the addend's scalars ``start`` to ``end`` lie; no block goes over the ring's end."""
+    """Return the addend's scalars ``start`` to ``end``; no block goes over the ring's end."""
     size = ring.numel()
     return ring[start % size : start % size + end - start]

@@ -1,1 +1,1 @@
-"""Where separate jobs meet: the process that keeps their words, and its clients."""
+"""Rendezvous of separate jobs: a key-value server, and its clients."""

@@ -1,36 +1,36 @@
-"""One connection of a client to the rendezvous."""
+"""Channel: one connection of a client to the rendezvous."""
 
 import contextlib
 import socket
 import ssl
 import weakref
 
-from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.rendezvous.frames import HELLO, LENGTH_BYTES, FrameError, length, unpack
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import RENDEZVOUS, peer_name
 
 _PIECE_BYTES = 64 << 10
 
 
 class ServerDisconnectedError(OSError):
-    """A server that had proved its name closed the connection without a word."""
+    """An authenticated server closed the connection without an answer."""
 
 
 class Channel:
-    """One connection to a rendezvous, its hello said.
+    """One connection to a rendezvous, after the hello.
 
     Args:
-        address: Where it is.
+        address: "host:port" of the rendezvous.
         context: Settings of TLS, None for a plain connection.
-        patience_s: Seconds that each single step may take.
+        timeout_s: Seconds that each single step may take.
 
     Raises:
         OSError: If it cannot be reached or closes the connection, in the handshake an ``ssl.SSLError``.
         FrameError: If it is no rendezvous.
     """
 
-    def __init__(self, address: str, context: ssl.SSLContext | None, patience_s: float) -> None:
-        self._socket = socket.create_connection(split_address(address), patience_s)
+    def __init__(self, address: str, context: ssl.SSLContext | None, timeout_s: float) -> None:
+        self._socket = socket.create_connection(split_address(address), timeout_s)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -38,7 +38,7 @@ class Channel:
                 self._socket = context.wrap_socket(self._socket)
             # A forgotten store closes its connection, also while the interpreter ends.
             weakref.finalize(self, self._socket.close)
-            self._say_hello()
+            self._hello()
         except BaseException:
             self._socket.close()
             raise
@@ -54,8 +54,8 @@ class Channel:
             raise FrameError("more than an answer")
         return unpack(answer[LENGTH_BYTES:])
 
-    def patience(self, seconds: float) -> None:
-        """Set for how many seconds the server may be silent."""
+    def set_timeout(self, seconds: float) -> None:
+        """Set the seconds that the server may be silent."""
         self._socket.settimeout(seconds)
 
     def close(self) -> None:
@@ -64,8 +64,8 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _say_hello(self) -> None:
-        """Find out who is there and say what we speak."""
+    def _hello(self) -> None:
+        """Check the server's name, and exchange protocol versions."""
         if isinstance(self._socket, ssl.SSLSocket) and peer_name(self._socket) != RENDEZVOUS:
             raise FrameError(f"its certificate is named {peer_name(self._socket)!r}, not {RENDEZVOUS!r}")
         try:
@@ -77,12 +77,12 @@ class Channel:
                 raise ServerDisconnectedError(str(error)) from error
             raise
         if hello[:-2] != HELLO[:-2]:
-            raise FrameError("it says something else than hello")
+            raise FrameError("it sends something else than hello")
         if hello != HELLO:
-            raise FrameError(f"it speaks version {hello[-1]}, not {HELLO[-1]}")
+            raise FrameError(f"its protocol has version {hello[-1]}, not {HELLO[-1]}")
 
     def _receive(self, size: int, got: bytes = b"") -> bytes:
-        """Return ``got`` and what comes after it, at least ``size`` bytes in all."""
+        """Return ``got`` and what is received after it, at least ``size`` bytes in all."""
         data = bytearray(got)
         while len(data) < size:
             piece = self._socket.recv(_PIECE_BYTES)

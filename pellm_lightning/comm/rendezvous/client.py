@@ -1,4 +1,4 @@
-"""A client of the rendezvous that survives its restarts, as a torch ``Store``."""
+"""Client of the rendezvous that survives its restarts, as a torch ``Store``."""
 
 import math
 import ssl
@@ -10,7 +10,6 @@ import torch.distributed as dist
 from typing_extensions import Self, override
 
 from pellm_lightning.comm.errors import FederationError
-from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.polling import polls
 from pellm_lightning.comm.rendezvous.channel import Channel, ServerDisconnectedError
 from pellm_lightning.comm.rendezvous.frames import (
@@ -24,20 +23,21 @@ from pellm_lightning.comm.rendezvous.frames import (
     pack,
 )
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
-# A server that stops closes connections before it closes its port; one that shuts us out does so every time.
-_HANG_UPS = 10
-# More words than any server of ours has.
+# A server that stops closes connections before it closes its port; one that rejects us does so every time.
+_DISCONNECTS = 10
+# Longer than any reason of our server.
 _MAX_REASON = 1000
 
 
 class RendezvousStore(PollingStore):
     """A client of a ``RendezvousServer``.
 
-    A lost connection is made again and the request is asked again, for ``retry_s`` seconds. That does no harm
-    except to ``add``, which is asked again once at most and may then have counted twice, and to
-    ``delete_key``, which may then say that there was nothing. Several threads may use one client, but one
+    A lost connection is opened again and the request is retried, for ``retry_s`` seconds. That does no harm
+    except to ``add``, which is retried once at most and may then have counted twice, and to ``delete_key``,
+    which may then return that there was nothing. Several threads may use one client, but one
     waits while the other is answered; ``clone()`` has a connection of its own.
 
     Args:
@@ -50,6 +50,11 @@ class RendezvousStore(PollingStore):
         ValueError: If an argument is out of range; later, if a key or a value is over a limit.
         torch.distributed.DistNetworkError: If the server is out of reach for ``retry_s``.
         FederationError: If the server does not admit this party, is not the rendezvous, or refuses a request.
+
+    Example::
+
+        store = RendezvousStore("hub:29400")
+        store.compare_set("leader", "", "clinic-a")
     """
 
     _channel: Channel | None = None
@@ -67,7 +72,7 @@ class RendezvousStore(PollingStore):
         self._context = None if tls is None else tls.client_context
         self._retry_s = retry_s
         self._lock = threading.Lock()
-        self.num_keys()  # who is not admitted learns it here
+        self.num_keys()  # a party that is not admitted fails here
 
     @override
     def set(self, key: str, value: str | bytes) -> None:
@@ -113,59 +118,59 @@ class RendezvousStore(PollingStore):
     @override
     def close(self) -> None:
         self._closed = True
-        self._hang_up()
+        self._disconnect()
 
     def _ask(self, op: Op, *fields: bytes, repeats: float = math.inf) -> list[bytes | None]:
-        """Return the answer's fields; ask again what may have been heard, ``repeats`` times at most."""
+        """Return the answer's fields; retry what may have been received, ``repeats`` times at most."""
         request = pack(op, fields)
         until = time.monotonic() + self._retry_s
-        asked = hang_ups = 0
+        sent = disconnects = 0
         failure: OSError | None = None
         with self._lock:
             for _ in polls(self._retry_s):
                 try:
-                    line = self._connected(until)
-                    asked += 1
-                    return self._done(line.exchange(request))
+                    channel = self._connected(until)
+                    sent += 1
+                    return self._done(channel.exchange(request))
                 except OSError as error:
-                    self._hang_up()
+                    self._disconnect()
                     failure = error
-                    hang_ups = hang_ups + 1 if isinstance(error, ServerDisconnectedError) else 0
-                    if hang_ups == _HANG_UPS:
-                        raise self._shut_out("it hangs up without a word") from error
-                    if asked > repeats or self._closed:
+                    disconnects = disconnects + 1 if isinstance(error, ServerDisconnectedError) else 0
+                    if disconnects == _DISCONNECTS:
+                        raise self._rejected("it disconnects without an answer") from error
+                    if sent > repeats or self._closed:
                         break
                 except FrameError as error:
-                    self._hang_up()
+                    self._disconnect()
                     raise self._no_rendezvous(str(error)) from error
         raise self._out_of_reach(failure) from failure
 
     def _connected(self, until: float) -> Channel:
-        """Return the connection, made anew if there is none."""
+        """Return the connection; open one if there is none."""
         if self._closed:
             raise OSError("this client was closed")
-        # Half of the time, so that a connection that died without a sign leaves time for another.
-        patience_s = max(min(self._retry_s / 2, until - time.monotonic()), 0.05)
+        # Half of the time, so that a connection that died silently leaves time for another.
+        timeout_s = max(min(self._retry_s / 2, until - time.monotonic()), 0.05)
         if self._channel is None:
             try:
-                self._channel = Channel(self.address, self._context, patience_s)
+                self._channel = Channel(self.address, self._context, timeout_s)
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 raise  # the server may just be stopping
             except ssl.SSLCertVerificationError as error:
                 why = f"its certificate is not accepted: {error.verify_message}"
                 raise self._no_rendezvous(why) from error
             except ssl.SSLError as error:
-                raise self._shut_out(f"it ends the handshake: {error.reason}") from error
-        self._channel.patience(patience_s)
+                raise self._rejected(f"it ends the handshake: {error.reason}") from error
+        self._channel.set_timeout(timeout_s)
         return self._channel
 
-    def _hang_up(self) -> None:
-        line, self._channel = self._channel, None
-        if line is not None:
-            line.close()
+    def _disconnect(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
     def _done(self, answer: tuple[int, list[bytes | None]]) -> list[bytes | None]:
-        """Return an answer's fields if the server did what it was asked for."""
+        """Return an answer's fields if the request was done."""
         tag, fields = answer
         if tag == DONE:
             return fields
@@ -194,12 +199,12 @@ class RendezvousStore(PollingStore):
 
     def _no_rendezvous(self, why: str) -> FederationError:
         return FederationError(
-            f"Who answers at {self.address}{self._identity()} is not this federation's rendezvous: {why}."
+            f"The server at {self.address}{self._identity()} is not this federation's rendezvous: {why}."
             " Check the address, that it and all parties run the same version and use TLS, or none does, and"
             " that all have the same ca.pem."
         )
 
-    def _shut_out(self, why: str) -> FederationError:
+    def _rejected(self, why: str) -> FederationError:
         return FederationError(
             f"The rendezvous at {self.address} does not admit this party{self._identity()}: {why}. Check that"
             " the name is on its roster, that its authority issued the certificate, and that this has not"
@@ -214,7 +219,7 @@ def connect(url: str, tls: TLS | None = None, *, timeout_s: float = 300, retry_s
     """Return a client of the rendezvous at ``tcp://host:port`` or of the etcd at ``etcd://host:port``.
 
     Args:
-        url: Where the parties meet.
+        url: Address of the rendezvous.
         tls: Certificate of this party; None for a server without TLS.
         timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
         retry_s: Seconds for which the server may be out of reach before an error is raised.

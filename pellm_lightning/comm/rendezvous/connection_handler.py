@@ -1,4 +1,4 @@
-"""The rendezvous' inner life: who comes in, what they ask, and when they are shown out."""
+"""Connection handler of the rendezvous: who is admitted, answers to requests, timeouts and limits."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,6 @@ import socket
 import ssl
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     unpack,
 )
 from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
+from pellm_lightning.comm.sockets import oldest_of_largest_host
 from pellm_lightning.comm.tls import peer_name
 
 log = logging.getLogger(__name__)
@@ -30,24 +30,24 @@ log = logging.getLogger(__name__)
 # Both, and what else is open, fit into the 1024 descriptors that a process usually may have. The 128 parties
 # that a round can have take three each.
 MAX_CONNECTIONS = 512
-MAX_STRANGERS = 256
-# A party has two or three; more are left over from a host that vanished.
+MAX_UNAUTHENTICATED = 256
+# A party has two or three; more are left over from a host that went down.
 MAX_CONNECTIONS_PER_NAME = 8
-# Long enough for a handshake over a slow line; a stranger needs no more.
+# Timeout of a handshake; long enough for a slow link.
 _HELLO_S = 5.0
-# The rest of a frame follows its first byte, and an answer is taken, at the speed of the line.
+# The rest of a frame follows its first byte, and an answer is read, at the speed of the link.
 _FRAME_S = 10.0
-# Larger frames are read and sent one at a time per guest, so that memory is bounded by the number of guests.
+# Larger frames are read and sent one at a time per session, so that the number of sessions bounds memory.
 _LARGE_BYTES = 64 << 10
-_LOG_STRANGERS_S = 10.0
+_LOG_REJECTED_S = 10.0
 
-# What a connection raises that breaks, lies or is too late.
+# What a connection raises that breaks, sends garbage or is too late.
 _BROKEN = (OSError, EOFError, FrameError)
 
 
 @dataclass(eq=False)
 class _Session:
-    """Who asks: a party by its certificate, or without TLS whoever connects from one host."""
+    """Client of the rendezvous: a party by its certificate, or without TLS all connections from one host."""
 
     name: str | None
     label: str
@@ -61,10 +61,10 @@ class _Connection:
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    heard_at: float = field(default_factory=time.monotonic)
+    received_at: float = field(default_factory=time.monotonic)
 
     def cut(self) -> None:
-        """Close at once; whoever waits for this connection gets an error of ``_BROKEN``."""
+        """Close at once; what waits for this connection gets an error of ``_BROKEN``."""
         self.writer.transport.abort()
 
     @contextlib.contextmanager
@@ -78,28 +78,28 @@ class _Connection:
 
 
 class ConnectionHandler:
-    """Serves one ``KeyValueStore`` to whoever may come in.
+    """Serves one ``KeyValueStore`` to all admitted connections.
 
     Args:
-        roster: Names that may come in, with TLS.
-        context: Settings of TLS; None to let everybody in.
+        roster: Names that are admitted, with TLS.
+        context: Settings of TLS; None admits everybody.
     """
 
     def __init__(self, roster: frozenset[str], context: ssl.SSLContext | None) -> None:
         self._roster = roster
         self._context = context
-        self._table = KeyValueStore()
-        self._guests: dict[str, _Session] = {}
-        self._strangers: dict[asyncio.Task[None], str] = {}
+        self._store = KeyValueStore()
+        self._sessions: dict[str, _Session] = {}
+        self._unauthenticated: dict[asyncio.Task[None], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._turned_away = 0
-        self._logged_at = -_LOG_STRANGERS_S
+        self._num_rejected = 0
+        self._logged_at = -_LOG_REJECTED_S
         self._closing = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
 
     def run(self, listener: socket.socket) -> None:
-        """Serve who comes to ``listener`` until ``close()``; then close that, too."""
+        """Serve connections to ``listener`` until ``close()``; then close it."""
         with listener:
             asyncio.run(self._serve(listener))
 
@@ -123,55 +123,54 @@ class ConnectionHandler:
             task.cancel()
         await asyncio.gather(*ended, return_exceptions=True)
         if accepting.done() and not accepting.cancelled():
-            accepting.result()  # it never returns, so this raises why it could not go on
+            accepting.result()  # it never returns, so this raises why it stopped
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
                 sock, address = await loop.sock_accept(listener)
-            except OSError as error:  # no descriptor is left, or the caller has gone again
+            except OSError as error:  # no descriptor is left, or the client has disconnected
                 log.warning("the rendezvous could not accept a connection: %s", error)
                 await asyncio.sleep(0.5)
                 continue
-            self._make_room_for_a_stranger()
-            task = asyncio.create_task(self._meet(sock, address[0]))
-            self._strangers[task] = address[0]
+            self._limit_unauthenticated()
+            task = asyncio.create_task(self._handle(sock, address[0]))
+            self._unauthenticated[task] = address[0]
             self._tasks.add(task)
             task.add_done_callback(partial(self._forget, sock))
-            await asyncio.sleep(0)  # others' turn, even while a thousand knock
+            await asyncio.sleep(0)  # others' turn, even while a thousand connect
 
     def _forget(self, sock: socket.socket, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         sock.close()  # a task that was cancelled before it began has not
 
-    def _make_room_for_a_stranger(self) -> None:
-        """Show out the one who has waited longest, of the host with the most: it crowds out itself first."""
-        if len(self._strangers) >= MAX_STRANGERS:
-            crowd = Counter(self._strangers.values()).most_common(1)[0][0]
-            oldest = next(task for task, host in self._strangers.items() if host == crowd)
-            del self._strangers[oldest]
+    def _limit_unauthenticated(self) -> None:
+        """Drop the oldest of the host that has most, so that one host cannot crowd out the others."""
+        if len(self._unauthenticated) >= MAX_UNAUTHENTICATED:
+            oldest = oldest_of_largest_host(self._unauthenticated)
+            del self._unauthenticated[oldest]
             oldest.cancel()
 
-    async def _meet(self, sock: socket.socket, host: str) -> None:
-        """Let somebody in, or not, and attend to them until they go."""
+    async def _handle(self, sock: socket.socket, host: str) -> None:
+        """Admit a connection or reject it, and answer its requests until it ends."""
         connection = None
         try:
             until = time.monotonic() + _HELLO_S
             connection = await self._connected(sock)
             with connection.within(until - time.monotonic()):
-                guest = await self._greeted(connection, host)
-            del self._strangers[_me()]
-            self._seat(guest, connection)
+                session = await self._authenticate(connection, host)
+            del self._unauthenticated[_me()]
+            self._register(session, connection)
             try:
-                await self._attend(guest, connection)
+                await self._serve_requests(session, connection)
             finally:
-                self._unseat(guest, connection)
+                self._unregister(session, connection)
         except _BROKEN as error:
-            if self._strangers.pop(_me(), None):
-                self._count_turned_away(host, error)
+            if self._unauthenticated.pop(_me(), None):
+                self._log_rejected(host, error)
         finally:
-            self._strangers.pop(_me(), None)
+            self._unauthenticated.pop(_me(), None)
             if connection is not None:
                 connection.cut()
 
@@ -188,8 +187,8 @@ class ConnectionHandler:
         )
         return _Connection(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
-    async def _greeted(self, connection: _Connection, host: str) -> _Session:
-        """Return who is there; whoever is not on the roster gets no answer."""
+    async def _authenticate(self, connection: _Connection, host: str) -> _Session:
+        """Return the session of a connection; one that is not on the roster gets no answer."""
         name, label = None, host
         if self._context is not None:
             name = peer_name(connection.writer.get_extra_info("ssl_object"))
@@ -204,67 +203,69 @@ class ConnectionHandler:
         await connection.writer.drain()
         if hello != HELLO:
             raise FrameError(f"version {int.from_bytes(hello[-2:], 'big')} of this protocol")
-        return self._guests.get(label) or _Session(name, label)
+        return self._sessions.get(label) or _Session(name, label)
 
-    def _seat(self, guest: _Session, connection: _Connection) -> None:
-        """Count a connection among its guest's."""
-        if guest.name is not None:
-            _make_room(guest.connections, MAX_CONNECTIONS_PER_NAME)
-        seated = [other for known in self._guests.values() for other in known.connections]
-        _make_room(seated, MAX_CONNECTIONS)
-        if not guest.connections:
-            log.info("[%s] is here", guest.label)
-        guest.connections.append(connection)
-        self._guests[guest.label] = guest
+    def _register(self, session: _Session, connection: _Connection) -> None:
+        """Add a connection to its session."""
+        if session.name is not None:
+            _make_room(session.connections, MAX_CONNECTIONS_PER_NAME)
+        open_connections = [other for known in self._sessions.values() for other in known.connections]
+        _make_room(open_connections, MAX_CONNECTIONS)
+        if not session.connections:
+            log.info("[%s] connected", session.label)
+        session.connections.append(connection)
+        self._sessions[session.label] = session
 
-    def _unseat(self, guest: _Session, connection: _Connection) -> None:
-        guest.connections.remove(connection)
-        if not guest.connections:
-            del self._guests[guest.label]
-            log.info("[%s] is gone", guest.label)
+    def _unregister(self, session: _Session, connection: _Connection) -> None:
+        session.connections.remove(connection)
+        if not session.connections:
+            del self._sessions[session.label]
+            log.info("[%s] disconnected", session.label)
 
-    async def _attend(self, guest: _Session, connection: _Connection) -> None:
-        """Answer one request after the other. No local variable holds one while the next is waited for."""
+    async def _serve_requests(self, session: _Session, connection: _Connection) -> None:
+        """Answer one request after the other; no local variable holds one while the next is waited for."""
         while True:
-            await _send(guest, connection, *self._answered(guest, connection, await _body(guest, connection)))
+            await _send(
+                session, connection, *self._answer(session, connection, await _body(session, connection))
+            )
             await asyncio.sleep(0)  # others' turn, even if the next request is here already
 
-    def _answered(
-        self, guest: _Session, connection: _Connection, body: bytes
+    def _answer(
+        self, session: _Session, connection: _Connection, body: bytes
     ) -> tuple[int, list[bytes | None]]:
         if connection.writer.is_closing():
-            # What was buffered before the cut will be asked again: an addition must not count twice.
+            # What was buffered before the cut will be sent again: an addition must not count twice.
             raise ConnectionResetError("the connection was cut")
         op, fields = unpack(body)
         try:
-            return DONE, self._table.answer(op, fields, guest.name)
+            return DONE, self._store.answer(op, fields, session.name)
         except RefusedError as error:
             return REFUSED, [str(error).encode()]
 
-    def _count_turned_away(self, host: str, error: BaseException) -> None:
-        """Log strangers, but not each one: they must not fill the disk."""
-        self._turned_away += 1
-        if time.monotonic() - self._logged_at > _LOG_STRANGERS_S:
-            log.warning("turned away %d, the last from %s: %s", self._turned_away, host, error)
-            self._turned_away, self._logged_at = 0, time.monotonic()
+    def _log_rejected(self, host: str, error: BaseException) -> None:
+        """Log rejected connections, but not each one: they must not fill the disk."""
+        self._num_rejected += 1
+        if time.monotonic() - self._logged_at > _LOG_REJECTED_S:
+            log.warning("rejected %d connections, the last from %s: %s", self._num_rejected, host, error)
+            self._num_rejected, self._logged_at = 0, time.monotonic()
 
 
-async def _body(guest: _Session, connection: _Connection) -> bytes:
-    """Wait for a frame as long as it takes, but for its second byte and all others not for long."""
+async def _body(session: _Session, connection: _Connection) -> bytes:
+    """Wait for a frame without a timeout, but for its second byte and all others with one."""
     head = await connection.reader.readexactly(1)
-    connection.heard_at = time.monotonic()
+    connection.received_at = time.monotonic()
     with connection.within(_FRAME_S):
         size = length(head + await connection.reader.readexactly(LENGTH_BYTES - 1))
-    async with guest.large if size > _LARGE_BYTES else contextlib.nullcontext():
+    async with session.large if size > _LARGE_BYTES else contextlib.nullcontext():
         with connection.within(_FRAME_S):
             return await connection.reader.readexactly(size)
 
 
-async def _send(guest: _Session, connection: _Connection, tag: int, fields: list[bytes | None]) -> None:
-    """Send an answer piece by piece, so that what is not taken is noticed and not piled up."""
+async def _send(session: _Session, connection: _Connection, tag: int, fields: list[bytes | None]) -> None:
+    """Send an answer piece by piece, so that what is not read is noticed and not buffered."""
     size = sum(len(field or b"") for field in fields)
-    async with guest.large if size > _LARGE_BYTES else contextlib.nullcontext():
-        # Only here: until then its fields are the table's own, and cost nothing.
+    async with session.large if size > _LARGE_BYTES else contextlib.nullcontext():
+        # Only here: until then its fields are the store's own, and cost nothing.
         answer = pack(tag, fields)
         with connection.within(_FRAME_S):
             for at in range(0, len(answer), _LARGE_BYTES):
@@ -273,14 +274,14 @@ async def _send(guest: _Session, connection: _Connection, tag: int, fields: list
 
 
 def _make_room(connections: Sequence[_Connection], most: int) -> None:
-    """Cut the connection that was silent longest if one more would be too many."""
+    """Cut the connection that was idle longest if one more would be too many."""
     present = [connection for connection in connections if not connection.writer.is_closing()]
     if len(present) >= most:
-        min(present, key=lambda connection: connection.heard_at).cut()
+        min(present, key=lambda connection: connection.received_at).cut()
 
 
 def _keep_alive(sock: socket.socket) -> None:
-    """Notice within two minutes that a host has vanished without a word."""
+    """Notice within two minutes that a host has gone down silently."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, option):  # not on every system

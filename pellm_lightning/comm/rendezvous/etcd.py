@@ -1,4 +1,4 @@
-"""A client of etcd as a torch ``Store``: whoever has an etcd already needs no rendezvous of ours."""
+"""Client of etcd as a torch ``Store``: in place of our rendezvous server, where there is an etcd already."""
 
 import base64
 import math
@@ -12,9 +12,9 @@ import torch.distributed as dist
 from typing_extensions import Self, override
 
 from pellm_lightning.comm.errors import FederationError
-from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.polling import polls
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
 try:
@@ -23,7 +23,7 @@ try:
     from etcd3gw.exceptions import InternalServerError as ServerError
 except ImportError as error:
     raise ImportError(
-        "Meeting through etcd needs the package etcd3gw: pip install 'pellm-lightning[etcd]'."
+        "A rendezvous at etcd needs the package etcd3gw: pip install 'pellm-lightning[etcd]'."
     ) from error
 
 # etcd's own default for the operations of one transaction.
@@ -33,11 +33,11 @@ _TEMPORARY = (ConnectionFailedError, ConnectionTimeoutError, ServerError)
 
 
 class EtcdStore(PollingStore):
-    """A client of etcd's HTTP gateway; all keys lie under one prefix.
+    """Client of etcd's HTTP gateway; all keys lie under one prefix.
 
-    Who may write what is for etcd's roles to say. An etcd that is out of reach is asked again for ``retry_s``
-    seconds. That does no harm except to ``add``, which is asked again once at most and may then have counted
-    twice, and to ``delete_key``, which may then say that there was nothing.
+    Write permissions are those of etcd's roles. Requests to an etcd that is out of reach are retried for
+    ``retry_s`` seconds. That does no harm except to ``add``, which is retried once at most and may then have
+    counted twice, and to ``delete_key``, which may then return that there was nothing.
 
     Args:
         address: ``"host:port"`` of etcd.
@@ -78,11 +78,11 @@ class EtcdStore(PollingStore):
             host,
             port,
             protocol="http" if tls is None else "https",
-            timeout=retry_s / 2,  # so that there is time to ask again
+            timeout=retry_s / 2,  # so that there is time for a retry
             api_path="/v3/",
             session=self._session,
         )
-        self.num_keys()  # who is not admitted learns it here
+        self.num_keys()  # a party that is not admitted fails here
 
     @override
     def set(self, key: str, value: str | bytes) -> None:
@@ -159,10 +159,10 @@ class EtcdStore(PollingStore):
         )
 
     def _transact(self, transaction: dict[str, Any], repeats: float = math.inf) -> dict[str, Any]:
-        """Return etcd's answer; ask again at most ``repeats`` times."""
+        """Return etcd's answer; retry at most ``repeats`` times."""
         failure: Exception | None = None
         with self._lock:
-            for asked, _ in enumerate(polls(self._retry_s)):
+            for retries, _ in enumerate(polls(self._retry_s)):
                 if self._session is None:
                     failure = OSError("this client was closed")
                     break
@@ -173,7 +173,7 @@ class EtcdStore(PollingStore):
                     failure = error
                     if isinstance(error.__context__, requests.exceptions.SSLError):
                         raise self._refused(str(error)) from error
-                    if asked >= repeats:
+                    if retries >= repeats:
                         break
                 except (Etcd3Exception, ValueError) as error:
                     raise self._refused(getattr(error, "detail_text", None) or str(error)) from error
@@ -184,7 +184,7 @@ class EtcdStore(PollingStore):
 
     def _refused(self, why: str) -> FederationError:
         return FederationError(
-            f"etcd at {self.address} does not do what it is asked for: {why[:_MAX_REASON]}. Check the"
+            f"etcd at {self.address} refuses a request: {why[:_MAX_REASON]}. Check the"
             " certificates of both ends, that etcd's names its host, and etcd's own limits and roles."
         )
 

@@ -1,11 +1,11 @@
-"""What crosses between a rendezvous and those who ask it: bounded binary frames, one per request and answer.
+"""Frames of the rendezvous protocol: bounded and binary, one per request and answer.
 
 After a hello of fixed bytes from both ends, a frame is its length, a tag and byte fields::
 
     length of what follows: 4 bytes | tag: 1 byte | (length: 4 bytes | bytes) per field
 
 Numbers are unsigned and big-endian; the length ``2**32 - 1`` stands for a value that is missing. A request's
-tag is its ``Op``, an answer's is DONE or REFUSED, the latter with the reason in words.
+tag is its ``Op``, an answer's is DONE or REFUSED, the latter with the reason as text.
 """
 
 import struct
@@ -17,9 +17,9 @@ HELLO = b"pellm-rv" + VERSION.to_bytes(2, "big")
 
 # A key is a path of a few names of up to 63 characters.
 MAX_KEY_BYTES = 512
-# Parties say small things here; tensors take another way.
+# Values are small; tensors take another way.
 MAX_VALUE_BYTES = 4 << 20
-# Many more than the keys that anybody asks for at once; so an answer's fields are bounded, too.
+# Many more than the keys of any request; so an answer's fields are also bounded.
 MAX_FIELDS = 1024
 # The largest request replaces one value by another.
 MAX_FRAME_BYTES = 2 * MAX_VALUE_BYTES + 4096
@@ -33,7 +33,7 @@ LENGTH_BYTES = _LENGTH.size
 
 
 class Op(IntEnum):
-    """What can be asked of a rendezvous; none of it waits."""
+    """Requests to a rendezvous; none of them waits."""
 
     SET = 1
     COMPARE_SET = 2
@@ -45,7 +45,7 @@ class Op(IntEnum):
 
 
 class FrameError(Exception):
-    """What came is no frame of this protocol: its sender is something else, or broken, or hostile."""
+    """Bytes that are no frame of this protocol: their sender is something else, or broken, or hostile."""
 
 
 def pack(tag: int, fields: Sequence[bytes | None]) -> bytes:
@@ -97,7 +97,7 @@ def check_key(key: bytes) -> None:
     """Refuse a key that is empty or too long.
 
     Raises:
-        ValueError: In words.
+        ValueError: If it is.
     """
     if not 1 <= len(key) <= MAX_KEY_BYTES:
         raise ValueError(
@@ -109,7 +109,7 @@ def check_value(key: bytes, value: bytes) -> None:
     """Refuse a value that is too long.
 
     Raises:
-        ValueError: In words.
+        ValueError: If it is.
     """
     if len(value) > MAX_VALUE_BYTES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The keys and values of a rendezvous, who may write them, and how many they may be. No sockets here."""
+"""Key-value store of a rendezvous: its values, write permissions and limits. No sockets here."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -22,18 +22,18 @@ _FIELDS = {Op.SET: 2, Op.COMPARE_SET: 3, Op.ADD: 2, Op.DELETE: 1, Op.NUM_KEYS: 0
 
 
 class RefusedError(Exception):
-    """A request that is understood but not done; the reason is for whoever asked."""
+    """A valid request that is not done; the reason is for the client."""
 
 
 class KeyValueStore:
-    """A dictionary with limits.
+    """Dictionary with write permissions and limits.
 
-    Every request is done or refused as a whole. Who asks is known by name, or not at all (None): then
+    Every request is done or refused as a whole. Clients are known by name, or not at all (None): then
     everything is allowed.
 
     A key with a path component ``@name`` belongs to that party: only it may write or delete it. All other
-    keys are everybody's, but can only be compared and set, or deleted: so nobody overwrites what was said
-    first without having read it. Everybody may read everything.
+    keys are everybody's, but can only be compared and set, or deleted: so nobody overwrites a value without
+    having read it. Everybody may read everything.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class KeyValueStore:
         return len(self._values)
 
     def answer(self, op: int, fields: Sequence[bytes | None], who: str | None) -> list[bytes | None]:
-        """Do what ``who`` asks; return the fields of the answer.
+        """Process a request of ``who``; return the fields of the answer.
 
         SET (key, value): none. COMPARE_SET (key, expected, desired): the value now stored, empty if there is
         none. ADD (key, decimal number): the sum. DELETE (key): "1" if it was there, else "0". CHECK (keys):
@@ -52,11 +52,11 @@ class KeyValueStore:
         into a frame. NUM_KEYS: a decimal number.
 
         Raises:
-            RefusedError: If that is not allowed or over a limit; nothing is changed then.
-            FrameError: If that is no request of this protocol.
+            RefusedError: If it is not allowed or over a limit; nothing is changed then.
+            FrameError: If it is no request of this protocol.
         """
         given = [field for field in fields if field is not None]
-        if op not in _ACTS or len(given) != len(fields) or len(given) != _FIELDS.get(Op(op), len(given)):
+        if op not in _METHODS or len(given) != len(fields) or len(given) != _FIELDS.get(Op(op), len(given)):
             raise FrameError(f"no request: {op} with {len(fields)} fields")
         try:
             for key in given if op in (Op.CHECK, Op.MULTI_GET) else given[:1]:
@@ -67,7 +67,7 @@ class KeyValueStore:
             raise RefusedError(str(error)) from error
         if op in _WRITES and who is not None:
             _check_writer(Op(op), given[0], who)
-        return _ACTS[Op(op)](self, given)
+        return _METHODS[Op(op)](self, given)
 
     def _set(self, fields: list[bytes]) -> list[bytes | None]:
         self._store(*fields)
@@ -106,11 +106,11 @@ class KeyValueStore:
 
     def _multi_get(self, fields: list[bytes]) -> list[bytes | None]:
         found: list[bytes | None] = []
-        room = MAX_FRAME_BYTES - 1
+        left_bytes = MAX_FRAME_BYTES - 1
         for key in fields:
             value = self._values.get(key)
-            room -= 4 + len(value or b"")
-            if room < 0:
+            left_bytes -= 4 + len(value or b"")
+            if left_bytes < 0:
                 break
             found.append(value)
         return found
@@ -124,14 +124,14 @@ class KeyValueStore:
         size_bytes += len(key) if old is None else -len(old)
         if old is None and len(self) >= MAX_KEYS:
             raise RefusedError(f"There are {MAX_KEYS} keys already. Delete those of past rounds.")
-        # What makes it smaller is welcome even when it is full.
+        # What makes it smaller is allowed even when it is full.
         if size_bytes > max(MAX_BYTES, self._size_bytes):
             raise RefusedError(f"The {MAX_BYTES >> 20} MiB of this rendezvous are used up. Delete old keys.")
         self._values[key] = value
         self._size_bytes = size_bytes
 
 
-_ACTS: dict[Op, Callable[[KeyValueStore, list[bytes]], list[bytes | None]]] = {
+_METHODS: dict[Op, Callable[[KeyValueStore, list[bytes]], list[bytes | None]]] = {
     Op.SET: KeyValueStore._set,
     Op.COMPARE_SET: KeyValueStore._compare_set,
     Op.ADD: KeyValueStore._add,

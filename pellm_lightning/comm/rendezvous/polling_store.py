@@ -1,4 +1,4 @@
-"""What our stores have in common: they wait by asking again, and no server ever waits for them."""
+"""Base of our stores: they wait by polling, and no request waits at the server."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -10,7 +10,7 @@ from pellm_lightning.comm.polling import polls
 
 
 class PollingStore(dist.Store):
-    """A torch ``Store`` whose server only ever answers at once; abstract.
+    """Torch ``Store`` whose server answers at once; abstract.
 
     Keep a reference to it while anything uses it: torch itself keeps none to a store written in Python.
 
@@ -22,7 +22,7 @@ class PollingStore(dist.Store):
         super().__init__()
         self.set_timeout(timedelta(seconds=timeout_s))
 
-    # ---- what a kind of server defines
+    # ---- what subclasses define
 
     def set(self, key: str, value: str | bytes) -> None:
         """Set a value."""
@@ -36,7 +36,7 @@ class PollingStore(dist.Store):
         """Replace the value if it is ``expected_value``, where "" also stands for none; return the new one.
 
         That is empty if there is none, unlike in torch's own stores, which then return what was expected. An
-        answer that is lost does no harm: asking again finds ``desired_value`` and returns it.
+        answer that is lost does no harm: a retry finds ``desired_value`` and returns it.
         """
         raise NotImplementedError
 
@@ -57,7 +57,7 @@ class PollingStore(dist.Store):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of the server; idempotent."""
+        """Disconnect from the server; idempotent."""
         raise NotImplementedError
 
     # ---- what follows from it
@@ -86,9 +86,9 @@ class PollingStore(dist.Store):
         """
         for _ in polls(self._timeout_s):
             values = self.try_multi_get(keys)
-            there = [value for value in values if value is not None]
-            if len(there) == len(keys):
-                return there
+            found = [value for value in values if value is not None]
+            if len(found) == len(keys):
+                return found
         raise _too_late(keys, self._timeout_s)
 
     def multi_set(self, keys: list[str], values: list[str | bytes]) -> None:

@@ -1,4 +1,4 @@
-"""A part of a rendezvous that has keys of its own."""
+"""Prefix store: a part of a rendezvous with keys of its own."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from pellm_lightning.comm.rendezvous.polling_store import PollingStore
 
 
 class PrefixStore(PollingStore):
-    """A client that sees only keys below a prefix, so that two federations never meet at one rendezvous.
+    """Client that sees only keys below a prefix, so that two federations can share one rendezvous.
 
     Args:
         store: A client of the rendezvous, closed with this one.

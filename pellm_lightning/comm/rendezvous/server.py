@@ -1,7 +1,7 @@
-"""The rendezvous: a small server where parties find each other and agree. No tensors, no files.
+"""Rendezvous server: a small key-value store where parties find each other and agree. No tensors, no files.
 
-It never waits on anybody's behalf: a party that waits for a key asks again. So a request is done or refused
-at once, and losing the server loses nothing that the parties do not bring again.
+No request waits: a party that waits for a key polls. So a request is done or refused at once, and losing the
+server loses nothing that the parties do not write again.
 """
 
 import ipaddress
@@ -13,20 +13,21 @@ from collections.abc import Collection
 from typing_extensions import Self
 
 from pellm_lightning.comm.rendezvous.connection_handler import ConnectionHandler
+from pellm_lightning.comm.sockets import join_address, listening_socket
 from pellm_lightning.comm.tls import RENDEZVOUS, TLS, check_name
 
 log = logging.getLogger(__name__)
 
-# So many may knock at the same moment.
+# Connections that the system keeps until they are accepted.
 _BACKLOG = 512
 
 
 class RendezvousServer:
-    """A dictionary of keys that all parties reach over TCP, or better TLS.
+    """Key-value store that all parties reach over TCP, or better TLS.
 
-    With ``tls`` only parties of the roster are let in, by the names in their certificates, and a key with a
-    path component ``@name`` can be written by that party only (see ``KeyValueStore``). Without, whoever reaches the
-    address may read and change everything: use that on one host or in a private network.
+    With ``tls`` only parties of the roster are admitted, by the names in their certificates, and a key with a
+    path component ``@name`` can be written by that party only (see ``KeyValueStore``). Without, whoever
+    reaches the address may read and change everything: use that on one host or in a private network.
 
     Args:
         host: Address of the one interface to listen on; ``"0.0.0.0"`` or ``"::"`` for all.
@@ -36,6 +37,11 @@ class RendezvousServer:
 
     Raises:
         ValueError: If an argument is out of range, or ``tls`` comes without a roster.
+
+    Example::
+
+        with RendezvousServer("127.0.0.1", 0) as server:
+            store = RendezvousStore(server.address)
     """
 
     def __init__(
@@ -48,7 +54,7 @@ class RendezvousServer:
         if not 0 <= port < 1 << 16:
             raise ValueError(f"port={port} must lie in 0..65535.")
         if tls is not None and not roster:
-            raise ValueError("tls comes without a roster. Give the names of the parties that may come in.")
+            raise ValueError("tls comes without a roster. Give the names of the parties that may join.")
         if tls is not None and tls.name != RENDEZVOUS:
             raise ValueError(
                 f"The certificate {tls.cert} is named {tls.name!r}, but parties trust only a rendezvous named"
@@ -57,7 +63,7 @@ class RendezvousServer:
         if RENDEZVOUS in (roster or ()):
             raise ValueError(f"No party can be called {RENDEZVOUS!r}. Give it another name.")
         names = frozenset(check_name(name) for name in roster or ())
-        self._hall = ConnectionHandler(names, None if tls is None else tls.server_context)
+        self._handler = ConnectionHandler(names, None if tls is None else tls.server_context)
         self._host, self._port = host, port
         self._encrypted = tls is not None
         self._address: str | None = None
@@ -79,22 +85,22 @@ class RendezvousServer:
         listener = self._bind()
         # A forgotten close() must not keep the process from ending.
         self._thread = threading.Thread(
-            target=self._hall.run, args=(listener,), name="rendezvous", daemon=True
+            target=self._handler.run, args=(listener,), name="rendezvous", daemon=True
         )
         self._thread.start()
         return self
 
     def serve_forever(self) -> None:
-        """Listen, and serve in this thread until ``close()``, which a signal's handler may call, too.
+        """Listen, and serve in this thread until ``close()``, which a signal handler may also call.
 
         Raises:
             OSError: If the address cannot be bound.
         """
-        self._hall.run(self._bind())
+        self._handler.run(self._bind())
 
     def close(self) -> None:
-        """Close all connections and forget all keys; with ``start()``, return when that is done."""
-        self._hall.close()
+        """Close all connections and delete all keys; with ``start()``, return when that is done."""
+        self._handler.close()
         if self._thread is not None:
             self._thread.join()
 
@@ -107,9 +113,9 @@ class RendezvousServer:
     def _bind(self) -> socket.socket:
         if self._address is not None:
             raise RuntimeError(f"The rendezvous at {self._address} was started before. Make a new one.")
-        listener = _bound(self._host, self._port)
+        listener = listening_socket(self._host, self._port, _BACKLOG, only_ipv6=True)
         host, port = listener.getsockname()[:2]
-        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._address = join_address(host, port)
         log.info(
             "the rendezvous listens on %s %s TLS", self._address, "with" if self._encrypted else "without"
         )
@@ -120,21 +126,3 @@ class RendezvousServer:
                 self._address,
             )
         return listener
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """Listen on one address: the first that ``host`` stands for."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind)
-    try:
-        # Without it a server that is started again finds its port taken by the connections of the one before.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener

@@ -1,1 +1,1 @@
-"""The parties of one launch: they meet at the launcher's store, sum over Gloo, and stop together."""
+"""Federation of parties that are launched together: a store and Gloo."""

@@ -1,5 +1,6 @@
-"""The federation: what joins the parties and the only object that moves tensors between them."""
+"""Communicator of parties that are started together, by torchrun or as threads: over a store and Gloo."""
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm.collectives import Collectives
+from pellm_lightning.comm.collectives import staged
+from pellm_lightning.comm.communicator import (
+    Communicator,
+    Difference,
+    Intent,
+    Metadata,
+    PartySpec,
+    QuorumResult,
+    Version,
+    will_exchange,
+)
 from pellm_lightning.comm.errors import FederationError, PartyLostError
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup
@@ -22,9 +33,13 @@ from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
 _NUM_LANES = 2
 # Below this a second lane costs more latency than it gains.
 _SPLIT_BYTES = 4 << 20
+# Metadata of a round, which has some 200 bytes, takes one sum; what does not fit takes a second.
+SLOT_BYTES = 512
+_LENGTH_BYTES = 4
+_MAX_METADATA_BYTES = 4 << 20
 
 
-class Federation(Collectives):
+class Federation(Communicator):
     """All parties of one launch, joined over a store; each constructs its own. If one is lost, all stop.
 
     Nothing here is global: N parties can be N threads of one process over one ``HashStore``. Over one store a
@@ -40,6 +55,12 @@ class Federation(Collectives):
     Raises:
         ValueError: If ``party``, ``num_parties`` or ``timeout_s`` is out of range.
         PartyLostError: If a party does not join within ``timeout_s``.
+
+    Example::
+
+        federation = Federation.from_env()  # under torchrun
+        federation.all_reduce_(torch.ones(3))
+        federation.close()
     """
 
     def __init__(self, store: dist.Store, party: int, num_parties: int, *, timeout_s: float = 1800) -> None:
@@ -49,11 +70,16 @@ class Federation(Collectives):
             raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
         self.party = party
         self.names = self.roster = [str(index) for index in range(num_parties)]
+        self.quorum = num_parties
         self.timeout_s = timeout_s
         self.bytes_sent = 0
+        self.interrupt = lambda: None
         joined = store.add(f"pellm/joined/{party}", 1)
         self._store = dist.PrefixStore(f"pellm/{joined}", store)
-        self._board = StoreCoordinator(self._store, party, num_parties, timeout_s)
+        self._coordinator = StoreCoordinator(
+            self._store, party, num_parties, timeout_s, interrupt=lambda: self.interrupt()
+        )
+        self._specs: list[PartySpec] = []
         self._closed = False
         self._lanes: list[GlooGroup] = []
         if num_parties > 1:
@@ -64,7 +90,7 @@ class Federation(Collectives):
         """Join by the launcher's environment variables; None makes every launched process a party.
 
         Raises:
-            ValueError: If this process is not the one that speaks for its party.
+            ValueError: If this process is not the leader of its party.
             PartyLostError: If the rendezvous or a party cannot be reached.
         """
         topology = Topology.from_env(num_parties)
@@ -78,11 +104,45 @@ class Federation(Collectives):
 
     @override
     def enter(self, phase: str) -> None:
-        self._board.enter(phase)
+        self._coordinator.enter(phase)
 
     @override
     def phases(self) -> dict[str, str]:
-        return {str(party): phase for party, phase in self._board.phases().items()}
+        return {str(party): phase for party, phase in self._coordinator.phases().items()}
+
+    # ---- membership
+
+    @override
+    def gather_json(self, key: str, value: object) -> list[Any]:
+        return self._coordinator.gather_json(key, value)
+
+    @override
+    def handshake(self, spec: PartySpec, digest: str, difference: Difference) -> dict[str, PartySpec]:
+        self._specs = self.gather_json("party_spec", spec)
+        return dict(zip(self.names, self._specs, strict=True))
+
+    @override
+    def party_specs(self) -> list[PartySpec]:
+        return self._specs
+
+    @override
+    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+        """Wait for all parties.
+
+        Parties are uneven: one validates while another is already in its next round. All send messages of one
+        size first, so they can meet anywhere, and a party that came for something else joins again.
+        """
+        mine = json.dumps([intent, metadata], separators=(",", ":")).encode()
+        try:
+            read = [json.loads(message) for message in self._all_gather_bytes(mine)]
+            intents = {intent for intent, _ in read}
+            joined = {name: dict(of_party) for name, (_, of_party) in zip(self.names, read, strict=True)}
+        except (ValueError, TypeError) as error:
+            raise FederationError(
+                f"Party {self.party} cannot read the metadata of another party ({error}). Install the same"
+                " version of pellm-lightning at all parties."
+            ) from error
+        return QuorumResult(joined, exchanges=will_exchange(intents))
 
     # ---- tensors
 
@@ -104,24 +164,23 @@ class Federation(Collectives):
 
     @override
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
-        staged = x.detach().to("cpu", copy=False).contiguous()
-        with self._translated():
+        with self._translated(), staged(x) as copy:
             if self.num_parties > 1:
-                self.bytes_sent += staged.nbytes if source == self.party else 0
-                self._lane().broadcast(staged, source).wait()
-        return x if staged.data_ptr() == x.data_ptr() else x.copy_(staged)
+                self.bytes_sent += copy.nbytes if source == self.party else 0
+                self._lane().broadcast(copy, source).wait()
+        return x
 
     @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        staged = torch.cat([part.detach().to("cpu") for part in parts])
-        out = staged.new_empty(sum(sizes))
+        sent = torch.cat([part.detach().to("cpu") for part in parts])
+        out = sent.new_empty(sum(sizes))
         with self._translated():
             if self.num_parties > 1:
                 own = parts[self.party].nbytes
-                self.bytes_sent += staged.nbytes - own
-                self._lane().all_to_all(out, staged, list(sizes), [part.numel() for part in parts]).wait()
+                self.bytes_sent += sent.nbytes - own
+                self._lane().all_to_all(out, sent, list(sizes), [part.numel() for part in parts]).wait()
             else:
-                out.copy_(staged)
+                out.copy_(sent)
         return list(out.split(list(sizes)))
 
     @override
@@ -139,51 +198,57 @@ class Federation(Collectives):
         """Start one reduction; the returned function waits for it and brings the sum back to the tensor."""
         if self.num_parties == 1:
             return lambda: None
-        staged = tensor.detach().to("cpu")
-        self.bytes_sent += staged.nbytes
-        pending = self._lane(lane).all_reduce(staged)
+        copy = tensor.detach().to("cpu")
+        self.bytes_sent += copy.nbytes
+        pending = self._lane(lane).all_reduce(copy)
 
         def finish() -> None:
             pending.wait()
-            if staged.data_ptr() != tensor.data_ptr():
-                tensor.copy_(staged)
+            if copy.data_ptr() != tensor.data_ptr():
+                tensor.copy_(copy)
 
         return finish
 
-    # ---- words
+    def _all_gather_bytes(self, mine: bytes) -> list[bytes]:
+        """Return every party's bytes, which may differ in length."""
+        framed = len(mine).to_bytes(_LENGTH_BYTES, "little") + mine
+        rows = self._sum_rows(framed[:SLOT_BYTES], SLOT_BYTES)
+        ends = [_LENGTH_BYTES + int.from_bytes(row[:_LENGTH_BYTES], "little") for row in rows]
+        if max(ends) > _MAX_METADATA_BYTES:
+            raise ValueError(f"it has {max(ends)} bytes, more than {_MAX_METADATA_BYTES}")
+        if max(ends) > SLOT_BYTES:
+            rest = self._sum_rows(framed[SLOT_BYTES:], max(ends) - SLOT_BYTES)
+            rows = [first + second for first, second in zip(rows, rest, strict=True)]
+        return [row[_LENGTH_BYTES:end] for row, end in zip(rows, ends, strict=True)]
 
-    def all_gather_json(self, key: str, value: object) -> list[Any]:
-        """Tell every party ``value`` through the store; return all parties' values in order.
+    def _sum_rows(self, mine: bytes, size: int) -> list[bytes]:
+        """Return every party's bytes, of one size: the sum of rows of which each party fills its own."""
+        rows = torch.zeros(self.num_parties, size, dtype=torch.uint8)
+        rows[self.party] = torch.frombuffer(bytearray(mine.ljust(size, b"\0")), dtype=torch.uint8)
+        return [bytes(row.tolist()) for row in self.all_reduce_(rows)]
 
-        For small things that must be compared before any tensor moves; no pickle is involved.
-
-        Raises:
-            PartyLostError: If a party says nothing within ``timeout_s``.
-        """
-        return self._board.all_gather_json(key, value)
-
-    # ---- coming and going
+    # ---- joining and leaving
 
     @override
     def close(self) -> None:
         if not self._closed and self._lanes:
-            self._board.part_together()
-        self._leave()
+            self._coordinator.leave_together()
+        self._disconnect()
 
     @override
     def abort(self, reason: str | None = None) -> None:
         if not self._closed and self._lanes and reason is not None:
-            self._board.say_why(reason)
-        self._leave()
+            self._coordinator.publish_reason(reason)
+        self._disconnect()
 
     def _join(self) -> None:
-        self._board.arrive()
+        self._coordinator.wait_for_all()
         with self._translated():
             for lane in range(_NUM_LANES):
                 store = dist.PrefixStore(f"lane{lane}", self._store)
                 self._lanes.append(GlooGroup(store, self.party, self.num_parties, self.timeout_s))
 
-    def _leave(self) -> None:
+    def _disconnect(self) -> None:
         self._closed = True
         for lane in self._lanes:
             lane.abort()
@@ -197,7 +262,7 @@ class Federation(Collectives):
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Turn torch's RuntimeErrors into ours, with the reason the lost party left behind, if it could."""
+        """Turn torch's RuntimeErrors into ours, with the reason that the lost party has published, if any."""
         if self._closed:
             raise FederationError(
                 f"Party {self.party} has left this federation. Join again with a new Federation."
@@ -205,21 +270,21 @@ class Federation(Collectives):
         try:
             yield
         except RuntimeError as error:
-            late = self._board.gave_up() if "imed out" in str(error) else None
-            # A broken group stays broken, and only when this party hangs up do its neighbours notice, too.
-            self._leave()
+            late = self._coordinator.timed_out() if "imed out" in str(error) else None
+            # A broken group stays broken, and its neighbours notice only when this party disconnects.
+            self._disconnect()
             if late:
                 raise late from error
             # The party that broke the connection writes its reason just before; give the store a moment.
             time.sleep(0.1)
-            self._board.raise_if_somebody_left(error)
+            self._coordinator.raise_if_left(error)
             raise PartyLostError(
-                f"Party {self.party} lost the federation while {self._board.phase}: {_reason(error)}. A"
-                " party's process ended without a word: look at the end of its log."
+                f"Party {self.party} lost the federation while {self._coordinator.phase}: {_reason(error)}. A"
+                " party's process ended without giving a reason: look at the end of its log."
             ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """Return what Gloo has to say, without the place in its source and without its advice."""
-    words = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[[^]]*\] ", "", words).split(". ")[0]
+    """Return Gloo's message without the place in its source and without its advice."""
+    message = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\] ", "", message).split(". ")[0]

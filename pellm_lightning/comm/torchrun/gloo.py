@@ -1,4 +1,4 @@
-"""The stand-alone Gloo group, the only place that touches torch's process-group classes.
+"""Stand-alone Gloo group, the only place that touches torch's process-group classes.
 
 A stand-alone group is no default group: nothing of Lightning (barriers, ``sync_dist``, samplers,
 torchmetrics) sees it.
@@ -19,10 +19,10 @@ LEFT = "this party has left the group"
 
 
 class Pending:
-    """A collective under way.
+    """Handle of a collective under way.
 
     Its connections stay open as long as anything refers to torch's handle, an exception's traceback included,
-    and as long as they are open no other party notices that this one has given up. So the handle is let go
+    and as long as they are open no other party notices that this one has failed. So the handle is dropped
     before an error leaves ``wait()``.
     """
 
@@ -30,7 +30,7 @@ class Pending:
         self._work = work
 
     def wait(self) -> None:
-        """Block until the collective is through.
+        """Block until the collective is complete.
 
         Raises:
             RuntimeError: If it failed or timed out.
@@ -44,7 +44,7 @@ class Pending:
             del work
 
     def forget(self) -> None:
-        """Let go of a collective that nobody will wait for."""
+        """Drop the handle of a collective that nobody will wait for."""
         self._work = None
 
 
@@ -52,7 +52,7 @@ class GlooGroup:
     """One Gloo group over a store.
 
     Args:
-        store: Store to meet in. Its prefix can be used by one group only, ever.
+        store: Store of the rendezvous. Its prefix can be used by one group only, ever.
         rank: This party.
         size: Number of parties.
         timeout_s: Seconds a member may be late for a collective.

@@ -1,4 +1,4 @@
-"""Where parties meet: the store that torchrun, or the usual environment variables, provide."""
+"""Rendezvous store that torchrun, or the usual environment variables, provide."""
 
 import os
 from datetime import timedelta

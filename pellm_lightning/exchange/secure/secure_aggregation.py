@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from pellm_lightning.comm import Collectives, ElasticFederation, FederationError
+from pellm_lightning.comm import Collectives, Communicator, FederationError
 from pellm_lightning.exchange.base import Exchange
 from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
@@ -65,7 +65,7 @@ class SecureAggregation(Exchange):
         self._peers = TrustedKeys(peers)
 
     @override
-    def check(self, federation: Collectives) -> None:
+    def check(self, federation: Communicator) -> None:
         """Refuse a federation with fewer than three parties, or parties without keys.
 
         Raises:
@@ -79,7 +79,7 @@ class SecureAggregation(Exchange):
             raise ValueError(
                 f"A masked sum needs {MIN_PARTIES} parties, here are {len(federation.roster)}. {too_few}"
             )
-        if isinstance(federation, ElasticFederation) and federation.quorum < MIN_PARTIES:
+        if federation.quorum < MIN_PARTIES:
             raise ValueError(
                 f"A masked sum needs {MIN_PARTIES} parties, but rounds would go on with {federation.quorum}."
                 f" {too_few} Set quorum to {MIN_PARTIES} or more."

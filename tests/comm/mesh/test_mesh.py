@@ -30,8 +30,8 @@ from pellm_lightning.comm.mesh.frames import (
     Outgoing,
     UnexpectedFrameError,
 )
-from pellm_lightning.comm.mesh.handshake import split_address
 from pellm_lightning.comm.mesh.mesh import Listener, Mesh
+from pellm_lightning.comm.sockets import split_address
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -454,7 +454,7 @@ def test_who_stops_in_the_middle_is_named_by_all() -> None:
 def test_whoever_does_not_come_is_named() -> None:
     with members(3) as found:
         before = descriptors()
-        with pytest.raises(PartyLostError, match="it has not called") as caught:
+        with pytest.raises(PartyLostError, match="it has not connected") as caught:
             found.mesh(1, "nobody", timeout_s=0.3)
         assert caught.value.parties == ("clinic-0", "clinic-2")
         # What still waits at clinic-0's listener is one connection at most.
@@ -652,7 +652,7 @@ def test_tls_at_one_end_only_is_told_at_both(rank: int) -> None:
         errors = at_all([0, 1], lambda rank: found.mesh(rank, "g", timeout_s=0.3), may_fail=True)
     assert all(isinstance(error, PartyLostError) for error in errors)
     assert all("all parties use TLS" in str(error) for error in errors)
-    why = "does not speak as members do" if rank else "SSL"
+    why = "sends no greeting of this protocol" if rank else "SSL"
     assert why in str(errors[0]), "who is called knows whom it has turned away"
 
 
@@ -697,7 +697,7 @@ def test_a_crowd_crowds_out_itself() -> None:
             for _ in range(300):
                 address = split_address(found.addresses[0])
                 stack.enter_context(socket.create_connection(address, source_address=source))
-            assert settled(lambda: 256 - len(found.listeners[0]._talks), 0)
+            assert settled(lambda: 256 - len(found.listeners[0]._handshakes), 0)
             slow.sendall(said[9:])
             assert settled(lambda: 1 - len(found.listeners[0]._waiting.get("clinic-1", {})), 0)
         slow.close()
@@ -735,15 +735,15 @@ def test_strangers_do_not_disturb_members(secure: bool, monkeypatch: pytest.Monk
                 at_all(found.form(), lambda mesh, x=x: mesh.all_reduce(x[mesh.rank]))
                 assert all(total.eq(3).all() for total in x)
                 assert time.monotonic() - begun < 3
-                assert len(found.listeners[0]._talks) <= 256
+                assert len(found.listeners[0]._handshakes) <= 256
                 for mesh in found.meshes:
                     mesh.abort()
         finally:
             stop.set()
             for pest in pests:
                 pest.join()
-            # The silent ones are hung up on in the end.
-            ended = settled(lambda: len(found.listeners[0]._talks), 0)
+            # The silent ones time out in the end.
+            ended = settled(lambda: len(found.listeners[0]._handshakes), 0)
             for sock in silent:
                 sock.close()
         assert ended
@@ -876,7 +876,7 @@ def test_a_message_arrives_in_any_pieces(data: st.DataObject, size: int, ring: i
             some = data.draw(st.integers(1, len(piece)))
             on_the_way += piece[:some].tobytes()
             going.advance(some)
-        while on_the_way and (into := coming.room()):
+        while on_the_way and (into := coming.buffer()):
             some = data.draw(st.integers(1, min(len(into), len(on_the_way))))
             into[:some] = on_the_way[:some]
             before = coming.received
@@ -894,7 +894,7 @@ def test_a_frame_that_claims_too_much_is_refused_before_anything_is_read() -> No
     label = Label(Kind.PART, 8, 0, 1, 10, 10)
     for length in (0, 11, 2**32 - 1):
         coming = Incoming(label, memoryview(bytearray(10)))
-        coming.room()[:] = label.pack() + struct.pack("!I", length)
+        coming.buffer()[:] = label.pack() + struct.pack("!I", length)
         with pytest.raises(UnexpectedFrameError):
             coming.advance(HEADER_BYTES)
 

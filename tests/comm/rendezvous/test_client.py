@@ -440,8 +440,8 @@ def liar() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("hello", "said"),
     [
-        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "says something else than hello"),
-        (HELLO[:-1] + b"\x07", "speaks version 7, not 1"),
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "sends something else than hello"),
+        (HELLO[:-1] + b"\x07", "has version 7, not 1"),
     ],
 )
 def test_another_service_is_recognized(hello: bytes, said: str) -> None:
@@ -465,8 +465,8 @@ def test_a_party_of_another_authority_is_told_so(encrypted: RendezvousServer, tm
     foreign = tls_of("clinic-a", "theirs")
     store._context = foreign.client_context
     store._context.load_verify_locations(tls_of("clinic-a").ca)
-    store._hang_up()
-    with pytest.raises(FederationError, match=r"does not admit this party.*(UNKNOWN_CA|without a word)"):
+    store._disconnect()
+    with pytest.raises(FederationError, match=r"does not admit this party.*(UNKNOWN_CA|without an answer)"):
         store.num_keys()
 
 
@@ -477,7 +477,7 @@ def test_an_expired_certificate_is_told_so(tmp_path: Path) -> None:
     tls = files(tmp_path, "clinic-a")  # good still
     with RendezvousServer("127.0.0.1", 0, roster=ROSTER, tls=files(tmp_path, "rendezvous")) as server:
         time.sleep(2.6)
-        with pytest.raises(FederationError, match=r"does not admit this party.*(EXPIRED|without a word)"):
+        with pytest.raises(FederationError, match=r"does not admit this party.*(EXPIRED|without an answer)"):
             RendezvousStore(server.address, tls=tls)
 
 

@@ -81,7 +81,7 @@ def until(condition: Callable[[], bool], seconds: float = 5) -> None:
 
 
 def guests_of(server: RendezvousServer) -> int:
-    return sum(len(guest.connections) for guest in list(server._hall._guests.values()))
+    return sum(len(guest.connections) for guest in list(server._handler._sessions.values()))
 
 
 def slowest(act: Callable[[], Any], times: int = 50) -> float:
@@ -264,13 +264,13 @@ def test_silent_strangers_block_nobody(either: RendezvousServer) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(300):
             stack.enter_context(socket.create_connection(("127.0.0.1", port_of(either)), 5))
-        until(lambda: len(either._hall._strangers) > 200)
+        until(lambda: len(either._handler._unauthenticated) > 200)
         assert slowest(lambda: client.check(["x"])) < SOON_S + alone
         start = time.perf_counter()
         client_of(either, "clinic-b").check(["x"])
         assert time.perf_counter() - start < 4 * SOON_S, "who comes after the strangers waits"
-        assert len(either._hall._strangers) <= connection_handler.MAX_STRANGERS
-    until(lambda: not either._hall._strangers)
+        assert len(either._handler._unauthenticated) <= connection_handler.MAX_UNAUTHENTICATED
+    until(lambda: not either._handler._unauthenticated)
 
 
 def test_strangers_are_shown_out(either: RendezvousServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_strangers_are_shown_out(either: RendezvousServer, monkeypatch: pytest.M
         silent.sendall(b"\x16" if either._encrypted else HELLO[:3])  # the beginning of something
         with contextlib.suppress(ConnectionError):
             assert silent.recv(1) == b""
-    until(lambda: not either._hall._strangers)
+    until(lambda: not either._handler._unauthenticated)
 
 
 def test_half_a_frame_is_not_waited_for(either: RendezvousServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +341,7 @@ def test_the_newest_connections_of_a_party_win(encrypted: RendezvousServer) -> N
         sock.sendall(pack(Op.NUM_KEYS, []))
         assert sock.recv(100)
         sock.close()
-    until(lambda: "clinic-b" not in encrypted._hall._guests)
+    until(lambda: "clinic-b" not in encrypted._handler._sessions)
 
 
 def test_what_was_buffered_before_a_cut_is_not_done() -> None:
@@ -354,10 +354,10 @@ def test_what_was_buffered_before_a_cut_is_not_done() -> None:
             connection.reader.feed_data(pack(Op.ADD, [b"n", b"1"]))
             connection.cut()
             with pytest.raises(ConnectionResetError):
-                await open_hall._attend(connection_handler._Session(None, "host"), connection)
-        return len(open_hall._table)
+                await handler._serve_requests(connection_handler._Session(None, "host"), connection)
+        return len(handler._store)
 
-    open_hall = connection_handler.ConnectionHandler(frozenset(), None)
+    handler = connection_handler.ConnectionHandler(frozenset(), None)
     assert asyncio.run(attend()) == 0
 
 
@@ -458,8 +458,8 @@ def test_after_all_that_the_servers_are_as_before(
         with contextlib.closing(client_of(server)) as client:
             assert slowest(lambda client=client: client.check(["x"])) < SOON_S
             assert client.num_keys() < 20
-        until(lambda server=server: not server._hall._guests and not server._hall._strangers)
-        until(lambda server=server: not server._hall._tasks)
+        until(lambda server=server: not server._handler._sessions and not server._handler._unauthenticated)
+        until(lambda server=server: not server._handler._tasks)
         assert server._thread
         assert server._thread.is_alive()
 
@@ -547,5 +547,5 @@ def test_members_come_and_go_in_the_log(
     first, second = client_of(encrypted, "clinic-b"), client_of(encrypted, "clinic-b")
     first.close()
     second.close()
-    until(lambda: "[clinic-b] is gone" in caplog.text)
-    assert caplog.text.count("[clinic-b] is here") == caplog.text.count("[clinic-b] is gone") == 1
+    until(lambda: "[clinic-b] disconnected" in caplog.text)
+    assert caplog.text.count("[clinic-b] connected") == caplog.text.count("[clinic-b] disconnected") == 1

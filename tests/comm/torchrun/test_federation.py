@@ -151,7 +151,7 @@ def test_a_party_alone_sends_nothing() -> None:
     assert federation.all_reduce_(x) is x
     assert federation.broadcast_(x) is x
     assert torch.equal(x, torch.arange(3.0))
-    assert federation.all_gather_json("key", {"a": [1]}) == [{"a": [1]}]
+    assert federation.gather_json("key", {"a": [1]}) == [{"a": [1]}]
     assert federation.bytes_sent == 0
     federation.close()
 
@@ -219,10 +219,10 @@ def test_all_gather_brings_every_part_to_all(sizes: list[int]) -> None:
 
 def test_words_arrive_in_the_order_of_the_parties() -> None:
     def act(federation: Federation) -> list[Any]:
-        first = federation.all_gather_json("key", {"party": federation.party, "list": [1, "ö", None, 0.5]})
+        first = federation.gather_json("key", {"party": federation.party, "list": [1, "ö", None, 0.5]})
         if federation.party == 1:
             time.sleep(0.3)  # a party that is late must not read as what it said before
-        return [*first, *federation.all_gather_json("key", federation.party * 10)]
+        return [*first, *federation.gather_json("key", federation.party * 10)]
 
     for words in run_parties(3, act):
         assert words == [{"party": p, "list": [1, "ö", None, 0.5]} for p in range(3)] + [0, 10, 20]
@@ -246,7 +246,7 @@ def test_any_store_will_do(kind: str, tmp_path: Path) -> None:
 
     def party(index: int) -> None:
         federation = Federation(connect(), index, 3, timeout_s=5)
-        said[index] = federation.all_gather_json("party", index)
+        said[index] = federation.gather_json("party", index)
         assert float(federation.all_reduce_(torch.tensor(1.0 + index))) == 6.0
         federation.close()
         if index != 1:
@@ -490,7 +490,7 @@ def test_a_party_that_dies_while_others_wait_for_its_words() -> None:
         if federation.party == 0:
             time.sleep(0.2)
             raise OSError("power cut")
-        federation.all_gather_json("party_spec", {})
+        federation.gather_json("party_spec", {})
 
     began = time.monotonic()
     results = run_parties(3, act, may_fail=True)
@@ -509,7 +509,7 @@ def test_a_party_that_says_nothing_is_named() -> None:
             federation.abort()
             return
         try:
-            federation.all_gather_json("party_spec", {})
+            federation.gather_json("party_spec", {})
         finally:
             done.set()
 
@@ -563,7 +563,7 @@ def test_a_late_party_costs_the_timeout_and_the_cure_is_named() -> None:
 def test_the_others_need_not_wait_to_part_from_a_party_that_has_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store_coordinator, "_GOODBYE_S", 6.0)
+    monkeypatch.setattr(store_coordinator, "_LEAVE_S", 6.0)
 
     def act(federation: Federation) -> float:
         if federation.party == 1:
@@ -615,10 +615,10 @@ class MortalStore(dist.Store):
     [
         lambda federation: federation.all_reduce_(torch.ones(1)),
         lambda federation: federation.broadcast_(torch.ones(1)),
-        lambda federation: federation.all_gather_json("party_spec", {}),
+        lambda federation: federation.gather_json("party_spec", {}),
         lambda federation: (federation.enter("in round 1"), federation.all_reduce_(torch.ones(1))),
     ],
-    ids=["all_reduce_", "broadcast_", "all_gather_json", "enter"],
+    ids=["all_reduce_", "broadcast_", "gather_json", "enter"],
 )
 def test_a_party_that_takes_the_store_with_it(wait_for_others: Callable[[Federation], Any]) -> None:
     store = MortalStore()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lora_oracles import Parameters, Sizes, adapter, drift, random
-from message_transcript import Message, NotedStore, tapped
+from message_transcript import Message, NotedStore, metadata_of, tapped
 from party_threads import Rounds, ValidatedClassifier, data, fit_parties, quiet_trainer, refusals, run_parties
 from secure_exchange import keys, masked
 from torch import Tensor
@@ -43,8 +43,6 @@ from pellm_lightning.exchange.secure.fixed_point import KeyStream
 
 SOON_S = 8.0
 SIZES: Sizes = {"k": (8, 7), "q": (6, 9)}
-HEADER = 7
-"""How many numbers a party says when it comes to meet."""
 
 
 def aggregator_of(federation: Federation, parameters: Mapping[str, Tensor], **arguments: Any) -> Aggregator:
@@ -208,10 +206,11 @@ def test_a_round_tells_nothing_but_sums(monkeypatch: pytest.MonkeyPatch) -> None
     begun = max(begun for begun, _ in results)
     headers = 0
     for message in messages[begun:]:
-        if message.values.is_floating_point():
-            mine = message.values.view(3, HEADER)[message.party]
-            assert mine[2] in (0, 1), "whether it counts, not how much"
-            assert mine[4:].isnan().all(), "neither its loss nor its distance"
+        assert not message.values.is_floating_point()
+        if said := metadata_of(message, 3):
+            assert said[1]["weight"] in (0, 1), "whether it counts, not how much"
+            told = {said[1].get(name) for name in ("loss", "distance", "steps_left", "metrics")}
+            assert told == {None}, "neither its loss nor its distance"
             headers += 1
     assert headers <= 3 * 2
     assert headers >= 3
@@ -360,7 +359,7 @@ def test_nan_may_stop_all_before_anything_is_sent(monkeypatch: pytest.MonkeyPatc
             aggregator.step(1.0)
 
     run_parties(3, act)
-    assert not [message for message in messages if not message.values.is_floating_point()]
+    assert all(metadata_of(message, 3) for message in messages)
 
 
 def test_where_all_weights_are_zero_there_is_no_mean() -> None:

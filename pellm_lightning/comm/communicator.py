@@ -1,0 +1,181 @@
+"""Interface to the parties of a federation: quorum, metadata and commit, beside the collectives."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from pellm_lightning.comm.collectives import Collectives
+
+Intent = Literal["exchange", "metadata", "rest"]
+"""What a party joins a quorum for: to exchange tensors, only metadata, or nothing any more."""
+Metadata: TypeAlias = dict[str, Any]
+"""What a party tells all members of a quorum, as JSON."""
+PartySpec: TypeAlias = dict[str, Any]
+"""What a party shows of itself before the first quorum: parameters, base model, configuration."""
+Difference: TypeAlias = Callable[[Sequence[PartySpec], Sequence[str]], str | None]
+"""Describes the first difference between party specs, given their parties' names."""
+
+
+class Version(NamedTuple):
+    """Version of the global parameters; of one run the greater is the newer.
+
+    Example:
+        >>> Version("run", 3, 7) > Version("run", 3, 5)
+        True
+    """
+
+    run_id: str
+    """Drawn when the federation first began; two runs never share one."""
+    round: int
+    """Rounds that are in them."""
+    attempt: int
+    """Number of the attempt that made them, greater than that of every attempt before."""
+
+
+@dataclass(frozen=True)
+class QuorumResult:
+    """Members of a quorum, and the metadata with which each has joined it.
+
+    Example:
+        >>> QuorumResult({"a": {"round": 3}, "b": {"round": 3}}).members
+        ['a', 'b']
+    """
+
+    metadata: dict[str, Metadata]
+    """By member, in the order of the roster."""
+    exchanges: bool = True
+    """Whether tensors will be exchanged."""
+    behind: frozenset[str] = frozenset()
+    """Members that lack the newest version of the global parameters."""
+    attempt: int = 0
+    """Number of this attempt at a round."""
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the members, in the order of the roster."""
+        return list(self.metadata)
+
+
+class Communicator(Collectives):
+    """All that one party shares with the others of its federation, however they are launched and connected.
+
+    In each round every party calls ``join_quorum``, then the same collectives, then ``commit``; if one of
+    these fails, ``abort_attempt`` tells whether to join again. A new kind of federation is a subclass.
+
+    Example::
+
+        result = communicator.join_quorum("exchange", version, {"weight": 3.0})
+        communicator.all_reduce_(update)
+        communicator.commit(digest_of(update))
+    """
+
+    roster: Sequence[str]
+    """Names of all parties that may ever take part, present or not."""
+    timeout_s: float
+    """Seconds a party may be late."""
+    quorum: int
+    """Number of parties that must join a quorum."""
+    may_lose_parties: bool = False
+    """Whether parties may be lost and come back; then an attempt at a round may fail and is made again."""
+    interrupt: Callable[[], None]
+    """Called repeatedly while this party polls for others; what it raises ends the waiting."""
+
+    @property
+    def settings(self) -> dict[str, str | int | float | None]:
+        """Settings of the federation that must be the same at all parties, beside those of the engine."""
+        return {}
+
+    @abstractmethod
+    def enter(self, phase: str) -> None:
+        """Publish what this party does from now on, so that errors at any party can tell where each was."""
+
+    def phases(self) -> dict[str, str]:
+        """Return what each party does, by name, as far as it is known here; any thread may ask."""
+        return {}
+
+    @abstractmethod
+    def gather_json(self, key: str, value: object) -> list[Any]:
+        """Return the value of every party, in order; every party must call it with the same key.
+
+        For small things that must be compared before any tensor moves; no pickle is involved.
+
+        Raises:
+            PartyLostError: If a party does not answer within ``timeout_s``.
+        """
+
+    @abstractmethod
+    def handshake(self, spec: PartySpec, digest: str, difference: Difference) -> dict[str, PartySpec]:
+        """Publish this party's spec before it joins its first quorum; return those known, by name, in order.
+
+        Args:
+            spec: Plain containers.
+            digest: Of that part of it which must be the same at all parties.
+            difference: Used where digests differ, for the error.
+        """
+
+    @abstractmethod
+    def party_specs(self) -> list[PartySpec]:
+        """Return the specs of the members of the present quorum, in their order.
+
+        Raises:
+            PartyLostError: If a member has been replaced by another process meanwhile.
+        """
+
+    @abstractmethod
+    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+        """Join the next quorum; when it returns, its members are connected if they will exchange tensors.
+
+        Args:
+            intent: What this party joins for.
+            version: Version of the global parameters that this party has; None before the first.
+            metadata: What this party tells the other members; small.
+
+        Raises:
+            MismatchError: If this party differs from the others in what all must share.
+            FederationError: If too few parties join for too long, or one was lost and that shall stop all.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave together, when no party needs the others any more. Every party must call it."""
+
+    @abstractmethod
+    def abort(self, reason: str | None = None) -> None:
+        """Leave at once: what others wait for fails in seconds, not after the timeout, and gives the reason.
+
+        Args:
+            reason: What happened here; None if the others know already. After ``close()`` nothing happens.
+        """
+
+    # ---- parties that may be lost; as follows they may not, and a failed attempt ends the federation
+
+    def version(self, round: int) -> Version | None:
+        """Return the version that the present attempt makes; None where no attempt is made twice."""
+        return None
+
+    def commit(self, digest: str) -> None:
+        """Vote for the result that this party has made durable; return once it is committed.
+
+        Args:
+            digest: Of the result, which must be the same at all members.
+
+        Raises:
+            PartyLostError: If the attempt was aborted; nothing may be kept of it.
+            FederationError: If the members' results differ.
+        """
+
+    def abort_attempt(self, error: Exception) -> bool:
+        """Abort this attempt at all members; return whether another one can be made."""
+        return False
+
+    def skip_attempts(self, attempt: int) -> None:
+        """Number attempts above those in which this party may have taken part before it was restarted."""
+
+    def mark_ended(self, version: Version) -> None:
+        """Record that the federation is complete, for parties that come later."""
+
+
+def will_exchange(intents: Collection[Intent]) -> bool:
+    """Tell whether members exchange tensors: not if one wants metadata first, or all want nothing."""
+    return "metadata" not in intents and "exchange" in intents

@@ -1,0 +1,129 @@
+"""Connections between the members of a quorum, and the failures that end an exchange over them."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from pellm_lightning.comm.elastic.commit import CommitProtocol
+from pellm_lightning.comm.elastic.peers import Peers
+from pellm_lightning.comm.elastic.quorum_view import QuorumView
+from pellm_lightning.comm.elastic.register import RestartedError, UnreachableError
+from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
+from pellm_lightning.comm.mesh.mesh import Listener, Mesh
+from pellm_lightning.comm.tls import TLS
+
+# Seconds between reads of whether another member has aborted the attempt.
+_POLL_S = 0.5
+
+
+class MemberConnections:
+    """The mesh of the present view's members, kept from round to round as long as these are the same.
+
+    Args:
+        listener: Accepts the other members' connections.
+        name: This party.
+        quorum: Number of parties that must take part.
+        peers: Who is alive.
+        commit_protocol: Tells whether another member has aborted the attempt.
+        timeout_s: Seconds that an exchange may make no progress.
+        tls: This party's certificate, and the authority that must have signed the others'.
+
+    Example::
+
+        connections.connect(view)
+        with connections.exchanging() as mesh:
+            mesh.all_reduce(x)
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        name: str,
+        quorum: int,
+        peers: Peers,
+        commit_protocol: CommitProtocol,
+        timeout_s: float,
+        tls: TLS | None,
+    ) -> None:
+        self._listener = listener
+        self._name = name
+        self._quorum = quorum
+        self._peers = peers
+        self._commit_protocol = commit_protocol
+        self._timeout_s = timeout_s
+        self._tls = tls
+        self._mesh: Mesh | None = None
+        self._view: QuorumView | None = None
+        self._polled = 0.0
+
+    @property
+    def group(self) -> str:
+        """Name of the connections that are open, empty if none are."""
+        return self._view.group if self._view and self._mesh else ""
+
+    def connect(self, view: QuorumView) -> None:
+        """Connect the members of a view, unless they are connected.
+
+        Raises:
+            PartyLostError: If a member cannot be reached.
+            MismatchError: If a member sends something else than it must.
+        """
+        kept = self._mesh is not None and view.group == view.entries[self._name].group
+        if not kept:
+            self.drop()
+        self._view = view
+        if not kept:
+            self._mesh = Mesh(
+                self._listener,
+                view.group,
+                view.members.index(self._name),
+                view.members,
+                [entry.address for entry in view.entries.values()],
+                timeout_s=self._timeout_s,
+                watch=self._check,
+                tls=self._tls,
+            )
+
+    def drop(self) -> None:
+        """Close the connections."""
+        if self._mesh is not None:
+            self._mesh.abort()
+            self._mesh = None
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[Mesh]:
+        """Lend the mesh; a member that sends out of turn is lost if the others can do without it.
+
+        Raises:
+            FederationError: If the members are not connected.
+        """
+        if self._mesh is None or self._view is None:
+            raise FederationError(f"Party {self._name} is not connected: call join_quorum first.")
+        try:
+            yield self._mesh
+        except MismatchError as error:
+            if len(self._view.members) - len(error.parties) < self._quorum:
+                raise
+            raise PartyLostError(str(error), parties=error.parties, by=error.by) from error
+
+    def _check(self) -> None:
+        """Raise when a member of the view has died, or another one has aborted the attempt."""
+        self._peers.check_not_replaced()
+        if self._view is None:
+            return
+        if time.monotonic() - self._polled > _POLL_S:
+            self._polled = time.monotonic()
+            self._raise_if_aborted(self._view)
+        dead = self._peers.dead(self._view)
+        if dead:
+            raise PartyLostError(f"Party {dead[0]} was lost: {self._peers.fate(dead[0])}", parties=dead)
+
+    def _raise_if_aborted(self, view: QuorumView) -> None:
+        try:
+            decision = self._commit_protocol.read_decision(view)
+        except RestartedError as error:
+            raise PartyLostError("The rendezvous was restarted: nobody can vote on this attempt.") from error
+        except UnreachableError:
+            return  # the exchange needs no rendezvous
+        if decision is not None:
+            raise PartyLostError(f"Another party has aborted: {decision.get('abort')}")
