@@ -3,8 +3,9 @@
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.cli.federated_cli import FederatedCLI
 from pellm_lightning.comm import Federation, FederationError
-from pellm_lightning.engine.aggregator import Aggregator, RoundReport
+from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.overlap import Overlap
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.trainer.environment import PartyEnvironment
 
 __version__ = "0.1.0"
