@@ -13,8 +13,9 @@ from pellm_lightning.comm.errors import (
 )
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.torchrun.federation import Federation
-from pellm_lightning.engine.aggregator import Aggregator, RoundReport
+from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.overlap import Overlap
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.trainer.environment import PartyEnvironment
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """Parties of different ranks in one federation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -99,7 +99,7 @@ class PaddedFactors:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], pairs: Mapping[Pair, tuple[int, float]]) -> None:
-        self._views: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        self._views: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {}
         self.tensors = dict(parameters)
         """The parameters, factors replaced by padded ones; what a layout is made of."""
         for pair, (rank, ratio_b) in pairs.items():
@@ -107,23 +107,26 @@ class PaddedFactors:
             if bias in parameters:
                 own = parameters[bias]
                 padded = torch.zeros_like(own)
-                self._views.append((own, padded, padded, ratio_b))
+                self._views[bias] = (own, padded, padded, ratio_b)
                 self.tensors[bias] = padded
             for name, dim, ratio in ((pair.a, 0, 1.0), (pair.b, 1, ratio_b)):
                 own = parameters[name]
                 shape = list(own.shape)
                 shape[dim] = rank
                 padded = torch.zeros(shape, dtype=own.dtype, device=own.device)
-                self._views.append((own, padded, padded.narrow(dim, 0, own.shape[dim]), ratio))
+                self._views[name] = (own, padded, padded.narrow(dim, 0, own.shape[dim]), ratio)
                 self.tensors[name] = padded
 
-    def read_(self) -> None:
-        """Fill the padded factors from the party's; the rest becomes zero."""
-        for own, padded, view, ratio in self._views:
+    def read_(self, names: Iterable[str]) -> None:
+        """Fill the padded factors among ``names`` from the party's; the rest becomes zero."""
+        for own, padded, view, ratio in self._named(names):
             padded.zero_()
             view.copy_(own * ratio)
 
-    def write_(self) -> None:
-        """Write the first rows and columns of the padded factors into the party's."""
-        for own, _, view, ratio in self._views:
+    def write_(self, names: Iterable[str]) -> None:
+        """Write the first rows and columns of the padded factors among ``names`` into the party's."""
+        for own, _, view, ratio in self._named(names):
             own.copy_(view / ratio)
+
+    def _named(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        return (self._views[name] for name in names if name in self._views)

@@ -23,8 +23,8 @@ from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.engine.outer_optimizer import (
     OptimizerFactory,
     SchedulerFactory,
-    described_schedule,
-    tried,
+    describe_schedule,
+    make_prototype,
 )
 from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.trainer.isolation import callbacks_of
@@ -53,8 +53,8 @@ def privacy(mechanism: object, weighting: object) -> None:
 
 def outer(optimizer: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
     """Check the outer optimizer and its schedule."""
-    tried(optimizer)
-    described_schedule(optimizer, scheduler)
+    make_prototype(optimizer)
+    describe_schedule(optimizer, scheduler)
 
 
 def protects_records(trainer: Trainer, weighting: object) -> bool:

@@ -43,11 +43,13 @@ from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched, store_from_env
 from pellm_lightning.engine import outer_optimizer
-from pellm_lightning.engine.aggregator import Aggregator, RoundReport, capabilities
+from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
-from pellm_lightning.engine.fragments import FragmentedAggregator, check_rule, fragments_of
+from pellm_lightning.engine.context import capabilities
+from pellm_lightning.engine.fragments import check_rule, fragments_of
 from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.exchange.base import chosen
 from pellm_lightning.privacy import GaussianMechanism
@@ -336,7 +338,7 @@ class FederatedAveraging(Callback):
             stopped_path=self._stopped_path(trainer),
         )
         started = self._participation.start(
-            lambda: self._aggregator(trainer, pl_module, trainable), self._state
+            lambda: self._aggregator(trainer, pl_module, trainable, plan), self._state
         )
         if started.overwritten:
             begin_averaging(trainer, pl_module)
@@ -547,8 +549,8 @@ class FederatedAveraging(Callback):
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 
     def _aggregator(
-        self, trainer: Trainer, module: LightningModule, trainable: Mapping[str, Tensor]
-    ) -> Aggregator | FragmentedAggregator:
+        self, trainer: Trainer, module: LightningModule, trainable: Mapping[str, Tensor], plan: Plan
+    ) -> Aggregator:
         if self._joined is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
         return self._made(
@@ -556,6 +558,7 @@ class FederatedAveraging(Callback):
             trainer,
             module,
             trainable,
+            plan,
             in_background=self.overlap.in_background,
             facts=self._facts(trainer),
             state_dir=self._state_path(trainer),
@@ -576,7 +579,7 @@ class FederatedAveraging(Callback):
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],
-    ) -> Aggregator | FragmentedAggregator:
+    ) -> Aggregator:
         """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
 
         Args:
@@ -590,7 +593,7 @@ class FederatedAveraging(Callback):
         """
         self._drift = self._drift_correction(trainer, module)
         return self._made(
-            federation, trainer, module, parameters, in_background=False, facts={}, state_dir=None
+            federation, trainer, module, parameters, None, in_background=False, facts={}, state_dir=None
         )
 
     def _made(
@@ -599,23 +602,22 @@ class FederatedAveraging(Callback):
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],
+        plan: Plan | None,
         *,
         in_background: bool,
         facts: Mapping[str, Any],
         state_dir: str | None,
-    ) -> Aggregator | FragmentedAggregator:
+    ) -> Aggregator:
         """Return the aggregator that the arguments describe."""
-        whole: Callable[..., Aggregator] = Aggregator
+        make: Callable[..., Aggregator] = Aggregator
         if in_background:
-            whole = partial(OverlappedAggregator, overlap=self.overlap)
-        make: Callable[..., Aggregator | FragmentedAggregator] = whole
-        if self.overlap.fragments > 1:
-            make = partial(FragmentedAggregator, fragments=self.overlap.fragments, make=whole)
+            make = partial(OverlappedAggregator, overlap=self.overlap)
         return make(
             federation,
             parameters,
             aggregation=self.aggregation,
-            lora=lora_modules(module),
+            lora=lora_modules(module) if plan is None else None,
+            plan=plan,
             exchange=self.exchange,
             privacy=self.privacy,
             auxiliary=self._auxiliary,
@@ -627,15 +629,14 @@ class FederatedAveraging(Callback):
                 "every_n_epochs": self.every_n_epochs,
                 "every_n_steps": self.every_n_steps,
                 "every_n_seconds": self.every_n_seconds,
-                "fragments": self.overlap.fragments,
                 "overlap": repr(self.overlap) if self.overlap.in_background else None,
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
-                "on_nonfinite": self.on_nonfinite,
                 "inner_optimizer_state": self.inner_optimizer_state,
                 "weight averaging": agreed(trainer),
             },
             files=isolation.written_paths(trainer),
             facts=facts,
+            fragments=self.overlap.fragments,
             on_nonfinite=self.on_nonfinite,
             quorum=self.quorum,
             state_dir=state_dir,

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from pellm_lightning.engine.aggregator import RoundReport
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.trainer.isolation import callbacks_of
 
 _PREFIX = "federated/"

@@ -15,10 +15,11 @@ from pellm_lightning.callbacks.drift.base import DriftCorrection
 from pellm_lightning.callbacks.fit_facts import planned_steps
 from pellm_lightning.callbacks.schedule import Clock, EverySeconds, Schedule
 from pellm_lightning.comm import TooFewPartiesError
-from pellm_lightning.engine.aggregator import Aggregator, RoundReport
+from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
-from pellm_lightning.engine.fragments import FragmentCursor, FragmentedAggregator, fragments_of
+from pellm_lightning.engine.fragments import FragmentCursor, fragments_of
 from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.tensors.flat_buffer import Layout
 from pellm_lightning.trainer import resume
 from pellm_lightning.trainer.environment import Party
@@ -126,7 +127,7 @@ class FederatedLoop:
             set(names) for names in fragments_of(self._shared, manner.overlap.fragments)
         ]  # by turn
         self._resting: list[nn.Parameter] = []
-        self._aggregator: Aggregator | FragmentedAggregator | None = None  # of the speaker
+        self._aggregator: Aggregator | None = None  # of the speaker
         self._drained: Iterator[RoundReport] = iter(())
         self._since = LocalProgress(trainer.global_step)
         self._samples = SampleCounter(says=manner.weighting == "samples")
@@ -134,9 +135,7 @@ class FederatedLoop:
         self._under_way_since: int | None = None  # step at which the round in the background began
         self._exchanged_at = 0.0  # by the clock of time.monotonic
 
-    def start(
-        self, make: Callable[[], Aggregator | FragmentedAggregator], state: Mapping[str, Any]
-    ) -> Started:
+    def start(self, make: Callable[[], Aggregator], state: Mapping[str, Any]) -> Started:
         """Agree with the other parties on what is shared, and begin, or go on from a checkpoint.
 
         Args:
@@ -152,7 +151,9 @@ class FederatedLoop:
         if started.overwritten:  # resumed in the middle of a round, each process has its own already
             self._share_in_party()
             self._since, self._under_way_since = LocalProgress(self._trainer.global_step), None
-            self._turns = FragmentCursor.from_step(self._manner.overlap.fragments, self._trainer.global_step)
+            self._turns = FragmentCursor.from_step(
+                self._manner.overlap.fragments, self._trainer.global_step, started.round
+            )
         if self._drift is not None:
             resumed = bool(state) and not started.overwritten
             self._drift.begin(self._shared, self._carried(), resumed=resumed)
@@ -208,7 +209,7 @@ class FederatedLoop:
 
     def close_round(self) -> None:
         """Run the last, incomplete round of each fragment; all parties end with the same parameters."""
-        while self._turns.behind(self._trainer.global_step):
+        while self._turns.is_behind(self._trainer.global_step):
             self._run_round(on_bar=False)
         self._apply(on_bar=False)
 
@@ -227,9 +228,7 @@ class FederatedLoop:
 
     # ---- coming to a round
 
-    def _start_on_leader(
-        self, make: Callable[[], Aggregator | FragmentedAggregator], state: Mapping[str, Any]
-    ) -> Started:
+    def _start_on_leader(self, make: Callable[[], Aggregator], state: Mapping[str, Any]) -> Started:
         aggregator = self._aggregator = make()
         if state:
             arguments.own_checkpoint(state["party"], self._party.topology.party)
@@ -242,7 +241,7 @@ class FederatedLoop:
         self._drained = aggregator.drain()
         return Started(overwritten, aggregator.round, dict(aggregator.settings), aggregator.facts())
 
-    def _check_nothing_is_left_behind(self, aggregator: Aggregator | FragmentedAggregator) -> None:
+    def _check_nothing_is_left_behind(self, aggregator: Aggregator) -> None:
         """Refuse to begin anew in a federation in which this party has trained, and saved, before."""
         signature = resume.signature(aggregator.run_id, self._party.topology.party)
         if signature is not None:
@@ -290,7 +289,8 @@ class FederatedLoop:
         )
         if isinstance(done, str):
             self._stop_for_lack_of_parties(done)
-        self._since, self._turns = LocalProgress(self._trainer.global_step), brought.turns
+        self._since = LocalProgress(self._trainer.global_step)
+        self._turns = brought.turns.aligned(done.round + 1)
         self._exchanged_at = time.monotonic()
         self._take_over(done, on_bar=on_bar)
 
@@ -328,6 +328,7 @@ class FederatedLoop:
         self._under_way_since = None
         if isinstance(done, str):
             self._stop_for_lack_of_parties(done)
+        self._turns = self._turns.aligned(done.round + 1)
         if self._party.topology.is_leader:
             self._exchanged_at = self._overlapped.completed
         self._take_over(done, on_bar=on_bar)
@@ -338,7 +339,7 @@ class FederatedLoop:
         samples, loss_sum, loss_samples = self._party.sum(
             [since.samples, float(since.loss_sum), since.loss_samples]
         )
-        turns = self._turns.passed_on(samples, self._trainer.global_step)
+        turns = self._turns.advanced(samples, self._trainer.global_step)
         samples += self._turns.samples[self._turns.next]
         weight = {"samples": samples, "uniform": 1.0}.get(str(weighting), weighting)
         loss = loss_sum / loss_samples if loss_samples and self._manner.tells_loss else None
@@ -367,8 +368,9 @@ class FederatedLoop:
                 optimizer.state.clear()
         # Moments in coordinates that are no more.
         basis_changed = self._plan.named(self._plan.rule.basis_changed(done.active_parties))
-        crossed = self._dealt[done.round % self._manner.overlap.fragments]
-        for parameter in [self._trainable[name] for name in sorted(basis_changed & crossed)]:
+        if done.weight:  # else the party may have taken over more than the round's fragment
+            basis_changed &= self._dealt[done.round % self._manner.overlap.fragments]
+        for parameter in [self._trainable[name] for name in sorted(basis_changed)]:
             for optimizer in self._trainer.optimizers:
                 optimizer.state.pop(parameter, None)
         self._rest_in(done.round + 1)
@@ -404,14 +406,14 @@ class FederatedLoop:
     # ---- small parts
 
     @property
-    def _on_leader(self) -> Aggregator | FragmentedAggregator:
+    def _on_leader(self) -> Aggregator:
         if self._aggregator is None:
             raise RuntimeError("Only the party's first process aggregates, and only after start().")
         return self._aggregator
 
     @property
-    def _overlapped(self) -> OverlappedAggregator | FragmentedAggregator:
-        if not isinstance(self._aggregator, OverlappedAggregator | FragmentedAggregator):
+    def _overlapped(self) -> OverlappedAggregator:
+        if not isinstance(self._aggregator, OverlappedAggregator):
             raise RuntimeError("Only the party's first process aggregates, and here not in the background.")
         return self._aggregator
 

@@ -1,4 +1,4 @@
-"""What rounds carry beside the parties' updates, for methods that correct the drift between parties."""
+"""Auxiliary terms of a round, besides the parties' updates: control variates and normalised steps."""
 
 import math
 from collections.abc import Mapping
@@ -10,19 +10,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AuxiliaryTerms:
-    """What a method adds to the rounds; the same at every party.
+    """Auxiliary terms that a method adds to the rounds; the same at every party.
 
-    With a share w_i per party, update u_i = anchor - x_i, vector v_i and extent a_i, the mean of the updates
-    ``g = sum(w_i u_i)`` becomes ``g = sum(w_i a_i) sum(w_i u_i / a_i)`` if it rescales, and ``g + recoil v``
-    where ``v = sum(w_i v_i)``. The outer optimizer steps on that. All sums go through the exchange, as the
-    updates do, so a masked one hides them.
+    With a share w_i per party, update u_i = anchor - x_i, vector v_i and effective steps a_i, the mean of the
+    updates ``g = sum(w_i u_i)`` becomes ``g = sum(w_i a_i) sum(w_i u_i / a_i)`` if it rescales, and
+    ``g + vector_coefficient v`` where ``v = sum(w_i v_i)``. The outer optimizer steps on that. All sums go
+    through the exchange, as the updates do, so secure aggregation hides them.
 
     Args:
         method: The method and its settings, which must be the same at every party.
-        vector: Whether a vector of each party, (D,) float32, crosses with its update. Its mean is part of the
-            global state: it is in checkpoints, and who comes late is given it.
-        rescales: Whether updates are divided by the party's extent.
-        vector_coefficient: How many times the mean vector is added to the pseudo-gradient.
+        vector: Whether a vector of each party, (D,) float32, is sent with its update. Its mean is part of the
+            global state: it is in checkpoints, and is sent to parties that come late.
+        rescales: Whether updates are divided by the party's effective steps.
+        vector_coefficient: Factor with which the mean vector is added to the pseudo-gradient.
+
+    Example:
+        >>> AuxiliaryTerms("SCAFFOLD()", vector=True).sums
+        True
     """
 
     method: str
@@ -32,15 +36,15 @@ class AuxiliaryTerms:
 
     @property
     def sums(self) -> bool:
-        """Whether more is summed than the updates, or something else in their place."""
+        """Whether more is summed than the updates, or other values in their place."""
         return self.vector or self.rescales
 
     def check(self, *, private: bool, plain: bool) -> None:
-        """Refuse what the method cannot go with.
+        """Refuse settings that the method cannot be combined with.
 
         Args:
-            private: Whether differential privacy is asked for.
-            plain: Whether the outer optimizer lands on the mean in every round, as SGD(lr=1) does.
+            private: Whether differential privacy is used.
+            plain: Whether the outer optimizer's step gives the mean in every round, as that of SGD(lr=1).
 
         Raises:
             ValueError: If it cannot.
@@ -74,11 +78,13 @@ class AuxiliaryTerms:
             return
         who = f"{who} of {self.method}"
         if contribution is None:
-            raise ValueError(f"{who} without a contribution. Pass step(..., contribution=Contribution(...)).")
+            raise ValueError(
+                f"{who} without a contribution. Pass step(..., contribution=AuxiliaryValues(...))."
+            )
         if not (math.isfinite(contribution.effective_steps) and contribution.effective_steps >= 0):
             raise ValueError(
-                f"{who} with extent={contribution.effective_steps}; it must be finite and >= 0: the sum of the"
-                " learning rates of its steps."
+                f"{who} with effective_steps={contribution.effective_steps}; it must be finite and >= 0: the"
+                " sum of the learning rates of its steps."
             )
         given = {name: list(part.shape) for name, part in contribution.vector.items()}
         if self.vector and given != shapes:
@@ -91,11 +97,15 @@ class AuxiliaryTerms:
 
 @dataclass(frozen=True)
 class AuxiliaryValues:
-    """What one party gives to a round beside its update.
+    """Auxiliary values that one party gives to a round besides its update.
 
     Args:
-        effective_steps: By what its update is divided if updates are rescaled, >= 0; at 0 the update counts as zero.
+        effective_steps: Divisor of its update if updates are rescaled, >= 0; at 0 the update counts as zero.
         vector: Its vector by name of the parameters, float32, each of the parameter's shape.
+
+    Example:
+        >>> AuxiliaryValues(effective_steps=2.0, vector={"w": torch.zeros(3)}).first_nonfinite() is None
+        True
     """
 
     effective_steps: float = 1.0

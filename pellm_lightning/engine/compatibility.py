@@ -9,9 +9,12 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from pellm_lightning.aggregation.base import Part
+from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.engine.base_difference import base_difference
 from pellm_lightning.tensors.adapter_config import RANK_FIELDS, config_differences, without_ranks
 from pellm_lightning.tensors.digest import tensor_digest
+from pellm_lightning.tensors.flat_buffer import Layout
 
 PROTOCOL = 4
 """Version of what parties say to each other; parties of different versions refuse each other."""
@@ -25,6 +28,20 @@ def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
     Different for another checkpoint, revision or quantisation, and for a single row or value of them.
     """
     return {name: str(tensor_digest(tensor)) for name, tensor in frozen.items()}
+
+
+def schema(layout: Layout, plan: Plan) -> list[list[Any]]:
+    """Return name, shape and dtype of each parameter, without the ranks where they may differ.
+
+    The rank is the first dimension of factors A, and the second of B.
+    """
+    ranks: dict[str, int] = {}
+    if plan.rule.ranks_may_differ:
+        ranks = dict.fromkeys(plan.named((Part.A,)), 0) | dict.fromkeys(plan.named((Part.B,)), 1)
+    return [
+        [name, ["rank" if dim == ranks.get(name) else size for dim, size in enumerate(shape)], dtype]
+        for name, shape, dtype in layout.schema
+    ]
 
 
 def first_difference(party_specs: Sequence[PartySpec], names: Sequence[str] | None = None) -> str | None:

@@ -1,19 +1,10 @@
-"""Fragments of the parameters that take turns, so that each exchange is a K-th as large."""
+"""Fragments of the parameters, exchanged in turn: each round sends a K-th of them (Streaming DiLoCo)."""
 
-import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
 
 from pellm_lightning.aggregation.base import Aggregation
-from pellm_lightning.comm import Communicator
-from pellm_lightning.engine.aggregator import Aggregator, RoundReport
-from pellm_lightning.engine.auxiliary import AuxiliaryValues
-from pellm_lightning.engine.compatibility import PartySpec
-from pellm_lightning.engine.overlap import OverlappedAggregator
 
 
 def fragments_of(names: Collection[str], fragments: int) -> list[list[str]]:
@@ -44,7 +35,7 @@ def fragments_of(names: Collection[str], fragments: int) -> list[list[str]]:
 
 
 def check_rule(rule: Aggregation) -> None:
-    """Refuse a rule that lets factors rest by turns: fragments would be in different turns.
+    """Refuse a rule that freezes factors in turn: fragments have their rounds at different times.
 
     Raises:
         ValueError: If it is one.
@@ -58,26 +49,39 @@ def check_rule(rule: Aggregation) -> None:
 
 @dataclass(frozen=True)
 class FragmentCursor:
-    """What a party has done since the last round of each fragment, and whose turn it is."""
+    """Counters of a party's local training by fragment, and which fragment is next.
+
+    Args:
+        samples: Training samples since the last round of each, but for those since the last round of any.
+        steps: Optimizer step at which each was last sent.
+        next: The fragment of the next round.
+
+    Example:
+        >>> FragmentCursor.from_step(2, 10).advanced(samples=8, step=12)
+        FragmentCursor(samples=[0.0, 8.0], steps=[12, 10], next=1)
+    """
 
     samples: list[float]
-    """Training samples since that of each, but for those since the last round of any."""
     steps: list[int]
-    """Optimizer step at which each was last sent."""
     next: int = 0
-    """The fragment whose turn it is."""
 
     @classmethod
-    def from_step(cls, fragments: int, step: int) -> "FragmentCursor":
-        """Return what is so before the first round."""
-        return cls([0.0] * fragments, [step] * fragments)
+    def from_step(cls, fragments: int, step: int, round: int = 0) -> "FragmentCursor":
+        """Return the cursor of a party that has just taken over all parameters.
 
-    def behind(self, step: int) -> bool:
+        Args:
+            fragments: Number of fragments K.
+            step: The present optimizer step.
+            round: Index of the next round.
+        """
+        return cls([0.0] * fragments, [step] * fragments, round % fragments)
+
+    def is_behind(self, step: int) -> bool:
         """Tell whether the next fragment has been trained since it was sent."""
         return step > self.steps[self.next]
 
-    def passed_on(self, samples: float, step: int) -> "FragmentCursor":
-        """Return what is so after the next fragment was sent.
+    def advanced(self, samples: float, step: int) -> "FragmentCursor":
+        """Return the cursor after the next fragment was sent.
 
         Args:
             samples: Training samples since the last round of any fragment.
@@ -87,160 +91,9 @@ class FragmentCursor:
         since[self.next], steps[self.next] = 0.0, step
         return FragmentCursor(since, steps, (self.next + 1) % len(steps))
 
-
-class FragmentedAggregator:
-    """One aggregator per fragment; each round is that of the next one.
-
-    Args:
-        federation: The joined parties of one launch.
-        parameters: Named floating-point tensors on one device.
-        fragments: Number of fragments K.
-        make: Makes the aggregator of a fragment.
-        **options: As of ``Aggregator``; neither ``privacy`` nor ``auxiliary``.
-
-    Raises:
-        ValueError: As ``Aggregator``; or if it cannot be done in fragments.
-    """
-
-    carried: Mapping[str, Tensor] = {}
-
-    def __init__(
-        self,
-        federation: Communicator,
-        parameters: Mapping[str, Tensor],
-        fragments: int,
-        make: Callable[..., Aggregator] = Aggregator,
-        **options: Any,
-    ) -> None:
-        if federation.may_lose_parties:
-            raise ValueError(
-                "Separate jobs agree on one state of all parameters, so fragments need all parties in one"
-                " launch. Set fragments=1."
-            )
-        if options.get("privacy") is not None or options.get("auxiliary") is not None:
-            raise ValueError(
-                "Differential privacy and drift corrections look at all parameters at once. Set fragments=1."
-            )
-        self.federation = federation
-        self.names = fragments_of(parameters, fragments)
-        self._parts: list[Aggregator] = []
-        for number, names in enumerate(self.names):
-            self._parts.append(make(federation, {name: parameters[name] for name in names}, **options))
-            if not number:
-                check_rule(self._parts[0]._plan.rule)
-                options |= {"frozen": None}  # compared once
-        self._turn = 0
-
-    @property
-    def round(self) -> int:
-        """Index of the round that comes, over all fragments."""
-        return self._turn
-
-    @property
-    def settings(self) -> Mapping[str, str | int | float | None]:
-        """As of ``Aggregator``."""
-        return self._parts[0].settings
-
-    @property
-    def run_id(self) -> str | None:
-        """As of ``Aggregator``."""
-        return self._parts[0].run_id
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the vectors that the fragments exchange, all together."""
-        return sum(part.size_bytes for part in self._parts)
-
-    def party_spec(self) -> PartySpec:
-        """As of ``Aggregator``, of all fragments together."""
-        shown = [part.party_spec() for part in self._parts]
-        schema = sorted(entry for of_part in shown for entry in of_part["schema"])
-        lora = {name: pair for of_part in shown for name, pair in of_part["lora"].items()}
-        return shown[0] | {"schema": schema, "lora": lora}
-
-    def facts(self) -> dict[str, Any]:
-        """As of ``Aggregator``."""
-        return self._parts[0].facts()
-
-    @property
-    def failed(self) -> bool:
-        """As of ``OverlappedAggregator``."""
-        return self._overlapped.failed
-
-    @property
-    def completed(self) -> float:
-        """As of ``OverlappedAggregator``."""
-        return max(part.completed for part in self._parts if isinstance(part, OverlappedAggregator))
-
-    def start(self) -> bool:
-        """As of ``Aggregator``."""
-        overwritten = [part.start() for part in self._parts]
-        return any(overwritten)
-
-    def step(
-        self,
-        weight: float,
-        loss: float | None = None,
-        contribution: AuxiliaryValues | None = None,
-        *,
-        steps_left: float = math.nan,
-    ) -> RoundReport:
-        """Run one round of the next fragment, as ``Aggregator`` does."""
-        return self._told(self._next.step(weight, loss, contribution, steps_left=steps_left))
-
-    def begin(self, weight: float, loss: float | None = None, *, steps_left: float = math.nan) -> None:
-        """Begin a round of the next fragment, as ``OverlappedAggregator`` does."""
-        self._overlapped.begin(weight, loss, steps_left=steps_left)
-
-    def apply(self, *, last: bool = False) -> RoundReport:
-        """Land the round under way, as ``OverlappedAggregator`` does."""
-        return self._told(self._overlapped.apply(last=last))
-
-    def drain(self) -> Iterator[RoundReport]:
-        """As of ``Aggregator``."""
-        drained = [part.drain() for part in self._parts]
-        while (report := next(drained[self._turn % len(drained)], None)) is not None:
-            yield self._told(report)
-
-    def mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """As of ``Aggregator``."""
-        return self._next.mean(values)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of ``Aggregator``."""
-        return {"turn": self._turn, "fragments": [part.state_dict() for part in self._parts]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As of ``Aggregator``.
-
-        Raises:
-            ValueError: If the state is of other parameters, or of another number of fragments.
-        """
-        saved: Sequence[Mapping[str, Any]] = state.get("fragments", [state])
-        if len(saved) != len(self._parts):
-            raise ValueError(
-                f"The checkpoint's federated state is of {len(saved)} fragments, these are"
-                f" {len(self._parts)}. Resume with the fragments of the checkpoint."
-            )
-        for part, of_part in zip(self._parts, saved, strict=True):
-            part.load_state_dict(of_part)
-        self._turn = state["turn"]
-
-    @property
-    def _next(self) -> Aggregator:
-        return self._parts[self._turn % len(self._parts)]
-
-    @property
-    def _overlapped(self) -> OverlappedAggregator:
-        part = self._next
-        if not isinstance(part, OverlappedAggregator):
-            raise RuntimeError("These fragments are not exchanged in the background.")
-        return part
-
-    def _told(self, report: RoundReport) -> RoundReport:
-        """Pass the turn on; tell the round's index over all fragments."""
-        self._turn += 1
-        return replace(report, round=self._turn - 1)
+    def aligned(self, round: int) -> "FragmentCursor":
+        """Return the cursor for a round; another than the next if a lost party has come back meanwhile."""
+        return replace(self, next=round % len(self.steps))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

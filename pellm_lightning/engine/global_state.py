@@ -1,169 +1,242 @@
-"""The global state of a federation as one party holds it, and the way between it and its parameters."""
+"""GlobalState: counters, global vector, outer optimizers and privacy budget, as one party holds them."""
 
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pellm_lightning.aggregation.heterogeneous_rank import PaddedFactors
-from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.comm import Collectives, MismatchError, Version
+from pellm_lightning.comm import MismatchError, Version
 from pellm_lightning.engine import state_transfer
-from pellm_lightning.engine.auxiliary import AuxiliaryTerms
+from pellm_lightning.engine.context import EngineContext
+from pellm_lightning.engine.fragments import fragments_of
 from pellm_lightning.engine.lora_step import LoraAggregator
-from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.engine.updates import UpdateReducer
-from pellm_lightning.exchange import Exchange
-from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors.flat_buffer import Layout
 
 log = logging.getLogger(__name__)
 
 
-class GlobalState:
-    """What one party holds of what all share: the round, the global vector, the outer optimizer, the budget.
+@dataclass(frozen=True)
+class Counters:
+    """Counters of the global state; all that an attempt changes besides tensors, so that it can be undone.
 
     Args:
-        federation: The joined parties.
-        plan: The aggregation, applied to the parameters.
-        parameters: This party's shared parameters, by name.
-        exchange: How values are summed over the parties.
-        private: Differential privacy; None without.
-        auxiliary: What crosses beside the updates; None if nothing does.
-        optimizer: Makes the outer optimizer of the global vector.
-        scheduler: Makes the schedule of its learning rate; None leaves it as it is.
-        measures: Whether rounds measure the deviation of the LoRA products.
+        short_rounds: By fragment, its rounds in a row, up to now, in which fewer than a quorum trained.
+        round: Index of the next round.
+        version: Which of the states of this round it is, between separate jobs; None before the first.
+        distance: 2-norm of the parameters minus the result, in the last round.
+        unwritten: Fragments whose parameters are still to be written.
+        loaded: The state that this party has resumed from; None if it begins.
+
+    Example:
+        >>> Counters(short_rounds=(0,)).round
+        0
     """
 
-    def __init__(
-        self,
-        federation: Collectives,
-        plan: Plan,
-        parameters: Mapping[str, Tensor],
-        *,
-        exchange: Exchange,
-        private: DPProcessor | None,
-        auxiliary: AuxiliaryTerms | None,
-        optimizer: OptimizerFactory,
-        scheduler: SchedulerFactory | None,
-        measures: bool,
-    ) -> None:
-        self.round = 0
-        """The round that comes."""
-        self.version: Version | None = None
-        """Which of the states of this round it is, between separate jobs; None before the first."""
-        self.short_rounds = 0
-        """Rounds in a row, up to now, in which fewer than a quorum trained."""
-        self.stale = False
-        """Whether the parameters are still to be written."""
-        self.distance = math.nan
-        """2-norm of the parameters minus the result, in the last round."""
-        self.loaded: Mapping[str, Any] | None = None
-        """The state that this party goes on from; None if it begins."""
-        self.products: LoraAggregator | None = None
+    short_rounds: tuple[int, ...]
+    round: int = 0
+    version: Version | None = None
+    distance: float = math.nan
+    unwritten: frozenset[int] = frozenset()
+    loaded: Mapping[str, Any] | None = None
+
+
+class GlobalState:
+    """State of the federation at one party: counters, global vector, outer optimizers, privacy budget.
+
+    The global vector is one; a fragment is a range of it, with an ``UpdateReducer`` of its own.
+
+    Args:
+        context: What the aggregator works with.
+        parameters: This party's shared parameters, by name.
+
+    Example:
+        >>> state = GlobalState(context, parameters)  # doctest: +SKIP
+        >>> with state.reversible():  # doctest: +SKIP
+        ...     state.end_round(version, 0.1, short_rounds=0, written=False)
+        >>> state.write_()  # doctest: +SKIP
+    """
+
+    def __init__(self, context: EngineContext, parameters: Mapping[str, Tensor]) -> None:
+        self.lora: LoraAggregator | None = None
         """The LoRA pairs; None without any, and before the parties have met."""
-        self._federation = federation
-        self._plan = plan
+        self.last_written: frozenset[int] = frozenset()
+        """Fragments whose parameters the last round has written."""
+        self._context = context
         self._parameters = parameters
-        self._exchange = exchange
-        self._private = private
-        self._auxiliary = auxiliary
-        self._make_optimizer = optimizer
-        self._make_scheduler = scheduler
-        self._measures = measures
+        self._counters = Counters((0,) * context.fragments)
         self._padded: PaddedFactors | None = None
-        self._before = torch.empty(0)
+        self._backup = torch.empty(0)
         self._warned = False
         self._lay_out(parameters)
+
+    # ---- counters
+
+    @property
+    def round(self) -> int:
+        """Index of the next round."""
+        return self._counters.round
+
+    @property
+    def version(self) -> Version | None:
+        """Which of the states of this round it is, between separate jobs; None before the first."""
+        return self._counters.version
+
+    @property
+    def distance(self) -> float:
+        """2-norm of the parameters minus the result, in the last round; NaN before."""
+        return self._counters.distance
+
+    @property
+    def loaded(self) -> Mapping[str, Any] | None:
+        """The state that this party has resumed from; None if it begins."""
+        return self._counters.loaded
+
+    @property
+    def fragment(self) -> int:
+        """Index of the fragment that the next round exchanges."""
+        return self._context.fragment_of(self.round)
+
+    @property
+    def short_rounds(self) -> int:
+        """Rounds of this fragment in a row, up to now, in which fewer than a quorum trained."""
+        return self._counters.short_rounds[self.fragment]
+
+    @property
+    def updates(self) -> UpdateReducer:
+        """The reducer of the fragment that the next round exchanges."""
+        return self.fragments[self.fragment]
+
+    def begin(self, version: Version | None) -> None:
+        """Take the parameters of one party for the global ones; the first version is made of them."""
+        self._broadcast_vector()
+        everything = frozenset(range(len(self.fragments)))
+        self._counters = replace(self._counters, version=version, unwritten=everything)
+
+    def end_round(
+        self, version: Version | None, distance: float, *, short_rounds: int, written: bool
+    ) -> None:
+        """Advance to the next round.
+
+        Args:
+            version: Of the state after this round.
+            distance: 2-norm of the parameters minus the result.
+            short_rounds: Rounds of this fragment in a row in which fewer than a quorum trained.
+            written: Whether the parameters hold the result already.
+        """
+        before, fragment = self._counters, self.fragment
+        short = [*before.short_rounds]
+        short[fragment] = short_rounds
+        self.last_written = frozenset({fragment})
+        self._counters = replace(
+            before,
+            round=before.round + 1,
+            version=version,
+            short_rounds=tuple(short),
+            distance=distance,
+            unwritten=before.unwritten if written else before.unwritten | {fragment},
+        )
 
     # ---- the parameters
 
     def read_(self) -> None:
-        """Let what the rounds look at be the parameters as they are now."""
+        """Copy the present factors into the padded ones, if there are any."""
         if self._padded is not None:
-            self._padded.read_()
+            self._padded.read_(self.updates.layout.names)
 
-    def write_(self) -> None:
-        """Write the global vector into the parameters."""
-        self.updates.write_()
-        self.put_back_()
-        self.stale = False
-
-    def put_back_(self) -> None:
-        """Write what a round has changed of what it looks at into the parameters."""
-        if self._padded is not None:
-            self._padded.write_()
-
-    def take_over(self) -> None:
-        """Let the global vector be that of one party: party 0, but of factors a party of the largest rank."""
-        vector = self.updates.global_
-        if self._padded is None or self.products is None:
-            self._federation.broadcast_(vector)
-            return
-        sources = dict.fromkeys(self._parameters, 0)
-        for pair in self._plan.products:
-            sources[pair.a] = sources[pair.b] = self.products.source(pair)
-        for name, source in sources.items():
-            if source != self._federation.party:
-                self.layout.view(vector, name).zero_()
-        self._federation.all_reduce_(vector)  # each value comes from one party alone
-
-    # ---- before the first round
-
-    def know_products(self, told: Sequence[Mapping[str, Any]], reference: Mapping[str, Any] | None) -> None:
-        """Learn what the parties' LoRA pairs are, now that they have met; lay out those of unlike ranks.
+    def write_(self, fragments: Iterable[int] | None = None) -> None:
+        """Write the global vector into the parameters.
 
         Args:
-            told: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
-            reference: Those of the global factors, if the federation is under way; else None.
+            fragments: Which to write; None for those that are still to be written.
+        """
+        written = self._counters.unwritten if fragments is None else frozenset(fragments)
+        for index in sorted(written):
+            self.fragments[index].write_()
+            self.write_padded_(self.fragments[index])
+        if written:
+            self.last_written = written
+        self._counters = replace(self._counters, unwritten=self._counters.unwritten - written)
+
+    def write_padded_(self, updates: UpdateReducer) -> None:
+        """Copy padded factors of a fragment back into the parameters, if there are any."""
+        if self._padded is not None:
+            self._padded.write_(updates.layout.names)
+
+    def _broadcast_vector(self) -> None:
+        """Take over the vector of one party: party 0, but of factors a party of the largest rank."""
+        federation = self._context.federation
+        if self._padded is None or self.lora is None:
+            federation.broadcast_(self.vector)
+            return
+        sources = dict.fromkeys(self._parameters, 0)
+        for pair in self._context.plan.products:
+            sources[pair.a] = sources[pair.b] = self.lora.source(pair)
+        for name, source in sources.items():
+            if source != federation.party:
+                self.layout.view(self.vector, name).zero_()
+        federation.all_reduce_(self.vector)  # each value comes from one party alone
+
+    # ---- the layout
+
+    def set_lora_specs(self, specs: Sequence[Mapping[str, Any]], reference: Mapping[str, Any] | None) -> None:
+        """Take note of the parties' LoRA pairs, when they have met; pad those of unlike ranks.
+
+        Args:
+            specs: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
+            reference: Those of the global factors, if the federation is running; else None.
 
         Raises:
             MismatchError: If a pair of this party is of a higher rank than the global factors.
         """
-        if self.products is not None:
-            self.products.told = told
+        if self.lora is not None:
+            self.lora.specs = specs
             return
-        self.products = LoraAggregator(
-            self._plan, self._parameters, self._federation, told, self._measures, reference
-        )
-        if self._plan.rule.ranks_may_differ:
-            larger = self.products.larger()
-            if larger is not None:
-                raise MismatchError(
-                    f"The rank of {larger!r} at party {self._federation.name} is above that of the"
-                    " global factors, which was settled when the federation began. Give it a lower rank, or"
-                    " begin anew."
-                )
-            self._pad(self.products)
+        self.lora = LoraAggregator(self._context, self._parameters, specs, reference)
+        if not self._context.plan.rule.ranks_may_differ:
+            return
+        larger = self.lora.larger()
+        if larger is not None:
+            raise MismatchError(
+                f"The rank of {larger!r} at party {self._context.federation.name} is above that of the global"
+                " factors, which was settled when the federation began. Give it a lower rank, or begin anew."
+            )
+        self._pad(self.lora)
 
     def _lay_out(self, tensors: Mapping[str, Tensor]) -> None:
-        """Build what has the size of the global vector."""
-        groups = [self._plan.named(parts) & tensors.keys() for parts in self._plan.groups]
-        self.layout = Layout(tensors, groups)
-        self.updates = UpdateReducer(
-            self.layout,
-            self._plan,
-            self._make_optimizer,
-            self._federation,
-            exact=self._exchange.exact,
-            private=self._private,
-            auxiliary=self._auxiliary,
-            scheduler=self._make_scheduler,
-        )
-        self.error_feedback = self._exchange.new_error_feedback(self.updates.pseudo_gradient)
+        """Allocate all that has the size of the global vector."""
+        plan = self._context.plan
+        parts = [plan.named(parts) for parts in plan.groups]
+        fragments = [set(names) for names in fragments_of(tensors, self._context.fragments)]
+        self.layout = Layout(tensors, [names & part for names in fragments for part in parts])
+        self.vector = self.layout.new_vector()
+        layouts = [self.layout]
+        if len(fragments) > 1:
+            layouts = [
+                Layout({name: tensors[name] for name in names}, [names & part for part in parts])
+                for names in fragments
+            ]
+        starts = accumulate((layout.size for layout in layouts), initial=0)
+        self.fragments = [
+            UpdateReducer(self._context, layout, self.vector[start:stop])
+            for layout, (start, stop) in zip(layouts, pairwise(starts), strict=True)
+        ]
 
-    def _pad(self, products: LoraAggregator) -> None:
-        """Lay out factors of the largest rank of the parties, and go on from a loaded state."""
-        pairs = self._plan.products
+    def _pad(self, lora: LoraAggregator) -> None:
+        """Lay out factors of the largest rank of the parties, and load the state that was kept for them."""
+        pairs = self._context.plan.products
         self._padded = PaddedFactors(
-            self._parameters, {pair: (products.rank(pair), products.ratio(pair)) for pair in pairs}
+            self._parameters, {pair: (lora.rank(pair), lora.ratio(pair)) for pair in pairs}
         )
-        self._padded.read_()
+        self._padded.read_(self._parameters)
         self._lay_out(self._padded.tensors)
         if self.loaded is not None:
             self._restore(self.loaded)
@@ -171,50 +244,128 @@ class GlobalState:
     # ---- the state
 
     def state(self) -> dict[str, Any]:
-        """Return the state as it lies in memory, to be looked at before anything goes on."""
-        updates, version = self.updates, self.version
+        """Return the state as it lies in memory; to be read before anything changes it."""
+        counters, privacy = self._counters, self._context.privacy
         return {
-            "round": self.round,
-            "version": None if version is None else list(version),
-            "short_rounds": self.short_rounds,
-            "shapes": updates.layout.shapes,
-            "lora": self.products.reference if self.products else None,
-            "global": updates.global_,
-            "outer_class": type(updates.optimizer).__name__,
-            "outer_optimizer": updates.optimizer.state_dict(),
-            "outer_scheduler": updates.schedule.state,
-            "privacy": None if self._private is None else self._private.state_dict(),
-            "carried": updates.carried,
+            "round": counters.round,
+            "version": None if counters.version is None else list(counters.version),
+            "short_rounds": list(counters.short_rounds),
+            "shapes": self.layout.shapes,
+            "lora": self.lora.reference if self.lora else None,
+            "global": self.vector,
+            "fragments": [updates.state() for updates in self.fragments],
+            "privacy": None if privacy is None else privacy.state_dict(),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and plain containers, with what this party alone owes."""
-        kept = {"error_feedback": None if self.error_feedback is None else self.error_feedback.state_dict()}
-        return _copied(self.state()) | kept
+        """Return the state as tensors and plain containers, with what is this party's own."""
+        feedback = [updates.error_feedback for updates in self.fragments]
+        return _copied(self.state()) | {
+            "error_feedback": [None if part is None else part.state_dict() for part in feedback],
+            "last_written": sorted(self.last_written),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Load a state; ``start`` goes on from it.
 
         Raises:
             ValueError: If it is of other parameters or settings.
         """
-        self.round, self.short_rounds = state["round"], state["short_rounds"]
-        self.version = Version(*state["version"]) if state.get("version") else None
-        self.loaded = state
-        if not self._plan.rule.ranks_may_differ:  # else the shapes depend on the other parties' ranks
+        self._load_counters(state)
+        self._counters = replace(self._counters, loaded=state)
+        self.last_written = frozenset(state.get("last_written", ()))
+        if not self._context.plan.rule.ranks_may_differ:  # else the shapes depend on the other parties' ranks
             self._restore(state)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Let the global state be another one; the parameters are written when it is settled."""
-        if self.error_feedback is not None:
-            self.error_feedback.overtaken()
-        if self.products is None:
+        """Load the newer state of a peer, or of a snapshot; ``write_`` writes the parameters."""
+        for updates in self.fragments:
+            if updates.error_feedback is not None:
+                updates.error_feedback.overtaken()
+        if self.lora is None:
             self.load_state_dict(state)
         else:
-            self.round, self.short_rounds = state["round"], state["short_rounds"]
-            self.version = Version(*state["version"])
+            self._load_counters(state)
             self._restore(state)
-        self.stale, self.distance = True, math.nan
+        everything = frozenset(range(len(self.fragments)))
+        self._counters = replace(self._counters, unwritten=everything, distance=math.nan)
+
+    def resume(self, state: Mapping[str, Any]) -> bool:
+        """Load a state that was kept on disk, if it is newer than this one; return whether it is."""
+        if self.version is not None and Version(*state["version"]) <= self.version:
+            return False
+        self.load_state(state)
+        return True
+
+    def _load_counters(self, state: Mapping[str, Any]) -> None:
+        if len(state["short_rounds"]) != len(self.fragments):
+            raise ValueError(
+                f"The saved federated state is of {len(state['short_rounds'])} fragments, these are"
+                f" {len(self.fragments)}. Resume with the fragments of the checkpoint."
+            )
+        self._counters = replace(
+            self._counters,
+            round=state["round"],
+            version=Version(*state["version"]) if state.get("version") else None,
+            short_rounds=tuple(state["short_rounds"]),
+        )
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Load all but the counters.
+
+        Raises:
+            ValueError: If it is of other parameters or settings; it may come from a peer.
+        """
+        _check_shapes(state["shapes"], self.layout.shapes)
+        self._restore_privacy(state)
+        vectors = torch.split(state["global"], [updates.layout.size for updates in self.fragments])
+        for updates, of_fragment, vector in zip(self.fragments, state["fragments"], vectors, strict=True):
+            updates.restore(of_fragment, vector)
+        own = state.get("error_feedback", [None] * len(self.fragments))
+        for updates, residuals in zip(self.fragments, own, strict=True):
+            if updates.error_feedback is not None and residuals is not None:
+                updates.error_feedback.load_state_dict(residuals)
+
+    def _restore_privacy(self, state: Mapping[str, Any]) -> None:
+        spent, privacy = state.get("privacy"), self._context.privacy
+        if (spent is None) != (privacy is None):
+            how = "with differential privacy, and is to continue without it, which would end its guarantee"
+            if spent is None:
+                how = "without differential privacy, and is to continue with it"
+            raise ValueError(
+                f"The federated state was saved {how}. Resume with the privacy of the checkpoint, or begin"
+                " anew from its weights."
+            )
+        if privacy is not None:
+            privacy.load_state_dict(state["privacy"])
+
+    # ---- attempts
+
+    @contextmanager
+    def reversible(self) -> Iterator[None]:
+        """Undo what is done to the state if it fails; the parameters are no part of it."""
+        if self._backup.numel() != self.layout.size:
+            self._backup = torch.empty_like(self.vector)
+        counters, before = self._counters, _copied(self.state(), self._backup)
+        try:
+            yield
+        except BaseException:
+            self._counters = counters
+            if self.layout.shapes == before["shapes"]:
+                self._restore(before)
+            raise
+
+    def discard_residuals(self) -> None:
+        """Discard what lossy compression has removed in an attempt that failed."""
+        for updates in self.fragments:
+            if updates.error_feedback is not None:
+                updates.error_feedback.discard()
+
+    def commit_residuals(self) -> None:
+        """Keep what lossy compression has removed, since the round stands."""
+        for updates in self.fragments:
+            if updates.error_feedback is not None:
+                updates.error_feedback.commit()
 
     def agree(self) -> None:
         """Make sure that the outer optimizer's step has the same bits at all parties that meet.
@@ -222,78 +373,48 @@ class GlobalState:
         ``portable.step_`` sees to that for what consists of sums, products, quotients and square roots. An
         optimizer may do more, take powers or draw numbers, and a party may have another version of torch.
         """
-        size_bytes = 4 * self.layout.size
-        differed = state_transfer.agree(self._federation, self.state, self._correct, size_bytes)
+        federation, updates = self._context.federation, self.updates
+        differed = state_transfer.agree(federation, self._of_round, self._correct, 4 * updates.layout.size)
         if differed and not self._warned:
             self._warned = True
             log.warning(
                 "[party %s] Round %d: the outer optimizer %s gave other bits at party %s than at party %s,"
-                " whose state all go on with. That is right, but the whole state crosses each time. Install"
-                " the same version of torch at all parties, and use an optimizer that draws no random"
+                " whose state all continue with. That is right, but the whole state is sent each time."
+                " Install the same version of torch at all parties, and use an optimizer that draws no random"
                 " numbers.",
-                self._federation.name,
+                federation.name,
                 self.round,
-                type(self.updates.optimizer).__name__,
-                self._federation.called(differed),
-                self._federation.called([0]),
+                type(updates.optimizer).__name__,
+                federation.called(differed),
+                federation.called([0]),
             )
 
+    def _of_round(self) -> dict[str, Any]:
+        """Return what a round changes."""
+        privacy = self._context.privacy
+        return {
+            "round": self.round,
+            "global": self.updates.global_,
+            "fragment": self.updates.state(),
+            "privacy": None if privacy is None else privacy.state_dict(),
+        }
+
     def _correct(self, state: Mapping[str, Any]) -> None:
-        """Take over another party's result of the same round."""
-        self._restore(state)
-        self.stale = True
-
-    @contextmanager
-    def reversible(self) -> Iterator[None]:
-        """Undo what is done to the state if it fails; the parameters are no part of it."""
-        if self._before.numel() != self.layout.size:
-            self._before = torch.empty_like(self.updates.global_)
-        before = _copied(self.state(), self._before)
-        version, stale, loaded, distance = self.version, self.stale, self.loaded, self.distance
-        try:
-            yield
-        except BaseException:
-            self.round, self.short_rounds = before["round"], before["short_rounds"]
-            self.version, self.stale, self.loaded, self.distance = version, stale, loaded, distance
-            if self.layout.shapes == before["shapes"]:
-                self._restore(before)
-            raise
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; round and version are the caller's.
-
-        Raises:
-            ValueError: If it is of other parameters or settings; it may come from a peer.
-        """
-        updates = self.updates
-        _check_shapes(state["shapes"], updates.layout.shapes)
-        _check_settings(state, updates, self._private)
-        updates.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
-        if self._private is not None:
-            self._private.load_state_dict(state["privacy"])
-        if updates.carried is not None:
-            updates.carried.copy_(state["carried"])
-        updates.global_.copy_(state["global"])
-        # A copy, since the optimizer goes on in the very tensors that it is given.
-        updates.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
-        if self.error_feedback is not None and state.get("error_feedback") is not None:
-            self.error_feedback.load_state_dict(state["error_feedback"])
+        """Load another party's result of the same round."""
+        self._restore_privacy(state)
+        self.updates.restore(state["fragment"], state["global"])
+        self._counters = replace(self._counters, unwritten=self._counters.unwritten | {self.fragment})
 
 
 def _copied(state: Mapping[str, Any], into: Tensor | None = None) -> dict[str, Any]:
-    """Return a state that stays what it is while training goes on.
+    """Return a state that stays what it is while training continues.
 
     Args:
-        state: What ``GlobalState.state`` returned.
+        state: As returned by ``GlobalState.state``.
         into: Memory for the global vector, (D,) float32; None for new memory.
     """
-    carried = state["carried"]
-    return {
-        **state,
-        "global": state["global"].clone() if into is None else into.copy_(state["global"]),
-        "carried": None if carried is None else carried.clone(),
-        "outer_optimizer": copy.deepcopy(state["outer_optimizer"]),
-    }
+    vector = state["global"].clone() if into is None else into.copy_(state["global"])
+    return {**state, "global": vector, "fragments": copy.deepcopy(state["fragments"])}
 
 
 def _check_shapes(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -310,29 +431,3 @@ def _check_shapes(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
         " exclude patterns of the checkpoint."
     )
-
-
-def _check_settings(state: Mapping[str, Any], updates: UpdateReducer, private: DPProcessor | None) -> None:
-    name = type(updates.optimizer).__name__
-    if state.get("outer_class", name) != name:
-        raise ValueError(
-            f"The saved federated state is of the outer optimizer {state['outer_class']:.100}, this party"
-            f" has {name}. Resume with the outer_optimizer of the checkpoint."
-        )
-    spent = state.get("privacy")
-    if (spent is None) != (private is None):
-        how = "with differential privacy, and is to go on without it, which would end its guarantee"
-        if spent is None:
-            how = "without differential privacy, and is to go on with it"
-        raise ValueError(
-            f"The federated state was saved {how}. Resume with the privacy of the checkpoint, or begin"
-            " anew from its weights."
-        )
-    carried = state.get("carried")
-    if getattr(carried, "shape", None) != getattr(updates.carried, "shape", None):
-        raise ValueError(
-            f"The federated state was saved {'without' if carried is None else 'with another'} vector beside"
-            " the global parameters than"
-            f" {updates.auxiliary.method if updates.auxiliary else 'plain averaging'} keeps. Resume with the drift"
-            " correction of the checkpoint, or begin anew from its weights."
-        )

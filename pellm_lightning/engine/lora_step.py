@@ -1,4 +1,4 @@
-"""The LoRA side of a round: hand the pairs to the rule, put its results into the vector, measure."""
+"""LoraAggregator: the LoRA pairs of a round, combined by the rule, written to the vector and measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,19 @@ from pellm_lightning.aggregation.base import EVERYTHING, Factors, RoundContext, 
 from pellm_lightning.aggregation.base_writing import write_rest_
 from pellm_lightning.aggregation.deviation import Deviation, deviation, missed
 from pellm_lightning.aggregation.lora import Pair, matrix
-from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.comm import Collectives
-from pellm_lightning.tensors.flat_buffer import Layout
+from pellm_lightning.engine.context import EngineContext
+from pellm_lightning.engine.updates import UpdateReducer
 
 
 @dataclass(frozen=True)
 class LoraResult:
-    """What came of combining the pairs."""
+    """Result of combining the pairs.
+
+    Example:
+        >>> result = lora.combine(updates, round_context)  # doctest: +SKIP
+        >>> result.deviation.mean  # doctest: +SKIP
+        0.03
+    """
 
     deviation: Deviation | None
     """Relative deviation of the result, if it is measured yet."""
@@ -30,35 +35,35 @@ class LoraResult:
 
 
 class LoraAggregator:
-    """The pairs of a federation, whose products are what the parties' adapters really are.
+    """Aggregator of the LoRA pairs, whose products are what the parties' adapters really are.
 
     Args:
-        plan: The rule applied to this party's parameters.
+        context: What the aggregator works with.
         parameters: This party's federated parameters.
-        federation: The joined parties.
-        told: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
-        measure: Whether to measure the deviation, where the rule does not know it anyway.
+        specs: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
         reference: Rank and scaling of the global factors, by the pair's name; None takes the largest rank of
             the parties, and the scaling of the first party that has it.
+
+    Example:
+        >>> lora = LoraAggregator(context, parameters, [spec["lora"] for spec in specs])  # doctest: +SKIP
+        >>> result = lora.combine(updates, round_context)  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        plan: Plan,
+        context: EngineContext,
         parameters: Mapping[str, Tensor],
-        federation: Collectives,
-        told: Sequence[Mapping[str, Any]],
-        measure: bool,
+        specs: Sequence[Mapping[str, Any]],
         reference: Mapping[str, Any] | None = None,
     ) -> None:
-        self._plan = plan
+        self._context = context
+        self._plan = context.plan
+        self._federation = context.federation
         self._parameters = parameters
-        self._federation = federation
-        self.told = told
-        self._measure = measure
+        self.specs = specs
         self.reference: dict[str, list[Any]] = {
-            pair.name: list(reference[pair.name]) if reference else max(self._told(pair), key=itemgetter(0))
-            for pair in plan.products
+            pair.name: list(reference[pair.name]) if reference else max(self._specs(pair), key=itemgetter(0))
+            for pair in self._plan.products
         }
         """Rank and scaling of the global factors, by the pair's name."""
 
@@ -80,10 +85,15 @@ class LoraAggregator:
         own = {pair.name: self._parameters[pair.a].shape[0] for pair in self._plan.products}
         return next((name for name, rank in own.items() if rank > self.reference[name][0]), None)
 
-    def combine(self, layout: Layout, global_: Tensor, staging: Tensor, counting: RoundContext) -> LoraResult:
-        """Let the rule combine the pairs, and measure what comes of it; nothing is written yet."""
+    def has_pairs(self, updates: UpdateReducer) -> bool:
+        """Tell whether a fragment holds LoRA pairs."""
+        names = set(updates.layout.names)
+        return any(pair.a in names for pair in self._plan.products)
+
+    def combine(self, updates: UpdateReducer, counting: RoundContext) -> LoraResult:
+        """Combine the pairs of a fragment by the rule, and measure the result; nothing is written yet."""
         rule = self._plan.rule
-        pairs = self._factors(layout, global_)
+        pairs = self._factors(updates)
         combined = rule.combine(pairs, counting)
         replaced: dict[str, Tensor] = {}
         if combined.factors is not None:
@@ -91,78 +101,78 @@ class LoraAggregator:
                 replaced |= {pair.pair.b: b, pair.pair.a: a}
         if rule.writes_base:
             return LoraResult(None, combined.terms, replaced)
-        if not self._measure:
+        if not self._context.measures_deviation:
             return LoraResult(None, None, replaced)
         terms = combined.terms
         if terms is None:
             terms = gathering.to_owners(pairs, counting, EVERYTHING - rule.frozen_parts(counting.round))
         results = combined.factors or [
-            (self._mean(layout, global_, staging, p.pair.b), self._mean(layout, global_, staging, p.pair.a))
-            for p in pairs
+            (self._mean(updates, p.pair.b), self._mean(updates, p.pair.a)) for p in pairs
         ]
         squares = missed(pairs, results, terms, gathering.owned(len(pairs), self._federation))
         return LoraResult(deviation(pairs, squares, self._federation), None, replaced)
 
-    def put_(
-        self, layout: Layout, global_: Tensor, staging: Tensor, replaced: Mapping[str, Tensor], *, plain: bool
-    ) -> None:
-        """Put the results where the outer optimizer finds them.
+    def write_results_(self, updates: UpdateReducer, replaced: Mapping[str, Tensor], *, plain: bool) -> None:
+        """Write the rule's results where the outer optimizer reads them.
 
         Args:
-            layout: Of the vectors.
-            global_: The global vector.
-            staging: The pseudo-gradient, in which ``anchor - result`` is put.
+            updates: The fragment's vectors; ``anchor - result`` is written into its pseudo-gradient.
             replaced: Results by the names of the factors.
-            plain: Whether the outer optimizer lands on the result. Then the global vector takes it as it is:
-                a difference would round it, and carry what the last anchor lost in the parameters' dtype.
+            plain: Whether the outer optimizer's step gives the result itself. Then the global vector takes it
+                as it is: a difference would round it, and add what the last anchor lost in the parameters'
+                dtype.
         """
+        layout = updates.layout
         for name, result in replaced.items():
-            anchor, step = matrix(layout.view(global_, name)), matrix(layout.view(staging, name))
+            anchor = matrix(layout.view(updates.global_, name))
+            step = matrix(layout.view(updates.pseudo_gradient, name))
             if plain:
                 anchor.copy_(result)
                 step.zero_()
             else:
-                step.copy_(self._anchor(layout, global_, name) - result.to(step.device))
+                step.copy_(self._anchor(updates, name) - result.to(step.device))
 
-    def write_base_(self, layout: Layout, global_: Tensor, terms: Mapping[int, Sequence[Term]]) -> Deviation:
+    def write_base_(self, updates: UpdateReducer, terms: Mapping[int, Sequence[Term]]) -> Deviation:
         """Write into the frozen weights what the factors, as they are now, lack of the parties' mean."""
-        pairs = self._factors(layout, global_)
+        pairs = self._factors(updates)
         squares = write_rest_(pairs, terms, self._federation)
         owned = gathering.owned(len(pairs), self._federation)
         return deviation(pairs, {k: squares[k] for k in owned}, self._federation)
 
-    def _factors(self, layout: Layout, global_: Tensor) -> list[Factors]:
+    def _factors(self, updates: UpdateReducer) -> list[Factors]:
+        view, global_, names = updates.layout.view, updates.global_, set(updates.layout.names)
         return [
             Factors(
                 pair=pair,
                 b=matrix(self._parameters[pair.b].detach()),
                 a=matrix(self._parameters[pair.a].detach()),
-                anchor_b=matrix(layout.view(global_, pair.b)),
-                anchor_a=matrix(layout.view(global_, pair.a)),
+                anchor_b=matrix(view(global_, pair.b)),
+                anchor_a=matrix(view(global_, pair.a)),
                 ranks=self._ranks(pair),
                 scalings=self._scalings(pair),
                 scaling=self._scaling(pair),
                 base=self._plan.module(pair).base,
             )
             for pair in self._plan.products
+            if pair.a in names
         ]
 
-    def _mean(self, layout: Layout, global_: Tensor, staging: Tensor, name: str) -> Tensor:
+    def _mean(self, updates: UpdateReducer, name: str) -> Tensor:
         """Return the mean of a factor that was averaged: the anchor minus the step."""
-        return self._anchor(layout, global_, name) - matrix(layout.view(staging, name))
+        return self._anchor(updates, name) - matrix(updates.layout.view(updates.pseudo_gradient, name))
 
-    def _anchor(self, layout: Layout, global_: Tensor, name: str) -> Tensor:
+    def _anchor(self, updates: UpdateReducer, name: str) -> Tensor:
         """Return the anchor as the parameters hold it, rounded to their dtype; float32."""
-        return matrix(layout.view(global_, name).to(self._parameters[name].dtype).float())
+        return matrix(updates.layout.view(updates.global_, name).to(self._parameters[name].dtype).float())
 
     def _scaling(self, pair: Pair) -> float:
         return float(self.reference[pair.name][1])
 
-    def _told(self, pair: Pair) -> list[list[Any]]:
-        return [of_party[pair.name] for of_party in self.told]
+    def _specs(self, pair: Pair) -> list[list[Any]]:
+        return [of_party[pair.name] for of_party in self.specs]
 
     def _ranks(self, pair: Pair) -> list[int]:
-        return [rank for rank, _ in self._told(pair)]
+        return [rank for rank, _ in self._specs(pair)]
 
     def _scalings(self, pair: Pair) -> list[float]:
-        return [scaling for _, scaling in self._told(pair)]
+        return [scaling for _, scaling in self._specs(pair)]

@@ -1,9 +1,9 @@
-"""Rounds that run in the background while the parties go on training."""
+"""OverlappedAggregator: rounds in a background thread while the party continues to train."""
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from threading import Thread
@@ -16,8 +16,9 @@ from typing_extensions import override
 from pellm_lightning.aggregation.base import Aggregation
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.comm import Communicator, FederationError
-from pellm_lightning.engine.aggregator import Aggregator, RoundReport
+from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
+from pellm_lightning.engine.round_report import RoundReport
 
 T = TypeVar("T")
 
@@ -34,9 +35,9 @@ class Overlap:
     With K fragments the layers are dealt to K groups that take turns: each has a round as often as the
     schedule says, and each exchange is a K-th as large.
 
-    Example::
-
-        FederatedAveraging(every_n_steps=100, overlap=Overlap(delay_steps=10, fragments=4))
+    Example:
+        >>> Overlap(delay_steps=10, fragments=4)
+        Overlap(delay_steps=10, mix=0.5, fragments=4)
 
     Args:
         delay_steps: Optimizer steps between the beginning of a round and the application of its result; 0
@@ -104,8 +105,8 @@ class Overlap:
         """
         if rule.writes_base:
             raise ValueError(
-                f"{rule!r} writes into the frozen weights, with which training goes on while a round is under"
-                " way. Use another aggregation, or no overlap."
+                f"{rule!r} writes into the frozen weights, with which training continues during a round. Use"
+                " another aggregation, or no overlap."
             )
         if rule.frozen_parts(0) != rule.frozen_parts(1):
             raise ValueError(
@@ -121,19 +122,26 @@ class Overlap:
 
 
 class OverlappedAggregator(Aggregator):
-    """An aggregator whose rounds can run in the background: ``begin``, train on, ``apply``.
+    """Aggregator whose rounds can run in the background: ``begin``, train, ``apply``.
 
-    It works on copies of the parameters in CPU memory, one more times their size. Whatever a round does
-    (masks, noise, compression, parties that come and go) it does to the copies, in a thread of its own.
+    It works on copies of the parameters in CPU memory, as large as these. Whatever a round does (secure
+    aggregation, noise, compression, parties that are lost) it does to the copies, in a thread of its own.
 
     Args:
         federation: The joined parties.
         parameters: Named floating-point tensors on one device.
-        overlap: How results land.
+        overlap: How results are applied.
         **options: As of ``Aggregator``.
 
     Raises:
         ValueError: As ``Aggregator``; or if the aggregation allows no overlap.
+
+    Example:
+        >>> aggregator = OverlappedAggregator(federation, parameters, Overlap(5))  # doctest: +SKIP
+        >>> aggregator.start()  # doctest: +SKIP
+        >>> aggregator.begin(weight=8.0)  # doctest: +SKIP
+        >>> train(model, steps=5)  # doctest: +SKIP
+        >>> report = aggregator.apply()  # doctest: +SKIP
     """
 
     def __init__(
@@ -143,18 +151,18 @@ class OverlappedAggregator(Aggregator):
             raise ValueError("A drift correction needs the last round's result at once: use no overlap.")
         self._staging = Staging(parameters)
         super().__init__(federation, self._staging.copies, **options)
-        overlap.check(self._plan.rule)
+        overlap.check(self._context.plan.rule)
         self._overlap = overlap
-        self._under_way: Future[RoundReport] | None = None
+        self._running: Future[RoundReport] | None = None
         self._report: RoundReport | None = None
         self._stalled = 0.0
         self.completed = time.monotonic()
-        """When the last round was through, by this process's clock; about the same moment at all parties."""
+        """End of the last round, by this process's clock; about the same moment at all parties."""
 
     @property
     def failed(self) -> bool:
-        """Whether the round under way has failed already; ``apply()`` raises why."""
-        round = self._under_way
+        """Whether the running round has failed already; ``apply()`` raises why."""
+        round = self._running
         return round is not None and round.done() and round.exception() is not None
 
     # ---- what a party calls
@@ -166,11 +174,11 @@ class OverlappedAggregator(Aggregator):
             self._report = None
             self._staging.put(mix=0)
         if self._report is not None:  # its result is what the global vector holds
-            self._global_state.write_()
+            self._global_state.write_(self._global_state.last_written)
         return overwritten
 
     def begin(self, weight: float, loss: float | None = None, *, steps_left: float = math.nan) -> None:
-        """Begin a round with the parameters as they are now; it goes on in the background.
+        """Begin a round with the parameters as they are now; it runs in the background.
 
         Args:
             weight: As of ``step``.
@@ -178,12 +186,12 @@ class OverlappedAggregator(Aggregator):
             steps_left: As of ``step``.
 
         Raises:
-            RuntimeError: If the last one has not landed yet.
+            RuntimeError: If the last one has not been applied yet.
         """
         self._check_applied()
         begun = time.perf_counter()
         step = super().step
-        self._staging.take()
+        self._staging.take(self._global_state.updates.layout.names)
 
         def round() -> RoundReport:
             self._staging.wait()
@@ -191,26 +199,27 @@ class OverlappedAggregator(Aggregator):
             self.completed = time.monotonic()
             return report
 
-        self._under_way = _in_background(round)
+        self._running = _in_background(round)
         self._stalled = time.perf_counter() - begun
 
     def apply(self, *, last: bool = False) -> RoundReport:
-        """Wait for the round under way, and mix its result into the parameters.
+        """Wait for the running round, and mix its result into the parameters.
 
         Args:
             last: Take the result as it is, so that all parties end with the same parameters.
 
         Raises:
-            RuntimeError: If none is under way.
+            RuntimeError: If none is running.
             FederationError: As ``step``.
         """
         self._wait()
         begun = time.perf_counter()
         if self._report is None:
-            raise RuntimeError(f"No round of party {self.federation.name} is under way. Call begin() first.")
+            raise RuntimeError(f"No round of party {self.federation.name} is running. Call begin() first.")
         report, self._report = self._report, None
-        healed = self.federation.place[0] in report.excluded  # NaN would survive any mixing
-        self._staging.put(mix=0 if last or healed or not self._overlap.in_background else self._overlap.mix)
+        was_excluded = self.federation.place[0] in report.excluded  # NaN would survive any mixing
+        takes_all = last or was_excluded or not self._overlap.in_background
+        self._put_written(mix=0 if takes_all else self._overlap.mix)
         return replace(report, stalled_seconds=self._stalled + time.perf_counter() - begun)
 
     @override
@@ -222,12 +231,12 @@ class OverlappedAggregator(Aggregator):
         *,
         steps_left: float = math.nan,
     ) -> RoundReport:
-        """Run one round with all parties and wait for it; all go on with its result as it is.
+        """Run one round with all parties and wait for it; all continue with its result as it is.
 
         Args:
             weight: As of ``Aggregator.step``.
             loss: As of ``Aggregator.step``.
-            contribution: Of nothing: drift corrections go without an overlap.
+            contribution: None: drift corrections need rounds without an overlap.
             steps_left: As of ``Aggregator.step``.
 
         Raises:
@@ -242,7 +251,7 @@ class OverlappedAggregator(Aggregator):
         self._staging.take()
         self._staging.wait()
         for report in super().drain():
-            self._staging.put(mix=0)
+            self._put_written(mix=0)
             self._staging.wait()
             yield report
 
@@ -253,8 +262,8 @@ class OverlappedAggregator(Aggregator):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as of ``Aggregator``, when the round under way is through or has failed."""
-        with contextlib.suppress(FederationError):  # which land() will raise
+        """Return the state as of ``Aggregator``, when the running round has ended or failed."""
+        with contextlib.suppress(FederationError):  # which apply() will raise
             self._wait(again=True)
         pending = None if self._report is None else asdict(self._report)
         return super().state_dict() | {"pending": pending}
@@ -268,13 +277,19 @@ class OverlappedAggregator(Aggregator):
             pending = pending | {"deviation": None if deviation is None else Deviation(**deviation)}
             self._report = RoundReport(**pending)
 
+    def _put_written(self, mix: float) -> None:
+        """Mix into the parameters what the last round has written; other fragments go on training."""
+        state = self._global_state
+        names = [name for index in state.last_written for name in state.fragments[index].layout.names]
+        self._staging.put(mix, names)
+
     def _check_applied(self) -> None:
-        if self._under_way is not None or self._report is not None:
-            raise RuntimeError(f"Party {self.federation.name} begins a round before the last has landed.")
+        if self._running is not None or self._report is not None:
+            raise RuntimeError(f"Party {self.federation.name} begins a round before the last was applied.")
 
     def _wait(self, *, again: bool = False) -> None:
-        """Return when no round is under way any more; raise what it failed with, once or ``again``."""
-        round, begun = self._under_way, time.perf_counter()
+        """Return when no round is running any more; raise what it failed with, once or ``again``."""
+        round, begun = self._running, time.perf_counter()
         if round is None:
             return
         try:
@@ -283,16 +298,25 @@ class OverlappedAggregator(Aggregator):
             self._stalled += time.perf_counter() - begun
             # It may still be running, if the waiting was interrupted.
             if round.done() and not (again and round.exception()):
-                self._under_way = None
+                self._running = None
 
 
 class Staging:
-    """Parameters, and copies of them in CPU memory.
+    """Staging buffers of parameters in CPU memory.
 
-    From and to a GPU the copies are page-locked and go over a stream of their own.
+    From and to a GPU the copies are page-locked and made on a stream of their own.
 
     Args:
         live: Named tensors on one device.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> staging = Staging({"x": x})
+        >>> x.fill_(3.0).tolist()
+        [3.0, 3.0]
+        >>> staging.put(mix=0.5)
+        >>> x.tolist()
+        [2.0, 2.0]
     """
 
     def __init__(self, live: Mapping[str, Tensor]) -> None:
@@ -307,17 +331,22 @@ class Staging:
         self.wait()
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Begin to copy the parameters as they are now; later changes do not show."""
+    def take(self, names: Collection[str] | None = None) -> None:
+        """Begin to copy the parameters as they are now; later changes do not show.
+
+        Args:
+            names: Which; None for all.
+        """
+        live = [(self.copies[name], self._live[name]) for name in (self._live if names is None else names)]
         if self._stream is None:
-            for name, tensor in self._live.items():
-                self.copies[name].copy_(tensor)
+            for copy, tensor in live:
+                copy.copy_(tensor)
             return
         training = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(training)
         with torch.cuda.stream(self._stream):
-            for name, tensor in self._live.items():
-                self.copies[name].copy_(tensor, non_blocking=True)
+            for copy, tensor in live:
+                copy.copy_(tensor, non_blocking=True)
         training.wait_stream(self._stream)  # the next step changes what is being copied
 
     def wait(self) -> None:
@@ -326,17 +355,19 @@ class Staging:
             self._stream.synchronize()
 
     @torch.no_grad()
-    def put(self, mix: float) -> None:
-        """Let the parameters be ``mix`` of themselves and the rest of the copies.
+    def put(self, mix: float, names: Collection[str] | None = None) -> None:
+        """Mix the copies into the parameters: ``mix`` of themselves and the rest of the copies.
 
         Args:
             mix: In [0, 1); 0 gives the copies, bit for bit.
+            names: Which; None for all.
         """
-        for name, tensor in self._live.items():
+        for name in self._live if names is None else names:
+            tensor, copy = self._live[name], self.copies[name]
             if mix:
-                tensor.lerp_(self.copies[name].to(tensor.device, non_blocking=True), 1 - mix)
+                tensor.lerp_(copy.to(tensor.device, non_blocking=True), 1 - mix)
             else:
-                tensor.copy_(self.copies[name], non_blocking=True)
+                tensor.copy_(copy, non_blocking=True)
         if self._stream is not None:  # the next round overwrites what is being read
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 

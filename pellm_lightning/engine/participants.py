@@ -1,52 +1,114 @@
-"""Who counts in a round, and how much: what the parties have said, less what must not be summed."""
+"""ParticipantFilter: which parties' updates are summed in a round, and with which weights."""
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pellm_lightning.aggregation.base import RoundContext
 from pellm_lightning.comm import Collectives, FederationError, MismatchError
+from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.coordination import Header, Purpose
-from pellm_lightning.exchange import Exchange
-from pellm_lightning.privacy.processor import DPProcessor
 
 log = logging.getLogger(__name__)
 
-# A party that was healed of NaN, or came back, trains in the next round; if not even then enough do, it is no
+# A party that was healed of NaN, or came back, trains in the next round; if too few do even then, it is no
 # accident.
 _MAX_SHORT_ROUNDS = 2
 
 
-class ParticipantFilter:
-    """Judges the parties' headers; every party comes to the same.
-
-    Weights are those of the parties that meet, in their order; where the exchange hides them, 1 for who
-    counts.
+@dataclass(frozen=True)
+class Participants:
+    """Selection of the parties of one round; the same at every party.
 
     Args:
-        federation: The joined parties.
-        exchange: How values are summed.
-        private: Differential privacy, if any.
-        on_nonfinite: As in ``Aggregator``.
-        quorum: Parties that must have trained in a round for it to move anything.
+        weights: Weight of each party that meets, in their order; 0 for who does not count. Where the exchange
+            hides weights, 1 for who counts.
+        trained: Who has trained, by index, whatever its weight.
+        excluded: Whose values are not finite, by index.
+
+    Example:
+        >>> Participants(weights=[8.0, 0.0, 4.0], trained=[0, 2], excluded=[1])
+        Participants(weights=[8.0, 0.0, 4.0], trained=[0, 2], excluded=[1])
     """
 
-    def __init__(
-        self,
-        federation: Collectives,
-        exchange: Exchange,
-        private: DPProcessor | None,
-        on_nonfinite: Literal["exclude", "raise"],
-        quorum: int,
-    ) -> None:
-        self._federation = federation
-        self._is_secure = exchange.is_secure
-        self._private = private
-        self._on_nonfinite = on_nonfinite
-        self.quorum = quorum
-        self._min_counting = max(exchange.min_counting, 1 if private is None else private.min_counting)
+    weights: list[float]
+    trained: list[int]
+    excluded: list[int]
+
+
+class ParticipantFilter:
+    """Filter of the parties that count in a round, by their headers; every party comes to the same result.
+
+    Args:
+        context: The exchange, privacy and quorum of the aggregator.
+
+    Example:
+        >>> participants = ParticipantFilter(context).select(headers, 0, 0, lambda: None)  # doctest: +SKIP
+        >>> participants.weights  # doctest: +SKIP
+        [8.0, 4.0]
+    """
+
+    def __init__(self, context: EngineContext) -> None:
+        self._federation = context.federation
+        self._is_secure = context.exchange.is_secure
+        self._private = context.privacy
+        self._on_nonfinite = context.on_nonfinite
+        self._min_counting = context.min_counting
+        self._fragments = context.fragments
+        self.quorum = context.quorum
+
+    def select(
+        self, headers: Sequence[Header], round: int, failed: int, first_nonfinite: Callable[[], str | None]
+    ) -> Participants:
+        """Return who takes part in a round, as far as the headers tell.
+
+        Args:
+            headers: What the parties said as they came.
+            round: The round.
+            failed: Noisy releases of attempts at this round that failed.
+            first_nonfinite: Returns the name of this party's first parameter that is not finite, if any.
+
+        Raises:
+            MismatchError: If a party is in another round.
+            FederationError: If nobody counts although all train, or ``on_nonfinite="raise"`` applies.
+        """
+        said = self.weights(headers, round)
+        excluded = [party for party, header in enumerate(headers) if not header.fine]
+        if excluded:
+            said = self.without(excluded, said, round, first_nonfinite())
+        weights = self.sendable(headers, said, round)
+        trained = self.trained(headers, said, weights, excluded)
+        return Participants(self.allowed(weights, trained, round, failed), trained, excluded)
+
+    def exclude(
+        self, selected: Participants, fine: Sequence[bool], round: int, first: Callable[[], str | None]
+    ) -> Participants:
+        """Return the participants without those whose values have turned out not to be finite.
+
+        Args:
+            selected: As selected by the headers.
+            fine: Party by party, whether all its values were finite.
+            round: The round.
+            first: As in ``select``.
+
+        Raises:
+            FederationError: If ``on_nonfinite="raise"`` applies, nobody is left, or the exchange is secure.
+        """
+        weights = selected.weights
+        late = [party for party, is_fine in enumerate(fine) if not is_fine and weights[party] > 0]
+        if selected.excluded or not late:
+            return selected
+        weights = self.without(late, weights, round, first())
+        if self._is_secure:  # the difference of two sums would be what was left out
+            raise FederationError(
+                f"Round {round}: an update of party {self._federation.called(late)} exceeds"
+                " float32. No parameter was changed. Lower that party's learning rate."
+            )
+        trained = [party for party in selected.trained if party not in late]
+        return Participants(self.in_quorum(weights, trained), trained, late)
+
+    # ---- the single rules
 
     def weights(self, headers: Sequence[Header], round: int) -> list[float]:
         """Return the weights that the parties came with.
@@ -186,7 +248,9 @@ class ParticipantFilter:
         """Return the weights; all 0 if fewer than a quorum have trained."""
         return list(weights) if len(trained) >= self.quorum else [0.0] * len(weights)
 
-    def counting(
+    # ---- shares
+
+    def round_context(
         self, sums: Collectives, weights: Sequence[float], own_weight: float, round: int
     ) -> RoundContext:
         """Return the shares; where weights are hidden, this party's weight itself, and NaN of the others."""
@@ -200,7 +264,7 @@ class ParticipantFilter:
         return RoundContext(sums, shares, round)
 
     @staticmethod
-    def scaled(counting: RoundContext, total_weight: float) -> RoundContext:
+    def normalized(counting: RoundContext, total_weight: float) -> RoundContext:
         """Return the shares, once the total of the hidden weights is known.
 
         Raises:
@@ -208,14 +272,16 @@ class ParticipantFilter:
         """
         if counting.num_counting and total_weight <= 0:
             raise FederationError(
-                f"The weights of round {counting.round} are too small for the digits behind the point that a"
-                " masked exchange has: their sum is 0. Give larger weights, or a larger fractional_bits."
+                f"The weights of round {counting.round} are too small for the fractional bits of secure"
+                " aggregation: their sum is 0. Give larger weights, or a larger fractional_bits."
             )
         shares = [share / total_weight if share else 0.0 for share in counting.shares]
         return RoundContext(counting.federation, shares, counting.round)
 
-    def none_after(self, headers: Sequence[Header], round: int, shortage: "Shortage") -> bool:
-        """Tell whether no further round can move anything, the present one being through.
+    # ---- the end
+
+    def is_last(self, headers: Sequence[Header], round: int, shortage: "Shortage") -> bool:
+        """Tell whether no further round can move anything after the present one.
 
         Args:
             headers: What the parties said as they came to it.
@@ -254,7 +320,7 @@ class ParticipantFilter:
         """Return why a round that fewer than a quorum trained in moved nothing, and what comes of it."""
         federation, trained = self._federation, shortage.trained
         who = f" (party {federation.called(trained)})" if trained else ""
-        since = round - shortage.rounds
+        since = round - shortage.rounds * self._fragments
         result = f"the result of round {since}" if since >= 0 else "the parameters of the start"
         said = (
             f"Round {round}: {len(trained)} of {federation.max_parties} parties trained in it{who}, but"
@@ -283,14 +349,18 @@ class ParticipantFilter:
 
 @dataclass(frozen=True)
 class Shortage:
-    """A lack of parties that train.
+    """Shortage of parties that train: what a round with too few of them needs to be reported.
 
     Args:
-        rounds: Rounds in a row, the present one included, in which fewer than a quorum trained; 0 if it had
-            enough.
+        rounds: Rounds of this fragment in a row, the present one included, in which fewer than a quorum
+            trained; 0 if it had enough.
         trained: Who trained in the present one, by index.
         excluded: Whose values were not finite, by index.
         steps_left: Optimizer steps that each party still has to make; NaN where that is unknown here.
+
+    Example:
+        >>> Shortage(rounds=1, trained=[0], excluded=[], steps_left=[12.0, math.nan]).rounds
+        1
     """
 
     rounds: int
@@ -317,10 +387,12 @@ def _counting_together(headers: Sequence[Header], weights: Sequence[float], name
     together = {party for party, weight in enumerate(weights) if weight > 0}
     while True:
         sum_ = {headers[party].values_of(names[party]) for party in together}
-        burnt = {party for party in together if headers[party].exposed and {*headers[party].exposed} != sum_}
-        if not burnt:
+        revealed = {
+            party for party in together if headers[party].exposed and {*headers[party].exposed} != sum_
+        }
+        if not revealed:
             return together
-        together -= burnt
+        together -= revealed
 
 
 def _by_party(values: Sequence[int]) -> str:

@@ -1,17 +1,18 @@
-"""A party's update on its way into the mean of all, and the step of the global vector."""
+"""UpdateReducer: sums the parties' updates of one fragment, and steps the global vector."""
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pellm_lightning.aggregation.base import Parts, RoundContext
-from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.comm import Collectives
 from pellm_lightning.engine import outer_optimizer
-from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
+from pellm_lightning.engine.auxiliary import AuxiliaryValues
+from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.privacy.clipping import squared_norm
 from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors import portable
@@ -20,7 +21,13 @@ from pellm_lightning.tensors.flat_buffer import Chunk, Layout
 
 @dataclass(frozen=True)
 class ReducedFlags:
-    """What the parties say when each has seen all its values."""
+    """Flags and figures that the parties sum behind their updates, once each has seen all its values.
+
+    Example:
+        >>> context, norm, flags = ...  # doctest: +SKIP
+        >>> flags.fine, flags.loss  # doctest: +SKIP
+        ([True, True, False], 0.71)
+    """
 
     fine: list[bool]
     """Party by party, whether all its values are finite."""
@@ -31,62 +38,54 @@ class ReducedFlags:
     loss: float | None
     """Mean of the parties' training losses, weighted; None if no party gave one."""
     effective_steps: float
-    """Mean of the parties' extents, weighted; 0 if updates are not rescaled."""
+    """Mean of the parties' effective steps, weighted; 0 if updates are not rescaled."""
 
 
 class UpdateReducer:
-    """The vectors of the rounds of one layout: what the parties share, and what crosses between them.
+    """Reducer of the parties' updates of one fragment, with the fragment's outer optimizer.
 
     Args:
-        layout: Of the parameters.
-        plan: The rule applied to them.
-        optimizer: Makes the outer optimizer of the global vector.
-        federation: The joined parties.
-        exact: Whether the exchange sums float32 exactly; if not, the parties' ballot crosses apart.
-        private: Makes updates differentially private; None leaves them as they are.
-        auxiliary: What crosses beside the updates; None if nothing does.
-        scheduler: Makes the schedule of the outer optimizer's learning rate; None leaves it as it is.
+        context: What the aggregator works with.
+        layout: Of the fragment's parameters.
+        vector: The fragment's part of the global vector, (D,) float32; the parameters are copied into it.
+
+    Example:
+        >>> updates = UpdateReducer(context, layout, layout.new_vector())  # doctest: +SKIP
+        >>> norm, flags = updates.average(round_context, loss=0.7)  # doctest: +SKIP
+        >>> distance = updates.advance(writes=True, moves=True)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        plan: Plan,
-        optimizer: outer_optimizer.OptimizerFactory,
-        federation: Collectives,
-        *,
-        exact: bool,
-        private: DPProcessor | None,
-        auxiliary: AuxiliaryTerms | None = None,
-        scheduler: outer_optimizer.SchedulerFactory | None = None,
-    ) -> None:
+    def __init__(self, context: EngineContext, layout: Layout, vector: Tensor) -> None:
         self.layout = layout
-        self._plan = plan
-        self._federation = federation
-        self._exact = exact
-        self._private = private
-        self.auxiliary = auxiliary
+        self._plan = context.plan
+        self._federation = context.federation
+        # If the exchange rounds float32, the flags cross apart, in float64.
+        self._exact = context.exchange.exact
+        self._private = context.privacy
+        self._auxiliary = auxiliary = context.auxiliary
         self.carried = layout.new_vector() if auxiliary is not None and auxiliary.vector else None
         """Mean of the parties' vectors of the last round in which each part crossed, (D,) float32."""
         self._carrying = None if self.carried is None else layout.new_vector()
-        self._parameter = nn.Parameter(layout.pack_(layout.new_vector()))
-        self.optimizer = optimizer([self._parameter])
-        self.schedule = outer_optimizer.Schedule(scheduler, self.optimizer)
-        # The parties' ballot follows the vector: a flag each, the clipping bit, the loss with its weight, the
-        # weight, and the extent if updates are rescaled.
+        self._parameter = nn.Parameter(layout.pack_(vector))
+        self.optimizer = context.outer_optimizer([self._parameter])
+        self.schedule = outer_optimizer.Schedule(context.outer_scheduler, self.optimizer)
+        # The flags follow the vector: one for each party, the clipping bit, the loss with its weight, the
+        # weight, and the effective steps if updates are rescaled.
         self._rescales = auxiliary is not None and auxiliary.rescales
-        self._staging = layout.new_vector(extra=federation.max_parties + 4 + self._rescales)
+        self._staging = layout.new_vector(extra=self._federation.max_parties + 4 + self._rescales)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
+        self.error_feedback = context.exchange.new_error_feedback(self.pseudo_gradient)
+        """What lossy compression has removed so far, to be sent later; None without."""
 
     @property
     def global_(self) -> Tensor:
-        """The global vector, (D,) float32."""
+        """The fragment's part of the global vector, (D,) float32."""
         return self._parameter.data
 
     @property
     def pseudo_gradient(self) -> Tensor:
-        """What the outer optimizer gets: after ``average`` the mean of ``anchor - x``, (D,) float32."""
+        """Gradient for the outer optimizer: after ``average`` the mean of ``anchor - x``, (D,) float32."""
         return self._staging[: self.layout.size]
 
     # ---- the mean of the updates
@@ -94,19 +93,19 @@ class UpdateReducer:
     def average(
         self, counting: RoundContext, loss: float | None, contribution: AuxiliaryValues | None = None
     ) -> tuple[float, ReducedFlags]:
-        """Sum the parties' ``share * (anchor - x)``; return the norm of this party's update, and the ballot.
+        """Sum the parties' ``share * (anchor - x)``; return the norm of this party's update, and the flags.
 
-        Parts that the rule does not average stay at home, and zero in the vector. Behind the last bucket
-        rides the ballot: what each party has to say once it has seen all its values.
+        Parts that the rule does not average are not sent, and are zero in the vector. The flags are sent with
+        the last bucket, when each party has seen all its values.
         """
         share = counting.share
         averaged = self._plan.rule.averaged(counting.round, counting.num_counting)
-        told = self._staging[self.layout.size :]
+        flags = self._staging[self.layout.size :]
         if not self._exact:  # weights need more digits than updates
-            told = told.double()
+            flags = flags.double()
         bit = 0.0
         if self._private is not None and share:
-            bit = self._make_private(self._private, averaged, counting.num_counting)
+            bit = self._prepare_privacy(self._private, averaged, counting.num_counting)
             loss = None
         squares: list[float] = []
         effective_steps = 0.0 if contribution is None else contribution.effective_steps
@@ -120,38 +119,38 @@ class UpdateReducer:
                 if self._crosses(bucket, averaged):
                     yield self._staging[bucket[0].start : bucket[-1].stop]
             squares.extend(self._pack(last, factor))
-            self._cast(told, _norm(squares), bit, loss, share, effective_steps)
+            self._write_flags(flags, _norm(squares), bit, loss, share, effective_steps)
             start = last[0].start if self._crosses(last, averaged) else self.layout.size
             if self._exact:
                 yield self._staging[start:]
             else:
                 yield self._staging[start : self.layout.size]
-                yield told
+                yield flags
 
         counting.federation.all_reduce_each_(packed())
-        return _norm(squares), self._counted(told)
+        return _norm(squares), self._read_flags(flags)
 
     def drop_(self) -> None:
-        """Forget what was summed, so that the next step moves nothing."""
+        """Discard what was summed, so that the next step moves nothing."""
         self.pseudo_gradient.zero_()
         if self._carrying is not None:
             self._carrying.zero_()
 
     def divide_(self, total_weight: float) -> None:
-        """Make a mean of a sum of updates times their weights, and of what crossed with them."""
+        """Turn sums of weighted updates, and of the auxiliary vectors, into means."""
         self.pseudo_gradient.mul_(1 / total_weight)
         if self._carrying is not None:
             self._carrying.mul_(1 / total_weight)
 
-    def finish_(self, counting: RoundContext, effective_steps: float) -> None:
-        """Let the means of what crossed beside the updates act on the pseudo-gradient."""
-        if self.auxiliary is None or not self.auxiliary.sums:
+    def apply_auxiliary_(self, counting: RoundContext, effective_steps: float) -> None:
+        """Apply the means of the auxiliary terms to the pseudo-gradient."""
+        if self._auxiliary is None or not self._auxiliary.sums:
             return
         for at in self._crossed(counting):
             if self._rescales:
                 self.pseudo_gradient[at].mul_(effective_steps)
-            if self._carrying is not None and self.auxiliary.vector_coefficient:
-                self._add_(at, self._carrying, self.auxiliary.vector_coefficient)
+            if self._carrying is not None and self._auxiliary.vector_coefficient:
+                self._add_(at, self._carrying, self._auxiliary.vector_coefficient)
 
     def _add_(self, at: slice, vector: Tensor, factor: float) -> None:
         """Add a multiple of a vector to the pseudo-gradient, by two roundings at every party.
@@ -182,12 +181,12 @@ class UpdateReducer:
         return [bucket for bucket in self.layout.buckets() if averaged.issuperset(groups[bucket[0].group])]
 
     def _crossed(self, counting: RoundContext) -> Iterator[slice]:
-        """Yield where the vectors hold what crossed in this round."""
+        """Yield the ranges of the vectors that were sent in this round."""
         for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_counting)):
             yield slice(bucket[0].start, bucket[-1].stop)
 
-    def _make_private(self, private: DPProcessor, averaged: Parts, counting: int) -> float:
-        """Settle how the update is clipped and how much noise it gets; return the noisy clipping bit."""
+    def _prepare_privacy(self, private: DPProcessor, averaged: Parts, counting: int) -> float:
+        """Choose the clipping factor and noise of the update; return the noisy clipping bit."""
         crossing = [chunk for bucket in self._crossing(averaged) for chunk in bucket]
         norm = _norm([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
         private.prepare(norm, counting)
@@ -216,16 +215,16 @@ class UpdateReducer:
         anchor = chunk.as_written(self.global_[chunk.start : chunk.stop], self._scratch[: chunk.size])
         return chunk.subtracted_from(anchor, out=out)
 
-    def _cast(
+    def _write_flags(
         self,
-        told: Tensor,
+        flags: Tensor,
         update_norm: float,
         bit: float,
         loss: float | None,
         share: float,
         effective_steps: float,
     ) -> None:
-        """Write this party's ballot: whether its values are finite, and its share of the mean loss."""
+        """Write this party's flags: whether its values are finite, and its share of the mean loss."""
         fine = math.isfinite(update_norm)
         known = loss if share > 0 and loss is not None and math.isfinite(loss) else None
         mine = [
@@ -239,10 +238,10 @@ class UpdateReducer:
             share,
             *([share * effective_steps] if self._rescales else []),
         ]
-        told.copy_(torch.tensor(numbers, dtype=told.dtype))
+        flags.copy_(torch.tensor(numbers, dtype=flags.dtype))
 
-    def _counted(self, told: Tensor) -> ReducedFlags:
-        numbers = told.tolist()
+    def _read_flags(self, flags: Tensor) -> ReducedFlags:
+        numbers = flags.tolist()
         effective_steps = numbers.pop() if self._rescales else 0.0
         *fine, bit, loss, share, total = numbers
         met = fine[: self._federation.num_parties]
@@ -256,8 +255,8 @@ class UpdateReducer:
 
     # ---- the step
 
-    def keep_(self, counting: RoundContext) -> None:
-        """Let the mean of the parties' vectors be that of this round; what did not cross stays as it was."""
+    def keep_carried_(self, counting: RoundContext) -> None:
+        """Keep the mean of the parties' auxiliary vectors; parts that were not sent stay as they were."""
         if self.carried is None or self._carrying is None:
             return
         for at in self._crossed(counting):
@@ -306,6 +305,46 @@ class UpdateReducer:
     def write_(self) -> None:
         """Write the global vector into the parameters."""
         self.layout.unpack_(self.global_)
+
+    # ---- the state
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of the outer optimizer, its schedule and the auxiliary mean, not copied."""
+        return {
+            "outer_class": type(self.optimizer).__name__,
+            "outer_optimizer": self.optimizer.state_dict(),
+            "outer_scheduler": self.schedule.state,
+            "carried": self.carried,
+        }
+
+    def restore(self, state: Mapping[str, Any], vector: Tensor) -> None:
+        """Load a state, and the fragment's part of the global vector.
+
+        Raises:
+            ValueError: If it is of other settings; it may come from a peer.
+        """
+        self._check(state)
+        self.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
+        if self.carried is not None:
+            self.carried.copy_(state["carried"])
+        self.global_.copy_(vector)
+        # A copy, since the optimizer works in the very tensors that it is given.
+        self.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        name, carried = type(self.optimizer).__name__, state.get("carried")
+        if state.get("outer_class", name) != name:
+            raise ValueError(
+                f"The saved federated state is of the outer optimizer {state['outer_class']:.100}, this party"
+                f" has {name}. Resume with the outer_optimizer of the checkpoint."
+            )
+        if getattr(carried, "shape", None) != getattr(self.carried, "shape", None):
+            method = self._auxiliary.method if self._auxiliary else "plain averaging"
+            raise ValueError(
+                f"The federated state was saved {'without' if carried is None else 'with another'} auxiliary"
+                f" vector than {method} keeps. Resume with the drift correction of the checkpoint, or begin"
+                " anew from its weights."
+            )
 
 
 def _norm(squares: list[float]) -> float:

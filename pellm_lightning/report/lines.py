@@ -9,7 +9,7 @@ from torch import nn
 
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.engine.aggregator import RoundReport
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.words import size

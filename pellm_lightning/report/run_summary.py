@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pellm_lightning.engine.aggregator import RoundReport
+from pellm_lightning.engine.round_report import RoundReport
 
 
 @dataclass

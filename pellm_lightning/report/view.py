@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pellm_lightning.engine.aggregator import RoundReport
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.report.run_view import RunView
 from pellm_lightning.report.words import size
 

@@ -37,7 +37,8 @@ from pellm_lightning.aggregation import (
     lora_modules,
 )
 from pellm_lightning.aggregation.lora import Pair, find_pairs, matrix
-from pellm_lightning.engine.aggregator import Aggregator, RoundReport
+from pellm_lightning.engine.aggregator import Aggregator
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.tensors.selection import select
 
 pytestmark = [

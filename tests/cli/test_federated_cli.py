@@ -73,7 +73,7 @@ def test_fit_with_a_yaml(command: Any, tmp_path: Path) -> None:
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
     assert callback.every_n_steps == 2
     assert callback.weighting == "uniform"
-    group = callback.state_dict()["aggregator"]["outer_optimizer"]["param_groups"][0]
+    group = callback.state_dict()["aggregator"]["fragments"][0]["outer_optimizer"]["param_groups"][0]
     assert (group["lr"], group["momentum"], group["nesterov"]) == (0.6, 0.9, True)
     assert list(callback.state_dict()["aggregator"]["shapes"]) == ["head.weight"]
     # Two epochs of three steps, a round after every two.
@@ -146,7 +146,7 @@ def test_a_compressed_exchange_by_yaml(command: Any, tmp_path: Path) -> None:
     cli = command("fit", "--config=run.yaml", "--federated.exchange.error_feedback=true")
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, FederatedAveraging)]
     assert repr(callback.exchange) == "Quantized(bits=4, block_size=128, error_feedback=True, seed=0)"
-    assert len(callback.state_dict()["aggregator"]["error_feedback"]["residuals"])
+    assert len(callback.state_dict()["aggregator"]["error_feedback"][0]["residuals"])
     with pytest.raises(SystemExit):
         command("fit", "--federated.exchange=Quantized", "--federated.exchange.bits=2")
     command("fit", "--federated.exchange=TopK", "--federated.exchange.k=8")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pellm_lightning import Aggregator, Federation, Overlap
 from pellm_lightning.aggregation import Alternating
-from pellm_lightning.engine.fragments import FragmentCursor, FragmentedAggregator, check_rule, fragments_of
+from pellm_lightning.engine.fragments import FragmentCursor, check_rule, fragments_of
 from pellm_lightning.engine.overlap import OverlappedAggregator
 from pellm_lightning.privacy import GaussianMechanism
 
@@ -46,7 +46,7 @@ def train(tensors: Mapping[str, Tensor], party: int, step: int) -> None:
 def in_two(federation: Federation, overlap: Overlap | None = None, **options: Any) -> tuple[Any, Any]:
     make = Aggregator if overlap is None else partial(OverlappedAggregator, overlap=overlap)
     tensors = parameters(federation.party)
-    return tensors, FragmentedAggregator(federation, tensors, 2, make, **options)
+    return tensors, make(federation, tensors, fragments=2, **options)
 
 
 # ---- which parameters belong together
@@ -105,14 +105,14 @@ def test_each_name_is_in_one_fragment_and_each_layer_whole(
 
 def test_turns_count_what_each_has_missed() -> None:
     turns = FragmentCursor.from_step(2, 10)
-    assert not turns.behind(10)
-    turns = turns.passed_on(8, 12)
+    assert not turns.is_behind(10)
+    turns = turns.advanced(8, 12)
     assert turns == FragmentCursor([0, 8], [12, 10], 1)
-    turns = turns.passed_on(5, 14)
+    turns = turns.advanced(5, 14)
     assert turns == FragmentCursor([5, 0], [12, 14], 0)
-    assert turns.behind(14)
-    turns = turns.passed_on(0, 14)
-    assert not turns.behind(14)
+    assert turns.is_behind(14)
+    turns = turns.advanced(0, 14)
+    assert not turns.is_behind(14)
 
 
 # ---- rounds
@@ -268,7 +268,7 @@ def test_what_cannot_be_done_in_fragments_is_refused() -> None:
         with pytest.raises(ValueError, match=r"look at all parameters at once\. Set fragments=1"):
             in_two(federation, privacy=private)
         _, aggregator = in_two(federation)
-        state = FragmentedAggregator(federation, parameters(0), 3).state_dict()
+        state = Aggregator(federation, parameters(0), fragments=3).state_dict()
         with pytest.raises(ValueError, match="is of 3 fragments, these are 2"):
             aggregator.load_state_dict(state)
 

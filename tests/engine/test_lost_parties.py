@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,7 +163,8 @@ def test_parties_in_different_rounds_stop_all() -> None:
     def act(federation: Federation) -> None:
         w = torch.zeros(4)
         aggregator = started(federation, {"w": w})
-        aggregator._global_state.round += federation.party  # as a party whose schedule counts other steps
+        state = aggregator._global_state  # as of a party whose schedule counts other steps
+        state._counters = replace(state._counters, round=federation.party)
         w += 1
         with pytest.raises(MismatchError, match=r"party 0: 0, party 1: 1, party 2: 2"):
             aggregator.step(1)

@@ -327,12 +327,12 @@ def test_a_round_in_which_nobody_counts_moves_nothing() -> None:
             return
         w += 1
         assert aggregator.step(1).outer_lr == pytest.approx(0.7 * 0.25)
-        before, state = w.clone(), repr(aggregator.state_dict()["outer_optimizer"])
+        before, state = w.clone(), repr(aggregator.state_dict()["fragments"][0]["outer_optimizer"])
         w += 1
         report = aggregator.step(0)  # the other is through, so nobody counts
         assert (report.active_parties, report.outer_lr) == (0, None)
         assert torch.equal(w, before)
-        assert repr(aggregator.state_dict()["outer_optimizer"]) == state
+        assert repr(aggregator.state_dict()["fragments"][0]["outer_optimizer"]) == state
         w += 1
         assert aggregator.step(1).outer_lr == pytest.approx(0.7 * 0.5)
         list(aggregator.drain())
@@ -374,7 +374,7 @@ def test_resuming_is_exact(recipe: str, schedule: str | None) -> None:
     for (whole, rates), (resumed, later), (_, first) in zip(wholes, again, halves, strict=True):
         assert repr(resumed) == repr(whole)
         assert first + later == rates
-        assert whole["outer_scheduler"] == (None if schedule is None else 6)
+        assert whole["fragments"][0]["outer_scheduler"] == (None if schedule is None else 6)
 
 
 @given(steps=st.integers(0, 7), name=st.sampled_from(sorted(SCHEDULES)))
@@ -474,13 +474,13 @@ def test_a_checkpoint_of_another_outer_optimizer_is_refused(resumed: Any, words:
             marks=pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon"),
         ),
         (torch.optim.SparseAdam, "dense gradients"),
-        (torch.optim.Adafactor, r"outer_optimizer=Adafactor\(.*moves three values together not as"),
+        (torch.optim.Adafactor, r"outer_optimizer=Adafactor\(.*scales a step by the root mean square of all"),
     ],
 )
 def test_only_elementwise_optimizers_make_sense(optimizer: Any, words: str) -> None:
     for make in (
         lambda: FederatedAveraging(outer_optimizer=optimizer),
-        lambda: outer_optimizer.tried(optimizer),
+        lambda: outer_optimizer.make_prototype(optimizer),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             make()
@@ -492,7 +492,7 @@ def test_only_elementwise_optimizers_make_sense(optimizer: Any, words: str) -> N
     ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"],
 )
 def test_all_others_of_torch_are_taken(name: str) -> None:
-    assert type(outer_optimizer.tried(getattr(torch.optim, name))).__name__ == name
+    assert type(outer_optimizer.make_prototype(getattr(torch.optim, name))).__name__ == name
 
 
 @pytest.mark.parametrize(
@@ -513,7 +513,7 @@ def test_schedules_that_make_no_sense_are_refused(scheduler: Callable[..., Any],
 
 
 def test_a_schedule_through_new_coordinates_is_refused() -> None:
-    tried = outer_optimizer.tried(RECIPES["FedAvg"])
+    tried = outer_optimizer.make_prototype(RECIPES["FedAvg"])
     with pytest.raises(ValueError, match="and no momentum, without an outer_scheduler"):
         outer_optimizer.check(LowRankMean(factorization="svd"), tried, scheduled=True)
     outer_optimizer.check(LowRankMean(factorization="svd"), tried, scheduled=False)
@@ -569,4 +569,4 @@ def test_diloco_with_a_party_that_is_lost_and_comes_back_equals_its_replay(tmp_p
         vector = torch.tensor(entry.vector, dtype=torch.float64)
         torch.testing.assert_close(x.detach(), vector, rtol=0, atol=2e-5)
     states = [life.aggregator.state_dict() for life in world.lives if life is not killed]  # type: ignore[union-attr]
-    assert {state["outer_scheduler"] for state in states} == {world.reached}
+    assert {state["fragments"][0]["outer_scheduler"] for state in states} == {world.reached}

@@ -168,7 +168,7 @@ def test_a_step_that_gives_other_bits_at_a_party_is_replaced(caplog: pytest.LogC
         for number in range(3):
             w.add_(random(number, 40), alpha=0.1 + federation.party)
             aggregator.step(1.0)
-        (state,) = aggregator.state_dict()["outer_optimizer"]["state"].values()
+        (state,) = aggregator.state_dict()["fragments"][0]["outer_optimizer"]["state"].values()
         return bits(w), bits(aggregator.global_vector), state["momentum_buffer"]
 
     first, *others = run_parties(3, act)

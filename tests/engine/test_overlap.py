@@ -326,7 +326,7 @@ def test_an_interrupted_wait_does_not_forget_the_round(monkeypatch: pytest.Monke
             patch.setattr(Future, "result", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 aggregator.apply()
-        with pytest.raises(RuntimeError, match="before the last has landed"):
+        with pytest.raises(RuntimeError, match="before the last was applied"):
             aggregator.begin(1.0)
         go_on.set()
         assert aggregator.apply().round == 0
@@ -353,9 +353,9 @@ def test_who_lands_in_time_and_who_does_not_resume_from_no_other_state() -> None
         aggregator.start()
         aggregator.begin(1.0)
         state = aggregator.state_dict()
-        with pytest.raises(ValueError, match="with a round under way, or of a FragmentedAggregator"):
+        with pytest.raises(ValueError, match="with a round in progress"):
             Aggregator(federation, {"x": x}, outer_optimizer=diloco).load_state_dict(state)
-        with pytest.raises(RuntimeError, match="before the last has landed"):
+        with pytest.raises(RuntimeError, match="before the last was applied"):
             next(aggregator.drain())
         aggregator.apply()
 
@@ -366,10 +366,10 @@ def test_one_round_at_a_time() -> None:
     def act(federation: Federation) -> None:
         _, aggregator = overlapped(federation, Overlap(2))
         aggregator.start()
-        with pytest.raises(RuntimeError, match=r"No round of party 0 is under way\. Call begin"):
+        with pytest.raises(RuntimeError, match=r"No round of party 0 is running\. Call begin"):
             aggregator.apply()
         aggregator.begin(1.0)
-        with pytest.raises(RuntimeError, match="Party 0 begins a round before the last has landed"):
+        with pytest.raises(RuntimeError, match="Party 0 begins a round before the last was applied"):
             aggregator.begin(1.0)
         aggregator.apply()
 

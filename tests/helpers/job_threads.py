@@ -269,10 +269,10 @@ class Life:
         self._before(federation, "_connected_to", "forming")
         self._before(federation, "commit", "voting")
         self._before(federation, "all_reduce_each_", "exchanging")
-        self._before(aggregator, "_bring_up_to_date", "transfer")
+        self._before(aggregator._rounds, "_bring_up_to_date", "transfer")
         self._before(aggregator._global_state, "write_", "writing")
-        if aggregator._meeting._state_dir is not None:
-            self._before(aggregator._meeting._state_dir, "keep", "keeping")
+        if aggregator._coordinator._state_dir is not None:
+            self._before(aggregator._coordinator._state_dir, "keep", "keeping")
         all_to_all = federation.all_to_all
 
         def hands(parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:

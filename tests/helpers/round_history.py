@@ -98,11 +98,11 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
     federation: Any = aggregator.federation
     seen: dict[str, Any] = {"weights": [], "stage": "made"}
     counting, decided, commit = (
-        aggregator._counting,
+        aggregator._rounds._round_context,
         federation._commit_protocol.await_decision,
-        aggregator._meeting.commit,
+        aggregator._coordinator.commit,
     )
-    prepare = aggregator._prepare
+    prepare = aggregator._rounds._prepare
 
     def prepares(*arguments: Any) -> None:
         seen["weights"] = []
@@ -123,10 +123,10 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
         commit(*arguments)
         keep(entry_of(aggregator, seen["weights"], seen["stage"]))
 
-    aggregator._prepare = prepares  # type: ignore[method-assign]
-    aggregator._counting = counts  # type: ignore[method-assign]
+    aggregator._rounds._prepare = prepares  # type: ignore[method-assign]
+    aggregator._rounds._round_context = counts  # type: ignore[method-assign]
     federation._commit_protocol.await_decision = decides
-    aggregator._meeting.commit = settles  # type: ignore[method-assign]
+    aggregator._coordinator.commit = settles  # type: ignore[method-assign]
 
 
 def findings(entries: Iterable[Entry], roster: Sequence[str]) -> Findings:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pellm_lightning.aggregation.deviation import Deviation
-from pellm_lightning.engine.aggregator import RoundReport
+from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.report.record import RunRecord
 
 

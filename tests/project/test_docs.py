@@ -221,9 +221,9 @@ class Reader:
         every = 1 if callback.every_n_seconds else every  # each step takes longer than the second's millionth
         assert state["round"] == (math.ceil(cli.trainer.global_step / every) if every else 2)
         if "outer_optimizer" in federated:
-            self.stepped_as(federated, state, cli.trainer.callback_metrics)
+            self.stepped_as(federated, state["fragments"][0], state["round"], cli.trainer.callback_metrics)
 
-    def stepped_as(self, federated: dict[str, Any], state: dict[str, Any], metrics: Any) -> None:
+    def stepped_as(self, federated: dict[str, Any], state: dict[str, Any], rounds: int, metrics: Any) -> None:
         """Compare the settings of the outer optimizer and its schedule with those of the page."""
         given = federated["outer_optimizer"]
         assert state["outer_class"] == given["class_path"].rpartition(".")[2]
@@ -232,9 +232,9 @@ class Reader:
         lr = settings.pop("lr")
         assert {key: list(group[key]) if key == "betas" else group[key] for key in settings} == settings
         if "outer_scheduler" in federated:
-            assert state["outer_scheduler"] == state["round"]
+            assert state["outer_scheduler"] == rounds
             arguments = federated["outer_scheduler"]["init_args"]
-            low, part = arguments["eta_min"], (state["round"] - 1) / arguments["T_max"]
+            low, part = arguments["eta_min"], (rounds - 1) / arguments["T_max"]
             lr = low + (lr - low) * (1 + math.cos(math.pi * part)) / 2
         assert float(metrics["federated/outer_lr"]) == pytest.approx(lr, rel=1e-6)
 

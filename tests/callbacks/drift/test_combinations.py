@@ -245,7 +245,7 @@ def test_a_round_that_fails_after_the_sum_leaves_what_was_carried() -> None:
         for parameter in parameters.values():
             parameter += 1.0
         twice = AuxiliaryValues(vector={name: 2 * part for name, part in given.vector.items()})
-        aggregator._global_state.products.combine = fails  # type: ignore[method-assign, union-attr]
+        aggregator._global_state.lora.combine = fails  # type: ignore[method-assign, union-attr]
         with pytest.raises(FederationError, match="products"):
             aggregator.step(1.0, None, twice)
         after = aggregator.state_dict()

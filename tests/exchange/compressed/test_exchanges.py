@@ -57,7 +57,7 @@ def aggregator_of(federation: Federation, parameters: Mapping[str, Tensor], **ar
 
 
 def owed(aggregator: Aggregator) -> Tensor:
-    return aggregator.state_dict()["error_feedback"]["residuals"]
+    return aggregator.state_dict()["error_feedback"][0]["residuals"]
 
 
 # ---- what rounds compute
@@ -542,7 +542,7 @@ def test_the_deviation_is_measured_if_asked_for_and_where_it_is_free() -> None:
 def test_by_default_lora_gets_a_rule_that_the_exchange_can_serve() -> None:
     def act(federation: Federation) -> tuple[str, str]:
         found = [
-            repr(Aggregator(federation, adapter(7, SIZES, 3), exchange=exchange)._plan.rule)
+            repr(Aggregator(federation, adapter(7, SIZES, 3), exchange=exchange)._context.plan.rule)
             for exchange in (Quantized(), TopK())
         ]
         return found[0], found[1]

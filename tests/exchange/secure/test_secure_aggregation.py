@@ -181,7 +181,9 @@ def test_an_outer_optimizer_has_the_same_state_everywhere() -> None:
     first, *others = run_parties(3, act)
     for other in others:
         assert torch.equal(first["global"], other["global"])
-        moments = [state["outer_optimizer"]["state"][0]["exp_avg_sq"] for state in (first, other)]
+        moments = [
+            state["fragments"][0]["outer_optimizer"]["state"][0]["exp_avg_sq"] for state in (first, other)
+        ]
         assert torch.equal(*moments)
 
 
@@ -374,7 +376,7 @@ def test_where_all_weights_are_zero_there_is_no_mean() -> None:
 def test_weights_that_are_too_small_for_their_digits_are_told() -> None:
     def act(federation: Federation) -> None:
         aggregator = aggregator_of(federation, {"w": torch.zeros(4)}, exchange=masked(fractional_bits=8))
-        with pytest.raises(FederationError, match="weights of round 0 are too small for the digits behind"):
+        with pytest.raises(FederationError, match="weights of round 0 are too small for the fractional bits"):
             aggregator.step(1e-4)
 
     run_parties(3, act)
@@ -433,7 +435,7 @@ def test_who_revealed_a_sum_counts_only_in_the_same_sum() -> None:
         together = tuple(f"{party}/now" for party in range(5))
         exposed = [together, together, ("2/now", "5/now", "6/now"), together, together]
         headers = [Header(Purpose.ROUND, 0, 1.0, True, "now", names) for names in exposed]
-        return aggregator._who.sendable(headers, [1.0] * 5, 0)
+        return aggregator._rounds._filter.sendable(headers, [1.0] * 5, 0)
 
     # With party 2 left out, the sum of the four others would tell what party 2 had in the first.
     assert run_parties(5, act) == [[0.0] * 5] * 5
@@ -450,9 +452,9 @@ def test_who_comes_back_with_new_values_does_not_complete_an_old_sum() -> None:
             for tag, exposed in (("a", together), ("b", together), ("d", ()))
         ]
         same = [Header(Purpose.ROUND, 0, 1.0, True, tag, together) for tag in "abc"]
-        assert aggregator._who.sendable(same, [1.0] * 3, 0) == [1.0] * 3
-        left = aggregator._who.sendable(headers, [1.0] * 3, 0)
-        return aggregator._who.allowed(left, [0, 1, 2], 0, 0)  # one alone cannot hide
+        assert aggregator._rounds._filter.sendable(same, [1.0] * 3, 0) == [1.0] * 3
+        left = aggregator._rounds._filter.sendable(headers, [1.0] * 3, 0)
+        return aggregator._rounds._filter.allowed(left, [0, 1, 2], 0, 0)  # one alone cannot hide
 
     assert run_parties(3, act) == [[0.0] * 3] * 3
 

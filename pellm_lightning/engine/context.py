@@ -1,0 +1,221 @@
+"""EngineContext: what one aggregator works with, checked and settled once, before its first round."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from pellm_lightning.aggregation.base import Aggregation, Capability
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.comm import Communicator, Quorum, resolve_quorum
+from pellm_lightning.engine import outer_optimizer as outer
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms
+from pellm_lightning.engine.fragments import check_rule
+from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.privacy.mechanism import GaussianMechanism
+from pellm_lightning.privacy.processor import DPProcessor
+
+log = logging.getLogger(__name__)
+
+OnNonfinite: TypeAlias = Literal["exclude", "raise"]
+Settings: TypeAlias = Mapping[str, str | int | float | None]
+
+
+@dataclass(frozen=True)
+class EngineContext:
+    """Configuration and collaborators of one aggregator; made once, and read by each of its parts.
+
+    The parts are the ``GlobalState`` with its ``UpdateReducer`` per fragment, the ``ParticipantFilter`` and
+    the ``LoraAggregator``. What changes from round to round is in the global state.
+
+    Args:
+        federation: The joined parties.
+        plan: The aggregation rule, applied to the parameters.
+        exchange: How values are summed over the parties.
+        privacy: Differential privacy of the updates; None without.
+        auxiliary: What crosses besides the updates; None if nothing does.
+        outer_optimizer: Makes the optimizer of the global vector.
+        outer_scheduler: Makes the schedule of its learning rate; None leaves it constant.
+        is_plain_averaging: Whether every round gives the aggregation's result itself.
+        measures_deviation: Whether rounds measure the deviation of the LoRA products.
+        on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
+        quorum: Parties that must have trained in a round for it to move anything.
+        fragments: Number of fragments that are exchanged in turn.
+        may_lose_parties: Whether parties may be lost and come back, so that a round may need more attempts.
+        settings: What all parties must agree on, by name.
+
+    Example:
+        >>> context = make_context(federation, plan, quorum="majority")  # doctest: +SKIP
+        >>> GlobalState(context, parameters), ParticipantFilter(context)  # doctest: +SKIP
+    """
+
+    federation: Communicator
+    plan: Plan
+    exchange: Exchange
+    privacy: DPProcessor | None = None
+    auxiliary: AuxiliaryTerms | None = None
+    outer_optimizer: OptimizerFactory = outer.sgd_one
+    outer_scheduler: SchedulerFactory | None = None
+    is_plain_averaging: bool = True
+    measures_deviation: bool = False
+    on_nonfinite: OnNonfinite = "exclude"
+    quorum: int = 1
+    fragments: int = 1
+    may_lose_parties: bool = False
+    settings: Settings = field(default_factory=dict)
+
+    @property
+    def min_counting(self) -> int:
+        """Fewest parties that may add up their values, so that none can be told from the sum."""
+        return max(self.exchange.min_counting, 1 if self.privacy is None else self.privacy.min_counting)
+
+    @property
+    def shares_figures(self) -> bool:
+        """Whether parties may tell each other their losses, distances and steps."""
+        return not self.exchange.is_secure and self.privacy is None
+
+    def fragment_of(self, round: int) -> int:
+        """Return the index of the fragment that a round exchanges."""
+        return round % self.fragments
+
+
+def make_context(
+    federation: Communicator,
+    plan: Plan,
+    exchange: Exchange,
+    *,
+    privacy: GaussianMechanism | None,
+    auxiliary: AuxiliaryTerms | None,
+    outer_optimizer: OptimizerFactory,
+    outer_scheduler: SchedulerFactory | None,
+    on_nonfinite: OnNonfinite,
+    quorum: Quorum,
+    fragments: int,
+    may_lose_parties: bool,
+    config: Settings,
+) -> EngineContext:
+    """Check the arguments of an ``Aggregator``, described there, against each other.
+
+    Raises:
+        ValueError: If two of them do not go together.
+    """
+    scheduled = outer_scheduler is not None
+    optimizer = outer.make_prototype(outer_optimizer)
+    needed = resolve_quorum(quorum, federation.max_parties)
+    is_secure = exchange.is_secure or privacy is not None
+    measures = _measures(plan.rule, is_secure, exchange)
+    _check_privacy(privacy, exchange)
+    if may_lose_parties:
+        _check_rejoining(plan.rule)
+    _check_quorum(federation, needed)
+    _warn_of_unmanaged(federation, plan)
+    outer.check(plan.rule, optimizer, scheduled=scheduled)
+    # One subtraction then, which has the same bits at all parties; more is compared.
+    is_plain = outer.is_plain_averaging(optimizer, scheduled=scheduled)
+    if auxiliary is not None:
+        auxiliary.check(private=privacy is not None, plain=is_plain)
+    if fragments > 1:
+        check_rule(plan.rule)
+        _check_fragments(privacy, auxiliary)
+    settings: dict[str, Any] = {
+        "on_nonfinite": on_nonfinite,
+        "quorum": needed,
+        "fragments": fragments,
+        "outer_optimizer": outer.describe(optimizer),
+        "outer_scheduler": outer.describe_schedule(outer_optimizer, outer_scheduler),
+        "aggregation": repr(plan.rule),
+        "measure_deviation": measures,
+        "exchange": repr(exchange),
+        "privacy": repr(privacy),
+        "drift correction": None if auxiliary is None else auxiliary.method,
+        **config,
+    }
+    return EngineContext(
+        federation,
+        plan,
+        exchange,
+        privacy=None if privacy is None else DPProcessor(privacy),
+        auxiliary=auxiliary,
+        outer_optimizer=outer_optimizer,
+        outer_scheduler=outer_scheduler,
+        is_plain_averaging=is_plain,
+        measures_deviation=measures,
+        on_nonfinite=on_nonfinite,
+        quorum=needed,
+        fragments=fragments,
+        may_lose_parties=may_lose_parties,
+        settings=settings,
+    )
+
+
+def capabilities(
+    exchange: Exchange, privacy: GaussianMechanism | None, auxiliary: AuxiliaryTerms | None = None
+) -> Capability:
+    """Return what an aggregation rule may get of the parties' values."""
+    if privacy is not None or (auxiliary is not None and auxiliary.sums):
+        return "means"
+    return exchange.supports
+
+
+def _measures(rule: Aggregation, is_secure: bool, exchange: Exchange) -> bool:
+    """Return whether rounds measure the deviation, for which the parties' own factors are needed."""
+    asked = rule.measure_deviation
+    if asked and is_secure:
+        raise ValueError(
+            "measure_deviation=True needs the parties' own factors, which secure aggregation and differential"
+            " privacy hide. Leave it out."
+        )
+    if asked and exchange.supports == "sparse":
+        raise ValueError(
+            f"measure_deviation=True needs the parties' whole factors, which {exchange!r} does not send."
+            " Leave it out."
+        )
+    if asked is not None:
+        return asked
+    # What compression saves is not spent on measuring; rules that gather factors have them anyway.
+    return not is_secure and (exchange.exact or rule.requires == "parties")
+
+
+def _warn_of_unmanaged(federation: Communicator, plan: Plan) -> None:
+    for name, reason in plan.unmanaged.items():
+        log.warning(
+            "[party %s] The factors of the LoRA module %r are averaged one by one, since %s.",
+            federation.name,
+            name,
+            reason,
+        )
+
+
+def _check_privacy(privacy: GaussianMechanism | None, exchange: Exchange) -> None:
+    if privacy is None or not privacy.distributed or exchange.is_secure:
+        return
+    if privacy.noise_multiplier > 0:
+        raise ValueError(
+            f"{privacy!r} lets the parties' noise add up, so each update alone has too little. Hide them with"
+            " exchange.SecureAggregation(...), or let each party add all of the noise with distributed=False."
+        )
+
+
+def _check_rejoining(rule: Aggregation) -> None:
+    if rule.writes_base:
+        raise ValueError(
+            f"{rule!r} writes into the frozen weights, which a party that comes back cannot be given. Between"
+            " separate jobs use LowRankMean() or another rule, or launch all parties by one torchrun."
+        )
+
+
+def _check_quorum(federation: Communicator, quorum: int) -> None:
+    """Refuse another quorum than that of separate jobs that must meet."""
+    if federation.may_lose_parties and federation.quorum != quorum:
+        raise ValueError(
+            f"The federation lets {federation.quorum} of its {federation.max_parties} parties meet, but a"
+            f" round would need quorum={quorum}. Give both the same quorum."
+        )
+
+
+def _check_fragments(privacy: GaussianMechanism | None, auxiliary: AuxiliaryTerms | None) -> None:
+    if privacy is not None or auxiliary is not None:
+        raise ValueError(
+            "Differential privacy and drift corrections look at all parameters at once. Set fragments=1."
+        )
