@@ -25,7 +25,7 @@ def fragments_of(names: Collection[str], fragments: int) -> list[list[str]]:
         numbered = re.match(r".*?\.\d+(?=\.|$)", f".{name}")
         module = name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]
         layers.setdefault(numbered[0] if numbered else module or name, []).append(name)
-    if len(layers) < fragments:
+    if 1 < fragments > len(layers):
         raise ValueError(
             f"fragments={fragments} is more than the {len(layers)} layers of what federates"
             f" ({', '.join(layer.removeprefix('.') for layer in list(layers)[:3])}). Take fewer fragments."

@@ -1,6 +1,5 @@
 """RoundReport: the result of one round, as one party reports it to logs, records and callbacks."""
 
-import math
 from dataclasses import dataclass
 
 from pellm_lightning.aggregation.deviation import Deviation
@@ -42,9 +41,9 @@ class RoundReport:
     """Seconds in which this party's training stood still: all of the round, or with an overlap a part."""
     bytes_sent: int = 0
     """Bytes this party sent."""
-    update_norm: float = math.nan
+    update_norm: float = 0.0
     """2-norm of this party's update: its parameters minus the anchor."""
-    distance: float = math.nan
+    distance: float = 0.0
     """2-norm of this party's parameters minus the aggregation's result."""
     deviation: Deviation | None = None
     """By how much the LoRA factors miss the mean of the products; None without LoRA, or if not measured."""

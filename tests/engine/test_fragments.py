@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from job_threads import Life, World, die
 from party_threads import Classifier, Rounds, data, fit_parties, linear, quiet_trainer, run_parties
 from secure_exchange import masked
 from torch import Tensor, nn
@@ -275,6 +276,64 @@ def test_what_cannot_be_done_in_fragments_is_refused() -> None:
     run_parties(1, act)
     with pytest.raises(ValueError, match="trains other factors after each round, but fragments"):
         check_rule(Alternating())
+
+
+# ---- between separate jobs
+
+
+def start_jobs(
+    world: World, *names: str, tensors: Mapping[str, dict[str, Tensor]], **options: Any
+) -> list[Life]:
+    def steps(life: Life) -> None:
+        assert life.aggregator is not None
+        train(tensors[life.name], life.index, life.aggregator.round + 1)
+
+    options = {"fragments": 2, "outer_optimizer": diloco, "train": steps} | options
+    return [life for name in names for life in world.start(name, parameters=tensors[name], **options)]
+
+
+def test_separate_jobs_take_turns_as_one_launch_does() -> None:
+    def launched(federation: Federation) -> dict[str, Tensor]:
+        tensors, aggregator = in_two(federation, outer_optimizer=diloco)
+        aggregator.start()
+        for step in range(1, 7):
+            train(tensors, federation.party, step)
+            aggregator.step(1.0 + federation.party)
+        return tensors
+
+    world = World(3, rounds=6)
+    tensors = {name: parameters(party) for party, name in enumerate(world.roster)}
+    try:
+        start_jobs(world, *world.roster, tensors=tensors)
+        world.join()
+    finally:
+        world.close()
+    for party, expected in enumerate(run_parties(3, launched)):
+        for name in SIZES:
+            torch.testing.assert_close(tensors[f"p{party}"][name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("point", ["exchanging@3", "voting@3"])
+def test_a_lost_job_comes_back_to_all_fragments(tmp_path: Path, point: str) -> None:
+    world = World(3, rounds=1_000_000, state_dir=tmp_path)
+    tensors = {name: parameters(party) for party, name in enumerate(world.roster)}
+    try:
+        start_jobs(world, "p0", "p1", tensors=tensors, pace_s=0.02)
+        (killed,) = start_jobs(world, "p2", tensors=tensors, faults={point: die})
+        killed.join()
+        world.wait_for(world.reached + 3)  # more than one round of each fragment without it
+        before = world.reached
+        tensors["p2"] = parameters(7)
+        start_jobs(world, "p2", tensors=tensors)
+        world.until(lambda: world.counts("p2", since=before + 2))
+        world.finish()
+    finally:
+        world.close()
+    assert len({(entry.round, entry.digest) for entry in world.settled}) == world.reached + 1
+    states = [life.aggregator.state_dict() for life in world.lives if life is not killed and life.aggregator]
+    for state in states[1:]:
+        for mine, other in zip(state["fragments"], states[0]["fragments"], strict=True):
+            assert repr(mine) == repr(other)
 
 
 # ---- in a fit

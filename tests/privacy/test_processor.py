@@ -191,7 +191,7 @@ def test_a_checkpoint_goes_on_as_private_as_it_was(was_private: bool) -> None:
         other = Aggregator(
             federation, {"w": torch.zeros(3)}, privacy=mechanism(not was_private), exchange=masked()
         )
-        with pytest.raises(ValueError, match="differential privacy, and is to go on with"):
+        with pytest.raises(ValueError, match="differential privacy, and is to continue with"):
             other.load_state_dict(saved.state_dict())
 
     run_parties(3, act)
@@ -242,7 +242,7 @@ def _releases(lives: list[Life]) -> list[int]:
     ledgers = []
     for life in lives:
         assert life.aggregator is not None
-        private = life.aggregator._private
+        private = life.aggregator._context.privacy
         assert private is not None
         ledgers.append(private.accountant.releases)
     return ledgers
@@ -256,7 +256,7 @@ def test_who_comes_late_takes_over_ledger_and_clipping_norm(world: World) -> Non
     world.start("p3", **private(**settings))
     world.until(lambda: world.counts("p3"))
     world.finish()
-    states = [life.aggregator._private.state_dict() for life in world.lives]  # type: ignore[union-attr]
+    states = [life.aggregator._context.privacy.state_dict() for life in world.lives]  # type: ignore[union-attr]
     assert all(state == states[0] for state in states)
     assert _releases(world.lives)[0] >= 4
 

@@ -169,7 +169,9 @@ def test_an_outer_step_that_has_other_bits_at_a_party_is_committed(
     states = [life.aggregator.state_dict() for life in w.lives]  # type: ignore[union-attr]
     for state in states[1:]:
         assert torch.equal(state["global"], states[0]["global"])
-        one, other = (of["outer_optimizer"]["state"][0]["momentum_buffer"] for of in (state, states[0]))
+        one, other = (
+            of["fragments"][0]["outer_optimizer"]["state"][0]["momentum_buffer"] for of in (state, states[0])
+        )
         assert torch.equal(one, other)
 
 
@@ -188,7 +190,7 @@ def test_who_comes_late_takes_over_everything(world: Callable[..., World]) -> No
     for state in states[1:]:
         assert torch.equal(state["global"], states[0]["global"])
         assert state["version"] == states[0]["version"]
-        moments, of_first = (s["outer_optimizer"]["state"][0] for s in (state, states[0]))
+        moments, of_first = (s["fragments"][0]["outer_optimizer"]["state"][0] for s in (state, states[0]))
         assert moments["step"] == of_first["step"]
         assert torch.equal(moments["exp_avg_sq"], of_first["exp_avg_sq"])
     assert torch.equal(late.parameters, early[0].parameters)
