@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pellm_lightning import Aggregator, Federation, Overlap
 from pellm_lightning.aggregation import Alternating
+from pellm_lightning.comm.torchrun.federation import SLOT_BYTES
 from pellm_lightning.engine.fragments import FragmentCursor, check_rule, fragments_of
 from pellm_lightning.engine.overlap import OverlappedAggregator
 from pellm_lightning.privacy import GaussianMechanism
@@ -199,9 +200,9 @@ def test_what_crosses_at_once_is_a_fragment() -> None:
 
     of = [4 * sum(SIZES[name] for name in names) for names in fragments_of(SIZES, 2)]
     for told in run_parties(2, act):
-        auxiliary = told[0] - of[0]  # headers and ballot
+        auxiliary = told[0] - of[0]  # headers, a slot of each of two parties, and flags
         assert told == [of[0] + auxiliary, of[1] + auxiliary] * 2
-        assert auxiliary < 200
+        assert auxiliary < 2 * SLOT_BYTES + 100
 
 
 def test_who_is_through_answers_in_turn() -> None:

@@ -13,6 +13,7 @@ from party_threads import run_parties
 from torch import Tensor
 
 from pellm_lightning import Federation
+from pellm_lightning.comm.torchrun.federation import SLOT_BYTES
 
 WEIGHTS = [[1, 3, 2], [0, 3, 1], [5, 1, 0], [1, 1, 1], [2, 0, 3]]
 """Of three parties, round by round."""
@@ -204,6 +205,6 @@ def test_only_what_parties_compute_themselves_is_compared(outer: Factory, words:
         aggregator = started(federation, {"w": w}, outer_optimizer=outer)
         return aggregator.step(1.0).bytes_sent
 
-    # A header of 7 float64 of each of 2 parties; 40 float32, then two flags, the clipping bit, the loss with
+    # A header's slot of each of 2 parties; 40 float32, then two flags, the clipping bit, the loss with
     # its weight, and the weight; and a checksum of each party.
-    assert run_parties(2, act) == [2 * 7 * 8 + 4 * (40 + 6) + 2 * 8 * words] * 2
+    assert run_parties(2, act) == [2 * SLOT_BYTES + 4 * (40 + 6) + 2 * 8 * words] * 2
