@@ -225,7 +225,7 @@ class Federation(Communicator):
         """Return every party's bytes, of one size: the sum of rows of which each party fills its own."""
         rows = torch.zeros(self.num_parties, size, dtype=torch.uint8)
         rows[self.party] = torch.frombuffer(bytearray(mine.ljust(size, b"\0")), dtype=torch.uint8)
-        return [bytes(row.tolist()) for row in self.all_reduce_(rows)]
+        return [row.numpy().tobytes() for row in self.all_reduce_(rows)]
 
     # ---- joining and leaving
 
