@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 from lightning.pytorch import Trainer
@@ -122,10 +123,8 @@ class FederatedLoop:
         self._told = told
         self._stopped_path = stopped_path
         self._shared = {name: trainable[name] for name in sorted(plan.shared)}
-        self._layout = Layout(self._shared)
-        self._dealt = [
-            set(names) for names in fragments_of(self._shared, manner.overlap.fragments)
-        ]  # by turn
+        groups = fragments_of(self._shared, manner.overlap.fragments)
+        self._dealt = [set(names) for names in groups]  # by turn
         self._resting: list[nn.Parameter] = []
         self._aggregator: Aggregator | None = None  # of the speaker
         self._drained: Iterator[RoundReport] = iter(())
@@ -404,6 +403,11 @@ class FederatedLoop:
         self._resting = [self._trainable[name] for name in frozen_parts]
 
     # ---- small parts
+
+    @cached_property
+    def _layout(self) -> Layout:
+        """Layout of what is sent between a party's processes; that of the rounds is the aggregator's."""
+        return Layout(self._shared)
 
     @property
     def _on_leader(self) -> Aggregator:

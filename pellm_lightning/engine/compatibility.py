@@ -1,7 +1,7 @@
-"""What a party shows at joining, and what must agree before any tensor moves.
+"""PartySpec: what a party declares at the handshake, and the comparison of two of them.
 
 Sizes, order and dtypes that differ make a collective abort an innocent process or return garbage in silence,
-so they are compared as words, through the store. Pure: builds and compares plain containers.
+so they are compared as text, before any tensor is sent. Pure: builds and compares plain containers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +71,7 @@ def differences(party_specs: Sequence[PartySpec], names: Sequence[str]) -> Itera
 
 
 def common(party_spec: PartySpec) -> PartySpec:
-    """Return that part of a passport which must be the same at all parties."""
+    """Return that part of a spec which must be the same at all parties."""
     part = {key: party_spec[key] for key in ("protocol", "schema", "config", "base", "ranks_may_differ")}
     if party_spec["ranks_may_differ"]:
         return part | {"adapters": without_ranks(party_spec["adapters"])}

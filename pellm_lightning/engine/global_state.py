@@ -266,7 +266,7 @@ class GlobalState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state; ``start`` goes on from it.
+        """Load a state, from which ``start`` continues.
 
         Raises:
             ValueError: If it is of other parameters or settings.

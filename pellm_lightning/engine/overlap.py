@@ -278,7 +278,7 @@ class OverlappedAggregator(Aggregator):
             self._report = RoundReport(**pending)
 
     def _put_written(self, mix: float) -> None:
-        """Mix into the parameters what the last round has written; other fragments go on training."""
+        """Mix into the parameters what the last round has written; other fragments stay as they are."""
         state = self._global_state
         names = [name for index in state.last_written for name in state.fragments[index].layout.names]
         self._staging.put(mix, names)

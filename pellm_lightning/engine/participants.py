@@ -73,13 +73,13 @@ class ParticipantFilter:
             MismatchError: If a party is in another round.
             FederationError: If nobody counts although all train, or ``on_nonfinite="raise"`` applies.
         """
-        said = self.weights(headers, round)
+        said = self._weights(headers, round)
         excluded = [party for party, header in enumerate(headers) if not header.fine]
         if excluded:
-            said = self.without(excluded, said, round, first_nonfinite())
-        weights = self.sendable(headers, said, round)
-        trained = self.trained(headers, said, weights, excluded)
-        return Participants(self.allowed(weights, trained, round, failed), trained, excluded)
+            said = self._without(excluded, said, round, first_nonfinite())
+        weights = self._sendable(headers, said, round)
+        trained = self._trained(headers, said, weights, excluded)
+        return Participants(self._allowed(weights, trained, round, failed), trained, excluded)
 
     def exclude(
         self, selected: Participants, fine: Sequence[bool], round: int, first: Callable[[], str | None]
@@ -99,18 +99,18 @@ class ParticipantFilter:
         late = [party for party, is_fine in enumerate(fine) if not is_fine and weights[party] > 0]
         if selected.excluded or not late:
             return selected
-        weights = self.without(late, weights, round, first())
+        weights = self._without(late, weights, round, first())
         if self._is_secure:  # the difference of two sums would be what was left out
             raise FederationError(
                 f"Round {round}: an update of party {self._federation.called(late)} exceeds"
                 " float32. No parameter was changed. Lower that party's learning rate."
             )
         trained = [party for party in selected.trained if party not in late]
-        return Participants(self.in_quorum(weights, trained), trained, late)
+        return Participants(self._in_quorum(weights, trained), trained, late)
 
     # ---- the single rules
 
-    def weights(self, headers: Sequence[Header], round: int) -> list[float]:
+    def _weights(self, headers: Sequence[Header], round: int) -> list[float]:
         """Return the weights that the parties came with.
 
         Raises:
@@ -134,19 +134,13 @@ class ParticipantFilter:
             )
         return weights
 
-    def without(
+    def _without(
         self, excluded: Sequence[int], weights: Sequence[float], round: int, first: str | None
     ) -> list[float]:
         """Return the weights without those whose values are not finite.
 
-        Args:
-            excluded: Whose values are not, by index.
-            weights: The weights.
-            round: The round.
-            first: Name of this party's first parameter that is not finite, if any.
-
         Raises:
-            FederationError: If that shall stop all, or nobody is left.
+            FederationError: If ``on_nonfinite="raise"`` applies, or nobody is left.
         """
         federation, here = self._federation, ""
         if federation.party in excluded:
@@ -160,21 +154,15 @@ class ParticipantFilter:
         if self._on_nonfinite == "raise" or sum(rest) == 0:
             raise FederationError(message + " No parameter was changed." + cure)
         log.warning(
-            "[party %s] %s It counts 0 in this round and takes over the result.%s",
+            "[party %s] %s It counts 0 in this round and receives the result.%s",
             federation.name,
             message,
             cure,
         )
         return rest
 
-    def sendable(self, headers: Sequence[Header], weights: Sequence[float], round: int) -> list[float]:
-        """Return the weights without those whose values were revealed in a sum of others.
-
-        Args:
-            headers: What the parties said.
-            weights: Their weights.
-            round: The round.
-        """
+    def _sendable(self, headers: Sequence[Header], weights: Sequence[float], round: int) -> list[float]:
+        """Return the weights without those whose values were revealed in a sum of others."""
         federation = self._federation
         together = _counting_together(headers, weights, federation.names)
         exposed = weights[federation.party] > 0 and federation.party not in together
@@ -182,27 +170,20 @@ class ParticipantFilter:
             log.warning(
                 "[party %s] Round %d: a sum of this party's update was revealed in an attempt that failed. It"
                 " is not sent again in a sum of others, which would tell the parties apart: this party counts"
-                " 0 and takes over the result.",
+                " 0 and receives the result.",
                 federation.name,
                 round,
             )
         return [weight if party in together else 0.0 for party, weight in enumerate(weights)]
 
-    def trained(
+    def _trained(
         self,
         headers: Sequence[Header],
         said: Sequence[float],
         sendable: Sequence[float],
         excluded: Collection[int],
     ) -> list[int]:
-        """Return who has trained in a round, whatever weight it was given, by index.
-
-        Args:
-            headers: What the parties said.
-            said: The weights that they came with.
-            sendable: The weights without those that must not be sent.
-            excluded: Whose values are not finite.
-        """
+        """Return who has trained in a round, whatever weight it was given, by index."""
         return [
             party
             for party, header in enumerate(headers)
@@ -212,17 +193,10 @@ class ParticipantFilter:
             and (said[party] == 0 or sendable[party] > 0)
         ]
 
-    def allowed(
+    def _allowed(
         self, weights: Sequence[float], trained: Sequence[int], round: int, failed: int
     ) -> list[float]:
-        """Return the weights; all 0 if too few trained, could be hidden in a sum, or the budget is used up.
-
-        Args:
-            weights: The weights that may be sent.
-            trained: Who has trained, by index.
-            round: The round.
-            failed: Noisy releases of attempts at this round that failed.
-        """
+        """Return the weights; all 0 if too few trained or could hide in a sum, or the budget is spent."""
         federation, count = self._federation, sum(weight > 0 for weight in weights)
         if count and self._private is not None and not self._private.within_budget(failed):
             log.warning(
@@ -242,9 +216,9 @@ class ParticipantFilter:
                 count,
             )
             return [0.0] * len(weights)
-        return self.in_quorum(weights, trained)
+        return self._in_quorum(weights, trained)
 
-    def in_quorum(self, weights: Sequence[float], trained: Sequence[int]) -> list[float]:
+    def _in_quorum(self, weights: Sequence[float], trained: Sequence[int]) -> list[float]:
         """Return the weights; all 0 if fewer than a quorum have trained."""
         return list(weights) if len(trained) >= self.quorum else [0.0] * len(weights)
 
@@ -334,7 +308,7 @@ class ParticipantFilter:
         if idle:
             said += f" The others: {', '.join(idle)}."
         if not ends:
-            return f"{said} The local steps since then are lost, the federation goes on."
+            return f"{said} The local steps since then are lost, the federation continues."
         stopping = [party for party, header in enumerate(headers) if header.purpose is not Purpose.DONE]
         stops = ", ".join(
             f"party {federation.called([party])} stops with {_steps(shortage.steps_left[party])} left"

@@ -12,7 +12,7 @@ from pellm_lightning.tensors import portable, snapshot
 
 log = logging.getLogger(__name__)
 
-# What a global state may weigh: an outer optimizer with a few vectors of its own, and words.
+# Upper limit of a global state: an outer optimizer with a few vectors of its own, and text.
 _MAX_VECTORS = 16
 _MAX_WORDS = 1 << 28
 
@@ -25,12 +25,12 @@ def agree(
 ) -> list[int]:
     """Make sure that what every party computed for itself has the same bits at all of them.
 
-    The parties compare checksums, 8 bytes each; those that differ from the first take over its state.
+    The parties compare checksums, 8 bytes each; those that differ from the first load its state.
 
     Args:
         federation: The parties that meet; each calls this.
         state: Returns this party's state.
-        load_state: Takes over another one.
+        load_state: Loads another one.
         vector_bytes: Bytes of the global vector.
 
     Returns:
@@ -39,9 +39,9 @@ def agree(
     Raises:
         FederationError: As ``send_state``.
     """
-    told = torch.zeros(federation.num_parties, dtype=torch.int64)
-    told[federation.party] = portable.checksum(_tensors_in(state()))
-    first, *others = federation.all_reduce_(told).tolist()
+    checksums = torch.zeros(federation.num_parties, dtype=torch.int64)
+    checksums[federation.party] = portable.checksum(_tensors_in(state()))
+    first, *others = federation.all_reduce_(checksums).tolist()
     differ = [False, *(other != first for other in others)]
     if any(differ):
         send_state(federation, differ, state, load_state, vector_bytes)
@@ -69,17 +69,17 @@ def send_state(
     load_state: Callable[[Mapping[str, Any]], None],
     vector_bytes: int,
 ) -> None:
-    """Hand the newest global state to those who lack it; every party calls this.
+    """Send the newest global state to the parties that lack it; every party calls this.
 
     Args:
         federation: The parties that meet.
         behind: Party by party, whether it lacks the state; some do, some do not.
         state: Returns this party's state.
-        load_state: Takes over another one.
+        load_state: Loads another one.
         vector_bytes: Bytes of the global vector.
 
     Raises:
-        FederationError: If the state is too large to be one, or cannot be taken over.
+        FederationError: If the state is too large to be one, or cannot be loaded.
     """
     source, here = behind.index(False), federation.party
     packed = snapshot.pack(state()) if source == here else b""
@@ -100,11 +100,11 @@ def send_state(
         load_state(newest)
     except (ValueError, KeyError, TypeError) as error:  # a peer sent it, it may be anything
         raise FederationError(
-            f"Party {federation.name} cannot take over the global state of party"
+            f"Party {federation.name} cannot load the global state of party"
             f" {federation.called([source])}: {error}. Install the same version at all parties."
         ) from error
     log.info(
-        "[party %s] takes over round %d from party %s",
+        "[party %s] loads the state of round %d from party %s",
         federation.name,
         newest["round"],
         federation.called([source]),

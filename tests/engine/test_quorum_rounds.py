@@ -140,7 +140,7 @@ def test_nan_below_a_quorum_is_healed_and_twice_in_a_row_the_end(caplog: pytest.
         assert [r.active_parties for r in reports] == [2, 0, 2, 0, 0]
         assert [r.excluded for r in reports] == [(), (1,), (), (1,), (1,)]
     assert "party 1 holds NaN or infinity" in caplog.text
-    assert "the federation goes on" in caplog.text
+    assert "the federation continues" in caplog.text
 
 
 def test_what_an_exchange_still_owes_is_owed_after_a_round_without_a_quorum() -> None:

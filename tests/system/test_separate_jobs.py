@@ -117,7 +117,7 @@ def test_a_federation_outlives_its_processes(jobs: Jobs) -> None:
     finals = [torch.load(jobs.cwd / f"{name}.pt") for name in ROSTER]
     assert torch.equal(finals[0], finals[1]), "a and b differ"
     assert torch.equal(finals[0], finals[2]), "a and c differ"
-    assert "[party c] goes on from round" in jobs.log("c-2")
+    assert "[party c] resumes an unfinished federation at round" in jobs.log("c-2")
     assert "continues without party c: it left while" in jobs.log("a") + jobs.log("b")
     jobs.processes["rendezvous-2"].send_signal(signal.SIGTERM)
     assert jobs.ended("rendezvous-2") == 0

@@ -435,7 +435,7 @@ def test_who_revealed_a_sum_counts_only_in_the_same_sum() -> None:
         together = tuple(f"{party}/now" for party in range(5))
         exposed = [together, together, ("2/now", "5/now", "6/now"), together, together]
         headers = [Header(Purpose.ROUND, 0, 1.0, True, "now", names) for names in exposed]
-        return aggregator._rounds._filter.sendable(headers, [1.0] * 5, 0)
+        return aggregator._rounds._filter.select(headers, 0, 0, lambda: None).weights
 
     # With party 2 left out, the sum of the four others would tell what party 2 had in the first.
     assert run_parties(5, act) == [[0.0] * 5] * 5
@@ -452,9 +452,9 @@ def test_who_comes_back_with_new_values_does_not_complete_an_old_sum() -> None:
             for tag, exposed in (("a", together), ("b", together), ("d", ()))
         ]
         same = [Header(Purpose.ROUND, 0, 1.0, True, tag, together) for tag in "abc"]
-        assert aggregator._rounds._filter.sendable(same, [1.0] * 3, 0) == [1.0] * 3
-        left = aggregator._rounds._filter.sendable(headers, [1.0] * 3, 0)
-        return aggregator._rounds._filter.allowed(left, [0, 1, 2], 0, 0)  # one alone cannot hide
+        filter = aggregator._rounds._filter
+        assert filter.select(same, 0, 0, lambda: None).weights == [1.0] * 3
+        return filter.select(headers, 0, 0, lambda: None).weights  # one alone cannot hide
 
     assert run_parties(3, act) == [[0.0] * 3] * 3
 
