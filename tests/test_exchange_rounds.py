@@ -502,7 +502,7 @@ def test_measuring_the_deviation_is_refused() -> None:
         Plain(),
         masked(bits=32),
         masked(fractional_bits=20),
-        masked(identity=f"{keys('strangers')}/{{party}}.key", peers=str(keys("strangers"))),
+        masked(signing_key=f"{keys('strangers')}/{{party}}.key", trusted_keys=str(keys("strangers"))),
     ],
     ids=["plain", "bits", "digits", "peers"],
 )

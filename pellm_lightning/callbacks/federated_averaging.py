@@ -51,7 +51,7 @@ from pellm_lightning.engine.fragments import FragmentedAggregator, check_rule, f
 from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.exchange.base import chosen
+from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record
 from pellm_lightning.report.lines import show_log_lines
@@ -209,7 +209,7 @@ class FederatedAveraging(Callback):
         self.weighting = weighting
         self.aggregation = aggregation
         self.measure_deviation = measure_deviation
-        self.exchange: Exchange = chosen(exchange)
+        self.exchange: Exchange = as_exchange(exchange)
         self.privacy = privacy
         self.include = include
         self.exclude = exclude

@@ -39,7 +39,7 @@ from pellm_lightning.engine.participants import ParticipantFilter, Shortage
 from pellm_lightning.engine.state_transfer import send_state
 from pellm_lightning.engine.updates import ReducedFlags
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.exchange.base import chosen
+from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.privacy.mechanism import GaussianMechanism
 from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors.adapter_config import AdapterConfigs
@@ -208,7 +208,7 @@ class Aggregator:
     ) -> None:
         self.federation = federation
         needed = resolve_quorum(quorum, federation.max_parties)
-        self._exchange = chosen(exchange)
+        self._exchange = as_exchange(exchange)
         self._exchange.check(federation)
         self._meeting = meeting(
             federation, self._exchange, None if state_dir is None else SnapshotDir(state_dir)

@@ -207,7 +207,7 @@ class GlobalState:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Let the global state be another one; the parameters are written when it is settled."""
         if self.error_feedback is not None:
-            self.error_feedback.overtaken()
+            self.error_feedback.discard_restored()
         if self.products is None:
             self.load_state_dict(state)
         else:
