@@ -179,7 +179,7 @@ def test_a_resting_factor_stays_and_keeps_what_is_known_of_it(tmp_path: Path) ->
             super().end_round(mean, counted=counted)
             party = 0 if "0" in self.of else 1
             values = {n: p.detach().clone() for n, p in self._parameters.items()}
-            held[party].append((values, {n: m.clone() for n, m in mean.items()}, dict(self._error_feedback)))
+            held[party].append((values, {n: m.clone() for n, m in mean.items()}, dict(self._control)))
 
     def fit(party: int, federated: Any) -> None:
         correction = Watching()
@@ -313,7 +313,7 @@ def test_who_does_not_count_keeps_its_memory(tmp_path: Path) -> None:
 
         def noted(mean: Mapping[str, Tensor], *, counted: bool) -> None:
             end(mean, counted=counted)
-            seen[party].append((counted, correction._error_feedback["head.weight"].clone()))
+            seen[party].append((counted, correction._control["head.weight"].clone()))
 
         correction.end_round = noted  # type: ignore[method-assign]
         module = Overflowing(party)

@@ -679,7 +679,7 @@ def test_arguments_are_checked(make: Callable[[], Exchange], words: str) -> None
     [
         (LowRankMean(solver="power"), Quantized(), "a compressed exchange would save nothing"),
         (HeterogeneousRank(solver="power"), Cast(), "Use solver='exact'"),
-        (HeterogeneousRank(), Quantized(), "gives the factors new coordinates"),
+        (HeterogeneousRank(), Quantized(), "changes the basis of the factors"),
         (LowRankMean(factorization="svd"), Cast(), r"Use LowRankMean\(\) with factorization='procrustes'"),
         (LowRankMean(), TopK(), "needs the parties' whole factors"),
         (Stacking(), TopK(), r"or exchange.Quantized\(...\)"),

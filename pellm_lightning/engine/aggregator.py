@@ -228,7 +228,7 @@ class Aggregator:
         self._plain = outer.is_plain_averaging(tried, scheduled=scheduled)
         if auxiliary is not None:
             auxiliary.check(private=privacy is not None, plain=self._plain)
-        for name, words in plan.unmanaged.items():
+        for name, words in plan.unsupported.items():
             log.warning(
                 "[party %s] The factors of the LoRA module %r are averaged one by one, since %s.",
                 federation.name,

@@ -61,7 +61,7 @@ def check(rule: Aggregation, optimizer: torch.optim.Optimizer, *, scheduled: boo
             f"{rule!r} gives the factors other coordinates each round, so a step from the last ones towards"
             f" them has no meaning: outer_optimizer={describe(optimizer)} must be SGD with lr=1 and no"
             f" momentum{', without an outer_scheduler' if scheduled else ''}, or the aggregation"
-            " LowRankMean(gauge='procrustes')."
+            " LowRankMean(factorization='procrustes')."
         )
     if rule.outer == "memoryless" and not memoryless:
         raise ValueError(

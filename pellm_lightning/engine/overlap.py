@@ -81,7 +81,7 @@ class Overlap:
             raise ValueError(
                 f"{rule!r} gives the factors other coordinates each round, so mix={self.mix:g} of the old"
                 " ones has no meaning. Use Overlap(mix=0), aggregation=Mean(), or"
-                " LowRankMean(gauge='procrustes')."
+                " LowRankMean(factorization='procrustes')."
             )
 
 

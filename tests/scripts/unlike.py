@@ -146,7 +146,7 @@ def run(federation: Federation, options: dict[str, Any], train: Callable[..., No
         tensors = [*shared, base, aggregator.global_vector, *aggregator.carried.values()]
         for of_parameter in state["outer_optimizer"]["state"].values():
             tensors += [value for value in of_parameter.values() if isinstance(value, Tensor)]
-        held.append([*map(checksum, tensors), repr(state["privacy"])])
+        held.append([*map(bits_digest, tensors), repr(state["privacy"])])
     return held
 
 
