@@ -137,7 +137,7 @@ def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
         module = Classifier(seed=party)
         trainer = quiet_trainer(tmp_path, [federated(), corrections[party]])
         trainer.fit(module, data(8 + 8 * party, seed=party))
-        assert corrections[party].state_dict()["error_feedback"], "a checkpoint may be saved after the fit"
+        assert corrections[party].state_dict()["control"], "a checkpoint may be saved after the fit"
         return module.vector()
 
     first, again = fit_parties(2, fit), fit_parties(2, fit)
@@ -401,7 +401,7 @@ def momentum(head: Any) -> torch.optim.Optimizer:
         ([SCAFFOLD(), FedProx(0.1)], Classifier, {}, "2 drift corrections"),
         ([SCAFFOLD()], Manual, {}, "SCAFFOLD.* manual optimization"),
         ([SCAFFOLD(), DPSGD(1.0, 1.0)], Classifier, {}, "before DPSGD"),
-        ([FedNova()], lambda: Classifier(optimizer="Adam"), {}, "not Adam, which scales"),
+        ([FedNova()], lambda: Classifier(optimizer="Adam"), {}, "not of Adam, which rescales"),
         ([FedNova()], lambda: Custom(groups), {}, "have different lr"),
         ([FedNova()], lambda: Custom(momentum), {}, "inner_optimizer_state='reset'"),
         ([FedProx(0.1)], lambda: Classifier(optimizer="LBFGS"), {}, "LBFGS computes several"),
@@ -452,7 +452,7 @@ def test_a_fused_optimizer_with_a_scaler_is_refused(tmp_path: Path) -> None:
         trainer = quiet_trainer(tmp_path, [federated(), SCAFFOLD()], plugins=[plugin])
         trainer.fit(Custom(fused), data(8, seed=party))
 
-    with pytest.raises(MisconfigurationException, match="fused SGD unscales gradients in its own step"):
+    with pytest.raises(MisconfigurationException, match="fused SGD unscales gradients in its step"):
         fit_parties(1, fit)
 
 

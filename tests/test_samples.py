@@ -98,9 +98,7 @@ def test_the_sizes_of_a_loaders_batches(loaders: Any, sizes: list[int | None]) -
 
 def test_what_cannot_be_known_is_said_once() -> None:
     counter = SampleCounter(warns=True)
-    with pytest.warns(
-        UserWarning, match=r"batch of type list holds.*weighting='uniform' or to a number"
-    ) as said:
+    with pytest.warns(UserWarning, match=r"batch of type list:.*weighting='uniform' or to a number") as said:
         assert [counter.count(["a", "b"], None, index) for index in range(3)] == [1, 1, 1]
     assert len(said) == 1
     assert SampleCounter(warns=False).count(["a", "b"], None, 0) == 1

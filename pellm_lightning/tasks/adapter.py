@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.report.card import write_card
-from pellm_lightning.tasks.earlier import earlier_adapter_kept
+from pellm_lightning.tasks.earlier import backed_up_adapter
 from pellm_lightning.tasks.folder import atomic_folder
 from pellm_lightning.tasks.saving import save_adapters
 from pellm_lightning.tensors.adapters import adapters_with
@@ -69,7 +69,7 @@ def make_plain_(hparams: MutableMapping[str, Any]) -> None:
 
 
 class SaveAdapter(Callback):
-    """Adapter saving callback: writes the trained adapter at the end of fit, for ``PeftModel.from_pretrained``.
+    """Callback that saves the trained adapter at the end of fit, for ``PeftModel.from_pretrained``.
 
     It supports any LightningModule with a PEFT model, and runs after the federation's last round. If the
     aggregation rule has changed the frozen weights (``ResidualMean``, ``Stacking``), the base model is saved
@@ -111,7 +111,7 @@ class SaveAdapter(Callback):
         names = self._names(model, pl_module, federated)
         base = base_of(model, names[0])
         with_base = federated is not None and federated.writes_base
-        with earlier_adapter_kept(folder), atomic_folder(folder) as unfinished:
+        with backed_up_adapter(folder), atomic_folder(folder) as unfinished:
             contents = save_adapters(model, unfinished, names, with_base=with_base, final=folder)
             if federated is not None and federated.summary is not None:
                 write_card(unfinished, asdict(federated.summary), base, title=folder.name, contents=contents)

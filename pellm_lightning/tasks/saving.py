@@ -67,8 +67,12 @@ def _save_all(model: PeftModel, folder: Path, names: Sequence[str], final: Path)
             f' `model = PeftModel.from_pretrained(base, "{final.name}/{places[first]}",'
             f' adapter_name="{first}");{loads} model.base_model.set_adapter({list(names)})`.'
         )
-        log.warning("%s has an adapter in each of %s and none at its root, since %s. See its %s"
-                    " for how to load them.", final, ", ".join(places.values()), unsupported_reason, "README.md")  # fmt: skip
+        log.warning(
+            "%s has an adapter in each of %s and none at its root, since %s. See README.md for loading.",
+            final,
+            ", ".join(places.values()),
+            unsupported_reason,
+        )
     return contents + _kept_together(model, names)
 
 

@@ -399,8 +399,8 @@ def _check_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[An
         raise MisconfigurationException(
             f"The training loss of {count} records together is {together:.6g}, but the mean of their own"
             f" losses is {alone:.6g}, so a record would change the gradients of others past the clipping."
-            " Return the mean of each record's own loss from training_step: for a language model, average over"
-            " the tokens of each record first, then over records."
+            " Return the mean of each record's own loss from training_step: for a language model, average"
+            " over the tokens of each record first, then over records."
         )
 
 
