@@ -51,7 +51,7 @@ class RoundContext:
         return self.shares[self.federation.party]
 
     @property
-    def num_counting(self) -> int:
+    def num_participants(self) -> int:
         """Number of participants."""
         return sum(share != 0 for share in self.shares)
 

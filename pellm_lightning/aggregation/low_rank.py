@@ -81,7 +81,7 @@ class LowRankMean(Aggregation):
 
     def combine(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
         """Return the best factors of each pair; a single participant keeps its own."""
-        if context.num_counting == 1:
+        if context.num_participants == 1:
             return CombinedFactors()
         return self.solve(pairs, context)
 

@@ -579,7 +579,7 @@ class Aggregator:
         global_state, schedule = self._global_state, self._global_state.updates.schedule
         schedule.check(self.round)
         crossed = self._cross(headers, loss)
-        outer_lr = schedule.lr if crossed.counting.num_counting else None
+        outer_lr = schedule.lr if crossed.counting.num_participants else None
         distance, deviation = self._apply_(crossed)
         global_state.distance = distance
         shortage = self._shortage(headers, crossed)
@@ -587,7 +587,7 @@ class Aggregator:
         report = RoundReport(
             round=self.round,
             parties=tuple(self.federation.members),
-            active_parties=crossed.counting.num_counting,
+            active_parties=crossed.counting.num_participants,
             trained_parties=len(crossed.trained),
             quorum=self._who.quorum,
             total_weight=crossed.total_weight,
@@ -648,21 +648,21 @@ class Aggregator:
                 trained = [party for party in trained if party not in excluded]
                 weights = self._who.in_quorum(weights, trained)
                 counting = self._counting(sums, weights)
-                if counting.num_counting:
+                if counting.num_participants:
                     _, ballot = self._average(counting, loss)
                 else:
                     updates.drop_()
         total_weight = sum(weights)
-        if self._exchange.is_secure and counting.num_counting:
+        if self._exchange.is_secure and counting.num_participants:
             counting, total_weight = self._who.scaled(counting, ballot.total_weight), ballot.total_weight
             updates.divide_(total_weight)
-        if counting.num_counting:
+        if counting.num_participants:
             updates.finish_(counting, ballot.effective_steps)
         if self._private is not None:
             releases = self._releases - releases
             self._private.end_round(failed + releases, ballot.clipping_bit if releases else None)
         combined = None
-        if global_state.products is not None and counting.num_counting:
+        if global_state.products is not None and counting.num_participants:
             combined = global_state.products.combine(
                 global_state.layout, updates.global_, updates.pseudo_gradient, counting
             )
@@ -694,7 +694,7 @@ class Aggregator:
         """
         global_state, combined = self._global_state, crossed.combined
         updates, products = global_state.updates, global_state.products
-        moves = crossed.counting.num_counting > 0
+        moves = crossed.counting.num_participants > 0
         if moves:
             updates.keep_(crossed.counting)
         if products is not None and combined is not None:
@@ -757,7 +757,7 @@ class Aggregator:
         return self._who.counting(sums, weights, self._weight, self.round)
 
     def _average(self, counting: RoundContext, loss: float | None) -> tuple[float, ReducedFlags]:
-        if counting.num_counting and not self._exchange.is_secure:
+        if counting.num_participants and not self._exchange.is_secure:
             self._release()
         return self._global_state.updates.average(counting, loss, self._contribution)
 

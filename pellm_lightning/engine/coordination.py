@@ -439,14 +439,14 @@ def summed(
         raise _changed(federation.name)
     missing = _warn_of_nonfinite(told, federation)
     having = Counter(name for names in told for name in names["finite"])
-    few = sorted(name for name, count in having.items() if count < exchange.min_counting)
+    few = sorted(name for name, count in having.items() if count < exchange.min_participants)
     if few:
         log.warning(
             "[party %s] No mean of %s: fewer than %d parties have them at this moment, and each would see"
             " what the others have. Let all parties validate at the same rounds.",
             federation.name,
             ", ".join(few),
-            exchange.min_counting,
+            exchange.min_participants,
         )
     names = sorted(having.keys() - few)
     if not names:

@@ -46,7 +46,9 @@ class ParticipantFilter:
         self._private = private
         self._on_nonfinite = on_nonfinite
         self.quorum = quorum
-        self._min_counting = max(exchange.min_counting, 1 if private is None else private.min_counting)
+        self._min_participants = max(
+            exchange.min_participants, 1 if private is None else private.min_participants
+        )
 
     def weights(self, headers: Sequence[Header], round: int) -> list[float]:
         """Return the weights that the parties came with.
@@ -171,7 +173,7 @@ class ParticipantFilter:
                 self._private.mechanism.max_epsilon,
             )
             return [0.0] * len(weights)
-        if 0 < count < self._min_counting:
+        if 0 < count < self._min_participants:
             log.warning(
                 "[party %s] Round %d: only %d parties count, and each would see what the others sent."
                 " Nothing is sent; all go back to the last global parameters.",
@@ -206,7 +208,7 @@ class ParticipantFilter:
         Raises:
             FederationError: If some count, yet all together weigh nothing.
         """
-        if counting.num_counting and total_weight <= 0:
+        if counting.num_participants and total_weight <= 0:
             raise FederationError(
                 f"The weights of round {counting.round} are too small for the digits behind the point that a"
                 " masked exchange has: their sum is 0. Give larger weights, or a larger fractional_bits."
@@ -237,7 +239,7 @@ class ParticipantFilter:
             ends = left < self.quorum or shortage.rounds >= _MAX_SHORT_ROUNDS
             log.warning("[party %s] %s", federation.name, self._explained(headers, round, shortage, ends))
             return ends
-        if not done or left >= self._min_counting:
+        if not done or left >= self._min_participants:
             return False
         log.warning(
             "[party %s] Round %d is the last: %d parties have made all their steps, and the %d that have not"

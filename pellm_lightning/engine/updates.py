@@ -100,13 +100,13 @@ class UpdateReducer:
         rides the ballot: what each party has to say once it has seen all its values.
         """
         share = counting.share
-        averaged = self._plan.rule.averaged(counting.round, counting.num_counting)
+        averaged = self._plan.rule.averaged(counting.round, counting.num_participants)
         told = self._staging[self.layout.size :]
         if not self._exact:  # weights need more digits than updates
             told = told.double()
         bit = 0.0
         if self._private is not None and share:
-            bit = self._make_private(self._private, averaged, counting.num_counting)
+            bit = self._make_private(self._private, averaged, counting.num_participants)
             loss = None
         squares: list[float] = []
         effective_steps = 0.0 if contribution is None else contribution.effective_steps
@@ -183,7 +183,7 @@ class UpdateReducer:
 
     def _crossed(self, counting: RoundContext) -> Iterator[slice]:
         """Yield where the vectors hold what crossed in this round."""
-        for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_counting)):
+        for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_participants)):
             yield slice(bucket[0].start, bucket[-1].stop)
 
     def _make_private(self, private: DPProcessor, averaged: Parts, counting: int) -> float:

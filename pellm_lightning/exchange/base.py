@@ -33,7 +33,7 @@ class Exchange(ABC):
     supports: Literal["parties", "sums", "rounded", "sparse"] = "parties"
     """What rules may use: single parties' values, sums only, values rounded in transit, or only means of
     updates that are sent sparsely."""
-    min_counting: int = 1
+    min_participants: int = 1
     """Minimum number of participants of a sum."""
 
     def check(self, federation: Collectives) -> None:  # noqa: B027 (nothing to check is the rule)

@@ -56,7 +56,7 @@ class DPProcessor:
         return self.mechanism.epsilon(self.accountant)
 
     @property
-    def min_counting(self) -> int:
+    def min_participants(self) -> int:
         """Minimum number of participants for the noise to protect each of them."""
         shares_noise = self.mechanism.distributed and self.mechanism.noise_multiplier > 0
         return self.mechanism.colluders + 1 if shares_noise else 1

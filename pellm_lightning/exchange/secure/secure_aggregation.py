@@ -46,7 +46,7 @@ class SecureAggregation(Exchange):
     is_secure = True
     exact = False
     supports = "sums"
-    min_counting = MIN_PARTIES
+    min_participants = MIN_PARTIES
 
     def __init__(
         self,
