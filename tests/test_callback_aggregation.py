@@ -914,8 +914,7 @@ COMMANDS = {
     "Stacking": ([PATH + "Stacking", SETTING + "seed=3"], "Stacking(seed=3)"),
     "HeterogeneousRank": (
         [PATH + "HeterogeneousRank", SETTING + "solver=power", SETTING + "steps=2"],
-        "HeterogeneousRank(method='low_rank',"
-        " LowRankMean(solver='power', steps=2, factorization='balanced'))",
+        "HeterogeneousRank(method='low_rank', solver='power', steps=2, factorization='balanced')",
     ),
     "a name alone": (["--federated.aggregation=LowRankMean", SETTING + "steps=4"],
                      "LowRankMean(solver='exact', steps=4, factorization='procrustes')"),

@@ -1,9 +1,9 @@
 """The interface of aggregation rules, and the values that a round passes to them."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from inspect import signature
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -108,7 +108,7 @@ class CombinedFactors:
     terms: dict[int, list[Term]] | None = None
 
 
-class Aggregation(ABC):
+class Aggregation:
     """An aggregation rule: which parts are averaged or frozen, and how LoRA pairs are combined. Stateless.
 
     Example:
@@ -118,9 +118,6 @@ class Aggregation(ABC):
         ...
         ...     def averaged(self, round, num_participants):
         ...         return OTHERS
-        ...
-        ...     def __repr__(self):
-        ...         return "HeadsOnly()"
         >>> HeadsOnly().frozen_parts(round=0)
         frozenset()
     """
@@ -156,6 +153,7 @@ class Aggregation(ABC):
         """Combine the pairs. All parties call it together, once all values are known to be finite."""
         return CombinedFactors()
 
-    @abstractmethod
     def __repr__(self) -> str:
-        """Return the rule with its settings, which must be equal at every party."""
+        """Return the settings, which must be equal at every party: attributes named like the arguments."""
+        settings = (f"{name}={getattr(self, name)!r}" for name in signature(type(self)).parameters)
+        return f"{type(self).__name__}({', '.join(settings)})"

@@ -49,9 +49,6 @@ class ResidualMean(Aggregation):
         """Gather the parties' factors; the plain mean is the result."""
         return CombinedFactors(None, gathering.to_all(pairs, context, FACTORS))
 
-    def __repr__(self) -> str:
-        return "ResidualMean()"
-
 
 class Stacking(Aggregation):
     """Merge the mean of the products into the frozen weight and reinitialise the adapter: FLoRA.
@@ -98,9 +95,6 @@ class Stacking(Aggregation):
         gathering.synchronize_(new, context.federation)
         zeros = [torch.zeros(pair.anchor_b.shape) for pair in pairs]
         return CombinedFactors(list(zip(zeros, new, strict=True)), terms)
-
-    def __repr__(self) -> str:
-        return f"Stacking(seed={self.seed})"
 
 
 def write_residual_(

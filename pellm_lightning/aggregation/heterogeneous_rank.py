@@ -62,6 +62,8 @@ class HeterogeneousRank(Aggregation):
                 " directions, so they must be sorted by singular values."
             )
         self.method = method
+        self.solver = solver
+        self.steps = steps
         self.factorization = factorization
         self._low_rank = LowRankMean(solver, steps, factorization)
         self.requires = "means" if method == "zero_pad" else self._low_rank.requires
@@ -83,9 +85,6 @@ class HeterogeneousRank(Aggregation):
         if self.method == "zero_pad":
             return CombinedFactors()
         return self._low_rank.solve(pairs, context)
-
-    def __repr__(self) -> str:
-        return f"HeterogeneousRank(method={self.method!r}, {self._low_rank!r})"
 
 
 class PaddedFactors:

@@ -89,11 +89,6 @@ class LowRankMean(Aggregation):
         """Return the best factors of each pair, for any number of participants."""
         return (self._exact if self.solver == "exact" else self._power)(pairs, context)
 
-    def __repr__(self) -> str:
-        return (
-            f"LowRankMean(solver={self.solver!r}, steps={self.steps}, factorization={self.factorization!r})"
-        )
-
     def _power(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
         own = [(p.b.detach().cpu().double(), p.a.detach().cpu().double()) for p in pairs]
 

@@ -21,9 +21,6 @@ class Mean(Aggregation):
 
     requires = "means"
 
-    def __repr__(self) -> str:
-        return "Mean()"
-
 
 class FrozenA(Aggregation):
     """Train and average B only; A stays as party 0 initialised it.
@@ -51,9 +48,6 @@ class FrozenA(Aggregation):
         """Return A."""
         return _A
 
-    def __repr__(self) -> str:
-        return "FrozenA()"
-
 
 class Alternating(Aggregation):
     """Train and average B in even rounds (the first is 0) and A in odd ones; the other factor is frozen.
@@ -79,9 +73,6 @@ class Alternating(Aggregation):
         """Return A in even rounds, B in odd ones."""
         return _B if round % 2 else _A
 
-    def __repr__(self) -> str:
-        return "Alternating()"
-
 
 class ShareA(Aggregation):
     """Share A only; B, heads and all else stay local.
@@ -101,6 +92,3 @@ class ShareA(Aggregation):
     def averaged(self, round: int, num_participants: int) -> Parts:
         """Return A."""
         return _A
-
-    def __repr__(self) -> str:
-        return "ShareA()"

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from inspect import signature
 from typing import Literal
 
 from torch import Tensor
@@ -19,11 +20,8 @@ class Exchange(ABC):
         ...     def open(self, federation, on_reveal, view="", error_feedback=None):
         ...         print(f"{federation.num_parties} parties sum: {view}")
         ...         return federation
-        ...
-        ...     def __repr__(self):
-        ...         return "Audited()"
-        >>> Audited().is_secure
-        False
+        >>> Audited()
+        Audited()
     """
 
     is_secure: bool = False
@@ -65,9 +63,10 @@ class Exchange(ABC):
             error_feedback: Residuals from ``new_error_feedback``; None if no vector is summed.
         """
 
-    @abstractmethod
     def __repr__(self) -> str:
-        """Return the settings, which must be equal at every party."""
+        """Return the settings, which must be equal at every party: attributes named like the arguments."""
+        settings = (f"{name}={getattr(self, name)!r}" for name in signature(type(self)).parameters)
+        return f"{type(self).__name__}({', '.join(settings)})"
 
 
 class Plain(Exchange):
@@ -88,9 +87,6 @@ class Plain(Exchange):
     ) -> Collectives:
         """Return the federation's own collectives."""
         return federation
-
-    def __repr__(self) -> str:
-        return "Plain()"
 
 
 def as_exchange(exchange: object) -> Exchange:

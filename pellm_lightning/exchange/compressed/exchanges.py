@@ -85,9 +85,6 @@ class Cast(_Compressed):
         self.error_feedback = error_feedback
         self.seed = 0  # rounding to nearest draws nothing
 
-    def __repr__(self) -> str:
-        return f"Cast({self.dtype!r}, error_feedback={self.error_feedback})"
-
     @override
     def _codec(self) -> Codec:
         return Bfloat16Codec()
@@ -133,12 +130,6 @@ class Quantized(_Compressed):
         self.block_size = block_size
         self.error_feedback = error_feedback
         self.seed = seed
-
-    def __repr__(self) -> str:
-        return (
-            f"Quantized(bits={self.bits}, block_size={self.block_size},"
-            f" error_feedback={self.error_feedback}, seed={self.seed})"
-        )
 
     @override
     def _codec(self) -> Codec:
@@ -195,12 +186,6 @@ class TopK(_Compressed):
         self.bits = bits
         self.error_feedback = error_feedback
         self.seed = seed
-
-    def __repr__(self) -> str:
-        return (
-            f"TopK(chunk_size={self.chunk_size}, k={self.k}, bits={self.bits},"
-            f" error_feedback={self.error_feedback}, seed={self.seed})"
-        )
 
     @override
     def _codec(self) -> Codec:
