@@ -22,10 +22,10 @@ from pellm_lightning.aggregation import Aggregation, Alternating, FrozenA, LowRa
 from pellm_lightning.aggregation.factors import (
     MeanFactors,
     Stack,
-    best_rank,
+    factorize,
     from_range,
-    hand_back,
     orthonormal,
+    truncated_svd,
 )
 
 # (m, n, r) of the adapted modules: query and value of SmolLM2-135M, and all linear layers of a 7B Llama, of
@@ -123,17 +123,17 @@ def show_arithmetic(m: int = 4096, n: int = 4096, r: int = 16, parties: int = 4)
     own_b, own_a = (factor.double() for factor in each[0][1:])
 
     def exact() -> tuple[torch.Tensor, torch.Tensor]:
-        low = best_rank(Stack.of(each), r)
+        low = truncated_svd(Stack.of(each), r)
         a = sum(w * a.double() @ low.v for w, _, a in each)
         b = sum(w * low.u.T @ b.double() for w, b, _ in each)
         squares = sum(w * float(b.double().square().sum() + a.double().square().sum()) for w, b, a in each)
-        return hand_back(low, MeanFactors(a, b, squares), 1.0, r, "procrustes")
+        return factorize(low, MeanFactors(a, b, squares), 1.0, r, "procrustes")
 
     def power() -> None:
         """One party's terms of each sum, and what all compute of the sums; here of its own."""
         p = orthonormal(own_b @ (own_a @ orthonormal(start_a.double().T)))
         low = from_range(p, own_a.T @ (own_b.T @ p))
-        hand_back(low, MeanFactors(own_a @ low.v, low.u.T @ own_b, 1e3), 1.0, r, "procrustes")
+        factorize(low, MeanFactors(own_a @ low.v, low.u.T @ own_b, 1e3), 1.0, r, "procrustes")
 
     result = exact()
     acts: dict[str, Callable[[], object]] = {

@@ -24,7 +24,7 @@ from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Cast, Exchange, Plain, Quantized, TopK
-from pellm_lightning.exchange.compressed.codecs import Blocks, Casting, Codec, Largest
+from pellm_lightning.exchange.compressed.codecs import Bfloat16Codec, Codec, QuantizationCodec, TopKCodec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
@@ -153,10 +153,10 @@ class Round:
 def show_codes() -> None:
     torch.set_num_threads(1)
     codecs: dict[str, Codec] = {
-        "bfloat16": Casting(),
-        "8 bits": Blocks(8, 128),
-        "4 bits": Blocks(4, 128),
-        "top 64 of 4096": Largest(4096, 64, 8),
+        "bfloat16": Bfloat16Codec(),
+        "8 bits": QuantizationCodec(8, 128),
+        "4 bits": QuantizationCodec(4, 128),
+        "top 64 of 4096": TopKCodec(4096, 64, 8),
     }
     print("\n| code | encodes, MB/s of float32 | decodes, MB/s |\n|---|---|---|")
     for name, codec in codecs.items():

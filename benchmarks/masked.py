@@ -25,7 +25,7 @@ from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.exchange import Exchange, Plain, SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import make_identity
+from pellm_lightning.exchange.secure.signing_keys import generate_signing_key
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
@@ -51,7 +51,7 @@ def main() -> None:
     for parties in arguments.parties:
         with tempfile.TemporaryDirectory() as keys:
             for party in range(parties):
-                make_identity(keys, str(party))
+                generate_signing_key(keys, str(party))
             if arguments.line_mbit:
                 rows += over_lines(parties, arguments.line_mbit, keys, arguments.repeats)
             else:

@@ -1,4 +1,4 @@
-"""What is computed from the parties' parameters: one rule, in one slot of the round."""
+"""Aggregation rules: what a round computes from the parties' parameters."""
 
 from pellm_lightning.aggregation.base import Aggregation
 from pellm_lightning.aggregation.base_writing import ResidualMean, Stacking

@@ -1,9 +1,9 @@
-"""What an aggregation is, and what it gets to see in a round."""
+"""The interface of aggregation rules, and the values that a round passes to them."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from inspect import signature
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -13,12 +13,12 @@ from pellm_lightning.comm import Collectives
 
 
 class Part(Enum):
-    """What a federated parameter is to an aggregation."""
+    """Role of a federated parameter in aggregation."""
 
     A = "A"
     B = "B"
     OTHER = "other"
-    """No factor of a LoRA pair: heads, norms, biases, magnitudes, adapters of other kinds."""
+    """Not a LoRA factor: heads, norms, biases, magnitudes, adapters of other kinds."""
 
 
 Parts: TypeAlias = frozenset[Part]
@@ -32,12 +32,12 @@ NOTHING: Parts = frozenset()
 
 @dataclass(frozen=True)
 class RoundContext:
-    """Who counts how much in a round; the same at every party.
+    """Context of a round: its participants and their shares; equal at every party.
 
     Args:
-        federation: The joined parties.
-        shares: Weight of each party over the sum of the weights; 0 for who does not count. Where the exchange
-            hides weights, NaN for all that count but this party.
+        federation: Collectives of the round's members.
+        shares: Weight of each party over the sum of the weights; 0 for a party that does not participate.
+            With a secure exchange, which hides weights, NaN for the other participants.
         round: Index of the round.
     """
 
@@ -51,22 +51,22 @@ class RoundContext:
         return self.shares[self.federation.party]
 
     @property
-    def num_counting(self) -> int:
-        """Number of parties that count."""
+    def num_participants(self) -> int:
+        """Number of participants."""
         return sum(share != 0 for share in self.shares)
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One LoRA pair in a round, seen from one party.
+    """LoRA factors of one pair at one party, with the anchors of the round.
 
     Args:
-        pair: Its names.
+        pair: Names of the factors.
         b: This party's factor B after its local steps, (m, r).
         a: This party's factor A, (r, n).
-        anchor_b: The factor B that every party started the round from, (m, R), float32.
-        anchor_a: The factor A that every party started the round from, (R, n), float32.
-        ranks: Rank r of each party; all R unless the aggregation allows them to differ.
+        anchor_b: Factor B at the start of the round, (m, R), float32; equal at every party.
+        anchor_a: Factor A at the start of the round, (R, n), float32.
+        ranks: Rank r of each party; all R unless the rule allows them to differ.
         scalings: Scaling of each party.
         scaling: Scaling of the global factors.
         base: The frozen weight as a writable (m, n) view, if the module has one.
@@ -85,7 +85,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Term:
-    """What one party adds to the weighted mean of the products: ``share * scaling * b @ a``."""
+    """Summand of one party in the weighted mean of the products: ``share * scaling * b @ a``."""
 
     share: float
     scaling: float
@@ -94,37 +94,44 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Combined:
-    """What an aggregation made of the LoRA pairs.
+class CombinedFactors:
+    """Aggregated LoRA factors.
 
     Args:
-        factors: The result (B, A) of each pair, equal to the bit at every party; None where the plain mean of
-            the parts is the result.
-        terms: What all parties held, by index of the pairs that this party owns or of all; None if nobody
-            gathered it.
+        factors: The result (B, A) of each pair, bitwise equal at every party; None if the plain mean of the
+            parts is the result.
+        terms: The parties' factors, by index of the pairs that this party owns or of all; None if not
+            gathered.
     """
 
     factors: list[tuple[Tensor, Tensor]] | None = None
     terms: dict[int, list[Term]] | None = None
 
 
-class Aggregation(ABC):
-    """What is computed from the parties' parameters.
+class Aggregation:
+    """An aggregation rule: which parts are averaged or frozen, and how LoRA pairs are combined. Stateless.
 
-    A rule says which parts are averaged plainly and which rest, and combines the LoRA pairs itself if that is
-    not all. It is configuration only: it keeps nothing between rounds.
+    Example:
+        >>> class HeadsOnly(Aggregation):
+        ...     requires = "means"
+        ...     shared = OTHERS  # LoRA factors stay local
+        ...
+        ...     def averaged(self, round, num_participants):
+        ...         return OTHERS
+        >>> HeadsOnly().frozen_parts(round=0)
+        frozenset()
     """
 
     shared: Parts = EVERYTHING
-    """Parts that federate; the others stay local."""
+    """Federated parts; the others stay local."""
     outer: Literal["any", "memoryless", "mean"] = "any"
-    """Outer optimizers that make sense: any, those without momentum or decay, or only ``SGD(lr=1)``."""
+    """Supported outer optimizers: any, those without momentum or decay, or only ``SGD(lr=1)``."""
     ranks_may_differ: bool = False
-    """Whether parties may have other ranks and scalings than one another."""
+    """Whether parties may have different ranks and scalings."""
     requires: Requirement = "parties"
-    """What ``combine`` needs: only means of the parts, sums over the parties, or what single parties have."""
+    """What ``combine`` needs: only means of the parts, sums over the parties, or single parties' factors."""
     writes_base: bool = False
-    """Whether the frozen weights take up what the factors cannot hold."""
+    """Whether the rule adds to the frozen base weights what the factors cannot represent."""
     measure_deviation: bool | None = None
     """Whether each round measures by how much its result misses the mean of the LoRA products; None where the
     parties' factors are at hand."""
@@ -132,26 +139,27 @@ class Aggregation(ABC):
     def __init__(self, measure_deviation: bool | None = None) -> None:
         self.measure_deviation = measure_deviation
 
-    def averaged(self, round: int, counting: int) -> Parts:
-        """Return the parts whose result is their weighted mean, where ``counting`` parties count."""
+    def averaged(self, round: int, num_participants: int) -> Parts:
+        """Return the parts whose result is their weighted mean, with a number of participants."""
         return EVERYTHING
 
     def frozen_parts(self, round: int) -> Parts:
-        """Return the parts that are not trained during a round and so do not cross at its end."""
+        """Return the parts that are not trained in a round, and so are not sent at its end."""
         return NOTHING
 
-    def basis_changed(self, counting: int) -> Parts:
-        """Return the parts whose coordinates a round changes, so that an optimizer's moments say nothing."""
+    def basis_changed(self, num_participants: int) -> Parts:
+        """Return the parts whose basis a round changes, which invalidates an optimizer's moments."""
         return NOTHING
 
     def unsupported_reason(self, module: LoraModule) -> str | None:
-        """Return why the rule cannot handle a module, in words, or None."""
+        """Return why the rule cannot handle a module, None if it can."""
         return None
 
-    def combine(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
-        """Combine the pairs; all parties do so at the same time, once their values are known to be finite."""
-        return Combined()
+    def combine(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
+        """Combine the pairs. All parties call it together, once all values are known to be finite."""
+        return CombinedFactors()
 
-    @abstractmethod
     def __repr__(self) -> str:
-        """Return the rule with its settings, which must be the same at every party."""
+        """Return the settings, which must be equal at every party: attributes named like the arguments."""
+        settings = (f"{name}={getattr(self, name)!r}" for name in signature(type(self)).parameters)
+        return f"{type(self).__name__}({', '.join(settings)})"

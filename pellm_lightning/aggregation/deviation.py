@@ -1,4 +1,4 @@
-"""By how much a round's result misses the weighted mean of the parties' products."""
+"""Deviation metric: distance of a round's result from the weighted mean of the parties' products."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,17 @@ from pellm_lightning.comm import Collectives
 
 @dataclass(frozen=True)
 class Deviation:
-    """Relative deviation ``|sum(w_i s_i B_i A_i) - s B A| / |sum(w_i s_i B_i A_i)|``, Frobenius norms."""
+    """Relative deviation ``|sum(w_i s_i B_i A_i) - s B A| / |sum(w_i s_i B_i A_i)|``, Frobenius norms.
+
+    Example:
+        >>> Deviation(total=0.01, worst=0.05, worst_module="encoder.q_proj.default").total
+        0.01
+    """
 
     total: float
-    """Over all adapted modules together."""
+    """Deviation of all adapted modules together."""
     worst: float
-    """Of the module where it is largest."""
+    """Largest deviation of a module."""
     worst_module: str
     """Name of that module's pair."""
 
@@ -29,13 +34,13 @@ def stack_of(terms: Sequence[Term]) -> Stack:
     return Stack.of([(term.share * term.scaling, term.b, term.a) for term in terms])
 
 
-def missed(
+def squared_deviations(
     pairs: Sequence[Factors],
     results: Sequence[tuple[Tensor, Tensor]],
     terms: Mapping[int, Sequence[Term]],
     owned: Sequence[int],
 ) -> dict[int, tuple[float, float]]:
-    """Return, by index of the pairs owned here, the squared norms of what is missed and of the mean."""
+    """Return the squared norms of the deviation and of the mean, by index of the owned pairs."""
     squares = {}
     for k in owned:
         b, a = (factor.cpu() for factor in results[k])
@@ -46,18 +51,18 @@ def missed(
 def deviation(
     pairs: Sequence[Factors], squares: Mapping[int, tuple[float, float]], federation: Collectives
 ) -> Deviation:
-    """Put together what the owners of the pairs found; the same at every party."""
+    """All-reduce the owners' squared norms to the deviation."""
     table = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for k, both in squares.items():
         table[k] = torch.tensor(both, dtype=torch.float64)
     federation.all_reduce_(table)
-    relative = [_ratio(away, whole) for away, whole in table.tolist()]
+    relative = [_ratio(difference, whole) for difference, whole in table.tolist()]
     worst = max(range(len(pairs)), key=relative.__getitem__)
-    away, whole = table.sum(dim=0).tolist()
-    return Deviation(_ratio(away, whole), relative[worst], pairs[worst].pair.name)
+    difference, whole = table.sum(dim=0).tolist()
+    return Deviation(_ratio(difference, whole), relative[worst], pairs[worst].pair.name)
 
 
-def _ratio(away: float, whole: float) -> float:
+def _ratio(difference: float, whole: float) -> float:
     if whole == 0:
-        return 0.0 if away == 0 else math.inf
-    return math.sqrt(away / whole)
+        return 0.0 if difference == 0 else math.inf
+    return math.sqrt(difference / whole)

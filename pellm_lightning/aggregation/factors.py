@@ -1,7 +1,7 @@
-"""Low-rank updates as pairs of factors, in float64; nothing here ever holds an m x n matrix.
+"""Linear algebra of low-rank updates as pairs of factors, in float64, without any m x n matrix.
 
-An update is ``B A`` with B of shape (m, r) and A of shape (r, n). Stacks of several parties' factors, each B
-times its weight and scaling, stand for the weighted mean of the parties' products.
+An update is ``B A`` with B of shape (m, r) and A of shape (r, n). Stacked factors of several parties, each B
+times its weight and scaling, represent the weighted mean of the parties' products.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Gauge: TypeAlias = Literal["procrustes", "balanced", "svd"]
+Factorization: TypeAlias = Literal["procrustes", "balanced", "svd"]
 
-# Relative variance of the parties' factors below which they are the same and need no new factorisation.
+# Relative variance of the parties' factors below which they count as equal, and are kept as they are.
 _AGREEMENT = 1e-10
-# Singular values below this part of the largest carry nothing but rounding errors.
-_NOTHING = 1e-12
-# A direction without a product keeps a row of A of this part of the usual length, so that it can be trained.
-_ALIVE = 1e-2
+# Singular values below this fraction of the largest are rounding errors.
+_NULL = 1e-12
+# A null direction of the product keeps a row of A of this fraction of the usual length, so it can be trained.
+_NULL_ROW = 1e-2
 _PROJECTIONS = 100
 
 
@@ -50,19 +50,19 @@ class Stack:
     def squared_norms(self, scaling: float, b: Tensor, a: Tensor) -> tuple[float, float]:
         """Return the squared Frobenius norms of the difference to ``scaling * b @ a``, and of the product.
 
-        ``|L R|^2 = tr((L^T L) (R R^T))``, in O((m + n) R^2); differences below 1e-8 of the product are lost
+        ``|L R|^2 = tr((L^T L) (R R^T))``, in O((m + n) R^2); relative differences below 1e-8 are lost
         in rounding.
         """
-        away = self.minus(scaling, b, a)
-        products = (away.left.T @ away.left) * (away.right @ away.right.T)
+        difference = self.minus(scaling, b, a)
+        products = (difference.left.T @ difference.left) * (difference.right @ difference.right.T)
         own = self.left.shape[1]
-        # In this order, since max(0.0, nan) is 0.0.
+        # The order of arguments keeps nan: max(0.0, nan) is 0.0.
         return max(float(products.sum()), 0.0), max(float(products[:own, :own].sum()), 0.0)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A product by its singular value decomposition, ``U diag(s) V^T``, signs fixed.
+    """Truncated singular value decomposition of a product, ``U diag(s) V^T``, with signs fixed.
 
     Args:
         u: Orthonormal columns, (m, k).
@@ -81,10 +81,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class MeanFactors:
-    """The parties' mean factors as the low-rank product sees them; each entry is a sum of the parties' terms.
+    """Mean factors of the parties, projected onto the singular vectors; each entry is a sum over the parties.
 
-    Factors of a rank above that of any m x n matrix have more to them than the product sees; of these the
-    means are whole, ``sum_i w_i A_i`` (r, n) and ``sum_i w_i B_i`` (m, r).
+    Factors of a rank above min(m, n) are not determined by the projections; their means are kept whole,
+    ``sum_i w_i A_i`` (r, n) and ``sum_i w_i B_i`` (m, r).
 
     Args:
         a: ``sum_i w_i A_i V``, (r, k).
@@ -100,36 +100,36 @@ class MeanFactors:
 
     @property
     def agree(self) -> bool:
-        """Whether the parties hold the same factors: their variance around the mean is next to nothing."""
+        """Whether the parties have equal factors, with negligible variance around the mean."""
         mean = float(self.a.square().sum() + self.b.square().sum())
         return self.squares - mean <= _AGREEMENT * self.squares
 
     def projected(self, low: LowRank) -> "MeanFactors":
-        """Return what the product sees of the means."""
+        """Return the means projected onto the singular vectors."""
         if not self.whole:
             return self
         return MeanFactors(self.a @ low.v, low.u.T @ self.b, self.squares)
 
 
 def terms_of_means(b: Tensor, a: Tensor, low: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a party adds, times its weight, to the three entries of ``MeanFactors``."""
+    """Return a party's summands, before its weight, of the three entries of ``MeanFactors``."""
     squares = a.square().sum() + b.square().sum()
-    return (a, b, squares) if exceeds(low, a) else (a @ low.v, low.u.T @ b, squares)
+    return (a, b, squares) if exceeds_full_rank(low, a) else (a @ low.v, low.u.T @ b, squares)
 
 
-def exceeds(low: LowRank, a: Tensor) -> bool:
-    """Return whether factors are of a rank above that of any matrix of their size."""
+def exceeds_full_rank(low: LowRank, a: Tensor) -> bool:
+    """Return whether the rank of factors exceeds that of any m x n matrix."""
     return a.shape[0] > low.s.numel()
 
 
 def orthonormal(x: Tensor) -> Tensor:
-    """Return orthonormal columns that span those of ``x`` (n, r), as many as fit: (n, min(n, r))."""
+    """Return an orthonormal basis of the columns of ``x`` (n, r): (n, min(n, r))."""
     q: Tensor = torch.linalg.qr(x).Q
     return q
 
 
-def best_rank(stack: Stack, rank: int) -> LowRank:
-    """Return the best approximation of rank ``rank`` (Eckart and Young 1936) of what the stack stands for.
+def truncated_svd(stack: Stack, rank: int) -> LowRank:
+    """Return the best rank-``rank`` approximation (Eckart and Young 1936) of a stack's product.
 
     With left = Q_B R_B and right^T = Q_A R_A the SVD of the core R_B R_A^T (R x R) is that of the product.
     """
@@ -146,39 +146,39 @@ def from_range(p: Tensor, projected: Tensor) -> LowRank:
     return _signed(p @ ut.T, s, v)
 
 
-def completed(low: LowRank, b: Tensor, a: Tensor, nothing: float = _NOTHING) -> LowRank:
-    """Replace the directions without a singular value by those of the factors b (m, r) and a (r, n).
+def fill_null_directions(low: LowRank, b: Tensor, a: Tensor, null: float = _NULL) -> LowRank:
+    """Replace the null directions of a product by directions of the factors b (m, r) and a (r, n).
 
-    Where the product has no say, a hand-back shall leave the factors as they were.
+    So a factorization leaves the factors unchanged where the product does not determine them.
 
     Args:
         low: The product.
-        b: Factor to take columns from.
-        a: Factor to take rows from.
-        nothing: Singular values below this part of the largest are rounding errors.
+        b: Factor whose columns fill the left null directions.
+        a: Factor whose rows fill the right null directions.
+        null: Singular values below this fraction of the largest are rounding errors.
     """
-    alive = int((low.s > low.s[0] * nothing).sum()) if float(low.s[0]) > 0 else 0
-    if alive == low.s.numel():
+    rank = int((low.s > low.s[0] * null).sum()) if float(low.s[0]) > 0 else 0
+    if rank == low.s.numel():
         return low
     s = low.s.clone()
-    s[alive:] = 0
-    return LowRank(_extended(low.u, alive, b.double()), s, _extended(low.v, alive, a.double().T))
+    s[rank:] = 0
+    return LowRank(_extended(low.u, rank, b.double()), s, _extended(low.v, rank, a.double().T))
 
 
-def hand_back(
-    low: LowRank, mean: MeanFactors | None, scaling: float, rank: int, factorization: Gauge
+def factorize(
+    low: LowRank, mean: MeanFactors | None, scaling: float, rank: int, factorization: Factorization
 ) -> tuple[Tensor, Tensor]:
     """Return factors B (m, r) and A (r, n) with ``scaling * B A`` equal to the low-rank product.
 
-    They are ``B = U L`` and ``A = K V^T`` with ``L K = diag(s) / scaling``; the gauge chooses among these:
+    They are ``B = U L`` and ``A = K V^T`` with ``L K = diag(s) / scaling``. The factorization is one of:
 
-    - "procrustes": nearest to the mean factors, ``min |K - mean.a|^2 + |L - mean.b|^2``. Coordinates stay
-      what they were, so the moments of an optimizer stay meaningful.
+    - "procrustes": nearest to the mean factors, ``min |K - mean.a|^2 + |L - mean.b|^2``. It keeps the basis,
+      so an optimizer's moments stay valid.
     - "balanced": ``L = K = (s / scaling)^1/2``.
     - "svd": ``K = 1``, so A has orthonormal rows.
 
-    Where the parties' factors agree there is nothing to factorise anew: every gauge gives them back. Factors
-    of different shapes have no mean (None); then the gauge is "balanced" or "svd".
+    Equal factors of all parties are returned as they are, whatever the factorization. Factors of different
+    shapes have no mean (None); then the factorization is "balanced" or "svd".
     """
     target = low.s / scaling
     if mean is not None and mean.agree:
@@ -192,14 +192,14 @@ def hand_back(
     return low.u @ left, right @ low.v.T
 
 
-def _diagonal(target: Tensor, rank: int, factorization: Gauge) -> tuple[Tensor, Tensor]:
-    """Return L (k, r) and K (r, k), zero outside the diagonal; where k < r the rest stays zero."""
+def _diagonal(target: Tensor, rank: int, factorization: Factorization) -> tuple[Tensor, Tensor]:
+    """Return diagonal L (k, r) and K (r, k), zero-padded where k < r."""
     k = target.numel()
     if factorization == "svd":
         scale = torch.ones_like(target)
     else:
         root = target.abs().sqrt()
-        scale = root.clamp_min(_ALIVE * float(root[0]) or 1.0)
+        scale = root.clamp_min(_NULL_ROW * float(root[0]) or 1.0)
     left, right = target.new_zeros(k, rank), target.new_zeros(rank, k)
     left.diagonal().copy_(target / scale)
     right.diagonal().copy_(scale)
@@ -209,8 +209,8 @@ def _diagonal(target: Tensor, rank: int, factorization: Gauge) -> tuple[Tensor, 
 def _nearest(mean: MeanFactors, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return the L (k, r), K (r, k) with ``L K = diag(target)`` that are nearest to the mean's.
 
-    Parties whose factors are turned against each other have a mean that is too short, or no start for the
-    projection; what stands in for it then are the balanced factors, rotated towards the mean.
+    If the parties' factors are rotated against each other, the mean is short and the projection may not
+    converge; the fallback is the balanced factors, rotated towards the mean.
     """
     found = _rotated(mean, *_diagonal(target, mean.a.shape[0], "balanced"))
     projected = _projected(mean, target)
@@ -222,23 +222,23 @@ def _nearest(mean: MeanFactors, target: Tensor) -> tuple[Tensor, Tensor]:
 def _projected(mean: MeanFactors, target: Tensor) -> tuple[Tensor, Tensor] | None:
     """Project the mean onto ``L K = diag(target)``; None if that does not converge.
 
-    Each pass projects it onto the constraint linearised at the last result: the multiplier X solves the
+    Each iteration projects it onto the constraint linearised at the last iterate: the multiplier X solves the
     Sylvester equation ``L L^T X + X K^T K = C``.
     """
     right, left = mean.a, mean.b
-    wanted = torch.diag(target)
-    # The eigenvalues are 2 |target| for balanced factors, more for others; far less for a mean that cancels.
+    product = torch.diag(target)
+    # The eigenvalues are at least 2 |target| but for a mean that cancels, where they are far smaller.
     least = 1e-3 * (target.abs()[:, None] + target.abs()[None, :])
     for _ in range(_PROJECTIONS):
         lam, p = torch.linalg.eigh(left @ left.T)
         mu, q = torch.linalg.eigh(right.T @ right)
-        both = lam[:, None] + mu[None, :]
-        if bool((both <= torch.maximum(least.min(), _NOTHING * both.max())).any()):
+        eigenvalues = lam[:, None] + mu[None, :]
+        if bool((eigenvalues <= torch.maximum(least.min(), _NULL * eigenvalues.max())).any()):
             return None
-        rest = wanted + left @ right - mean.b @ right - left @ mean.a
-        x = p @ ((p.T @ rest @ q) / both) @ q.T
+        residual = product + left @ right - mean.b @ right - left @ mean.a
+        x = p @ ((p.T @ residual @ q) / eigenvalues) @ q.T
         right, left = mean.a + left.T @ x, mean.b + x @ right.T
-        if float((left @ right - wanted).norm()) <= 1e-13 * float(wanted.norm()):
+        if float((left @ right - product).norm()) <= 1e-13 * float(product.norm()):
             return left, right
     return None
 
@@ -254,17 +254,17 @@ def _distance(mean: MeanFactors, left: Tensor, right: Tensor) -> float:
     return float((left - mean.b).square().sum() + (right - mean.a).square().sum())
 
 
-def _extended(basis: Tensor, alive: int, others: Tensor) -> Tensor:
-    """Return the first ``alive`` columns, followed by orthonormal ones from ``others``; as many as before."""
-    kept, size = basis[:, :alive], basis.shape[1]
-    beyond, _, _ = torch.linalg.svd(others - kept @ (kept.T @ others), full_matrices=False)
-    q = orthonormal(torch.cat([kept, beyond], dim=1))[:, :size].clone()
-    q[:, :alive] = kept  # QR may have turned their signs
+def _extended(basis: Tensor, rank: int, others: Tensor) -> Tensor:
+    """Keep the first ``rank`` columns and complete them orthonormally from ``others``."""
+    kept, size = basis[:, :rank], basis.shape[1]
+    complement, _, _ = torch.linalg.svd(others - kept @ (kept.T @ others), full_matrices=False)
+    q = orthonormal(torch.cat([kept, complement], dim=1))[:, :size].clone()
+    q[:, :rank] = kept  # QR may have flipped their signs
     return q
 
 
 def _signed(u: Tensor, s: Tensor, v: Tensor) -> LowRank:
-    """Fix the signs, which the SVD leaves open: the largest entry of each column of U is positive."""
+    """Fix the signs, which the SVD leaves undetermined: the largest entry of each column of U is positive."""
     largest = u.abs().argmax(dim=0, keepdim=True)
     sign = torch.where(u.gather(0, largest) < 0, -1.0, 1.0).to(u.dtype)
     return LowRank(u * sign, s, v * sign)

@@ -1,4 +1,4 @@
-"""Parties of different ranks in one federation."""
+"""Aggregation of adapters of different ranks (FlexLoRA, HetLoRA)."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -12,7 +12,7 @@ from pellm_lightning.aggregation.base import (
     NOTHING,
     OTHERS,
     Aggregation,
-    Combined,
+    CombinedFactors,
     Factors,
     Parts,
     RoundContext,
@@ -22,14 +22,13 @@ from pellm_lightning.aggregation.low_rank import LowRankMean, Solver
 
 
 class HeterogeneousRank(Aggregation):
-    """Let parties have adapters of different rank and scaling (alpha, rsLoRA) in one federation.
+    """Aggregation rule for parties with adapters of different rank and scaling (alpha, rsLoRA).
 
     The global factors have the largest rank R of the parties. "low_rank" gives every party the best
-    approximation of the mean product of its own rank (FlexLoRA, Bai et al. 2024, arXiv:2402.11505): factors
-    sorted by singular values, of which a party takes the first r. "zero_pad" averages the factors, the
-    missing rows and columns being zeros, and cuts the result (HetLoRA, Cho et al. 2024, arXiv:2401.06432,
-    without its pruning and sparsity weights): simpler, and worse, since every party pulls the directions that
-    it lacks towards zero.
+    approximation of the mean product at its own rank (FlexLoRA, Bai et al. 2024, arXiv:2402.11505): factors
+    sorted by singular values, of which a party takes the first r. "zero_pad" averages zero-padded factors and
+    truncates the result (HetLoRA, Cho et al. 2024, arXiv:2401.06432, without its pruning and sparsity
+    weights): simpler, and worse, since every party pulls the directions that it lacks towards zero.
 
     Args:
         method: "low_rank" or "zero_pad".
@@ -40,6 +39,10 @@ class HeterogeneousRank(Aggregation):
 
     Raises:
         ValueError: If an argument is none of its choices.
+
+    Example:
+        >>> from pellm_lightning import FederatedAveraging
+        >>> callback = FederatedAveraging(every_n_epochs=1, aggregation=HeterogeneousRank())
     """
 
     outer = "mean"
@@ -59,37 +62,36 @@ class HeterogeneousRank(Aggregation):
         if factorization not in ("balanced", "svd"):
             raise ValueError(
                 f"factorization={factorization!r} must be 'balanced' or 'svd': a party takes the first r"
-                " directions, so they must be sorted by what they contribute."
+                " directions, so they must be sorted by singular values."
             )
         self.method = method
+        self.solver = solver
+        self.steps = steps
         self.factorization = factorization
         self._low_rank = LowRankMean(solver, steps, factorization)
         self.requires = "means" if method == "zero_pad" else self._low_rank.requires
 
-    def averaged(self, round: int, counting: int) -> Parts:
-        """Return what is no factor, with "zero_pad" everything."""
+    def averaged(self, round: int, num_participants: int) -> Parts:
+        """Return all but the factors; with "zero_pad" everything."""
         return EVERYTHING if self.method == "zero_pad" else OTHERS
 
-    def basis_changed(self, counting: int) -> Parts:
+    def basis_changed(self, num_participants: int) -> Parts:
         """Return the factors, with "zero_pad" nothing."""
         return NOTHING if self.method == "zero_pad" else FACTORS
 
     def unsupported_reason(self, module: LoraModule) -> str | None:
-        """Return what the module says."""
+        """Return the module's own reason."""
         return module.unsupported_reason
 
-    def combine(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
-        """Return the best factors of rank R of each pair, or leave it to the mean."""
+    def combine(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
+        """Return the best factors of rank R of each pair; with "zero_pad" the mean is the result."""
         if self.method == "zero_pad":
-            return Combined()
-        return self._low_rank.solve(pairs, counting)
-
-    def __repr__(self) -> str:
-        return f"HeterogeneousRank(method={self.method!r}, {self._low_rank!r})"
+            return CombinedFactors()
+        return self._low_rank.solve(pairs, context)
 
 
 class PaddedFactors:
-    """A party's factors as the global ones see them: padded with zeros to the largest rank, in its scaling.
+    """Buffers of a party's factors, zero-padded to the global rank and in the global scaling.
 
     The global factors are ``B_i s_i / s`` and ``A_i``, so that products compare at one scaling s.
 
@@ -101,9 +103,9 @@ class PaddedFactors:
     def __init__(self, parameters: Mapping[str, Tensor], pairs: Mapping[Pair, tuple[int, float]]) -> None:
         self._views: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {}
         self.tensors = dict(parameters)
-        """The parameters, factors replaced by padded ones; what a layout is made of."""
+        """The parameters with padded factors, for a layout."""
         for pair, (rank, ratio_b) in pairs.items():
-            bias = pair.b.removesuffix("weight") + "bias"  # of PEFT's lora_bias; it is scaled as B is
+            bias = pair.b.removesuffix("weight") + "bias"  # PEFT's lora_bias, which is scaled like B
             if bias in parameters:
                 own = parameters[bias]
                 padded = torch.zeros_like(own)
@@ -118,13 +120,13 @@ class PaddedFactors:
                 self.tensors[name] = padded
 
     def read_(self, names: Iterable[str]) -> None:
-        """Fill the padded factors among ``names`` from the party's; the rest becomes zero."""
+        """Copy the party's factors among ``names`` into the padded ones, and zero the rest."""
         for own, padded, view, ratio in self._named(names):
             padded.zero_()
             view.copy_(own * ratio)
 
     def write_(self, names: Iterable[str]) -> None:
-        """Write the first rows and columns of the padded factors among ``names`` into the party's."""
+        """Copy the first rows and columns of the padded factors among ``names`` into the party's."""
         for own, _, view, ratio in self._named(names):
             own.copy_(view / ratio)
 

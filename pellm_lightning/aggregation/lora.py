@@ -1,7 +1,4 @@
-"""Which parameters are LoRA pairs, and what their modules say about them.
-
-Pairs are recognised by the names that PEFT gives; nothing of PEFT is imported.
-"""
+"""LoRA pairs of a PEFT model and the facts of their modules, by PEFT's names; PEFT is not imported."""
 
 import re
 from collections import Counter
@@ -17,13 +14,13 @@ _FACTOR = re.compile(
     r"^(?:(?P<module>.*)\.)?lora_(?P<kind>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(?P<weight>\.weight)?$"
 )
 
-# Variants of a PEFT layer whose update is still scaling * B A, up to what is trained beside it.
+# Variants of a PEFT layer whose update is still scaling * B A, apart from other trainable parameters.
 _PLAIN_VARIANTS = ("Dora", "_Dora", "ALora", "QALora", "Velora")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two factors of one adapted module, by the names of their parameters.
+    """A LoRA pair: the parameter names of the two factors of one adapted module.
 
     Args:
         name: Path of the module and name of the adapter, as in ``"encoder.q_proj.default"``.
@@ -38,27 +35,30 @@ class Pair:
 
 @dataclass(frozen=True)
 class LoraModule:
-    """What the module of a pair says.
+    """Facts of a LoRA module that aggregation depends on.
 
     Args:
         scaling: The update is ``scaling * B A``: alpha / r, or alpha / sqrt(r) with rsLoRA.
-        base: The frozen weight as an (m, n) view of its storage, None if it has none in floating point.
-        unsupported_reason: Why the update is not ``scaling * B A`` here, in words; None if it is.
-        base_obstacle: Why the frozen weight cannot take up an update, in words; None if it can.
-        zero_a: Whether the factor A is zero, as PEFT starts those of embeddings.
+        base: The frozen weight as an (m, n) view of its storage, None unless in floating point.
+        unsupported_reason: Why the update is not ``scaling * B A``; None if it is.
+        unwritable_base_reason: Why an update cannot be added to the frozen weight; None if it can.
+        zero_a: Whether the factor A is zero, as PEFT initialises those of embeddings.
+
+    Example:
+        >>> lora = {"encoder.q_proj.default": LoraModule(scaling=2.0)}  # for an Aggregator without a model
     """
 
     scaling: float = 1.0
     base: Tensor | None = None
     unsupported_reason: str | None = None
-    base_obstacle: str | None = None
+    unwritable_base_reason: str | None = None
     zero_a: bool = False
 
 
 def find_pairs(names: Iterable[str]) -> list[Pair]:
-    """Return the pairs of which both factors are among ``names``, sorted by name.
+    """Return the pairs with both factors among ``names``, sorted by name.
 
-    Known are ``<module>.lora_A.<adapter>.weight`` and, for embeddings,
+    Recognised are ``<module>.lora_A.<adapter>.weight`` and, for embeddings,
     ``<module>.lora_embedding_A.<adapter>`` (and B).
     """
     factors: dict[tuple[str, str], dict[str, str]] = {}
@@ -75,7 +75,7 @@ def find_pairs(names: Iterable[str]) -> list[Pair]:
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
-    """Return what every LoRA module of a PEFT model says, under the names of its pairs."""
+    """Return the facts of every LoRA module of a PEFT model, by the names of its pairs."""
     shared = _shared_storages(model.named_parameters(remove_duplicate=False))
     found = {}
     modules: Iterable[tuple[str, Any]] = model.named_modules()
@@ -88,18 +88,22 @@ def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
                 unsupported_reason = (
                     "another module has the same factors" if tied else _unsupported_reason(module, adapter)
                 )
-                base, base_obstacle = _base(module, adapter, shared, (b.shape[0], a.flatten(1).shape[1]))
-                found[name] = LoraModule(float(value), base, unsupported_reason, base_obstacle, not a.any())
+                base, unwritable_base_reason = _base(
+                    module, adapter, shared, (b.shape[0], a.flatten(1).shape[1])
+                )
+                found[name] = LoraModule(
+                    float(value), base, unsupported_reason, unwritable_base_reason, not a.any()
+                )
     return found
 
 
 def matrix(factor: Tensor) -> Tensor:
-    """Return a factor as a matrix: a convolution's kernel dimensions belong to its inputs."""
+    """Return a factor as a matrix; a convolution's kernel dimensions count as inputs."""
     return factor.flatten(1)
 
 
 def _is_lora(module: Any) -> bool:
-    """Tell a LoRA module by its attributes. AdaLoRA's factors are bare parameters, which are no pair."""
+    """Return whether a module is LoRA by its attributes. AdaLoRA's factors, bare parameters, are no pair."""
     factors = getattr(module, "lora_A", None)
     with_modules = isinstance(factors, nn.Module) and not isinstance(factors, nn.ParameterDict)
     return with_modules and isinstance(getattr(module, "scaling", None), dict)
@@ -121,7 +125,7 @@ def _unsupported_reason(module: Any, adapter: str) -> str | None:
 def _factors(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
     if adapter in getattr(module, "lora_embedding_A", {}):
         return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
-    # torch.compile may have wrapped the dictionaries, too.
+    # torch.compile may have wrapped these dictionaries.
     a, b = (getattr(layers, "_orig_mod", layers) for layers in (module.lora_A, module.lora_B))
     return a[adapter].weight, b[adapter].weight
 
@@ -132,7 +136,7 @@ def _base(
     layer = module.get_base_layer()
     weight = getattr(layer, getattr(module, "parameter_name", "weight"), None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "quant_state"):
-        return None, "its base weight is quantised, or kept in a form that cannot be written"
+        return None, "its base weight is quantised, or in another read-only form"
     if weight.data_ptr() in shared:
         return None, "its base weight is tied to that of another module"
     if not weight.is_contiguous():
@@ -157,6 +161,6 @@ def _base(
 
 
 def _shared_storages(parameters: Iterable[tuple[str, nn.Parameter]]) -> set[int]:
-    """Return the addresses of values that stand under several names."""
+    """Return the addresses of parameters with several names."""
     seen = Counter(parameter.data_ptr() for _, parameter in parameters)
     return {address for address, times in seen.items() if times > 1}

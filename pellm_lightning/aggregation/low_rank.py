@@ -1,4 +1,4 @@
-"""The best low-rank approximation of the mean of the products."""
+"""Aggregation by the best low-rank approximation of the mean of the products."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -13,14 +13,14 @@ from pellm_lightning.aggregation.base import (
     NOTHING,
     OTHERS,
     Aggregation,
-    Combined,
+    CombinedFactors,
     Factors,
     Parts,
     RoundContext,
     Term,
 )
 from pellm_lightning.aggregation.deviation import stack_of
-from pellm_lightning.aggregation.factors import Gauge, LowRank, MeanFactors
+from pellm_lightning.aggregation.factors import Factorization, LowRank, MeanFactors
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.comm import Collectives, FederationError
 
@@ -28,87 +28,88 @@ Solver = Literal["power", "exact"]
 
 
 class LowRankMean(Aggregation):
-    """Give each LoRA module the best rank-r approximation of the weighted mean ``sum(w_i s_i B_i A_i)``.
+    """Low-rank mean: the best rank-r approximation of ``sum(w_i s_i B_i A_i)`` for each LoRA module.
 
     The mean of the products has rank N r; its best approximation of rank r (Eckart and Young) is what
     FlexLoRA (Bai et al. 2024, arXiv:2402.11505) computes from m x n matrices. Here only factors are handled.
-    What is no LoRA factor is averaged beside it. Where a single party counts, its factors are the result.
+    All other parameters are averaged. With a single participant its factors are the result.
 
     Args:
-        solver: "exact" sends each module's factors to one party, which decomposes them (QR of the stacks, SVD
-            of the small core) and sends the result to all: the bytes of averaging A and B. "power" needs only
-            sums over the parties, so no party sees another's factors where the exchange hides them: a step of
-            subspace iteration, warm-started with the A that everybody started the round from; the same bytes,
-            and 2 r^2 float64 scalars per module. Where the parties drift far in a round, it is not the best.
+        solver: "exact" gathers each module's factors at one party, which decomposes them (QR of the stacks,
+            SVD of the small core) and sends the result to all: the bytes of averaging A and B. "power" needs
+            only sums over the parties, for secure aggregation: a step of subspace iteration, warm-started
+            with the round's initial A; the same bytes, and 2 r^2 float64 scalars per module. It is not
+            optimal if the parties drift far in a round.
         steps: Iterations of "power"; each further one costs the bytes of a round again.
-        factorization: Which of the factorisations of the result is handed back. "procrustes": the one nearest to the
-            parties' mean factors, in which optimizers' moments keep their meaning; "balanced": B and A of
-            equal norms, ``U S^1/2`` and ``S^1/2 V^T``; "svd": ``U S`` and ``V^T``. After the latter two, the
-            state that local optimizers keep of A and B is dropped each round, and an outer optimizer other
-            than ``SGD(lr=1)`` is refused.
-            measure_deviation: Report each round by how much the result misses the mean of the LoRA products. It
-            takes half as many bytes again as averaging the factors, and other parties see these. Default:
-            yes, unless the exchange hides the factors, or compresses and would send them for this alone.
+        factorization: Factorization of the result. "procrustes": the one nearest to the parties' mean
+            factors, which keeps optimizers' moments valid; "balanced": B and A of equal norms, ``U S^1/2``
+            and ``S^1/2 V^T``; "svd": ``U S`` and ``V^T``. The latter two reset the local optimizers' state of
+            A and B in each round, and allow no outer optimizer but ``SGD(lr=1)``.
+        measure_deviation: Report in each round the deviation of the result from the mean of the LoRA
+            products. It takes half as many bytes again as averaging the factors, and other parties see these.
+            Default: yes, unless the exchange hides the factors, or compresses and would send them for this
+            alone.
 
     Raises:
         ValueError: If an argument is none of its choices.
+
+    Example:
+        >>> from pellm_lightning import FederatedAveraging
+        >>> callback = FederatedAveraging(every_n_epochs=1, aggregation=LowRankMean(solver="power"))
     """
 
     def __init__(
         self,
         solver: Solver = "exact",
         steps: int = 1,
-        factorization: Gauge = "procrustes",
+        factorization: Factorization = "procrustes",
         measure_deviation: bool | None = None,
     ) -> None:
         super().__init__(measure_deviation)
         _one_of("solver", solver, ("power", "exact"))
         _one_of("factorization", factorization, ("procrustes", "balanced", "svd"))
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r} must be a whole number, 1 or more.")
+            raise ValueError(f"steps={steps!r} must be an integer >= 1.")
         self.solver = solver
         self.steps = steps
         self.factorization = factorization
         self.requires = "sums" if solver == "power" else "parties"
         self.outer = "any" if factorization == "procrustes" else "mean"
 
-    def averaged(self, round: int, counting: int) -> Parts:
-        """Return what is no factor; where one party counts, everything."""
-        return EVERYTHING if counting == 1 else OTHERS
+    def averaged(self, round: int, num_participants: int) -> Parts:
+        """Return all but the factors; everything with one participant."""
+        return EVERYTHING if num_participants == 1 else OTHERS
 
-    def basis_changed(self, counting: int) -> Parts:
-        """Return the factors, unless the gauge keeps their coordinates."""
-        return NOTHING if self.factorization == "procrustes" or counting <= 1 else FACTORS
+    def basis_changed(self, num_participants: int) -> Parts:
+        """Return the factors, unless the factorization keeps their basis."""
+        return NOTHING if self.factorization == "procrustes" or num_participants <= 1 else FACTORS
 
     def unsupported_reason(self, module: LoraModule) -> str | None:
-        """Return what the module says."""
+        """Return the module's own reason."""
         return module.unsupported_reason
 
-    def combine(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
-        """Return the best factors of each pair; of a single party that counts they are its own."""
-        if counting.num_counting == 1:
-            return Combined()
-        return self.solve(pairs, counting)
+    def combine(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
+        """Return the best factors of each pair; a single participant keeps its own."""
+        if context.num_participants == 1:
+            return CombinedFactors()
+        return self.solve(pairs, context)
 
-    def solve(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
-        """Return the best factors of each pair, however many parties count."""
-        return (self._exact if self.solver == "exact" else self._power)(pairs, counting)
+    def solve(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
+        """Return the best factors of each pair, for any number of participants."""
+        return (self._exact if self.solver == "exact" else self._power)(pairs, context)
 
-    def __repr__(self) -> str:
-        return f"LowRankMean(solver={self.solver!r}, steps={self.steps}, gauge={self.factorization!r})"
-
-    def _power(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
+    def _power(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
         own = [(p.b.detach().cpu().double(), p.a.detach().cpu().double()) for p in pairs]
 
         def total(terms: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-            """Sum what every party holds of each term, each times its share."""
-            terms = [counting.share * x if counting.share > 0 else torch.zeros_like(x) for x in terms]
-            return gathering.summed(terms, counting.federation, dtype)
+            """Sum each term over the parties, weighted by their shares."""
+            terms = [context.share * x if context.share > 0 else torch.zeros_like(x) for x in terms]
+            return gathering.summed(terms, context.federation, dtype)
 
-        found = self._iterated(pairs, own, counting.federation, total)
+        found = self._iterated(pairs, own, context.federation, total)
         means: list[MeanFactors] | list[None] = [None] * len(pairs)
-        if _alike(pairs):
-            found = _agreed(found, counting.federation)
+        if _have_mean(pairs):
+            found = _synchronized(found, context.federation)
             terms = [
                 term
                 for (b, a), low in zip(own, found, strict=True)
@@ -116,18 +117,18 @@ class LowRankMean(Aggregation):
             ]
             sums = iter(total(terms, torch.float64))
             means = [
-                MeanFactors(next(sums), next(sums), float(next(sums)), factors.exceeds(low, a))
+                MeanFactors(next(sums), next(sums), float(next(sums)), factors.exceeds_full_rank(low, a))
                 for (_, a), low in zip(own, found, strict=True)
             ]
         results = [
             factor.float()
             for pair, low, mean in zip(pairs, found, means, strict=True)
-            for factor in _handed_back(pair, low, mean, self.factorization)
+            for factor in _factorize(pair, low, mean, self.factorization)
         ]
         vector = gathering.flat(results)
-        gathering.agree_([vector], counting.federation)
+        gathering.synchronize_([vector], context.federation)
         parts = iter(gathering.split(vector, [factor.shape for factor in results]))
-        return Combined(_finite(pairs, [(next(parts), next(parts)) for _ in pairs]))
+        return CombinedFactors(_finite(pairs, [(next(parts), next(parts)) for _ in pairs]))
 
     def _iterated(
         self,
@@ -136,55 +137,57 @@ class LowRankMean(Aggregation):
         federation: Collectives,
         total: Callable[[list[Tensor]], list[Tensor]],
     ) -> list[LowRank]:
-        """With Q of orthonormal columns: P = sum(w s B A Q); P = qr(P); Q = sum(w s A^T B^T P); P Q^T.
+        """Iterate, with orthonormal Q: P = sum(w s B A Q); P = qr(P); Q = sum(w s A^T B^T P); return P Q^T.
 
-        Where A says nothing about the rows yet (PEFT starts an embedding's at zero) the columns of B stand
-        in: the iteration is that of the transposed product.
+        If A is zero (as PEFT initialises an embedding's), the iteration starts from the columns of B and is
+        that of the transposed product.
 
-        What the parties add up next is seen in columns that each has computed for itself. Columns of which
-        the product says nothing, or that it cannot tell apart, consist of rounding errors and are others on
-        another processor: so the parties agree on columns before they add up.
+        The next sum is projected onto columns that each party computed redundantly. Null or degenerate
+        directions consist of rounding errors, which depend on the processor: so the columns are synchronized
+        before each sum.
         """
         party = federation.party
-        turned = [not pair.anchor_a.any() for pair in pairs]
-        sides = [(a.T, b.T) if turn else (b, a) for (b, a), turn in zip(own, turned, strict=True)]
+        swapped = [not pair.anchor_a.any() for pair in pairs]
+        sides = [(a.T, b.T) if swap else (b, a) for (b, a), swap in zip(own, swapped, strict=True)]
         sides = [(pair.scalings[party] * b, a) for pair, (b, a) in zip(pairs, sides, strict=True)]
-        q = [p.anchor_b if turn else p.anchor_a.T for p, turn in zip(pairs, turned, strict=True)]
+        q = [p.anchor_b if swap else p.anchor_a.T for p, swap in zip(pairs, swapped, strict=True)]
         for _ in range(self.steps):
             q = [factors.orthonormal(x.cpu().double()) for x in q]
             p = total([b @ (a @ x) for (b, a), x in zip(sides, q, strict=True)])
             p = [factors.orthonormal(_checked(pair, x)) for pair, x in zip(pairs, p, strict=True)]
-            gathering.agree_(p, federation, within=torch.float32)
+            gathering.synchronize_(p, federation, tolerance=torch.float32)
             q = total([a.T @ (b.T @ x) for (b, a), x in zip(sides, p, strict=True)])
         found = [factors.from_range(x, _checked(pair, y)) for pair, x, y in zip(pairs, p, q, strict=True)]
-        found = [low.transposed() if turn else low for low, turn in zip(found, turned, strict=True)]
+        found = [low.transposed() if swap else low for low, swap in zip(found, swapped, strict=True)]
+        null = 1e-6  # the sums are in float32
         return [
-            factors.completed(low, pair.anchor_b.cpu(), pair.anchor_a.cpu(), nothing=1e-6)  # sums in float32
+            factors.fill_null_directions(low, pair.anchor_b.cpu(), pair.anchor_a.cpu(), null)
             for low, pair in zip(found, pairs, strict=True)
         ]
 
-    def _exact(self, pairs: Sequence[Factors], counting: RoundContext) -> Combined:
-        terms = gathering.to_owners(pairs, counting, FACTORS)
+    def _exact(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
+        terms = gathering.to_owners(pairs, context, FACTORS)
         results = {}
-        for k, of_pair in terms.items():
+        for k, pair_terms in terms.items():
             pair = pairs[k]
-            low = factors.best_rank(stack_of(of_pair), pair.anchor_a.shape[0])
-            low = factors.completed(low, pair.anchor_b.cpu(), pair.anchor_a.cpu())
-            mean = _mean_factors(of_pair, low) if _alike(pairs) else None
-            results[k] = _handed_back(pair, low, mean, self.factorization)
-        return Combined(_finite(pairs, gathering.from_owners(pairs, results, counting.federation)), terms)
+            low = factors.truncated_svd(stack_of(pair_terms), pair.anchor_a.shape[0])
+            low = factors.fill_null_directions(low, pair.anchor_b.cpu(), pair.anchor_a.cpu())
+            mean = _mean_factors(pair_terms, low) if _have_mean(pairs) else None
+            results[k] = _factorize(pair, low, mean, self.factorization)
+        combined = gathering.from_owners(pairs, results, context.federation)
+        return CombinedFactors(_finite(pairs, combined), terms)
 
 
-def _handed_back(
-    pair: Factors, low: LowRank, mean: MeanFactors | None, factorization: Gauge
+def _factorize(
+    pair: Factors, low: LowRank, mean: MeanFactors | None, factorization: Factorization
 ) -> tuple[Tensor, Tensor]:
-    return factors.hand_back(low, mean, pair.scaling, pair.anchor_a.shape[0], factorization)
+    return factors.factorize(low, mean, pair.scaling, pair.anchor_a.shape[0], factorization)
 
 
-def _agreed(found: Sequence[LowRank], federation: Collectives) -> list[LowRank]:
-    """Return decompositions that differ by no more than rounding; where they do, party 0's."""
-    whole = [gathering.flat([low.u, low.s, low.v]) for low in found]  # u and v of one party
-    gathering.agree_(whole, federation, within=torch.float32)
+def _synchronized(found: Sequence[LowRank], federation: Collectives) -> list[LowRank]:
+    """Synchronize decompositions between the parties where they differ by more than rounding."""
+    whole = [gathering.flat([low.u, low.s, low.v]) for low in found]  # u and v must be of the same party
+    gathering.synchronize_(whole, federation, tolerance=torch.float32)
     parts = [
         gathering.split(vector, [low.u.shape, low.s.shape, low.v.shape])
         for vector, low in zip(whole, found, strict=True)
@@ -192,8 +195,8 @@ def _agreed(found: Sequence[LowRank], federation: Collectives) -> list[LowRank]:
     return [LowRank(u, s, v) for u, s, v in parts]
 
 
-def _alike(pairs: Sequence[Factors]) -> bool:
-    """Return whether all parties' factors have one shape and scaling, so that they have a mean."""
+def _have_mean(pairs: Sequence[Factors]) -> bool:
+    """Return whether all parties' factors have equal shape and scaling, so that they have a mean."""
     return all(len({*pair.ranks}) == 1 and len({*pair.scalings}) == 1 for pair in pairs)
 
 
@@ -203,7 +206,7 @@ def _mean_factors(terms: Sequence[Term], low: LowRank) -> MeanFactors:
         for term in terms
     ]
     a, b, squares = (torch.stack(parts).sum(dim=0) for parts in zip(*each, strict=True))
-    return MeanFactors(a, b, float(squares), factors.exceeds(low, terms[0].a))
+    return MeanFactors(a, b, float(squares), factors.exceeds_full_rank(low, terms[0].a))
 
 
 def _finite(pairs: Sequence[Factors], results: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -217,8 +220,7 @@ def _checked(pair: Factors, values: Tensor) -> Tensor:
     if not torch.isfinite(values).all():
         raise FederationError(
             f"The products of {pair.pair.name!r} exceed float32, so they have no low-rank mean. No parameter"
-            " was changed. Lower the learning rate or clip gradients: factors this large come of a training"
-            " that diverges."
+            " was changed. Training diverges: lower the learning rate or clip gradients."
         )
     return values
 

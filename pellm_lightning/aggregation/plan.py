@@ -1,4 +1,4 @@
-"""A rule applied to the parameters at hand: which of them are pairs, what crosses, what rests."""
+"""Aggregation plan: a rule applied to a model's parameters."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,20 +13,19 @@ from pellm_lightning.aggregation.mean import Mean
 
 
 class Plan:
-    """Which parameters a rule treats how.
+    """Aggregation plan: the role of each federated parameter under a rule.
 
     Args:
-        rule: The aggregation; None chooses ``LowRankMean()`` for LoRA and the mean for all else, modules that
-            it cannot handle included.
+        rule: The aggregation rule; None chooses ``LowRankMean()`` for LoRA, and the mean for all else and for
+            modules that it does not support.
         names: Names of the trainable parameters that may federate.
-        modules: What the modules of the pairs say, by the pairs' names; a pair that is not among them has
-            scaling 1.
-        capabilities: What the rule may have of the parties. Sums, with a masked exchange: None then chooses
-            ``LowRankMean(solver="power")``. Means, with differential privacy: None then chooses ``Mean()``,
-            and so it does with sparse updates. Rounded values with other compressed exchanges.
+        modules: Facts of the LoRA modules, by the pairs' names; a pair without them has scaling 1.
+        capabilities: What the exchange and privacy allow: "sums" with secure aggregation (None then chooses
+            ``LowRankMean(solver="power")``), "means" with differential privacy and "sparse" with top-k (None
+            then chooses ``Mean()``), "rounded" with other compressed exchanges, "parties" without limits.
 
     Raises:
-        ValueError: If the rule finds no LoRA pair, or cannot handle one: it is named, with the reason.
+        ValueError: If the rule finds no LoRA pair, or does not support one.
     """
 
     def __init__(
@@ -39,21 +38,21 @@ class Plan:
     ) -> None:
         names = sorted(names)
         self.rule: Aggregation = _default(capabilities) if rule is None else rule
-        _check_needs(self.rule, capabilities)
+        _check_requirement(self.rule, capabilities)
         self.modules = dict(modules or {})
         pairs = find_pairs(names)
-        obstacles = {pair.name: self._unsupported_reason(pair) for pair in pairs}
-        hard = {name: words for name, words in obstacles.items() if words}
-        if hard and rule is not None:
-            name, words = next(iter(hard.items()))
+        reasons = {pair.name: self._unsupported_reason(pair) for pair in pairs}
+        unsupported = {name: reason for name, reason in reasons.items() if reason}
+        if unsupported and rule is not None:
+            name, reason = next(iter(unsupported.items()))
             raise ValueError(
-                f"{self.rule!r} cannot aggregate the LoRA module {name!r} ({len(hard)} of {len(pairs)}"
-                f" modules): {words}. Use Mean(), which averages its factors, or leave the module out of"
-                " target_modules."
+                f"{self.rule!r} cannot aggregate the LoRA module {name!r} ({len(unsupported)} of"
+                f" {len(pairs)} modules): {reason}. Use Mean(), which averages its factors, or exclude the"
+                " module from target_modules."
             )
-        self.unmanaged = hard
-        """Why the default rule averages the factors of a module one by one, by the name of its pair."""
-        self.pairs = [pair for pair in pairs if pair.name not in hard]
+        self.unsupported = unsupported
+        """Why the default rule averages a module's factors separately, by the name of its pair."""
+        self.pairs = [pair for pair in pairs if pair.name not in unsupported]
         self._part = dict.fromkeys(names, Part.OTHER)
         for pair in self.pairs:
             self._part |= {pair.a: Part.A, pair.b: Part.B}
@@ -66,45 +65,45 @@ class Plan:
 
     @property
     def shared(self) -> set[str]:
-        """Names that federate; the rest stays local."""
+        """Names of the federated parameters; the rest stays local."""
         return self.named(self.rule.shared)
 
     @cached_property
     def products(self) -> list[Pair]:
-        """Pairs of which both factors federate and are a product, which can be combined and compared."""
+        """Pairs whose factors are both federated and form a product, so that they can be combined."""
         if not self.rule.shared >= FACTORS:
             return []
         return [pair for pair in self.pairs if self.module(pair).unsupported_reason is None]
 
     @cached_property
     def groups(self) -> list[tuple[Part, ...]]:
-        """Parts that cross together; parts of different groups may cross without each other."""
+        """Parts that are always sent together, as groups."""
         apart = any(self.rule.averaged(round, 2) != EVERYTHING for round in (0, 1))
         return [(Part.A,), (Part.B,), (Part.OTHER,)] if apart else [tuple(Part)]
 
     @property
     def written_bases(self) -> list[Tensor]:
-        """The frozen weights that rounds write into, contiguous, in the order of the pairs."""
+        """The frozen weights that rounds change, contiguous, in the order of the pairs."""
         bases = [self.module(pair).base for pair in self.pairs] if self.rule.writes_base else []
         return [base if base.is_contiguous() else base.T for base in bases if base is not None]
 
     def named(self, parts: Parts | tuple[Part, ...]) -> set[str]:
-        """Return the names of the parameters that are such parts."""
+        """Return the names of the parameters with the given roles."""
         return {name for name, part in self._part.items() if part in parts}
 
     def module(self, pair: Pair) -> LoraModule:
-        """Return what the module of a pair says."""
+        """Return the facts of a pair's module."""
         return self.modules.get(pair.name, LoraModule())
 
     def _unsupported_reason(self, pair: Pair) -> str | None:
         module = self.module(pair)
         if not (math.isfinite(module.scaling) and module.scaling != 0):
             raise ValueError(
-                f"The LoRA module {pair.name!r} has scaling {module.scaling:g}, with which its factors change"
-                " nothing. Give it a lora_alpha above 0."
+                f"The LoRA module {pair.name!r} has scaling {module.scaling:g}, with which its factors have"
+                " no effect. Give it a lora_alpha above 0."
             )
-        if self.rule.writes_base and module.base is None and module.base_obstacle is None:
-            return "no frozen weight is known for it (pass lora={...: LoraModule(base=...)})"
+        if self.rule.writes_base and module.base is None and module.unwritable_base_reason is None:
+            return "its frozen weight is unknown (pass lora={...: LoraModule(base=...)})"
         return self.rule.unsupported_reason(module)
 
 
@@ -114,10 +113,10 @@ def _default(capabilities: Capability) -> Aggregation:
     return LowRankMean(solver="power" if capabilities == "sums" else "exact")
 
 
-def _check_needs(rule: Aggregation, capabilities: Capability) -> None:
+def _check_requirement(rule: Aggregation, capabilities: Capability) -> None:
     if capabilities == "sums" and rule.requires == "parties":
         raise ValueError(
-            f"{rule!r} needs what single parties have, and a masked exchange gives sums only. Use Mean(),"
+            f"{rule!r} needs single parties' factors, and secure aggregation reveals sums only. Use Mean(),"
             " FrozenA(), Alternating(), ShareA() or LowRankMean(solver='power'), or exchange.Plain()."
         )
     if capabilities == "means" and rule.requires != "means":
@@ -134,18 +133,14 @@ def _check_needs(rule: Aggregation, capabilities: Capability) -> None:
         )
     if capabilities == "rounded" and rule.requires == "sums":
         raise ValueError(
-            f"{rule!r} sums what must cross exactly, so a compressed exchange would save nothing of it. Use"
+            f"{rule!r} sums values that must be exact, so a compressed exchange would save nothing. Use"
             " solver='exact', whose factors are compressed, or exchange.Plain()."
         )
-    if (
-        capabilities == "rounded"
-        and rule.requires == "parties"
-        and rule.basis_changed(2)
-        and not rule.writes_base
-    ):
+    gathers = rule.requires == "parties" and not rule.writes_base
+    if capabilities == "rounded" and gathers and rule.basis_changed(2):
         raise ValueError(
-            f"{rule!r} gives the factors new coordinates in each round, so the result is far from what every"
-            " party has, and a compressed exchange, which sends the difference, would round it coarsely. Use"
-            " LowRankMean() with gauge='procrustes', HeterogeneousRank(method='zero_pad'), or"
+            f"{rule!r} changes the basis of the factors in each round, so the result is far from the anchors,"
+            " and a compressed exchange, which sends the difference, would round it coarsely. Use"
+            " LowRankMean() with factorization='procrustes', HeterogeneousRank(method='zero_pad'), or"
             " exchange.Plain()."
         )

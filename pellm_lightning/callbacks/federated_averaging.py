@@ -51,7 +51,7 @@ from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.exchange.base import chosen
+from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record
 from pellm_lightning.report.lines import show_log_lines
@@ -170,7 +170,7 @@ class FederatedAveraging(Callback):
         self.every_n_seconds = every_n_seconds
         self.weighting = weighting
         self.aggregation = aggregation
-        self.exchange: Exchange = chosen(exchange)
+        self.exchange: Exchange = as_exchange(exchange)
         self.privacy = privacy
         self.parameters = parameters or Parameters()
         self.outer_optimizer = without_parser(outer_optimizer)

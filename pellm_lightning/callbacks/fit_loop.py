@@ -129,7 +129,7 @@ class FederatedLoop:
         self._aggregator: Aggregator | None = None  # of the speaker
         self._drained: Iterator[RoundReport] = iter(())
         self._since = LocalProgress(trainer.global_step)
-        self._samples = SampleCounter(says=manner.weighting == "samples")
+        self._samples = SampleCounter(warns=manner.weighting == "samples")
         self._turns = FragmentCursor.from_step(manner.overlap.fragments, trainer.global_step)
         self._under_way_since: int | None = None  # step at which the round in the background began
         self._exchanged_at = 0.0  # by the clock of time.monotonic
@@ -246,7 +246,9 @@ class FederatedLoop:
         if signature is not None:
             path = resume.newest_signed(self._trainer, signature, self._stopped_path)
             if path is not None:
-                raise resume.left_behind(path, party=self._party.topology.name, round=aggregator.round)
+                raise resume.unused_checkpoint_error(
+                    path, party=self._party.topology.name, round=aggregator.round
+                )
 
     def _count(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

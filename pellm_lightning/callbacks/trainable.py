@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from pellm_lightning.tensors.selection import plain_name, wanted
+from pellm_lightning.tensors.selection import is_federated, plain_name
 
 CURE = (
     "If a callback such as BaseFinetuning unfreezes layers during the fit, leave them unfrozen and in the"
@@ -59,4 +59,4 @@ class TrainableSet:
     def _others(self, module: LightningModule) -> list[tuple[str, nn.Parameter]]:
         """Return what would federate if it had been trainable at the start, by name."""
         named = ((plain_name(name), p) for name, p in module.named_parameters() if id(p) not in self._known)
-        return [(name, p) for name, p in named if wanted(name, self._include, self._exclude)]
+        return [(name, p) for name, p in named if is_federated(name, self._include, self._exclude)]

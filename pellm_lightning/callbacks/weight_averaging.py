@@ -96,7 +96,7 @@ def check_coordinates(trainer: Trainer, plan: Plan) -> None:
         raise MisconfigurationException(
             f"{plan.rule!r} gives the LoRA factors other coordinates each round, so that"
             f" {type(averaging).__name__}'s mean of them over rounds has no meaning. Use aggregation=Mean()"
-            " or LowRankMean(gauge='procrustes')."
+            " or LowRankMean(factorization='procrustes')."
         )
 
 

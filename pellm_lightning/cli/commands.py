@@ -70,10 +70,10 @@ def new_keys(directory: Path, names: str) -> None:
         directory: Folder for the files.
         names: Names, separated by commas; often one.
     """
-    from pellm_lightning.exchange.secure.signing_keys import make_identity  # an optional dependency
+    from pellm_lightning.exchange.secure.signing_keys import generate_signing_key  # an optional dependency
 
     for name in _names(names):
-        private, public = make_identity(directory, name)
+        private, public = generate_signing_key(directory, name)
         log.info("made %s; keep it secret. For the peers of all parties:", private)
         print(f'"{name}": "{public}"')  # as YAML, where the party 0 of a launch would be a number
 

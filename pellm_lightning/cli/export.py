@@ -26,7 +26,7 @@ from pellm_lightning.cli.merging import (
 )
 from pellm_lightning.report.card import write_card
 from pellm_lightning.tasks.adapter import base_of, peft_model_in
-from pellm_lightning.tasks.folder import written_whole
+from pellm_lightning.tasks.folder import atomic_folder
 from pellm_lightning.tasks.saving import save_adapters
 from pellm_lightning.tensors.adapters import adapters_with
 from pellm_lightning.tensors.selection import named_as_in, plain_name
@@ -124,7 +124,7 @@ def export(
         return
     names = _federated(model, state)
     base = base_of(model, names[0])
-    with written_whole(out) as folder:
+    with atomic_folder(out) as folder:
         said = save_adapters(model, folder, names, with_base=summary.get("writes_base", False), final=out)
         write_card(folder, summary, base, title=out.name, contents=said)
 
@@ -137,7 +137,7 @@ def _write_merged(held: list[PeftModel], out: Path, summary: Mapping[str, Any]) 
     expected, without = outputs(model, inputs), outputs(model, inputs, adapter=False)
     whole = merge_(model)
     kind = type(whole)
-    with written_whole(out) as folder:
+    with atomic_folder(out) as folder:
         whole.save_pretrained(str(folder))
         held.clear()
         del model, whole

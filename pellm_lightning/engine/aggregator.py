@@ -25,7 +25,7 @@ from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFa
 from pellm_lightning.engine.round import LocalInput, RoundRunner
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.exchange.base import chosen
+from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.privacy.mechanism import GaussianMechanism
 from pellm_lightning.tensors.adapter_config import AdapterConfigs
 from pellm_lightning.tensors.digest import bits_digest
@@ -124,7 +124,7 @@ class Aggregator:
         state_dir: str | Path | None = None,
     ) -> None:
         self.federation = federation
-        exchange = chosen(exchange)
+        exchange = as_exchange(exchange)
         exchange.check(federation)
         snapshots = None if state_dir is None else SnapshotDir(state_dir)
         self._coordinator = Coordinator(federation, exchange, snapshots)

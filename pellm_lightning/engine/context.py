@@ -66,9 +66,11 @@ class EngineContext:
     settings: Settings = field(default_factory=dict)
 
     @property
-    def min_counting(self) -> int:
+    def min_participants(self) -> int:
         """Fewest parties that may add up their values, so that none can be told from the sum."""
-        return max(self.exchange.min_counting, 1 if self.privacy is None else self.privacy.min_counting)
+        return max(
+            self.exchange.min_participants, 1 if self.privacy is None else self.privacy.min_participants
+        )
 
     @property
     def shares_figures(self) -> bool:
@@ -178,7 +180,7 @@ def _measures(rule: Aggregation, is_secure: bool, exchange: Exchange) -> bool:
 
 
 def _warn_of_unmanaged(federation: Communicator, plan: Plan) -> None:
-    for name, reason in plan.unmanaged.items():
+    for name, reason in plan.unsupported.items():
         log.warning(
             "[party %s] The factors of the LoRA module %r are averaged one by one, since %s.",
             federation.name,

@@ -281,7 +281,7 @@ class GlobalState:
         """Load the newer state of a peer, or of a snapshot; ``write_`` writes the parameters."""
         for updates in self.fragments:
             if updates.error_feedback is not None:
-                updates.error_feedback.overtaken()
+                updates.error_feedback.discard_restored()
         if self.lora is None:
             self.load_state_dict(state)
         else:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pellm_lightning.aggregation import gathering
 from pellm_lightning.aggregation.base import EVERYTHING, Factors, RoundContext, Term
-from pellm_lightning.aggregation.base_writing import write_rest_
-from pellm_lightning.aggregation.deviation import Deviation, deviation, missed
+from pellm_lightning.aggregation.base_writing import write_residual_
+from pellm_lightning.aggregation.deviation import Deviation, deviation, squared_deviations
 from pellm_lightning.aggregation.lora import Pair, matrix
 from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.updates import UpdateReducer
@@ -109,7 +109,7 @@ class LoraAggregator:
         results = combined.factors or [
             (self._mean(updates, p.pair.b), self._mean(updates, p.pair.a)) for p in pairs
         ]
-        squares = missed(pairs, results, terms, gathering.owned(len(pairs), self._federation))
+        squares = squared_deviations(pairs, results, terms, gathering.owned(len(pairs), self._federation))
         return LoraResult(deviation(pairs, squares, self._federation), None, replaced)
 
     def write_results_(self, updates: UpdateReducer, replaced: Mapping[str, Tensor], *, plain: bool) -> None:
@@ -135,7 +135,7 @@ class LoraAggregator:
     def write_base_(self, updates: UpdateReducer, terms: Mapping[int, Sequence[Term]]) -> Deviation:
         """Write into the frozen weights what the factors, as they are now, lack of the parties' mean."""
         pairs = self._factors(updates)
-        squares = write_rest_(pairs, terms, self._federation)
+        squares = write_residual_(pairs, terms, self._federation)
         owned = gathering.owned(len(pairs), self._federation)
         return deviation(pairs, {k: squares[k] for k in owned}, self._federation)
 

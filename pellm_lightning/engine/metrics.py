@@ -62,14 +62,14 @@ def secure_mean(
     """
     missing = _warn_of_nonfinite(names, federation)
     having = Counter(name for of_party in names for name in of_party["finite"])
-    few = sorted(name for name, count in having.items() if count < exchange.min_counting)
+    few = sorted(name for name, count in having.items() if count < exchange.min_participants)
     if few:
         log.warning(
             "[party %s] No mean of %s: fewer than %d parties have them at this moment, and each would see"
             " what the others have. Let all parties validate at the same rounds.",
             federation.name,
             ", ".join(few),
-            exchange.min_counting,
+            exchange.min_participants,
         )
     enough = sorted(having.keys() - few)
     if not enough:

@@ -54,7 +54,7 @@ class ParticipantFilter:
         self._is_secure = context.exchange.is_secure
         self._private = context.privacy
         self._on_nonfinite = context.on_nonfinite
-        self._min_counting = context.min_counting
+        self._min_participants = context.min_participants
         self._fragments = context.fragments
         self.quorum = context.quorum
 
@@ -207,7 +207,7 @@ class ParticipantFilter:
                 self._private.mechanism.max_epsilon,
             )
             return [0.0] * len(weights)
-        if 0 < count < self._min_counting:
+        if 0 < count < self._min_participants:
             log.warning(
                 "[party %s] Round %d: only %d parties count, and each would see what the others sent."
                 " Nothing is sent; all go back to the last global parameters.",
@@ -244,7 +244,7 @@ class ParticipantFilter:
         Raises:
             FederationError: If some count, yet all together weigh nothing.
         """
-        if counting.num_counting and total_weight <= 0:
+        if counting.num_participants and total_weight <= 0:
             raise FederationError(
                 f"The weights of round {counting.round} are too small for the fractional bits of secure"
                 " aggregation: their sum is 0. Give larger weights, or a larger fractional_bits."
@@ -277,7 +277,7 @@ class ParticipantFilter:
             ends = left < self.quorum or shortage.rounds >= _MAX_SHORT_ROUNDS
             log.warning("[party %s] %s", federation.name, self._explained(headers, round, shortage, ends))
             return ends
-        if not done or left >= self._min_counting:
+        if not done or left >= self._min_participants:
             return False
         log.warning(
             "[party %s] Round %d is the last: %d parties have made all their steps, and the %d that have not"

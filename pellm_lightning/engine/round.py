@@ -159,7 +159,7 @@ class RoundRunner:
         state, schedule = self._state, self._state.updates.schedule
         schedule.check(self._state.round)
         reduced = self._reduce(headers, local)
-        outer_lr = schedule.lr if reduced.shares.num_counting else None
+        outer_lr = schedule.lr if reduced.shares.num_participants else None
         distance, deviation = self._apply_(reduced)
         shortage = self._shortage(headers, reduced.participants, local)
         report = self._report(headers, local, reduced, shortage)
@@ -193,21 +193,21 @@ class RoundRunner:
         participants = self._filter.exclude(selected, flags.fine, self._state.round, first_nonfinite)
         if participants is not selected:
             shares = self._round_context(local, sums, participants.weights)
-            if shares.num_counting:
+            if shares.num_participants:
                 _, flags = self._average(shares, local)
             else:
                 updates.drop_()
         total_weight = sum(participants.weights)
-        if self._context.exchange.is_secure and shares.num_counting:
+        if self._context.exchange.is_secure and shares.num_participants:
             shares, total_weight = self._filter.normalized(shares, flags.total_weight), flags.total_weight
             updates.divide_(total_weight)
-        if shares.num_counting:
+        if shares.num_participants:
             updates.apply_auxiliary_(shares, flags.effective_steps)
         if privacy is not None:
             released = self._releases - released_before
             privacy.end_round(failed + released, flags.clipping_bit if released else None)
         lora = None
-        if state.lora is not None and shares.num_counting and state.lora.has_pairs(updates):
+        if state.lora is not None and shares.num_participants and state.lora.has_pairs(updates):
             lora = state.lora.combine(updates, shares)
         return ReduceResult(participants, shares, flags, update_norm, total_weight, lora)
 
@@ -218,7 +218,7 @@ class RoundRunner:
         on; nothing else is sent here.
         """
         context, state, updates = self._context, self._state, self._state.updates
-        moves = reduced.shares.num_counting > 0
+        moves = reduced.shares.num_participants > 0
         if moves:
             updates.keep_carried_(reduced.shares)
         if state.lora is not None and reduced.lora is not None:
@@ -254,7 +254,7 @@ class RoundRunner:
         return RoundReport(
             round=self._state.round,
             parties=tuple(self._federation.members),
-            active_parties=reduced.shares.num_counting,
+            active_parties=reduced.shares.num_participants,
             trained_parties=len(participants.trained),
             quorum=context.quorum,
             total_weight=reduced.total_weight,
@@ -291,7 +291,7 @@ class RoundRunner:
         return self._filter.round_context(sums, weights, local.weight, self._state.round)
 
     def _average(self, shares: RoundContext, local: LocalInput) -> tuple[float, ReducedFlags]:
-        if shares.num_counting and not self._context.exchange.is_secure:
+        if shares.num_participants and not self._context.exchange.is_secure:
             self._release()
         return self._state.updates.average(shares, local.loss, local.contribution)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pellm_lightning.comm import Collectives, FederationError
 from pellm_lightning.tensors import portable, snapshot
+from pellm_lightning.tensors.nested import leaves
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +51,11 @@ def agree(
 
 def _tensors_in(state: Any) -> Iterator[Tensor]:
     """Yield the tensors of a state, and its numbers as float64, in order."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, int | float):
-        yield torch.tensor(state, dtype=torch.float64)
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors_in(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors_in(value)
+    for leaf in leaves(state):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, int | float):
+            yield torch.tensor(leaf, dtype=torch.float64)
 
 
 def send_state(

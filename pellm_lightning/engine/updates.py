@@ -99,13 +99,13 @@ class UpdateReducer:
         the last bucket, when each party has seen all its values.
         """
         share = counting.share
-        averaged = self._plan.rule.averaged(counting.round, counting.num_counting)
+        averaged = self._plan.rule.averaged(counting.round, counting.num_participants)
         flags = self._staging[self.layout.size :]
         if not self._exact:  # weights need more digits than updates
             flags = flags.double()
         bit = 0.0
         if self._private is not None and share:
-            bit = self._prepare_privacy(self._private, averaged, counting.num_counting)
+            bit = self._prepare_privacy(self._private, averaged, counting.num_participants)
             loss = None
         squares: list[float] = []
         effective_steps = 0.0 if contribution is None else contribution.effective_steps
@@ -182,7 +182,7 @@ class UpdateReducer:
 
     def _crossed(self, counting: RoundContext) -> Iterator[slice]:
         """Yield the ranges of the vectors that were sent in this round."""
-        for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_counting)):
+        for bucket in self._crossing(self._plan.rule.averaged(counting.round, counting.num_participants)):
             yield slice(bucket[0].start, bucket[-1].stop)
 
     def _prepare_privacy(self, private: DPProcessor, averaged: Parts, counting: int) -> float:

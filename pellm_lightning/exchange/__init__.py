@@ -1,4 +1,4 @@
-"""How sums over the parties come about: openly, in few bytes, or so that nobody sees another's values."""
+"""Exchanges: all-reduce of the parties' values, plain, compressed, or by secure aggregation."""
 
 from pellm_lightning.exchange.base import Exchange, Plain
 from pellm_lightning.exchange.compressed.exchanges import Cast, Quantized, TopK

@@ -1,7 +1,8 @@
-"""What an exchange is, and the open one."""
+"""The interface of exchanges, and the plain exchange."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from inspect import signature
 from typing import Literal
 
 from torch import Tensor
@@ -12,85 +13,95 @@ from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
 
 class Exchange(ABC):
-    """How the values of a round are summed over the parties. Configuration only: it keeps nothing."""
+    """An all-reduce strategy: how the values of a round are summed over the parties. It is stateless.
+
+    Example:
+        >>> class Audited(Exchange):
+        ...     def open(self, federation, on_reveal, view="", error_feedback=None):
+        ...         print(f"{federation.num_parties} parties sum: {view}")
+        ...         return federation
+        >>> Audited()
+        Audited()
+    """
 
     is_secure: bool = False
-    """Whether parties see sums only; then what needs the parties' values one by one is refused."""
+    """Whether parties see sums only; rules that need single parties' values are then refused."""
     exact: bool = True
-    """Whether a sum of float32 is no less exact than float32; else what needs more digits crosses apart."""
+    """Whether float32 is summed to full precision; else what needs more digits is sent separately."""
     supports: Literal["parties", "sums", "rounded", "sparse"] = "parties"
-    """What rules get of the parties: their values, sums only, values that were rounded on the way, or only
-    means of updates that are sent in parts."""
-    min_counting: int = 1
-    """Fewer parties than that never add up their values."""
+    """What rules may use: single parties' values, sums only, values rounded in transit, or only means of
+    updates that are sent sparsely."""
+    min_participants: int = 1
+    """Minimum number of participants of a sum."""
 
     def check(self, federation: Communicator) -> None:  # noqa: B027 (nothing to check is the rule)
-        """Refuse a federation in which the exchange would not keep its promise.
+        """Validate that the exchange can keep its guarantees in a federation.
 
         Raises:
-            ValueError: If it would not.
+            ValueError: If it cannot.
         """
 
     def new_error_feedback(self, vector: Tensor) -> ErrorFeedback | None:
-        """Return what a party keeps from round to round of what it sums in a vector; None keeps nothing."""
+        """Return the error-feedback residuals of a vector that is summed every round; None without any."""
         return None
 
     @abstractmethod
     def open(
         self,
         federation: Collectives,
-        revealing: Callable[[], None],
+        on_reveal: Callable[[], None],
         view: str = "",
         error_feedback: ErrorFeedback | None = None,
     ) -> Collectives:
-        """Return the collectives that sum for the present attempt; every party must call it.
+        """Return the collectives of the current attempt; every party must call it.
 
         Args:
-            federation: The parties that meet.
-            revealing: Called before this party gives away what makes a sum of its values readable.
-            view: What this party was told of the attempt, such as the round and who counts. An exchange that
-                hides values fails unless all were told the same: who makes a party believe that others count,
-                too, sees what it sends.
-            error_feedback: What this party keeps from round to round, as ``error_feedback()`` made it; None if no vector is
-                summed.
+            federation: Collectives of the attempt's members.
+            on_reveal: Called before this party reveals the key that unmasks a sum.
+            view: This party's view of the attempt, such as the round and its participants. A secure exchange
+                fails unless all views are equal: a forged list of participants would unmask a party's values.
+            error_feedback: Residuals from ``new_error_feedback``; None if no vector is summed.
         """
 
-    @abstractmethod
     def __repr__(self) -> str:
-        """Return the settings that must be the same at every party."""
+        """Return the settings, which must be equal at every party: attributes named like the arguments."""
+        settings = (f"{name}={getattr(self, name)!r}" for name in signature(type(self)).parameters)
+        return f"{type(self).__name__}({', '.join(settings)})"
 
 
 class Plain(Exchange):
-    """Sum what the parties hold as it is: the neighbours that add it up see it."""
+    """Plain all-reduce: neighbours on the ring or star see the values that they add.
+
+    Example:
+        >>> from pellm_lightning import FederatedAveraging
+        >>> callback = FederatedAveraging(every_n_steps=100, exchange=Plain())
+    """
 
     @override
     def open(
         self,
         federation: Collectives,
-        revealing: Callable[[], None],
+        on_reveal: Callable[[], None],
         view: str = "",
         error_feedback: ErrorFeedback | None = None,
     ) -> Collectives:
-        """Return the federation itself."""
+        """Return the federation's own collectives."""
         return federation
 
-    def __repr__(self) -> str:
-        return "Plain()"
 
-
-def chosen(exchange: object) -> Exchange:
-    """Return the exchange that a user chose, ``Plain()`` for None.
+def as_exchange(exchange: object) -> Exchange:
+    """Validate an ``exchange`` argument; None stands for ``Plain()``.
 
     Raises:
-        ValueError: If it is none, such as a list of several.
+        ValueError: If it is not an exchange, such as a list of several.
     """
     if exchange is None:
         return Plain()
     if not isinstance(exchange, Exchange):
         raise ValueError(
             f"exchange={exchange!r:.200} must be one of pellm_lightning.exchange. Several cannot be combined:"
-            " a masked sum is one of whole numbers modulo 2^bits, of which no code could be added up. To send"
-            " fewer bytes under masks use SecureAggregation(..., bits=32); to send the fewest, Quantized(...) or"
-            " TopK(...) without masks."
+            " secure aggregation sums integers modulo 2^bits, and compressed codes cannot be added. To send"
+            " fewer bytes use SecureAggregation(..., bits=32); to send the fewest, Quantized(...) or"
+            " TopK(...) without secure aggregation."
         )
     return exchange

@@ -1,4 +1,4 @@
-"""Collectives that change how sums are formed, and leave membership to the communicator."""
+"""Collectives that delegate to a federation's, for exchanges to override some of them."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from pellm_lightning.comm import Collectives
 
 
 class DelegatingCollectives(Collectives):
-    """The collectives of one attempt over those of a federation.
+    """Delegating wrapper around the collectives of a federation, for one attempt.
 
     Args:
-        federation: The parties that take part.
+        federation: The collectives to wrap.
     """
 
     def __init__(self, federation: Collectives) -> None:
@@ -42,5 +42,5 @@ class DelegatingCollectives(Collectives):
 
     @override
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
-        """Overwrite what all have by one party's: for what is a sum already."""
+        """Broadcast as it is: only sums, which all may see, are broadcast."""
         return self._federation.broadcast_(x, source)

@@ -1,4 +1,4 @@
-"""What a party keeps of its own from round to round, where what crosses is not all that it wanted to say."""
+"""Error-feedback residuals of lossy exchanges (Karimireddy et al. 2019, arXiv:1901.09847)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,118 +9,128 @@ from torch import Tensor
 
 
 class ErrorFeedback:
-    """The residuals of one party: what its codes have lost, to be sent with the next ones.
+    """Error-feedback residuals of one party: compression errors, which are added to the next values sent.
 
-    They are in units of the sum, after the update was multiplied by the party's share: what is owed is owed
-    to the sum of the round in which it was lost, whatever the party counts in the round that pays it.
+    They are in units of the sum, after multiplication by the party's share: an error of one round's sum is
+    repaid to a later sum as it is, whatever share the party has then.
 
-    Nothing changes before ``commit``: an attempt that is made again begins from the same residuals.
+    Nothing changes before ``commit``: an attempt that is repeated starts from the same residuals.
 
     Args:
-        vector: What is summed in each round, (D,) float32; its buckets are known by where they lie in it.
-        keeps: Whether there are residuals at all; they take 8 bytes for each number of the vector.
+        vector: What is summed in each round, (D,) float32; its buckets are identified by their offset in it.
+        enabled: Whether residuals are kept; they take 8 bytes for each number of the vector.
+
+    Example:
+        >>> feedback = ErrorFeedback(torch.zeros(3), enabled=True)
+        >>> feedback.begin(round=0, participating=[True, True])
+        >>> feedback.next_residual(0, 3).copy_(torch.tensor([0.1, -0.1, 0.0])).tolist()[2]
+        0.0
+        >>> feedback.commit()
+        >>> feedback.residual(0, 3)[0].item() > 0
+        True
     """
 
-    def __init__(self, vector: Tensor, *, keeps: bool) -> None:
+    def __init__(self, vector: Tensor, *, enabled: bool) -> None:
         size = len(vector)
         self._vector = vector
-        self.keeps = keeps
+        self.enabled = enabled
         self.round = 0
-        self.counting: list[bool] = []
-        """Who counts in the present attempt, in the order of those that meet."""
-        self.legs = 0
-        """How often something was gathered in the present attempt."""
-        self._kept = torch.zeros(size if keeps else 0)
-        self._next = torch.zeros(size if keeps else 0)
+        self.participating: list[bool] = []
+        """Which members take part in the current attempt, in their order."""
+        self.num_gathers = 0
+        """Number of gathers in the current attempt."""
+        self._residual = torch.zeros(size if enabled else 0)
+        self._next = torch.zeros(size if enabled else 0)
         self._touched: list[slice] = []
-        self._squares = [0.0, 0.0]
+        self._squared_error = self._squared_norm = 0.0
         self._restored = False
         self._buffers: dict[str, Tensor] = {}
 
     @property
     def error(self) -> float | None:
-        """2-norm of what the codes of the present attempt lost, relative to what they say; None if none."""
-        lost, whole = self._squares
-        return math.sqrt(lost / whole) if whole > 0 else None
+        """Relative compression error of the current attempt, by 2-norms; None if nothing was compressed."""
+        return math.sqrt(self._squared_error / self._squared_norm) if self._squared_norm > 0 else None
 
-    def begin(self, round: int, counting: Sequence[bool]) -> None:
-        """Begin to send what a round sums; what an attempt before has lost is forgotten."""
+    def begin(self, round: int, participating: Sequence[bool]) -> None:
+        """Begin an attempt at a round; discard the previous attempt's residuals."""
         self.discard()
         self.round = round
-        self.counting = list(counting)
+        self.participating = list(participating)
 
     def discard(self) -> None:
-        """Forget an attempt that does not stand."""
-        self._touched, self.counting, self._squares, self.legs = [], [], [0.0, 0.0], 0
+        """Discard the residuals of a failed attempt."""
+        self._touched, self.participating, self.num_gathers = [], [], 0
+        self._squared_error = self._squared_norm = 0.0
 
     def commit(self) -> None:
-        """Keep what the attempt has lost, since its round stands."""
+        """Commit the attempt's residuals together with its round."""
         for place in self._touched:
-            # A value that is not finite was left out of the round, or spoils it everywhere; not the next one.
+            # A value that is not finite was excluded from the round, or made it non-finite for all; the next
+            # round must not inherit it.
             if math.isfinite(float(self._next[place].sum())):
-                self._kept[place].copy_(self._next[place])
-        if self.counting:
+                self._residual[place].copy_(self._next[place])
+        if self.participating:
             self._restored = False
-        self._touched, self.counting = [], []
+        self._touched, self.participating = [], []
 
-    def place(self, bucket: Tensor) -> int | None:
-        """Return where a bucket begins in the vector, None if it is of another."""
+    def offset(self, bucket: Tensor) -> int | None:
+        """Return a bucket's offset in the vector, None if it is not part of it."""
         if bucket.untyped_storage().data_ptr() != self._vector.untyped_storage().data_ptr():
             return None
         return int(bucket.storage_offset()) - int(self._vector.storage_offset())
 
-    def owed(self, start: int, stop: int) -> Tensor | None:
-        """Return the residuals of a range of the vector, None without."""
-        return self._kept[start:stop] if self.keeps else None
+    def residual(self, start: int, stop: int) -> Tensor | None:
+        """Return the residuals of a range of the vector, None if disabled."""
+        return self._residual[start:stop] if self.enabled else None
 
-    def lost(self, start: int, stop: int) -> Tensor | None:
-        """Return where to write what a range of the vector loses now, None if nobody wants to know."""
-        if not self.keeps:
+    def next_residual(self, start: int, stop: int) -> Tensor | None:
+        """Return the buffer to write a range's new residuals into, None if disabled."""
+        if not self.enabled:
             return None
         self._touched.append(slice(start, stop))
         return self._next[start:stop]
 
-    def note(self, lost: Tensor, whole: Tensor) -> None:
-        """Count what a code has lost of what."""
-        self._squares[0] += float(torch.dot(lost, lost))
-        self._squares[1] += float(torch.dot(whole, whole))
+    def record_error(self, error: Tensor, values: Tensor) -> None:
+        """Accumulate the squared norms of a compression error and of the values that were compressed."""
+        self._squared_error += float(torch.dot(error, error))
+        self._squared_norm += float(torch.dot(values, values))
 
     def buffer(self, name: str, size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-        """Return memory for a purpose, the same again and again: new memory costs more than filling it."""
-        kept = self._buffers.get(name)
-        if kept is None or len(kept) < size:
-            kept = self._buffers[name] = torch.empty(size, dtype=dtype)
-        return kept[:size]
+        """Return a named scratch buffer, reused between rounds: allocating costs more than filling it."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name] = torch.empty(size, dtype=dtype)
+        return buffer[:size]
 
-    # ---- in a checkpoint
+    # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this party's own state; nobody else may go on from it."""
-        return {"residuals": self._kept.clone()}
+        """Return the residuals, which belong to this party alone."""
+        return {"residuals": self._residual.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned.
+        """Restore the state of ``state_dict``.
 
         Raises:
-            ValueError: If it is of a vector of another length.
+            ValueError: If it belongs to a vector of another length.
         """
         residuals = state["residuals"]
-        if not self.keeps or not len(residuals):
+        if not self.enabled or not len(residuals):
             return
-        if residuals.shape != self._kept.shape:
+        if residuals.shape != self._residual.shape:
             raise ValueError(
                 f"The checkpoint's residuals of error feedback are {len(residuals)} numbers, but the"
-                f" parameters are {len(self._kept)}. Resume with the model and the aggregation of the"
+                f" parameters are {len(self._residual)}. Resume with the model and the aggregation of the"
                 " checkpoint."
             )
-        self._kept.copy_(residuals)
+        self._residual.copy_(residuals)
         self._restored = True
 
-    def overtaken(self) -> None:
-        """Forget residuals of a checkpoint, since the others have gone on from later.
+    def discard_restored(self) -> None:
+        """Discard a checkpoint's residuals when the other parties have committed later rounds.
 
-        Before it died this party has paid some of them, in rounds that the checkpoint knows nothing of.
+        Part of them was repaid before the crash, in rounds that the checkpoint does not know.
         """
         if self._restored:
-            self._kept.zero_()
+            self._residual.zero_()
             self._restored = False

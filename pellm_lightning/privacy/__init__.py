@@ -1,4 +1,4 @@
-"""Differential privacy: of a party by clipping and noise, of a record by DP-SGD, and what they cost."""
+"""Differential privacy of parties: clipping, Gaussian noise, and accounting."""
 
 from pellm_lightning.privacy.accountant import PrivacyAccountant, noise_multiplier_for
 from pellm_lightning.privacy.adaptive_clipping import AdaptiveClipping

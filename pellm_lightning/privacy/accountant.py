@@ -1,4 +1,4 @@
-"""The ledger: every noisy release so far, and what they cost together."""
+"""Privacy accountant: epsilon of the composition of Gaussian mechanisms."""
 
 import logging
 import math
@@ -11,17 +11,24 @@ import numpy as np
 Accountant: TypeAlias = Literal["pld", "rdp"]
 ACCOUNTANTS = ("pld", "rdp")
 MAX_MULTIPLIER = 1e6
-"""More noise than any budget asks for."""
+"""Largest noise multiplier; no budget needs as much."""
 
 
 class PrivacyAccountant:
-    """The noisy releases of a federation and the (epsilon, delta) that they have cost.
+    """Accountant of a federation's releases and of the (epsilon, delta) that they compose to.
 
     A release is one Gaussian mechanism with the noise multiplier z = standard deviation / sensitivity, and
     every party's data is in every release: no amplification by sampling is claimed. T such releases are
     together exactly one Gaussian mechanism, of multiplier 1 / sqrt(sum 1 / z_t^2) (Dong, Roth and Su 2019,
     arXiv:1905.02383, corollary 3.3), which dp-accounting is asked about:
     test_equals_dp_accounting_release_by_release.
+
+    Example:
+        >>> accountant = PrivacyAccountant()
+        >>> for _ in range(10):
+        ...     accountant.release(noise_multiplier=10.0)
+        >>> round(accountant.epsilon(delta=1e-5), 2)
+        1.2
     """
 
     def __init__(self) -> None:
@@ -33,7 +40,7 @@ class PrivacyAccountant:
         return sum(count for _, count in self._runs)
 
     def release(self, noise_multiplier: float) -> None:
-        """Enter one more release.
+        """Record one more release.
 
         Args:
             noise_multiplier: Standard deviation of its noise over its sensitivity; 0 for one without noise.
@@ -41,7 +48,7 @@ class PrivacyAccountant:
         Raises:
             ValueError: If the multiplier is not a number from 0 to 1e6.
         """
-        self._enter(_multiplier(noise_multiplier), 1)
+        self._record(_multiplier(noise_multiplier), 1)
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
         """Return the epsilon of all releases together; 0 before the first, infinite if one had no noise.
@@ -68,22 +75,28 @@ class PrivacyAccountant:
         return {"releases": [list(run) for run in self._runs]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the releases of another ledger; nothing changes if they cannot be read.
+        """Load the releases of ``state_dict``; nothing changes if they are invalid.
 
         Raises:
-            ValueError: If the state is none of `state_dict`. It may come from a peer.
+            ValueError: If the state is invalid. It may come from a peer.
         """
         loaded = PrivacyAccountant()
         runs = state_dict.get("releases") if isinstance(state_dict, Mapping) else None
         if not isinstance(runs, list):
-            raise ValueError(f"A ledger's state must hold a list under 'releases', not {_short(state_dict)}.")
+            raise ValueError(
+                f"An accountant's state must hold a list under 'releases', not {_short(state_dict)}."
+            )
         for run in runs:
             if not isinstance(run, list | tuple) or len(run) != 2:
-                raise ValueError(f"A ledger's entry must be [noise_multiplier, count], not {_short(run)}.")
+                raise ValueError(
+                    f"An accountant's entry must be [noise_multiplier, count], not {_short(run)}."
+                )
             multiplier, count = run
             if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < 2**53:
-                raise ValueError(f"A ledger's count must be an integer from 1 to 2^53, not {_short(count)}.")
-            loaded._enter(_multiplier(multiplier), count)
+                raise ValueError(
+                    f"An accountant's count must be an integer from 1 to 2^53, not {_short(count)}."
+                )
+            loaded._record(_multiplier(multiplier), count)
         self._runs = loaded._runs
 
     def __eq__(self, other: object) -> bool:
@@ -92,15 +105,15 @@ class PrivacyAccountant:
     __hash__ = None  # type: ignore[assignment]  # it changes
 
     def __repr__(self) -> str:
-        return f"Ledger({self._runs})"
+        return f"PrivacyAccountant({self._runs})"
 
-    def _enter(self, multiplier: float, count: int) -> None:
+    def _record(self, multiplier: float, count: int) -> None:
         if self._runs and self._runs[-1][0] == multiplier:
             count += self._runs.pop()[1]
         self._runs.append((multiplier, count))
 
     def _combined(self) -> float:
-        """Return the multiplier of the one release that costs as much as all."""
+        """Return the multiplier of one release that is equivalent to all."""
         if any(multiplier == 0 for multiplier, _ in self._runs):
             return 0.0
         # Like hypot, it neither overflows nor underflows on the way.
@@ -112,10 +125,10 @@ def noise_multiplier_for(epsilon: float, delta: float, rounds: int, accountant: 
     """Return the least noise multiplier z with which ``rounds`` releases cost no more than ``epsilon``.
 
     Args:
-        epsilon: What all rounds together may cost, above 0.
+        epsilon: Privacy budget of all rounds together, above 0.
         delta: Probability that the bound may fail, above 0 and below 1.
         rounds: Number of releases, all parties in each.
-        accountant: As in `Ledger.epsilon`.
+        accountant: As in ``PrivacyAccountant.epsilon``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -129,7 +142,7 @@ def noise_multiplier_for(epsilon: float, delta: float, rounds: int, accountant: 
         low, high = high, 2 * high
         if high > MAX_MULTIPLIER:
             raise ValueError(
-                f"epsilon={epsilon} at delta={delta} takes more noise than any use would survive."
+                f"epsilon={epsilon} at delta={delta} needs more noise than any model could be trained with."
             )
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
@@ -141,7 +154,7 @@ def noise_multiplier_for(epsilon: float, delta: float, rounds: int, accountant: 
 
 
 def gaussian_epsilon(noise_multiplier: float, delta: float, accountant: Accountant) -> float:
-    """Return the epsilon of one Gaussian mechanism; see `Ledger.epsilon`."""
+    """Return the epsilon of one Gaussian mechanism; see ``PrivacyAccountant.epsilon``."""
     check_delta(delta)
     check_accountant(accountant)
     if noise_multiplier == math.inf:
@@ -157,7 +170,7 @@ def gaussian_epsilon(noise_multiplier: float, delta: float, accountant: Accounta
 
 
 def dp_accounting() -> Any:
-    """Import the package of that name, which only accounting needs."""
+    """Import dp-accounting, an optional dependency."""
     try:
         import dp_accounting
         import dp_accounting.pld
@@ -171,7 +184,7 @@ def dp_accounting() -> Any:
 
 @contextmanager
 def root_logger_kept() -> Iterator[None]:
-    """Undo what others' ``logging.basicConfig`` does to the root logger: every line would appear twice."""
+    """Restore the root logger: handlers that libraries add to it would print every line twice."""
     handlers, level = list(logging.root.handlers), logging.root.level
     try:
         yield
@@ -180,7 +193,7 @@ def root_logger_kept() -> Iterator[None]:
 
 
 def check_delta(delta: float) -> None:
-    """Check the argument of that name."""
+    """Validate an argument of that name."""
     if not _is_number(delta) or not 0 < delta < 1:
         raise ValueError(
             f"delta={delta!r} must be above 0 and below 1, well below one over the number of those protected."
@@ -188,13 +201,13 @@ def check_delta(delta: float) -> None:
 
 
 def check_accountant(accountant: str) -> None:
-    """Check the argument of that name."""
+    """Validate an argument of that name."""
     if accountant not in ACCOUNTANTS:
         raise ValueError(f"accountant={accountant!r} must be one of {', '.join(map(repr, ACCOUNTANTS))}.")
 
 
 def _multiplier(value: Any) -> float:
-    if not _is_number(value) or not 0 <= value <= MAX_MULTIPLIER:  # nan, too
+    if not _is_number(value) or not 0 <= value <= MAX_MULTIPLIER:  # rejects nan
         raise ValueError(f"A noise multiplier must be a number from 0 to 1e6, not {_short(value)}.")
     return float(value)
 
@@ -204,5 +217,5 @@ def _is_number(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    words = repr(value)
-    return words if len(words) <= 80 else f"{words[:77]}..."
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

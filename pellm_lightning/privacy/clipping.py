@@ -1,4 +1,4 @@
-"""Clip an update to a norm that it never exceeds, whatever it holds and however its products round."""
+"""Norm clipping with a guaranteed bound, robust to non-finite values and to rounding."""
 
 import math
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 MIN_NORM, MAX_NORM = 2.0**-64, 2.0**64
-"""Norms that updates can be clipped to: so far from where float32 ends that only relative errors count."""
-# Room for the roundings to float32 between here and the sum, 2^-24 each: of the factor, of the products with
-# it, and of their products with a share.
+"""Range of clipping norms, far enough from the limits of float32 that only relative errors matter."""
+# Margin for float32 rounding until the sum, 2^-24 each: of the factor, of the products with it, and of their
+# products with a share.
 _SLACK = 2.0**-20
 _MIN_FACTOR = 2.0**-100
 
@@ -16,16 +16,16 @@ _MIN_FACTOR = 2.0**-100
 def squared_norm(chunk: Tensor) -> float:
     """Return the sum of squares of a float32 tensor, accurate in float64; not finite if a value is not.
 
-    A clipping bound that a float32 sum has measured holds only to about 1e-4.
+    A norm summed in float32 is accurate to about 1e-4 only, so a bound by it would not hold.
     """
     return float(torch.linalg.vector_norm(chunk, dtype=torch.float64)) ** 2
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """Return min(1, max_norm / norm), a hair below, so that the clipped norm is at most ``max_norm``.
+    """Return min(1, max_norm / norm) less a margin, so that the clipped norm is at most ``max_norm``.
 
-    A hair is 2^-20, for what rounds afterwards. The factor is 0 for a norm that is not finite, and for one
-    beyond 10^30 times the bound: that is no update.
+    The margin is 2^-20, for later rounding. The factor is 0 for a norm that is not finite, or more than
+    10^30 times the bound.
 
     Args:
         norm: 2-norm of the whole update, measured in float64.
@@ -47,16 +47,16 @@ def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
 
 
 def clip_(chunk: Tensor, factor: float) -> Tensor:
-    """Multiply by the factor in place; 0 clears NaN and infinity, too, which a product would not."""
+    """Multiply by the factor in place; 0 also clears NaN and infinity, which a product would not."""
     return chunk.mul_(factor) if factor else chunk.zero_()
 
 
 def check_max_norm(max_norm: float, name: str = "max_norm") -> None:
-    """Check an argument that is a clipping norm."""
+    """Validate a clipping norm."""
     if isinstance(max_norm, bool) or not isinstance(max_norm, int | float):
         raise ValueError(f"{name}={max_norm!r} must be a number.")
     if not MIN_NORM <= max_norm <= MAX_NORM:
         raise ValueError(
-            f"{name}={max_norm} must be between 2^-64 and 2^64. Take about the median of the norms that are"
-            " clipped, as seen in a run without privacy on data that may be seen."
+            f"{name}={max_norm} must be between 2^-64 and 2^64. Choose about the median of the update"
+            " norms, as measured on public data without privacy."
         )

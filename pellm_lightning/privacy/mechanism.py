@@ -1,4 +1,4 @@
-"""Differential privacy of a whole party: its update is clipped, and noisy before it leaves."""
+"""Party-level differential privacy: clipping and Gaussian noise of each update before it is sent."""
 
 import math
 
@@ -10,48 +10,53 @@ from pellm_lightning.privacy.accountant import (
     check_delta,
 )
 from pellm_lightning.privacy.adaptive_clipping import AdaptiveClipping
-from pellm_lightning.privacy.clipping import check_max_norm, clip_factor
+from pellm_lightning.privacy.clipping import check_max_norm
 
 
 class GaussianMechanism:
-    """Clips a party's update to a norm and adds Gaussian noise before it leaves.
+    """Gaussian mechanism on a party's update: clipping to a norm, and noise before it is sent.
 
-    It is DP-FedAvg (McMahan et al. 2018, arXiv:1710.06963). A round releases the sum of n counting parties'
+    It is DP-FedAvg (McMahan et al. 2018, arXiv:1710.06963). A round releases the sum of n participants'
     updates, each clipped to the 2-norm C = ``max_norm`` over all federated parameters together, with noise of
     standard deviation z C in every coordinate, z = ``noise_multiplier``. One release is a Gaussian mechanism
-    with the multiplier z, and costs what `Ledger` says.
+    with the multiplier z, which ``PrivacyAccountant`` composes.
 
-    Neighbouring: two federations are neighbours if they differ in what one party contributes, which in the
-    other is zero (update, and clipping bit). So what is hidden is everything that a party's data did to its
-    update, the whole party at once; that it took part, and how long it took, is not.
+    Neighbouring relation: two federations are neighbours if one party's contribution (update and clipping
+    bit) is zero in one of them. So the whole effect of a party's data on its update is protected; that it
+    took part, and how long it took, is not.
 
-    Assumed: all counting parties count alike (weights would change the sensitivity), all take part in every
-    round (so nothing is gained by sampling), they follow the protocol, and nothing else that depends on the
-    data leaves them.
+    Assumptions: all participants have equal weight (weights would change the sensitivity), all take part in
+    every round (no amplification by sampling), they follow the protocol, and nothing else that depends on
+    the data is sent.
 
     With ``distributed`` noise each party adds N(0, z^2 C^2 / (n - colluders)), so that the sum has z C even
-    after ``colluders`` of the parties have subtracted what they know they added. That bounds what is learned
-    from the sums only: whoever sees a single update sees it with a part of the noise, so it needs a masked
-    exchange. Every party knows its own noise, so ``colluders=0`` holds against outsiders who see the results,
-    1 against any one party, t against t parties that tell each other all.
+    after ``colluders`` of the parties have subtracted their own noise. The guarantee holds for the sums only:
+    a single update has only part of the noise, so it needs secure aggregation. Every party knows its own
+    noise, so ``colluders=0`` protects against outsiders who see the results, 1 against any one party, t
+    against t parties that share their knowledge.
 
-    Otherwise each party adds all of N(0, z^2 C^2) to its own update. The guarantee then holds against whoever
-    sees single updates, over any exchange, and the sum is the noisier by sqrt(n).
+    Otherwise each party adds all of N(0, z^2 C^2) to its own update. The guarantee then holds for single
+    updates, over any exchange, and the sum is noisier by sqrt(n).
 
     Args:
         max_norm: Clipping norm C of a party's update, from 2^-64 to 2^64; with ``adaptive`` that of the first
             round.
-        noise_multiplier: Noise over clipping norm, z: 50 rounds at epsilon 8 and delta 1e-5 take 4.24 (see
+        noise_multiplier: Noise over clipping norm, z: 50 rounds at epsilon 8 and delta 1e-5 need 4.24 (see
             ``noise_multiplier_for``). 0 clips only, without any guarantee.
-        distributed: Whether the parties' noise adds up to that of the guarantee, or each adds all of it.
-        colluders: Parties whose own noise is not counted on, with distributed noise.
-        adaptive: Lets the clipping norm follow a quantile of the updates' norms.
+        distributed: Whether each party adds its share of the noise, or all of it.
+        colluders: Number of parties whose noise is assumed known, with distributed noise.
+        adaptive: Adapts the clipping norm to a quantile of the update norms.
         delta: Probability that the bound epsilon may fail; well below one over the number of parties.
-        max_epsilon: Training ends before a round would exceed this. Default: no limit, it is logged only.
+        max_epsilon: Training stops before a round would exceed this. Default: no limit, it is only logged.
         accountant: "pld", exact, or "rdp", the usual bound by Rényi divergences.
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Example:
+        >>> from pellm_lightning import FederatedAveraging
+        >>> mechanism = GaussianMechanism(max_norm=1.0, noise_multiplier=4.24, max_epsilon=8.0)
+        >>> callback = FederatedAveraging(every_n_steps=100, privacy=mechanism, weighting="uniform")
     """
 
     def __init__(
@@ -82,55 +87,54 @@ class GaussianMechanism:
         self.max_epsilon = max_epsilon
         self.accountant = accountant
 
-    @staticmethod
-    def clip_factor(norm: float, max_norm: float) -> float:
-        """Return what to multiply an update by; see `pellm_lightning.privacy.clipping.clip_factor`."""
-        return clip_factor(norm, max_norm)
-
-    def noise_std(self, counting: int, max_norm: float) -> float:
+    def noise_std(self, num_participants: int, max_norm: float) -> float:
         """Return the standard deviation of the noise that each party adds to its update.
 
-        It belongs to the clipped update; an update that is then multiplied by a share has it multiplied, too.
+        It applies to the clipped update, before the multiplication by a share.
 
         Args:
-            counting: Number n of parties whose updates are in the sum.
+            num_participants: Number n of parties whose updates are in the sum.
             max_norm: This round's clipping norm C.
 
         Raises:
-            ValueError: If so few parties count that colluders would know all noise.
+            ValueError: If colluders would know all noise.
         """
         multiplier = self.noise_multiplier
         if self.adaptive is not None:
-            multiplier = self.adaptive.update_multiplier(multiplier, counting)
-        return multiplier * max_norm * self._part(counting)
+            multiplier = self.adaptive.update_multiplier(multiplier, num_participants)
+        return multiplier * max_norm * self._noise_share(num_participants)
 
-    def bit_noise_std(self, counting: int) -> float:
+    def bit_noise_std(self, num_participants: int) -> float:
         """Return the standard deviation of the noise that each party adds to its bit, +1/2 or -1/2."""
         if self.adaptive is None:
             return 0.0
-        return self.adaptive.sum_std(self.noise_multiplier, counting) * self._part(counting)
+        return self.adaptive.sum_std(self.noise_multiplier, num_participants) * self._noise_share(
+            num_participants
+        )
 
-    def check_counting(self, counting: int) -> None:
-        """Check that the counting parties can make the noise.
+    def check_participants(self, num_participants: int) -> None:
+        """Validate that the participants can generate the noise.
 
         Raises:
-            ValueError: If so few parties count that colluders would know all noise.
+            ValueError: If colluders would know all noise.
         """
-        if counting < 1:
-            raise ValueError(f"counting={counting}: noise is shared among at least one party.")
-        if self.distributed and self.noise_multiplier > 0 and counting <= self.colluders:
+        if num_participants < 1:
             raise ValueError(
-                f"{counting} counting parties cannot hide an update from {self.colluders} colluding ones, who"
-                " know all the noise. Lower colluders, raise the number of parties that a round needs, or let"
-                " each add all the noise with distributed=False."
+                f"num_participants={num_participants}: noise is shared among at least one party."
+            )
+        if self.distributed and self.noise_multiplier > 0 and num_participants <= self.colluders:
+            raise ValueError(
+                f"{num_participants} participants cannot protect an update from {self.colluders}"
+                " colluding ones, who know all the noise. Lower colluders, raise the number of parties that"
+                " a round needs, or let each add all the noise with distributed=False."
             )
 
     def epsilon(self, accountant: PrivacyAccountant) -> float:
-        """Return what the releases in the ledger have cost, at this mechanism's delta."""
+        """Return the epsilon of an accountant's releases, at this mechanism's delta."""
         return accountant.epsilon(self.delta, self.accountant)
 
     def within_budget(self, accountant: PrivacyAccountant) -> bool:
-        """Tell whether one more release stays within ``max_epsilon``."""
+        """Return whether one more release stays within ``max_epsilon``."""
         if self.max_epsilon is None:
             return True
         return (
@@ -144,21 +148,21 @@ class GaussianMechanism:
             f" delta={self.delta}, max_epsilon={self.max_epsilon}, accountant={self.accountant!r})"
         )
 
-    def _part(self, counting: int) -> float:
-        """Return one party's noise as a part of what the guarantee needs."""
-        self.check_counting(counting)
+    def _noise_share(self, num_participants: int) -> float:
+        """Return one party's standard deviation over that of the guarantee."""
+        self.check_participants(num_participants)
         if not self.distributed or self.noise_multiplier == 0:
             return 1.0
-        return 1 / math.sqrt(counting - self.colluders)
+        return 1 / math.sqrt(num_participants - self.colluders)
 
 
 def _check_multiplier(value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"noise_multiplier={value!r} must be a number.")
-    if not 0 <= value <= MAX_MULTIPLIER:  # nan, too
+    if not 0 <= value <= MAX_MULTIPLIER:  # rejects nan
         raise ValueError(
             f"noise_multiplier={value} must be from 0 to 1e6. noise_multiplier_for(epsilon, delta, rounds) in"
-            " pellm_lightning.privacy tells what a budget needs."
+            " pellm_lightning.privacy computes it from a budget."
         )
 
 
@@ -175,7 +179,7 @@ def _check_max_epsilon(value: float | None, noise_multiplier: float) -> None:
     if noise_multiplier == 0:
         raise ValueError(
             f"max_epsilon={value} cannot be kept with noise_multiplier=0: without noise epsilon is infinite."
-            " Give a noise multiplier, or leave max_epsilon out to clip only."
+            " Give a noise multiplier, or omit max_epsilon to clip only."
         )
 
 
@@ -185,6 +189,6 @@ def _check_bits(adaptive: AdaptiveClipping | None, noise_multiplier: float) -> N
     if 2 * adaptive.bit_std <= noise_multiplier:
         raise ValueError(
             f"bit_std={adaptive.bit_std} of adaptive clipping must be above half the"
-            f" noise_multiplier={noise_multiplier}: the bits alone would cost more than a round may."
-            " Raise it or leave it out."
+            f" noise_multiplier={noise_multiplier}: the bits alone would exceed a round's cost."
+            " Raise it, or omit it."
         )

@@ -1,4 +1,4 @@
-"""Gaussian noise that nobody can guess: from the operating system's generator, never from a seed."""
+"""Gaussian noise from the operating system's cryptographic generator, without a seed."""
 
 import math
 import os
@@ -13,22 +13,28 @@ _GRID = 2.0**-30
 
 
 class Noise:
-    """Adds Gaussian noise drawn from the operating system's cryptographic generator.
+    """Sampler of Gaussian noise from the operating system's cryptographic generator.
 
     There is no seed and no state. So ``seed_everything``, which gives every party the same seed, does not
-    reach it, two parties or two runs never draw the same, a checkpoint cannot repeat it, and torch's
-    generators stay as they are. They would not do: of a CPU seed torch uses 32 bits, which can be tried one
-    by one wherever a party's update is known to be zero.
+    affect it, two parties or runs never draw the same noise, a checkpoint cannot repeat it, and torch's
+    generators are not advanced. These are not secure: torch uses 32 bits of a CPU seed, which can be found by
+    brute force wherever a party's update is known to be zero.
 
-    Draws are made by Box and Muller's transform in float64. The floating-point numbers that a value plus its
-    noise can hit depend on the value, which breaks the privacy of a noise that is merely added (Mironov 2012,
-    "On significance of the least significant bits for differential privacy"). So sums are made in float64 and
-    rounded to a fixed grid, a power of two about 2^-30 of the standard deviation, before they become float32:
-    each point of the grid stands for some four million draws. That shuts out the known attacks; it is not a
-    proof for finite arithmetic, which discrete mechanisms have. Nothing here is constant in time.
+    Draws use the Box-Muller transform in float64. The floating-point numbers that a value plus its noise can
+    reach depend on the value, which breaks the privacy of noise that is merely added (Mironov 2012,
+    "On significance of the least significant bits for differential privacy"). So sums are computed in float64
+    and rounded to a fixed grid, a power of two about 2^-30 of the standard deviation, before they become
+    float32: each point of the grid stands for some four million draws. That prevents the known attacks; it is
+        no
+    proof for finite arithmetic, which discrete mechanisms have. Nothing here runs in constant time.
 
     Args:
-        source: Returns so many random bytes; ``os.urandom`` unless a test says otherwise.
+        source: Returns the given number of random bytes.
+
+    Example:
+        >>> noisy = Noise().add_(torch.zeros(1000), std=2.0)
+        >>> 1.5 < noisy.std() < 2.5
+        tensor(True)
     """
 
     def __init__(self, source: Callable[[int], bytes] = os.urandom) -> None:

@@ -1,4 +1,4 @@
-"""What a mechanism does in the rounds of one party, and what it remembers of them."""
+"""Postprocessor of a party's updates: applies a mechanism round by round and accounts for it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,31 +6,39 @@ from typing import Any
 from torch import Tensor
 
 from pellm_lightning.privacy.accountant import PrivacyAccountant
-from pellm_lightning.privacy.clipping import check_max_norm, clip_
+from pellm_lightning.privacy.clipping import check_max_norm, clip_, clip_factor
 from pellm_lightning.privacy.mechanism import GaussianMechanism
 from pellm_lightning.privacy.noise import Noise
 
 
 class DPProcessor:
-    """Makes a party's updates private, round by round; keeps the clipping norm and the ledger.
+    """Processor that privatizes a party's updates; owns the clipping norm and the accountant.
 
     Both are part of the global state: the same at all parties.
 
     Args:
-        mechanism: What is done to updates, and what it guarantees.
+        mechanism: The mechanism and its budget.
 
     Raises:
         ValueError: If not even one round stays within ``max_epsilon``.
         ImportError: If dp-accounting is not installed.
+
+    Example:
+        >>> processor = DPProcessor(GaussianMechanism(max_norm=1.0, noise_multiplier=4.0))
+        >>> processor.prepare(norm=10.0, num_participants=4)
+        >>> noisy = processor.privatize_(Tensor([1.0] * 100))
+        >>> processor.end_round(releases=1, mean_bit=None)
+        >>> processor.accountant.releases
+        1
     """
 
     def __init__(self, mechanism: GaussianMechanism) -> None:
         self.mechanism = mechanism
         self.max_norm = float(mechanism.max_norm)
-        """Clipping norm of the round that comes."""
+        """Clipping norm of the next round."""
         self.accountant = PrivacyAccountant()
         self.releases = 0
-        """Releases of attempts at the present round, failed ones included."""
+        """Releases of the current round's attempts, failed ones included."""
         self._noise = Noise()
         self._factor = self._std = 0.0
         first = PrivacyAccountant()
@@ -39,50 +47,52 @@ class DPProcessor:
             raise ValueError(
                 f"The first round alone would cost epsilon={mechanism.epsilon(first):.3g}, more than"
                 f" max_epsilon={mechanism.max_epsilon}. Raise noise_multiplier: noise_multiplier_for(epsilon,"
-                " delta, rounds) in pellm_lightning.privacy tells what a budget needs."
+                " delta, rounds) in pellm_lightning.privacy computes it from a budget."
             )
 
     @property
     def epsilon(self) -> float:
-        """What all releases so far have cost, at the mechanism's delta."""
+        """Epsilon of all releases so far, at the mechanism's delta."""
         return self.mechanism.epsilon(self.accountant)
 
     @property
-    def min_counting(self) -> int:
-        """Fewer parties than that cannot make noise that hides one of them."""
-        is_secure = self.mechanism.distributed and self.mechanism.noise_multiplier > 0
-        return self.mechanism.colluders + 1 if is_secure else 1
+    def min_participants(self) -> int:
+        """Minimum number of participants for the noise to protect each of them."""
+        shares_noise = self.mechanism.distributed and self.mechanism.noise_multiplier > 0
+        return self.mechanism.colluders + 1 if shares_noise else 1
 
     def within_budget(self, failed: int = 0) -> bool:
-        """Tell whether the budget has room for one more round, after so many failed attempts at it."""
+        """Return whether the budget allows one more round, after a number of failed attempts at it."""
         accountant = PrivacyAccountant()
         accountant.load_state_dict(self.accountant.state_dict())
         for _ in range(failed):
             accountant.release(self.mechanism.noise_multiplier)
         return self.mechanism.within_budget(accountant)
 
-    def prepare(self, norm: float, counting: int) -> None:
-        """Settle what an update of that norm is multiplied by, and how much noise it gets."""
-        self._factor = self.mechanism.clip_factor(norm, self.max_norm)
-        self._std = self.mechanism.noise_std(counting, self.max_norm)
+    def prepare(self, norm: float, num_participants: int) -> None:
+        """Compute the clipping factor and the noise of an update with the given norm."""
+        self._factor = clip_factor(norm, self.max_norm)
+        self._std = self.mechanism.noise_std(num_participants, self.max_norm)
 
-    def privatize_(self, chunk: Tensor) -> None:
-        """Clip a part of the update and add noise, in place; flat float32."""
-        self._noise.add_(clip_(chunk, self._factor), self._std)
+    def privatize_(self, chunk: Tensor) -> Tensor:
+        """Clip a chunk of the update and add noise, in place; flat float32."""
+        return self._noise.add_(clip_(chunk, self._factor), self._std)
 
-    def noisy_bit(self, norm: float, counting: int) -> float:
-        """Return whether an update is within the clipping norm, as +1/2 or -1/2, with noise; else 0."""
+    def noisy_bit(self, norm: float, num_participants: int) -> float:
+        """Return the noisy clipping bit: +1/2 if the norm is within the bound, else -1/2; or 0."""
         adaptive = self.mechanism.adaptive
         if adaptive is None:
             return 0.0
-        return self._noise.draw(adaptive.bit(norm, self.max_norm), self.mechanism.bit_noise_std(counting))
+        return self._noise.draw(
+            adaptive.bit(norm, self.max_norm), self.mechanism.bit_noise_std(num_participants)
+        )
 
     def end_round(self, releases: int, mean_bit: float | None) -> None:
-        """Enter what a round has released, and move the clipping norm.
+        """Account for a round's releases, and update the clipping norm.
 
         Args:
-            releases: Of the round, those of failed attempts included.
-            mean_bit: Mean of the counting parties' noisy bits; None if the round moved nothing.
+            releases: Number of releases in the round, failed attempts included.
+            mean_bit: Mean of the participants' noisy bits; None if the round had no effect.
         """
         for _ in range(releases):
             self.accountant.release(self.mechanism.noise_multiplier)
@@ -90,14 +100,14 @@ class DPProcessor:
             self.max_norm = self.mechanism.adaptive.updated(self.max_norm, mean_bit)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what all parties share of it, as plain containers."""
+        """Return the state, which is equal at all parties, as plain containers."""
         return {"max_norm": self.max_norm, "accountant": self.accountant.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` returned; nothing changes if it cannot be read.
+        """Load the state of ``state_dict``; nothing changes if it is invalid.
 
         Raises:
-            ValueError: If it cannot; it may come from a peer.
+            ValueError: If it is invalid; it may come from a peer.
         """
         max_norm = state.get("max_norm") if isinstance(state, Mapping) else None
         if not isinstance(max_norm, float):

@@ -1,4 +1,4 @@
-"""Ready LightningModules and data modules: causal language models and text classification, with PEFT."""
+"""Ready-made LightningModules and data modules: causal language models, text classification, with PEFT."""
 
 from pellm_lightning.tasks.adapter import SaveAdapter
 from pellm_lightning.tasks.causal_lm import CausalLM

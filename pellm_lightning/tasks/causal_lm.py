@@ -1,4 +1,4 @@
-"""A causal language model as a LightningModule: fine-tuned in full, or through a PEFT adapter."""
+"""LightningModule of a causal language model, fine-tuned fully or by a PEFT adapter."""
 
 from typing import Any, Literal
 
@@ -22,37 +22,39 @@ from pellm_lightning.tasks.text import TextDataModule
 
 
 class Perplexity(MeanMetric):
-    """exp of the mean loss, weighted by tokens: updated as ``update(loss, num_tokens)``."""
+    """Perplexity metric, exp of the token-weighted mean loss; call ``update(loss, num_tokens)``."""
 
     def compute(self) -> Tensor:
-        """Return the perplexity of everything seen since the last reset, a scalar."""
+        """Return the perplexity since the last reset, a scalar."""
         return super().compute().exp()
 
 
 class CausalLM(LightningModule):
-    """Fine-tune a causal language model.
+    """LightningModule that fine-tunes a causal language model.
 
     Logs ``train_loss`` at each step; ``val_loss``, ``val_perplexity``, ``test_loss`` and ``test_perplexity``
-    over the epoch, weighted by the tokens that count. Prediction continues each prompt and returns the new
-    text.
+    over the epoch, weighted by unmasked tokens. Prediction continues each prompt and returns the new text.
 
-    The model is loaded when a Trainer or `load_from_checkpoint` asks for it (`configure_model`), not by the
-    constructor, which only checks and assigns.
+    The model is loaded by ``configure_model``, which a Trainer or ``load_from_checkpoint`` calls, not by the
+    constructor.
 
     Args:
         model: Hub id, local folder or GGUF file.
         peft: Configuration of a new PEFT adapter, for example ``class_path: peft.LoraConfig``. None trains
             every parameter, unless ``adapter`` is given.
-        adapter: Folder of a saved adapter to evaluate or to go on training; its own configuration counts
-            then.
-        optimizer: Of the parameters that require gradients.
-        scheduler: Of the learning rate, stepped at each local step (``ReduceLROnPlateau`` each epoch, on
+        adapter: Folder of a saved adapter to evaluate or continue training, with its own configuration.
+        optimizer: Optimizer of the trainable parameters.
+        scheduler: Learning rate scheduler, stepped at each local step (``ReduceLROnPlateau`` each epoch, on
             ``val_loss``).
-        dtype: Of the loaded parameters; ``auto`` keeps what the file holds. The Trainer's ``precision``
-            counts too.
+        dtype: Dtype of the loaded parameters; ``auto`` keeps that of the file. The Trainer's ``precision``
+            also applies.
         max_new_tokens: Length of a predicted continuation, in tokens.
-        mean_over: What the training loss is the mean over: the tokens of the batch that count, or its records
-            (of the mean over each one's tokens), as differential privacy of records needs it.
+        mean_over: Whether the training loss is the mean over the batch's unmasked tokens, or over its records
+            (of each one's mean over tokens), as record-level differential privacy needs it.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> module = CausalLM("HuggingFaceTB/SmolLM2-135M", peft=LoraConfig(r=8))
     """
 
     model: PreTrainedModel | PeftModel
@@ -81,7 +83,7 @@ class CausalLM(LightningModule):
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
 
     def configure_model(self) -> None:
-        """Load the base model and put the adapter on it, once."""
+        """Load the base model and add the adapter, once."""
         if not hasattr(self, "model"):
             base = load_model(AutoModelForCausalLM, self.model_name, self.dtype_name)
             self.model = with_adapter(base, self.peft, self.adapter, TaskType.CAUSAL_LM)
@@ -89,20 +91,20 @@ class CausalLM(LightningModule):
         check_positions(self.model, self.model_name, self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimize what requires gradients."""
+        """Return the optimizer of the trainable parameters, and the scheduler."""
         return optimize_trainable(self, self.optimizer, self.scheduler)
 
     def forward(self, batch: Sample) -> Any:
         """Run the model on ``input_ids``, ``attention_mask`` and, for a loss, ``labels``: (B, T) int64.
 
         Raises:
-            ValueError: If T is more than the model has positions for.
+            ValueError: If T exceeds the model's positions.
         """
         check_length(batch["input_ids"].shape[1], self.num_positions)
         return self.model(**batch)
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        """Return the mean loss over the tokens of the batch that count, or over its records."""
+        """Return the mean loss over the batch's unmasked tokens, or over its records."""
         if self.mean_over == "tokens":
             loss: Tensor = self(batch).loss
         else:
@@ -113,7 +115,7 @@ class CausalLM(LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start anew: what `trainer.validate` left in the metric cannot be updated in a fit."""
+        """Reset the metric, which cannot be updated in a fit after ``trainer.validate``."""
         self.val_perplexity.reset()
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
@@ -132,7 +134,7 @@ class CausalLM(LightningModule):
         self.log(f"{stage}_perplexity", perplexity, prog_bar=True)
 
     def on_predict_start(self) -> None:
-        """Load the tokenizer, which only prediction needs, and refuse prompts that are too long."""
+        """Load the tokenizer, which only prediction needs, and validate the lengths of prompts."""
         self.tokenizer = load_tokenizer(self.model_name)
         data = data_of(self)
         if isinstance(data, TextDataModule):
@@ -151,5 +153,5 @@ class CausalLM(LightningModule):
         return self.tokenizer.batch_decode(tokens[:, prompt_length:], skip_special_tokens=True)
 
     def save_adapter(self, folder: str) -> None:
-        """Write the adapter, for ``PeftModel.from_pretrained`` to load; without one, the whole model."""
+        """Save the adapter for ``PeftModel.from_pretrained``; without one, the whole model."""
         self.model.save_pretrained(folder)

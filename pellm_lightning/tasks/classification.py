@@ -1,4 +1,4 @@
-"""Text classification as a LightningModule: an encoder with a new head, in full or through a PEFT adapter."""
+"""LightningModule of text classification: an encoder with a new head, trained fully or by a PEFT adapter."""
 
 from typing import Any
 
@@ -21,26 +21,29 @@ from pellm_lightning.tasks.samples import Sample
 
 
 class TextClassification(LightningModule):
-    """Fine-tune an encoder, or any model transformers can put a classification head on, to label texts.
+    """LightningModule that fine-tunes an encoder, or another model with a classification head.
 
-    Logs ``train_loss`` at each step; ``val_loss``, ``val_accuracy`` and ``val_f1`` (macro: every label counts
-    alike) over the epoch, and the same for ``test``. Prediction returns the index of each text's label.
+    Logs ``train_loss`` at each step; ``val_loss``, ``val_accuracy`` and ``val_f1`` (macro average) over the
+    epoch, and the same for ``test``. Prediction returns the index of each text's label.
 
-    The model is loaded when a Trainer or `load_from_checkpoint` asks for it (`configure_model`), not by the
-    constructor, which only checks and assigns.
+    The model is loaded by ``configure_model``, which a Trainer or ``load_from_checkpoint`` calls, not by the
+    constructor.
 
     Args:
         model: Hub id, local folder or GGUF file.
-        num_labels: Number of labels, the same at every party.
+        num_labels: Number of labels, equal at every party.
         peft: Configuration of a new PEFT adapter; the head trains with it. None trains every parameter,
             unless ``adapter`` is given.
-        adapter: Folder of a saved adapter to evaluate or to go on training; its own configuration counts
-            then.
-        optimizer: Of the parameters that require gradients.
-        scheduler: Of the learning rate, stepped at each local step (``ReduceLROnPlateau`` each epoch, on
+        adapter: Folder of a saved adapter to evaluate or continue training, with its own configuration.
+        optimizer: Optimizer of the trainable parameters.
+        scheduler: Learning rate scheduler, stepped at each local step (``ReduceLROnPlateau`` each epoch, on
             ``val_loss``).
-        dtype: Of the loaded parameters; ``auto`` keeps what the file holds. The Trainer's ``precision``
-            counts too.
+        dtype: Dtype of the loaded parameters; ``auto`` keeps that of the file. The Trainer's ``precision``
+            also applies.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> module = TextClassification("google-bert/bert-base-uncased", num_labels=2, peft=LoraConfig(r=8))
     """
 
     model: PreTrainedModel | PeftModel
@@ -58,9 +61,7 @@ class TextClassification(LightningModule):
     ) -> None:
         super().__init__()
         if num_labels < 2:
-            raise ValueError(
-                f"num_labels={num_labels} leaves nothing to tell apart: there should be at least 2."
-            )
+            raise ValueError(f"num_labels={num_labels} must be at least 2.")
         self.save_hyperparameters(logger=False)
         make_plain_(self.hparams)
         self.model_name, self.num_labels = model, num_labels
@@ -70,14 +71,14 @@ class TextClassification(LightningModule):
         self.val_scores, self.test_scores = _scores("val", num_labels), _scores("test", num_labels)
 
     def configure_model(self) -> None:
-        """Load the base model, give it a head and put the adapter on it, once."""
+        """Load the base model with a head and add the adapter, once."""
         if not hasattr(self, "model"):
             self.model = with_adapter(self._base(), self.peft, self.adapter, TaskType.SEQ_CLS)
         self.num_positions = num_positions(self.model)
         check_positions(self.model, self.model_name, self)
 
     def _base(self) -> PreTrainedModel:
-        # One seed for the new head: PEFT freezes a copy of it, and the parties' frozen parts must agree.
+        # Seed the new head: PEFT freezes a copy of it, which must be equal at all parties.
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return load_model(
@@ -88,14 +89,14 @@ class TextClassification(LightningModule):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimize what requires gradients."""
+        """Return the optimizer of the trainable parameters, and the scheduler."""
         return optimize_trainable(self, self.optimizer, self.scheduler)
 
     def forward(self, batch: Sample) -> Any:
         """Run the model on ``input_ids`` and ``attention_mask``, (B, T), and for a loss ``labels``, (B,).
 
         Raises:
-            ValueError: If T is more than the model has positions for, or a label is not one of num_labels.
+            ValueError: If T exceeds the model's positions, or a label is not below num_labels.
         """
         if "labels" in batch:
             check_label_indices(batch["labels"], self.num_labels)
@@ -109,7 +110,7 @@ class TextClassification(LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start anew: what `trainer.validate` left in the metrics cannot be updated in a fit."""
+        """Reset the metrics, which cannot be updated in a fit after ``trainer.validate``."""
         self.val_scores.reset()
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:

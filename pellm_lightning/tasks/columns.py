@@ -1,4 +1,4 @@
-"""Which columns of a row are used: what holds content is used, ignored by name, or refused."""
+"""Columns of a row: used, ignored by name, or an error if they have content."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from pellm_lightning.tasks.delimited import same_column
 
 
 def ignored_columns(value: object) -> tuple[str, ...]:
-    """Check the argument ``ignore_columns``.
+    """Validate the argument ``ignore_columns``.
 
     Raises:
         ValueError: If it is no list of names.
@@ -24,12 +24,12 @@ def ignored_columns(value: object) -> tuple[str, ...]:
 
 
 def is_ignored(name: str, ignored: Collection[str]) -> bool:
-    """Tell whether a column is among those to ignore."""
+    """Return whether a column is to be ignored."""
     return any(same_column(name, other) for other in ignored)
 
 
 def has_content(value: Any) -> bool:
-    """Tell whether a value says anything: null, NaN, blank strings and what holds only these do not."""
+    """Return whether a value has content: null, NaN, blank strings and containers of only these have none."""
     if isinstance(value, Mapping):
         return any(has_content(part) for part in value.values())
     if isinstance(value, list):
@@ -70,7 +70,7 @@ def string_of(fields: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def check_characters(value: str, column: str, where: str) -> None:
-    """Refuse characters that no text has, and that tokenizers drop or fail on.
+    """Validate that a text has no characters that tokenizers drop or fail on.
 
     Raises:
         ValueError: Names the character.
@@ -84,7 +84,7 @@ def check_characters(value: str, column: str, where: str) -> None:
 
 
 class UnusedColumns:
-    """Collects the columns that hold content and are not used, with the place of the first.
+    """Collector of unused columns with content, with their first occurrence.
 
     Args:
         ignored: Columns that may be left out.
@@ -95,14 +95,14 @@ class UnusedColumns:
         self._first: dict[str, tuple[str, Any]] = {}
 
     def add(self, fields: Mapping[str, Any], used: Collection[str], where: str) -> None:
-        """Note what one row has besides ``used``."""
+        """Collect a row's columns besides ``used``."""
         for name, value in fields.items():
             known = name in used or name in self._first or is_ignored(name, self.ignored)
             if not known and has_content(value):
                 self._first[name] = (where, value)
 
     def check(self, known: str) -> None:
-        """Refuse them.
+        """Raise if there are any.
 
         Args:
             known: Says which columns are used.

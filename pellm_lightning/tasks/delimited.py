@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files: every line counts, every field has its column, nothing is guessed."""
+"""Parser of CSV and TSV files, strict about quotes and fields."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ def delimited_rows(text: str, path: Path, columns: Sequence[str] = ()) -> list[t
 
 
 def same_column(name: str, other: str) -> bool:
-    """Tell whether two names are of one column: blanks around a name and capitals make no difference."""
+    """Return whether two column names are equal up to surrounding blanks and case."""
     return name.strip().casefold() == other.strip().casefold()
 
 
@@ -102,7 +102,7 @@ def _quoted(
 
 
 def _tab_lines(text: str, path: Path) -> Lines:
-    """Part lines by tabs, or parse quoted fields where the file shows that it has them."""
+    """Split lines at tabs, or parse quoted fields if the file evidently has them."""
     plain = [
         (number, line.removesuffix("\r").split("\t"))
         for number, line in enumerate(text.split("\n"), start=1)
@@ -128,7 +128,7 @@ def _tab_lines(text: str, path: Path) -> Lines:
 
 
 def _parses(text: str, path: Path) -> bool:
-    """Tell whether quoted fields give every row as many fields as the header."""
+    """Return whether parsing quoted fields gives every row as many fields as the header."""
     try:
         return len({len(fields) for _, fields in _quoted(io.StringIO(text, newline=""), path, "\t")}) == 1
     except ValueError:

@@ -1,4 +1,4 @@
-"""What an earlier run has written, kept when a later one writes to the same place."""
+"""Backup of the output of earlier runs to the same place."""
 
 import json
 import shutil
@@ -13,13 +13,13 @@ _WRITTEN = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin", "README.m
 
 
 @contextmanager
-def earlier_adapter_kept(folder: Path) -> Iterator[None]:
-    """Move adapters that lie in a folder to ``<folder>-<n>``; drop them again if the same are saved anew.
+def backed_up_adapter(folder: Path) -> Iterator[None]:
+    """Move earlier adapters to ``<folder>-<n>``, and drop them if the new ones are equal.
 
     Several adapters have a subfolder each. Anything else in the folder is left alone.
 
     Args:
-        folder: To which the body of the context saves adapters.
+        folder: Folder to which the body of the context saves adapters.
     """
     subfolders = [path.parent.name for path in sorted(folder.glob(f"*/{_CONFIG}"))]
     if not (folder / _CONFIG).exists() and not subfolders:
@@ -38,13 +38,13 @@ def earlier_adapter_kept(folder: Path) -> Iterator[None]:
 
 
 def keep_earlier_file(path: Path, content: str) -> None:
-    """Give a file another name if it is there and does not hold ``content``, which is to be written to it."""
+    """Rename a file unless its content equals ``content``, which will be written to it."""
     if path.exists() and path.read_text(encoding="utf-8") != content:
         path.rename(unused(str(path)))
 
 
 def _name_moved_base(path: Path, before: Path, now: Path) -> None:
-    """Let an adapter's configuration name the base model that was moved with it."""
+    """Update the path of the moved base model in an adapter's configuration."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("base_model_name_or_path") == str(before):
         config["base_model_name_or_path"] = str(now)

@@ -1,4 +1,4 @@
-"""From text to tokens, the same way in training, evaluation and prediction."""
+"""Tokenization of documents, prompts and responses, equal in training, evaluation and prediction."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from pellm_lightning.tasks.records import Record
 
 
 class Encoder:
-    """Tokenizes documents, prompts and responses, with the special tokens that belong to them.
+    """Tokenizer wrapper for documents, prompts and responses with their special tokens.
 
     What ``tokenizer("some text")`` begins with (for many models a beginning-of-sequence token), every
     document and prompt begins with. Documents and responses end with the end-of-sequence token, also where
@@ -29,7 +29,7 @@ class Encoder:
         return [[*self.before, *tokens, *self.after] for tokens in tokenize(texts, self.tokenizer)]
 
     def exchange(self, record: Record) -> tuple[list[int], list[int]]:
-        """Tokenize a prompt and its response, apart: no token straddles the border between the two.
+        """Tokenize a prompt and its response separately, so that no token spans both.
 
         Raises:
             ValueError: If the chat template does not render them as they are. Names file and line.
@@ -43,14 +43,14 @@ class Encoder:
         if not whole.startswith(prompt):
             raise ValueError(
                 f"{_at(record)}the tokenizer's chat template renders a prompt differently once its response"
-                f" follows, so the two cannot be told apart. {_CURE}"
+                f" follows, so the two cannot be told apart. {_REMEDY}"
             )
         text = whole.removeprefix(prompt)
         _check_shown("response", record.text, text, record)
         return self._prompt(prompt), tokenize([text], self.tokenizer)[0]
 
     def prompt(self, record: Record) -> list[int]:
-        """Tokenize what the model is to continue: a prompt without its response, or a text as it stands."""
+        """Tokenize a prompt without its response, or a text to continue."""
         if record.prompt is not None:
             return self._prompt(self._prompt_text(record))
         return [*self.before, *tokenize([record.text.rstrip()], self.tokenizer)[0]]
@@ -80,14 +80,14 @@ class Encoder:
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                f"{_at(record)}the tokenizer's chat template refuses messages of {roles}: {error}. {_CURE}"
+                f"{_at(record)}the tokenizer's chat template refuses messages of {roles}: {error}. {_REMEDY}"
             ) from error
         assert isinstance(text, str)
         return text
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return what the tokenizer itself puts before and after a text, with an end in any case."""
+    """Return the special tokens before and after a text, always with an end of sequence."""
     encoded = tokenizer("a", return_special_tokens_mask=True, verbose=False)
     whole, is_added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     end = end_of(tokenizer)
@@ -109,13 +109,13 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[l
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that ends a document."""
+    """Return the end-of-sequence token."""
     end = tokenizer.eos_token_id
     assert isinstance(end, int)  # load_tokenizer saw to it
     return end
 
 
-_CURE = (
+_REMEDY = (
     "Change the template, or set it to None in the saved tokenizer; if it is about a system text, join that"
     " with the instruction."
 )
@@ -126,11 +126,11 @@ def _messages(record: Record) -> list[dict[str, str]]:
     return [*above, {"role": "user", "content": record.prompt or ""}]
 
 
-def _check_shown(what: str, said: str, text: str, record: Record) -> None:
-    if said.strip() not in text:
+def _check_shown(what: str, content: str, text: str, record: Record) -> None:
+    if content.strip() not in text:
         raise ValueError(
-            f"{_at(record)}the tokenizer's chat template does not show the {what} {shown(said)} as it is."
-            f" {_CURE}"
+            f"{_at(record)}the tokenizer's chat template does not show the {what} {shown(content)} as it is."
+            f" {_REMEDY}"
         )
 
 

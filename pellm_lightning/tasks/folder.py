@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: written beside, and moved into place when they are finished."""
+"""Atomic writing of folders: written to a temporary folder, then moved into place."""
 
 import os
 import shutil
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What loaders of PEFT and transformers look for: left from an earlier save, it would be taken for a part of
-# the new one (an adapter_config.json makes transformers put that adapter on a merged model).
+# Files that PEFT's and transformers' loaders read: those of an earlier save would be mistaken for parts of
+# the new one (an adapter_config.json makes transformers add that adapter to a merged model).
 _LOADED = (
     "adapter_config.json",
     "adapter_model.*",
@@ -23,11 +23,11 @@ _LOADED = (
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``folder`` to write into; it takes the place when nothing has failed.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write into, which replaces ``folder`` on success.
 
-    What loaders would read in a ``folder`` that is there already goes; all else in it stays. After an
-    exception, ``folder`` is as it was.
+    Of an existing ``folder`` files that loaders would read are removed, all others stay. After an exception
+    ``folder`` is unchanged.
     """
     folder = Path(os.path.abspath(folder))
     unfinished = folder.parent / f".{folder.name}.unfinished-{os.getpid()}"

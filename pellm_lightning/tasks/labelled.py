@@ -1,4 +1,4 @@
-"""A party's labelled texts as a Lightning data module, or one data set divided over simulated parties."""
+"""Data module of labelled texts, of one party or partitioned over simulated parties."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,37 +23,41 @@ Encoded = dict[str, Any]
 
 
 class ClassificationDataModule(LightningDataModule):
-    """One party's labelled texts, from ``.jsonl`` or ``.json``, or ``.csv`` or ``.tsv`` files with a header.
+    """Data module of a party's labelled texts, from ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` files.
 
-    A row has a text and a label; any other column with content is an error, unless ``ignore_columns`` names
-    it. Rows whose text is blank are left out, and texts that are longer than ``max_length`` are cut: both
-    are counted in the log, once for each party.
+    A row has a text and a label; other non-empty columns are an error, unless in ``ignore_columns``. Rows
+    with blank texts are dropped, and texts longer than ``max_length`` truncated: each party logs their
+    numbers.
 
-    In every pattern ``{party}`` stands for the party's index, counted from 0. To simulate a federation from
-    one data set instead, give ``num_parties``: ``files`` is read whole, and divided the same way by every
-    party. It must be the number of the federation's parties, or rows would be trained by nobody.
+    In every pattern ``{party}`` stands for the party's index, from 0. To simulate a federation from one data
+    set, set ``num_parties``: every party reads all ``files`` and takes its part. It must equal the number of
+    parties of the federation.
 
     Args:
-        files: Pattern of the files to train on.
-        tokenizer: Hub id, local folder or GGUF file; as a rule that of the model.
-        labels: The labels in the order of their indices. It must be the same at every party, so only a
-            simulation can leave it out, and takes those in ``files``, sorted. 1, 1.0 and "1" are one label.
-        text_column: Where a row has its text.
-        label_column: Where a row has its label.
-        batch_size: Samples in a batch, of each process.
-        max_length: Tokens of a text; longer ones are cut. The model's positions bound it.
-        val_fraction: Share of the party's samples to hold out for validation, unless ``val_files`` is given.
-        val_files: Pattern of the files to validate on; never divided.
-        test_files: Pattern of the files to test on; never divided.
-        num_parties: Divide ``files`` over so many simulated parties.
-        partition: How to divide: at random (iid), by a Dirichlet draw of each party's labels, or by a natural
-            key.
-        alpha: Of the Dirichlet draw: the smaller, the less alike are the parties.
-        key_column: Where a row has its natural key.
-        ignore_columns: Columns that may be left out, for example ``[id, source]``.
-        party: Which party this is; None asks the federation.
-        seed: Of the division, the split and each epoch's order.
-        num_workers: Processes that collate batches.
+        files: Pattern of the training files.
+        tokenizer: Hub id, local folder or GGUF file; usually that of the model.
+        labels: The labels in the order of their indices. They must be equal at every party; only a
+            simulation may omit them, and uses the sorted labels of ``files``. 1, 1.0 and "1" are one label.
+        text_column: Column of the text.
+        label_column: Column of the label.
+        batch_size: Batch size of each process.
+        max_length: Maximum number of tokens of a text, at most the model's positions.
+        val_fraction: Fraction of the party's samples to hold out for validation, without ``val_files``.
+        val_files: Pattern of the validation files; not partitioned.
+        test_files: Pattern of the test files; not partitioned.
+        num_parties: Number of simulated parties to partition ``files`` over.
+        partition: "iid", "dirichlet" (label skew) or "key" (natural partition).
+        alpha: Concentration of the Dirichlet distribution: smaller is more heterogeneous.
+        key_column: Column of the natural key.
+        ignore_columns: Columns to ignore, for example ``[id, source]``.
+        party: Index of the party; None takes it from the federation.
+        seed: Seed of partition, validation split and shuffling.
+        num_workers: Number of DataLoader workers.
+
+    Example:
+        >>> data = ClassificationDataModule(
+        ...     "data/party-{party}/*.jsonl", "google-bert/bert-base-uncased", labels=["no", "yes"]
+        ... )
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a block size takes from a party's records: counted in its log, or refused with the right cure."""
+"""Notes on dropped and truncated records, and errors for sources without samples."""
 
 import logging
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Note:
-    """A line for the log.
+    """Log message about a source.
 
     Args:
-        text: The line.
-        is_warning: Whether whole records or parts of responses are missing, not only the end of packed texts.
+        text: The message.
+        is_warning: Whether records or parts of responses are missing, not only the tail of packed texts.
     """
 
     text: str
@@ -27,7 +27,7 @@ class Note:
 
 
 def note_on(source: str, made: Samples, blank: Sequence[Record], block_size: int) -> Note | None:
-    """Say what of a source is not trained or evaluated on; None if all of it is.
+    """Return a note on the records of a source that are dropped or truncated; None if there are none.
 
     Args:
         source: What the records are, for example ``files``.
@@ -45,25 +45,25 @@ def note_on(source: str, made: Samples, blank: Sequence[Record], block_size: int
     if not parts:
         return None
     needed = max((cut.prompt + cut.response for cut in made.cuts), default=0)
-    cure = f" block_size={needed} would keep each record whole." if needed > block_size else ""
-    return Note(f"{source}, at block_size={block_size}: {'; '.join(parts)}.{cure}", is_warning)
+    remedy = f" block_size={needed} would keep each record whole." if needed > block_size else ""
+    return Note(f"{source}, at block_size={block_size}: {'; '.join(parts)}.{remedy}", is_warning)
 
 
 class Notes:
-    """What is to be said about a party's data, said once, by one process of the party."""
+    """Log messages about a party's data, each logged once, by the party's leader."""
 
     def __init__(self) -> None:
         self._waiting: list[Note] = []
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def add(self, note: Note | None) -> None:
-        """Keep a note for the log, unless it has been there."""
-        if note is not None and note.text not in self._said:
+        """Add a note, unless it was logged before."""
+        if note is not None and note.text not in self._logged:
             self._waiting.append(note)
-            self._said.add(note.text)
+            self._logged.add(note.text)
 
     def log_at(self, trainer: Trainer | None, party: int) -> None:
-        """Write what was added in one line."""
+        """Log the added notes in one line."""
         waiting, self._waiting = self._waiting, []
         # Lightning's rank-zero functions mean rank 0 of the launch until the callback's setup, after this.
         if waiting and (trainer is None or topology_of(trainer).is_leader):
@@ -72,10 +72,10 @@ class Notes:
 
 
 def check_not_empty(party: int, source: str, made: Samples, block_size: int, is_split: bool = False) -> None:
-    """Refuse a source that gives no sample.
+    """Validate that a source has samples.
 
     Args:
-        party: Whose it is.
+        party: Index of the party.
         source: What the records are.
         made: The samples.
         block_size: Tokens in a block.
@@ -86,7 +86,7 @@ def check_not_empty(party: int, source: str, made: Samples, block_size: int, is_
     """
     if made.samples:
         return
-    problems, cures = [], []
+    problems, remedies = [], []
     if made.cuts:
         least, most = (pick(_learnable_from(cut) for cut in made.cuts) for pick in (min, max))
         whole = max(cut.prompt + cut.response for cut in made.cuts)
@@ -95,7 +95,7 @@ def check_not_empty(party: int, source: str, made: Samples, block_size: int, is_
             f" block_size={block_size} tokens (the first: {made.cuts[0].where or 'a record'},"
             f" {made.cuts[0].prompt} tokens of prompt)"
         )
-        cures.append(
+        remedies.append(
             f"a larger block_size: {whole} holds every record whole, {most} some of each, {least} some of one"
         )
     if made.num_texts:
@@ -104,14 +104,14 @@ def check_not_empty(party: int, source: str, made: Samples, block_size: int, is_
             f" block_size={block_size}"
         )
         smaller = f", or a block_size of at most {made.tail}" if made.tail > 1 and not made.cuts else ""
-        cures.append(f"more text{smaller}")
+        remedies.append(f"more text{smaller}")
     if is_split:
-        cures.append(
+        remedies.append(
             "a larger val_fraction, files of their own for validation (val_files), or val_fraction=0"
         )
     raise ValueError(
         f"Party {party} has no sample in {source}: {' and '.join(problems) or 'there is no text'}. Give"
-        f" {'; or '.join(cures) or 'it text'}."
+        f" {'; or '.join(remedies) or 'it text'}."
     )
 
 
@@ -145,5 +145,5 @@ def _of_cuts(cuts: Sequence[Cut], block_size: int) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: 1 record is, 2 records are."""
+    """Return a count with its noun and verb: 1 record is, 2 records are."""
     return f"{number} {noun} is" if number == 1 else f"{number} {noun}s are"

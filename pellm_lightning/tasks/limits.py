@@ -1,4 +1,4 @@
-"""What a model can take: its positions and labels, compared with what the data would give it."""
+"""Limits of a model, its positions and labels, validated against the data."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from pellm_lightning.tasks.samples import IGNORED, Sample
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """Return how many tokens of a text a model has positions for; None if nothing bounds them.
+    """Return the number of a model's positions for a text's tokens; None if unlimited.
 
-    Prompt methods put virtual tokens before the text, which take positions from it.
+    Virtual tokens of prompt methods take positions from the text.
     """
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -32,7 +32,7 @@ def num_positions(model: nn.Module) -> int | None:
 
 
 def check_positions(model: nn.Module, name: str, module: LightningModule) -> None:
-    """Refuse data whose longest sample has more tokens than the model has positions.
+    """Validate that the longest sample fits into the model's positions.
 
     Data modules of one's own are left to `check_length`, since nothing says how long their samples are.
 
@@ -59,7 +59,7 @@ def check_positions(model: nn.Module, name: str, module: LightningModule) -> Non
 
 
 def check_length(length: int, limit: int | None) -> None:
-    """Refuse a batch that is longer than the model has positions for, wherever it comes from.
+    """Validate that a batch fits into the model's positions.
 
     Raises:
         ValueError: Names both values.
@@ -72,7 +72,7 @@ def check_length(length: int, limit: int | None) -> None:
 
 
 def data_of(module: LightningModule) -> LightningDataModule | None:
-    """Return the data module that a module is run with, if it is run and with one."""
+    """Return the Trainer's data module, None if there is none."""
     try:
         trainer: Any = module.trainer
     except RuntimeError:  # not attached to a Trainer
@@ -81,7 +81,7 @@ def data_of(module: LightningModule) -> LightningDataModule | None:
 
 
 def check_labels(labels: Sequence[str], module: LightningModule | None) -> None:
-    """Refuse more labels than the model can tell apart.
+    """Validate that the number of labels does not exceed the model's.
 
     Raises:
         ValueError: Names both numbers.
@@ -96,7 +96,7 @@ def check_labels(labels: Sequence[str], module: LightningModule | None) -> None:
 
 
 def check_label_indices(labels: Tensor, num_labels: int) -> None:
-    """Refuse the index of a label that the model does not have; -100 takes no part in a loss.
+    """Validate label indices; -100 is ignored by the loss.
 
     Looking at labels on an accelerator would wait for it at each step, so only those on a CPU are checked.
 
@@ -117,7 +117,7 @@ def check_label_indices(labels: Tensor, num_labels: int) -> None:
 def check_prompts(
     places: Sequence[str], samples: Sequence[Sample], max_new_tokens: int, limit: int | None
 ) -> None:
-    """Refuse prompts that cannot be continued within the model's positions.
+    """Validate that prompts can be continued within the model's positions.
 
     Args:
         places: File and line of each prompt.

@@ -1,4 +1,4 @@
-"""What `configure_optimizers` returns, from an optimizer and a scheduler given as callables."""
+"""Optimizer configuration of the ready-made modules."""
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,13 +12,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pellm_lightning.engine.optim import OptimizerConfig
 
 ADAMW = OptimizerConfig("torch.optim.AdamW", {"lr": 1e-3})
-"""Makes the optimizer of the ready tasks, unless another is given."""
+"""Default optimizer of the ready-made modules."""
 
 
 def optimize_trainable(
     module: LightningModule, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
 ) -> OptimizerLRScheduler:
-    """Give the optimizer the parameters that require gradients, and step the scheduler with it.
+    """Return the optimizer of the trainable parameters, and the scheduler's configuration.
 
     A ``ReduceLROnPlateau`` steps once an epoch, on ``val_loss``; every other scheduler after each local step.
     """

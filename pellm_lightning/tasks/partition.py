@@ -1,7 +1,7 @@
-"""Divide one data set over simulated parties.
+"""Partition of one data set over simulated parties.
 
-Pure functions; each division returns one sorted list of indices per party. Every sample goes to exactly one
-party, and equal arguments give equal lists.
+Pure, deterministic functions that return a sorted list of indices per party; every sample belongs to exactly
+one party.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def iid(num_samples: int, num_parties: int, seed: int = 0, min_per_party: int = 1) -> list[list[int]]:
-    """Deal the samples at random; parties differ by one sample at most.
+    """Partition randomly; sizes differ by at most one.
 
     Raises:
         ValueError: When there are fewer samples than ``num_parties * min_per_party``.
@@ -32,7 +32,7 @@ def iid(num_samples: int, num_parties: int, seed: int = 0, min_per_party: int = 
 def dirichlet(
     labels: Sequence[Hashable], num_parties: int, alpha: float, seed: int = 0, min_per_party: int = 1
 ) -> list[list[int]]:
-    """Give every party its own mixture of labels.
+    """Partition with label skew.
 
     For each label, the shares of the N parties are drawn as p ~ Dirichlet(α, ..., α) (Hsu et al. 2019,
     arXiv:1909.06335): a small α leaves a label to few parties, a large one approaches `iid`. A party that is
@@ -58,12 +58,12 @@ def dirichlet(
         cuts = np.rint(shares.cumsum()[:-1] * len(indices)).astype(int)
         for part, chunk in zip(parts, np.split(generator.permutation(indices), cuts), strict=True):
             part.extend(chunk.tolist())
-    _level_up_(parts, min_per_party, generator)
+    _fill_up_(parts, min_per_party, generator)
     return [sorted(part) for part in parts]
 
 
 def by_key(keys: Sequence[Hashable], parties: int | Mapping[Hashable, int]) -> list[list[int]]:
-    """Divide by a natural key (author, hospital, device, year): samples with one key stay together.
+    """Partition by a natural key (author, hospital, device, year): samples of one key stay together.
 
     Args:
         keys: The key of each sample.
@@ -89,7 +89,7 @@ def by_key(keys: Sequence[Hashable], parties: int | Mapping[Hashable, int]) -> l
 
 
 def check_num_parties(num_parties: int, party: int | None, topology: Topology) -> None:
-    """Refuse a division of which a part would be nobody's, or a party that would have none.
+    """Validate that partition and federation have the same number of parties.
 
     A single process may be given one party's part by ``party``, to look at it alone.
 
@@ -124,7 +124,7 @@ def check_num_parties(num_parties: int, party: int | None, topology: Topology) -
 
 
 def label_table(labels: Sequence[Hashable], parts: Sequence[Sequence[int]]) -> str:
-    """Tell in a text table how many samples of each label each party holds."""
+    """Return a text table of the numbers of samples by party and label."""
     names = list(_by_label(labels))
     rows = [["party", *map(str, names), "total"]]
     for party, part in enumerate(parts):
@@ -179,7 +179,7 @@ def _by_label(labels: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     return dict(sorted(groups.items(), key=lambda item: (type(item[0]).__name__, str(item[0]))))
 
 
-def _level_up_(parts: list[list[int]], minimum: int, generator: np.random.Generator) -> None:
+def _fill_up_(parts: list[list[int]], minimum: int, generator: np.random.Generator) -> None:
     """Move random samples from the richest party to the poorest until each holds ``minimum``."""
     while len(poorest := min(parts, key=len)) < minimum:
         richest = max(parts, key=len)

@@ -1,4 +1,4 @@
-"""Keep what `predict` returns, which the command line would drop."""
+"""Prediction writer callback."""
 
 import json
 from collections.abc import Sequence
@@ -14,12 +14,15 @@ from pellm_lightning.trainer.pickling import own_state
 
 
 class SavePredictions(BasePredictionWriter):
-    """Write predictions as JSON, one a line in the order of the samples, at the end of ``predict``.
+    """Prediction writer: JSON lines in the order of the samples, at the end of ``predict``.
 
     Args:
-        filename: Seen from the Trainer's ``default_root_dir``. In a party of several processes each writes
-            its own share, with its rank before the suffix. Other predictions that lie there already get
-            another name, with a number.
+        filename: Path relative to the Trainer's ``default_root_dir``. In a party of several processes each
+            writes its share, with its rank before the suffix. An existing file with other predictions is
+            renamed, with a number.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[SavePredictions()], accelerator="cpu", logger=False)
     """
 
     def __init__(self, filename: str = "predictions.jsonl") -> None:
@@ -27,7 +30,7 @@ class SavePredictions(BasePredictionWriter):
         self.filename = filename
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the module of a fit out of a pickled callback or a copy."""
+        """Pickle and copy the callback without the module."""
         return own_state(self)
 
     def write_on_epoch_end(

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: a hub id, a local folder or a GGUF file."""
+"""Loading of pretrained models and tokenizers: by hub id, local folder or GGUF file."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +11,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer ``name``, and see to it that it can pad and end a document.
+    """Load a tokenizer, and make sure that it has padding and end-of-sequence tokens.
 
     Raises:
-        ValueError: When there is no such tokenizer, or it has no token that ends a document.
-        ImportError: When the name is a GGUF file's and the package gguf is not installed.
+        ValueError: If there is no such tokenizer, or it has no end-of-sequence token.
+        ImportError: If it is a GGUF file and the package gguf is not installed.
     """
     folder, options = _locate(name)
     try:
@@ -31,22 +31,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     tokenizer.eos_token = end
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = end  # padding is masked out of attention and loss: any token serves
+        tokenizer.pad_token = end  # padding is masked in attention and loss: any token will do
     return tokenizer
 
 
 def load_model(auto_class: Any, name: str, dtype: Dtype = "auto", **options: Any) -> PreTrainedModel:
-    """Load the model ``name`` through one of transformers' auto classes.
+    """Load a model by one of transformers' auto classes.
 
     Args:
         auto_class: For example ``AutoModelForCausalLM``.
         name: Hub id, local folder or GGUF file (``folder/file.gguf``; ``owner/repo/file.gguf`` on the hub).
-        dtype: Of the parameters; ``auto`` keeps what the file holds, which is float32 for a GGUF file.
-        options: Handed on to ``from_pretrained``.
+        dtype: Dtype of the parameters; ``auto`` keeps that of the file, float32 for a GGUF file.
+        options: Passed to ``from_pretrained``.
 
     Raises:
-        ValueError: When there is no such model.
-        ImportError: When it is a GGUF file and the package gguf is not installed.
+        ValueError: If there is no such model.
+        ImportError: If it is a GGUF file and the package gguf is not installed.
     """
     folder, gguf = _locate(name)
     if gguf:
@@ -59,7 +59,7 @@ def load_model(auto_class: Any, name: str, dtype: Dtype = "auto", **options: Any
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
-    """Split ``folder/file.gguf`` as `from_pretrained` wants it; any other name passes as it is."""
+    """Split ``folder/file.gguf`` for ``from_pretrained``; other names are not changed."""
     path = Path(name)
     if path.suffix != ".gguf":
         return name, {}
@@ -71,7 +71,7 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _unpacked() -> dict[str, Any]:
-    """Ask for plain tensors: newer transformers may keep GGUF blocks packed, and those do not train."""
+    """Request plain tensors: newer transformers may keep GGUF blocks packed, which cannot be trained."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 

@@ -1,4 +1,4 @@
-"""Rows out of files, each with its line: nothing is dropped, altered or guessed."""
+"""Reader of JSON, CSV and TSV files, with the line of each row."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -73,7 +73,7 @@ def read_file(path: Path, suffixes: Sequence[str], columns: Sequence[str] = ()) 
 
 
 def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
-    """Refuse a file that cannot be read, by its name.
+    """Validate a file's suffix.
 
     Raises:
         ValueError: Names the file and the suffixes that can be read.
@@ -169,7 +169,7 @@ def _fields_of(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _pairs_at(where: str) -> Any:
-    """Refuse a key that an object has twice: json would keep the last value and drop the others."""
+    """Raise on duplicate keys of an object, of which json would keep the last."""
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(found)

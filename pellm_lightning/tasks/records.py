@@ -1,4 +1,4 @@
-"""A party's texts out of its files, as records: a text to learn, perhaps after a prompt."""
+"""Records read from files: documents, or prompts with responses."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ COLUMNS = {
     "context": ("context", "input"),
     "response": ("response", "output"),
 }
-"""What a column is by its name: Dolly calls them context and response, Alpaca input and output."""
+"""Column names of each part: Dolly has context and response, Alpaca input and output."""
 
 KNOWN = (
     "Used are 'text'; or 'instruction', its 'context' (or 'input'), 'system', and 'response' (or 'output')."
@@ -26,12 +26,12 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Record:
-    """A text to learn; after a prompt, only the text is learned.
+    """Record of a document, or of a prompt with its response, the text.
 
     Args:
         text: The text, or the response.
-        prompt: What the response answers; None if the text stands for itself.
-        system: What a chat puts above the conversation.
+        prompt: The prompt of a response; None for a document.
+        system: System message of a chat.
         where: File and line.
     """
 
@@ -42,12 +42,12 @@ class Record:
 
     @property
     def is_blank(self) -> bool:
-        """Whether there is nothing to learn, or nothing that it would answer."""
+        """Whether text or prompt is blank."""
         return not self.text.strip() or self.has_blank_prompt
 
     @property
     def has_blank_prompt(self) -> bool:
-        """Whether there is nothing to continue."""
+        """Whether the prompt, or the document, is blank."""
         return not (self.text if self.prompt is None else self.prompt).strip()
 
 
@@ -85,8 +85,8 @@ def _record(row: FileRow, ignored: Collection[str], responses: bool, unused: Unu
         is_exchange = False
     if not is_exchange and "text" not in parts:
         raise _unknown(row)
-    wanted = (*_EXCHANGE, "system") if is_exchange else ("text",)
-    used = {part: column for part, column in parts.items() if part in wanted}
+    parts_used = (*_EXCHANGE, "system") if is_exchange else ("text",)
+    used = {part: column for part, column in parts.items() if part in parts_used}
     unused.add(row.fields, list(used.values()), row.where)
     texts = {part: _text(row, part, column, responses) for part, column in used.items()}
     if not is_exchange:
@@ -99,7 +99,7 @@ _EXCHANGE = ("instruction", "context", "response")
 
 
 def _text(row: FileRow, part: str, column: str, responses: bool) -> str:
-    """Return a part's text; a context or system text that is missing is none."""
+    """Return a part's text; a missing context or system message is empty."""
     may_be_missing = part in ("system", "context") or (part == "response" and not responses)
     if may_be_missing and not has_content(row.fields[column]):
         return ""
@@ -107,7 +107,7 @@ def _text(row: FileRow, part: str, column: str, responses: bool) -> str:
 
 
 def _parts(row: FileRow, ignored: Collection[str]) -> dict[str, str]:
-    """Map what a row has to its columns."""
+    """Map the parts of a row to its columns."""
     parts = {}
     for part, names in COLUMNS.items():
         columns = [c for c in row.fields if c.strip().casefold() in names and not is_ignored(c, ignored)]
@@ -139,9 +139,9 @@ def _unknown(row: FileRow) -> ValueError:
 def split_records(
     records: Sequence[Record], fraction: float, seed: int, source: str = "the data"
 ) -> tuple[list[Record], list[Record]]:
-    """Hold out a fraction of the records, whole ones, chosen by ``seed``; of a single text, its end.
+    """Split records into training and validation records by ``seed``; a single text is split at its end.
 
-    Cutting between records keeps a document's own words out of its evaluation. At least one is kept.
+    Splitting between records keeps documents out of their own evaluation. At least one is kept.
 
     Raises:
         ValueError: If there is a single record with a prompt, which cannot be divided; names ``source``.

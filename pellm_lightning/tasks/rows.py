@@ -1,4 +1,4 @@
-"""Labelled texts out of files: every row has its text and its label, and no column is left out unseen."""
+"""Labelled texts read from files."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -15,7 +15,7 @@ Label = str | bool | int | float
 
 @dataclass(frozen=True)
 class Row:
-    """A text with its label and, where one is asked for, its natural key.
+    """Row of a text, its label and, if requested, its natural key.
 
     Args:
         text: The text.
@@ -77,7 +77,7 @@ def _scalar(row: FileRow, column: str) -> Label:
 
 
 def label_name(label: Label) -> str:
-    """Return the one name of a label, however a file or YAML writes it.
+    """Return the canonical name of a label, as files or YAML may write it differently.
 
     ``1``, ``1.0`` and ``"1.0"`` are one label, as pandas and JSON write the same number, and so are ``True``,
     ``true`` and ``"TRUE"``; blanks around a name do not count.
@@ -95,7 +95,7 @@ def label_name(label: Label) -> str:
 
 
 def label_names(labels: object) -> list[str]:
-    """Check the argument ``labels`` and return the names.
+    """Validate the argument ``labels`` and return the names.
 
     Raises:
         ValueError: If it is no list of labels, or two of them are one.

@@ -1,4 +1,4 @@
-"""From records to samples: packed blocks, prompts and responses, padded batches."""
+"""Samples of language modelling: packed blocks, prompts with responses, padded batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from pellm_lightning.tasks.encoding import Encoder
 from pellm_lightning.tasks.records import Record
 
 Sample = dict[str, Tensor]
-"""``input_ids`` and ``labels``, each (T,) int64; a label of -100 takes no part in the loss."""
+"""``input_ids`` and ``labels``, each (T,) int64; a label of -100 is ignored by the loss."""
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A record with a prompt that is longer than a block.
+    """A truncated or dropped record, with a prompt and longer than a block.
 
     Args:
         where: File and line.
@@ -37,13 +37,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of one source, and what was left out of them.
+    """Samples of one source, and what was dropped.
 
     Args:
-        samples: What is trained or evaluated on.
-        blocks: How many of them are packed blocks.
-        num_texts: Records without a prompt.
-        tail: Tokens at the end of these that fill no block.
+        samples: The samples.
+        blocks: Number of packed blocks among them.
+        num_texts: Number of records without a prompt.
+        tail: Number of tokens at their end that fill no block.
         cuts: The records with a prompt that are longer than a block.
     """
 
@@ -55,7 +55,7 @@ class Samples:
 
 
 def to_samples(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Samples:
-    """Make samples of at most ``block_size`` tokens: plain texts packed, responses one by one."""
+    """Convert records to samples of at most ``block_size`` tokens: plain texts packed, responses singly."""
     encoder = Encoder(tokenizer)
     documents = encoder.documents([record.text for record in records if record.prompt is None])
     blocks = pack(documents, block_size)
@@ -74,16 +74,16 @@ def to_samples(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, bl
 
 
 def pack(documents: Sequence[Sequence[int]], block_size: int) -> list[Sample]:
-    """Join documents, each with its special tokens, and cut them into blocks; the tail is left out."""
+    """Concatenate documents with their special tokens and split them into blocks; the tail is dropped."""
     stream = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
     blocks = stream[: len(stream) // block_size * block_size].view(-1, block_size)
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
 def response_sample(prompt: Sequence[int], response: Sequence[int], block_size: int) -> Sample:
-    """Put a response after its prompt, cut at ``block_size`` tokens; only the response has labels.
+    """Concatenate prompt and response, truncated to ``block_size`` tokens; only the response has labels.
 
-    What is cut has no end-of-sequence token: the response does not end there.
+    A truncated response has no end-of-sequence token.
     """
     tokens = torch.tensor([*prompt, *response][:block_size], dtype=torch.int64)
     labels = tokens.clone()
@@ -92,7 +92,7 @@ def response_sample(prompt: Sequence[int], response: Sequence[int], block_size: 
 
 
 def is_learnable(sample: Sample) -> bool:
-    """Tell whether any label counts: a prompt that fills the block leaves none, and their mean is NaN."""
+    """Return whether any token has a label: without one the mean loss is NaN."""
     return bool((sample["labels"][1:] != IGNORED).any())
 
 
@@ -111,5 +111,5 @@ def pad_batch(samples: Sequence[Mapping[str, Tensor]], pad: int, side: Side = "r
 
 
 def to_prompt(record: Record, encoder: Encoder) -> Sample:
-    """Tokenize what the model is to continue: an instruction without its response, or a text as it stands."""
+    """Tokenize a prompt: an instruction without its response, or a text as it is."""
     return {"input_ids": torch.tensor(encoder.prompt(record), dtype=torch.int64)}

@@ -1,4 +1,4 @@
-"""What is saved of a PEFT model: which of its adapters, and where ``from_pretrained`` finds them."""
+"""Saving of a PEFT model's adapters, for ``from_pretrained`` to load."""
 
 import json
 import logging
@@ -17,29 +17,29 @@ log = logging.getLogger(__name__)
 def save_adapters(
     model: PeftModel, folder: Path, names: Sequence[str], *, with_base: bool, final: Path | None = None
 ) -> list[str]:
-    """Save adapters so that ``PeftModel.from_pretrained(base, folder)`` gives what was trained.
+    """Save adapters so that ``PeftModel.from_pretrained(base, folder)`` restores the trained model.
 
-    One adapter is at the root of the folder, whatever it is called. Several have a subfolder each, by their
-    names; their sum, which is what a model with all of them active computes, is at the root, where it is one
-    adapter itself: of plain LoRA. Other adapters of the model are left alone.
+    A single adapter is saved at the root of the folder, whatever its name. Several have a subfolder each, by
+    name; for plain LoRA their sum, which the model with all of them active computes, is saved as an adapter
+    at the root. Other adapters of the model are not saved.
 
     Args:
         model: The PEFT model.
-        folder: Where to write.
-        names: Which adapters.
-        with_base: Whether training has changed the base model, which then is saved, too, in ``base``.
-        final: Where the folder will lie, if not there.
+        folder: The folder to write to.
+        names: Names of the adapters.
+        with_base: Whether to save the base model also, in ``base``, since training has changed it.
+        final: Final path of the folder, if it will be moved.
 
     Returns:
-        What there is to say of the folder in its model card, sentence by sentence.
+        Sentences about the content of the folder, for its model card.
     """
     final = folder if final is None else final
     if not with_base:
         return _save_all(model, folder, names, final)
     _save_base(model, folder / "base")
-    said = _save_all(model, folder, names, final)
+    contents = _save_all(model, folder, names, final)
     _name_base(model, folder, str((final / "base").resolve()))
-    return said
+    return contents
 
 
 def _save_all(model: PeftModel, folder: Path, names: Sequence[str], final: Path) -> list[str]:
@@ -50,24 +50,30 @@ def _save_all(model: PeftModel, folder: Path, names: Sequence[str], final: Path)
     for name, place in places.items():
         _save(model, name, folder / place)
     listed = ", ".join(f"`{name}` in `{place}/`" for name, place in places.items())
-    said = [f"These adapters were trained together, all active: {listed}."]
+    contents = [f"These adapters were trained together, all active: {listed}."]
     unsupported_reason = _unsupported_reason(model, names)
     if unsupported_reason is None:
         _save_sum(model, names, folder)
-        said.append("Their sum is one adapter at the root of this folder: it alone gives the trained model.")
+        contents.append(
+            "Their sum is one adapter at the root of this folder: it alone gives the trained model."
+        )
     else:
         first, *others = names
         loads = "".join(
             f' model.load_adapter("{final.name}/{places[name]}", adapter_name="{name}");' for name in others
         )
-        said.append(
+        contents.append(
             f"There is none at the root, since {unsupported_reason}. Load them all:"
             f' `model = PeftModel.from_pretrained(base, "{final.name}/{places[first]}",'
             f' adapter_name="{first}");{loads} model.base_model.set_adapter({list(names)})`.'
         )
-        log.warning("%s holds an adapter in each of %s, and none at its root, since %s. Its %s says how to"
-                    " load them.", final, ", ".join(places.values()), unsupported_reason, "README.md")  # fmt: skip
-    return said + _kept_together(model, names)
+        log.warning(
+            "%s has an adapter in each of %s and none at its root, since %s. See README.md for loading.",
+            final,
+            ", ".join(places.values()),
+            unsupported_reason,
+        )
+    return contents + _kept_together(model, names)
 
 
 def _kept_together(model: PeftModel, names: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a party's samples come from: its files, what it holds out, the order of the rest."""
+"""Sources of a party's samples: files, validation split, shuffling."""
 
 import glob
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def party_files(pattern: str, party: int) -> list[Path]:
 
 
 def hold_out(num_samples: int, fraction: float, seed: int, source: str = "the data") -> set[int]:
-    """Choose by ``seed`` the indices of a fraction of the samples: at least one, and never all.
+    """Sample the indices of a validation fraction by ``seed``: at least one, never all.
 
     Raises:
         ValueError: If there are fewer than two; names ``source``.
@@ -48,7 +48,7 @@ def hold_out(num_samples: int, fraction: float, seed: int, source: str = "the da
 
 
 def shuffled(samples: Sequence[Any], trainer: Trainer | None, seed: int) -> DistributedSampler[Any]:
-    """Draw each epoch's order from ``seed`` and the epoch alone, so that a resumed fit draws it again.
+    """Return a sampler whose order depends on ``seed`` and epoch only, so that a resumed fit repeats it.
 
     Lightning calls `set_epoch`. The sampler divides the samples among the processes of this party, never
     among parties; in a party of one process it divides nothing.

@@ -1,4 +1,4 @@
-"""A party's texts as a Lightning data module."""
+"""Data module of texts for causal language models."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,34 +19,37 @@ from pellm_lightning.trainer.environment import party_of
 
 
 class TextDataModule(LightningDataModule):
-    """One party's private texts for a causal language model.
+    """Data module of a party's texts for a causal language model.
 
-    ``.txt`` files are documents. ``.jsonl`` files hold a record on each line, ``.json`` files a list of them:
-    ``{"text": ...}`` is a document, and of ``{"instruction": ..., "response": ...}`` the model learns the
-    response alone. What belongs to an instruction, its ``context`` (or ``input``), follows it after a blank
-    line; ``system`` is a chat's system message; a response may be called ``output``. Any other column with
-    content is an error, unless ``ignore_columns`` names it. Documents are joined, each with the special
-    tokens that the tokenizer gives it and closed by its end token, and cut into blocks.
+    ``.txt`` files are documents. ``.jsonl`` files have a record per line, ``.json`` files a list of them:
+    ``{"text": ...}`` is a document, and of ``{"instruction": ..., "response": ...}`` only the
+    response has labels. ``context`` (or ``input``) is appended to the instruction after a blank line;
+    ``system`` is a chat's system message; a response may be called ``output``. Other non-empty columns are an
+    error, unless in ``ignore_columns``. Documents are concatenated with special tokens, including the end of
+    sequence, and split into blocks.
 
-    What no sample holds is counted in the log, once for each party: records that are blank, or whose prompt
-    fills a block; the ends of responses that are cut; the end of the packed texts, which fills no block.
+    Each party logs the numbers of dropped records (blank, or with a prompt that fills a block), truncated
+    responses, and the tail of the packed texts.
 
-    In every pattern ``{party}`` stands for the party's index, counted from 0: ``data/party-{party}/*.txt``.
+    In every pattern ``{party}`` stands for the party's index, from 0: ``data/party-{party}/*.txt``.
 
     Args:
-        files: Pattern of the files to train on.
-        tokenizer: Hub id, local folder or GGUF file; as a rule that of the model.
-        batch_size: Samples in a batch, of each process.
-        block_size: Tokens in a block; longer instruction samples are cut. The model's positions bound it.
+        files: Pattern of the training files.
+        tokenizer: Hub id, local folder or GGUF file; usually that of the model.
+        batch_size: Batch size of each process.
+        block_size: Tokens of a block, at most the model's positions; longer samples are truncated.
         val_fraction: Share of the documents and records to hold out for validation, whole ones; of a single
             text, its end. Not used when ``val_files`` is given.
-        val_files: Pattern of the files to validate on.
-        test_files: Pattern of the files to test on.
-        predict_files: Pattern of the files with prompts: of instructions the response is left out.
-        ignore_columns: Columns that may be left out, for example ``[id, source]``.
-        party: Whose files these are; None asks the federation.
-        seed: Of the split and of each epoch's order.
-        num_workers: Processes that collate batches.
+        val_files: Pattern of the validation files.
+        test_files: Pattern of the test files.
+        predict_files: Pattern of the files with prompts; responses are ignored.
+        ignore_columns: Columns to ignore, for example ``[id, source]``.
+        party: Index of the party; None takes it from the federation.
+        seed: Seed of the validation split and of shuffling.
+        num_workers: Number of DataLoader workers.
+
+    Example:
+        >>> data = TextDataModule("data/party-{party}/*.jsonl", "HuggingFaceTB/SmolLM2-135M", block_size=256)
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Tensors of a module: which of them federate, as one flat buffer, digests and snapshots."""
+"""Tensors of a module: selection of the federated ones, flat buffer, digests and snapshots."""

@@ -1,7 +1,7 @@
-"""PEFT configurations of the adapters in use: what must be equal at all parties, as plain values.
+"""PEFT configurations of active adapters, as plain values to compare between parties.
 
-Equal names and shapes do not say what a number means: which tokens a row stands for, from which seed a fixed
-projection was drawn, by what an update is scaled. That is in the configuration. Nothing of PEFT is imported.
+Parameters of equal names and shapes may still have different semantics: the tokens of a row, the seed of a
+fixed projection, the scaling of an update. These are in the configuration. PEFT is not imported.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,51 +12,50 @@ from typing import Any, TypeAlias
 from torch import nn
 
 AdapterConfigs: TypeAlias = dict[str, dict[str, Any]]
-"""Plain values of each adapter's configuration, by the adapter's name and the field's."""
+"""Plain values of each adapter's configuration, by the names of adapter and field."""
 
 MAY_DIFFER = {
-    "peft_version": "what a number means is compared field by field",
-    "auto_mapping": "it names the class of the base model",
-    "base_model_name_or_path": "the same weights may lie elsewhere, and are compared themselves",
-    "revision": "the weights are compared themselves",
-    "inference_mode": "it says what is trained, which the parameters show",
-    "runtime_config": "it says where something is computed",
+    "peft_version": "the fields themselves are compared",
+    "auto_mapping": "class of the base model",
+    "base_model_name_or_path": "a path; the weights are compared",
+    "revision": "the weights are compared",
+    "inference_mode": "the trainable parameters are compared",
+    "runtime_config": "where something is computed",
     "tokenizer_name_or_path": "a path",
     "prompt_tuning_init_state_dict_path": "a path to values that the first broadcast overwrites",
     "cache_file": "a path",
     "covariance_file": "a path",
     "verbose": "output only",
-    "target_modules": "the names of the parameters show where adapters sit",
-    "exclude_modules": "the names of the parameters show where adapters sit",
-    "target_parameters": "the names of the parameters show where adapters sit",
-    "layers_to_transform": "the names of the parameters show where adapters sit",
-    "layers_pattern": "the names of the parameters show where adapters sit",
-    "modules_to_save": "the names of the parameters show what is trained in whole",
+    "target_modules": "parameter names show the adapted modules",
+    "exclude_modules": "parameter names show the adapted modules",
+    "target_parameters": "parameter names show the adapted modules",
+    "layers_to_transform": "parameter names show the adapted modules",
+    "layers_pattern": "parameter names show the adapted modules",
+    "modules_to_save": "parameter names show the copied modules",
 }
-"""Fields that may differ between parties, and why; so may every field with ``dropout`` in its name."""
+"""Fields that may differ between parties, and reason; so may every field with ``dropout`` in its name."""
 
 RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-"""Fields of LoRA that may differ where the aggregation lets ranks differ: it knows each party's scaling."""
+"""LoRA fields that may differ if the aggregation rule lets ranks differ; it knows each party's scaling."""
 
-_DRAWN = "it draws random numbers"
-_OF_DATA = "it depends on a party's own data"
-_ROUNDED = "it decomposes the weights, which rounds differently on another processor"
+_RANDOM = "it is random"
+_DATA_DEPENDENT = "it depends on a party's data"
+_ROUNDED = "it decomposes the weights, with rounding that depends on the processor"
 _WRITES_BASE = {
     "pissa": _ROUNDED,
-    "pissa_niter": _DRAWN,
+    "pissa_niter": _RANDOM,
     "olora": _ROUNDED,
     "loftq": _ROUNDED,
-    "lora_ga": _OF_DATA,
-    "corda": _OF_DATA,
+    "lora_ga": _DATA_DEPENDENT,
+    "corda": _DATA_DEPENDENT,
 }
 
 
 def adapter_configs(module: nn.Module) -> AdapterConfigs:
-    """Return the configurations of the adapters that a module's forward pass uses, by adapter.
+    """Return the configurations of a module's active adapters, by adapter.
 
-    What means that a field is unset (None, False, an empty list or dictionary) is left out, so that a field
-    which only one party's version of PEFT knows makes no difference until somebody sets it. So is what may
-    differ.
+    Unset fields (None, False, an empty list or dictionary) are omitted, so that a field that only one party's
+    version of PEFT knows matters only if set. So are fields that may differ.
     """
     found: AdapterConfigs = {}
     seen: set[int] = set()
@@ -76,13 +75,13 @@ def adapter_configs(module: nn.Module) -> AdapterConfigs:
 def config_differences(
     ours: AdapterConfigs, theirs: AdapterConfigs, fields_of: Sequence[str] = (), without: Sequence[str] = ()
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    """Yield adapter, field and both values where two parties' configurations differ; None is unset.
+    """Yield adapter, field and both values wherever two parties' configurations differ; None means unset.
 
     Args:
         ours: Configurations of one party.
-        theirs: Those of another.
-        fields_of: Compare these fields of LoRA's only.
-        without: Compare all fields but these of LoRA's.
+        theirs: Configurations of another.
+        fields_of: Compare only these fields of LoRA.
+        without: Compare all fields but these of LoRA.
     """
     for adapter in sorted(ours.keys() & theirs.keys()):
         one, other = ours[adapter], theirs[adapter]
@@ -97,7 +96,7 @@ def config_differences(
 
 
 def without_ranks(configs: AdapterConfigs) -> AdapterConfigs:
-    """Return configurations without what may differ where ranks may."""
+    """Return configurations without the fields that may differ with ranks."""
     return {
         adapter: {
             field: value
@@ -109,16 +108,16 @@ def without_ranks(configs: AdapterConfigs) -> AdapterConfigs:
 
 
 def init_that_writes_base(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return an initialisation that writes into the frozen weights, and why its result may differ.
+    """Return an initialisation that changes the frozen weights, and reason its result may differ.
 
-    None if the adapter's initialisation leaves them alone.
+    None if the adapter's initialisation does not change them.
     """
     init = config.get("init_lora_weights")
     if isinstance(init, str):
         kind = "pissa_niter" if init.lower().startswith("pissa_niter") else init.lower().partition("_")[0]
-        why = _WRITES_BASE.get(init.lower()) or _WRITES_BASE.get(kind)
-        if why is not None:
-            return f"init_lora_weights={init!r}", why
+        reason = _WRITES_BASE.get(init.lower()) or _WRITES_BASE.get(kind)
+        if reason is not None:
+            return f"init_lora_weights={init!r}", reason
     if config.get("kasa_config"):
         return "kasa_config", _ROUNDED
     return None
@@ -135,7 +134,7 @@ def _active(part: Any) -> set[str]:
 def _fields(config: Any) -> dict[str, Any]:
     values = {field.name: getattr(config, field.name, None) for field in fields(config)}
     mixed = values.get("adapters")
-    if isinstance(mixed, Mapping):  # X-LoRA's: the names count, their paths may differ
+    if isinstance(mixed, Mapping):  # X-LoRA's: compare the names, not their paths
         values["adapters"] = sorted(mixed)
     return {key: value for key, value in _compared(values).items() if not _is_unset(value)}
 
@@ -153,7 +152,7 @@ def _is_unset(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it, the same in every process: no address, no order of a set."""
+    """Return a value as JSON, equal in every process: without addresses, with sets sorted."""
     if isinstance(value, Enum):
         return _plain(value.value)
     if isinstance(value, str | int | float | bool | None):

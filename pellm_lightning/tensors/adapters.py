@@ -1,8 +1,4 @@
-"""What PEFT knows of a module: which parameters are adapters', and of which one.
-
-PEFT is asked by its own classes, and imported only where it has been: a module that holds a PEFT model has
-imported it.
-"""
+"""Adapter parameters of a module, according to PEFT's classes; PEFT is used only if already imported."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,11 +10,11 @@ from pellm_lightning.tensors.selection import plain_name
 
 
 def adapter_parameters(module: nn.Module) -> set[str] | None:
-    """Return the names of all parameters that PEFT has added for adapting, None if PEFT has no part in it.
+    """Return the names of all adapter parameters, None if PEFT is not used.
 
-    These are the parameters of adapter layers, prompts, and what their tuner shares between layers (banks of
-    vectors, routers). Copies of base layers (``modules_to_save``) and unfrozen layers of the base are none.
-    Names are without the prefix of ``torch.compile``.
+    These are the parameters of adapter layers, prompts, and those that a tuner shares between layers (vector
+    banks, routers), without copies of base layers (``modules_to_save``) and unfrozen base layers. Names are
+    without the prefix of ``torch.compile``.
     """
     if "peft" not in sys.modules:
         return None
@@ -35,16 +31,18 @@ def adapter_parameters(module: nn.Module) -> set[str] | None:
             base = getattr(part, "base_layer", None)
             found |= _ids(part.parameters()) - (_ids(base.parameters()) if base is not None else set())
         elif type(part).__module__.startswith("peft.tuners."):
-            found |= _ids(part.parameters(recurse=False))  # AdaptionPrompt's attention is no adapter layer
+            found |= _ids(
+                part.parameters(recurse=False)
+            )  # AdaptionPrompt's attention is not an adapter layer
     if not adapted:
         return None
     return {plain_name(name) for name, p in module.named_parameters() if id(p) in found}
 
 
 def parameters_of(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """Return the parameters of one adapter of a PEFT model, its copies of base layers among them.
+    """Yield the parameters of one adapter of a PEFT model, including its copies of base layers.
 
-    PEFT keeps what belongs to an adapter in dictionaries, under the adapter's name.
+    PEFT keeps an adapter's modules and parameters in dictionaries, by the adapter's name.
     """
     for part in model.modules():
         if isinstance(part, nn.ModuleDict) and adapter in part:
@@ -54,12 +52,12 @@ def parameters_of(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
 
 
 def adapters_with(model: Any, parameters: Iterable[nn.Parameter]) -> list[str]:
-    """Return the names of a PEFT model's adapters to which some of the parameters belong.
+    """Return the names of a PEFT model's adapters that own some of the parameters.
 
-    Where no parameter tells whose it is (AdaptionPrompt, X-LoRA's classifier), it is the active one.
+    If no parameter has an owner (AdaptionPrompt, X-LoRA's classifier), it is the active adapter.
     """
-    wanted = _ids(parameters)
-    found = [name for name in model.peft_config if _ids(parameters_of(model, name)) & wanted]
+    ids = _ids(parameters)
+    found = [name for name in model.peft_config if _ids(parameters_of(model, name)) & ids]
     return found or [model.active_adapter]
 
 

@@ -1,11 +1,10 @@
-"""Digests of whole tensors: equal for equal values on any processor or device, computed in place.
+"""Digests of tensors: equal for equal values on any processor or device, computed without copies.
 
-A tensor's bytes are read as 32-bit integers and cut into segments of ``_SEGMENT`` of them. Each segment's sum
-with odd 64-bit weights, one per position, wraps at 2^64; the sums are then hashed in their order. Sums of
-integers do not depend on the order of addition, so threads, vector units and GPUs agree. One value that
-changes always changes the digest; any other change, such as two rows that are swapped, escapes with a
-probability of at most 2^-32 (multilinear hashing: Carter and Wegman 1979). It guards against accidents, not
-against forgery.
+A tensor's bytes are read as 32-bit integers and split into segments of ``_SEGMENT``. Each segment's sum with
+odd 64-bit weights, one per position, is taken modulo 2^64; the sums are then hashed in order. Integer sums do
+not depend on the order of addition, so threads, vector units and GPUs agree. A change of one value always
+changes the digest; any other change, such as two swapped rows, is missed with a probability of at segments
+2^-32 (multilinear hashing: Carter and Wegman 1979). It detects accidents, not forgery.
 """
 
 import hashlib
@@ -21,18 +20,18 @@ from torch import Tensor
 _SEGMENT = 4096
 _SEGMENT_BYTES = 4 * _SEGMENT
 _CPU_SEGMENTS = 16
-"""Segments at a time on a CPU: their products then stay in its cache."""
+"""Segments at a time on a CPU, so that their products fit into its cache."""
 _GPU_SEGMENTS = 1024
 
 
 @dataclass(frozen=True)
 class TensorDigest:
-    """Digest of a tensor, as text: what it is, then the digest of its values.
+    """Digest of a tensor: its dtype and shape, and hashes of its values.
 
     Args:
         kind: Data type and shape, as in ``"float32[1000,32]"``.
-        values: Digest of all values, in hexadecimal digits.
-        blocks: Digests of the blocks of rows between ``row_bounds``; empty for what is no tall matrix.
+        values: Hash of all values, in hexadecimal digits.
+        blocks: Hashes of the blocks of rows between ``row_bounds``; empty unless it is a tall matrix.
     """
 
     kind: str
@@ -41,9 +40,9 @@ class TensorDigest:
 
     @classmethod
     def parse(cls, text: str) -> "TensorDigest":
-        """Return what ``str`` of a digest was made from; text of another form is taken as values."""
-        kind, _, rest = text.rpartition(" ") if text.count(" ") < 2 else text.partition(" ")
-        values, _, blocks = rest.partition(" ")
+        """Parse the text of ``str``; other text is taken as values."""
+        kind, _, tail = text.rpartition(" ") if text.count(" ") < 2 else text.partition(" ")
+        values, _, blocks = tail.partition(" ")
         return cls(kind, values, tuple(blocks[at : at + 4] for at in range(0, len(blocks), 4)))
 
     def __str__(self) -> str:
@@ -59,8 +58,8 @@ class TensorDigest:
 def tensor_digest(tensor: Tensor) -> TensorDigest:
     """Return the digest of a tensor: of its data type, its shape and every value.
 
-    A tensor on the meta device has no values, and those of a subclass that is made of others (the quantised
-    tensors of torchao, for example) are those of its parts.
+    A tensor on the meta device has no values; a wrapper subclass, such as torchao's quantised tensors, is
+    hashed by its inner tensors.
     """
     kind = f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(map(str, tensor.shape))}]"
     if tensor.is_meta:
@@ -81,10 +80,10 @@ def tensor_digest(tensor: Tensor) -> TensorDigest:
 
 
 def row_bounds(shape: Sequence[int]) -> list[int]:
-    """Return between which rows blocks of a tall matrix begin and end, finest at its last rows.
+    """Return the row boundaries of a tall matrix's blocks, finest at its last rows.
 
-    Rows that were added to an embedding stand at its end: the last eight have a block each, those before them
-    come in blocks of at most a quarter of their distance from the end. Anything else is one block.
+    Rows added to an embedding are its last: the last eight have a block each, earlier ones blocks of at
+    segments a quarter of their distance from the end. Any other tensor is one block.
     """
     rows = shape[0] if shape else 1
     if len(shape) != 2 or rows < 4 * shape[1] or rows < 2:
@@ -98,7 +97,7 @@ def row_bounds(shape: Sequence[int]) -> list[int]:
 
 
 def differing_rows(shape: Sequence[int], ours: Sequence[str], theirs: Sequence[str]) -> list[range]:
-    """Return the ranges of rows whose blocks differ; neighbours are joined."""
+    """Return the ranges of rows whose blocks differ; adjacent ones are merged."""
     bounds = row_bounds(shape)
     found: list[range] = []
     for start, stop, one, other in zip(bounds, bounds[1:], ours, theirs, strict=False):
@@ -111,7 +110,7 @@ def differing_rows(shape: Sequence[int], ours: Sequence[str], theirs: Sequence[s
 
 
 def _parts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the plain tensors that a tensor is made of; a plain one has no name."""
+    """Yield the inner tensors of a tensor by name; a plain one has an empty name."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()
         for name in names:
@@ -128,12 +127,12 @@ def _parts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         return
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
-    # A subclass of Parameter, such as that of bitsandbytes, may do something else with what it is asked.
+    # Subclasses of Parameter, such as bitsandbytes', may override these methods.
     yield "", tensor.as_subclass(Tensor).resolve_conj().resolve_neg()
 
 
 def _settings(context: object) -> str:
-    """Return the plain values of a subclass's context; an object's representation may hold addresses."""
+    """Return the plain values of a subclass's context; an object's repr may contain addresses."""
     if isinstance(context, dict):
         return "{" + ", ".join(f"{key}: {_settings(value)}" for key, value in context.items()) + "}"
     if isinstance(context, tuple | list):
@@ -144,24 +143,24 @@ def _settings(context: object) -> str:
 
 def _values_digest(tensor: Tensor) -> bytes:
     hashed = hashlib.blake2b(f"{tensor.numel() * tensor.element_size()}".encode(), digest_size=8)
-    most = _CPU_SEGMENTS if tensor.device.type == "cpu" else _GPU_SEGMENTS
+    segments = _CPU_SEGMENTS if tensor.device.type == "cpu" else _GPU_SEGMENTS
     weights = _weights(tensor.device)
     scratch: Tensor | None = None
     sums: list[Tensor] = []
-    for piece in _pieces(tensor, most * _SEGMENT_BYTES):
-        for words in _words(piece):
-            if scratch is None or scratch.shape != words.shape:
-                scratch = torch.empty(words.shape, dtype=torch.int64, device=tensor.device)
-            sums.append(scratch.copy_(words).mul_(weights[: words.shape[1]]).sum(dim=1))
+    for piece in _pieces(tensor, segments * _SEGMENT_BYTES):
+        for integers in _integers(piece):
+            if scratch is None or scratch.shape != integers.shape:
+                scratch = torch.empty(integers.shape, dtype=torch.int64, device=tensor.device)
+            sums.append(scratch.copy_(integers).mul_(weights[: integers.shape[1]]).sum(dim=1))
     if sums:
         hashed.update(torch.cat(sums).cpu().numpy().astype("<i8").tobytes())
     return hashed.digest()
 
 
 def _pieces(tensor: Tensor, size_bytes: int) -> Iterator[Tensor]:
-    """Yield the bytes of a tensor in the order of its indices, all pieces but the last of whole segments.
+    """Yield the bytes of a tensor in index order, in pieces of whole segments but for the last.
 
-    Only a tensor that is not contiguous is copied, some rows at a time.
+    Only a non-contiguous tensor is copied, some rows at a time.
     """
     if not tensor.numel():
         return
@@ -174,24 +173,24 @@ def _pieces(tensor: Tensor, size_bytes: int) -> Iterator[Tensor]:
         return
     flat = tensor.reshape(-1).view(torch.uint8)
     for piece in flat.split(size_bytes):
-        # A checkpoint's tensors may lie at any address, integers may not.
+        # A checkpoint's tensors may be unaligned, integers may not.
         yield piece.clone() if piece.data_ptr() % 4 or piece.storage_offset() % 4 else piece
 
 
-def _words(piece: Tensor) -> Iterator[Tensor]:
-    """Yield bytes as 32-bit integers of shape (segments, words); the last ones are filled up with zeros."""
+def _integers(piece: Tensor) -> Iterator[Tensor]:
+    """Yield bytes as 32-bit integers of shape (segments, integers), zero-padded at the end."""
     whole = piece.numel() // _SEGMENT_BYTES * _SEGMENT_BYTES
     if whole:
         yield piece[:whole].view(torch.int32).view(-1, _SEGMENT)
-    rest = piece[whole:]
-    if rest.numel():
-        rest = torch.nn.functional.pad(rest, (0, -rest.numel() % 4))
-        yield rest.view(torch.int32).view(1, -1)
+    tail = piece[whole:]
+    if tail.numel():
+        tail = torch.nn.functional.pad(tail, (0, -tail.numel() % 4))
+        yield tail.view(torch.int32).view(1, -1)
 
 
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
-    """Return odd 64-bit integers, which are the same everywhere, of shape (_SEGMENT,)."""
+    """Return the pseudorandom odd 64-bit weights, equal at all parties, of shape (_SEGMENT,)."""
     drawn = hashlib.shake_128(b"pellm_lightning.tensors.digest").digest(8 * _SEGMENT)
     weights = [
         int.from_bytes(drawn[at : at + 8], "little", signed=True) | 1 for at in range(0, len(drawn), 8)
@@ -200,6 +199,6 @@ def _weights(device: torch.device) -> Tensor:
 
 
 def bits_digest(tensor: Tensor) -> str:
-    """Return a digest of a tensor's bits: equal for equal bits only, order included; 16 hex digits."""
+    """Return a hash of a tensor's bits, in order; 16 hex digits."""
     values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.blake2b(values.numpy().data, digest_size=8).hexdigest()

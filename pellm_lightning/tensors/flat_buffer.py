@@ -1,7 +1,7 @@
-"""Named tensors <-> one flat float32 vector; the only place that knows DTensor.
+"""Flat buffer: the layout of named parameters in one float32 vector.
 
-The vector is walked in chunks that stay in a core's cache while several operations touch them: for a large
-adapter the memory traffic of packing costs as much as the network, so each pass over main memory counts.
+The vector is processed in chunks that fit into a core's cache: for a large adapter the memory traffic of
+packing takes as long as the network, so each pass over main memory counts.
 """
 
 import math
@@ -14,13 +14,12 @@ from torch import Tensor
 
 # Scalars per chunk: float32 chunks of parameters, vectors and scratch fit together into a core's 1 or 2 MB.
 _CHUNK = 1 << 16
-# Scalars per bucket, the unit that crosses between parties: large enough to hide latency, small enough to
-# overlap.
+# Scalars per bucket, the unit of communication: large enough to hide latency, small enough to overlap.
 _BUCKET = 1 << 22
 
 
 class Strided:
-    """A range of a parameter that is not contiguous, and so has no flat view; it is copied to and fro.
+    """Adapter for a range of a non-contiguous parameter, which has no flat view and is copied.
 
     Args:
         parameter: The whole parameter.
@@ -50,11 +49,11 @@ class Strided:
 
 
 class Chunk:
-    """A range of the vector and the pieces of parameters that lie there, in order.
+    """Chunk of the vector: a range and the pieces of parameters in it, in order.
 
     Args:
         start: Index of the first scalar.
-        pieces: Flat views of parameters; ranges of those that have none.
+        pieces: Flat views of parameters, or ``Strided`` adapters.
         group: Index of the layout's group that the parameters belong to.
     """
 
@@ -66,7 +65,7 @@ class Chunk:
         self.size = sum(self._sizes)
         self.stop = start + self.size
         self.rounds = any(piece.dtype not in (torch.float32, torch.float64) for piece in pieces)
-        """Whether writing rounds: a parameter holds less than float32."""
+        """Whether writing rounds, since a parameter has less precision than float32."""
 
     def gather_(self, out: Tensor) -> Tensor:
         """Copy the parameters into ``out``, a float32 vector of the chunk's size."""
@@ -83,7 +82,7 @@ class Chunk:
             piece.copy_(part)
 
     def as_written(self, values: Tensor, scratch: Tensor) -> Tensor:
-        """Return what the parameters hold after ``scatter_(values)``; a rounded copy lies in ``scratch``."""
+        """Return the parameters' values after ``scatter_(values)``; a rounded copy is in ``scratch``."""
         if not self.rounds:
             return values
         parts = zip(self.pieces, values.split(self._sizes), scratch.split(self._sizes), strict=True)
@@ -96,17 +95,24 @@ class Chunk:
 
 
 class Layout:
-    """Where each parameter lies in the flat vector: group by group, sorted by name, one after the other.
+    """Layout of parameters in the flat vector: by groups, in each sorted by name.
 
     Args:
-        parameters: Named floating-point tensors, on one device. They are read and written in place, never
-            rebound.
-        groups: Names that stand together, so that a group can cross between parties without the others; no
-            chunk or bucket spans two. By default all are one group.
+        parameters: Named floating-point tensors, on one device. They are read and written in place.
+        groups: Names of each group, which can be sent without the others; no chunk or bucket spans two. By
+            default all are one group.
 
     Raises:
-        ValueError: If there are none, one is no real floating-point tensor, one is sharded, or devices
-        differ.
+        ValueError: If there are none, one is not real floating point, one is sharded, or devices differ.
+
+    Example:
+        >>> parameters = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]])}
+        >>> layout = Layout(parameters)
+        >>> vector = layout.pack_(layout.new_vector())
+        >>> vector
+        tensor([1., 2., 3.])
+        >>> layout.view(vector, "b").shape
+        torch.Size([1, 1])
     """
 
     def __init__(
@@ -137,13 +143,13 @@ class Layout:
         return dict(self._shapes)
 
     def view(self, vector: Tensor, name: str) -> Tensor:
-        """Return the part of ``vector`` that belongs to a parameter, as a view in the parameter's shape."""
+        """Return a parameter's part of ``vector``, as a view in the parameter's shape."""
         start = self._starts[name]
         shape = self._shapes[name]
         return vector[start : start + math.prod(shape)].view(shape)
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return the part of ``vector`` that belongs to each parameter, by name, as views."""
+        """Return all parameters' parts of ``vector``, by name, as views."""
         return {name: self.view(vector, name) for name in self.names}
 
     def new_vector(self, extra: int = 0) -> Tensor:
@@ -157,14 +163,14 @@ class Layout:
         )
 
     def chunks(self) -> list[Chunk]:
-        """Return the chunks of the vector, laid out anew if a parameter's storage has moved meanwhile."""
+        """Return the chunks of the vector, rebuilt if a parameter's storage was reallocated."""
         if [p.data_ptr() for p in self._parameters.values()] != self._pointers:
             self._check_shapes()
             self._lay_out()
         return self._chunks
 
     def buckets(self) -> list[list[Chunk]]:
-        """Return the same chunks grouped into the buckets that cross between parties."""
+        """Return the chunks grouped into buckets, the units of communication."""
         self.chunks()
         return self._buckets
 
@@ -180,7 +186,7 @@ class Layout:
             chunk.scatter_(vector[chunk.start : chunk.stop])
 
     def first_nonfinite(self) -> str | None:
-        """Return the name of the first parameter that holds NaN or infinity, if any does."""
+        """Return the name of the first parameter with NaN or infinity, None if there is none."""
         return next((name for name, p in self._parameters.items() if not _is_finite(p)), None)
 
     def _check_shapes(self) -> None:
@@ -188,11 +194,11 @@ class Layout:
             if list(parameter.shape) != self._shapes[name]:
                 raise ValueError(
                     f"Parameter {name!r} has changed its shape from {self._shapes[name]} to"
-                    f" {list(parameter.shape)} since the start. What federates must keep its shape in a fit."
+                    f" {list(parameter.shape)}. Federated parameters must keep their shape in a fit."
                 )
 
     def _lay_out(self) -> None:
-        """Cut the vector into chunks. Where depends on sizes only, so it is the same at every party."""
+        """Split the vector into chunks, by sizes only, so that they are equal at every party."""
         self._pointers = [p.data_ptr() for p in self._parameters.values()]
         self._chunks: list[Chunk] = []
         pieces: list[Tensor | Strided] = []
@@ -207,7 +213,7 @@ class Layout:
         for name, parameter in self._parameters.items():
             size, taken = parameter.numel(), 0
             if 2 * size > _CHUNK or self._group_of[name] != group:
-                close()  # chunks of one piece each need no gathering
+                close()  # chunks of a single piece need no gathering
             group = self._group_of[name]
             while taken < size:
                 stop = min(size, taken + _CHUNK - filled)
@@ -221,7 +227,7 @@ class Layout:
 
 
 def _is_finite(x: Tensor) -> bool:
-    # A sum is finite only if all is; where it is not, it may just have overflowed.
+    # A finite sum implies finite values; an infinite one may be an overflow.
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
@@ -245,7 +251,7 @@ def _check(parameters: Mapping[str, Tensor]) -> None:
     devices = {p.device for p in parameters.values()}
     if len(devices) > 1:
         raise ValueError(
-            f"The federated parameters lie on several devices ({', '.join(sorted(map(str, devices)))}); a"
+            f"The federated parameters are on several devices ({', '.join(sorted(map(str, devices)))}); a"
             " party's parameters must be on one. Load the model without a device map that spreads it."
         )
     for name, parameter in parameters.items():

@@ -1,8 +1,8 @@
-"""What stays at a party but gives the trained numbers their meaning: the base, its quantisation, projections.
+"""Frozen state of a module: base weights, their quantisation, fixed projections; not sent, but compared.
 
-It must be the same at every party. Left out is what no forward pass uses (PEFT keeps the layer that a trained
-copy replaces, and adapters that are not active), and what changes by itself while a party trains (running
-statistics of batch norms; buffers of losses, metrics and the LightningModule).
+It must be equal at every party. Excluded are tensors that no forward pass uses (PEFT keeps the layer that a
+trained copy replaces, and inactive adapters), and those that training changes (running statistics of batch
+norms; buffers of losses, metrics and the LightningModule).
 """
 
 import sys
@@ -17,19 +17,18 @@ from torch.nn.modules.batchnorm import _NormBase
 from pellm_lightning.tensors.selection import plain_name
 
 _MOST_NESTED = 4
-"""How deep to look in what hangs on a quantised parameter, whose statistics may be quantised, too."""
+"""Nesting depth of quantisation states, whose statistics may be quantised themselves."""
 
 
 def frozen_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that stay local and must be equal at all parties, by name, sorted.
+    """Return the tensors that are not federated and must be equal at all parties, sorted by name.
 
-    These are the parameters that require no gradient, what a quantised parameter needs to be read
-    (``quant_state`` and ``SCB`` of bitsandbytes, the dictionaries of HQQ), the buffers of adapters, whether
-    saved or not, and the saved buffers of PEFT's and transformers' models, which hold the weights of GPTQ and
-    AWQ. Tied tensors stand there once.
+    These are the frozen parameters, the quantisation states of quantised ones (``quant_state`` and ``SCB`` of
+    bitsandbytes, the dictionaries of HQQ), all buffers of adapters, and the persistent buffers of PEFT's and
+    transformers' models, which hold the weights of GPTQ and AWQ. Tied tensors appear once.
 
     Args:
-        module: The module that is trained, with its adapters.
+        module: The trained module with its adapters.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -42,16 +41,16 @@ def frozen_state(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module stands."""
+    """Position of a module relative to PEFT's and transformers' models."""
 
     owner: str = ""
-    """What it belongs to: "adapter" for what PEFT has added, "base" for a pretrained model, else nothing."""
+    """Owner: "adapter" for modules that PEFT added, "base" for a pretrained model, else empty."""
     inactive: frozenset[str] = frozenset()
-    """Names of adapters that no forward pass uses."""
+    """Names of inactive adapters."""
 
 
 def _walk(module: nn.Module, path: str, place: _Place) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a module and of those below it, but for what is not used."""
+    """Yield the used tensors of a module and its children."""
     kind = _kind(module)
     if kind == "layer":
         place = _Place("adapter", _inactive_in_layer(module))
@@ -73,11 +72,11 @@ _BASE_CHILDREN = {
     "tuner": ("model",),
     "layer": ("base_layer", "original_module"),
 }
-"""Below which children of PEFT's modules the user's model stands."""
+"""Children of PEFT's modules that contain the user's model."""
 
 
 def _kind(module: nn.Module) -> str:
-    """Tell what a module is to PEFT and transformers, without importing either."""
+    """Classify a module by PEFT's and transformers' types, without importing either."""
     peft = sys.modules.get("peft")
     if peft is not None:
         if isinstance(module, peft.PeftModel | peft.PeftMixedModel):
@@ -93,12 +92,12 @@ def _kind(module: nn.Module) -> str:
 
 
 def _wrapper_type(peft: Any) -> Any:
-    """Return the type of the wrappers that train a copy of a layer, or some rows of it, beside an adapter."""
+    """Return PEFT's type of wrappers that train a copy of a layer, or some of its rows."""
     return peft.utils.other.AuxiliaryTrainingWrapper
 
 
 def _inactive_in_layer(layer: Any) -> frozenset[str]:
-    """Return the adapters of a layer whose tensors it does not use."""
+    """Return the names of a layer's inactive adapters."""
     known = {
         key
         for attribute in (*layer.adapter_layer_names, *layer.other_param_names)
@@ -108,9 +107,9 @@ def _inactive_in_layer(layer: Any) -> frozenset[str]:
         return frozenset(known)
     active = set(layer.active_adapters)
     if isinstance(layer, sys.modules["peft"].utils.ModulesToSaveWrapper):
-        active = set(layer.active_adapters[:1])  # of several it runs the first one's copy
+        active = set(layer.active_adapters[:1])  # it runs the copy of the first active adapter only
     elif active & set(getattr(layer, "lora_arrow", {})):
-        return frozenset()  # Arrow mixes the adapters that are not active
+        return frozenset()  # Arrow also uses inactive adapters
     return frozenset(known - active)
 
 
@@ -123,7 +122,7 @@ def _inactive_in_model(model: Any) -> frozenset[str]:
 
 
 def _unused_children(layer: Any) -> set[str]:
-    """Return the layer that a trained copy replaces, if the copy is what runs."""
+    """Return the name of the original layer if a trained copy replaces it."""
     if not isinstance(layer, sys.modules["peft"].utils.ModulesToSaveWrapper) or layer.disable_adapters:
         return set()
     active = layer.active_adapters
@@ -151,7 +150,7 @@ def _own_tensors(module: nn.Module, path: str, place: _Place) -> Iterator[tuple[
             yield path + name, parameter
             yield from _attached(parameter, module, path + name)
             quantised |= not (parameter.is_floating_point() or parameter.is_complex())
-    unsaved = module._non_persistent_buffers_set  # torch tells it only by a state_dict of the whole module
+    unsaved = module._non_persistent_buffers_set  # the only public way is a state_dict of the whole module
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
         compared = place.owner == "adapter" or (place.owner == "base" and name not in unsaved)
         if compared and _is_used(name, place) and not isinstance(module, _NormBase):
@@ -167,7 +166,7 @@ def _is_used(name: str, place: _Place) -> bool:
 
 
 def _attached(parameter: nn.Parameter, module: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield what hangs on a quantised parameter of bitsandbytes, without which its integers mean nothing."""
+    """Yield the quantisation state of a bitsandbytes parameter."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         yield from _inside(state, f"{name}.quant_state")
@@ -179,7 +178,7 @@ def _attached(parameter: nn.Parameter, module: nn.Module, name: str) -> Iterator
 
 
 def _in_containers(module: nn.Module, path: str, place: _Place) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors that a module keeps in plain attributes and dictionaries, such as indices and scales.
+    """Yield tensors in a module's plain attributes and dictionaries, such as indices and scales.
 
     Attributes with a leading underscore are caches.
     """
@@ -196,7 +195,7 @@ def _in_containers(module: nn.Module, path: str, place: _Place) -> Iterator[tupl
 
 
 def _inside(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested objects; their plain settings as one tensor of characters."""
+    """Yield the tensors of nested objects, and their plain settings as one tensor of characters."""
     settings = []
     items = value if isinstance(value, Mapping) else vars(value)
     for key, item in sorted(items.items(), key=lambda pair: str(pair[0])):
@@ -204,14 +203,14 @@ def _inside(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Tensor
             yield f"{name}.{key}", item
         elif isinstance(item, str | int | float | bool | torch.dtype | torch.Size | tuple | list):
             settings.append(f"{key}={item}")
-        elif depth < _MOST_NESTED and _holds_more(item):
+        elif depth < _MOST_NESTED and _is_container(item):
             yield from _inside(item, f"{name}.{key}", depth + 1)
     if settings:
         text = ", ".join(settings).encode()
         yield f"{name}.settings", torch.tensor(list(text), dtype=torch.uint8)
 
 
-def _holds_more(item: Any) -> bool:
+def _is_container(item: Any) -> bool:
     if isinstance(item, Mapping):
         return True
-    return hasattr(item, "__dict__") and not callable(item)  # no module, type or function
+    return hasattr(item, "__dict__") and not callable(item)  # not a module, type or function

@@ -1,10 +1,10 @@
-"""Arithmetic that gives the same bits on every processor, for what each party computes for itself.
+"""Portable arithmetic: optimizer steps with the same bits on every processor.
 
-IEEE 754 says to the bit what a sum, a difference, a product and a quotient of two numbers are. Torch does
-more at once where a processor can: ``a + alpha * b`` is rounded once where there is a fused multiply-add and
-twice where there is none, and its square roots come from a library that has other last bits on other
-processors. So an optimizer's step differs in the last bit between institutions. Here all of that is put
-together from operations of one rounding each.
+IEEE 754 defines sums, differences, products and quotients of two numbers to the bit. Torch fuses operations
+where a processor can: ``a + alpha * b`` is rounded once with a fused multiply-add and twice without, and its
+square roots differ in the last bit between processors. So an optimizer's step, which each party computes
+redundantly, differs in the last bit between institutions. Here it is composed of correctly rounded
+operations.
 """
 
 import zlib
@@ -16,29 +16,29 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-# Settings by which torch's optimizers choose kernels that do a whole step at once.
+# Settings of torch's optimizers that select fused kernels.
 _KERNELS = ("foreach", "fused")
 
 
 def step_(optimizer: torch.optim.Optimizer, piece: int = 1 << 16) -> None:
-    """Step an optimizer by operations of one rounding each.
+    """Step an optimizer by correctly rounded operations.
 
-    The same state and gradients then give the same bits whatever the processor, the number of threads and the
-    device, for every optimizer that is made of sums, products, quotients, square roots and comparisons, as
-    those of torch are. What else it calls (exponentials, powers, random numbers) stays what it is.
+    The same state and gradients then give the same bits on any processor, device and number of threads, for
+    every optimizer made of sums, products, quotients, square roots and comparisons, such as torch's. Other
+    functions (exponentials, powers, random numbers) are not changed.
 
     Args:
         optimizer: The optimizer.
-        piece: Numbers worked on at a time: intermediate results take no more memory, and stay in the cache.
+        piece: Numbers processed at a time, which limits the memory of intermediate results.
     """
     for group in optimizer.param_groups:
         group.update({key: False for key in _KERNELS if key in group})
-    with _OneRoundingEach(piece):
+    with _CorrectRounding(piece):
         optimizer.step()
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """Return a checksum of the tensors' bits, order included: 32 bits, against differences by accident."""
+    """Return a 32-bit checksum of the tensors' bits, in order, to detect accidental differences."""
     sum_ = 0
     for tensor in tensors:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -46,11 +46,11 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     return sum_
 
 
-class _OneRoundingEach(TorchFunctionMode):
-    """Takes torch's functions apart that round in another way than IEEE 754 says of their parts.
+class _CorrectRounding(TorchFunctionMode):
+    """Torch function mode that decomposes fused functions into correctly rounded ones.
 
     Args:
-        piece: Numbers worked on at a time.
+        piece: Numbers processed at a time.
     """
 
     def __init__(self, piece: int = 1 << 16) -> None:
@@ -63,29 +63,38 @@ class _OneRoundingEach(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        apart = _APART.get(name.strip("_"))
-        if apart is None or not args or not _is_floating(args[0]):
+        decompose = _DECOMPOSITIONS.get(name.strip("_"))
+        if decompose is None or not args or not _is_floating(args[0]):
             return func(*args, **kwargs)
-        words = {key: value for key, value in kwargs.items() if key != "out"}
+        settings = {key: value for key, value in kwargs.items() if key != "out"}
         out = args[0] if _is_in_place(name) else kwargs.get("out")
-        result = _in_pieces(apart, args, words, out, self._piece)
+        result = _in_pieces(decompose, args, settings, out, self._piece)
         return func(*args, **kwargs) if result is None else result
 
 
 def _in_pieces(
-    apart: Callable[..., Tensor | None], args: Sequence[Any], words: Mapping[str, Any], out: Any, piece: int
+    decompose: Callable[..., Tensor | None],
+    args: Sequence[Any],
+    settings: Mapping[str, Any],
+    out: Any,
+    piece: int,
 ) -> Tensor | None:
-    """Return what a function makes of tensors of one shape, piece by piece; None if it is left as it is."""
+    """Apply a decomposition piece by piece to tensors of one shape; None if not decomposed."""
     x = args[0]
-    tensors = [value for value in (*args, *words.values(), out) if isinstance(value, Tensor) and value.ndim]
+    tensors = [
+        value for value in (*args, *settings.values(), out) if isinstance(value, Tensor) and value.ndim
+    ]
     if x.numel() <= piece or any(of.shape != x.shape or not of.is_contiguous() for of in tensors):
-        result = apart(*args, **words)
+        result = decompose(*args, **settings)
         return result if result is None or out is None else out.copy_(result)
     if out is None:
         out = torch.empty_like(x)
     for start in range(0, x.numel(), piece):
         at = slice(start, start + piece)
-        part = apart(*(_part(value, at) for value in args), **{k: _part(v, at) for k, v in words.items()})
+        part = decompose(
+            *(_part(value, at) for value in args),
+            **{k: _part(v, at) for k, v in settings.items()},
+        )
         if part is None:
             return None
         out.view(-1)[at].copy_(part)
@@ -101,11 +110,11 @@ def _is_floating(x: Any) -> bool:
 
 
 def _is_in_place(name: str) -> bool:
-    """Tell ``add_`` and ``__iadd__`` from ``add`` and ``__add__``."""
+    """Return whether a function is in-place, such as ``add_`` and ``__iadd__``."""
     return name.startswith("__i") if name.startswith("__") else name.endswith("_")
 
 
-# ---- the parts; None leaves a function as it is
+# ---- decompositions; None keeps a function as it is
 
 
 def _add(x: Tensor, other: Any, *, alpha: Any = 1) -> Tensor | None:
@@ -118,11 +127,11 @@ def _subtract(x: Tensor, other: Any, *, alpha: Any = 1) -> Tensor | None:
 
 def _lerp(x: Tensor, end: Tensor, weight: Any) -> Tensor:
     near = x + (end - x) * weight
-    far = end - (end - x) * (1 - weight)  # exact at the end, as torch's is
+    far = end - (end - x) * (1 - weight)  # exact at the end, like torch's
     if isinstance(weight, Tensor):
         return torch.where(weight.abs() < 0.5, near, far)
-    chosen: Tensor = near if abs(weight) < 0.5 else far
-    return chosen
+    result: Tensor = near if abs(weight) < 0.5 else far
+    return result
 
 
 def _addcmul(x: Tensor, one: Tensor, other: Tensor, *, value: Any = 1) -> Tensor:
@@ -136,14 +145,14 @@ def _addcdiv(x: Tensor, one: Tensor, other: Tensor, *, value: Any = 1) -> Tensor
 def _divide(x: Tensor, other: Any, *, rounding_mode: str | None = None) -> Tensor | None:
     if isinstance(other, Tensor) and not (other.ndim == 0 and other.device != x.device):
         return None
-    # Of a number a GPU takes the reciprocal first, which is a rounding more.
+    # A GPU multiplies by the reciprocal of a number, which is an additional rounding.
     divisor = torch.as_tensor(other, dtype=x.dtype).to(x.device)
     return torch.div(x, divisor, rounding_mode=rounding_mode)
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    # The square root of float32 is never so near to the middle of two numbers that an error in the last bits
-    # of float64 could turn the rounding: with 24 bits it keeps 2^-50 away, relatively.
+    # A float32 square root is never within 2^-50, relatively, of the midpoint of two numbers, so errors in
+    # the last bits of float64 cannot change the rounding.
     return x.double().sqrt().to(x.dtype)
 
 
@@ -158,7 +167,7 @@ def _power(x: Tensor, exponent: Any) -> Tensor | None:
     return known[exponent](x) if exponent in known else None
 
 
-_APART: dict[str, Callable[..., Tensor | None]] = {
+_DECOMPOSITIONS: dict[str, Callable[..., Tensor | None]] = {
     "add": _add,
     "sub": _subtract,
     "subtract": _subtract,

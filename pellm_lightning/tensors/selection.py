@@ -1,4 +1,4 @@
-"""Which named parameters federate: what requires a gradient, narrowed by name patterns."""
+"""Selection of the federated parameters: trainable ones, filtered by name patterns."""
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from fnmatch import fnmatchcase
@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-# Without PEFT only names tell. Substrings that mark parameters which are no adapter: copied heads and
-# embeddings dwarf a LoRA and are easily missed.
+# Fallback without PEFT: substrings of adapter parameters, and of copied heads and embeddings, which are far
+# larger than a LoRA and easily overlooked.
 _ADAPTER = ("lora_", "adapter", "prompt", "prefix")
 _NOT_ADAPTER = ("modules_to_save", "embed", "wte", "lm_head", "classifier", "score", "pooler")
 
@@ -15,15 +15,15 @@ _NOT_ADAPTER = ("modules_to_save", "embed", "wte", "lm_head", "classifier", "sco
 def select(
     module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> dict[str, nn.Parameter]:
-    """Return the parameters that leave the party, sorted by name.
+    """Return the federated parameters, sorted by name.
 
-    A parameter federates if it requires a gradient, matches a pattern of ``include`` (or ``include`` is
+    A parameter is federated if it requires a gradient, matches a pattern of ``include`` (or ``include`` is
     empty) and no pattern of ``exclude``. Patterns are shell globs matched against the whole name, e.g.
-    ``"*lora_B*"``. Tied parameters appear once; the prefix of ``torch.compile`` is stripped, so that a
-    compiled and a plain party agree.
+    ``"*lora_B*"``. Tied parameters appear once; the prefix of ``torch.compile`` is stripped, so that
+    compiled and other parties agree.
 
     Raises:
-        ValueError: If nothing is left, or a pattern of ``include`` matches no trainable parameter, or one of
+        ValueError: If nothing remains, or a pattern of ``include`` matches no trainable parameter, or one of
         ``exclude`` no parameter at all (it is most likely a typo).
     """
     everything = dict(_named(module))
@@ -35,31 +35,31 @@ def select(
         )
     for kind, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            # What is excluded may be frozen yet, and stays at home when it is not any more.
-            named = trainable if kind == "include" else everything
-            if not any(fnmatchcase(name, pattern) for name in named):
+            # Excluded parameters may be frozen now and unfrozen later.
+            candidates = trainable if kind == "include" else everything
+            if not any(fnmatchcase(name, pattern) for name in candidates):
                 which = "trainable parameters" if kind == "include" else "parameters"
                 raise ValueError(
-                    f"The {kind} pattern {pattern!r} matches none of the {len(named)} {which} (such as"
-                    f" {next(iter(named))!r}). Patterns are globs over whole names: try '*{pattern}*'."
+                    f"The {kind} pattern {pattern!r} matches none of the {len(candidates)} {which} (such as"
+                    f" {next(iter(candidates))!r}). Patterns are globs over whole names: try '*{pattern}*'."
                 )
-    chosen = {name: p for name, p in trainable.items() if wanted(name, include, exclude)}
-    if not chosen:
+    selected = {name: p for name, p in trainable.items() if is_federated(name, include, exclude)}
+    if not selected:
         raise ValueError(
             f"include={list(include)} and exclude={list(exclude)} together leave none of the {len(trainable)}"
             " trainable parameters. Loosen one of them."
         )
-    return dict(sorted(chosen.items()))
+    return dict(sorted(selected.items()))
 
 
 def share_outside_adapter(
     parameters: Mapping[str, nn.Parameter], adapter: Collection[str] | None = None
 ) -> float:
-    """Return which part (0 to 1) of the scalars sits in heads, embeddings or other layers of the base.
+    """Return the fraction of scalars in heads, embeddings or other layers of the base.
 
     Args:
-        parameters: By name.
-        adapter: Names of those that are an adapter's, as PEFT knows them; None goes by the parameters' names.
+        parameters: Parameters by name.
+        adapter: Names of the adapter's parameters according to PEFT; None guesses by names.
     """
     total = sum(p.numel() for p in parameters.values())
     outside = sum(p.numel() for name, p in parameters.items() if not _is_adapter(name, adapter))
@@ -75,26 +75,26 @@ def _is_adapter(name: str, adapter: Collection[str] | None) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return a name without the prefix that ``torch.compile`` puts before the module's own."""
+    """Strip the prefix of ``torch.compile`` from a name."""
     return name.replace("_orig_mod.", "")
 
 
 def named_as_in(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict under the names of ``module``, where only ``torch.compile``'s prefix differs."""
+    """Rename a state dict to the names of ``module``, which may differ by ``torch.compile``'s prefix."""
     own = {plain_name(name): name for name in module.state_dict()}
     return {own.get(plain_name(name), name): value for name, value in state_dict.items()}
 
 
 def load_compiled_(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
-    """Let a module load what was saved compiled, or what was not though the module is.
+    """Pre-hook to load compiled checkpoints into plain modules and vice versa.
 
-    A hook for ``register_load_state_dict_pre_hook``: it renames in the state dict what differs in
+    For ``register_load_state_dict_pre_hook``: renames keys of the state dict that differ in
     ``torch.compile``'s prefix.
     """
     own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
     renamed = named_as_in(module, {name[len(prefix) :]: value for name, value in own.items()})
     if len(renamed) < len(own) or all(prefix + name in own for name in renamed):
-        return  # two names for one parameter are an error that loading itself reports; else nothing to do
+        return  # loading reports an error for two names of one parameter; otherwise all names match
     for name in own:
         del state_dict[name]
     state_dict.update({prefix + name: value for name, value in renamed.items()})
@@ -105,7 +105,7 @@ def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield plain_name(name), parameter
 
 
-def wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Tell whether a trainable parameter of that name federates."""
+def is_federated(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Return whether a trainable parameter of that name is federated."""
     included = not include or any(fnmatchcase(name, pattern) for pattern in include)
     return included and not any(fnmatchcase(name, pattern) for pattern in exclude)

@@ -1,1 +1,1 @@
-"""What a Trainer is to a party: process group, files of its own, metrics, checkpoints to resume."""
+"""Lightning Trainer of one party: its environment, isolation from other parties, resume, metrics."""

@@ -1,4 +1,4 @@
-"""The party as Lightning's whole world: its processes form the default group, other parties do not exist."""
+"""Cluster environment of one party, whose processes form Lightning's world, and its leader process."""
 
 import atexit
 import logging
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class PartyEnvironment(ClusterEnvironment):
-    """Splits the processes of one launch into parties; a strategy inside a party sees that party only.
+    """Cluster environment that splits the processes of one launch into parties, each a world of its own.
 
     With ``torchrun --nproc-per-node 4`` and ``Trainer(plugins=[PartyEnvironment(num_parties=2)],
     strategy="ddp", devices=2)`` ranks 0 and 1 are party 0 and train with DDP, ranks 2 and 3 are party 1.
@@ -37,9 +37,13 @@ class PartyEnvironment(ClusterEnvironment):
     Args:
         num_parties: Number of parties; None makes every process a party. It must divide the number of
             processes.
-        timeout_s: Seconds a process of a party waits for the others of the same party. While its first
-            process waits for other parties the rest wait for it, so it must not be shorter than the
-            callback's ``timeout_s``.
+        timeout_s: Seconds a process of a party waits for the others of the same party. While its leader
+            waits for other parties the others wait for it, so it must not be shorter than the callback's
+            ``timeout_s``.
+
+    Example:
+        >>> environment = PartyEnvironment(num_parties=2)
+        >>> trainer = Trainer(plugins=[environment], accelerator="cpu", logger=False)
     """
 
     def __init__(self, num_parties: int | None = None, timeout_s: float = 1800) -> None:
@@ -55,7 +59,7 @@ class PartyEnvironment(ClusterEnvironment):
 
     @property
     def topology(self) -> Topology:
-        """Where this process stands."""
+        """Party and rank of this process."""
         return Topology.from_env(self.num_parties)
 
     @property
@@ -84,7 +88,7 @@ class PartyEnvironment(ClusterEnvironment):
 
     @override
     def set_world_size(self, size: int) -> None:
-        log.debug("The party's size is given by the launcher; set_world_size(%d) changes nothing.", size)
+        log.debug("The launcher sets the party's size; ignoring set_world_size(%d).", size)
 
     @override
     def global_rank(self) -> int:
@@ -92,9 +96,7 @@ class PartyEnvironment(ClusterEnvironment):
 
     @override
     def set_global_rank(self, rank: int) -> None:
-        log.debug(
-            "The rank in the party is given by the launcher; set_global_rank(%d) changes nothing.", rank
-        )
+        log.debug("The launcher sets the rank in the party; ignoring set_global_rank(%d).", rank)
 
     @override
     def local_rank(self) -> int:
@@ -109,22 +111,21 @@ class PartyEnvironment(ClusterEnvironment):
 
     @override
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Check the Trainer's devices against the party and form the party's group.
+        """Validate the Trainer's devices and initialise the party's process group.
 
-        Lightning calls this first of all in every fit, before it would itself start a default group over all
-        parties.
+        Lightning calls this at the start of every fit, before it would initialise a group over all parties.
         """
         topology = self.topology
         if num_devices * num_nodes != topology.party_size:
             raise ValueError(
                 f"A party has {topology.party_size} process(es) ({topology.num_parties} parties in one"
-                f" launch), but the Trainer is set to devices={num_devices} x num_nodes={num_nodes}. Set"
+                f" launch), but the Trainer has devices={num_devices} x num_nodes={num_nodes}. Set"
                 " devices to the processes per party, or launch num_parties x devices processes."
             )
         if topology.party_size > 1 and not dist.is_initialized():
-            self._form_party_group(topology)
+            self._init_process_group(topology)
 
-    def _form_party_group(self, topology: Topology) -> None:
+    def _init_process_group(self, topology: Topology) -> None:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore(_fresh_prefix(topology), store_from_env(self.timeout_s)),
@@ -132,16 +133,16 @@ class PartyEnvironment(ClusterEnvironment):
             world_size=topology.party_size,
             timeout=timedelta(seconds=self.timeout_s),
         )
-        # A worker that exits with a live group sometimes aborts, which makes torchrun kill the others.
+        # Exiting with a live group sometimes aborts the process, and torchrun then kills the others.
         atexit.register(_destroy_party_group)
 
 
 class Party:
-    """One party's processes: the speaker acts for all, the others follow.
+    """Processes of one party: the leader communicates with other parties on behalf of all.
 
     Args:
-        topology: Where this process stands.
-        strategy: The Trainer's strategy, which spans exactly the party.
+        topology: Party and rank of this process.
+        strategy: The Trainer's strategy, whose world is the party.
     """
 
     def __init__(self, topology: Topology, strategy: Strategy) -> None:
@@ -149,7 +150,7 @@ class Party:
         self._strategy = strategy
 
     def on_leader(self, act: Callable[[], T]) -> T:
-        """Run ``act`` at the speaker; return its result, or raise its error, at all of the party."""
+        """Run ``act`` in the leader; return its result, or raise its error, in all processes of the party."""
         if self.topology.party_size == 1:
             return act()
         result: T | None = None
@@ -159,17 +160,17 @@ class Party:
                 result = act()
             except Exception as caught:
                 error = caught
-        result, said = self._strategy.broadcast(
+        result, message = self._strategy.broadcast(
             (result, None if error is None else f"{type(error).__name__}: {error}")
         )
         if error is not None:
             raise error
-        if said is not None:
-            raise FederationError(f"The first process of party {self.topology.party} failed: {said}")
+        if message is not None:
+            raise FederationError(f"The leader of party {self.topology.party} failed: {message}")
         return result  # type: ignore[return-value]
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Return each value summed over the party's processes."""
+        """Sum each value over the party's processes."""
         if self.topology.party_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self._strategy.root_device)
@@ -177,19 +178,19 @@ class Party:
         return total.tolist()
 
     def broadcast_(self, x: Tensor) -> Tensor:
-        """Overwrite ``x`` by the speaker's, in place."""
+        """Broadcast the leader's ``x``, in place."""
         if self.topology.party_size > 1:
             dist.broadcast(x, 0)
         return x
 
 
 def topology_of(trainer: Trainer) -> Topology:
-    """Return where this process stands; without a PartyEnvironment each process of a launch is a party.
+    """Return this process's party and rank; without PartyEnvironment each process of a launch is a party.
 
-    A launch that is one party of separate jobs says so in its callback. Processes without a launcher's rank,
-    which Lightning has started itself or SLURM, are all of one party.
+    With separate jobs the callback defines the party. Processes without a launcher's rank, started by
+    Lightning or SLURM, belong to one party.
     """
-    # A single-device strategy does not expose its environment, so this reads the connector.
+    # A single-device strategy does not expose its environment.
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, PartyEnvironment):
         topology = environment.topology
@@ -210,18 +211,18 @@ def party_of(trainer: Trainer | None) -> int:
 
 
 def set_rank_zero(rank_in_party: int) -> None:
-    """Make Lightning's rank-zero functions mean the party's rank 0, so that every party's loggers write."""
+    """Set the rank in the party for Lightning's rank-zero functions, so that every party's loggers write."""
     for function in (rank_zero_only, utils_rank_zero_only):
-        setattr(function, "rank", rank_in_party)  # noqa: B010  (a function's attribute, unknown to the type checker)
+        setattr(function, "rank", rank_in_party)  # noqa: B010  (unknown to the type checker)
 
 
 def shares_terminal(topology: Topology) -> bool:
-    """Whether several parties run on this host under one launcher, and so print into one terminal."""
+    """Return whether several parties of one launcher share this host and its terminal."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > topology.party_size
 
 
 def _fresh_prefix(topology: Topology) -> str:
-    """Return a prefix that no earlier start of these workers used: torchrun restarts them on one store."""
+    """Return a store prefix that is unique to this start: torchrun restarts workers with the same store."""
     return f"party/{topology.party}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
@@ -231,7 +232,7 @@ def _destroy_party_group() -> None:
 
 
 def describe_device(device: torch.device) -> str | None:
-    """Return what tells one accelerator from all others, or None for a CPU."""
+    """Return a unique identifier of an accelerator, None for a CPU."""
     if device.type != "cuda":
         return None
     properties: Any = torch.cuda.get_device_properties(device)

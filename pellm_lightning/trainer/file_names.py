@@ -1,11 +1,11 @@
-"""Names for files whose first choice may be taken."""
+"""Unique file names."""
 
 import os
 from collections.abc import Callable, Iterator
 
 
 def numbered(path: str) -> Iterator[str]:
-    """Yield a path, then the same with a number before its suffix: ``a.csv``, ``a-1.csv``, ``a-2.csv``..."""
+    """Yield a path, then with a number before its suffix: ``a.csv``, ``a-1.csv``, ``a-2.csv``..."""
     yield path
     stem, suffix = os.path.splitext(path)
     number = 0

@@ -1,4 +1,4 @@
-"""Keep parties on one host apart: no two write the same file, and one terminal stays readable."""
+"""Isolation of parties on one host: separate files, and terminal output of party 0 only."""
 
 import logging
 import os
@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Return the Trainer's callbacks; Lightning sets the attribute where type checkers do not see it."""
-    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    """Return the Trainer's callbacks; the attribute is invisible to type checkers."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
 
 
 def separate_files(trainer: Trainer, party: int) -> None:
-    """Move what this party writes below ``party-<k>/`` of the path it was given.
+    """Redirect this party's loggers, checkpoints and profiler to ``party-<k>/`` below their paths.
 
-    Loggers of Lightning that write locally are replaced by ones that save there, checkpoint callbacks and the
-    profiler get their directory there. A path that has a ``party-<k>`` component already is left alone.
+    Lightning's local loggers are replaced by ones that save there; checkpoint callbacks and the profiler get
+    another directory. A path with a ``party-<k>`` component is not changed.
     """
     trainer.loggers = [_separated_logger(logger, party) for logger in trainer.loggers]
     first = trainer.loggers[0] if trainer.loggers else None
@@ -42,12 +42,12 @@ def separate_files(trainer: Trainer, party: int) -> None:
 
 
 def below(path: str, party: int) -> str:
-    """Return ``path/party-<k>``, or ``path`` itself if it lies below a ``party-<k>`` already."""
+    """Return ``path/party-<k>``, or ``path`` itself if it has a ``party-<k>`` component."""
     return path if f"party-{party}" in Path(path).parts else os.path.join(path, f"party-{party}")
 
 
 def written_paths(trainer: Trainer) -> list[str]:
-    """Return the directories this party writes to, as "host:path", so that the parties can compare them."""
+    """Return the output directories of this party as "host:path", for comparison between parties."""
     paths = [logger.log_dir for logger in trainer.loggers if logger.log_dir]
     paths += checkpoint_dirs(trainer)
     here = socket.gethostname()
@@ -55,43 +55,43 @@ def written_paths(trainer: Trainer) -> list[str]:
 
 
 def checkpoint_dirs(trainer: Trainer) -> list[str]:
-    """Return the directories of the callbacks that save checkpoints, as far as they are known yet."""
+    """Return the directories of the checkpoint callbacks, as far as they are resolved."""
     return [str(checkpoint.dirpath) for checkpoint in _checkpoints(trainer) if checkpoint.dirpath is not None]
 
 
 def keep_metrics(trainer: Trainer) -> None:
-    """Give the metrics of an earlier run another name, which a CSVLogger of the same folder would delete.
+    """Rename the metrics file of an earlier run, which a CSVLogger of the same folder would delete.
 
-    This is for one process of the party, before its loggers are used.
+    Call it in one process of the party, before its loggers are used.
     """
     for logger in trainer.loggers:
-        # Once it is used, the file is of this run.
+        # Once the logger is used, the file belongs to this run.
         if isinstance(logger, CSVLogger) and logger._experiment is None:
             path = os.path.join(logger.log_dir, "metrics.csv")
             fs = get_filesystem(path)
             if fs.exists(path):
                 kept = unused(path, fs.exists)
                 fs.mv(path, kept)
-                log.info("The metrics of an earlier run are in %s now.", kept)
+                log.info("Moved the metrics of an earlier run to %s.", kept)
 
 
 def put_first(trainer: Trainer, callback: Callback) -> None:
-    """Make a callback the first in each hook; in a new list, since Lightning may be walking the old one."""
-    vars(trainer)["callbacks"] = [callback, *(c for c in callbacks_of(trainer) if c is not callback)]
+    """Move a callback to the front, in a new list, since Lightning may be iterating over the old one."""
+    rest = [c for c in callbacks_of(trainer) if c is not callback]
+    trainer.callbacks = [callback, *rest]  # type: ignore[attr-defined]
 
 
 def silence(trainer: Trainer) -> None:
-    """Leave the terminal to party 0: no progress bar, no model summary, no routine lines of Lightning."""
+    """Silence this party in a shared terminal: no progress bar, model summary or info lines of Lightning."""
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.disable()
-    kept = [c for c in callbacks_of(trainer) if not isinstance(c, ModelSummary)]
-    vars(trainer)["callbacks"] = kept
+    trainer.callbacks = [c for c in callbacks_of(trainer) if not isinstance(c, ModelSummary)]  # type: ignore[attr-defined]
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _checkpoints(trainer: Trainer) -> list[Any]:
-    """Return the callbacks that save checkpoints into a directory of their own."""
+    """Return the callbacks that save checkpoints into a directory."""
     return [c for c in callbacks_of(trainer) if isinstance(c, Checkpoint) and hasattr(c, "dirpath")]
 
 
@@ -99,8 +99,8 @@ def _separated_logger(logger: Logger, party: int) -> Logger:
     save_dir = below(logger.save_dir or ".", party)
     if not isinstance(logger, CSVLogger | TensorBoardLogger) or save_dir == logger.save_dir:
         return logger
-    _withdraw(logger)
-    version = None if _is_counted(logger) else logger.version
+    _remove_empty_events(logger)
+    version = None if _is_automatic_version(logger) else logger.version
     if isinstance(logger, CSVLogger):
         return CSVLogger(
             save_dir,
@@ -121,24 +121,23 @@ def _separated_logger(logger: Logger, party: int) -> Logger:
     )
 
 
-def _is_counted(logger: CSVLogger | TensorBoardLogger) -> bool:
-    """Tell whether a logger's version is the next free number of its folder, and not the user's own.
+def _is_automatic_version(logger: CSVLogger | TensorBoardLogger) -> bool:
+    """Return whether a logger's version is the next free number of its folder, not set by the user.
 
-    That folder is the one that all parties share; the number is counted anew where the logger is moved to.
+    The folder is shared by all parties; the number is determined again in the party's own folder.
     """
     if logger._version is None:
         return True
     return logger.version == type(logger)(logger.save_dir, logger.name).version
 
 
-def _withdraw(logger: Logger) -> None:
-    """Remove the empty event file of a logger that DDP inside the party let start before its path was set."""
+def _remove_empty_events(logger: Logger) -> None:
+    """Remove the empty event file of a logger that DDP in the party has started before the redirection."""
     if not isinstance(logger, TensorBoardLogger) or logger._experiment is None:
         return
-    # This writer's own file: in a folder on a shared disk, another host's process may have the same number.
+    # Only this writer's file: on a shared disk, another host's process may have the same number.
     written = getattr(logger.experiment.file_writer.event_writer, "_file_name", None)
     logger.experiment.close()
-    if written is None:  # tensorboardX does not tell; an empty file remains
-        return
-    # The folder stays: party 0's logger may be about to write its first file there.
-    Path(written).unlink()
+    if written is not None:  # tensorboardX does not expose it; an empty file remains
+        # The folder stays, since party 0's logger may be about to create its first file there.
+        Path(written).unlink()

@@ -1,9 +1,9 @@
-"""What of a callback goes into a pickle or a copy: its own state, and nothing of the fit around it."""
+"""Pickling of callbacks: their own state, without references to the fit."""
 
 from typing import Any
 
-# Lightning gives these to the callbacks of a fit and leaves them there: they hold the module.
-_LIGHTNINGS = ("log", "log_dict")
+# Lightning sets these on callbacks during a fit and never removes them: they reference the module.
+_SET_BY_LIGHTNING = ("log", "log_dict")
 
 
 def own_state(callback: object, **replaced: Any) -> dict[str, Any]:
@@ -11,6 +11,6 @@ def own_state(callback: object, **replaced: Any) -> dict[str, Any]:
 
     Args:
         callback: The callback.
-        **replaced: Attributes that belong to this process, and what stands for them in a copy.
+        **replaced: Attributes to replace in the copy, by name.
     """
-    return {name: value for name, value in vars(callback).items() if name not in _LIGHTNINGS} | replaced
+    return {name: value for name, value in vars(callback).items() if name not in _SET_BY_LIGHTNING} | replaced

@@ -1,7 +1,7 @@
-"""Which checkpoint a party resumes: looked for in its own folder, and never left unseen there.
+"""Resumption of a party: resolves its checkpoint before Lightning does.
 
-Lightning resolves ``ckpt_path="last"`` as the first act of ``trainer.fit``, before it calls any hook. A party
-whose folder were known to it only from ``setup`` on would not find its checkpoint, or find another party's.
+Lightning resolves ``ckpt_path="last"`` at the start of ``trainer.fit``, before any hook, so a party whose
+folder is set in ``setup`` would not find its checkpoint, or find another party's.
 """
 
 import functools
@@ -23,13 +23,13 @@ _RUNS = ("fit", "validate", "test", "predict")
 
 
 def precede_runs(act: Callable[[Trainer, Any], Any]) -> None:
-    """Call ``act`` as the first thing of each fit, validation, test and prediction of a Trainer.
+    """Call ``act`` before each fit, validation, test and prediction of a Trainer.
 
-    Lightning has no hook before it resolves ``ckpt_path``, so its public methods are wrapped, as MLflow's
-    autologging does it. A Trainer that ``act`` does nothing with is not affected.
+    Lightning has no hook before it resolves ``ckpt_path``, so its public methods are wrapped, as by
+    MLflow's autologging. Trainers that ``act`` ignores are not affected.
 
     Args:
-        act: Is given the Trainer and its ``ckpt_path``, and returns which one shall be used.
+        act: Gets the Trainer and its ``ckpt_path``, and returns the one to use.
     """
     for name in _RUNS:
         setattr(Trainer, name, _preceded(getattr(Trainer, name), act))
@@ -41,68 +41,67 @@ def _preceded(method: Callable[..., Any], act: Callable[[Trainer, Any], Any]) ->
     @functools.wraps(method)
     def run(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(trainer, *args, **kwargs)
-        asked = given.arguments.get("ckpt_path")
-        chosen = act(trainer, asked)
-        if chosen is not asked:
-            given.arguments["ckpt_path"] = chosen
+        ckpt_path = given.arguments.get("ckpt_path")
+        resolved = act(trainer, ckpt_path)
+        if resolved is not ckpt_path:
+            given.arguments["ckpt_path"] = resolved
         return method(*given.args, **given.kwargs)
 
     return run
 
 
 def last_of_unfinished(trainer: Trainer, party: int, state_dir: str, stopped: str) -> str | None:
-    """Return the newest checkpoint of the unfinished federation that a separate job has taken part in.
+    """Return the party's newest checkpoint of the unfinished federation of separate jobs.
 
-    It is found where "last" of Lightning does not look: under another name than ``last.ckpt``, and in the
-    folder of an earlier version of the logger.
+    Unlike Lightning's "last", this also finds other names than ``last.ckpt``, and folders of the logger's
+    earlier versions.
 
     Args:
-        trainer: Of this process.
+        trainer: The Trainer of this process.
         party: Index of the party.
-        state_dir: Where the job keeps the global state.
+        state_dir: Snapshot directory of the job.
         stopped: As in ``newest_signed``.
 
     Returns:
-        The path; None if no federation is unfinished, or the party had saved nothing in it.
+        The path; None if no federation is unfinished, or it has no checkpoint of this party.
 
     Raises:
-        DamagedError: If the kept state is damaged.
+        DamagedError: If the snapshot is damaged.
     """
-    kept = SnapshotDir(state_dir).newest()
-    of = None if kept is None else signature(kept["version"][0], party)
-    return None if of is None else newest_signed(trainer, of, stopped)
+    state = SnapshotDir(state_dir).newest()
+    mark = None if state is None else signature(state["version"][0], party)
+    return None if mark is None else newest_signed(trainer, mark, stopped)
 
 
-def left_behind(path: str, *, party: str, round: int) -> MisconfigurationException:
-    """Return the error of a party that began anew although it has a checkpoint of the same federation."""
+def unused_checkpoint_error(path: str, *, party: str, round: int) -> MisconfigurationException:
+    """Return the error of a party that starts from scratch despite a checkpoint of the same federation."""
     return MisconfigurationException(
-        f"Party {party} begins at step 0 in a federation that is in round {round}, although it has trained in"
-        f" it before: its checkpoint is {path}. Its own steps, epochs and optimizer state would be lost."
-        f" Resume it by trainer.fit(..., ckpt_path='last'), or ckpt_path={path!r}. To begin anew on purpose,"
-        " move the checkpoint away."
+        f"Party {party} starts at step 0 in a federation that is in round {round}, but has the checkpoint"
+        f" {path} of it. Its steps, epochs and optimizer state would be lost. Resume by trainer.fit(...,"
+        f" ckpt_path='last'), or ckpt_path={path!r}. To start from scratch, move the checkpoint away."
     )
 
 
 def signature(run_id: str | None, party: int) -> str | None:
-    """Return what marks the checkpoints of a party in a federation of separate jobs; None in one launch.
+    """Return the mark of a party's checkpoints in a federation of separate jobs; None in one launch.
 
     Args:
-        run_id: Name of the federation, the same through all restarts of its parties.
+        run_id: Identifier of the federation, constant over restarts of its parties.
         party: Index of the party.
     """
     return None if not run_id else f"party {party} of {run_id}"
 
 
 def newest_signed(trainer: Trainer, signature: str, stopped: str) -> str | None:
-    """Return the newest checkpoint with a signature where this party saves them; None if none is there.
+    """Return the newest checkpoint with a signature in this party's folders; None if there is none.
 
-    Looked at are the folders of the checkpoint callbacks, those of earlier versions of the first logger, and
-    what a party saves when it stops for lack of others.
+    Searched are the folders of the checkpoint callbacks and of the first logger's versions, and the
+    checkpoint of a party that stopped for lack of others.
 
     Args:
-        trainer: Of this process, with this party's folders.
-        signature: As of ``signature``.
-        stopped: Path of the checkpoint that a stopping party saves.
+        trainer: The Trainer of this process, with this party's folders.
+        signature: The mark returned by ``signature``.
+        stopped: Path of the checkpoint that a party saves when it stops for lack of others.
     """
     return max(
         (path for path in _candidates(trainer, stopped) if _holds(path, signature)),
@@ -113,7 +112,7 @@ def newest_signed(trainer: Trainer, signature: str, stopped: str) -> str | None:
 
 def _candidates(trainer: Trainer, stopped: str) -> Iterator[str]:
     folders = [*checkpoint_dirs(trainer), os.path.join(trainer.default_root_dir, "checkpoints")]
-    for logger in trainer.loggers[:1]:  # the one by which Lightning places checkpoints
+    for logger in trainer.loggers[:1]:  # Lightning places checkpoints in the first logger's folder
         versions = _listed(os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name)))
         folders += [os.path.join(version, "checkpoints") for version in versions]
     for folder in dict.fromkeys(folders):
@@ -125,7 +124,7 @@ def _candidates(trainer: Trainer, stopped: str) -> Iterator[str]:
 
 
 def _listed(folder: str) -> list[str]:
-    """Return the paths of what a folder holds, which may be a URL; nothing if there is no such folder."""
+    """Return the paths in a folder, which may be a URL; none if it does not exist."""
     fs = get_filesystem(folder)
     if not fs.isdir(folder):
         return []
@@ -133,16 +132,16 @@ def _listed(folder: str) -> list[str]:
 
 
 def _holds(path: str, signature: str) -> bool:
-    """Tell whether a checkpoint holds a string.
+    """Return whether a checkpoint contains a string.
 
-    The pickle in it is searched and not loaded: this takes no time for the tensors, and runs nobody's code.
+    Its pickle is searched, not loaded, which skips the tensors and runs no code.
     """
     fs = get_filesystem(path)
     if not fs.isfile(path):
         return False
     with fs.open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
-            return False  # cut off while it was written: nothing can resume it
+            return False  # truncated by a crash: it cannot be resumed
         with zipfile.ZipFile(file) as archive:
             pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             return any(signature.encode() in archive.read(name) for name in pickles)

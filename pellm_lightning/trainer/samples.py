@@ -1,7 +1,5 @@
-"""How many samples a batch holds."""
+"""Sample counts of batches."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -9,23 +7,25 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pellm_lightning.tensors.nested import leaves
+
 
 class SampleCounter:
-    """Counts the samples of batches, and says once if there is no way to tell.
+    """Counter of the samples in batches.
 
     Args:
-        says: Whether anything depends on the number, so that a batch of which it is unknown is warned about.
+        warns: Whether to warn once of a batch whose number of samples is unknown.
     """
 
-    def __init__(self, *, says: bool) -> None:
-        self._says = says
+    def __init__(self, *, warns: bool) -> None:
+        self._warns = warns
 
     def count(self, batch: Any, loaders: Any, batch_idx: int) -> int:
-        """Return the samples of a batch: those of its tensors, or else what its DataLoader says, or else one.
+        """Return the number of samples in a batch, by its tensors or its DataLoader's batch size, else 1.
 
         Args:
-            batch: What the DataLoader handed out.
-            loaders: The DataLoader, or a collection of those of which the batch may be.
+            batch: A batch of the DataLoader.
+            loaders: The DataLoader, or a collection of those that the batch may come from.
             batch_idx: Index of the batch in its epoch.
         """
         samples = samples_in(batch)
@@ -33,11 +33,11 @@ class SampleCounter:
             samples = samples_from(loaders, batch_idx)
         if samples is not None:
             return samples
-        if self._says:
-            self._says = False
+        if self._warns:
+            self._warns = False
             rank_zero_warn(
-                f"weighting='samples' cannot tell how many samples a batch of type {type(batch).__name__}"
-                " holds: there is no tensor in it, and its DataLoader has no batch size. Each such batch"
+                f"weighting='samples' cannot determine the samples in a batch of type {type(batch).__name__}:"
+                " it contains no tensor, and its DataLoader has no batch size. Each such batch"
                 " counts as one sample. Give the DataLoader a batch_size, or set weighting='uniform' or to a"
                 " number of your own, such as weighting=1000 for 1000 samples."
             )
@@ -47,13 +47,14 @@ class SampleCounter:
 def samples_in(batch: Any) -> int | None:
     """Return the first dimension of the batch's first tensor that has one; None without any tensor.
 
-    A tensor without dimensions is a sample by itself, if the batch has no others.
+    Scalar tensors count as one sample, if the batch has no others.
 
     Args:
-        batch: What the DataLoader handed out: a tensor, or mappings, sequences and dataclasses of tensors.
+        batch: A tensor, or mappings, sequences and dataclasses of tensors.
     """
     found = False
-    for tensor in _tensors(batch):
+    # Lightning's extract_batch_size would warn of tensors that differ in their first dimension.
+    for tensor in (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)):
         if tensor.ndim:
             return tensor.shape[0]
         found = True
@@ -61,16 +62,16 @@ def samples_in(batch: Any) -> int | None:
 
 
 def samples_from(loaders: Any, batch_idx: int) -> int | None:
-    """Return the samples of a batch by what its DataLoader says; None if it has no batch size.
+    """Return the number of samples in a batch by its DataLoader's batch size; None if it has none.
 
-    Of several DataLoaders with unlike batch sizes it is not known which one the batch came from.
+    None also for several DataLoaders of different batch sizes.
 
     Args:
-        loaders: A DataLoader, or a collection of them (a CombinedLoader, too).
+        loaders: A DataLoader, or a collection of them, such as a CombinedLoader.
         batch_idx: Index of the batch: the last one of an epoch may be smaller.
     """
     sizes: set[int | None] = set()
-    loaders = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
+    loaders = getattr(loaders, "iterables", loaders)  # those of a CombinedLoader
     apply_to_collection(loaders, DataLoader, lambda loader: sizes.add(_size_by(loader, batch_idx)))
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -81,20 +82,6 @@ def _size_by(loader: DataLoader[Any], batch_idx: int) -> int | None:
         return None
     try:
         left = len(loader.sampler) - batch_idx * size  # type: ignore[arg-type]
-    except TypeError:  # of an iterable dataset, which has no length
+    except TypeError:  # iterable datasets have no length
         return size
     return min(size, left) if left > 0 else size
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    # Lightning's extract_batch_size would warn of tensors that differ in their first dimension.
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _tensors(value)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        yield from _tensors(vars(batch))

@@ -26,14 +26,14 @@ from lora_oracles import (
 from torch import Tensor
 
 from pellm_lightning.aggregation import LowRankMean
-from pellm_lightning.aggregation.factors import Gauge
+from pellm_lightning.aggregation.factors import Factorization
 from pellm_lightning.aggregation.low_rank import Solver
 
 SIZES: Sizes = {"k": (12, 10), "q": (9, 14)}
 RANK = 3
 WEIGHTS = [1.0, 3.0, 0.5]
 SOLVERS: list[Solver] = ["power", "exact"]
-GAUGES: list[Gauge] = ["procrustes", "balanced", "svd"]
+GAUGES: list[Factorization] = ["procrustes", "balanced", "svd"]
 
 solvers = pytest.mark.parametrize("solver", SOLVERS)
 gauges = pytest.mark.parametrize("factorization", GAUGES)
@@ -130,7 +130,7 @@ def test_procrustes_is_nearer_to_the_mean_factors_than_the_balanced_ones_rotated
 
 @solvers
 @pytest.mark.parametrize("factorization", ["balanced", "svd"])
-def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, factorization: Gauge) -> None:
+def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, factorization: Factorization) -> None:
     # Each party may turn the signs of a column of B and the row of A together: its product stays, to the bit.
     ends = drifted(0.5)
     flipped = [copied(end) for end in ends]
@@ -148,7 +148,9 @@ def test_signs_do_not_depend_on_those_of_the_parties(solver: Solver, factorizati
 
 @solvers
 @gauges
-def test_parties_that_agree_get_back_what_they_came_with(solver: Solver, factorization: Gauge) -> None:
+def test_parties_that_agree_get_back_what_they_came_with(
+    solver: Solver, factorization: Factorization
+) -> None:
     end = adapter(5, SIZES, RANK)
     start = adapter(0, SIZES, RANK)
     # "exact" rounds factors of up to 3 to float32 once, 2e-7. "power" has sums that cross in float32: each of
@@ -178,7 +180,7 @@ def test_parties_whose_mean_factors_cancel_out(solver: Solver, rank: int) -> Non
 
 @solvers
 @pytest.mark.parametrize("factorization", ["balanced", "svd"])
-def test_at_the_start_where_b_is_zero_no_row_of_a_dies(solver: Solver, factorization: Gauge) -> None:
+def test_at_the_start_where_b_is_zero_no_row_of_a_dies(solver: Solver, factorization: Factorization) -> None:
     # A has drifted apart, as by weight decay, and B has not moved: a row of A that is zero could never learn.
     ends = drifted(0.1)
     for end in ends:

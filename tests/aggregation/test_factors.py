@@ -12,18 +12,18 @@ from lora_oracles import best, cut, random
 from torch import Tensor
 
 from pellm_lightning.aggregation.factors import (
-    Gauge,
+    Factorization,
     LowRank,
     MeanFactors,
     Stack,
-    best_rank,
-    completed,
+    factorize,
+    fill_null_directions,
     from_range,
-    hand_back,
     orthonormal,
+    truncated_svd,
 )
 
-GAUGES: list[Gauge] = ["procrustes", "balanced", "svd"]
+GAUGES: list[Factorization] = ["procrustes", "balanced", "svd"]
 Term = tuple[float, Tensor, Tensor]
 
 
@@ -148,7 +148,7 @@ def whole(low: LowRank) -> np.ndarray:
 @given(stacks(), st.integers(1, 7))
 def test_the_best_rank_is_that_of_eckart_and_young(terms: list[Term], rank: int) -> None:
     m, n = terms[0][1].shape[0], terms[0][2].shape[1]
-    low = best_rank(Stack.of(terms), rank)
+    low = truncated_svd(Stack.of(terms), rank)
     check(low, m, n)
     assert low.s.numel() <= rank
     wanted = dense(terms)
@@ -160,7 +160,7 @@ def test_the_best_rank_equals_the_truncated_matrix_where_that_is_unique() -> Non
     terms = [(c, double(3 * i, 20, 3), double(3 * i + 1, 3, 30)) for i, c in enumerate([0.25, 0.75, -0.1])]
     for rank in range(1, 10):
         np.testing.assert_allclose(
-            whole(best_rank(Stack.of(terms), rank)), best(dense(terms), rank), atol=1e-11
+            whole(truncated_svd(Stack.of(terms), rank)), best(dense(terms), rank), atol=1e-11
         )
 
 
@@ -187,19 +187,23 @@ def test_orthonormal_columns_span_as_much_as_fits(n: int, r: int) -> None:
 
 
 def handed_back(
-    terms: list[Term], rank: int, factorization: Gauge, scaling: float = 1.0, anchor: Term | None = None
+    terms: list[Term],
+    rank: int,
+    factorization: Factorization,
+    scaling: float = 1.0,
+    anchor: Term | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors of the best product, of scaling ``scaling``; terms count by their shares."""
-    low = best_rank(Stack.of([(c * scaling, b, a) for c, b, a in terms]), rank)
+    low = truncated_svd(Stack.of([(c * scaling, b, a) for c, b, a in terms]), rank)
     _, b, a = terms[0] if anchor is None else anchor
-    low = completed(low, b, a)
-    return hand_back(low, mean_factors(terms, low), scaling, rank, factorization)
+    low = fill_null_directions(low, b, a)
+    return factorize(low, mean_factors(terms, low), scaling, rank, factorization)
 
 
 @settings(deadline=None)
 @given(alike(), st.sampled_from(GAUGES), st.sampled_from([1.0, 2.0, 0.125]))
 def test_every_gauge_gives_the_same_product(
-    drawn: tuple[list[Term], int], factorization: Gauge, scaling: float
+    drawn: tuple[list[Term], int], factorization: Factorization, scaling: float
 ) -> None:
     terms, r = drawn
     b, a = handed_back(terms, r, factorization, scaling)
@@ -287,7 +291,7 @@ def test_procrustes_of_rank_one_is_the_root_of_a_quartic(
     mean_b, mean_a = sign * along_b * math.sqrt(p), sign * along_a * math.sqrt(p)
     one = torch.ones(1, 1, dtype=torch.float64)
     mean = MeanFactors(a=mean_a * one, b=mean_b * one, squares=1e6)
-    b, a = map(float, hand_back(LowRank(one, s * one[0], one), mean, scaling, 1, "procrustes"))
+    b, a = map(float, factorize(LowRank(one, s * one[0], one), mean, scaling, 1, "procrustes"))
     roots = np.roots([1, -mean_b, 0, p * mean_a, -(p**2)])
     real = [root.real for root in roots if abs(root.imag) < 1e-9 * abs(root)]
     nearest = min((t - mean_b) ** 2 + (p / t - mean_a) ** 2 for t in real)
@@ -344,7 +348,7 @@ def test_procrustes_of_parties_rotated_at_will_is_finite_and_exact(
 
 
 @pytest.mark.parametrize("factorization", GAUGES)
-def test_factors_that_agree_come_back(factorization: Gauge) -> None:
+def test_factors_that_agree_come_back(factorization: Factorization) -> None:
     b, a = double(0, 6, 3), double(1, 3, 8)
     found_b, found_a = handed_back([(0.25, b, a), (0.75, b, a)], 3, factorization, scaling=2.0)
     torch.testing.assert_close(found_b, b, rtol=0, atol=1e-12)
@@ -352,7 +356,7 @@ def test_factors_that_agree_come_back(factorization: Gauge) -> None:
 
 
 @pytest.mark.parametrize("factorization", ["balanced", "svd"])
-def test_signs_do_not_depend_on_the_signs_of_the_parties(factorization: Gauge) -> None:
+def test_signs_do_not_depend_on_the_signs_of_the_parties(factorization: Factorization) -> None:
     terms = [(0.25, double(0, 6, 3), double(1, 3, 8)), (0.75, double(2, 6, 3), double(3, 3, 8))]
     flips = torch.tensor([[1.0, -1, -1], [-1, -1, 1]]).double()
     flipped = [(c, b * flip, flip[:, None] * a) for (c, b, a), flip in zip(terms, flips, strict=True)]
@@ -366,7 +370,7 @@ def test_signs_do_not_depend_on_the_signs_of_the_parties(factorization: Gauge) -
 
 
 @pytest.mark.parametrize("factorization", GAUGES)
-def test_without_a_product_no_row_of_a_dies(factorization: Gauge) -> None:
+def test_without_a_product_no_row_of_a_dies(factorization: Factorization) -> None:
     # B = 0 at all parties, A drifted: as after a round in which nothing was learned.
     b, a = torch.zeros(6, 3).double(), double(1, 3, 8)
     terms = [(0.25, b, a), (0.75, b, a + double(2, 3, 8, scale=0.3))]
@@ -379,7 +383,7 @@ def test_without_a_product_no_row_of_a_dies(factorization: Gauge) -> None:
 
 
 @pytest.mark.parametrize("factorization", ["balanced", "svd"])
-def test_a_direction_without_a_product_can_still_be_trained(factorization: Gauge) -> None:
+def test_a_direction_without_a_product_can_still_be_trained(factorization: Factorization) -> None:
     # The gradient of B is that of the product times A^T, so no row of A may be zero, nor next to it.
     b = double(0, 6, 3)
     b[:, 1] = 0
@@ -391,15 +395,15 @@ def test_a_direction_without_a_product_can_still_be_trained(factorization: Gauge
 
 def test_completing_leaves_the_product_alone() -> None:
     b, a = double(0, 6, 2), double(1, 2, 8)
-    low = best_rank(Stack.of([(1.0, b, a)]), 4)
+    low = truncated_svd(Stack.of([(1.0, b, a)]), 4)
     assert low.s.numel() == 2
-    wide = best_rank(Stack.of([(0.25, b, a), (0.75, b, a)]), 4)
+    wide = truncated_svd(Stack.of([(0.25, b, a), (0.75, b, a)]), 4)
     # Two directions of four are rounding errors, of which no direction is to be made: a few times 2^-52 of
     # the largest singular value, or zero, as the processor has it. What is written there in their place
     # stands for such an error, a hundred times below the 1e-12 at which a direction counts.
     assert float(wide.s[2:].max()) < 1e-14 * float(wide.s[0])
     wide.s[2:] = 1e-14 * wide.s[0]
-    full = completed(wide, double(3, 6, 4), double(4, 4, 8))
+    full = fill_null_directions(wide, double(3, 6, 4), double(4, 4, 8))
     assert full.s[:2].tolist() == pytest.approx(low.s.tolist())
     assert full.s[2:].tolist() == [0, 0]
     assert torch.equal(full.u[:, :2], wide.u[:, :2])
@@ -407,7 +411,7 @@ def test_completing_leaves_the_product_alone() -> None:
     np.testing.assert_allclose(whole(full), (b @ a).numpy(), atol=1e-12)
     for side in (full.u, full.v):
         torch.testing.assert_close(side.T @ side, torch.eye(4).double(), rtol=0, atol=1e-12)
-    assert completed(low, double(3, 6, 2), double(4, 2, 8)) is low
+    assert fill_null_directions(low, double(3, 6, 2), double(4, 2, 8)) is low
 
 
 def test_a_dead_direction_keeps_the_row_of_a_that_it_had() -> None:
@@ -424,7 +428,9 @@ def test_a_dead_direction_keeps_the_row_of_a_that_it_had() -> None:
 
 @pytest.mark.parametrize("factorization", GAUGES)
 @pytest.mark.parametrize(("m", "n", "r"), [(2, 9, 4), (9, 2, 4), (1, 1, 3), (3, 3, 5)])
-def test_more_columns_than_the_matrix_has_directions(m: int, n: int, r: int, factorization: Gauge) -> None:
+def test_more_columns_than_the_matrix_has_directions(
+    m: int, n: int, r: int, factorization: Factorization
+) -> None:
     terms = [(0.25, double(0, m, r), double(1, r, n)), (0.75, double(2, m, r), double(3, r, n))]
     b, a = handed_back(terms, r, factorization)
     assert (b.shape, a.shape) == ((m, r), (r, n))
@@ -432,7 +438,7 @@ def test_more_columns_than_the_matrix_has_directions(m: int, n: int, r: int, fac
 
 
 @pytest.mark.parametrize("factorization", GAUGES)
-def test_a_negative_scaling_is_a_sign_of_the_product(factorization: Gauge) -> None:
+def test_a_negative_scaling_is_a_sign_of_the_product(factorization: Factorization) -> None:
     terms = [(0.25, double(0, 6, 3), double(1, 3, 8)), (0.75, double(2, 6, 3), double(3, 3, 8))]
     b, a = handed_back(terms, 3, factorization, scaling=-2.0)
     np.testing.assert_allclose(b @ a, best(dense(terms), 3), atol=1e-10)

@@ -219,7 +219,7 @@ def agreed(
 
     def act(federation: Federation) -> list[Tensor]:
         tensors = make(federation.party)
-        gathering.agree_(tensors, federation)
+        gathering.synchronize_(tensors, federation)
         return tensors
 
     return run_parties(num_parties, act), messages

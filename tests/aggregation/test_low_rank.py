@@ -36,14 +36,14 @@ from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, FederationError
 from pellm_lightning.aggregation import LowRankMean, factors
-from pellm_lightning.aggregation.factors import Gauge
+from pellm_lightning.aggregation.factors import Factorization
 from pellm_lightning.aggregation.low_rank import Solver
 
 SIZES: Sizes = {"k": (12, 10), "q": (9, 14)}
 RANK = 3
 WEIGHTS = [1.0, 3.0, 0.5]
 SOLVERS: list[Solver] = ["power", "exact"]
-GAUGES: list[Gauge] = ["procrustes", "balanced", "svd"]
+GAUGES: list[Factorization] = ["procrustes", "balanced", "svd"]
 A, B = name_a("q"), name_b("q")
 
 solvers = pytest.mark.parametrize("solver", SOLVERS)
@@ -62,7 +62,7 @@ def drifted(far: float) -> list[Parameters]:
 
 
 @gauges
-def test_exact_misses_the_singular_values_that_are_cut_and_no_more(factorization: Gauge) -> None:
+def test_exact_misses_the_singular_values_that_are_cut_and_no_more(factorization: Factorization) -> None:
     ends = drifted(1.0)
     (result, *_) = one_round(LowRankMean("exact", factorization=factorization), ends, WEIGHTS)
     for module in SIZES:
@@ -75,7 +75,7 @@ def test_exact_misses_the_singular_values_that_are_cut_and_no_more(factorization
 
 @gauges
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_power_is_the_dense_subspace_iteration(steps: int, factorization: Gauge) -> None:
+def test_power_is_the_dense_subspace_iteration(steps: int, factorization: Factorization) -> None:
     # It starts with the A that everybody began the round with.
     ends = drifted(1.0)
     (result, *_) = one_round(
@@ -218,7 +218,7 @@ def test_any_factors_have_a_finite_best_mean(drawn: dict[str, Any]) -> None:
 @solvers
 @gauges
 def test_products_beyond_float32_write_nothing_that_is_not_finite(
-    solver: Solver, factorization: Gauge
+    solver: Solver, factorization: Factorization
 ) -> None:
     # Factors of 1e25 have products of 1e50: what is to cross or be written of them may exceed float32, and
     # then the round stops at every party. Else the result is right.
@@ -311,7 +311,7 @@ def on_unlike_processors(monkeypatch: pytest.MonkeyPatch) -> threading.local:
 @gauges
 @pytest.mark.parametrize("steps", [1, 2])
 def test_directions_of_rounding_errors_are_the_same_at_all_parties(
-    steps: int, factorization: Gauge, monkeypatch: pytest.MonkeyPatch
+    steps: int, factorization: Factorization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the parties add up, column by column, is of the same columns."""
     # Column 2 of B cancels in the sum, and column 3 is zero: of four columns the product has two, and where

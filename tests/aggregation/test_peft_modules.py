@@ -190,9 +190,9 @@ def test_a_module_tells_its_scaling_and_its_base(name: str) -> None:
     assert said.unsupported_reason is None
     assert product(model).shape == layer.size
     if name == "aLoRA":
-        assert said.base_obstacle == "its update is not one of the base weight (ALoraLinearVariant)"
+        assert said.unwritable_base_reason == "its update is not one of the base weight (ALoraLinearVariant)"
         return
-    assert said.base_obstacle is None
+    assert said.unwritable_base_reason is None
     assert said.base is not None
     assert said.base.shape == layer.size
     said.base.zero_()
@@ -293,7 +293,10 @@ def test_pooled_inputs_of_qalora_leave_the_update_linear_in_the_product() -> Non
     expected = layer_of(model).base_layer(rows(5, 9)()) + pooled @ product(model).T
     torch.testing.assert_close(LINEAR.output(model), expected.detach(), rtol=0, atol=1e-12)
     assert the_module(model).unsupported_reason is None
-    assert the_module(model).base_obstacle == "its update is not one of the base weight (QALoraLinearVariant)"
+    assert (
+        the_module(model).unwritable_base_reason
+        == "its update is not one of the base weight (QALoraLinearVariant)"
+    )
 
 
 def test_mica_has_no_pair_since_its_b_is_frozen() -> None:
@@ -350,7 +353,7 @@ def test_one_expert_is_a_matrix_of_its_own() -> None:
     """Its weight has three dimensions, (1, 6, 9): one expert, outputs, inputs."""
     said = the_module(adapted(partial(Experts, 1), **ON_EXPERTS))
     assert said.unsupported_reason is None
-    assert said.base_obstacle is not None or said.base is None or said.base.shape == (6, 9)
+    assert said.unwritable_base_reason is not None or said.base is None or said.base.shape == (6, 9)
 
 
 def test_two_parameters_of_one_module_are_two_pairs() -> None:
@@ -374,19 +377,19 @@ def test_a_merged_adapter_stands_against_writing_the_base_only() -> None:
     model = adapted(LINEAR.make)
     model.merge_adapter()
     assert the_module(model).unsupported_reason is None
-    assert the_module(model).base_obstacle == "its adapter is merged into the base weight"
+    assert the_module(model).unwritable_base_reason == "its adapter is merged into the base weight"
     model.unmerge_adapter()
-    assert the_module(model).base_obstacle is None
+    assert the_module(model).unwritable_base_reason is None
 
 
 def test_a_quantised_base_cannot_be_written() -> None:
     model = adapted(LINEAR.make)
     base = layer_of(model).get_base_layer()
-    words = "its base weight is quantised, or kept in a form that cannot be written"
+    words = "its base weight is quantised, or in another read-only form"
     base.weight.quant_state = object()  # as bitsandbytes marks 4 bits packed into floats
-    assert the_module(model).base_obstacle == words
+    assert the_module(model).unwritable_base_reason == words
     base.weight = nn.Parameter(base.weight.detach().to(torch.int8), requires_grad=False)
-    assert the_module(model).base_obstacle == words
+    assert the_module(model).unwritable_base_reason == words
     assert the_module(model).base is None
     assert the_module(model).unsupported_reason is None
 
@@ -395,7 +398,7 @@ def test_a_base_that_is_not_contiguous_cannot_be_written() -> None:
     model = adapted(LINEAR.make)
     base = layer_of(model).get_base_layer()
     base.weight = nn.Parameter(base.weight.detach().T.contiguous().T, requires_grad=False)
-    assert the_module(model).base_obstacle == "its base weight is not contiguous"
+    assert the_module(model).unwritable_base_reason == "its base weight is not contiguous"
 
 
 def tiny_llama(**config: Any) -> LlamaForCausalLM:
@@ -408,7 +411,9 @@ def test_a_weight_that_is_tied_to_another_cannot_be_written() -> None:
     model = get_peft_model(
         tiny_llama(tie_word_embeddings=True), LoraConfig(target_modules=["embed_tokens", "q_proj"])
     )
-    said = {name.split(".")[-2]: module.base_obstacle for name, module in lora_modules(model).items()}
+    said = {
+        name.split(".")[-2]: module.unwritable_base_reason for name, module in lora_modules(model).items()
+    }
     assert said == {"embed_tokens": "its base weight is tied to that of another module", "q_proj": None}
 
 
@@ -421,7 +426,7 @@ def test_a_module_that_stands_at_two_places_cannot_be_written() -> None:
 
     model = get_peft_model(Twice(), LoraConfig(target_modules=["layer"]))
     (module,) = lora_modules(model).values()
-    assert module.base_obstacle == "its base weight is tied to that of another module"
+    assert module.unwritable_base_reason == "its base weight is tied to that of another module"
 
 
 def test_factors_that_two_modules_share_are_an_obstacle() -> None:
@@ -445,7 +450,7 @@ def test_a_convolution_that_pads_unlike_its_factors_cannot_be_written() -> None:
         base.add_(product(model).view(base.shape))
         select(model)[the_pair(model).b].zero_()
     assert (layer.output(model) - with_factors).abs().max() > 0.1
-    assert the_module(model).base_obstacle is not None
+    assert the_module(model).unwritable_base_reason is not None
 
 
 # ---- names
@@ -470,7 +475,7 @@ def test_adapters_are_pairs_of_their_own_and_only_the_trainable_one_federates() 
     }
     for module in said.values():
         assert module.unsupported_reason is None
-        assert module.base_obstacle == "it has several adapters (default, second) on one base weight"
+        assert module.unwritable_base_reason == "it has several adapters (default, second) on one base weight"
 
 
 @pytest.mark.parametrize("part", ["base_model", "base_model.model.layer", "base_model.model.layer.lora_A"])
@@ -517,8 +522,8 @@ def federate(
 ) -> list[Done]:
     """Run rounds of three parties of the weights 1, 3 and 0, each party training before each round.
 
-    ``frozen_parts`` names, round by round, the factor that is not trained, "" none. Returns of each round copies
-    of the parties' models before and after it, and party 0's report.
+    ``frozen_parts`` names, round by round, the factor that is not trained, "" none. Returns of each round
+    copies of the parties' models before and after it, and party 0's report.
     """
 
     def act(federation: Any) -> list[tuple[nn.Module, nn.Module, RoundReport]]:
@@ -751,7 +756,7 @@ def test_the_weights_of_an_attention_cannot_be_written() -> None:
     model(rows(2, 5, 6)().float())
     now = {parameter.data_ptr() for _, parameter in model.named_parameters()}
     assert all(base is None or base.data_ptr() in now for base in bases)
-    assert all(module.base_obstacle is not None for module in lora_modules(model).values())
+    assert all(module.unwritable_base_reason is not None for module in lora_modules(model).values())
 
 
 # ---- whole models
@@ -864,7 +869,7 @@ def test_a_rule_names_the_module_that_it_cannot_handle(kind: str, rule: Aggregat
         federate([adapted(make, seed=party, **config) for party in range(3)], rule)
     assert str(refused.value) == (
         f"{rule!r} cannot aggregate the LoRA module 'base_model.model.layer.default' (1 of 1 modules): {why}."
-        " Use Mean(), which averages its factors, or leave the module out of target_modules."
+        " Use Mean(), which averages its factors, or exclude the module from target_modules."
     )
 
 

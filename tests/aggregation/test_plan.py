@@ -140,17 +140,17 @@ def test_the_mean_needs_none(rule: Aggregation | None) -> None:
 HARD: list[tuple[Aggregation, LoraModule, str]] = [
     (LowRankMean(), LoraModule(unsupported_reason=OBSTACLE), OBSTACLE),
     (HeterogeneousRank(), LoraModule(unsupported_reason=OBSTACLE), OBSTACLE),
-    (FrozenA(), LoraModule(zero_a=True), "its A is zero and would stay so, and B with it"),
+    (FrozenA(), LoraModule(zero_a=True), "its A is zero, so neither factor would change"),
     (ResidualMean(), LoraModule(base=torch.zeros(3, 6), unsupported_reason=OBSTACLE), OBSTACLE),
-    (ResidualMean(), LoraModule(base_obstacle=BASE_OBSTACLE), BASE_OBSTACLE),
+    (ResidualMean(), LoraModule(unwritable_base_reason=BASE_OBSTACLE), BASE_OBSTACLE),
     (
         ResidualMean(),
         LoraModule(),
-        "no frozen weight is known for it (pass lora={...: LoraModule(base=...)})",
+        "its frozen weight is unknown (pass lora={...: LoraModule(base=...)})",
     ),
     (Stacking(), LoraModule(base=torch.zeros(3, 6), unsupported_reason=OBSTACLE), OBSTACLE),
-    (Stacking(), LoraModule(base_obstacle=BASE_OBSTACLE), BASE_OBSTACLE),
-    (Stacking(), LoraModule(), "no frozen weight is known for it"),
+    (Stacking(), LoraModule(unwritable_base_reason=BASE_OBSTACLE), BASE_OBSTACLE),
+    (Stacking(), LoraModule(), "its frozen weight is unknown"),
 ]
 
 
@@ -169,13 +169,13 @@ def test_a_module_that_a_rule_cannot_handle_is_named(
 
 @pytest.mark.parametrize("rule", [ResidualMean(), Stacking()])
 def test_without_lora_there_is_no_weight_to_write(rule: Aggregation, alone: Federation) -> None:
-    with pytest.raises(ValueError, match=r"'q\.default' \(2 of 2 modules\): no frozen weight is known"):
+    with pytest.raises(ValueError, match=r"'q\.default' \(2 of 2 modules\): its frozen weight is unknown"):
         Aggregator(alone, parameters(), aggregation=rule)
 
 
 @pytest.mark.parametrize("rule", [Mean(), FrozenA(), Alternating(), ShareA()], ids=repr)
 def test_rules_of_single_factors_take_any_module(rule: Aggregation) -> None:
-    lora = {"v.default": LoraModule(unsupported_reason=OBSTACLE, base_obstacle=BASE_OBSTACLE)}
+    lora = {"v.default": LoraModule(unsupported_reason=OBSTACLE, unwritable_base_reason=BASE_OBSTACLE)}
     assert len(Plan(rule, NAMES, lora).pairs) == 2
 
 
@@ -295,7 +295,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: LowRankMean(factorization="anchored"),  # type: ignore[arg-type]
         r"factorization='anchored' must be one of 'procrustes', 'balanced', 'svd'",
     ),
-    (lambda: LowRankMean(steps=0), r"steps=0 must be a whole number, 1 or more"),
+    (lambda: LowRankMean(steps=0), r"steps=0 must be an integer >= 1"),
     (lambda: LowRankMean(steps=-1), r"steps=-1 must"),
     (lambda: LowRankMean(steps=1.5), r"steps=1.5 must"),  # type: ignore[arg-type]
     (lambda: LowRankMean(steps=True), r"steps=True must"),

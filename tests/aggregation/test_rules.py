@@ -134,7 +134,7 @@ def test_all_parties_end_with_the_same_bits_and_so_do_two_runs(rule: Aggregation
 
 @pytest.mark.parametrize(
     ("rule", "module", "name"),
-    [(LowRankMean("power"), factors, "hand_back"), (ResidualMean(), base_writing, "_add_")],
+    [(LowRankMean("power"), factors, "factorize"), (ResidualMean(), base_writing, "_add_")],
     ids=["LowRankMean, power", "ResidualMean"],
 )
 def test_a_party_whose_processor_rounds_otherwise_takes_the_firsts_bits(

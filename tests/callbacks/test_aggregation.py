@@ -916,7 +916,7 @@ COMMANDS = {
     "Stacking": ([PATH + "Stacking", SETTING + "seed=3"], "Stacking(seed=3)"),
     "HeterogeneousRank": (
         [PATH + "HeterogeneousRank", SETTING + "solver=power", SETTING + "steps=2"],
-        "HeterogeneousRank(method='low_rank', LowRankMean(solver='power', steps=2, factorization='balanced'))",
+        "HeterogeneousRank(method='low_rank', solver='power', steps=2, factorization='balanced')",
     ),
     "a name alone": (["--federated.aggregation=LowRankMean", SETTING + "steps=4"],
                      "LowRankMean(solver='exact', steps=4, factorization='procrustes')"),
@@ -990,5 +990,5 @@ def test_a_wrong_value_is_named(
 
 
 def test_a_value_out_of_range_is_told_as_by_the_rule(command: Any) -> None:
-    with pytest.raises(ValueError, match="steps=0 must be a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="steps=0 must be an integer >= 1"):
         command(PATH + "LowRankMean", SETTING + "steps=0")

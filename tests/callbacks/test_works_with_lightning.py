@@ -378,7 +378,7 @@ def test_batches_of_unknown_size_are_warned_about_once(tmp_path: Path, weighting
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         quiet_trainer(tmp_path, [callback]).fit(OfWords(), [["1", "2"], ["3"]])
-    told = [str(one.message) for one in said if "cannot tell how many samples" in str(one.message)]
+    told = [str(one.message) for one in said if "cannot determine the samples" in str(one.message)]
     assert len(told) == (weighting == "samples")
     # Each batch counts as one sample.
     assert [done.weight for done in callback.rounds] == [

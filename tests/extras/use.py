@@ -148,10 +148,10 @@ def certs(folder: Path) -> None:
 
 def masked(folder: Path) -> None:
     from pellm_lightning.exchange import SecureAggregation
-    from pellm_lightning.exchange.secure.signing_keys import make_identity
+    from pellm_lightning.exchange.secure.signing_keys import generate_signing_key
 
     for name in ("0", "1", "2"):
-        make_identity(folder, name)
+        generate_signing_key(folder, name)
     assert abs(mean_of(3, lambda index: SecureAggregation(folder / f"{index}.key", folder)) - 2) < 1e-5
 
 

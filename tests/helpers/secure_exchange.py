@@ -1,4 +1,4 @@
-"""A masked exchange for tests: keys of all parties that tests have, made once."""
+"""Secure aggregation for tests: keys of all parties, generated once."""
 
 import threading
 from functools import cache
@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pellm_lightning.exchange import SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import SigningKey, make_identity
+from pellm_lightning.exchange.secure.signing_keys import SigningKey, generate_signing_key
 
 _making = threading.Lock()
 _kept: list[TemporaryDirectory[str]] = []
@@ -24,15 +24,17 @@ def _keys(which: str) -> Path:
     _kept.append(TemporaryDirectory())
     folder = Path(_kept[-1].name)
     for party in range(9):
-        make_identity(folder, str(party))
-        make_identity(folder, f"p{party}")
+        generate_signing_key(folder, str(party))
+        generate_signing_key(folder, f"p{party}")
     return folder
 
 
 def masked(**arguments: Any) -> SecureAggregation:
-    """A masked exchange for any party, of our keys if no others are given."""
-    return SecureAggregation(**{"identity": f"{keys()}/{{party}}.key", "peers": str(keys())} | arguments)
+    """Secure aggregation for any party, by our keys if no others are given."""
+    return SecureAggregation(
+        **{"signing_key": f"{keys()}/{{party}}.key", "trusted_keys": str(keys())} | arguments
+    )
 
 
-def identity_of(name: str, which: str = "ours") -> SigningKey:
+def signing_key_of(name: str, which: str = "ours") -> SigningKey:
     return SigningKey(keys(which) / f"{name}.key")

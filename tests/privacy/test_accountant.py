@@ -150,7 +150,7 @@ def test_a_loaded_ledger_goes_on() -> None:
 )
 def test_refuses_a_peers_nonsense_and_keeps_its_own(state: Any) -> None:
     spent = released((4.0, 2))
-    with pytest.raises(ValueError, match=r"A ledger's|A noise multiplier"):
+    with pytest.raises(ValueError, match=r"An accountant's|A noise multiplier"):
         spent.load_state_dict(state)
     assert spent == released((4.0, 2))
 
@@ -182,7 +182,7 @@ def test_calibration_refuses(epsilon: float, rounds: Any, words: str) -> None:
 
 
 def test_calibration_says_what_cannot_be_bought() -> None:
-    with pytest.raises(ValueError, match="more noise than any use would survive"):
+    with pytest.raises(ValueError, match="more noise than any model could be trained with"):
         noise_multiplier_for(1e-9, 1e-12, 1)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pellm_lightning.tasks.earlier import earlier_adapter_kept, keep_earlier_file
+from pellm_lightning.tasks.earlier import backed_up_adapter, keep_earlier_file
 from pellm_lightning.trainer.file_names import numbered, unused
 
 
 def save(folder: Path, weights: bytes, *, base: bytes | None = None) -> None:
-    with earlier_adapter_kept(folder):
+    with backed_up_adapter(folder):
         folder.mkdir(exist_ok=True)
         (folder / "adapter_model.safetensors").write_bytes(weights)
         config = {"base_model_name_or_path": "hub/name"}
@@ -74,7 +74,7 @@ def test_numbered_names(path: str, expected: list[str]) -> None:
 def test_several_adapters_of_an_earlier_run_are_kept_in_their_subfolders(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     for weights in (b"one", b"two", b"two"):
-        with earlier_adapter_kept(folder):
+        with backed_up_adapter(folder):
             for name in ("general", "hospital"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
                 (folder / name / "adapter_config.json").write_text("{}")

@@ -162,7 +162,7 @@ def test_functions_are_taken_apart_however_they_are_called(piece: int) -> None:
         (lambda: x.view(17, 59).add(y[:59], alpha=0.3), x.view(17, 59) + y[:59] * 0.3),
         (lambda: x * 0.3, scaled),
     ]
-    with portable._OneRoundingEach(piece):
+    with portable._CorrectRounding(piece):
         found = [call() for call, _ in calls]
         counted = torch.arange(3).add_(torch.ones(3, dtype=torch.int64), alpha=2)
     for number, (one, (_, expected)) in enumerate(zip(found, calls, strict=True)):

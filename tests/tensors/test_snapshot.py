@@ -83,7 +83,7 @@ def test_the_bytes_are_safetensors(state: dict[str, Any]) -> None:
         with safe_open(file.name, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata()
-    assert json.loads(metadata["words"])
+    assert json.loads(metadata["structure"])
     assert same(state, snapshot.unpack(packed_by_safetensors(tensors, metadata)))
 
 
@@ -239,7 +239,7 @@ def test_a_file_cut_in_half_is_refused_with_the_last_good_one(tmp_path: Path, go
         states.newest()
     message = str(caught.value)
     assert str(newest) in message
-    assert (f"The last good one is {before}: remove" in message) == good
+    assert (f"The last intact one is {before}: remove" in message) == good
     newest.unlink()
     if good:
         assert same(states.newest(), adam_state())

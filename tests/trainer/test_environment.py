@@ -188,7 +188,7 @@ def test_an_error_of_the_speaker_is_raised_by_all() -> None:
     with pytest.raises(ArithmeticError, match="broken"):
         Party(SPEAKER, heard).on_leader(fail)
     follower: Any = Heard(heard.said)
-    with pytest.raises(FederationError, match="The first process of party 1 failed: ArithmeticError: broken"):
+    with pytest.raises(FederationError, match="The leader of party 1 failed: ArithmeticError: broken"):
         Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts"))
 
 

@@ -306,9 +306,9 @@ def test_a_job_that_does_not_resume_its_checkpoint_is_refused(tmp_path: Path, ck
     )
     error = jobs.results["c"]
     assert isinstance(error, MisconfigurationException), error
-    assert "Party c begins at step 0 in a federation that is in round" in str(error)
+    assert "Party c starts at step 0 in a federation that is in round" in str(error)
     # It has saved after each of its three steps; two files may be of the same time.
-    assert f"its checkpoint is {kept}/party-2/" in str(error)
+    assert f"has the checkpoint {kept}/party-2/" in str(error)
     assert "ckpt_path='last'" in str(error)
 
 

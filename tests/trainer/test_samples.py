@@ -63,7 +63,7 @@ NOTHING = [
 def test_a_batch_without_a_tensor_has_its_loaders_size(batch: Any) -> None:
     assert samples_in(batch) is None
     loader = DataLoader(range(10), batch_size=4)
-    counter = SampleCounter(says=True)
+    counter = SampleCounter(warns=True)
     # 10 samples in batches of 4.
     assert [counter.count(batch, loader, index) for index in range(3)] == [4, 4, 2]
 
@@ -97,10 +97,8 @@ def test_the_sizes_of_a_loaders_batches(loaders: Any, sizes: list[int | None]) -
 
 
 def test_what_cannot_be_known_is_said_once() -> None:
-    counter = SampleCounter(says=True)
-    with pytest.warns(
-        UserWarning, match=r"batch of type list holds.*weighting='uniform' or to a number"
-    ) as said:
+    counter = SampleCounter(warns=True)
+    with pytest.warns(UserWarning, match=r"batch of type list:.*weighting='uniform' or to a number") as said:
         assert [counter.count(["a", "b"], None, index) for index in range(3)] == [1, 1, 1]
     assert len(said) == 1
-    assert SampleCounter(says=False).count(["a", "b"], None, 0) == 1
+    assert SampleCounter(warns=False).count(["a", "b"], None, 0) == 1

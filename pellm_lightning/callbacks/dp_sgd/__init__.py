@@ -1,4 +1,4 @@
-"""DP-SGD inside a party: differential privacy of single records."""
+"""DP-SGD callback: differential privacy of single records of a party."""
 
 from pellm_lightning.callbacks.dp_sgd.dp_sgd import DPSGD
 

@@ -1,4 +1,4 @@
-"""Poisson sampling of a party's records, and what steps on such samples cost together."""
+"""Poisson sampling of a party's records, and the accountant of steps on such samples."""
 
 import logging
 import math
@@ -28,28 +28,28 @@ from pellm_lightning.privacy.accountant import (
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """Batches in which each record is with the same probability, independently of all else.
+    """Batch sampler that draws each record independently with the same probability.
 
-    The draws come from the operating system's generator: who can guess who is in a batch has undone the
-    amplification by sampling, and ``seed_everything`` with the federation's seed would let anyone. An empty
-    draw hands out record 0 in its place, whose gradient `DPSGD` drops.
+    It uses the operating system's generator: amplification by sampling needs secret samples, which
+    ``seed_everything`` with the federation's seed would reveal. An empty batch contains record 0 as a
+    placeholder, whose gradient ``DPSGD`` drops.
 
     Args:
         records: Number n of records.
-        rate: Probability q of a record to be in a batch.
-        batches: Number of batches of an epoch.
+        rate: Sampling probability q of a record.
+        batches: Number of batches per epoch.
     """
 
     def __init__(self, records: int, rate: float, batches: int) -> None:
         self.records, self.rate, self.batches = records, rate, batches
         self.sizes: deque[int] = deque()
-        """Records in the batches that were drawn and not trained on yet, oldest first."""
+        """True sizes of the batches that were sampled and not trained on yet, oldest first."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.sizes.clear()  # of batches that were prefetched and never used
+        self.sizes.clear()  # drop batches that were prefetched and never used
         for _ in range(self.batches):
-            words = torch.frombuffer(bytearray(os.urandom(8 * self.records)), dtype=torch.int64)
-            uniform = ((words >> 11) + 2**52).double().mul_(2.0**-53)  # [0, 1)
+            integers = torch.frombuffer(bytearray(os.urandom(8 * self.records)), dtype=torch.int64)
+            uniform = ((integers >> 11) + 2**52).double().mul_(2.0**-53)  # [0, 1)
             drawn = (uniform < self.rate).nonzero().flatten().tolist()
             self.sizes.append(len(drawn))
             yield drawn or [0]
@@ -59,10 +59,10 @@ class PoissonBatches(Sampler[list[int]]):
 
 
 def poisson(loader: Any) -> DataLoader[Any]:
-    """Return a loader of Poisson batches over the same records, as large on average and as many.
+    """Return a DataLoader of Poisson batches, with equal expected size and number.
 
     Raises:
-        ValueError: If the loader does not hand out every record of a map-style dataset once an epoch.
+        ValueError: If the loader does not return every record of a map-style dataset once per epoch.
     """
     if type(loader) is not DataLoader:
         raise ValueError(
@@ -80,8 +80,8 @@ def poisson(loader: Any) -> DataLoader[Any]:
     records = len(loader.dataset)  # type: ignore[arg-type]  # a map-style dataset has a length
     if type(loader.batch_sampler) is not BatchSampler or loader.batch_size is None or not every_record:
         raise ValueError(
-            f"The DataLoader's {type(sampler).__name__} and {type(loader.batch_sampler).__name__} choose"
-            " records in their own way, which Poisson sampling would undo. Give it shuffle=True or False and"
+            f"The DataLoader's {type(sampler).__name__} and {type(loader.batch_sampler).__name__} select"
+            " records themselves, which Poisson sampling would override. Give it shuffle=True or False and"
             " a batch_size, over a dataset of just the records to train on."
         )
     if records == 0:
@@ -102,10 +102,16 @@ def poisson(loader: Any) -> DataLoader[Any]:
 
 
 class PoissonAccountant:
-    """The noisy steps of one party on Poisson samples of its records, and what they have cost.
+    """Privacy accountant of DP-SGD steps on Poisson samples.
 
-    Neighbouring: one record more or less. A step is a Gaussian mechanism of multiplier z on a sample in which
-    each record is with probability q.
+    Neighbouring relation: add or remove one record. A step is a Gaussian mechanism of multiplier z on a
+    sample that contains each record with probability q.
+
+    Example:
+        >>> accountant = PoissonAccountant()
+        >>> accountant.step(noise_multiplier=1.0, rate=0.01, count=100)
+        >>> 0 < accountant.epsilon(delta=1e-5) < 2
+        True
     """
 
     def __init__(self) -> None:
@@ -117,7 +123,7 @@ class PoissonAccountant:
         return sum(count for *_, count in self._runs)
 
     def step(self, noise_multiplier: float, rate: float, count: int = 1) -> None:
-        """Enter steps."""
+        """Record steps."""
         if self._runs and self._runs[-1][:2] == (noise_multiplier, rate):
             count += self._runs.pop()[2]
         self._runs.append((noise_multiplier, rate, count))
@@ -136,7 +142,7 @@ class PoissonAccountant:
         if any(multiplier == 0 for multiplier, *_ in self._runs):
             return math.inf
         dp = dp_accounting()
-        logging.getLogger("absl").addFilter(_says_something)
+        logging.getLogger("absl").addFilter(_is_relevant_warning)
         spent = dp.rdp.RdpAccountant(_ORDERS) if accountant == "rdp" else dp.pld.PLDAccountant()
         with root_logger_kept():
             for multiplier, rate, count in self._runs:
@@ -144,11 +150,11 @@ class PoissonAccountant:
                 spent.compose(dp.SelfComposedDpEvent(event, count))
             return float(spent.get_epsilon(delta))
 
-    def affordable(
+    def steps_within_budget(
         self, noise_multiplier: float, rate: float, at_most: int, max_epsilon: float, delta: float,
         accountant: Accountant = "rdp",
     ) -> int:  # fmt: skip
-        """Return how many more steps, ``at_most`` so many, stay within ``max_epsilon``."""
+        """Return how many more steps stay within ``max_epsilon``, at most ``at_most``."""
 
         def within(count: int) -> bool:
             after = PoissonAccountant()
@@ -169,14 +175,14 @@ class PoissonAccountant:
         return {"steps": [list(run) for run in self._runs]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over the steps of another ledger."""
+        """Load the steps of ``state_dict``."""
         self._runs = [(float(z), float(rate), int(count)) for z, rate, count in state_dict["steps"]]
 
 
-def _says_something(record: logging.LogRecord) -> bool:
-    """Drop a warning for each order that the accountant leaves out, which only makes epsilon larger."""
+def _is_relevant_warning(record: logging.LogRecord) -> bool:
+    """Filter warnings of orders that the accountant skips, which only increases epsilon."""
     return "failed to converge" not in record.getMessage()
 
 
-# Those nearer to 1 are never the best, and their series does not converge.
+# Orders nearer to 1 are never optimal, and their series does not converge.
 _ORDERS = [1 + x / 10 for x in range(6, 100)] + list(range(11, 64)) + [128, 256, 512, 1024]

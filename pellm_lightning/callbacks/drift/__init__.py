@@ -1,4 +1,4 @@
-"""Corrections of local gradients, so that parties with unlike data do not drift apart between rounds."""
+"""Drift corrections: callbacks that correct local gradients for parties with heterogeneous data."""
 
 from pellm_lightning.callbacks.drift.base import DriftCorrection
 from pellm_lightning.callbacks.drift.feddyn import FedDyn

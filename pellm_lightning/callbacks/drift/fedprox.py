@@ -1,4 +1,4 @@
-"""FedProx: each party is held near the parameters from which its round began."""
+"""FedProx, a proximal term that keeps local parameters near the round's anchor."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,18 +11,23 @@ from pellm_lightning.engine.auxiliary import AuxiliaryTerms
 
 
 class FedProx(DriftCorrection):
-    """Adds ``mu (x - anchor)`` to the gradient: each party minimises its loss plus ``mu/2 |x - anchor|^2``.
+    """Proximal term ``mu/2 |x - anchor|^2`` in each party's loss: adds ``mu (x - anchor)`` to the gradient.
 
-    Li et al. 2020 (arXiv:1812.06127): test_fedprox_reaches_the_proximal_solution. It acts inside a party
-    only: nothing more crosses, and it goes with every aggregation, exchange and kind of privacy. ``mu=0``
-    changes no bit: test_without_effect_to_the_bit. It makes drift smaller, yet does not remove it: parties
-    whose minimisers differ still end near, not at, the minimiser of the weighted loss.
+    Li et al. 2020 (arXiv:1812.06127): test_fedprox_reaches_the_proximal_solution. It is local to a party:
+    nothing more is sent, and it supports every aggregation rule, exchange and kind of privacy. ``mu=0``
+    changes no bit: test_without_effect_to_the_bit. It reduces drift without removing it: the fixed point is
+    near, not at, the minimiser of the weighted loss.
 
     Args:
-        mu: Strength of the pull, in units of the loss's curvature. The paper's values are 0.001 to 1.
+        mu: Strength of the proximal term, in units of the loss's curvature. The paper's values are 0.001 to
+            1.
 
     Raises:
         ValueError: If mu is negative or not finite.
+
+    Example:
+        >>> from pellm_lightning import FederatedAveraging
+        >>> callbacks = [FederatedAveraging(every_n_steps=100), FedProx(mu=0.01)]
     """
 
     def __init__(self, mu: float) -> None:
@@ -34,7 +39,7 @@ class FedProx(DriftCorrection):
     @property
     @override
     def auxiliary(self) -> AuxiliaryTerms:
-        """Nothing but the setting, which must be the same everywhere."""
+        """The setting only, which must be equal at all parties."""
         return AuxiliaryTerms(f"FedProx(mu={self.mu})")
 
     @override
@@ -43,11 +48,11 @@ class FedProx(DriftCorrection):
 
     @override
     def _correct_(self, name: str, parameter: nn.Parameter, grad: Tensor, lr: float) -> None:
-        if self.mu:  # else -0.0 + 0.0 would change a bit
+        if self.mu:  # -0.0 + 0.0 would change a bit
             grad.add_(parameter.detach() - self._anchors[name], alpha=self.mu)
 
     @override
-    def _saved(self) -> dict[str, Any]:
+    def _method_state(self) -> dict[str, Any]:
         return {"anchor": clones(self._anchors)}
 
     @override

@@ -1,4 +1,4 @@
-"""SCAFFOLD: each party corrects its gradients by what it knows of the others'."""
+"""SCAFFOLD, a drift correction by control variates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,28 +11,31 @@ from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
 
 
 class SCAFFOLD(DriftCorrection):
-    """Adds ``c - c_i`` to the gradient: all parties' mean gradient less its own, as of the last round.
+    """Control variates: adds ``c - c_i``, the last round's mean gradient minus the party's, to the gradient.
 
     Karimireddy et al. 2020 (arXiv:1910.06378). c_i becomes the mean of the party's gradients over the round's
     steps, each before its correction and weighted by the learning rate of its step; c is the mean of the c_i,
     weighted as the updates are. With plain SGD that c_i is the paper's option II, ``c_i - c + (anchor - x_i)
-    / (sum of learning rates)`` (test_scaffold_equals_the_paper), taken from the gradients and not from the
-    parameters, so that schedules, momentum, clipping, bfloat16 parameters and steps that ``16-mixed`` skips
-    do not spoil it.
+    / (sum of learning rates)`` (test_scaffold_equals_the_paper), computed from gradients, not parameters, so
+    that schedules, momentum, clipping, bfloat16 parameters and steps skipped by ``16-mixed`` do not bias it.
 
-    Whatever number of steps each party makes, the minimiser of the weighted loss is where it rests:
-    test_reaches_the_minimiser. That holds for any local optimizer that stands still on a zero gradient; the
-    paper's rates of convergence are those of SGD.
+    For any numbers of steps the fixed point is the minimiser of the weighted loss:
+    test_reaches_the_minimiser. That holds for any local optimizer that makes no step on a zero gradient; the
+    paper's convergence rates are for SGD.
 
-    The paper adds changes of c_i to c, which counts on every party's memory for ever. Here the c_i themselves
-    are averaged in every round, over who counts in it: the same while all count alike, and a party that is
-    lost, comes late or resumes an old state leaves no error behind. A party without a c_i is not corrected in
-    its first round. A second vector as large as the update crosses in each round.
+    The paper accumulates changes of c_i in c, which relies on every party's state forever. Here the c_i
+    themselves are averaged in every round over its participants: equivalent while all have equal weight, and
+    a party that is lost, joins late or resumes an old state leaves no error. A party without a c_i is not
+    corrected in its first round. A second vector as large as the update is sent in each round.
+
+    Example:
+        >>> from pellm_lightning import FederatedAveraging
+        >>> callbacks = [FederatedAveraging(every_n_steps=100), SCAFFOLD()]
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._given: Named = {}
+        self._contributed: Named = {}
         self._shift: Named = {}
         self._gradients: Named = {}
         self._rates: dict[str, float] = {}
@@ -40,14 +43,14 @@ class SCAFFOLD(DriftCorrection):
     @property
     @override
     def auxiliary(self) -> AuxiliaryTerms:
-        """The party's mean gradient."""
+        """The party's control variate c_i."""
         return AuxiliaryTerms("SCAFFOLD()", vector=True)
 
     @override
     def _start(self, mean: Mapping[str, Tensor]) -> None:
-        if not self._error_feedback:
-            self._error_feedback = clones(mean)
-        self._shift = {name: mean[name] - own for name, own in self._error_feedback.items()}
+        if not self._control:
+            self._control = clones(mean)
+        self._shift = {name: mean[name] - own for name, own in self._control.items()}
         self._gradients = self._zeros()
         self._rates = dict.fromkeys(self._parameters, 0.0)
 
@@ -58,29 +61,29 @@ class SCAFFOLD(DriftCorrection):
         grad.add_(self._shift[name])
 
     @override
-    def _give(self) -> AuxiliaryValues:
-        # What was not trained, as a factor that rests, has no new gradient.
-        self._given = {
-            name: total / self._rates[name] if self._rates[name] else self._error_feedback[name]
+    def _contribute(self) -> AuxiliaryValues:
+        # Parameters that were not trained, such as a frozen factor, have no new gradient.
+        self._contributed = {
+            name: total / self._rates[name] if self._rates[name] else self._control[name]
             for name, total in self._gradients.items()
         }
-        return AuxiliaryValues(vector=self._given)
+        return AuxiliaryValues(vector=self._contributed)
 
     @override
-    def _keep(self) -> None:
-        self._error_feedback = self._given
+    def _commit(self) -> None:
+        self._control = self._contributed
 
     @override
-    def _saved(self) -> dict[str, Any]:
+    def _method_state(self) -> dict[str, Any]:
         return {
-            "error_feedback": clones(self._error_feedback),
+            "control": clones(self._control),
             "gradients": clones(self._gradients),
             "rates": dict(self._rates),
         }
 
     @override
     def _load(self, saved: Mapping[str, Any], mean: Mapping[str, Tensor]) -> None:
-        self._error_feedback = self._placed(saved["error_feedback"])
-        self._shift = {name: mean[name] - own for name, own in self._error_feedback.items()}
+        self._control = self._placed(saved["control"])
+        self._shift = {name: mean[name] - own for name, own in self._control.items()}
         self._gradients = self._placed(saved["gradients"])
         self._rates = dict(saved["rates"])

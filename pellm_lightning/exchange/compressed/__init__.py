@@ -1,1 +1,1 @@
-"""Exchanges that send fewer bytes."""
+"""Compressed exchanges: codecs, their collectives, and the exchanges as users configure them."""

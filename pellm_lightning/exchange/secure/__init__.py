@@ -1,1 +1,1 @@
-"""Secure aggregation: sums that reveal nothing but themselves."""
+"""Secure aggregation: masked sums, key agreement, signing keys and fixed-point numbers."""

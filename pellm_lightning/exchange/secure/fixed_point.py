@@ -1,8 +1,8 @@
-"""Real numbers as integers of a ring, and the masks that hide them there. Pure.
+"""Fixed-point encoding modulo 2^bits, and the key streams that mask encoded numbers. Pure.
 
 Sums modulo 2^bits do not depend on the order of the summands, so they have the same bits for any number of
-threads and any topology. A summand plus a uniformly random integer is itself uniformly random: it says
-nothing about the summand.
+threads and any topology. A summand plus a uniformly random integer is itself uniformly random, and reveals
+nothing of the summand.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-# Numbers worked on at a time: they, their integers and a mask stay in a core's cache together.
+# Numbers processed at a time: they, their integers and a mask fit into a core's cache together.
 _NUMBERS = 1 << 14
 _ZEROS = bytes(8 * _NUMBERS)
 
@@ -21,14 +21,14 @@ KEY_BYTES = 16
 
 
 class FixedPoint:
-    """Fixed-point numbers modulo 2^bits: ``round(x 2^fractional_bits)``, halves to even.
+    """Fixed-point encoding modulo 2^bits: ``round(x 2^fractional_bits)``, halves to even.
 
-    A sum of N numbers is off by at most ``N / 2 * 2^-fractional_bits``. It cannot overflow if no summand
-    exceeds ``limit``.
+    A sum of N numbers has an error of at most ``N / 2 * 2^-fractional_bits``. It cannot overflow if no
+    summand exceeds ``limit``.
 
     Args:
         bits: 32 or 64.
-        fractional_bits: Binary digits behind the point.
+        fractional_bits: Number of fractional bits.
         parties: Number of summands N.
     """
 
@@ -36,13 +36,13 @@ class FixedPoint:
         self.dtype = torch.int32 if bits == 32 else torch.int64
         self._scale = 2.0**fractional_bits
         largest = (2 ** (bits - 1) - 1) // parties
-        # Of 64 bits float64 holds 53, and may be the next above.
+        # float64 holds 53 of 64 bits, so the conversion may round up.
         rounded = float(largest) if float(largest) <= largest else math.nextafter(float(largest), 0.0)
         self.limit = rounded / self._scale
         """Largest absolute value of a summand."""
 
     def encodes_in_place(self, x: Tensor) -> bool:
-        """Tell whether the integers are put where the numbers lie, since they are as wide."""
+        """Return whether the integers reuse the memory of the numbers, since both have the same width."""
         return x.is_floating_point() and x.itemsize == self.dtype.itemsize
 
     def encode(
@@ -52,13 +52,13 @@ class FixedPoint:
         added: "Sequence[KeyStream]" = (),
         subtracted: "Sequence[KeyStream]" = (),
     ) -> Tensor:
-        """Return flat numbers as integers, masked. Integers are masked as they are.
+        """Encode flat numbers as integers and mask these; integers are only masked.
 
         Args:
             x: The numbers, (D,), on the CPU.
-            out: Where to put the integers if not in the place of the numbers, (D,); None for new memory.
-            added: Streams whose next integers are added.
-            subtracted: Streams whose next integers are subtracted.
+            out: Output buffer, (D,), unless encoded in place; None allocates one.
+            added: Key streams whose next integers are added.
+            subtracted: Key streams whose next integers are subtracted.
 
         Raises:
             OverflowError: If a number exceeds the limit, or is not finite.
@@ -67,11 +67,11 @@ class FixedPoint:
             out = x.view(self.dtype)
         elif out is None:
             out = torch.empty(x.shape, dtype=self.dtype)
-        # numpy adds integers and rounds with all the width a core has; torch does not.
+        # numpy vectorises integer addition and rounding; torch does not.
         numbers, integers = _as_numpy(x), out.numpy()
         scaled = np.empty(min(_NUMBERS, len(numbers)), numbers.dtype)
         stream = np.empty(len(scaled), integers.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
+        with np.errstate(over="ignore", invalid="ignore"):  # overflow raises below
             for start in range(0, len(numbers), _NUMBERS):
                 values = numbers[start : start + _NUMBERS]
                 block = integers[start : start + _NUMBERS]
@@ -80,12 +80,12 @@ class FixedPoint:
         return out
 
     def decode_(self, encoded: Tensor, into: Tensor, masks: "Sequence[KeyStream]" = ()) -> None:
-        """Write what integers stand for into a tensor, which may share their memory; they are overwritten.
+        """Unmask and decode integers into a tensor, which may share their memory; they are overwritten.
 
         Args:
             encoded: The integers, (D,).
             into: Of the same shape, on the CPU.
-            masks: Streams whose next integers are subtracted first.
+            masks: Key streams whose next integers are subtracted first.
         """
         integers = encoded.numpy()
         numbers = _as_numpy(into)
@@ -113,13 +113,13 @@ class FixedPoint:
 
 
 class KeyStream:
-    """An endless stream of random integers that whoever has the key can make again.
+    """Pseudorandom generator of masks, reproducible by everyone who has the key.
 
     It is AES-128 in counter mode (NIST SP 800-38A): the nonce is the upper half of the first counter block.
 
     Args:
         key: 16 bytes.
-        nonce: Number that this key is used with only once, below 2^64.
+        nonce: Number used only once with this key, below 2^64.
     """
 
     def __init__(self, key: bytes, nonce: int = 0) -> None:
@@ -127,7 +127,7 @@ class KeyStream:
         self._stream = Cipher(algorithms.AES128(key), modes.CTR(first)).encryptor()
 
     def write(self, block: np.ndarray) -> None:
-        """Overwrite a block by the stream's next integers."""
+        """Overwrite a block with the stream's next integers."""
         if len(block):
             self._stream.update_into(memoryview(_ZEROS)[: block.nbytes], block.data.cast("B"))
 
@@ -135,7 +135,7 @@ class KeyStream:
 def _mask(
     block: np.ndarray, stream: np.ndarray, added: Sequence[KeyStream], subtracted: Sequence[KeyStream]
 ) -> None:
-    """Add the next integers of some masks, and subtract those of others, in place and modulo 2^bits."""
+    """Add and subtract the next integers of key streams, in place and modulo 2^bits."""
     for mask in added:
         mask.write(stream)
         np.add(block, stream, out=block)
@@ -145,5 +145,5 @@ def _mask(
 
 
 def _as_numpy(x: Tensor) -> np.ndarray:
-    """Return the memory of a tensor; of halves, which cannot hold what is scaled, a wider copy."""
+    """Return a tensor's memory; for 16-bit floats, which cannot hold scaled values, a float32 copy."""
     return (x.float() if x.is_floating_point() and x.itemsize < 4 else x).numpy()

@@ -1,10 +1,10 @@
-"""Keys that two parties share and nobody else knows, made anew for every attempt.
+"""Authenticated key agreement: pairwise secret keys from signed Diffie-Hellman, ephemeral for each attempt.
 
-Each party shows a fresh X25519 key (RFC 7748), sees that what came back holds it unchanged, then signs by its
-Ed25519 identity everything that all have shown. A signature is good for this very set of fresh keys only, so
-neither a stranger, nor a recorded key, nor one that was swapped on its way passes. From what two parties'
-fresh keys have in common comes the key of their mask by HKDF-SHA256 (RFC 5869). The fresh keys are forgotten
-with the attempt: who steals an identity later cannot open what was sent before.
+Each party broadcasts an ephemeral X25519 key (RFC 7748), checks that its own came back unchanged, then signs
+the transcript of all ephemeral keys with its Ed25519 key. A signature is valid for this transcript only, so
+impersonated, replayed and substituted keys are rejected. Two parties' shared secret gives their mask key by
+HKDF-SHA256 (RFC 5869). Ephemeral keys are deleted with the attempt (forward secrecy): stealing a signing key
+later does not decrypt what was sent before.
 """
 
 import hashlib
@@ -27,81 +27,83 @@ _CONTEXT = "pellm-lightning/masked/1"
 
 
 def agree(
-    federation: Collectives, identity: SigningKey, peers: TrustedKeys, settings: str
+    federation: Collectives, signing_key: SigningKey, trusted: TrustedKeys, settings: str
 ) -> dict[int, bytes]:
-    """Return the key that this party shares with each other one that meets, KEY_BYTES, by its index.
+    """Return the secret key shared with each other party of the attempt, KEY_BYTES, by its index.
 
     Args:
-        federation: The parties that meet; each must call it.
-        identity: This party's private key.
-        peers: All parties' public keys.
-        settings: What all must have the same, in words; the signatures cover it.
+        federation: Collectives of the attempt's members; each must call it.
+        signing_key: This party's private key.
+        trusted: All parties' public keys.
+        settings: Text that must be equal at all parties; the signatures cover it.
 
     Raises:
-        FederationError: If a party is not who it says.
+        FederationError: If a party cannot be authenticated.
     """
-    fresh = X25519PrivateKey.generate()
-    shown = tell(federation, fresh.public_key().public_bytes_raw(), _PUBLIC_BYTES)
-    transcript = _digest(settings, federation.names, shown)
-    signatures = tell(federation, identity.sign(_statement(transcript, federation.name)), _SIGNATURE_BYTES)
+    ephemeral = X25519PrivateKey.generate()
+    public_keys = all_gather_bytes(federation, ephemeral.public_key().public_bytes_raw(), _PUBLIC_BYTES)
+    transcript = _digest(settings, federation.names, public_keys)
+    signature = signing_key.sign(_statement(transcript, federation.name))
+    signatures = all_gather_bytes(federation, signature, _SIGNATURE_BYTES)
     for name, signature in zip(federation.names, signatures, strict=True):
-        if not peers.signed(name, signature, _statement(transcript, name)):
+        if not trusted.verify(name, signature, _statement(transcript, name)):
             raise FederationError(
-                f"Party {federation.name} cannot tell whether party {name} is party {name}: what both were"
-                f" told of this round's keys and members is not signed by {peers.of(name)}, which is pinned"
-                f" for it. Nothing of this round was sent. Either another key belongs to party {name}, then"
-                " correct peers at all parties; or somebody on the way changes what the parties tell each"
-                " other."
+                f"Party {federation.name} cannot authenticate party {name}: this round's keys and members are"
+                f" not signed by {trusted.get(name)}, its key in trusted_keys. Nothing was sent. Either party"
+                f" {name} has another key, then correct trusted_keys at all parties; or somebody on the"
+                " network modifies messages."
             )
     return {
-        party: shared_key(fresh, public, transcript, federation.party, party)
-        for party, public in enumerate(shown)
+        party: shared_key(ephemeral, public, transcript, federation.party, party)
+        for party, public in enumerate(public_keys)
         if party != federation.party
     }
 
 
-def shared_key(fresh: X25519PrivateKey, public: bytes, transcript: bytes, one: int, other: int) -> bytes:
-    """Return the key of two parties, KEY_BYTES; the same at both.
+def shared_key(ephemeral: X25519PrivateKey, public: bytes, transcript: bytes, one: int, other: int) -> bytes:
+    """Derive the secret key of two parties, KEY_BYTES; the same at both.
 
     Raises:
-        FederationError: If the public key is one that gives no secret.
+        FederationError: If the public key has small order.
     """
     low, high = sorted((one, other))
     try:
-        secret = fresh.exchange(X25519PublicKey.from_public_bytes(public))
+        secret = ephemeral.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as error:  # all zeros, RFC 7748 section 6.1
-        raise FederationError(f"Party {other} showed a key of small order, which gives no secret.") from error
+        raise FederationError(
+            f"Party {other} sent a public key of small order, which gives no secret."
+        ) from error
     info = f"{_CONTEXT}|{low}|{high}".encode()
     return HKDF(hashes.SHA256(), length=KEY_BYTES, salt=transcript, info=info).derive(secret)
 
 
-def tell(federation: Collectives, mine: bytes, size: int) -> list[bytes]:
-    """Tell all parties some bytes, the same number of each party's; return all of theirs, in order.
+def all_gather_bytes(federation: Collectives, mine: bytes, size: int) -> list[bytes]:
+    """Gather bytes of equal length from all parties; check that this party's came back unchanged.
 
     Raises:
-        FederationError: If this party's were changed on their way. Others may hold the changed ones for its
-            own, and what it signs or does next would speak for these.
+        FederationError: If this party's were modified in transit. Others may have received the modified ones,
+            which its next signature must not cover.
     """
     rows = torch.zeros(federation.num_parties, size // 8, dtype=torch.int64)
     rows[federation.party] = torch.frombuffer(bytearray(mine), dtype=torch.int64)
     federation.all_reduce_(rows)  # one row each: the sum is all of them
-    told = [_bytes_of(row) for row in rows]
-    if told[federation.party] != mine:
+    gathered = [_bytes_of(row) for row in rows]
+    if gathered[federation.party] != mine:
         raise FederationError(
-            f"What party {federation.name} told the others came back changed. Nothing of its values was"
-            " revealed. A party runs another version of pellm-lightning, or somebody on the way changes what"
-            " the parties tell each other: connect them by TLS, or by a network that you trust."
+            f"What party {federation.name} sent to the others came back modified. Nothing of its values was"
+            " revealed. A party runs another version of pellm-lightning, or somebody on the network modifies"
+            " messages: connect the parties by TLS, or by a network that you trust."
         )
-    return told
+    return gathered
 
 
 def _bytes_of(row: Tensor) -> bytes:
     return row.numpy().tobytes()
 
 
-def _digest(settings: str, names: Sequence[str], shown: Sequence[bytes]) -> bytes:
-    words = [_CONTEXT, settings, list(names), [key.hex() for key in shown]]
-    return hashlib.sha256(json.dumps(words).encode()).digest()
+def _digest(settings: str, names: Sequence[str], public_keys: Sequence[bytes]) -> bytes:
+    content = [_CONTEXT, settings, list(names), [key.hex() for key in public_keys]]
+    return hashlib.sha256(json.dumps(content).encode()).digest()
 
 
 def _statement(transcript: bytes, name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The masked exchange as users configure it; what it does is in ``sums.py``."""
+"""Secure aggregation as users configure it; the protocol is in ``collectives.py``."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,22 +13,21 @@ from pellm_lightning.exchange.error_feedback import ErrorFeedback
 if TYPE_CHECKING:
     from pellm_lightning.exchange.secure.signing_keys import SigningKey
 
-# Of a sum over two, each sees what the other has.
+# With two parties each could subtract its own value from the sum.
 MIN_PARTIES = 3
 
 
 class SecureAggregation(Exchange):
-    """Sum the parties' values so that nobody sees anything but the sum: secure aggregation.
+    """Secure aggregation exchange: parties, rendezvous and network see sums only, no single party's values.
 
-    Everything that a round adds up goes through it: parameters, weights, losses, metrics. Parties, the
-    rendezvous and the network see numbers that are uniformly random. What it does not hide, and from whom it
-    does not protect, is in docs/privacy.md.
+    It covers everything that a round sums: parameters, weights, losses, metrics. All that is sent is
+    uniformly random. The threat model and what is not hidden are in docs/privacy.md.
 
     Args:
-        identity: Path of this party's private key, as ``python -m pellm_lightning keys new`` makes it;
+        signing_key: Path of this party's private key, as ``python -m pellm_lightning keys new`` creates it;
             "{party}" stands for the party's name.
-        peers: Public key of each party by its name, or the folder with all ``<name>.pub`` files.
-        fractional_bits: Binary digits behind the point; the mean over N parties of total weight W is off by
+        trusted_keys: Public key of each party by its name, or the folder with all ``<name>.pub`` files.
+        fractional_bits: Number of fractional bits; the mean over N parties of total weight W has an error of
             at most ``N / (2 W) * 2^-fractional_bits``.
         bits: 64, or 32 to send no more bytes than ``Plain()``; then a weighted update must stay below
             ``2^(31 - fractional_bits) / N``.
@@ -36,102 +35,107 @@ class SecureAggregation(Exchange):
     Raises:
         ValueError: If an argument is out of its range.
         ImportError: If the package ``cryptography`` is not installed.
+
+    Example:
+        >>> from pellm_lightning.exchange.secure.signing_keys import generate_signing_key
+        >>> for name in ("clinic-a", "clinic-b", "clinic-c"):
+        ...     path, public_key = generate_signing_key("keys", name)
+        >>> exchange = SecureAggregation(signing_key="keys/{party}.key", trusted_keys="keys")
     """
 
     is_secure = True
     exact = False
     supports = "sums"
-    min_counting = MIN_PARTIES
+    min_participants = MIN_PARTIES
 
     def __init__(
         self,
-        identity: str | Path,
-        peers: Mapping[str, str] | str | Path,
+        signing_key: str | Path,
+        trusted_keys: Mapping[str, str] | str | Path,
         fractional_bits: int = 24,
         bits: int = 64,
     ) -> None:
         if bits not in (32, 64):
-            raise ValueError(f"bits={bits!r} must be 32 or 64: whole numbers of that size are sent.")
+            raise ValueError(f"bits={bits!r} must be 32 or 64, the width of the integers that are sent.")
         if isinstance(fractional_bits, bool) or not 1 <= fractional_bits <= bits - 8:
             raise ValueError(
-                f"fractional_bits={fractional_bits!r} must be a whole number from 1 to {bits - 8}: of {bits}"
-                " bits some must be left before the point."
+                f"fractional_bits={fractional_bits!r} must be an integer from 1 to {bits - 8}: some of the"
+                f" {bits} bits are needed for the integer part."
             )
-        self.identity = str(identity)
+        self.signing_key = str(signing_key)
         self.bits = bits
         self.fractional_bits = fractional_bits
         from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
 
-        self._peers = TrustedKeys(peers)
+        self._trusted = TrustedKeys(trusted_keys)
 
     @override
     def check(self, federation: Communicator) -> None:
-        """Refuse a federation with fewer than three parties, or parties without keys.
+        """Validate that three or more parties take part, each with a key.
 
         Raises:
             ValueError: If there are too few, a key is missing or this party's is not the pinned one.
         """
         too_few = (
-            "With two, each would see the other's values by subtracting its own from the sum. Federate three"
-            " or more parties, or use Plain()."
+            "With two, each could compute the other's values by subtracting its own from the sum. Federate"
+            " three or more parties, or use Plain()."
         )
         if len(federation.roster) < MIN_PARTIES:
             raise ValueError(
-                f"A masked sum needs {MIN_PARTIES} parties, here are {len(federation.roster)}. {too_few}"
+                f"Secure aggregation needs {MIN_PARTIES} parties, not {len(federation.roster)}. {too_few}"
             )
         if federation.quorum < MIN_PARTIES:
             raise ValueError(
-                f"A masked sum needs {MIN_PARTIES} parties, but rounds would go on with {federation.quorum}."
+                f"Secure aggregation needs {MIN_PARTIES} parties, but the quorum is {federation.quorum}."
                 f" {too_few} Set quorum to {MIN_PARTIES} or more."
             )
-        missing = [name for name in federation.roster if self._peers.of(name) is None]
+        missing = [name for name in federation.roster if self._trusted.get(name) is None]
         if missing:
             raise ValueError(
-                f"peers has no public key of party {', '.join(missing)}. Parties are called"
-                f" {', '.join(federation.roster)}; make a key for each by `python -m pellm_lightning keys"
+                f"trusted_keys has no public key of party {', '.join(missing)}. The parties are"
+                f" {', '.join(federation.roster)}; create a key for each by `python -m pellm_lightning keys"
                 " new`."
             )
-        self._identity_of(federation.name)
+        self._load_signing_key(federation.name)
 
     @override
     def open(
         self,
         federation: Collectives,
-        revealing: Callable[[], None],
+        on_reveal: Callable[[], None],
         view: str = "",
         error_feedback: ErrorFeedback | None = None,
     ) -> Collectives:
-        """Agree on fresh keys; return sums that are masked by them.
+        """Agree on ephemeral keys; return collectives whose sums are masked by them.
 
         Raises:
-            FederationError: If fewer than three parties meet, or one is not who it says.
+            FederationError: If fewer than three parties take part, or one cannot be authenticated.
         """
         from pellm_lightning.exchange.secure import key_agreement
         from pellm_lightning.exchange.secure.collectives import SecAggCollectives
 
         if federation.num_parties < MIN_PARTIES:
             raise FederationError(
-                f"Only {federation.num_parties} parties meet, too few for a masked sum: it needs"
-                f" {MIN_PARTIES}."
+                f"Secure aggregation needs {MIN_PARTIES} parties, only {federation.num_parties} take part."
             )
-        identity = self._identity_of(federation.name)
-        keys = key_agreement.agree(federation, identity, self._peers, f"{self!r} {view}")
-        return SecAggCollectives(federation, keys, self.bits, self.fractional_bits, revealing)
+        signing_key = self._load_signing_key(federation.name)
+        keys = key_agreement.agree(federation, signing_key, self._trusted, f"{self!r} {view}")
+        return SecAggCollectives(federation, keys, self.bits, self.fractional_bits, on_reveal)
 
     def __repr__(self) -> str:
         return (
-            f"SecureAggregation(peers={self._peers.fingerprint}, fractional_bits={self.fractional_bits},"
-            f" bits={self.bits})"
+            f"SecureAggregation(trusted_keys={self._trusted.fingerprint},"
+            f" fractional_bits={self.fractional_bits}, bits={self.bits})"
         )
 
-    def _identity_of(self, name: str) -> "SigningKey":
+    def _load_signing_key(self, name: str) -> "SigningKey":
         from pellm_lightning.exchange.secure.signing_keys import SigningKey
 
-        identity = SigningKey(self.identity.replace("{party}", name))
-        if identity.public != self._peers.of(name):
+        key = SigningKey(self.signing_key.replace("{party}", name))
+        if key.public_key != self._trusted.get(name):
             raise ValueError(
-                f"The identity {str(identity.path)!r} of party {name} has the public key {identity.public},"
-                f" but peers says {self._peers.of(name)}. Give the party its own key, or correct peers at all"
-                " parties."
+                f"The signing key {str(key.path)!r} of party {name} has the public key {key.public_key}, but"
+                f" trusted_keys has {self._trusted.get(name)}. Give the party its own key, or correct"
+                " trusted_keys at all parties."
             )
-        return identity
+        return key

@@ -1,4 +1,4 @@
-"""Who a party is: an Ed25519 key (RFC 8032) of its own, and the pinned public keys of all parties."""
+"""Signing keys of secure aggregation: Ed25519 (RFC 8032), and the pinned public keys of all parties."""
 
 import base64
 import binascii
@@ -15,20 +15,25 @@ try:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 except ImportError as error:
     raise ImportError(
-        "A masked exchange needs the package cryptography: pip install 'pellm-lightning[masked]'."
+        "Secure aggregation needs the package cryptography: pip install 'pellm-lightning[masked]'."
     ) from error
 
 _PREFIX = "ed25519:"
 
 
 class SigningKey:
-    """A party's private key.
+    """A party's private signing key.
 
     Args:
-        path: PEM file that ``make_identity`` has written.
+        path: PEM file written by ``generate_signing_key``.
 
     Raises:
         ValueError: If the file cannot be read, or holds something else.
+
+    Example:
+        >>> path, public_key = generate_signing_key("keys", "clinic-a")
+        >>> SigningKey(path).public_key == public_key
+        True
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,20 +42,20 @@ class SigningKey:
             key = serialization.load_pem_private_key(self.path.read_bytes(), password=None)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
-                f"The identity {str(path)!r} cannot be read: {error}. Make one by"
+                f"The signing key {str(path)!r} cannot be read: {error}. Create one by"
                 " `python -m pellm_lightning keys new`, and give each party its own."
             ) from error
         if not isinstance(key, Ed25519PrivateKey):
             raise ValueError(
-                f"The identity {str(path)!r} is no Ed25519 key, but {type(key).__name__}. Make one by"
+                f"The signing key {str(path)!r} is no Ed25519 key, but {type(key).__name__}. Create one by"
                 " `python -m pellm_lightning keys new`."
             )
         self._key = key
 
     @property
-    def public(self) -> str:
-        """The public key in words."""
-        return _in_words(self._key.public_key())
+    def public_key(self) -> str:
+        """The public key as text."""
+        return _to_text(self._key.public_key())
 
     def sign(self, message: bytes) -> bytes:
         """Return the signature, 64 bytes."""
@@ -58,50 +63,56 @@ class SigningKey:
 
 
 class TrustedKeys:
-    """The public keys of all parties, by name; whoever else claims to be one of them is not.
+    """The pinned public keys of all parties, by name.
 
     Args:
-        keys: Public key of each party in words ("ed25519:..."), or the folder with all ``<name>.pub`` files.
+        keys: Public key of each party as text ("ed25519:..."), or the folder with all ``<name>.pub`` files.
 
     Raises:
         ValueError: If a key is malformed, two parties have the same, or there are none.
+
+    Example:
+        >>> path, public_key = generate_signing_key("keys", "clinic-b")
+        >>> trusted = TrustedKeys({"clinic-b": public_key})
+        >>> trusted.verify("clinic-b", SigningKey(path).sign(b"message"), b"message")
+        True
     """
 
     def __init__(self, keys: Mapping[str, str] | str | Path) -> None:
         if isinstance(keys, Mapping):
-            words = dict(keys)
+            texts = dict(keys)
         else:
-            words = {path.stem: path.read_text().strip() for path in sorted(Path(keys).glob("*.pub"))}
-        if not words:
+            texts = {path.stem: path.read_text().strip() for path in sorted(Path(keys).glob("*.pub"))}
+        if not texts:
             raise ValueError(
-                f"peers={str(keys)!r} holds no public keys. Give each party's as name: 'ed25519:...', or the"
-                " folder with all <name>.pub files."
+                f"trusted_keys={str(keys)!r} holds no public keys. Give each party's as name:"
+                " 'ed25519:...', or the folder with all <name>.pub files."
             )
-        self._keys = {name: _key_of(name, text) for name, text in words.items()}
-        self._words = {name: _in_words(key) for name, key in self._keys.items()}
+        self._keys = {name: _parse_key(name, text) for name, text in texts.items()}
+        self._texts = {name: _to_text(key) for name, key in self._keys.items()}
         first: dict[str, str] = {}
-        for name, text in self._words.items():
+        for name, text in self._texts.items():
             if first.setdefault(text, name) != name:
                 raise ValueError(
                     f"Parties {first[text]} and {name} have the same public key. Each needs its own."
                 )
 
     def __reduce__(self) -> "tuple[type[TrustedKeys], tuple[dict[str, str]]]":
-        """Pickle the keys in words: the library's own objects cannot be pickled."""
-        return TrustedKeys, (dict(self._words),)
+        """Pickle the keys as text: the library's objects cannot be pickled."""
+        return TrustedKeys, (dict(self._texts),)
 
     @property
     def fingerprint(self) -> str:
         """A digest of all names and keys, 16 hex digits."""
-        lines = "\n".join(f"{name} {self._words[name]}" for name in sorted(self._words))
+        lines = "\n".join(f"{name} {self._texts[name]}" for name in sorted(self._texts))
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
-    def of(self, name: str) -> str | None:
-        """Return a party's public key in words, None if it is not known."""
-        return self._words.get(name)
+    def get(self, name: str) -> str | None:
+        """Return a party's public key as text, None if unknown."""
+        return self._texts.get(name)
 
-    def signed(self, name: str, signature: bytes, message: bytes) -> bool:
-        """Tell whether a party has signed a message."""
+    def verify(self, name: str, signature: bytes, message: bytes) -> bool:
+        """Return whether a signature of a message is a party's."""
         try:
             self._keys[name].verify(signature, message)
         except InvalidSignature:
@@ -109,18 +120,18 @@ class TrustedKeys:
         return True
 
 
-def make_identity(directory: str | Path, name: str) -> tuple[Path, str]:
-    """Make a party's key: ``<name>.key``, which nobody else may have, and ``<name>.pub``, which all need.
+def generate_signing_key(directory: str | Path, name: str) -> tuple[Path, str]:
+    """Generate a party's key pair: ``<name>.key``, to be kept secret, and ``<name>.pub``, which all need.
 
     Args:
-        directory: Folder for the two files; made if missing.
-        name: The party.
+        directory: Folder for the two files; created if missing.
+        name: Name of the party.
 
     Returns:
-        Path of the private key, and the public key in words.
+        Path of the private key, and the public key as text.
 
     Raises:
-        FileExistsError: If either file is there already.
+        FileExistsError: If either file exists.
         ValueError: If the name is malformed.
     """
     check_name(name)
@@ -136,21 +147,21 @@ def make_identity(directory: str | Path, name: str) -> tuple[Path, str]:
             raise FileExistsError(f"{path} exists already. Remove it first if this party gets a new key.")
     with open(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)
-    words = _in_words(key.public_key())
-    public.write_text(words + "\n")
-    return private, words
+    text = _to_text(key.public_key())
+    public.write_text(text + "\n")
+    return private, text
 
 
-def _in_words(key: Ed25519PublicKey) -> str:
+def _to_text(key: Ed25519PublicKey) -> str:
     raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return _PREFIX + base64.b64encode(raw).decode()
 
 
-def _key_of(name: str, words: str) -> Ed25519PublicKey:
+def _parse_key(name: str, text: str) -> Ed25519PublicKey:
     try:
-        if not words.startswith(_PREFIX):
+        if not text.startswith(_PREFIX):
             raise ValueError(f"it does not begin with {_PREFIX!r}")
-        return Ed25519PublicKey.from_public_bytes(base64.b64decode(words[len(_PREFIX) :], validate=True))
+        return Ed25519PublicKey.from_public_bytes(base64.b64decode(text[len(_PREFIX) :], validate=True))
     except (ValueError, binascii.Error, AttributeError) as error:
         raise ValueError(
             f"The public key of party {name} is no key ({error}). Copy the line that"

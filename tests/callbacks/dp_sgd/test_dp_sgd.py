@@ -241,8 +241,8 @@ class Stream(IterableDataset[Any]):
     [
         (lambda: [data(4, 0), data(4, 1)], "not from list"),
         (lambda: DataLoader(Stream(), batch_size=4), "IterableDataset cannot be sampled"),
-        (lambda: DataLoader(dataset(8, 0), batch_size=None), "choose records in their own way"),
-        (lambda: DataLoader(dataset(8, 0), batch_sampler=[[0, 1], [2]]), "choose records in their own way"),
+        (lambda: DataLoader(dataset(8, 0), batch_size=None), "select records themselves"),
+        (lambda: DataLoader(dataset(8, 0), batch_sampler=[[0, 1], [2]]), "select records themselves"),
         (lambda: DataLoader(dataset(8, 0), 4, sampler=SubsetRandomSampler([1, 2])), "SubsetRandomSampler"),
         (lambda: DataLoader(dataset(8, 0), 4, sampler=WeightedRandomSampler([1.0] * 8, 8)), "WeightedRandom"),
         (
@@ -279,14 +279,14 @@ def test_hundred_steps_at_one() -> None:
 def test_affordable_steps_are_the_most_within_the_budget() -> None:
     accountant = PoissonAccountant()
     accountant.step(1.0, 0.1, 40)
-    more = accountant.affordable(1.0, 0.1, 10_000, 7.904, 1e-5)
+    more = accountant.steps_within_budget(1.0, 0.1, 10_000, 7.904, 1e-5)
     assert more == 60
     accountant.step(1.0, 0.1, more)
     assert accountant.epsilon(1e-5) <= 7.904
     accountant.step(1.0, 0.1)
     assert accountant.epsilon(1e-5) > 7.904
-    assert accountant.affordable(1.0, 0.1, 10_000, 7.904, 1e-5) == 0
-    assert PoissonAccountant().affordable(1.0, 0.1, 50, 7.904, 1e-5) == 50
+    assert accountant.steps_within_budget(1.0, 0.1, 10_000, 7.904, 1e-5) == 0
+    assert PoissonAccountant().steps_within_budget(1.0, 0.1, 50, 7.904, 1e-5) == 50
 
 
 def test_accounting_and_opacus_leave_the_logs_alone() -> None:
@@ -296,9 +296,9 @@ import logging
 from pellm_lightning.callbacks.dp_sgd.poisson_sampling import PoissonAccountant
 from pellm_lightning.callbacks.dp_sgd.dp_sgd import _grad_sample_hooks
 from torch import nn
-ledger = PoissonAccountant()
-ledger.step(1.0, 0.225)
-assert ledger.epsilon(1e-5) > 0
+accountant = PoissonAccountant()
+accountant.step(1.0, 0.225)
+assert accountant.epsilon(1e-5) > 0
 _grad_sample_hooks(nn.Linear(2, 2))
 assert not logging.root.handlers, logging.root.handlers
 """
@@ -580,13 +580,17 @@ class Flattened(Classifier):
         (Classifier, {"precision": "16-true"}, "not '16-true'"),
         (Classifier, {"precision": "64-true"}, "not '64-true'"),
         (Classifier, {"overfit_batches": 1}, "overfit_batches"),
-        (Classifier, {"loader": DataLoader(dataset(8, 0), 4, sampler=SubsetRandomSampler([1]))}, "own way"),
+        (
+            Classifier,
+            {"loader": DataLoader(dataset(8, 0), 4, sampler=SubsetRandomSampler([1]))},
+            "select records themselves",
+        ),
         (Normed, {}, "'norm' is a BatchNorm1d"),
-        (Tied, {}, "do not add up"),
-        (Bare, {}, "no gradient of its own"),
+        (Tied, {}, "do not sum to"),
+        (Bare, {}, "has no per-sample gradients"),
         (Unused, {}, "the loss does not depend on it"),
         (Evaluating, {}, "'head' is trained but in eval mode"),
-        (Recurrent, {}, "Opacus cannot tell this module's gradients apart"),
+        (Recurrent, {}, "Opacus does not support this module"),
         (Flattened, {}, "first dimension of its layer's input is not the record"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_second_fit_starts_anew(tmp_path: Path) -> None:
         module = Classifier(seed=party)
         trainer = quiet_trainer(tmp_path, [federated(), corrections[party]])
         trainer.fit(module, data(8 + 8 * party, seed=party))
-        assert corrections[party].state_dict()["error_feedback"], "a checkpoint may be saved after the fit"
+        assert corrections[party].state_dict()["control"], "a checkpoint may be saved after the fit"
         return module.vector()
 
     first, again = fit_parties(2, fit), fit_parties(2, fit)
@@ -134,7 +134,7 @@ def test_a_resting_factor_stays_and_keeps_what_is_known_of_it(tmp_path: Path) ->
             super().end_round(mean, counted=counted)
             party = 0 if "0" in self.of else 1
             values = {n: p.detach().clone() for n, p in self._parameters.items()}
-            held[party].append((values, {n: m.clone() for n, m in mean.items()}, dict(self._error_feedback)))
+            held[party].append((values, {n: m.clone() for n, m in mean.items()}, dict(self._control)))
 
     def fit(party: int, federated: Any) -> None:
         correction = Watching()
@@ -268,7 +268,7 @@ def test_who_does_not_count_keeps_its_memory(tmp_path: Path) -> None:
 
         def noted(mean: Mapping[str, Tensor], *, counted: bool) -> None:
             end(mean, counted=counted)
-            seen[party].append((counted, correction._error_feedback["head.weight"].clone()))
+            seen[party].append((counted, correction._control["head.weight"].clone()))
 
         correction.end_round = noted  # type: ignore[method-assign]
         module = Overflowing(party)
@@ -356,7 +356,7 @@ def momentum(head: Any) -> torch.optim.Optimizer:
         ([SCAFFOLD(), FedProx(0.1)], Classifier, {}, "2 drift corrections"),
         ([SCAFFOLD()], Manual, {}, "SCAFFOLD.* manual optimization"),
         ([SCAFFOLD(), DPSGD(1.0, 1.0)], Classifier, {}, "before DPSGD"),
-        ([FedNova()], lambda: Classifier(optimizer="Adam"), {}, "not Adam, which scales"),
+        ([FedNova()], lambda: Classifier(optimizer="Adam"), {}, "not of Adam, which rescales"),
         ([FedNova()], lambda: Custom(groups), {}, "have different lr"),
         ([FedNova()], lambda: Custom(momentum), {}, "inner_optimizer_state='reset'"),
         ([FedProx(0.1)], lambda: Classifier(optimizer="LBFGS"), {}, "LBFGS computes several"),
@@ -407,7 +407,7 @@ def test_a_fused_optimizer_with_a_scaler_is_refused(tmp_path: Path) -> None:
         trainer = quiet_trainer(tmp_path, [federated(), SCAFFOLD()], plugins=[plugin])
         trainer.fit(Custom(fused), data(8, seed=party))
 
-    with pytest.raises(MisconfigurationException, match="fused SGD unscales gradients in its own step"):
+    with pytest.raises(MisconfigurationException, match="fused SGD unscales gradients in its step"):
         fit_parties(1, fit)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_oracles import random
 from torch import Generator, Tensor
 
-from pellm_lightning.exchange.compressed.codecs import Blocks, Casting, Codec, Largest
+from pellm_lightning.exchange.compressed.codecs import Bfloat16Codec, Codec, QuantizationCodec, TopKCodec
 
 
 def coded(codec: Codec, x: Tensor, seed: int = 0) -> tuple[bytes, Tensor]:
@@ -46,7 +46,7 @@ def read_blocks(data: bytes, bits: int, block: int, n: int) -> np.ndarray:
 )
 def test_blocks_miss_less_than_a_step(n: int, bits: int, block: int, scale: float, seed: int) -> None:
     x = random(seed, n, scale=scale)
-    data, out = coded(Blocks(bits, block), x, seed)
+    data, out = coded(QuantizationCodec(bits, block), x, seed)
     assert len(data) == math.ceil(math.ceil(n / block) * (4 + block * bits // 8) / 8) * 8
     said = read_blocks(data, bits, block, n)
     np.testing.assert_allclose(out.numpy(), said, rtol=1e-6, atol=0)
@@ -62,7 +62,7 @@ def test_blocks_miss_less_than_a_step(n: int, bits: int, block: int, scale: floa
 def test_rounding_is_unbiased(bits: int) -> None:
     """A mean of 4000 codes is off by less than five of its standard deviations, half a step each at most."""
     x, draws = random(1, 128), 4000
-    mean = sum(coded(Blocks(bits, 128), x, seed)[1].double() for seed in range(draws)) / draws
+    mean = sum(coded(QuantizationCodec(bits, 128), x, seed)[1].double() for seed in range(draws)) / draws
     step = float(x.abs().max()) / (2 ** (bits - 1) - 1)
     assert (mean - x).abs().max() < 5 * step / 2 / math.sqrt(draws)
     nearest = (x / step).round() * step
@@ -71,7 +71,7 @@ def test_rounding_is_unbiased(bits: int) -> None:
 
 def test_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:
     for bits in (8, 4):
-        codec = Blocks(bits, 8)
+        codec = QuantizationCodec(bits, 8)
         assert torch.equal(coded(codec, torch.zeros(20))[1], torch.zeros(20))
         for bad in (math.nan, math.inf, -math.inf):
             x = torch.ones(24)
@@ -85,7 +85,13 @@ def test_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:
 
 
 def test_vectors_of_several_pieces_and_odd_blocks() -> None:
-    for codec in (Blocks(4, 24), Blocks(8, 128), Blocks(8, 32760), Casting(), Largest(999, 17, 8)):
+    for codec in (
+        QuantizationCodec(4, 24),
+        QuantizationCodec(8, 128),
+        QuantizationCodec(8, 32760),
+        Bfloat16Codec(),
+        TopKCodec(999, 17, 8),
+    ):
         x = random(3, 2 * codec.piece + 12345)
         data, out = coded(codec, x)
         assert len(data) == codec.size_bytes(len(x))
@@ -98,7 +104,7 @@ def test_vectors_of_several_pieces_and_odd_blocks() -> None:
 
 def test_casting_is_torchs_bfloat16() -> None:
     x = torch.cat([random(2, 999), random(3, 998, scale=1e-38), torch.tensor([3e38, 0.0])])
-    assert torch.equal(coded(Casting(), x)[1], x.bfloat16().float())
+    assert torch.equal(coded(Bfloat16Codec(), x)[1], x.bfloat16().float())
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,7 +118,7 @@ def test_casting_is_torchs_bfloat16() -> None:
 def test_the_largest_of_each_chunk_are_sent(n: int, chunk: int, part: float, bits: int, seed: int) -> None:
     k = max(1, int(part * chunk))
     x = random(seed, n)
-    _, out = coded(Largest(chunk, k, bits), x, seed)
+    _, out = coded(TopKCodec(chunk, k, bits), x, seed)
     for values, said in zip(x.numpy().astype(float), out.numpy().astype(float), strict=True):
         assert said == 0 or abs(said - values) <= abs(x).max() / (2 ** (bits - 1) - 1) * (1 + 1e-5)
     for values, said in zip(x.split(chunk), out.split(chunk), strict=True):
@@ -124,20 +130,24 @@ def test_the_largest_of_each_chunk_are_sent(n: int, chunk: int, part: float, bit
 
 def test_sizes() -> None:
     for n in (1_000_000, 70_000):
-        assert 1 <= Blocks(8, 128).size_bytes(n) / n <= 1.04
-        assert 1 <= Blocks(4, 128).size_bytes(n) / (n / 2) <= 1.08
-        assert Casting().size_bytes(n) == 2 * n
+        assert 1 <= QuantizationCodec(8, 128).size_bytes(n) / n <= 1.04
+        assert 1 <= QuantizationCodec(4, 128).size_bytes(n) / (n / 2) <= 1.08
+        assert Bfloat16Codec().size_bytes(n) == 2 * n
         # 64 of 4096: an index of 2 bytes, a value of 1, and 4 bytes for the scale.
-        assert Largest(4096, 64, 8).size_bytes(n) == pytest.approx(n / 4096 * (3 * 64 + 4), rel=0.01)
+        assert TopKCodec(4096, 64, 8).size_bytes(n) == pytest.approx(n / 4096 * (3 * 64 + 4), rel=0.01)
 
 
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    for codec in (Blocks(8, 128), Blocks(4, 128), Largest(64, 4, 4), Casting()):
+    for codec in (QuantizationCodec(8, 128), QuantizationCodec(4, 128), TopKCodec(64, 4, 4), Bfloat16Codec()):
         coded(codec, random(1, 1000))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_crosses_depends_on_the_seed_alone() -> None:
     x = random(5, 1000)
-    assert coded(Blocks(4, 128), x, 1)[0] == coded(Blocks(4, 128), x, 1)[0] != coded(Blocks(4, 128), x, 2)[0]
+    assert (
+        coded(QuantizationCodec(4, 128), x, 1)[0]
+        == coded(QuantizationCodec(4, 128), x, 1)[0]
+        != coded(QuantizationCodec(4, 128), x, 2)[0]
+    )

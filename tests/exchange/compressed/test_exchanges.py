@@ -309,7 +309,7 @@ def test_residuals_of_a_checkpoint_that_the_others_have_gone_beyond_are_forgotte
     present.begin(7, [True, True])
     present.commit()  # a round stands that it took part in: what it owes is known to be owed
     for error_feedback in (behind, present):
-        error_feedback.overtaken()
+        error_feedback.discard_restored()
     assert torch.equal(behind.state_dict()["residuals"], torch.zeros(10))
     assert torch.equal(present.state_dict()["residuals"], torch.ones(10))
 
@@ -341,12 +341,12 @@ def test_an_attempt_that_is_given_up_changes_no_residual() -> None:
     error_feedback = TopK().new_error_feedback(torch.zeros(10))
     for end in (error_feedback.discard, lambda: error_feedback.begin(3, [True])):
         error_feedback.begin(3, [True])
-        error_feedback.lost(2, 5).fill_(1.0)
+        error_feedback.next_residual(2, 5).fill_(1.0)
         end()
         error_feedback.commit()
         assert not error_feedback.state_dict()["residuals"].any()
-    error_feedback.lost(2, 5).fill_(1.0)
-    error_feedback.lost(7, 8).fill_(math.nan)  # of a round whose values overflowed
+    error_feedback.next_residual(2, 5).fill_(1.0)
+    error_feedback.next_residual(7, 8).fill_(math.nan)  # of a round whose values overflowed
     error_feedback.commit()
     assert error_feedback.state_dict()["residuals"].tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
 
@@ -646,11 +646,11 @@ def test_noise_that_only_a_sum_hides_is_refused() -> None:
 @pytest.mark.parametrize("several", [[masked, Quantized], [Quantized, TopK]])
 def test_several_exchanges_are_refused_in_words(several: Sequence[Callable[[], Exchange]]) -> None:
     exchange: Any = [make() for make in several]
-    with pytest.raises(ValueError, match="Several cannot be combined: a masked sum is one of whole numbers"):
+    with pytest.raises(ValueError, match="Several cannot be combined: secure aggregation sums integers"):
         FederatedAveraging(exchange=exchange)
 
     def act(federation: Federation) -> None:
-        with pytest.raises(ValueError, match=r"Masked\(..., bits=32\)"):
+        with pytest.raises(ValueError, match=r"SecureAggregation\(..., bits=32\)"):
             Aggregator(federation, {"w": torch.zeros(9)}, exchange=exchange)
 
     run_parties(1, act)
@@ -679,7 +679,7 @@ def test_arguments_are_checked(make: Callable[[], Exchange], words: str) -> None
     [
         (LowRankMean(solver="power"), Quantized(), "a compressed exchange would save nothing"),
         (HeterogeneousRank(solver="power"), Cast(), "Use solver='exact'"),
-        (HeterogeneousRank(), Quantized(), "gives the factors new coordinates"),
+        (HeterogeneousRank(), Quantized(), "changes the basis of the factors"),
         (LowRankMean(factorization="svd"), Cast(), r"Use LowRankMean\(\) with factorization='procrustes'"),
         (LowRankMean(), TopK(), "needs the parties' whole factors"),
         (Stacking(), TopK(), r"or exchange.Quantized\(...\)"),

@@ -124,7 +124,9 @@ def test_a_sum_says_who_meets_as_the_federation_does() -> None:
         for name in ("party", "names", "name", "members", "place", "max_parties", "bytes_sent"):
             assert getattr(sums, name) == getattr(federation, name)
         for gather in (lambda: sums.all_gather(torch.ones(1), [1] * 3), lambda: sums.all_to_all([], [])):
-            with pytest.raises(FederationError, match=r"gives sums only, no party's own values\. Use Mean"):
+            with pytest.raises(
+                FederationError, match=r"reveals sums only, no single party's values\. Use Mean"
+            ):
                 gather()
 
     run_parties(3, act)
@@ -150,7 +152,7 @@ def test_what_exceeds_the_limit_is_told_with_the_cure_before_it_is_sent(
     words = str(errors[1])
     assert "Party 1 would add" in words
     # (2^31 - 1) / 3 * 2^-24 = 42.67 are left of 32 bits.
-    assert "of 3 parties' masked values none may exceed 42.6667" in words
+    assert "in a secure sum of 3 parties no value may exceed 42.6667" in words
     assert "smaller fractional_bits" in words
     assert "bits=64" in words
     assert all(isinstance(error, PartyLostError) for error in (errors[0], errors[2]))
@@ -281,10 +283,10 @@ def test_own_masks_are_revealed_when_all_have_confirmed_the_sum(monkeypatch: pyt
     def act(federation: Federation) -> None:
         party = federation.party
 
-        def revealing() -> None:
+        def on_reveal() -> None:
             revealed.append((party, sum(m.party == party for m in messages)))
 
-        masked().open(federation, revealing).all_reduce_each_([torch.ones(1000)])
+        masked().open(federation, on_reveal).all_reduce_each_([torch.ones(1000)])
 
     run_parties(3, act)
     for party in range(3):
@@ -361,7 +363,7 @@ def test_a_confirmation_that_is_missing_stops_all() -> None:
     def act(federation: Federation) -> None:
         lying: Any = Lying(federation, forge)
         sums = masked().open(lying, lambda: pytest.fail("revealed"))
-        with pytest.raises(FederationError, match="heard 2 confirmations of 3 parties"):
+        with pytest.raises(FederationError, match="received 2 confirmations of 3 parties"):
             sums.all_reduce_each_([torch.ones(10)])
 
     run_parties(3, act)
@@ -378,4 +380,4 @@ def test_a_revealed_key_that_comes_back_changed_is_noticed_by_its_owner() -> Non
         sums.all_reduce_each_([torch.ones(10)])
 
     results = run_parties(3, act, may_fail=True)
-    assert "What party 1 told the others came back changed" in str(results[1])
+    assert "What party 1 sent to the others came back modified" in str(results[1])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from party_threads import run_parties
-from secure_exchange import identity_of, keys, masked
+from secure_exchange import keys, masked, signing_key_of
 from torch import Tensor
 
 from pellm_lightning import Federation, FederationError
-from pellm_lightning.exchange.secure.key_agreement import agree, shared_key, tell
+from pellm_lightning.exchange.secure.key_agreement import agree, all_gather_bytes, shared_key
 from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
 
 SOON_S = 8.0
@@ -61,7 +61,7 @@ def test_shared_keys_are_x25519_and_hkdf_as_the_standards_have_them() -> None:
 def test_a_key_of_small_order_is_refused() -> None:
     fresh = X25519PrivateKey.generate()
     for point in (bytes(32), (1).to_bytes(32, "little")):
-        with pytest.raises(FederationError, match="Party 2 showed a key of small order"):
+        with pytest.raises(FederationError, match="Party 2 sent a public key of small order"):
             shared_key(fresh, point, b"", 0, 2)
 
 
@@ -100,7 +100,7 @@ def row_of(content: bytes) -> Tensor:
 def agreed(
     federation: Any, which: str = "ours", peers: TrustedKeys | None = None, settings: str = "same"
 ) -> dict[int, bytes]:
-    own = identity_of(federation.name, which)
+    own = signing_key_of(federation.name, which)
     return agree(federation, own, peers or TrustedKeys(keys()), settings)
 
 
@@ -118,7 +118,9 @@ def test_two_and_only_two_have_each_key_and_each_time_another() -> None:
 
 
 def test_all_hear_what_all_tell() -> None:
-    told = run_parties(3, lambda federation: tell(federation, bytes([federation.party + 250] * 16), 16))
+    told = run_parties(
+        3, lambda federation: all_gather_bytes(federation, bytes([federation.party + 250] * 16), 16)
+    )
     assert told == [[bytes([250] * 16), bytes([251] * 16), bytes([252] * 16)]] * 3
 
 
@@ -136,19 +138,17 @@ def refused(act: Callable[[Federation], Any]) -> list[str]:
 
 def test_a_stranger_is_named() -> None:
     said = refused(lambda f: agreed(f, "strangers" if f.party == 1 else "ours"))
-    pinned = identity_of("1").public
-    assert (
-        "Party 0 cannot tell whether party 1 is party 1: what both were told of this round's keys" in said[0]
-    )
+    pinned = signing_key_of("1").public_key
+    assert "Party 0 cannot authenticate party 1: this round's keys and members are not signed" in said[0]
     assert pinned in said[0]
 
 
 def test_two_parties_with_each_others_keys_are_refused() -> None:
     def act(federation: Federation) -> Any:
         other = {0: "1", 1: "0", 2: "2"}[federation.party]
-        return agree(federation, identity_of(other), TrustedKeys(keys()), "same")
+        return agree(federation, signing_key_of(other), TrustedKeys(keys()), "same")
 
-    assert any("cannot tell whether party" in words for words in refused(act))
+    assert any("cannot authenticate party" in words for words in refused(act))
 
 
 @pytest.mark.parametrize("party", range(N))
@@ -160,7 +160,7 @@ def test_a_key_that_was_swapped_for_all_in_the_same_way_is_noticed_by_its_owner(
         rows[party] = row_of(liar)
 
     said = refused(lambda f: agreed(Lying(f, swap)))
-    assert f"What party {party} told the others came back changed." in said[party]
+    assert f"What party {party} sent to the others came back modified." in said[party]
 
 
 def test_keys_that_were_swapped_for_all_but_their_owners_are_signed_by_nobody() -> None:
@@ -171,7 +171,7 @@ def test_keys_that_were_swapped_for_all_but_their_owners_are_signed_by_nobody() 
             if party != reader:
                 rows[party] = row_of(liar)
 
-    assert any("cannot tell whether party" in words for words in refused(lambda f: agreed(Lying(f, swap))))
+    assert any("cannot authenticate party" in words for words in refused(lambda f: agreed(Lying(f, swap))))
 
 
 def test_two_keys_in_each_others_place_are_refused() -> None:
@@ -202,7 +202,7 @@ def test_a_recorded_meeting_cannot_be_played_again() -> None:
 
     for twists in ([replay(shown), replay(signed)], [honest, replay(signed)]):
         said = refused(lambda f, twists=twists: agreed(Lying(f, *twists)))
-        assert any("cannot tell whether party" in words for words in said)
+        assert any("cannot authenticate party" in words for words in said)
 
 
 def test_signatures_that_were_changed_are_refused() -> None:
@@ -214,7 +214,7 @@ def test_signatures_that_were_changed_are_refused() -> None:
 
 def test_parties_that_were_told_different_things_do_not_agree() -> None:
     said = refused(lambda f: agreed(f, settings="0, 1, 2 count" if f.party == 0 else "0 and 2 count"))
-    assert any("cannot tell whether party" in words for words in said)
+    assert any("cannot authenticate party" in words for words in said)
 
 
 def test_the_exchange_has_its_settings_and_the_round_signed() -> None:
@@ -224,9 +224,9 @@ def test_the_exchange_has_its_settings_and_the_round_signed() -> None:
     for mine, view in ((masked(bits=32), "same"), (masked(), "other")):
         differs = {2: (mine, view)}
         said = refused(lambda f, differs=differs: act(f, *differs.get(f.party, (masked(), "same"))))
-        assert any("cannot tell whether party" in words for words in said)
+        assert any("cannot authenticate party" in words for words in said)
 
 
 def test_two_who_meet_are_too_few() -> None:
     said = run_parties(2, lambda f: masked().open(f, lambda: None), may_fail=True)
-    assert all("Only 2 parties meet, too few for a masked sum: it needs 3" in str(error) for error in said)
+    assert all("needs 3 parties, only 2 take part" in str(error) for error in said)

@@ -398,7 +398,7 @@ def test_what_exceeds_the_limit_stops_all_and_touches_nothing() -> None:
     began = time.monotonic()
     errors = run_parties(3, act, may_fail=True)
     assert time.monotonic() - began < SOON_S
-    assert "Party 2 would add 1000 (an update times the party's weight" in str(errors[2])
+    assert "Party 2 would add 1000 (an update or a metric times its weight" in str(errors[2])
     assert all(isinstance(error, PartyLostError) for error in errors[:2])
 
 
@@ -480,7 +480,7 @@ def test_rules_that_need_the_parties_refuse_before_anything_is_sent(
     messages = tapped(monkeypatch)
 
     def act(federation: Federation) -> None:
-        with pytest.raises(ValueError, match="needs what single parties have") as caught:
+        with pytest.raises(ValueError, match="needs single parties' factors") as caught:
             Aggregator(federation, adapter(1, SIZES, 2), aggregation=rule, exchange=masked())
         assert repr(rule) in str(caught.value)
         assert "LowRankMean(solver='power')" in str(caught.value)
@@ -503,7 +503,7 @@ def test_measuring_the_deviation_is_refused() -> None:
         Plain(),
         masked(bits=32),
         masked(fractional_bits=20),
-        masked(identity=f"{keys('strangers')}/{{party}}.key", peers=str(keys("strangers"))),
+        masked(signing_key=f"{keys('strangers')}/{{party}}.key", trusted_keys=str(keys("strangers"))),
     ],
     ids=["plain", "bits", "digits", "peers"],
 )
@@ -597,7 +597,7 @@ def test_a_fit_with_a_rule_that_needs_the_parties_is_refused_in_words(tmp_path: 
         quiet_trainer(tmp_path, [callback]).fit(module, data(8, seed=party), data(4, seed=party))
 
     for told in refusals(fit_parties(3, fit, may_fail=True), MisconfigurationException):
-        assert "needs what single parties have" in told
+        assert "needs single parties' factors" in told
 
 
 # ---- without cryptography

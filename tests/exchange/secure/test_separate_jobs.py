@@ -18,7 +18,7 @@ import pytest
 import torch
 from job_threads import Act, Life, World, die
 from round_history import SIZE, noise
-from secure_exchange import identity_of, keys, masked
+from secure_exchange import keys, masked, signing_key_of
 from torch import Tensor
 
 from pellm_lightning import FederationError
@@ -343,7 +343,7 @@ def test_what_was_revealed_is_remembered_against_the_store(world: Callable[..., 
 
 @pytest.mark.parametrize(
     ("parties", "needed", "words"),
-    [(3, None, "rounds would go on with 2"), (3, 2, "rounds would go on with 2"), (2, None, "here are 2")],
+    [(3, None, "the quorum is 2"), (3, 2, "the quorum is 2"), (2, None, "needs 3 parties, not 2")],
 )
 def test_too_few_parties_are_refused_before_they_meet(
     world: Callable[..., World], parties: int, needed: int | None, words: str
@@ -360,14 +360,14 @@ def test_a_stranger_with_anothers_name_is_refused_by_name_and_soon(world: Callab
     """It has all the settings, but not the key: each names it, and nobody waits for anything."""
     w, transcript = world(4, rounds=2, quorum=3, wait_s=2.0), Transcript()
     exchange = masked(fractional_bits=DIGITS)
-    exchange._identity_of = lambda name: identity_of(name, "strangers" if name == "p2" else "ours")  # type: ignore[method-assign]
+    exchange._load_signing_key = lambda name: signing_key_of(name, "strangers" if name == "p2" else "ours")  # type: ignore[method-assign]
     began = time.monotonic()
     started(w, transcript, exchange=exchange)
     for life in w.lives:
         life.join()
     assert time.monotonic() - began < 10
     said = [str(life.error) for life in w.lives]
-    assert any("whether party p2 is party p2: what both were told" in words for words in said)
-    assert any(identity_of("p2").public in words for words in said)
+    assert any("cannot authenticate party p2" in words for words in said)
+    assert any(signing_key_of("p2").public_key in words for words in said)
     assert not transcript.sums()
     assert keys() != keys("strangers")

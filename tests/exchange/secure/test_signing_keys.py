@@ -9,11 +9,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from party_threads import run_parties
-from secure_exchange import identity_of, keys, masked
+from secure_exchange import keys, masked, signing_key_of
 
 from pellm_lightning import Federation
 from pellm_lightning.exchange import SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys, make_identity
+from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys, generate_signing_key
 
 
 # RFC 8032, section 7.1, tests 1 and 2: secret key, public key, message, signature.
@@ -45,39 +45,39 @@ def test_signatures_are_ed25519_as_rfc_8032_has_it(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
     )
-    identity = SigningKey(tmp_path / "a.key")
+    signing_key = SigningKey(tmp_path / "a.key")
     words = f"ed25519:{base64.b64encode(bytes.fromhex(public)).decode()}"
-    assert identity.public == words
-    assert identity.sign(bytes.fromhex(message)).hex() == signature
-    peers = TrustedKeys({"a": words})
-    assert peers.signed("a", bytes.fromhex(signature), bytes.fromhex(message))
-    assert not peers.signed("a", bytes.fromhex(signature), bytes.fromhex(message) + b"x")
-    assert not peers.signed("a", bytes(64), bytes.fromhex(message))
+    assert signing_key.public_key == words
+    assert signing_key.sign(bytes.fromhex(message)).hex() == signature
+    trusted = TrustedKeys({"a": words})
+    assert trusted.verify("a", bytes.fromhex(signature), bytes.fromhex(message))
+    assert not trusted.verify("a", bytes.fromhex(signature), bytes.fromhex(message) + b"x")
+    assert not trusted.verify("a", bytes(64), bytes.fromhex(message))
 
 
 def test_a_made_key_is_its_owners_alone(tmp_path: Path) -> None:
-    private, words = make_identity(tmp_path / "new", "clinic-a")
+    private, words = generate_signing_key(tmp_path / "new", "clinic-a")
     assert private == tmp_path / "new/clinic-a.key"
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
-    assert SigningKey(private).public == words
+    assert SigningKey(private).public_key == words
     assert (tmp_path / "new/clinic-a.pub").read_text() == f"{words}\n"
-    assert TrustedKeys(tmp_path / "new").of("clinic-a") == words
+    assert TrustedKeys(tmp_path / "new").get("clinic-a") == words
     assert words not in private.read_text()
-    assert make_identity(tmp_path / "new", "clinic-b")[1] != words
+    assert generate_signing_key(tmp_path / "new", "clinic-b")[1] != words
 
 
 def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
-    private, _ = make_identity(tmp_path, "a")
+    private, _ = generate_signing_key(tmp_path, "a")
     before = private.read_bytes()
     with pytest.raises(FileExistsError, match=r"a\.key exists already\. Remove it first"):
-        make_identity(tmp_path, "a")
+        generate_signing_key(tmp_path, "a")
     private.unlink()
     with pytest.raises(FileExistsError, match=r"a\.pub exists already"):
-        make_identity(tmp_path, "a")
+        generate_signing_key(tmp_path, "a")
     assert not private.exists()
     private.write_bytes(before)
     with pytest.raises(ValueError, match="name"):
-        make_identity(tmp_path, "../a")
+        generate_signing_key(tmp_path, "../a")
 
 
 def test_what_is_no_identity_is_named(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_an_empty_folder_holds_no_peers(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_tells_any_difference() -> None:
-    a, b, c = (identity_of(name).public for name in "012")
+    a, b, c = (signing_key_of(name).public_key for name in "012")
     same = {TrustedKeys({"a": a, "b": b}).fingerprint, TrustedKeys({"b": b, "a": a}).fingerprint}
     assert len(same) == 1
     others = [{"a": b, "b": a}, {"a": a, "c": b}, {"a": a, "b": b, "c": c}, {"a": a}]
@@ -133,14 +133,14 @@ def test_the_fingerprint_tells_any_difference() -> None:
 
 def test_peers_may_be_in_words_or_in_a_folder() -> None:
     words = {path.stem: path.read_text() for path in keys().glob("*.pub")}
-    assert repr(masked(peers={name: text.strip() for name, text in words.items()})) == repr(masked())
+    assert repr(masked(trusted_keys={name: text.strip() for name, text in words.items()})) == repr(masked())
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"bits": 16}, "bits=16 must be 32 or 64"),
-        ({"fractional_bits": 0}, "fractional_bits=0 must be a whole number from 1 to 56"),
+        ({"fractional_bits": 0}, "fractional_bits=0 must be an integer from 1 to 56"),
         ({"fractional_bits": 57}, "from 1 to 56"),
         ({"fractional_bits": 25, "bits": 32}, "from 1 to 24"),
         ({"fractional_bits": True}, "fractional_bits=True"),
@@ -153,10 +153,10 @@ def test_settings_are_checked_when_they_are_made(arguments: dict[str, int], word
 
 def test_all_that_must_be_equal_is_in_its_words() -> None:
     ours = masked()
-    peers = {str(party): identity_of(str(party)).public for party in range(3)}
-    others = [masked(bits=32), masked(fractional_bits=20), masked(peers=peers)]
+    peers = {str(party): signing_key_of(str(party)).public_key for party in range(3)}
+    others = [masked(bits=32), masked(fractional_bits=20), masked(trusted_keys=peers)]
     assert len({repr(exchange) for exchange in (ours, *others)}) == 4
-    assert repr(masked(identity="elsewhere")) == repr(ours), "each keeps its key where it likes"
+    assert repr(masked(signing_key="elsewhere")) == repr(ours), "each keeps its key where it likes"
 
 
 # ---- refused before a federation begins
@@ -173,17 +173,17 @@ def refused(num_parties: int, exchange: SecureAggregation) -> list[str]:
 
 def test_two_parties_are_too_few() -> None:
     for words in refused(2, masked()):
-        assert "needs 3 parties, here are 2" in words
+        assert "needs 3 parties, not 2" in words
         assert "subtracting its own" in words
 
 
 def test_a_party_without_a_pinned_key_is_named() -> None:
-    peers = {str(party): identity_of(str(party)).public for party in range(2)}
-    for words in refused(4, masked(peers=peers)):
-        assert "peers has no public key of party 2, 3." in words
+    peers = {str(party): signing_key_of(str(party)).public_key for party in range(2)}
+    for words in refused(4, masked(trusted_keys=peers)):
+        assert "trusted_keys has no public key of party 2, 3." in words
 
 
 def test_anothers_key_is_no_identity() -> None:
-    for party, words in enumerate(refused(3, masked(identity=f"{keys('strangers')}/{{party}}.key"))):
+    for party, words in enumerate(refused(3, masked(signing_key=f"{keys('strangers')}/{{party}}.key"))):
         assert f"of party {party} has the public key ed25519:" in words
-        assert identity_of(str(party)).public in words
+        assert signing_key_of(str(party)).public_key in words
