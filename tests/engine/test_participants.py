@@ -40,7 +40,7 @@ def filter_of(
     num_parties: int, party: int = 0, max_parties: int | None = None, **changes: Any
 ) -> ParticipantFilter:
     exchange = SimpleNamespace(
-        is_secure=changes.pop("is_secure", False), min_counting=changes.pop("min_counting", 1)
+        is_secure=changes.pop("is_secure", False), min_participants=changes.pop("min_participants", 1)
     )
     federation = cast(Collectives, Present(num_parties, party, max_parties))
     context = EngineContext(federation, Plan(None, ["w"]), cast(Any, exchange))
@@ -102,8 +102,8 @@ def test_fewer_than_a_quorum_move_nothing(quorum: int, weights: list[float]) -> 
 
 def test_too_few_to_hide_in_a_sum_send_nothing(caplog: pytest.LogCaptureFixture) -> None:
     headers = [trains(), trains(), DONE]
-    assert select(filter_of(3, min_counting=2), headers).weights == [1.0, 1.0, 0.0]
-    assert select(filter_of(3, min_counting=3), headers).weights == [0.0, 0.0, 0.0]
+    assert select(filter_of(3, min_participants=2), headers).weights == [1.0, 1.0, 0.0]
+    assert select(filter_of(3, min_participants=3), headers).weights == [0.0, 0.0, 0.0]
     assert "only 2 parties count, and each would see what the others sent" in caplog.text
 
 
@@ -200,12 +200,12 @@ def every(filters: Sequence[ParticipantFilter], headers: Sequence[Header]) -> li
     return found
 
 
-@given(headers=rounds(), quorum=st.integers(1, 3), min_counting=st.integers(1, 3))
+@given(headers=rounds(), quorum=st.integers(1, 3), min_participants=st.integers(1, 3))
 def test_all_parties_come_to_the_same_and_to_what_is_promised(
-    headers: list[Header], quorum: int, min_counting: int
+    headers: list[Header], quorum: int, min_participants: int
 ) -> None:
     size = len(headers)
-    settings = {"quorum": quorum, "min_counting": min_counting}
+    settings = {"quorum": quorum, "min_participants": min_participants}
     found, *others = every([filter_of(size, party, **settings) for party in range(size)], headers)
     assert all(other == found for other in others)
     if isinstance(found, str):
@@ -213,7 +213,7 @@ def test_all_parties_come_to_the_same_and_to_what_is_promised(
         return
     counting = {party for party, weight in enumerate(found.weights) if weight > 0}
     assert all(found.weights[party] in (0.0, header.weight) for party, header in enumerate(headers))
-    assert not counting or len(counting) >= min_counting
+    assert not counting or len(counting) >= min_participants
     assert not counting or len(found.trained) >= quorum
     assert counting <= set(found.trained)
     sum_ = {headers[party].values_of(f"p{party}") for party in counting}
@@ -230,7 +230,7 @@ def test_shares_add_up_to_one(weights: list[float]) -> None:
     sums = cast(Collectives, Present(len(weights)))
     context = filter_of(len(weights)).round_context(sums, weights, weights[0], 3)
     if sum(weights) == 0:
-        assert context.num_counting == 0
+        assert context.num_participants == 0
         return
     assert math.isclose(sum(context.shares), 1.0)
     assert all((share > 0) <= (weight > 0) for share, weight in zip(context.shares, weights, strict=True))
@@ -241,7 +241,7 @@ def test_hidden_weights_are_known_once_they_are_summed() -> None:
     filter = filter_of(3, party=1, is_secure=True)
     context = filter.round_context(sums, [1.0, 1.0, 0.0], own_weight=6.0, round=3)
     assert math.isnan(context.shares[0])
-    assert (context.share, context.shares[2], context.num_counting) == (6.0, 0.0, 2)
+    assert (context.share, context.shares[2], context.num_participants) == (6.0, 0.0, 2)
     assert filter.normalized(context, total_weight=8.0).share == 0.75
     with pytest.raises(FederationError, match="weights of round 3 are too small"):
         filter.normalized(context, total_weight=0.0)
@@ -280,8 +280,8 @@ def test_absent_parties_may_still_make_a_quorum() -> None:
 
 def test_too_few_left_to_hide_is_the_end(caplog: pytest.LogCaptureFixture) -> None:
     headers = [trains(), trains(), DONE]
-    assert not filter_of(3, min_counting=2).is_last(headers, 3, shortage(0, [0, 1], 3))
-    assert filter_of(3, min_counting=3).is_last(headers, 3, shortage(0, [0, 1], 3))
+    assert not filter_of(3, min_participants=2).is_last(headers, 3, shortage(0, [0, 1], 3))
+    assert filter_of(3, min_participants=3).is_last(headers, 3, shortage(0, [0, 1], 3))
     assert "too few to hide in a sum" in caplog.text
 
 
