@@ -30,8 +30,8 @@ from pellm_lightning.comm.mesh.frames import (
     Outgoing,
     UnexpectedFrameError,
 )
-from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.mesh.mesh import Listener, Mesh
+from pellm_lightning.comm.sockets import split_address
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
