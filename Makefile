@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test pytest oldest newest extras demo lint format types docs coverage bench peers thin chaos soak clean
+.PHONY: help setup test quick pytest oldest newest extras demo lint format types docs coverage bench peers thin chaos soak clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
@@ -25,13 +25,16 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 # Tests and demo use the models that `make setup` installed: a name that needs a download fails at once.
-test demo coverage extras: export HF_HUB_OFFLINE := 1
+test quick demo coverage extras: export HF_HUB_OFFLINE := 1
 
 # Two files at a time; tests/conftest.py says which tests have nothing run beside them.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## run the tests
 	@$(PYTEST)
+
+quick: setup  ## run the tests that start no processes, compile nothing and measure no seconds
+	@$(PYTEST) -m "not torchrun and not compiled and not alone"
 
 # The words of `make test`, for .ci/run.
 pytest: setup

@@ -54,9 +54,12 @@ def _runs_alone(item: pytest.Item) -> bool:
     return item.path.relative_to(TESTS).as_posix() in _ALONE or "world" in getattr(item, "fixturenames", ())
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files last that run alone, and the launches first, so that two workers end together."""
-    alone = {item.path for item in items if _runs_alone(item)}
+    for item in filter(_runs_alone, items):
+        item.add_marker("alone")
+    alone = {item.path for item in items if item.get_closest_marker("alone")}
     launched = {item.path for item in items if item.get_closest_marker("torchrun")}
     items.sort(key=lambda item: (item.path in alone, item.path not in launched))
 
@@ -64,13 +67,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which must not count the waiting
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Let a test that runs alone wait until nothing runs beside it, and others until it has ended."""
-    if getattr(item, "module", None) and getattr(item.module, "python", None) is fork_server.python:
+    if item.get_closest_marker("torchrun") or getattr(item.module, "python", None) is fork_server.python:
         fork_server.python()  # no test's own time: on a busy machine it takes tens of seconds to come up
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
     with (
         _locked(TESTS, fcntl.LOCK_EX) as waiting,
-        _locked(TESTS / "conftest.py", fcntl.LOCK_EX if _runs_alone(item) else fcntl.LOCK_SH),
+        _locked(TESTS / "conftest.py", fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH),
     ):
         fcntl.flock(waiting, fcntl.LOCK_UN)  # who waits to be alone holds it, so that nobody slips in before
         return (yield)

@@ -11,6 +11,8 @@ from party_threads import Classifier, data, fit_parties, quiet_trainer
 
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 
+pytestmark = pytest.mark.compiled
+
 
 def compiled(module: Classifier, parts: Sequence[str]) -> Classifier:
     for part in parts:

@@ -190,6 +190,7 @@ def test_manual_optimization_may_return_its_loss(tmp_path: Path) -> None:
     assert logger.rounds[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.compiled
 def test_a_compiled_party_agrees_with_a_plain_one(tmp_path: Path) -> None:
     """Compiling a submodule puts `_orig_mod.` into its parameters' names; that is no difference."""
 
@@ -207,6 +208,7 @@ def test_a_compiled_party_agrees_with_a_plain_one(tmp_path: Path) -> None:
     end(fit)
 
 
+@pytest.mark.compiled
 def test_a_compiled_lightning_module(tmp_path: Path) -> None:
     class Silent(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from certificates import tls_of
-from fork_server import python
 from launch import torchrun
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lora_module import Tuned
@@ -607,7 +606,7 @@ def test_a_launch_with_a_different_model_and_a_broken_one(tmp_path: Path) -> Non
     words += ["--data=small_module.LittleData"]
     words += ["--trainer.accelerator=cpu", "--trainer.logger=lightning.pytorch.loggers.CSVLogger"]
     words += ["--trainer.logger.save_dir=runs"]
-    done = torchrun(3, words, tmp_path, program=python())
+    done = torchrun(3, words, tmp_path)
     assert done.returncode != 0
     assert "cannot begin: ValueError" not in done.stdout
     assert done.stdout.count("2 errors, 0 warnings: a fit would fail.") == 1, done.stdout

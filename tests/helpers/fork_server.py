@@ -1,10 +1,10 @@
-"""A Python that starts at once: forked from a process that has imported torch and PEFT already.
+"""A Python that starts at once: forked from a process that has imported all of it already.
 
 A launch of three parties is four processes, and each takes seconds to import the same. ``python()`` names a
 program that takes the words that ``sys.executable`` takes, with the caller's environment, folder, streams and
-signals. Lightning and this package, which look at the environment when they are imported, each process
-imports by itself. There are two processes to fork from, of unlike hash seeds, so that the order of a set at
-one party says nothing about that at the next. What is about processes as such uses ``sys.executable``.
+signals. Lightning reads the rank from the environment when it is imported; each fork reads its own. There are
+two processes to fork from, of unlike hash seeds, so that the order of a set at one party says nothing about
+that at the next. What is about imports or a processor's settings uses ``sys.executable``.
 """
 
 import atexit
@@ -26,6 +26,8 @@ from typing import Any
 
 _IMPORTS = ["numpy.random", "torch.distributed", "torch._dynamo", "scipy.signal", "tensorboard"]
 _IMPORTS += ["torch.utils.tensorboard", "jsonargparse", "rich", "cryptography.x509", "peft"]
+_IMPORTS += ["torch.distributed.launcher.api", "lightning.pytorch.cli", "lightning.pytorch.loggers"]
+_IMPORTS += ["pellm_lightning.cli.federated_cli", "pellm_lightning.tasks"]
 _IMPORTS += [f"transformers.models.{name}" for name in ("llama.modeling_llama", "bert.modeling_bert")]
 _REQUEST_BYTES = 1 << 20
 
@@ -179,6 +181,7 @@ class Original:
 def become(request: dict[str, Any], own: list[str]) -> None:
     """Make this process what ``python *words`` begins as; ``own`` is where modules were found before."""
     import numpy as np
+    from lightning.fabric.utilities import rank_zero
 
     os.environ.clear()
     os.environ.update(request["environ"])
@@ -189,6 +192,7 @@ def become(request: dict[str, Any], own: list[str]) -> None:
         setattr(sys, name, stream)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     np.random.seed()  # as a process of its own has one
+    rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
     words = request["words"]
     while words[0] in ("-u",):
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
@@ -200,6 +204,13 @@ def become(request: dict[str, Any], own: list[str]) -> None:
     sys.argv = words
 
 
+def name_methods_quickly() -> None:
+    """Spare torchrun 1.6 s a launch: for the names in its events it compares its stack with every module."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
+
+
 def main() -> None:
     verb, place, *words = sys.argv[1:]
     if verb == "run":
@@ -209,6 +220,7 @@ def main() -> None:
     for name in _IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    name_methods_quickly()
     original = Original(place)
     os.write(int(words[0]), b"+")
     os.close(int(words[0]))

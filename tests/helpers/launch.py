@@ -2,30 +2,29 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fork_server import python
 from paths import search_path
 
 
+def process_environ() -> dict[str, str]:
+    """Environment of a process that finds the package and the helpers, and whose torchrun forks, too."""
+    return os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python()}
+
+
 def torchrun(
-    processes: int,
-    words: Sequence[str],
-    cwd: Path,
-    options: Sequence[str] = (),
-    program: str = sys.executable,
+    processes: int, words: Sequence[str], cwd: Path, options: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Launch ``words`` (a script and its arguments) in so many processes; return code and output."""
     return subprocess.run(
         [
-            *(program, "-m", "torch.distributed.run", "--standalone"),
+            *(python(), "-m", "torch.distributed.run", "--standalone"),
             *(f"--nproc-per-node={processes}", *options, *words),
         ],
         cwd=cwd,
-        env=os.environ
-        | {"PYTHONPATH": search_path(), "COLUMNS": "200"}
-        | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": program},
+        env=process_environ() | {"COLUMNS": "200"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -107,7 +107,7 @@ def _train(task: Task) -> None:
 
 def _preload() -> None:
     """Let the process that all are forked from import this module; it is not told where to look (3.11)."""
-    _processes.set_forkserver_preload(["networked"])
+    _processes.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()

@@ -181,6 +181,7 @@ def test_every_example_is_listed_with_its_command() -> None:
         assert f"#   {documented(config)}\n" in (EXAMPLES / config).read_text()
 
 
+@pytest.mark.torchrun
 def test_plain_script(home: Path) -> None:
     text = "runs/examples/data/texts/party-0.txt"
     run(home, str(EXAMPLES / "finetune.py"), "--text", text, "--steps=5", "--output=runs/plain")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from fedavg_oracle import fedavg
 from fork_server import python
-from launch import torchrun
+from launch import process_environ, torchrun
 from lora_module import Tuned, assert_same
 from party_threads import Classifier, data, fit_parties, quiet_trainer
-from paths import SCRIPTS, search_path
+from paths import SCRIPTS
 
 from pellm_lightning import Overlap
 
@@ -32,7 +32,7 @@ class Launch:
     def __init__(self, processes: int, scenarios: Sequence[str], out: Path) -> None:
         self.out, self.processes = out, processes
         words = [str(SCRIPTS / "scenarios.py"), str(out), *scenarios]
-        done = torchrun(processes, words, out, program=python())
+        done = torchrun(processes, words, out)
         self.returncode, self.output, self.ended = done.returncode, done.stdout, time.time()
 
     def __getitem__(self, scenario: str) -> list[Any]:
@@ -96,9 +96,9 @@ def test_processes_that_lightning_starts_are_one_party(tmp_path: Path, strategy:
     """Two processes with half of 16 samples each make the step of one with all of them."""
     (tmp_path / "alone.py").write_text(ALONE)
     done = subprocess.run(
-        [sys.executable, "alone.py", strategy],
+        [python(), "alone.py", strategy],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"},
+        env=process_environ(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,17 +1,16 @@
 """Parties as separate jobs, real processes over TLS: killed, stopped, started again; the rendezvous, too."""
 
-import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from certificates import tls_of
-from paths import search_path
+from fork_server import python
+from launch import process_environ
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(240)]
 ROSTER = ("a", "b", "c")
@@ -29,9 +28,9 @@ class Jobs:
     def start(self, log: str, *words: str, **environ: str) -> subprocess.Popen[bytes]:
         with (self.cwd / f"{log}.log").open("wb") as out:
             process = subprocess.Popen(
-                [sys.executable, *words],
+                [python(), *words],
                 cwd=self.cwd,
-                env=os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"} | environ,
+                env=process_environ() | environ,
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )

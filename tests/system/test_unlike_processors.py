@@ -42,7 +42,7 @@ def parties(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPTS / "unlike.py"), str(out), str(party), "3"],
-            env=own | {"PYTHONPATH": search_path()} | settings,
+            env=own | {"PYTHONPATH": search_path(), "OMP_WAIT_POLICY": "passive"} | settings,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -187,6 +187,7 @@ def test_other_classes_want_trust(llama: str, tmp_path: Path) -> None:
     export(checkpoint, tmp_path / "given", module=Own(llama, peft))  # needs no hyperparameters
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("compiles", [True, False])
 def test_a_compiled_checkpoint_and_a_plain_module(compiles: bool, llama: str, tmp_path: Path) -> None:
     peft = LoraConfig(r=2, target_modules=["q_proj"])

@@ -1,10 +1,8 @@
 """A party that is started again resumes its own checkpoint, or is refused; nothing begins anew in silence."""
 
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from document_blocks import blocks
-from launch import torchrun
+from fork_server import python
+from launch import process_environ, torchrun
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from party_threads import ValidatedClassifier, data, in_threads, quiet_trainer
-from paths import SCRIPTS, search_path
+from paths import SCRIPTS
 from small_module import LittleModule
 from trainer_jobs import At, Jobs, crash
 
@@ -167,9 +166,9 @@ def started(tmp_path: Path) -> Iterator[Any]:
     def start(*words: str) -> subprocess.Popen[bytes]:
         with (tmp_path / "log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *words],
+                [python(), *words],
                 cwd=tmp_path,
-                env=os.environ | {"PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"},
+                env=process_environ(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
