@@ -99,15 +99,15 @@ def a_round() -> str:
             small=True,
         ),
         line((344, 127), (362, 127), head=True),
-        text(14, 230, "Who has come waits (dashed). Validation and checkpoint", "small", "start"),
-        text(14, 248, "come after the exchange, so they see the shared result.", "small", "start"),
+        text(14, 230, "Early parties wait (dashed). Validation and checkpoint", "small", "start"),
+        text(14, 248, "follow the exchange, so they see the shared result.", "small", "start"),
     ]
     return drawing(264, "A round: local steps at each party, then one exchange", *parts)
 
 
 def parties() -> str:
     """One launch, and separate jobs."""
-    parts = [text(16, 30, "One launch: live and die together", "strong", "start"), frame(14, 42, 452, 124)]
+    parts = [text(16, 30, "One launch: if one fails, all stop", "strong", "start"), frame(14, 42, 452, 124)]
     kinds = ("one", "two", "three")
     for number, kind in enumerate(kinds):
         x = 30 + 148 * number
@@ -117,8 +117,8 @@ def parties() -> str:
         line((302, 94), (326, 94)),
         line((92, 130), (92, 144), (388, 144), (388, 130)),
         text(240, 160, "sums over Gloo", "small"),
-        text(16, 200, "Separate jobs: one may go, the others go on", "strong", "start"),
-        box(160, 216, 160, 46, "rendezvous", "no parameter passes", kind="", small=True),
+        text(16, 200, "Separate jobs: if one fails, the others continue", "strong", "start"),
+        box(160, 216, 160, 46, "rendezvous", "sees no parameter", kind="", small=True),
     ]
     for number, (kind, name) in enumerate(zip(kinds, ("clinic-a", "clinic-b", "clinic-c"), strict=True)):
         x = 30 + 148 * number
@@ -130,7 +130,7 @@ def parties() -> str:
         line((154, 342), (178, 342)),
         line((302, 342), (326, 342)),
         line((92, 404), (92, 420), (388, 420), (388, 404)),
-        text(240, 437, "sums over own connections, TLS if you like", "small"),
+        text(240, 437, "sums over direct connections, optional TLS", "small"),
     ]
     return drawing(450, "Parties of one launch, and parties as separate jobs", *parts)
 
@@ -139,9 +139,9 @@ def who_sees_what() -> str:
     """What an update passes on its way out of a party."""
     rows = [
         ("records, local steps", "one", "stays in the party"),
-        ("the update", "one", "what they have changed"),
-        ("clip, add noise", "three", "privacy=..., if asked for"),
-        ("fewer bits, or mask", "three", "exchange=..., if asked for"),
+        ("the update", "one", "parameters minus anchor"),
+        ("clip, add noise", "three", "privacy=..., optional"),
+        ("compress, or mask", "three", "exchange=..., optional"),
     ]
     parts = [frame(12, 14, 456, 228), text(456, 36, "inside the party", "small", "end")]
     for number, (words, kind, remark) in enumerate(rows):
@@ -154,29 +154,29 @@ def who_sees_what() -> str:
         line((130, 224), (130, 262), head=True),
         box(26, 264, 208, 44, "sum over the parties", kind="sum"),
         text(250, 270, "plain: parties see summands", "small", "start"),
-        text(250, 288, "masked: only the sum comes", "small", "start"),
-        text(250, 306, "to light", "small", "start"),
+        text(250, 288, "secure aggregation: only", "small", "start"),
+        text(250, 306, "the sum is revealed", "small", "start"),
         line((130, 308), (130, 334), head=True),
         box(26, 336, 208, 44, "global parameters", kind="sum"),
         text(250, 354, "all parties see them; noise", "small", "start"),
-        text(250, 372, "bounds what they tell", "small", "start"),
+        text(250, 372, "bounds what they reveal", "small", "start"),
     ]
     return drawing(396, "What an update passes on its way out of a party, and who sees it", *parts)
 
 
 def decision() -> str:
-    """How separate jobs agree on a round."""
+    """How separate jobs commit a round."""
     steps = [
-        ("roll", "each: here I am, with this state"),
-        ("plan", "once: who goes on together"),
-        ("exchange", "the members sum, into staging"),
-        ("vote", "each: durable here, this digest"),
-        ("decision", "once: commit or abort"),
+        ("join", "each: present, with this state"),
+        ("quorum", "once: who takes part"),
+        ("exchange", "the members sum, into buffers"),
+        ("vote", "each: stored, with this digest"),
+        ("commit", "once: commit or abort"),
     ]
     parts = []
     for number, (name, words) in enumerate(steps):
         y = 20 + 52 * number
-        kind = "sum" if name in ("plan", "decision") else "one"
+        kind = "sum" if name in ("quorum", "commit") else "one"
         parts.append(box(96, y, 104, 34, name, kind=kind))
         parts.append(text(214, y + 22, words, "small", "start"))
         if number:
@@ -186,9 +186,9 @@ def decision() -> str:
         box(96, 290, 104, 34, "write", kind="three"),
         text(214, 312, "only now a parameter changes", "small", "start"),
         line((96, 245), (40, 245), (40, 37), (93, 37), kind="dashed", head=True),
-        f'<g transform="rotate(-90 28 140)">{text(28, 140, "abort: again, with who is left", "small")}</g>',
+        f'<g transform="rotate(-90 28 140)">{text(28, 140, "abort: retry with those left", "small")}</g>',
     ]
-    return drawing(340, "How separate jobs decide on a round", *parts)
+    return drawing(340, "How separate jobs commit a round", *parts)
 
 
 DRAWINGS = {"round": a_round, "parties": parties, "who_sees_what": who_sees_what, "decision": decision}

@@ -270,7 +270,7 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
             "warning",
             "round",
             f"{expected}, too long to make one here. Send fewer bytes, or less often:"
-            " docs/low_communication.md.",
+            " docs/howto/slow_links.md.",
         )
 
 
