@@ -168,7 +168,7 @@ def _outcome(fit: Fit) -> str:
 def _facts(fit: Fit) -> list[tuple[str, str]]:
     """Return the few figures that stand on top: what, and how much."""
     record, rounds = fit.narrator, fit.rounds
-    facts = [("LoraResult", _outcome(fit)), ("Parties", str(len(fit.names))), ("Rounds", f"{len(rounds):,}")]
+    facts = [("Outcome", _outcome(fit)), ("Parties", str(len(fit.names))), ("Rounds", f"{len(rounds):,}")]
     if rounds:
         facts.append(("Optimizer steps", _span([_steps(r) for r in fit.records.values()])))
     facts.append(("Time", duration(max(r.seconds for r in fit.records.values()))))
