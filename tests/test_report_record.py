@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 from parties import Classifier, ValidatedClassifier, data, fit_parties, quiet_trainer
+from records import start
 
 from pellm_lightning import FederatedAveraging
-from pellm_lightning.report.record import RunRecord, events
+from pellm_lightning.report.record import RunRecord, Validation, events
 
 
 def fit(folder: Path, parties: int = 2, **arguments: Any) -> list[FederatedAveraging]:
@@ -113,7 +114,7 @@ def test_a_resumed_fit_goes_on_in_the_same_file(tmp_path: Path) -> None:
 
 def test_what_is_no_number_is_null_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     record = RunRecord(tmp_path / "deep" / "rounds.jsonl")
-    record.validation({"a": math.nan, "b": 1.5}, {}, round=0, step=1, epoch=0)
+    record.validation(Validation({"a": math.nan, "b": 1.5}, {}, round=-1, step=1, epoch=0))
     record.end(None)
     with record.path.open("a") as file:
         file.write('{"event": "rou')
@@ -131,7 +132,7 @@ def test_a_fit_that_goes_on_after_a_torn_line_loses_nothing_else(tmp_path: Path)
     RunRecord(path).end(None)
     with path.open("a") as file:
         file.write('{"event": "rou')
-    RunRecord(path).start(party=0)
+    start(RunRecord(path), 0, ["a"])
     RunRecord(path).end("again")
     assert [event["event"] for event in events(path)] == ["end", "start", "end"]
     with path.open("ab") as file:
@@ -148,7 +149,7 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     assert len(callback.rounds) >= 2
     warned = [r.getMessage() for r in caplog.records if "rounds.jsonl" in r.getMessage()]
     assert len(warned) == 1
-    assert "Training goes on" in warned[0]
+    assert "Training continues" in warned[0]
 
 
 def test_a_folder_that_is_no_local_one_is_told_and_not_made(
@@ -156,7 +157,7 @@ def test_a_folder_that_is_no_local_one_is_told_and_not_made(
 ) -> None:
     caplog.set_level(logging.WARNING, "pellm_lightning")
     monkeypatch.chdir(tmp_path)
-    RunRecord("s3://bucket/runs/rounds.jsonl").start(party=0)
+    start(RunRecord("s3://bucket/runs/rounds.jsonl"), 0, ["a"])
     assert not list(tmp_path.iterdir())
     assert "s3://bucket/runs/rounds.jsonl is in no local folder" in caplog.text
 
