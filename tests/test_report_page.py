@@ -236,7 +236,7 @@ def test_what_a_figure_says_is_what_it_was_given(tmp_path: Path) -> None:
         record.end(None)
     told = Page(page.html(find(tmp_path)))
     assert {"v1.23456", shorten(names[1]), "京都"} <= set(told.texts)
-    chart = Chart("a", "b", "c", "d")
+    chart = Chart("a", "b", "c")
     chart.line([(0, 0.0041), (1, 0.0049)], Series("e", "ink"))
     svg = chart.svg()
     assert {"0.0042", "0.0048"} <= set(re.findall(r"<text[^>]*>([^<]*)<", svg))
@@ -325,7 +325,8 @@ def test_ten_thousand_rounds_are_thinned_out_and_it_says_so(tmp_path: Path) -> N
 
 def test_lines_of_very_many_parties_share_a_name(tmp_path: Path) -> None:
     federation(tmp_path, [str(party) for party in range(25)], 3)
-    (metric,) = [one for one in figures.charts(find(tmp_path)) if one.title == "Validation: val_loss"]
+    learning = figures.charts(find(tmp_path))["Learning"]
+    (metric,) = [chart for chart in learning if chart.title == "Validation: val_loss"]
     assert [series.label for series in metric.legend] == ["each party", "all parties"]
 
 

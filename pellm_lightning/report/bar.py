@@ -67,21 +67,6 @@ class FederationProgressBar(RichProgressBar):
             self.disable()
 
     @override
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_sanity_check_start(trainer, pl_module)
-        self._show_above_bars()
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._show_above_bars()
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
-        self._show_above_bars()  # with leave=True each epoch has bars of its own
-
-    @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self._first_step is None:  # it is slower than all others
             self._first_step = time.monotonic(), trainer.global_step
@@ -113,6 +98,11 @@ class FederationProgressBar(RichProgressBar):
         self.__dict__.update(state | {"_stop": threading.Event()})
 
     # ---- what is shown
+
+    @override
+    def refresh(self, hard: bool = False) -> None:
+        self._show_above_bars()
+        super().refresh(hard)
 
     def _show_above_bars(self) -> None:
         """Put the federation above the bars, which Lightning makes anew for each stage."""

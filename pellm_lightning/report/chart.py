@@ -62,13 +62,12 @@ class Chart:
 
     Example::
 
-        chart = Chart("loss", "Learning", "Training loss", "It should fall.")
+        chart = Chart("loss", "Training loss", "It should fall.")
         chart.line([(0, 2.3), (1, 1.9)], Series("all parties", "ink"))
         chart.svg()
 
     Args:
         name: Valid as an HTML id.
-        group: Heading under which it belongs.
         title: What is shown, with its unit.
         caption: How to read it, and what would be a bad sign.
         height: In inches.
@@ -79,7 +78,6 @@ class Chart:
     def __init__(
         self,
         name: str,
-        group: str,
         title: str,
         caption: str,
         *,
@@ -87,7 +85,7 @@ class Chart:
         panels: int = 1,
         x: str = "round",
     ) -> None:
-        self.name, self.group, self.title, self.caption, self.height = name, group, title, caption, height
+        self.name, self.title, self.caption, self.height = name, title, caption, height
         self.legend: list[Series] = []
         self.downsampled = False
         """Whether points were left out."""
@@ -137,6 +135,8 @@ class Chart:
         self, rounds: Sequence[int], layers: Sequence[tuple[Series, Sequence[float]]], *, named: bool = True
     ) -> None:
         """Draw areas one upon another, each by its height in consecutive rounds."""
+        if not rounds:
+            return
         low = [0.0] * len(rounds)
         for series, heights in layers:
             high = [base + height for base, height in zip(low, heights, strict=True)]

@@ -25,14 +25,26 @@ STATES: Mapping[State, Series] = {
 }
 
 
-def charts(findings: Findings) -> list[Chart]:
-    """Draw all figures that there is data for."""
-    fit = findings.fit
-    drawn = [loss(fit), *metrics(fit, findings.baselines), loss_and_baselines(fit, findings.baselines)]
-    drawn += [membership(fit), trained(fit), shares(fit)]
-    drawn += [update_norms(fit), distances(fit), deviation(fit), compression(fit), outer_lr(fit)]
-    drawn += [seconds(fit), seconds_by_party(fit), traffic(fit), privacy(fit)]
-    return [chart for chart in drawn if chart is not None and not chart.is_empty]
+def charts(findings: Findings) -> dict[str, list[Chart]]:
+    """Return the figures that there is data for, by chapter."""
+    fit, several = findings.fit, len(findings.fit.names) > 1
+    chapters = {"Learning": [loss(fit), *metrics(fit, findings.baselines)]}
+    if several and findings.baselines:
+        chapters["Learning"].append(loss_and_baselines(fit, findings.baselines))
+    if several and fit.rounds:
+        chapters["Parties"] = [membership(fit), trained(fit), shares(fit)]
+    if fit.rounds:
+        chapters["Drift"] = [
+            update_norms(fit),
+            distances(fit),
+            deviation(fit),
+            compression(fit),
+            outer_lr(fit),
+        ]
+        chapters["Cost"] = [seconds(fit), *([seconds_by_party(fit)] * (len(fit.records) > 1)), traffic(fit)]
+        chapters["Privacy"] = [privacy(fit)]
+    drawn = {name: [chart for chart in members if not chart.is_empty] for name, members in chapters.items()}
+    return {name: members for name, members in drawn.items() if members}
 
 
 # ---- learning
@@ -42,7 +54,6 @@ def loss(fit: Fit) -> Chart:
     """Draw the training loss."""
     chart = Chart(
         "loss",
-        "Learning",
         "Training loss",
         "Each point is the mean training loss since the round before. It should fall and flatten. A bad sign:"
         " it rises, or one party's stays far above the others', whose data may be unlike theirs.",
@@ -69,7 +80,6 @@ def _metric(fit: Fit, baselines: Sequence[Fit], number: int, name: str) -> Chart
     apart = " Means over some of the parties, which validated at a moment of their own, are left out."
     chart = Chart(
         f"metric-{number}",
-        "Learning",
         f"Validation: {name}",
         f"The thick line is the mean over the parties, weighted by their validation samples; {better} is"
         " taken to be better. A bad sign: it turns round while the training loss still falls, or one"
@@ -92,13 +102,10 @@ def _metric(fit: Fit, baselines: Sequence[Fit], number: int, name: str) -> Chart
     return chart
 
 
-def loss_and_baselines(fit: Fit, baselines: Sequence[Fit]) -> Chart | None:
+def loss_and_baselines(fit: Fit, baselines: Sequence[Fit]) -> Chart:
     """Draw each party's training loss in the federation against that of the party alone."""
-    if not baselines or len(fit.names) == 1:
-        return None
     chart = Chart(
         "loss-alone",
-        "Learning",
         "Training loss: in the federation and alone",
         "Solid: a party's training loss in the federation, on its own data; dashed: that of a party that"
         " trained alone. A party alone fits its own data at least as well; what it misses of the others' only"
@@ -119,13 +126,10 @@ def loss_and_baselines(fit: Fit, baselines: Sequence[Fit]) -> Chart | None:
 # ---- parties
 
 
-def membership(fit: Fit) -> Chart | None:
+def membership(fit: Fit) -> Chart:
     """Draw who took part in which round."""
-    if len(fit.names) == 1 or not fit.rounds:
-        return None
     chart = Chart(
         "membership",
-        "Parties",
         "Who took part",
         "A row is a party, from the first round to the last. A bad sign: gaps (the party was away), or rounds"
         " in which it was left out because its parameters held NaN. Weight 0 is normal for a party that has"
@@ -149,13 +153,10 @@ def membership(fit: Fit) -> Chart | None:
     return chart
 
 
-def trained(fit: Fit) -> Chart | None:
+def trained(fit: Fit) -> Chart:
     """Draw how many parties trained in each round, and the quorum."""
-    if len(fit.names) == 1:
-        return None
     chart = Chart(
         "trained",
-        "Parties",
         "Parties that trained",
         "How many parties came to a round with local steps of their own. A bad sign: it falls below the"
         " quorum, since such a round moves nothing, and the federation ends. Then give all parties equally"
@@ -167,7 +168,7 @@ def trained(fit: Fit) -> Chart | None:
     return chart
 
 
-def shares(fit: Fit) -> Chart | None:
+def shares(fit: Fit) -> Chart:
     """Draw the parties' shares of the mean."""
     weights = {party: fit.weights(party) for party in range(len(fit.names))}
     total = {index: sum(w.get(index, 0.0) for w in weights.values()) for index in fit.rounds}
@@ -177,16 +178,13 @@ def shares(fit: Fit) -> Chart | None:
         for index, value in total.items()
         if value > 0 and math.isclose(value, fit.rounds[index].total_weight, rel_tol=1e-3)
     }
-    if len(fit.names) == 1 or not whole:
-        return None
     chart = Chart(
         "shares",
-        "Parties",
         "Share of each party in the mean (%)",
         "A colour's height is how much a party counted in a round. A bad sign: one party fills nearly all,"
         " unless it holds nearly all the data, or one vanishes.",
     )
-    rounds = range(min(whole), max(whole) + 1)
+    rounds = range(min(whole, default=0), max(whole, default=-1) + 1)
     layers = [
         (
             Series(_party(fit, party).label, f"c{party % COLOURS}", area=True),
@@ -206,7 +204,6 @@ def update_norms(fit: Fit) -> Chart:
     """Draw how far each party moved in a round."""
     chart = Chart(
         "updates",
-        "Drift",
         "Length of each party's update (2-norm)",
         "How far a party's parameters moved in a round; each party knows only its own. It should shrink or"
         " stay level. A bad sign: it grows from round to round, or one party's is many times the others'.",
@@ -220,7 +217,6 @@ def distances(fit: Fit) -> Chart:
     """Draw how far each party was from the result."""
     chart = Chart(
         "distances",
-        "Drift",
         "Distance of each party from the result (2-norm)",
         "How far a party's own parameters were from what the round made of all. Large for one party only: its"
         " data are unlike the others'. Growing for all: too many local steps in a round, or too high a"
@@ -235,7 +231,6 @@ def deviation(fit: Fit) -> Chart:
     """Draw by how much the LoRA factors miss the mean of their products."""
     chart = Chart(
         "deviation",
-        "Drift",
         "Deviation of the LoRA products (%)",
         "By how much the averaged factors miss the mean of the parties' LoRA products; 0 is exact. A few per"
         " cent are usual; a bad sign: it grows, or stays above some 30 %. Then another rule or a higher rank"
@@ -253,7 +248,6 @@ def compression(fit: Fit) -> Chart:
     """Draw the compression error of each party."""
     chart = Chart(
         "compression",
-        "Drift",
         "Compression error (relative)",
         "What a party's codes lost of its update, relative to what they say; error feedback sends it later."
         " A bad sign: it grows from round to round.",
@@ -263,32 +257,27 @@ def compression(fit: Fit) -> Chart:
     return chart
 
 
-def outer_lr(fit: Fit) -> Chart | None:
+def outer_lr(fit: Fit) -> Chart:
     """Draw the outer learning rate, if it is scheduled."""
     rates = fit.shared("outer_lr")
-    if len(set(rates.values())) < 2:
-        return None
     chart = Chart(
         "outer-lr",
-        "Drift",
         "Outer learning rate",
         "How much of the parties' mean step is taken, as its schedule says. A bad sign: it is near 0 while"
         " the loss still falls.",
     )
-    chart.line(_points(fit, rates), Series("outer learning rate", "ink", width=2.2))
+    if len(set(rates.values())) > 1:
+        chart.line(_points(fit, rates), Series("outer learning rate", "ink", width=2.2))
     return chart
 
 
 # ---- cost
 
 
-def seconds(fit: Fit) -> Chart | None:
+def seconds(fit: Fit) -> Chart:
     """Draw the durations of a round's parts, means over the parties recorded."""
-    if not fit.rounds:
-        return None
     chart = Chart(
         "seconds",
-        "Cost",
         "Seconds in each round",
         "Mean over the parties with a record here. A bad sign: waiting as high as training, since then the"
         " fast parties stand still for the slow ones.",
@@ -300,13 +289,10 @@ def seconds(fit: Fit) -> Chart | None:
     return chart
 
 
-def seconds_by_party(fit: Fit) -> Chart | None:
+def seconds_by_party(fit: Fit) -> Chart:
     """Draw the durations of all rounds' parts by party."""
-    if len(fit.records) < 2 or not fit.rounds:
-        return None
     chart = Chart(
         "seconds-by-party",
-        "Cost",
         "Seconds by party, all rounds",
         "Who waits much is fast, who waits little is the one the others wait for. A bad sign: one party never"
         " waits and the others mostly do; give it fewer steps, or rounds by the clock (every_n_seconds).",
@@ -321,17 +307,14 @@ def seconds_by_party(fit: Fit) -> Chart | None:
     return chart
 
 
-def traffic(fit: Fit) -> Chart | None:
+def traffic(fit: Fit) -> Chart:
     """Draw bytes by round, and their sum so far."""
     of_party = [fit.own(party, "bytes_sent") for party in fit.records]
     sent = {index: sum(values.get(index, 0.0) for values in of_party) for index in fit.rounds}
-    if not any(sent.values()):
-        return None
     (unit, size), (total_unit, total_size) = unit_of(max(sent.values())), unit_of(sum(sent.values()))
     whose = "all parties" if len(fit.records) == len(fit.names) else "the parties with a record here"
     chart = Chart(
         "bytes",
-        "Cost",
         f"Sent in each round ({unit}), and so far ({total_unit})",
         f"What {whose}"
         " handed to the network. It should be level; a bad sign: rounds that cost more than the others, since"
@@ -339,11 +322,11 @@ def traffic(fit: Fit) -> Chart | None:
         height=3.6,
         panels=2,
     )
-    chart.line([(index, value / size) for index, value in sent.items()], Series("in a round", "c0"))
-    total = [
-        (index, so_far / total_size) for index, so_far in zip(sent, accumulate(sent.values()), strict=True)
-    ]
-    chart.line(total, Series("so far", "ink", width=2.2), panel=1)
+    so_far = zip(sent, accumulate(sent.values()), strict=True)
+    if any(sent.values()):
+        chart.line([(i, value / size) for i, value in sent.items()], Series("in a round", "c0"))
+        total = Series("so far", "ink", width=2.2)
+        chart.line([(i, value / total_size) for i, value in so_far], total, panel=1)
     for axes in chart.panels:
         axes.set_ylim(bottom=0)
     return chart
@@ -361,7 +344,6 @@ def privacy(fit: Fit) -> Chart:
     adapts = len(set(clipping.values())) > 1
     chart = Chart(
         "epsilon",
-        "Privacy",
         "Epsilon so far" + (", and the clipping norm" if adapts else ""),
         "What differential privacy has promised away: the higher, the more could be told from the result. It"
         " only grows. A bad sign: it is used up long before the loss has settled.",

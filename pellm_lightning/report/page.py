@@ -4,7 +4,6 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -51,7 +50,6 @@ def html(findings: Findings) -> str:
                formatting.enumeration, formatting.parties, formatting.capital)  # fmt: skip
     environment.filters |= {function.__name__: function for function in formats}
     fit = findings.fit
-    charts = groupby(figures.charts(findings), key=lambda chart: chart.group)
     shown, every = list(fit.rounds), max(1, math.ceil(len(fit.rounds) / MAX_ROWS))
     columns = _round_columns(fit)
     return environment.get_template("page.html").render(
@@ -61,7 +59,7 @@ def html(findings: Findings) -> str:
         start=fit.main_record.start,
         settings=fit.main_record.start.settings,
         schedule=formatting.schedule(fit.main_record.start.settings),
-        groups=[(group, list(members)) for group, members in charts],
+        chapters=figures.charts(findings),
         palette=PALETTE,
         width=WIDTH,
         max_points=MAX_POINTS,

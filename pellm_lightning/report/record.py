@@ -9,7 +9,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import datetime, timezone
 from functools import cache
@@ -231,6 +231,9 @@ def parse_event(line: Mapping[str, Any]) -> tuple[Header, Event]:
     return header, parse(EVENTS[header.event], line)
 
 
+_type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+
+
 def parse(kind: Any, value: Any, name: str = "event") -> Any:
     """Return a JSON value as the type that an annotation names; the inverse of ``asdict``.
 
@@ -256,7 +259,7 @@ def parse(kind: Any, value: Any, name: str = "event") -> Any:
     if type(None) in arguments:
         return None if value is None else parse(arguments[0], value, name)
     if is_dataclass(kind) and isinstance(value, Mapping):
-        types = _field_types(kind)  # type: ignore[arg-type]
+        types = _type_hints(kind)
         if missing := [name for name in types if name not in value]:
             raise ValueError(f"{missing[0]!r} is missing")
         return kind(**{name: parse(part, value[name], name) for name, part in types.items()})  # type: ignore[operator]
@@ -265,11 +268,6 @@ def parse(kind: Any, value: Any, name: str = "event") -> Any:
     if origin is Mapping and isinstance(value, Mapping):
         return {key: parse(arguments[1], part, key) for key, part in value.items()}
     raise ValueError(f"{name!r} is {value!r}, expected {getattr(kind, '__name__', kind)}")
-
-
-@cache
-def _field_types(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _is_torn(path: Path) -> bool:
