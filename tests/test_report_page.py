@@ -164,6 +164,14 @@ def test_ids_are_of_one_figure_only_and_lead_somewhere(shown: str) -> None:
         }
 
 
+def test_every_colour_of_a_figure_has_one_for_dark_mode(shown: str) -> None:
+    (style,) = re.findall(r"<style>.*?</style>", shown, re.DOTALL)
+    drawn = set(re.findall(r"(?:fill|stroke): #\w+", shown.replace(style, "")))
+    assert len(drawn) > 10
+    for declaration in drawn:
+        assert f'[style*="{declaration}"] {{ {declaration.partition(":")[0]}: var(--' in style
+
+
 def test_the_page_needs_nothing_from_outside(shown: str) -> None:
     told = Page(shown)
     assert not {tag for tag, _ in told.elements} & {
