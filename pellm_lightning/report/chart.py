@@ -32,7 +32,8 @@ INK, SOFT, GRID = (PALETTE[name][0] for name in ("ink", "soft", "grid"))
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True, "axes.edgecolor": SOFT, "axes.facecolor": "none",
     "axes.formatter.useoffset": False, "axes.labelcolor": INK, "axes.labelsize": 10,
-    "axes.spines.right": False, "axes.spines.top": False, "figure.facecolor": "none", "svg.fonttype": "none",
+    "axes.spines.right": False, "axes.spines.top": False, "figure.facecolor": "none",
+    "font.sans-serif": ["DejaVu Sans"], "svg.fonttype": "none",
 }  # fmt: skip
 
 Points = Sequence[tuple[float, float]]
