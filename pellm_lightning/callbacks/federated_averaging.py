@@ -54,7 +54,7 @@ from pellm_lightning.exchange import Exchange
 from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report import record
-from pellm_lightning.report.lines import show_log_lines
+from pellm_lightning.report.logs import show_log_lines
 from pellm_lightning.report.reporter import Reporter
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.adapter_config import adapter_configs
@@ -351,7 +351,7 @@ class FederatedAveraging(Callback):
             trainer, self._topology, self.summary, self.rounds, self._new_record(trainer)
         )
         if self._topology.is_leader:
-            self._reporter.began(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
+            self._reporter.start(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
             if self._joined is not None:
                 self._reporter.show(self._joined.phases)
 
@@ -399,7 +399,7 @@ class FederatedAveraging(Callback):
             self._validation.check(trainer)
         if _validates_in_fit(trainer):
             local = self._validation.end(trainer, self._in_party)
-            self._reporting.validated(local, self._taking_part.mean(local))
+            self._reporting.validation(local, self._taking_part.mean(local))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -415,7 +415,7 @@ class FederatedAveraging(Callback):
         warn_of_missed(trainer, len(self.rounds) - before)
         if self._joined is not None:
             self._joined.close()
-        self._reporting.ended()
+        self._reporting.end()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -427,7 +427,7 @@ class FederatedAveraging(Callback):
             known = isinstance(exception, FederationError)
             self._joined.abort(None if known else why)
         if self._reporter is not None:
-            self._reporter.ended(why)
+            self._reporter.end(why)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -660,7 +660,7 @@ class FederatedAveraging(Callback):
         root = trainer.default_root_dir
         if self._topology.num_parties > 1:
             root = isolation.below(root, self._topology.party)
-        return record.RunRecord(os.path.join(root, record.NAME))
+        return record.RunRecord(os.path.join(root, record.FILE_NAME))
 
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)
@@ -714,7 +714,7 @@ class FederatedAveraging(Callback):
     @property
     def _reporting(self) -> Reporter:
         if self._reporter is None:
-            raise RuntimeError("There is nothing to tell of before training starts.")
+            raise RuntimeError("There is nothing to report before training starts.")
         return self._reporter
 
 

@@ -1,8 +1,9 @@
-"""FederationProgressBar: Lightning's rich progress bar with the federation above it."""
+"""Progress bar of Lightning with a live view of the federation above it."""
 
 import os
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,16 +15,20 @@ from pellm_lightning.report.run_view import RunView
 from pellm_lightning.report.view import view
 from pellm_lightning.trainer.pickling import own_state
 
-_LOOK_EVERY_S = 1.0
+_POLL_EVERY_S = 1.0
 _REFRESHES_PER_S = 10
 
 
 class FederationProgressBar(RichProgressBar):
-    """Lightning's ``RichProgressBar``, and above it who is in the federation and how it goes.
+    """Lightning's ``RichProgressBar`` with a live view of the federation above it.
 
     It shows each party's state, weight and loss, the global loss round by round, bytes, seconds and the time
     that is left. Without a terminal, in notebooks and in CI (``CI`` is set) it shows nothing, and each round
     is one line of the log.
+
+    Example::
+
+        Trainer(callbacks=[FederatedAveraging(every_n_steps=50), FederationProgressBar()])
 
     Args:
         **arguments: Of ``RichProgressBar``.
@@ -35,18 +40,20 @@ class FederationProgressBar(RichProgressBar):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{"refresh_rate": _REFRESHES_PER_S} | arguments)
         self.quiet = False
-        self._watched: RunView | None = None
+        self._terminal = dict(arguments.get("console_kwargs") or {})
+        self._run: RunView | None = None
         self._phases: dict[str, str] = {}
-        self._begun: tuple[float, int] | None = None
-        self._over = threading.Event()
+        self._first_step: tuple[float, int] | None = None
+        self._shown_above: object = None
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def watch(self, watched: RunView) -> None:
+    def watch(self, run: RunView) -> None:
         """Show this federation from now on."""
-        self._watched, self._phases = watched, watched.phases()
+        self._run, self._phases = run, run.phases()
         if self.is_enabled:
-            self._over.clear()
-            self._thread = threading.Thread(target=self._look, name="federation view", daemon=True)
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._poll, name="federation view", daemon=True)
             self._thread.start()
 
     # ---- Lightning's hooks
@@ -54,78 +61,80 @@ class FederationProgressBar(RichProgressBar):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        console = Console(**self._console_kwargs)
+        console = Console(**self._terminal)
         self.quiet = not console.is_terminal or console.is_jupyter or bool(os.environ.get("CI"))
         if self.quiet:
             self.disable()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._begun is None:  # the first step is slow in its own ways
-            self._begun = time.monotonic(), trainer.global_step
+        if self._first_step is None:  # it is slower than all others
+            self._first_step = time.monotonic(), trainer.global_step
         super().on_train_batch_end(trainer, *args, **kwargs)
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        shown = {"v_num", "round", "global_loss"} if self._watched else {"v_num"}
+        shown = {"v_num", "round", "global_loss"} if self._run else {"v_num"}
         metrics = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name not in shown}
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop_looking()
+        self._stop_polling()
         super().on_exception(trainer, pl_module, exception)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stop_looking()
+        self._stop_polling()
         super().teardown(trainer, pl_module, stage)
-        self._watched, self._begun = None, None
+        self._run = self._first_step = self._shown_above = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the thread and what it looks at out of a pickled callback or a copy."""
-        return own_state(self, _watched=None, _over=None, _thread=None)
+        """Leave the thread and what it polls out of a pickled callback or a copy."""
+        return own_state(self, _run=None, _stop=None, _thread=None, _shown_above=None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin with an event of its own."""
-        self.__dict__.update(state | {"_over": threading.Event()})
+        """Give a copy an event of its own."""
+        self.__dict__.update(state | {"_stop": threading.Event()})
 
     # ---- what is shown
 
     @override
-    def _init_progress(self, trainer: Trainer) -> None:
-        before = self.progress
-        super()._init_progress(trainer)
-        if self.progress is not None and self.progress is not before:
-            bars = self.progress.get_renderables
+    def refresh(self, hard: bool = False) -> None:
+        self._show_above_bars()
+        super().refresh(hard)
 
-            def renderables() -> Any:
-                if self._watched is not None:
-                    yield self._view(self._watched)
-                yield from bars()
+    def _show_above_bars(self) -> None:
+        """Put the federation above the bars, which Lightning makes anew for each stage."""
+        progress = self.progress
+        if progress is None or progress is self._shown_above:
+            return
+        self._shown_above, bars = progress, progress.get_renderables
 
-            self.progress.get_renderables = renderables  # type: ignore[method-assign]
+        def renderables() -> Iterable[RenderableType]:
+            if self._run is not None:
+                yield view(self._run, self._phases, self._seconds_left())
+            yield from bars()
 
-    def _view(self, watched: RunView) -> RenderableType:
-        return view(watched, self._phases, self._seconds_left())
+        progress.get_renderables = renderables  # type: ignore[method-assign]
 
     def _seconds_left(self) -> float | None:
-        if self._begun is None:
+        if self._first_step is None:
             return None
-        since, step = self._begun
+        since, step = self._first_step
         total, now = self.trainer.estimated_stepping_batches, self.trainer.global_step
         if not step < now < total < float("inf"):
             return None
         return (time.monotonic() - since) / (now - step) * (total - now)
 
-    def _look(self) -> None:
-        """Ask what the others do, again and again, also while training waits for them."""
-        while not self._over.wait(_LOOK_EVERY_S) and self._watched is not None:
-            self._phases = self._watched.phases()
+    def _poll(self) -> None:
+        """Ask for the parties' phases at intervals, also while training waits for them."""
+        while not self._stop.wait(_POLL_EVERY_S) and self._run is not None:
+            self._phases = self._run.phases()
             self.refresh()
 
-    def _stop_looking(self) -> None:
-        self._over.set()
+    def _stop_polling(self) -> None:
+        self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None

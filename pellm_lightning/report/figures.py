@@ -1,390 +1,361 @@
-"""What is drawn of a federation, chapter by chapter: learning, parties, drift, cost, privacy."""
+"""The figures of a report, chapter by chapter: learning, parties, drift, cost, privacy."""
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
-from pellm_lightning.report.chart import MOST_POINTS, Chart, Key, Picture
-from pellm_lightning.report.runs import Findings, Fit, Round, State
-from pellm_lightning.report.words import unit_of
+from pellm_lightning.report.chart import MAX_POINTS, Chart, Series
+from pellm_lightning.report.formatting import unit_of
+from pellm_lightning.report.record import Validation
+from pellm_lightning.report.runs import Findings, Fit, State
 
 COLOURS = 8
-"""How many colours of parties the page has; more parties repeat them with other dashes."""
-SINGLE_OUT = 3 * COLOURS
-"""With more parties than this, lines of single parties have no names of their own."""
-
+"""How many colours there are for parties; more parties repeat them with other dashes."""
+MAX_NAMED_PARTIES = 3 * COLOURS
+"""With more parties than this, their lines share one entry of the legend."""
 DASHES = ("", "5 2", "1.5 1.5")
-# The worse, the later: of a stretch of rounds the worst is shown.
-STATES: Mapping[State, str] = {
-    "counted": "counted",
-    "took part": "took part (weights are hidden)",
-    "weight 0": "took part with weight 0",
-    "absent": "absent",
-    "left out": "left out: NaN or infinity",
+# In this order: of several rounds that share a strip, the last state is shown.
+STATES: Mapping[State, Series] = {
+    "counted": Series("counted", "c2", area=True),
+    "took part": Series("took part (weights are hidden)", "c2", area=True),
+    "weight 0": Series("took part with weight 0", "c4", area=True),
+    "absent": Series("absent", "grid", area=True),
+    "left out": Series("left out: NaN or infinity", "c1", area=True),
 }
 
 
-def pictures(findings: Findings) -> list[Picture]:
-    """Draw all there is data for."""
-    fit, found = findings.fit, []
-    plain: list[Callable[[Fit], Picture | None]]
-    plain = [membership, trained, shares, update_norms, distances, deviation, compression, outer_lr]
-    plain += [seconds, seconds_by_party, traffic, privacy]
-    found += [loss(fit), *metrics(fit, findings.alone), loss_alone(fit, findings.alone)]
-    found += [draw(fit) for draw in plain]
-    return [picture for picture in found if picture is not None]
+def charts(findings: Findings) -> dict[str, list[Chart]]:
+    """Return the figures that there is data for, by chapter."""
+    fit, several = findings.fit, len(findings.fit.names) > 1
+    chapters = {"Learning": [loss(fit), *metrics(fit, findings.baselines)]}
+    if several and findings.baselines:
+        chapters["Learning"].append(loss_and_baselines(fit, findings.baselines))
+    if several and fit.rounds:
+        chapters["Parties"] = [membership(fit), trained(fit), shares(fit)]
+    if fit.rounds:
+        chapters["Drift"] = [
+            update_norms(fit),
+            distances(fit),
+            deviation(fit),
+            compression(fit),
+            outer_lr(fit),
+        ]
+        chapters["Cost"] = [seconds(fit), *([seconds_by_party(fit)] * (len(fit.records) > 1)), traffic(fit)]
+        chapters["Privacy"] = [privacy(fit)]
+    drawn = {name: [chart for chart in members if not chart.is_empty] for name, members in chapters.items()}
+    return {name: members for name, members in drawn.items() if members}
 
 
-# ---- what is learnt
+# ---- learning
 
 
-def loss(fit: Fit) -> Picture | None:
+def loss(fit: Fit) -> Chart:
     """Draw the training loss."""
     chart = Chart(
         "loss",
-        "Learning",
         "Training loss",
         "Each point is the mean training loss since the round before. It should fall and flatten. A bad sign:"
         " it rises, or one party's stays far above the others', whose data may be unlike theirs.",
     )
     if len(fit.names) > 1:
-        _parties(chart, fit, fit.losses)
-    chart.line(_points(fit, fit.shared("loss")), _all(fit))
-    return chart.done()
+        _line_by_party(chart, fit, fit.losses)
+    chart.line(_points(fit, fit.shared("loss")), _all_parties(fit))
+    return chart
 
 
-def metrics(fit: Fit, alone: Sequence[Fit]) -> list[Picture]:
+def metrics(fit: Fit, baselines: Sequence[Fit]) -> list[Chart]:
     """Draw each validation metric, of all parties together and of each."""
-    means = fit.means()
-    names = sorted({*means, *(name for party in fit.records for name in fit.local(party))})
-    names.sort(key=lambda name: (not name.endswith("loss"), name))
-    found = []
-    for number, name in enumerate(names):
-        others = [other for other in alone if name in other.local(0)]
-        # Several validations in a round, or parties alone, have only their steps in common.
-        visits = [v.round for v in fit.validations]
-        by_step = bool(others) or len(set(visits)) < len(visits)
-        better = "lower" if lower_is_better(name) else "higher"
-        compared = " Dashed: a party alone, on its own validation data; the federation should be no worse."
-        apart = " Means over some of the parties, which validated at a moment of their own, are left out."
-        chart = Chart(
-            f"metric-{number}",
-            "Learning",
-            f"Validation: {name}",
-            f"The thick line is the mean over the parties, weighted by their validation samples; {better} is"
-            " taken to be better. A bad sign: it turns round while the training loss still falls, or one"
-            " party goes the other way."
-            + apart * (len(fit.joint_validations) < len(fit.validations))
-            + compared * bool(others),
-            x="optimizer steps" if by_step else "round",
-        )
-
-        def points(
-            found: Sequence[tuple[object, float]], by_step: bool = by_step
-        ) -> list[tuple[float, float]]:
-            return [(getattr(v, "step" if by_step else "round"), value) for v, value in found]
-
-        if len(fit.names) > 1:
-            _key_of_all_if_unnamed(chart, fit)
-            for party in fit.records:
-                chart.line(points(fit.local(party).get(name, [])), _party(fit, party), named=_named(fit))
-        for place, other in enumerate(others):
-            chart.line(points(other.local(0).get(name, [])), _alone(fit, other, place))
-        chart.line(points(means.get(name, [])), _all(fit))
-        if picture := chart.done():
-            found.append(picture)
-    return found
+    names = {*fit.means(), *(name for party in fit.records for name in fit.local(party))}
+    return [_metric(fit, baselines, n, name) for n, name in enumerate(sorted(names, key=losses_first))]
 
 
-def loss_alone(fit: Fit, alone: Sequence[Fit]) -> Picture | None:
+def _metric(fit: Fit, baselines: Sequence[Fit], number: int, name: str) -> Chart:
+    baselines = [other for other in baselines if name in other.local(0)]
+    # Several validations in a round, or baselines, have only their steps in common.
+    rounds = [v.round for v in fit.validations]
+    x = "step" if baselines or len(set(rounds)) < len(rounds) else "round"
+    better = "lower" if lower_is_better(name) else "higher"
+    compared = " Dashed: a party alone, on its own validation data; the federation should be no worse."
+    apart = " Means over some of the parties, which validated at a moment of their own, are left out."
+    chart = Chart(
+        f"metric-{number}",
+        f"Validation: {name}",
+        f"The thick line is the mean over the parties, weighted by their validation samples; {better} is"
+        " taken to be better. A bad sign: it turns round while the training loss still falls, or one"
+        " party goes the other way."
+        + apart * (len(fit.joint_validations) < len(fit.validations))
+        + compared * bool(baselines),
+        x="optimizer steps" if x == "step" else "round",
+    )
+
+    def points(values: Mapping[str, Sequence[tuple[Validation, float]]]) -> list[tuple[float, float]]:
+        return [(getattr(validation, x), value) for validation, value in values.get(name, ())]
+
+    if len(fit.names) > 1:
+        _add_shared_entry(chart, fit)
+        for party in fit.records:
+            chart.line(points(fit.local(party)), _party(fit, party), named=_is_named(fit))
+    for place, other in enumerate(baselines):
+        chart.line(points(other.local(0)), _baseline(fit, other, place))
+    chart.line(points(fit.means()), _all_parties(fit))
+    return chart
+
+
+def loss_and_baselines(fit: Fit, baselines: Sequence[Fit]) -> Chart:
     """Draw each party's training loss in the federation against that of the party alone."""
-    if not alone or len(fit.names) == 1:
-        return None
     chart = Chart(
         "loss-alone",
-        "Learning",
         "Training loss: in the federation and alone",
         "Solid: a party's training loss in the federation, on its own data; dashed: that of a party that"
         " trained alone. A party alone fits its own data at least as well; what it misses of the others' only"
         " validation shows. A bad sign: solid stays far above dashed.",
         x="optimizer steps",
     )
-    _key_of_all_if_unnamed(chart, fit)
+    _add_shared_entry(chart, fit)
     for party in range(len(fit.names)):
-        steps = {index: done.step for index, done in (fit.records.get(party) or fit.narrator).rounds.items()}
+        steps = {index: done.step for index, done in fit.records.get(party, fit.main_record).rounds.items()}
         points = [(steps[index], value) for index, value in fit.losses(party).items() if index in steps]
-        chart.line(points, _party(fit, party), named=_named(fit))
-    for place, other in enumerate(alone):
+        chart.line(points, _party(fit, party), named=_is_named(fit))
+    for place, other in enumerate(baselines):
         points = [(other.rounds[index].step, value) for index, value in other.losses(0).items()]
-        chart.line(points, _alone(fit, other, place))
-    return chart.done()
+        chart.line(points, _baseline(fit, other, place))
+    return chart
 
 
-# ---- who
+# ---- parties
 
 
-def membership(fit: Fit) -> Picture | None:
+def membership(fit: Fit) -> Chart:
     """Draw who took part in which round."""
-    if len(fit.names) == 1 or not fit.rounds:
-        return None
     chart = Chart(
         "membership",
-        "Parties",
         "Who took part",
         "A row is a party, from the first round to the last. A bad sign: gaps (the party was away), or rounds"
         " in which it was left out because its parameters held NaN. Weight 0 is normal for a party that has"
         " finished before the others, or has just come back.",
         height=0.85 + 0.26 * len(fit.names),
     )
-    colours = {"counted": "c2", "took part": "c2", "weight 0": "c4", "left out": "c1", "absent": "grid"}
-    rounds = list(fit.rounds)
-    size = math.ceil(len(rounds) / MOST_POINTS)
+    rounds, worse = list(fit.rounds), list(STATES)
+    size = math.ceil(len(rounds) / MAX_POINTS)
+    chart.downsampled = size > 1
     stretches = [rounds[start : start + size] for start in range(0, len(rounds), size)]
-    chart.thin(size > 1)
-    worse = list(STATES)
-    found = [
+    shown = [
         [max((fit.state(party, index) for index in stretch), key=worse.index) for stretch in stretches]
         for party in range(len(fit.names))
     ]
-    for state, label in STATES.items():
-        for party, states in enumerate(found):
-            marked = [stretch for stretch, seen in zip(stretches, states, strict=True) if seen == state]
-            if marked:
-                chart.strip(party, _spans(marked), Key(label, colours[state], patch=True))
+    for state, series in STATES.items():
+        for party, states in enumerate(shown):
+            if marked := [s for s, seen in zip(stretches, states, strict=True) if seen == state]:
+                chart.strip(party, _spans(marked), series)
     chart.rows(fit.names)
     chart.panels[0].set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
-    return chart.done()
+    return chart
 
 
-def trained(fit: Fit) -> Picture | None:
-    """Draw how many parties trained in each round, and how many had to."""
-    counts, quorum = fit.shared("trained_parties"), fit.shared("quorum")
-    if len(fit.names) == 1 or not counts:
-        return None
+def trained(fit: Fit) -> Chart:
+    """Draw how many parties trained in each round, and the quorum."""
     chart = Chart(
         "trained",
-        "Parties",
         "Parties that trained",
         "How many parties came to a round with local steps of their own. A bad sign: it falls below the"
         " quorum, since such a round moves nothing, and the federation ends. Then give all parties equally"
         " many rounds.",
     )
-    chart.line(_points(fit, quorum), Key("quorum", "c1"))
-    chart.line(_points(fit, counts), Key("trained", "ink", width=2.2))
+    chart.line(_points(fit, fit.shared("quorum")), Series("quorum", "c1"))
+    chart.line(_points(fit, fit.shared("trained_parties")), Series("trained", "ink", width=2.2))
     chart.panels[0].set_ylim(0, len(fit.names) + 0.5)
-    return chart.done()
+    return chart
 
 
-def shares(fit: Fit) -> Picture | None:
+def shares(fit: Fit) -> Chart:
     """Draw the parties' shares of the mean."""
     weights = {party: fit.weights(party) for party in range(len(fit.names))}
     total = {index: sum(w.get(index, 0.0) for w in weights.values()) for index in fit.rounds}
-    # Those whose weights are hidden would be missing in the sum.
+    # A sum without the hidden weights would be wrong.
     whole = {
         index: value
         for index, value in total.items()
-        if value > 0 and math.isclose(value, fit.rounds[index].total_weight or 0.0, rel_tol=1e-3)
+        if value > 0 and math.isclose(value, fit.rounds[index].total_weight, rel_tol=1e-3)
     }
-    if len(fit.names) == 1 or not whole:
-        return None
     chart = Chart(
         "shares",
-        "Parties",
         "Share of each party in the mean (%)",
         "A colour's height is how much a party counted in a round. A bad sign: one party fills nearly all,"
         " unless it holds nearly all the data, or one vanishes.",
     )
-    rounds = list(range(min(whole), max(whole) + 1))
-    low = [0.0] * len(rounds)
-    for party, weight in weights.items():
-        high = [
-            base + (100 * weight.get(index, 0.0) / whole[index] if index in whole else 0.0)
-            for base, index in zip(low, rounds, strict=True)
-        ]
-        key = _party(fit, party)
-        chart.band(rounds, low, high, Key(key.label, f"c{party % COLOURS}", patch=True), named=_named(fit))
-        low = high
+    rounds = range(min(whole, default=0), max(whole, default=-1) + 1)
+    layers = [
+        (
+            Series(_party(fit, party).label, f"c{party % COLOURS}", area=True),
+            [100 * weight.get(i, 0.0) / whole[i] if i in whole else 0.0 for i in rounds],
+        )
+        for party, weight in weights.items()
+    ]
+    chart.stack(rounds, layers, named=_is_named(fit))
     chart.panels[0].set_ylim(0, 100)
-    chart.panels[0].set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
-    return chart.done()
+    return chart
 
 
-# ---- how they drift apart
+# ---- drift
 
 
-def update_norms(fit: Fit) -> Picture | None:
+def update_norms(fit: Fit) -> Chart:
     """Draw how far each party moved in a round."""
     chart = Chart(
         "updates",
-        "Drift",
         "Length of each party's update (2-norm)",
         "How far a party's parameters moved in a round; each party knows only its own. It should shrink or"
         " stay level. A bad sign: it grows from round to round, or one party's is many times the others'.",
     )
-    return _by_party(chart, fit, lambda party: fit.own(party, "update_norm"))
+    _line_by_party(chart, fit, lambda party: fit.own(party, "update_norm"))
+    chart.use_log_scale_if_skewed()
+    return chart
 
 
-def distances(fit: Fit) -> Picture | None:
+def distances(fit: Fit) -> Chart:
     """Draw how far each party was from the result."""
     chart = Chart(
         "distances",
-        "Drift",
         "Distance of each party from the result (2-norm)",
         "How far a party's own parameters were from what the round made of all. Large for one party only: its"
         " data are unlike the others'. Growing for all: too many local steps in a round, or too high a"
         " learning rate.",
     )
-    return _by_party(chart, fit, fit.distances)
+    _line_by_party(chart, fit, fit.distances)
+    chart.use_log_scale_if_skewed()
+    return chart
 
 
-def deviation(fit: Fit) -> Picture | None:
+def deviation(fit: Fit) -> Chart:
     """Draw by how much the LoRA factors miss the mean of their products."""
     chart = Chart(
         "deviation",
-        "Drift",
         "Deviation of the LoRA products (%)",
         "By how much the averaged factors miss the mean of the parties' LoRA products; 0 is exact. A few per"
         " cent are usual; a bad sign: it grows, or stays above some 30 %. Then another rule or a higher rank"
         " helps.",
     )
-    worst = [done.worst_module for done in fit.rounds.values() if done.worst_module]
-    for what, key in (
-        ("worst_deviation", Key(f"worst module, at last {worst[-1]}" if worst else "worst module", "c1")),
-        ("deviation", Key("all modules", "ink", width=2.2)),
-    ):
-        chart.line(_points(fit, {k: 100 * v for k, v in fit.shared(what).items()}), key)
-    return chart.done()
+    names = [done.deviation.worst_module for done in fit.rounds.values() if done.deviation]
+    worst = Series(f"worst module, at last {names[-1]}" if names else "worst module", "c1")
+    for attribute, series in (("worst", worst), ("total", Series("all modules", "ink", width=2.2))):
+        values = fit.shared(f"deviation.{attribute}")
+        chart.line(_points(fit, {index: 100 * value for index, value in values.items()}), series)
+    return chart
 
 
-def compression(fit: Fit) -> Picture | None:
-    """Draw what coding loses."""
+def compression(fit: Fit) -> Chart:
+    """Draw the compression error of each party."""
     chart = Chart(
         "compression",
-        "Drift",
         "Compression error (relative)",
         "What a party's codes lost of its update, relative to what they say; error feedback sends it later."
         " A bad sign: it grows from round to round.",
     )
-    return _by_party(chart, fit, lambda party: fit.own(party, "compression_error"))
+    _line_by_party(chart, fit, lambda party: fit.own(party, "compression_error"))
+    chart.use_log_scale_if_skewed()
+    return chart
 
 
-def outer_lr(fit: Fit) -> Picture | None:
+def outer_lr(fit: Fit) -> Chart:
     """Draw the outer learning rate, if it is scheduled."""
     rates = fit.shared("outer_lr")
-    if len(set(rates.values())) < 2:
-        return None
     chart = Chart(
         "outer-lr",
-        "Drift",
         "Outer learning rate",
         "How much of the parties' mean step is taken, as its schedule says. A bad sign: it is near 0 while"
         " the loss still falls.",
     )
-    chart.line(_points(fit, rates), Key("outer learning rate", "ink", width=2.2))
-    return chart.done()
+    if len(set(rates.values())) > 1:
+        chart.line(_points(fit, rates), Series("outer learning rate", "ink", width=2.2))
+    return chart
 
 
-# ---- what it cost
+# ---- cost
 
 
-def seconds(fit: Fit) -> Picture | None:
-    """Draw where the time of a round went, mean over the parties recorded."""
-    if not fit.rounds:
-        return None
+def seconds(fit: Fit) -> Chart:
+    """Draw the durations of a round's parts, means over the parties recorded."""
     chart = Chart(
         "seconds",
-        "Cost",
         "Seconds in each round",
         "Mean over the parties with a record here. A bad sign: waiting as high as training, since then the"
         " fast parties stand still for the slow ones.",
     )
-    rounds = list(range(min(fit.rounds), max(fit.rounds) + 1))
-    low = [0.0] * len(rounds)
-    for label, colour, of in _spent(fit):
-        mean = mean_by_round(fit, of)
-        high = [base + mean.get(index, 0.0) for base, index in zip(low, rounds, strict=True)]
-        chart.band(rounds, low, high, Key(label, colour, patch=True))
-        low = high
+    rounds = range(min(fit.rounds), max(fit.rounds) + 1)
+    means = [(series, fit.mean(attribute)) for attribute, series in _durations(fit).items()]
+    chart.stack(rounds, [(series, [mean.get(i, 0.0) for i in rounds]) for series, mean in means])
     chart.panels[0].set_ylim(bottom=0)
-    chart.panels[0].set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
-    return chart.done()
+    return chart
 
 
-def seconds_by_party(fit: Fit) -> Picture | None:
-    """Draw where each party's time went, over all rounds."""
-    if len(fit.records) < 2 or not fit.rounds:
-        return None
+def seconds_by_party(fit: Fit) -> Chart:
+    """Draw the durations of all rounds' parts by party."""
     chart = Chart(
         "seconds-by-party",
-        "Cost",
         "Seconds by party, all rounds",
         "Who waits much is fast, who waits little is the one the others wait for. A bad sign: one party never"
         " waits and the others mostly do; give it fewer steps, or rounds by the clock (every_n_seconds).",
         height=0.95 + 0.3 * len(fit.records),
         x="seconds",
     )
-    spent = _spent(fit)
-    parts = [[sum(_known(map(of, r.rounds.values()))) for r in fit.records.values()] for _, _, of in spent]
-    keys = [Key(label, colour, patch=True) for label, colour, _ in spent]
-    chart.bars(parts, [fit.names[party] for party in fit.records], keys)
-    return chart.done()
+    sums = [
+        (series, [sum(fit.own(party, attribute).values()) for party in fit.records])
+        for attribute, series in _durations(fit).items()
+    ]
+    chart.bars([fit.names[party] for party in fit.records], sums)
+    return chart
 
 
-def traffic(fit: Fit) -> Picture | None:
+def traffic(fit: Fit) -> Chart:
     """Draw bytes by round, and their sum so far."""
-    sent: dict[int, float] = {}
-    for party in fit.records:
-        for index, value in fit.own(party, "bytes_sent").items():
-            sent[index] = sent.get(index, 0.0) + value
-    if not any(sent.values()):
-        return None
-    sent = dict(sorted(sent.items()))
-    unit, size = unit_of(max(sent.values()))
-    all_of_it, so_far, total = unit_of(sum(sent.values())), 0.0, {}
-    for index, value in sent.items():
-        total[index] = so_far = so_far + value
+    of_party = [fit.own(party, "bytes_sent") for party in fit.records]
+    sent = {index: sum(values.get(index, 0.0) for values in of_party) for index in fit.rounds}
+    (unit, size), (total_unit, total_size) = unit_of(max(sent.values())), unit_of(sum(sent.values()))
+    whose = "all parties" if len(fit.records) == len(fit.names) else "the parties with a record here"
     chart = Chart(
         "bytes",
-        "Cost",
-        f"Sent in each round ({unit}), and so far ({all_of_it[0]})",
-        f"What {'all parties' if len(fit.records) == len(fit.names) else 'the parties with a record here'}"
+        f"Sent in each round ({unit}), and so far ({total_unit})",
+        f"What {whose}"
         " handed to the network. It should be level; a bad sign: rounds that cost more than the others, since"
         " they were tried again after a party was lost or left out.",
         height=3.6,
         panels=2,
     )
-    each, summed = Key("in a round", "c0"), Key("so far", "ink", width=2.2)
-    chart.line(_points(fit, {k: v / size for k, v in sent.items()}), each)
-    chart.line(_points(fit, {k: v / all_of_it[1] for k, v in total.items()}), summed, panel=1)
+    so_far = zip(sent, accumulate(sent.values()), strict=True)
+    if any(sent.values()):
+        chart.line([(i, value / size) for i, value in sent.items()], Series("in a round", "c0"))
+        total = Series("so far", "ink", width=2.2)
+        chart.line([(i, value / total_size) for i, value in so_far], total, panel=1)
     for axes in chart.panels:
         axes.set_ylim(bottom=0)
-    return chart.done()
+    return chart
 
 
-def privacy(fit: Fit) -> Picture | None:
-    """Draw what differential privacy has cost."""
-    spent: dict[int, float] = {}
-    for party in fit.records:
-        for index, value in fit.own(party, "epsilon").items():
-            spent[index] = max(value, spent.get(index, 0.0))
-    clipped = fit.shared("clipping_norm")
-    adapts = len(set(clipped.values())) > 1
+def privacy(fit: Fit) -> Chart:
+    """Draw the privacy budget spent."""
+    of_party = [fit.own(party, "epsilon") for party in fit.records]
+    spent = {
+        index: max(values[index] for values in of_party if index in values)
+        for index in fit.rounds
+        if any(index in values for values in of_party)
+    }
+    clipping = fit.shared("clipping_norm")
+    adapts = len(set(clipping.values())) > 1
     chart = Chart(
         "epsilon",
-        "Privacy",
         "Epsilon so far" + (", and the clipping norm" if adapts else ""),
         "What differential privacy has promised away: the higher, the more could be told from the result. It"
         " only grows. A bad sign: it is used up long before the loss has settled.",
         panels=2 if adapts else 1,
         height=3.6 if adapts else 2.8,
     )
-    chart.line(_points(fit, dict(sorted(spent.items()))), Key("epsilon", "ink", width=2.2))
-    if adapts and spent:
-        chart.line(_points(fit, clipped), Key("clipping norm", "c0"), panel=1)
     if spent:
+        chart.line(_points(fit, spent), Series("epsilon", "ink", width=2.2))
+        if adapts:
+            chart.line(_points(fit, clipping), Series("clipping norm", "c0"), panel=1)
         chart.panels[0].set_ylim(bottom=0)
-    return chart.done()
+    return chart
 
 
 # ---- helpers
@@ -400,83 +371,66 @@ def lower_is_better(metric: str) -> bool:
     )
 
 
-def mean_by_round(fit: Fit, of: Callable[[Round], float | None]) -> dict[int, float]:
-    """Return the mean of a figure over those parties with a record that know it."""
-    found = {
-        index: _known(of(record.rounds[index]) for record in fit.records.values() if index in record.rounds)
-        for index in fit.rounds
+def losses_first(metric: str) -> tuple[bool, str]:
+    """Return the key to sort metrics by."""
+    return not metric.endswith("loss"), metric
+
+
+def _durations(fit: Fit) -> dict[str, Series]:
+    """Return the parts of a round's time, by attribute of ``Round``."""
+    training = {"training_seconds": Series("training and validation", "c0", area=True)}
+    stalled, waited, exchange = (
+        sum(fit.own(fit.main_record.party, name).values())
+        for name in ("stalled_seconds", "waited_seconds", "seconds")
+    )
+    if stalled < 0.99 * (waited + exchange):  # both ran in parallel with training
+        return training | {"stalled_seconds": Series("standing still for a round", "c1", area=True)}
+    return training | {
+        "waited_seconds": Series("waiting for others", "c4", area=True),
+        "seconds": Series("exchange", "c1", area=True),
     }
-    return {index: sum(values) / len(values) for index, values in found.items() if values}
 
 
-def _spent(fit: Fit) -> list[tuple[str, str, Callable[[Round], float | None]]]:
-    """Return the parts of a round's time: what to call them, their colours, and how to read them."""
-    training, stalled = attrgetter("training_seconds"), attrgetter("stalled_seconds")
-    waited, exchange = attrgetter("waited_seconds"), attrgetter("exchange_seconds")
-    first = ("training and validation", "c0", training)
-    done = fit.narrator.rounds.values()
-    took = sum(_known(of(d) for d in done for of in (waited, exchange)))
-    if sum(_known(map(stalled, done))) < 0.99 * took:  # waiting and exchange ran beside training
-        return [first, ("standing still for a round", "c1", stalled)]
-    return [
-        first,
-        ("waiting for others", "c4", waited),
-        ("exchange", "c1", exchange),
-    ]
-
-
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _by_party(chart: Chart, fit: Fit, of: Callable[[int], Mapping[int, float]]) -> Picture | None:
-    _parties(chart, fit, of)
-    chart.be_logarithmic_if_steep()
-    return chart.done()
-
-
-def _parties(chart: Chart, fit: Fit, of: Callable[[int], Mapping[int, float]]) -> None:
+def _line_by_party(chart: Chart, fit: Fit, values: Callable[[int], Mapping[int, float]]) -> None:
     """Draw a line for each party."""
-    _key_of_all_if_unnamed(chart, fit)
+    _add_shared_entry(chart, fit)
     for party in range(len(fit.names)):
-        chart.line(_points(fit, of(party)), _party(fit, party), named=_named(fit))
+        chart.line(_points(fit, values(party)), _party(fit, party), named=_is_named(fit))
 
 
-def _key_of_all_if_unnamed(chart: Chart, fit: Fit) -> None:
-    if not _named(fit):
-        chart.legend.append(Key("each party", "soft"))
+def _add_shared_entry(chart: Chart, fit: Fit) -> None:
+    if not _is_named(fit):
+        chart.legend.append(Series("each party", "soft"))
 
 
 def _points(fit: Fit, values: Mapping[int, float]) -> list[tuple[float, float]]:
     """Return a line's points; a round in between that is not known interrupts it."""
     known = [index for index in fit.rounds if index in values]
-    if not known:
-        return []
-    between = [index for index in fit.rounds if known[0] <= index <= known[-1]]
-    return [(index, values.get(index, math.nan)) for index in between]
+    return [(i, values.get(i, math.nan)) for i in fit.rounds if known and known[0] <= i <= known[-1]]
 
 
-def _named(fit: Fit) -> bool:
-    return len(fit.names) <= SINGLE_OUT
+def _is_named(fit: Fit) -> bool:
+    return len(fit.names) <= MAX_NAMED_PARTIES
 
 
-def _all(fit: Fit) -> Key:
-    return Key("all parties" if len(fit.names) > 1 else "the party", "ink", width=2.2)
+def _all_parties(fit: Fit) -> Series:
+    return Series("all parties" if len(fit.names) > 1 else "the party", "ink", width=2.2)
 
 
-def _party(fit: Fit, party: int) -> Key:
-    label = fit.names[party]
-    if not _named(fit):
-        return Key(f"party {label}", "soft", width=0.7)
-    return Key(f"party {label}", f"c{party % COLOURS}", DASHES[party // COLOURS])
+def _party(fit: Fit, party: int) -> Series:
+    label = f"party {fit.names[party]}"
+    if not _is_named(fit):
+        return Series(label, "soft", width=0.7)
+    return Series(label, f"c{party % COLOURS}", DASHES[party // COLOURS])
 
 
-def _alone(fit: Fit, other: Fit, place: int) -> Key:
-    """Return the key of a party alone: its folder's name, and the colour of the party that it names."""
+def _baseline(fit: Fit, other: Fit, place: int) -> Series:
+    """Return the series of a party alone: its folder's name, and the colour of the party that it names."""
     folder = other.folder.name
     party = next((k for k, name in enumerate(fit.names) if re.split(r"[-_ ]", folder)[-1] == name), None)
-    colour = "soft" if party is None else f"c{party % COLOURS}"
-    return Key(folder, colour, ("4 3", "1 2", "6 2 1 2")[0 if party is not None else place % 3])
+    if party is None:
+        return Series(folder, "soft", ("4 3", "1 2", "6 2 1 2")[place % 3])
+    return Series(folder, f"c{party % COLOURS}", "4 3")
 
 
 def _spans(marked: Sequence[Sequence[int]]) -> list[tuple[float, float]]:

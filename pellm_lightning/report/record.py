@@ -1,4 +1,4 @@
-"""What happened in a fit, line by line in a file: for reports, and for whoever looks later."""
+"""The record of a fit, ``rounds.jsonl``: the schema of its events, their writer and their reader."""
 
 import json
 import logging
@@ -9,34 +9,132 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pellm_lightning.engine.round_report import RoundReport
 
 log = logging.getLogger(__name__)
 
-NAME = "rounds.jsonl"
+FILE_NAME = "rounds.jsonl"
 """Name of the file, in the folder that a party writes to."""
 
 PACKAGES = ("pellm-lightning", "lightning", "torch", "transformers", "peft", "numpy")
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# ---- the schema: an event is a JSON object with the fields of Header and those of one class below
+
+
+@dataclass(frozen=True)
+class Header:
+    """Fields that every event has."""
+
+    event: str
+    """Key of ``EVENTS``."""
+    run: str
+    """Drawn by each ``RunRecord``, so that lines of another process in the same file are recognised."""
+    time: str
+    """UTC, ISO 8601."""
+    elapsed_seconds: float
+    """Since this process began the fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Event: a party begins or resumes a fit."""
+
+    party: int
+    name: str
+    parties: tuple[str, ...]
+    """Names of all parties, by index."""
+    processes: int
+    round: int
+    """Index of the next round."""
+    step: int
+    module: str
+    device: str
+    precision: str
+    leaving: int
+    """Number of parameters that take part in the rounds."""
+    parameters: int
+    """Number of all parameters of the module."""
+    lora_modules: int
+    settings: Mapping[str, Any]
+    """What the parties have agreed on."""
+    config: str | None
+    """YAML of the command line; None for a script."""
+    versions: Mapping[str, str] = field(default_factory=versions)
+    host: str = field(default_factory=socket.gethostname)
+    platform: str = field(default_factory=platform.platform)
+    processors: int | None = field(default_factory=os.cpu_count)
+    command: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round(RoundReport):
+    """Event: a round, with the Trainer's progress."""
+
+    step: int
+    epoch: int
+    training_seconds: float | None
+    """Between the previous round and this one, for training and validation; None if this party missed the
+    previous round."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Event: the metrics of a validation."""
+
+    local: Mapping[str, float]
+    """This party's."""
+    mean: Mapping[str, float]
+    """Means over the parties."""
+    round: int
+    """Index of the last round before it; -1 before the first."""
+    step: float
+    """Optimizer steps before it; where several parties are combined, their mean."""
+    epoch: int
+
+
+@dataclass(frozen=True)
+class End:
+    """Event: the fit is over."""
+
+    failed: str | None
+    """The error; None if there was none."""
+
+
+Event = Start | Round | Validation | End
+EVENTS: Mapping[str, type[Event]] = {"start": Start, "round": Round, "validation": Validation, "end": End}
+
+
 class RunRecord:
-    """Appends what happens in a fit to a file, one JSON object a line.
+    """Writer of a party's record, one event a line.
 
-    Each line has ``event``, ``run`` (drawn by each ``RunRecord``, so that lines of others in the same file are
-    told apart), ``time`` (UTC, ISO 8601) and ``elapsed_seconds`` since the fit began. The events are "start"
-    (who, where, with which settings and versions), "round" (a ``RoundReport`` with the Trainer's step and
-    epoch), "validation" (metrics of this party and of all), and "end" (why). A resumed fit goes on in the
-    same file with another "start". NaN and infinities become null.
+    A resumed fit appends another "start" to the same file. NaN and infinities become null. If the file cannot
+    be written (disk full, folder not local), one warning is logged and training continues.
 
-    What cannot be written, since the disk is full or the folder is not local, is warned about once, and
-    training goes on.
+    Example::
+
+        record = RunRecord("runs/rounds.jsonl")
+        record.round(report, step=100, epoch=0)
+        record.end(None)
 
     Args:
         path: The file. Its folder is made with the first line.
@@ -45,80 +143,62 @@ class RunRecord:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._run = secrets.token_hex(4)
-        self._begun = time.monotonic()
+        self._started_at = time.monotonic()
+        self._next_round = 0
+        self._last_round_end = 0.0
         self._failed = "://" in str(path)
         if self._failed:
             log.warning(
                 "%s is in no local folder, so that no record is written: a report cannot be made.", path
             )
 
-    def start(self, **facts: Any) -> None:
-        """Write who begins: ``facts``, and this process's surroundings."""
-        self._write(
-            "start",
-            facts
-            | {
-                "versions": versions(),
-                "host": socket.gethostname(),
-                "platform": platform.platform(),
-                "processors": os.cpu_count(),
-                "command": sys.argv,
-            },
-        )
+    def start(self, start: Start) -> None:
+        """Write that a fit begins or resumes."""
+        self._next_round, self._last_round_end = start.round, self._elapsed()
+        self._write("start", start)
 
-    def round(self, done: RoundReport, *, step: int, epoch: int) -> None:
-        """Write what a round did."""
-        self._write("round", asdict(done) | {"step": step, "epoch": epoch})
+    def round(self, report: RoundReport, *, step: int, epoch: int) -> None:
+        """Write a round."""
+        now, training = self._elapsed(), None
+        if report.round == self._next_round:
+            training = round(max(0.0, now - self._last_round_end - report.stalled_seconds), 3)
+        self._next_round, self._last_round_end = report.round + 1, now
+        self._write("round", Round(**vars(report), step=step, epoch=epoch, training_seconds=training))
 
-    def validation(
-        self, local: Mapping[str, float], mean: Mapping[str, float], *, round: int, step: int, epoch: int
-    ) -> None:
-        """Write the metrics of a validation.
+    def validation(self, validation: Validation) -> None:
+        """Write the metrics of a validation."""
+        self._write("validation", validation)
 
-        Args:
-            local: This party's.
-            mean: Those of all parties together.
-            round: Index of the round that comes.
-            step: Optimizer steps so far.
-            epoch: The Trainer's epoch.
-        """
-        self._write(
-            "validation",
-            {"local": dict(local), "mean": dict(mean), "round": round, "step": step, "epoch": epoch},
-        )
+    def end(self, failed: str | None) -> None:
+        """Write that the fit is over, and its error if it failed."""
+        self._write("end", End(failed))
 
-    def end(self, why: str | None) -> None:
-        """Write that the fit is over; ``why`` it failed, None if it did not."""
-        self._write("end", {"failed": why})
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started_at
 
-    def _write(self, event: str, facts: Mapping[str, Any]) -> None:
+    def _write(self, name: str, event: Event) -> None:
         if self._failed:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        # Not "seconds": a round has those of its own.
-        line = {
-            "event": event,
-            "run": self._run,
-            "time": now,
-            "elapsed_seconds": round(time.monotonic() - self._begun, 3),
-        }
+        header = Header(name, self._run, now, round(self._elapsed(), 3))
+        line = json.dumps(_finite(asdict(header) | asdict(event)), allow_nan=False, default=repr)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                if event == "start" and _is_torn(self.path):
+                if name == "start" and _is_torn(self.path):
                     file.write("\n")  # or the start would be lost with the line that a crash cut off
-                file.write(json.dumps(_plain(line | dict(facts)), allow_nan=False) + "\n")
+                file.write(line + "\n")
         except OSError as error:
             self._failed = True
             log.warning(
-                "%s: %s. Training goes on without this record; a report will lack what comes.",
+                "%s: %s. Training continues without this record; a report will lack the rounds to come.",
                 self.path,
                 error.strerror or error,
             )
 
 
 def events(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a record, in their order.
+    """Yield the events of a record as JSON objects, in their order.
 
     A line that was cut off by a crash is left out: the last one, or one before a start.
 
@@ -143,15 +223,51 @@ def events(path: str | Path) -> Iterator[dict[str, Any]]:
         yield event
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def parse_event(line: Mapping[str, Any]) -> tuple[Header, Event]:
+    """Return the header and the event of a line; raise ValueError if it does not fit the schema."""
+    header = parse(Header, line)
+    if header.event not in EVENTS:
+        raise ValueError(f"event is {header.event!r}, expected one of {', '.join(EVENTS)}")
+    return header, parse(EVENTS[header.event], line)
+
+
+_type_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+
+
+def parse(kind: Any, value: Any, name: str = "event") -> Any:
+    """Return a JSON value as the type that an annotation names; the inverse of ``asdict``.
+
+    Where a number is expected, null is NaN. Unknown fields of an object are ignored.
+
+    Example::
+
+        parse(tuple[int, ...], [1, 2])  # (1, 2)
+
+    Args:
+        kind: A dataclass, ``X | None``, ``tuple[X, ...]``, ``Mapping[str, X]``, str, int, float, bool or Any.
+        value: What ``json.loads`` has returned.
+        name: Of the field, for the error.
+
+    Raises:
+        ValueError: If the value is of another type, or a field is missing.
+    """
+    if kind is Any or type(value) is kind:
+        return value
+    if kind is float and (value is None or type(value) is int):
+        return math.nan if value is None else float(value)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if type(None) in arguments:
+        return None if value is None else parse(arguments[0], value, name)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        types = _type_hints(kind)
+        if missing := [name for name in types if name not in value]:
+            raise ValueError(f"{missing[0]!r} is missing")
+        return kind(**{name: parse(part, value[name], name) for name, part in types.items()})  # type: ignore[operator]
+    if origin is tuple and isinstance(value, list):
+        return tuple(parse(arguments[0], part, name) for part in value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: parse(arguments[1], part, key) for key, part in value.items()}
+    raise ValueError(f"{name!r} is {value!r}, expected {getattr(kind, '__name__', kind)}")
 
 
 def _is_torn(path: Path) -> bool:
@@ -163,16 +279,10 @@ def _is_torn(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON can say of a value."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
+def _finite(value: Any) -> Any:
+    """Return a value with null in place of NaN and infinities, which JSON lacks."""
+    if isinstance(value, dict):
+        return {str(name): _finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return repr(value)
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

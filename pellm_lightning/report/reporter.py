@@ -1,4 +1,4 @@
-"""Where a fit's rounds go: log lines, loggers, the progress bar, the record."""
+"""The reporter of a fit: passes its rounds to log lines, loggers, the progress bar and the record."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,21 +11,28 @@ from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy import GaussianMechanism
-from pellm_lightning.report.lines import announce, figures, publish, put_on_bar, say_round
-from pellm_lightning.report.record import RunRecord
+from pellm_lightning.report.logs import log_round, log_start, publish, round_metrics, show_on_bar
+from pellm_lightning.report.record import RunRecord, Start, Validation
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.report.run_view import LiveView, RunView
 from pellm_lightning.trainer.isolation import callbacks_of
 
 
 class Reporter:
-    """Tells the user of a fit what happens.
+    """Reporter of one fit of a party.
+
+    Example::
+
+        reporter = Reporter(trainer, topology, summary, rounds=[], record=RunRecord("rounds.jsonl"))
+        reporter.start(module, plan, parameters, Plain(), None, round=0)
+        reporter.round(module, report, on_bar=True)
+        reporter.end()
 
     Args:
         trainer: Of this process.
-        topology: Where this process stands.
-        summary: What is known of the federation; each round is added.
-        rounds: Where the reports of the rounds are gathered.
+        topology: Of this process.
+        summary: Of the federation; each round is added.
+        rounds: Gets the report of each round.
         record: Where it is written down; None writes nothing.
     """
 
@@ -48,13 +55,13 @@ class Reporter:
         """Let the progress bar show the federation, if it can.
 
         Args:
-            phases: Returns what each party does, by name.
+            phases: Returns what each party is doing, by name.
         """
         bar: object = self._trainer.progress_bar_callback
         if isinstance(bar, LiveView):
             bar.watch(RunView(self._topology.party, self.summary.parties, self._rounds, phases))
 
-    def began(
+    def start(
         self,
         module: LightningModule,
         plan: Plan,
@@ -64,70 +71,68 @@ class Reporter:
         *,
         round: int,
     ) -> None:
-        """Tell what will leave this party; only its speaker calls this.
+        """Report that the fit begins, and which parameters will leave this party; for its leader only.
 
         Args:
-            module: What is trained.
+            module: The module to train.
             plan: The aggregation applied to the parameters.
-            parameters: What leaves.
-            exchange: How.
-            privacy: How it is made private.
-            round: Index of the round that comes.
+            parameters: Those that take part in the rounds.
+            exchange: How they are sent.
+            privacy: The mechanism that makes them private.
+            round: Index of the next round.
         """
         trainer, self._next_round = self._trainer, round
-        announce(trainer, module, self._topology, plan, parameters, exchange, privacy)
+        log_start(trainer, module, self._topology, plan, parameters, exchange, privacy)
         if self._record is not None:
             self._record.start(
-                party=self._topology.party,
-                name=self._topology.name,
-                parties=list(self.summary.parties),
-                processes=self._topology.party_size,
-                round=round,
-                step=trainer.global_step,
-                module=type(module).__qualname__,
-                device=str(trainer.strategy.root_device),
-                precision=trainer.precision,
-                leaving=sum(p.numel() for p in parameters.values()),
-                parameters=sum(p.numel() for p in module.parameters()),
-                lora_modules=len(plan.pairs),
-                settings=self.summary.settings,
-                config=_config_of(trainer),
+                Start(
+                    party=self._topology.party,
+                    name=self._topology.name,
+                    parties=tuple(self.summary.parties),
+                    processes=self._topology.party_size,
+                    round=round,
+                    step=trainer.global_step,
+                    module=type(module).__qualname__,
+                    device=str(trainer.strategy.root_device),
+                    precision=trainer.precision,
+                    leaving=sum(p.numel() for p in parameters.values()),
+                    parameters=sum(p.numel() for p in module.parameters()),
+                    lora_modules=len(plan.pairs),
+                    settings=self.summary.settings,
+                    config=_config_of(trainer),
+                )
             )
 
-    def round(self, module: LightningModule, done: RoundReport, *, on_bar: bool) -> None:
-        """Tell of a round; with ``on_bar`` on the progress bar, too."""
+    def round(self, module: LightningModule, report: RoundReport, *, on_bar: bool) -> None:
+        """Report a round; with ``on_bar`` on the progress bar also."""
         trainer, bar = self._trainer, self._trainer.progress_bar_callback
-        self._rounds.append(done)
-        self.summary.count(done)
-        self._next_round = done.round + 1
-        publish(trainer, figures(done))
+        self._rounds.append(report)
+        self.summary.count(report)
+        self._next_round = report.round + 1
+        publish(trainer, round_metrics(report))
         if on_bar and bar is not None:
-            put_on_bar(module, done)
-        if self._topology.is_leader and self._says(bar):
-            say_round(self._topology, done)
+            show_on_bar(module, report)
+        if self._topology.is_leader and self._logs_rounds(bar):
+            log_round(self._topology, report)
         if self._record is not None:
-            self._record.round(done, step=trainer.global_step, epoch=trainer.current_epoch)
+            self._record.round(report, step=trainer.global_step, epoch=trainer.current_epoch)
 
-    def validated(self, local: Mapping[str, tuple[float, float]], mean: Mapping[str, float]) -> None:
-        """Tell of a validation: each metric of this party with its weight, and the means of all."""
+    def validation(self, local: Mapping[str, tuple[float, float]], mean: Mapping[str, float]) -> None:
+        """Report a validation: each metric of this party with its weight, and the means of all parties."""
         trainer = self._trainer
         publish(trainer, {f"federated/{name}": value for name, value in mean.items()})
         if self._record is not None:
-            self._record.validation(
-                {name: value for name, (value, _) in local.items()},
-                mean,
-                round=self._next_round,
-                step=trainer.global_step,
-                epoch=trainer.current_epoch,
-            )
+            own = {name: value for name, (value, _) in local.items()}
+            step, epoch = trainer.global_step, trainer.current_epoch
+            self._record.validation(Validation(own, dict(mean), self._next_round - 1, step, epoch))
 
-    def ended(self, why: str | None = None) -> None:
-        """Tell that the fit is over; ``why`` it failed, None if it did not."""
+    def end(self, error: str | None = None) -> None:
+        """Report that the fit is over, and the error if it failed."""
         if self._record is not None:
-            self._record.end(why)
+            self._record.end(error)
             self._record = None
 
-    def _says(self, bar: object) -> bool:
+    def _logs_rounds(self, bar: object) -> bool:
         """Whether each round is a line of this party's log."""
         if isinstance(bar, LiveView):
             return bar.quiet  # else one is shown in this terminal, here or by party 0

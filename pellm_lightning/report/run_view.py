@@ -1,4 +1,4 @@
-"""What a live view looks at."""
+"""What a live view shows of a federation, and the interface of the view."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,17 @@ from pellm_lightning.engine.round_report import RoundReport
 
 @dataclass(frozen=True)
 class RunView:
-    """A federation as one party sees it.
+    """State of a federation as one party sees it.
+
+    Example::
+
+        RunView(0, ["berlin", "oslo"], callback.rounds, phases=dict)
 
     Args:
         party: Index of this party.
         names: Of all parties.
-        rounds: Reports of the rounds so far; grows while training goes on.
-        phases: Returns what each party does at the moment, by name; any thread may call it.
+        rounds: Reports of the rounds so far; grows during training.
+        phases: Returns what each party is doing, by name; any thread may call it.
     """
 
     party: int
@@ -26,10 +30,10 @@ class RunView:
 
 @runtime_checkable
 class LiveView(Protocol):
-    """A progress bar that shows a federation."""
+    """Interface of a progress bar that shows a federation; ``FederationProgressBar`` is one."""
 
     quiet: bool
-    """Whether it shows nothing, so that rounds are told in lines."""
+    """Whether it shows nothing, so that each round is logged as a line."""
 
-    def watch(self, watched: RunView) -> None:
+    def watch(self, run: RunView) -> None:
         """Show this federation from now on."""

@@ -1,4 +1,4 @@
-"""A federation as a table in a terminal."""
+"""Live view of a federation: lines and a table for a terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.report.formatting import size
 from pellm_lightning.report.run_view import RunView
-from pellm_lightning.report.words import size
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_ROUNDS = 24
@@ -17,19 +17,19 @@ _PHASE_WIDTH = 30
 UNKNOWN = "-"
 
 
-def view(watched: RunView, phases: Mapping[str, str], seconds_left: float | None) -> RenderableType:
-    """Return what to show: the federation in lines, and a table with one row per party.
+def view(run: RunView, phases: Mapping[str, str], seconds_left: float | None) -> RenderableType:
+    """Return the federation as lines, and a table with one row per party.
 
     Args:
-        watched: The federation.
-        phases: What each party does, by name.
-        seconds_left: Of this fit; None if nobody knows.
+        run: The federation.
+        phases: What each party is doing, by name.
+        seconds_left: Of this fit; None if unknown.
     """
-    done = watched.rounds[-1] if watched.rounds else None
-    lines = [_headline(watched, done, seconds_left)]
-    if done is not None:
-        lines += [_loss_line(watched.rounds), _cost_line(watched.rounds)]
-    return Group(*lines, _parties(watched, phases, done))
+    report = run.rounds[-1] if run.rounds else None
+    lines = [_headline(run, report, seconds_left)]
+    if report is not None:
+        lines += [_loss_line(run.rounds), _cost_line(run.rounds)]
+    return Group(*lines, _parties(run, phases, report))
 
 
 def spark(values: Sequence[float]) -> str:
@@ -50,80 +50,80 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def _headline(watched: RunView, done: RoundReport | None, seconds_left: float | None) -> Text:
-    parties = len(watched.names)
-    words = [f"federation of {parties} {'party' if parties == 1 else 'parties'}"]
-    if done is None:
-        words.append("no round yet")
+def _headline(run: RunView, report: RoundReport | None, seconds_left: float | None) -> Text:
+    parties = len(run.names)
+    parts = [f"federation of {parties} {'party' if parties == 1 else 'parties'}"]
+    if report is None:
+        parts.append("no round yet")
     else:
-        words.append(f"{done.round + 1} {'round' if done.round == 0 else 'rounds'} done")
-        if done.trained_parties < parties:
-            below = f", below quorum {done.quorum}" if done.trained_parties < done.quorum else ""
-            words.append(f"{done.trained_parties} of {parties} trained{below}")
+        parts.append(f"{report.round + 1} {'round' if report.round == 0 else 'rounds'} done")
+        if report.trained_parties < parties:
+            below = f", below quorum {report.quorum}" if report.trained_parties < report.quorum else ""
+            parts.append(f"{report.trained_parties} of {parties} trained{below}")
     if seconds_left is not None:
-        words.append(f"{clock(seconds_left)} left")
-    return Text(" · ".join(words), style="bold")
+        parts.append(f"{clock(seconds_left)} left")
+    return Text(" · ".join(parts), style="bold")
 
 
 def _loss_line(rounds: Sequence[RoundReport]) -> Text:
-    """Tell the global loss, round by round, and how far the parties went."""
-    done = rounds[-1]
+    """Return the global loss, round by round, and the drift of the parties."""
+    report = rounds[-1]
     line = Text("global loss ")
-    line.append(_number(done.loss), style="bold")
-    losses = [math.nan if report.loss is None else report.loss for report in rounds[-_SPARK_ROUNDS:]]
+    line.append(_number(report.loss), style="bold")
+    losses = [math.nan if r.loss is None else r.loss for r in rounds[-_SPARK_ROUNDS:]]
     if len(losses) > 1:
         line.append(f" {spark(losses)}", style="cyan")
-    line.append(f" · own {_number(done.local_loss)} · update norm {_number(done.update_norm)}")
-    if done.deviation is not None:
-        line.append(f" · deviation {100 * done.deviation.total:.2g} %")
-    if done.compression_error is not None:
-        line.append(f" · compression error {100 * done.compression_error:.2g} %")
+    line.append(f" · own {_number(report.local_loss)} · update norm {_number(report.update_norm)}")
+    if report.deviation is not None:
+        line.append(f" · deviation {100 * report.deviation.total:.2g} %")
+    if report.compression_error is not None:
+        line.append(f" · compression error {100 * report.compression_error:.2g} %")
     return line
 
 
 def _cost_line(rounds: Sequence[RoundReport]) -> Text:
-    done = rounds[-1]
-    words = [
-        f"last round {size(done.bytes_sent)} in {done.seconds:.2f} s",
-        f"waited {done.waited_seconds:.1f} s for the others",
-        f"{size(sum(report.bytes_sent for report in rounds))} in all",
+    report = rounds[-1]
+    parts = [
+        f"last round {size(report.bytes_sent)} in {report.seconds:.2f} s",
+        f"waited {report.waited_seconds:.1f} s for the others",
+        f"{size(sum(r.bytes_sent for r in rounds))} in all",
     ]
-    if done.epsilon is not None:
-        words.append(f"epsilon {done.epsilon:.3g}")
-    return Text(" · ".join(words))
+    if report.epsilon is not None:
+        parts.append(f"epsilon {report.epsilon:.3g}")
+    return Text(" · ".join(parts))
 
 
-def _parties(watched: RunView, phases: Mapping[str, str], done: RoundReport | None) -> Table:
-    told = done is not None and len(done.losses) > 0
-    weighed = done is not None and len(done.weights) > 0
+def _parties(run: RunView, phases: Mapping[str, str], report: RoundReport | None) -> Table:
+    has_losses = report is not None and len(report.losses) > 0
+    has_weights = report is not None and len(report.weights) > 0
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("party", no_wrap=True)
     table.add_column("does", no_wrap=True, max_width=_PHASE_WIDTH)
-    if weighed:
+    if has_weights:
         table.add_column("weight", justify="right")
-    if told:
+    if has_losses:
         table.add_column("loss", justify="right")
         table.add_column("distance", justify="right")
-    for index, name in enumerate(watched.names):
-        mine = index == watched.party
+    for index, name in enumerate(run.names):
+        mine = index == run.party
         row = [Text(f"{name} (here)" if mine else name), Text(_plain(phases.get(name, "")))]
-        if done is not None:
-            place = done.parties.index(index) if index in done.parties else None
-            if weighed:
-                row.append(_weight(done, index, place))
-            if told:
-                row.append(Text(UNKNOWN if place is None else _number(done.losses[place])))
-                row.append(Text(UNKNOWN if place is None else _number(done.distances[place])))
+        if report is not None:
+            place = report.parties.index(index) if index in report.parties else None
+            if has_weights:
+                row.append(_weight(report, index, place))
+            if has_losses:
+                row.append(Text(UNKNOWN if place is None else _number(report.losses[place])))
+                row.append(Text(UNKNOWN if place is None else _number(report.distances[place])))
         table.add_row(*row, style="bold" if mine else "")
     return table
 
 
-def _weight(done: RoundReport, index: int, place: int | None) -> Text:
+def _weight(report: RoundReport, index: int, place: int | None) -> Text:
     if place is None:
         return Text("missing", style="red")
-    if index in done.excluded:
+    if index in report.excluded:
         return Text("NaN, left out", style="red")
-    share = done.weights[place] / done.total_weight if done.total_weight else 0.0
+    share = report.weights[place] / report.total_weight if report.total_weight else 0.0
     return Text(f"{100 * share:.0f} %")
 
 
@@ -132,5 +132,5 @@ def _number(value: float | None) -> str:
 
 
 def _plain(phase: str) -> str:
-    """Return what another party said without what would move the cursor."""
+    """Return the phase that another party sent without characters that would move the cursor."""
     return "".join(letter for letter in phase if letter.isprintable())[:_PHASE_WIDTH]

@@ -10,38 +10,36 @@ from typing import Any
 
 from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.engine.round_report import RoundReport
-from pellm_lightning.report.record import RunRecord
+from pellm_lightning.report.record import RunRecord, Start, Validation
 
 
 class Clocked(RunRecord):
-    """A Record whose clock is set by hand."""
+    """A RunRecord whose clock is set by hand."""
 
     def at(self, seconds: float) -> "Clocked":
-        self._begun = time.monotonic() - seconds
+        self._started_at = time.monotonic() - seconds
         return self
 
 
 def start(record: RunRecord, party: int, names: Sequence[str], **facts: Any) -> None:
     """Write a party's start; ``facts`` change what it says."""
-    record.start(
-        **{
-            "party": party,
-            "name": names[party],
-            "parties": list(names),
-            "processes": 1,
-            "round": 0,
-            "step": 0,
-            "module": "CausalLM",
-            "device": "cpu",
-            "precision": "32-true",
-            "leaving": 50_000,
-            "parameters": 1_000_000,
-            "lora_modules": 12,
-            "settings": {"every_n_steps": 10, "fragments": 1, "exchange": "Plain()", "privacy": "None"},
-            "config": None,
-        }
-        | facts
-    )
+    known: dict[str, Any] = {
+        "party": party,
+        "name": names[party],
+        "parties": tuple(names),
+        "processes": 1,
+        "round": 0,
+        "step": 0,
+        "module": "CausalLM",
+        "device": "cpu",
+        "precision": "32-true",
+        "leaving": 50_000,
+        "parameters": 1_000_000,
+        "lora_modules": 12,
+        "settings": {"every_n_steps": 10, "fragments": 1, "exchange": "Plain()", "privacy": "None"},
+        "config": None,
+    }
+    record.start(Start(**known | facts))
 
 
 def done(index: int, parties: Sequence[int], **facts: Any) -> RoundReport:
@@ -114,7 +112,7 @@ def federation(
                 falling = _falling(index / rounds)
                 mean = {"val_loss": falling + 0.2, "val_accuracy": 1 - 0.25 * falling}
                 local = {name: value + 0.03 * party for name, value in mean.items()}
-                record.validation(local, mean, round=index + 1, step=10 * (index + 1), epoch=0)
+                record.validation(Validation(local, mean, round=index, step=10 * (index + 1), epoch=0))
     for record in records.values():
         record.end(None)
 

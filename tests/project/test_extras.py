@@ -21,7 +21,13 @@ from pellm_lightning.tasks.pretrained import load_model, load_tokenizer
 
 # Lightning and torch cannot be without those of the second line.
 CORE = {"lightning", "torch", "peft", "transformers", "numpy"}
-CORE |= {"lightning_utilities", "safetensors", "torchmetrics", "typing_extensions"}  # what these need
+CORE |= {
+    "lightning_utilities",
+    "safetensors",
+    "torchmetrics",
+    "typing_extensions",
+    "jinja2",
+}  # what these need
 # They need an extra, so who uses them imports them at the last moment.
 OPTIONAL = {"comm.certs", "comm.rendezvous.etcd"}
 OPTIONAL |= {
@@ -64,7 +70,7 @@ def test_the_package_imports_without_what_the_extras_bring() -> None:
 import sys
 from lightning_utilities.core.imports import RequirementCache
 
-away = ["jsonargparse", "rich", "gguf", "matplotlib", "jinja2", "tensorboard"]
+away = ["jsonargparse", "rich", "gguf", "matplotlib", "tensorboard"]
 away += ["cryptography", "etcd3gw", "dp_accounting", "opacus"]
 there = RequirementCache.__bool__
 RequirementCache.__bool__ = lambda self: not any(n in str(self.requirement) for n in away) and there(self)

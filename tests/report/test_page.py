@@ -16,8 +16,9 @@ from run_records import Clocked, done, federation, start
 
 from pellm_lightning.cli import commands
 from pellm_lightning.report import figures, page
-from pellm_lightning.report.chart import Chart, Key, buckets, short, thinned
+from pellm_lightning.report.chart import Chart, Series, bin_means, downsample, shorten
 from pellm_lightning.report.figures import lower_is_better
+from pellm_lightning.report.record import Validation
 from pellm_lightning.report.runs import find
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -86,7 +87,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start(record, 0, ["0"])
         for index in range(5):
             record.round(done(index, [0], local_loss=2.0 - index / 5), step=100 * (index + 1), epoch=0)
-            record.validation({"val_loss": 2.5}, {}, round=index + 1, step=100 * (index + 1), epoch=0)
+            record.validation(Validation({"val_loss": 2.5}, {}, round=index, step=100 * (index + 1), epoch=0))
         record.end(None)
     return folder
 
@@ -163,6 +164,14 @@ def test_ids_are_of_one_figure_only_and_lead_somewhere(shown: str) -> None:
         }
 
 
+def test_every_colour_of_a_figure_has_one_for_dark_mode(shown: str) -> None:
+    (style,) = re.findall(r"<style>.*?</style>", shown, re.DOTALL)
+    drawn = set(re.findall(r"(?:fill|stroke): #\w+", shown.replace(style, "")))
+    assert len(drawn) > 10
+    for declaration in drawn:
+        assert f'[style*="{declaration}"] {{ {declaration.partition(":")[0]}: var(--' in style
+
+
 def test_the_page_needs_nothing_from_outside(shown: str) -> None:
     told = Page(shown)
     assert not {tag for tag, _ in told.elements} & {
@@ -194,7 +203,7 @@ def test_what_comes_out_of_a_record_is_text_and_never_markup(tmp_path: Path) -> 
         facts = {"settings": {EVIL: EVIL}, "config": EVIL, "module": EVIL, "device": EVIL, "precision": EVIL}
         start(record, party, names, **facts)
         record.round(done(0, range(3)), step=1, epoch=0)
-        record.validation({EVIL: 1.0}, {EVIL: 1.0}, round=1, step=1, epoch=0)
+        record.validation(Validation({EVIL: 1.0}, {EVIL: 1.0}, round=0, step=1, epoch=0))
         record.end(EVIL)
     text = page.html(find(tmp_path))
     told = Page(text)
@@ -204,7 +213,7 @@ def test_what_comes_out_of_a_record_is_text_and_never_markup(tmp_path: Path) -> 
     assert told.row(EVIL)[0] == EVIL
     # In a figure, as the name of a row: cut, but as it is written.
     assert "$x$ & \"y'" in told.texts
-    assert short(EVIL) in told.texts
+    assert shorten(EVIL) in told.texts
 
 
 def test_what_is_missing_or_failed_stands_on_top(tmp_path: Path) -> None:
@@ -217,7 +226,7 @@ def test_what_is_missing_or_failed_stands_on_top(tmp_path: Path) -> None:
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]) + '{"event": "rou')  # killed while it wrote
     text = page.html(find(tmp_path))
-    assert "Party b&#39;s record stops after round 3" in text.partition("</header>")[0]
+    assert "Party b's record stops after round 3" in text.partition("</header>")[0]
     assert "no end recorded" in Page(text).text
     ended = json.loads(lines[-1]) | {"failed": "TimeoutError: party 2 is late"}
     path.write_text("".join(lines[:-1]) + json.dumps(ended) + "\n")
@@ -234,13 +243,12 @@ def test_what_a_figure_says_is_what_it_was_given(tmp_path: Path) -> None:
             record.round(done(index, range(3)), step=index, epoch=0)
         record.end(None)
     told = Page(page.html(find(tmp_path)))
-    assert {"v1.23456", short(names[1]), "京都"} <= set(told.texts)
-    chart = Chart("a", "b", "c", "d")
-    chart.line([(0, 0.0041), (1, 0.0049)], Key("e", "ink"))
-    drawn = chart.done()
-    assert drawn is not None
-    assert {"0.0042", "0.0048"} <= set(re.findall(r"<text[^>]*>([^<]*)<", drawn.svg))
-    assert not re.search(r"<path[^>]*\.\d{3}", drawn.svg)  # of points a hundredth is enough
+    assert {"v1.23456", shorten(names[1]), "京都"} <= set(told.texts)
+    chart = Chart("a", "b", "c")
+    chart.line([(0, 0.0041), (1, 0.0049)], Series("e", "ink"))
+    svg = chart.svg()
+    assert {"0.0042", "0.0048"} <= set(re.findall(r"<text[^>]*>([^<]*)<", svg))
+    assert not re.search(r"<path[^>]*\.\d{3}", svg)  # of points a hundredth is enough
 
 
 def test_what_is_unknown_of_a_round_s_time_does_not_count_as_nothing(tmp_path: Path) -> None:
@@ -255,7 +263,7 @@ def test_what_is_unknown_of_a_round_s_time_does_not_count_as_nothing(tmp_path: P
         record.end(None)
     fit = find(tmp_path).fit
     assert fit.records[1].rounds[2].training_seconds is None
-    mean = figures.mean_by_round(fit, lambda done: done.training_seconds)
+    mean = fit.mean("training_seconds")
     assert mean == pytest.approx(dict.fromkeys(range(3), 8.0), abs=0.1)
 
 
@@ -264,7 +272,7 @@ def test_parties_that_validate_at_different_moments_have_no_best_mean(tmp_path: 
         record = Clocked(tmp_path / f"party-{party}" / "rounds.jsonl")
         start(record, party, ["a", "b"])
         record.round(done(0, [0, 1]), step=1, epoch=0)
-        record.validation({"m": 1.0}, {"m": 1.0 + party}, round=1, step=1 + party, epoch=0)
+        record.validation(Validation({"m": 1.0}, {"m": 1.0 + party}, round=0, step=1 + party, epoch=0))
         record.end(None)
     text = Page(page.html(find(tmp_path))).text
     assert "Means over some of the parties, which validated at a moment of their own, are left out." in text
@@ -316,7 +324,7 @@ def test_ten_thousand_rounds_are_thinned_out_and_it_says_so(tmp_path: Path) -> N
     assert "Thinned out to about 400 points" in text
     assert "Round by round, one in 25 and the last" in text
     assert Page(text).row("9999")[0] == "9999"
-    points = thinned([(i, 9.5 if i == 5001 else 1.0) for i in range(10_000)])
+    points = downsample([(i, 9.5 if i == 5001 else 1.0) for i in range(10_000)])
     assert len(points) <= 402
     assert (5001, 9.5) in points
     assert points[0] == (0, 1.0)
@@ -325,8 +333,9 @@ def test_ten_thousand_rounds_are_thinned_out_and_it_says_so(tmp_path: Path) -> N
 
 def test_lines_of_very_many_parties_share_a_name(tmp_path: Path) -> None:
     federation(tmp_path, [str(party) for party in range(25)], 3)
-    (metric,) = [one for one in figures.pictures(find(tmp_path)) if one.title == "Validation: val_loss"]
-    assert [key.label for key in metric.legend] == ["each party", "all parties"]
+    learning = figures.charts(find(tmp_path))["Learning"]
+    (metric,) = [chart for chart in learning if chart.title == "Validation: val_loss"]
+    assert [series.label for series in metric.legend] == ["each party", "all parties"]
 
 
 def test_two_hundred_rounds_of_eight_parties_stay_small(shown: str) -> None:
@@ -334,8 +343,8 @@ def test_two_hundred_rounds_of_eight_parties_stay_small(shown: str) -> None:
 
 
 def test_steps_stand_around_their_rounds() -> None:
-    assert buckets([3, 4], [[1.0, 2.0]]) == ([2.5, 3.5, 4.5], [[1.0, 2.0]])
-    assert buckets(range(5), [[1.0, 2.0, 3.0, 4.0, 5.0]], most=3) == (
+    assert bin_means([3, 4], [[1.0, 2.0]]) == ([2.5, 3.5, 4.5], [[1.0, 2.0]])
+    assert bin_means(range(5), [[1.0, 2.0, 3.0, 4.0, 5.0]], most=3) == (
         [-0.5, 1.5, 3.5, 4.5],
         [[1.5, 3.5, 5.0]],
     )
@@ -386,15 +395,12 @@ def test_the_command_says_what_makes_a_record(tmp_path: Path) -> None:
         commands.main(["report", str(tmp_path)])
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_the_command_names_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
+def test_the_command_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (f"pellm_lightning.report.{part}" for part in ("page", "figures", "chart")):
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(sys.modules["pellm_lightning.report"], name.rpartition(".")[2])
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=rf"{package}: pip install 'pellm-lightning\[plots\]'"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"matplotlib: pip install 'pellm-lightning\[plots\]'"):
         commands.main(["report", str(tmp_path)])
 
 

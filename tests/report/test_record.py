@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 from party_threads import Classifier, ValidatedClassifier, data, fit_parties, quiet_trainer
+from run_records import done, start
 
 from pellm_lightning import FederatedAveraging
-from pellm_lightning.report.record import RunRecord, events
+from pellm_lightning.aggregation.deviation import Deviation
+from pellm_lightning.report.record import Header, Round, RunRecord, Validation, events, parse, parse_event
 
 
 def fit(folder: Path, parties: int = 2, **arguments: Any) -> list[FederatedAveraging]:
@@ -113,7 +115,7 @@ def test_a_resumed_fit_goes_on_in_the_same_file(tmp_path: Path) -> None:
 
 def test_what_is_no_number_is_null_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     record = RunRecord(tmp_path / "deep" / "rounds.jsonl")
-    record.validation({"a": math.nan, "b": 1.5}, {}, round=0, step=1, epoch=0)
+    record.validation(Validation({"a": math.nan, "b": 1.5}, {}, round=-1, step=1, epoch=0))
     record.end(None)
     with record.path.open("a") as file:
         file.write('{"event": "rou')
@@ -126,12 +128,52 @@ def test_what_is_no_number_is_null_and_a_torn_line_is_left_out(tmp_path: Path) -
         list(events(record.path))
 
 
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "rounds.jsonl")
+    report = done(3, [0, 2], deviation=Deviation(0.5, 0.75, "q_proj"), update_norm=math.inf, loss=None)
+    validation = Validation({"a": 1.5}, {}, round=3, step=7, epoch=0)
+    start(record, 0, ["a", "b", "c"], round=3)
+    record.round(report, step=7, epoch=0)
+    record.validation(validation)
+    record.end("why")
+    (_, first), (header, second), (_, third), (_, last) = map(parse_event, events(record.path))
+    assert (first.parties, first.settings["exchange"]) == (("a", "b", "c"), "Plain()")
+    assert isinstance(header, Header)
+    assert isinstance(second, Round)
+    assert second.training_seconds == 0  # the round stood still for longer than since the start
+    assert math.isnan(second.update_norm)  # JSON has no infinity
+    assert {**vars(second), "update_norm": math.inf}.items() >= vars(report).items()
+    assert third == validation
+    assert last.failed == "why"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [
+        (Validation, {"local": {}, "mean": {}, "round": 0, "step": 1}, "'epoch' is missing"),
+        (Validation, {"local": {"m": "x"}, "mean": {}, "round": 0, "step": 1, "epoch": 0}, "'m' is 'x'"),
+        (tuple[int, ...], [1, 2.5], "2.5, expected int"),
+        (tuple[int, ...], {"a": 1}, "expected tuple"),
+        (int, True, "True, expected int"),
+        (str | None, 3, "3, expected str"),
+    ],
+)
+def test_what_does_not_fit_the_schema_is_refused(kind: Any, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse(kind, value)
+
+
+def test_an_event_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="event is 'stop', expected one of start, round, validation, end"):
+        parse_event({"event": "stop", "run": "a", "time": "", "elapsed_seconds": 0})
+
+
 def test_a_fit_that_goes_on_after_a_torn_line_loses_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "rounds.jsonl"
     RunRecord(path).end(None)
     with path.open("a") as file:
         file.write('{"event": "rou')
-    RunRecord(path).start(party=0)
+    start(RunRecord(path), 0, ["a"])
     RunRecord(path).end("again")
     assert [event["event"] for event in events(path)] == ["end", "start", "end"]
     with path.open("ab") as file:
@@ -148,7 +190,7 @@ def test_a_full_disk_is_told_once_and_training_goes_on(
     assert len(callback.rounds) >= 2
     warned = [r.getMessage() for r in caplog.records if "rounds.jsonl" in r.getMessage()]
     assert len(warned) == 1
-    assert "Training goes on" in warned[0]
+    assert "Training continues" in warned[0]
 
 
 def test_a_folder_that_is_no_local_one_is_told_and_not_made(
@@ -156,7 +198,7 @@ def test_a_folder_that_is_no_local_one_is_told_and_not_made(
 ) -> None:
     caplog.set_level(logging.WARNING, "pellm_lightning")
     monkeypatch.chdir(tmp_path)
-    RunRecord("s3://bucket/runs/rounds.jsonl").start(party=0)
+    start(RunRecord("s3://bucket/runs/rounds.jsonl"), 0, ["a"])
     assert not list(tmp_path.iterdir())
     assert "s3://bucket/runs/rounds.jsonl is in no local folder" in caplog.text
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from party_threads import Classifier, Rounds, data, fit_parties, quiet_trainer
 from torch import nn
 
-from pellm_lightning.report.lines import show_log_lines
+from pellm_lightning.report.logs import show_log_lines
 
 
 def lines_of(caplog: pytest.LogCaptureFixture, party: int, level: int = logging.INFO) -> list[str]:

@@ -10,6 +10,7 @@ from party_threads import ValidatedClassifier, data, fit_parties, quiet_trainer
 from run_records import Clocked, done, start
 
 from pellm_lightning import FederatedAveraging
+from pellm_lightning.report.record import Validation
 from pellm_lightning.report.runs import find, read
 
 NAMES = ["a", "b", "c"]
@@ -60,9 +61,9 @@ def test_the_parties_of_a_fit_are_found_and_who_trained_alone(real: Any) -> None
     findings = find(folder)
     assert findings.fit.names == ("0", "1")
     assert list(findings.fit.records) == [0, 1]
-    assert [other.folder.name for other in findings.alone] == ["alone-1"]
+    assert [other.folder.name for other in findings.baselines] == ["alone-1"]
     assert findings.notes == ()
-    assert all(record.ended and record.failed is None for record in findings.fit.records.values())
+    assert all(record.outcome == "finished" for record in findings.fit.records.values())
 
 
 def test_all_is_read_that_the_rounds_reported(real: Any) -> None:
@@ -78,7 +79,7 @@ def test_all_is_read_that_the_rounds_reported(real: Any) -> None:
         assert fit.own(party, "update_norm") == {k: r.update_norm for k, r in reports.items()}
         assert fit.shared("loss") == {k: r.loss for k, r in reports.items() if r.loss is not None}
         record = fit.records[party]
-        spent = sum((r.training_seconds or 0) + (r.stalled_seconds or 0) for r in record.rounds.values())
+        spent = sum((r.training_seconds or 0) + r.stalled_seconds for r in record.rounds.values())
         assert 0 < spent <= record.seconds
     assert list(fit.means()) == ["val_loss"]
     # 8 validation samples each: the mean over the parties is the plain mean.
@@ -107,10 +108,10 @@ def test_one_record_knows_what_its_party_was_told(real: Any, tmp_path: Path) -> 
 
 def test_a_resumption_replaces_what_came_after_its_round(tmp_path: Path) -> None:
     record = written(tmp_path, 0, NAMES, rounds=4)
-    record.validation({"m": 9.0}, {"m": 9.0}, round=4, step=20, epoch=0)
+    record.validation(Validation({"m": 9.0}, {"m": 9.0}, round=3, step=20, epoch=0))
     start(record.at(0), 0, NAMES, round=2, step=10)
     record.at(7).round(done(2, range(3), loss=0.5), step=15, epoch=0)
-    record.validation({"m": 1.0}, {"m": 1.0}, round=0, step=15, epoch=0)
+    record.validation(Validation({"m": 1.0}, {"m": 1.0}, round=2, step=15, epoch=0))
     fit = find(tmp_path).fit
     assert list(fit.rounds) == [0, 1, 2]
     assert fit.shared("loss") == {0: 1.0, 1: 0.0, 2: 0.5}
@@ -119,7 +120,7 @@ def test_a_resumption_replaces_what_came_after_its_round(tmp_path: Path) -> None
     assert fit.rounds[2].training_seconds == pytest.approx(5.5, abs=0.1)
     assert [(v.round, value) for v, value in fit.means()["m"]] == [(2, 1.0)]
     assert len(fit.records[0].starts) == 2
-    assert not fit.records[0].ended
+    assert fit.records[0].outcome == "none recorded"
     assert fit.records[0].seconds == pytest.approx(40 + 7, abs=0.2)
 
 
@@ -238,7 +239,7 @@ def test_means_are_those_of_whoever_validates(tmp_path: Path) -> None:
     record = record_of(tmp_path, 1)
     start(record, 1, NAMES[:2])
     record.round(done(0, [0, 1]), step=1, epoch=0)
-    record.validation({"m": 1.0}, {"m": 3.0}, round=1, step=1, epoch=0)
+    record.validation(Validation({"m": 1.0}, {"m": 3.0}, round=0, step=1, epoch=0))
     assert [value for _, value in find(tmp_path).fit.means()["m"]] == [3.0]
 
 
@@ -252,7 +253,9 @@ def test_a_mean_of_some_of_the_parties_is_none_of_all(tmp_path: Path) -> None:
             if party in here:
                 record.round(done(index, here), step=index, epoch=0)
                 mean = {"m": 9.0 if (index, party) == (2, 1) else 5.0 - index}
-                record.validation({"m": 1.0}, mean, round=index + 1, step=10 * index + 3 * party, epoch=0)
+                record.validation(
+                    Validation({"m": 1.0}, mean, round=index, step=10 * index + 3 * party, epoch=0)
+                )
     fit = find(tmp_path).fit
     found = [(v.round, v.step, value) for v, value in fit.means()["m"]]
     # Parties 0, 1 and 2 stood 3 steps apart; in round 1 only 0 and 1.
@@ -266,9 +269,9 @@ def test_validations_that_a_resumption_repeats_are_there_once(tmp_path: Path) ->
     start(record, 0, NAMES)
     record.round(done(0, range(3)), step=5, epoch=0)
     for at in (6, 8):
-        record.validation({"m": at}, {"m": at}, round=1, step=at, epoch=0)
+        record.validation(Validation({"m": at}, {"m": at}, round=0, step=at, epoch=0))
     start(record, 0, NAMES, round=1, step=7)
-    record.validation({"m": 80}, {"m": 80}, round=1, step=8, epoch=0)
+    record.validation(Validation({"m": 80}, {"m": 80}, round=0, step=8, epoch=0))
     assert [value for _, value in find(tmp_path).fit.means()["m"]] == [6, 80]
 
 
@@ -301,7 +304,7 @@ def test_a_folder_without_records_says_what_makes_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"event": "end", "failed": None}, r"event 3 is not as a fit writes it \(KeyError\('time'\)\)"),
+        ({"event": "end", "failed": None}, r"event 3 is not as a fit writes it \('run' is missing\)"),
         ({"event": "round", "time": "", "round": 1}, r"event 3 .* move it away"),
         ({"event": "round", "time": "", "round": 1, "loss": "low"}, r"event 3 "),
     ],

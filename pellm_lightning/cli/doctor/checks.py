@@ -7,7 +7,7 @@ from typing import Literal
 
 from pellm_lightning.cli.doctor.facts import Facts, Measured
 from pellm_lightning.engine.compatibility import PartySpec, differences, shared_file
-from pellm_lightning.report import words
+from pellm_lightning.report import formatting
 
 CLOCKS_S = 2.0
 """By how much clocks may differ."""
@@ -239,7 +239,7 @@ def _network(seen: Seen) -> Iterator[Finding]:
             "ok",
             "network",
             f"A sum over all parties takes {_seconds(max(latencies))}, and {min(speeds) / 1e6:.3g} MB a"
-            f" second (of {words.size(size)}).",
+            f" second (of {formatting.size(size)}).",
         )
     elif not seen.measured and len(seen.roster) > 1:
         yield Finding("warning", "network", "Not measured: that needs all parties.")
@@ -254,7 +254,7 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "ok",
             "round",
-            f"Takes {_seconds(best)} and sends {words.size(sent)} a party: {count} rounds made, of which"
+            f"Takes {_seconds(best)} and sends {formatting.size(sent)} a party: {count} rounds made, of which"
             " nothing is kept.",
         )
         return
@@ -262,7 +262,9 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
     size = max((facts.size_bytes for facts in seen.facts.values()), default=0)
     if not speeds or not size or any(map(_failed, seen.measured.values())):
         return
-    expected = f"{words.size(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed"
+    expected = (
+        f"{formatting.size(size)} of float32 would take about {_seconds(size / min(speeds))} uncompressed"
+    )
     if any(finding.level == "error" for finding in findings(replace(seen, measured={}))):
         yield Finding("ok", "round", f"{expected}; none was made, since the parties must be mended first.")
     else:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pellm_lightning.report.words import duration, number, schedule, size
+from pellm_lightning.report.formatting import duration, number, schedule, size
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""What a user reads while a fit runs: log lines, and metrics in Lightning's loggers and progress bar."""
+
+import logging
+from collections.abc import Collection, Mapping
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.comm.topology import Topology
+from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.privacy import GaussianMechanism
+from pellm_lightning.report.formatting import count, size
+from pellm_lightning.tensors.adapters import adapter_parameters
+from pellm_lightning.tensors.selection import plain_name, share_outside_adapter
+from pellm_lightning.trainer.isolation import written_paths
+
+log = logging.getLogger(__name__)
+
+_NOT_LOGGED = {"quorum", "last"}
+
+
+def show_log_lines() -> None:
+    """Show the package's lines as Lightning shows its own, unless the application set up logging itself."""
+    package = logging.getLogger("pellm_lightning")
+    if not package.handlers and not logging.getLogger().handlers:
+        package.addHandler(logging.StreamHandler())
+        package.setLevel(logging.INFO)
+
+
+def log_start(
+    trainer: Trainer,
+    module: LightningModule,
+    topology: Topology,
+    plan: Plan,
+    parameters: Mapping[str, nn.Parameter],
+    exchange: Exchange,
+    privacy: GaussianMechanism | None,
+) -> None:
+    """Log which parameters will leave this party: users want to know whether it is the adapter only."""
+    leaving = sum(p.numel() for p in parameters.values())
+    total = sum(p.numel() for p in module.parameters())
+    trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
+    local = trainable - parameters.keys()
+    lines = [
+        f"federation of {topology.num_parties} {'party' if topology.num_parties == 1 else 'parties'}:"
+        f" {leaving:,} of {total:,} parameters leave a party ({100 * leaving / total:.3g} %),"
+        f" {size(4 * leaving)} per round",
+        f"these are {_first(parameters)}",
+    ]
+    if plan.pairs:
+        lines.append(f"{len(plan.pairs)} LoRA modules, aggregated by {plan.rule!r}")
+    if exchange.is_secure:
+        lines.append(f"the other parties see sums over all only: {exchange!r}")
+    if exchange.supports in ("rounded", "sparse"):
+        lines.append(f"they are compressed: {exchange!r}")
+    if privacy is not None:
+        lines.append(f"updates are clipped and noisy: {privacy!r}")
+    if local:
+        lines.append(f"{count(len(local), 'trainable parameter')} of its own stay local: {_first(local)}")
+    if topology.party > 0:
+        lines += [f"writes to {path.partition(':')[2]}" for path in written_paths(trainer)]
+    for line in lines:
+        log.info("[party %s] %s", topology.name, line)
+    outside = share_outside_adapter(parameters, adapter_parameters(module))
+    if outside > 0.5 and total > leaving:
+        log.warning(
+            "[party %s] %.0f %% of what crosses each round is embeddings, heads, modules_to_save or other"
+            " layers of the base, not adapter. If that is not intended, name them in `exclude` (they stay"
+            " local) or freeze them.",
+            topology.name,
+            100 * outside,
+        )
+
+
+def log_round(topology: Topology, report: RoundReport) -> None:
+    """Log one line about a round."""
+    log.info(
+        "[party %s] round %d: %s%d of %d parties trained, loss %s, weight %g of %g, %s in %.2f s%s",
+        topology.name,
+        report.round,
+        "moved nothing, " if report.trained_parties < report.quorum else "",
+        report.trained_parties,
+        topology.num_parties,
+        "unknown" if report.loss is None else f"{report.loss:.4f}",
+        report.weight,
+        report.total_weight,
+        size(report.bytes_sent),
+        report.seconds,
+        "" if report.deviation is None else f", deviation {report.deviation.total:.2g}",
+    )
+
+
+def round_metrics(report: RoundReport) -> dict[str, float]:
+    """Return the numbers of a round as loggers get them."""
+    known: dict[str, object] = {**vars(report), "parties": len(report.parties)}
+    if report.deviation is not None:
+        known |= {"deviation": report.deviation.total, "worst_deviation": report.deviation.worst}
+    return {
+        f"federated/{name}": float(value)
+        for name, value in known.items()
+        if isinstance(value, int | float) and name not in _NOT_LOGGED
+    }
+
+
+def publish(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Pass metrics to other callbacks and to the loggers; works in hooks where ``self.log`` is refused."""
+    if not metrics:
+        return
+    trainer.callback_metrics.update(
+        {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
+    )
+    # The step that Lightning itself gives to what is logged at this moment, so that a table's rows line up.
+    step = max(trainer.global_step - 1, 0)
+    for logger in trainer.loggers:
+        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
+
+
+def show_on_bar(module: LightningModule, report: RoundReport) -> None:
+    """Show the round and the global loss on the progress bar; Lightning allows that in some hooks only."""
+    shown = {"round": float(report.round)} | ({} if report.loss is None else {"global_loss": report.loss})
+    module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+
+
+def _first(names: Collection[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
