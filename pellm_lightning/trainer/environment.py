@@ -197,7 +197,7 @@ def topology_of(trainer: Trainer) -> Topology:
     else:
         topology = Topology.from_env()
     for callback in callbacks_of(trainer):
-        job = getattr(callback, "job", None)
+        job = getattr(callback, "jobs", None)
         if isinstance(job, SeparateJobs):
             topology = job.topology()
     if "RANK" not in os.environ and trainer.world_size > 1:

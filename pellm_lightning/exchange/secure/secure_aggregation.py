@@ -21,7 +21,7 @@ class SecureAggregation(Exchange):
     """Secure aggregation exchange: parties, rendezvous and network see sums only, no single party's values.
 
     It covers everything that a round sums: parameters, weights, losses, metrics. All that is sent is
-    uniformly random. The threat model and what is not hidden are in docs/privacy.md.
+    uniformly random. The threat model and what is not hidden are in docs/secure_aggregation.md.
 
     Args:
         signing_key: Path of this party's private key, as ``python -m pellm_lightning keys new`` creates it;
