@@ -472,7 +472,7 @@ HALF = partial(torch.optim.SGD, lr=0.5)
         ("Stacking", MOMENTUM, "gives the factors other coordinates each round"),
         ("ResidualMean", HALF, "must be SGD with lr=1 and no momentum"),
         ("HeterogeneousRank", MOMENTUM, "or the aggregation LowRankMean(factorization='procrustes')"),
-        ("FrozenA", MOMENTUM, "lets a factor rest, which the memory of outer_optimizer=SGD("),
+        ("FrozenA", MOMENTUM, "freezes a factor, which the momentum of outer_optimizer=SGD("),
         ("Alternating", partial(torch.optim.Adam, lr=0.1), "would still move. Use SGD without momentum"),
     ],
 )
