@@ -1,32 +1,38 @@
-"""FederatedAveraging: Lightning's hooks, what a user can ask for, joining and checkpoints."""
+"""The callback FederatedAveraging: arguments, Lightning's hooks in the order in which they run, checkpoints."""
 
 import itertools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Literal, TypeVar
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from pellm_lightning.aggregation import Aggregation, lora_modules
+from pellm_lightning.aggregation import Aggregation
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
-from pellm_lightning.callbacks.drift.base import DriftCorrection, check_optimizer, drift_correction_of
+from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
+from pellm_lightning.callbacks.drift.base import DriftCorrection
 from pellm_lightning.callbacks.fit_facts import FitFacts, foresee
 from pellm_lightning.callbacks.fit_loop import FederatedLoop, LoopConfig, Started
+from pellm_lightning.callbacks.fit_state import (
+    is_stopping,
+    new_record,
+    raise_if_terminated,
+    unchanged_frozen,
+    validates_in_fit,
+    why_nothing_was_trained,
+)
 from pellm_lightning.callbacks.parameters import Parameters
 from pellm_lightning.callbacks.schedule import schedule
 from pellm_lightning.callbacks.trainable import CURE, TrainableSet
 from pellm_lightning.callbacks.weight_averaging import (
-    agreed,
     begin_averaging,
     check_averaging,
     check_coordinates,
@@ -45,20 +51,15 @@ from pellm_lightning.comm.torchrun.store import launched, store_from_env
 from pellm_lightning.engine import outer_optimizer
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
-from pellm_lightning.engine.context import capabilities
-from pellm_lightning.engine.fragments import check_rule, fragments_of
 from pellm_lightning.engine.optim import without_parser
-from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
+from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.privacy import GaussianMechanism
-from pellm_lightning.report import record
 from pellm_lightning.report.logs import show_log_lines
 from pellm_lightning.report.reporter import Reporter
 from pellm_lightning.report.run_summary import RunSummary
-from pellm_lightning.tensors.adapter_config import adapter_configs
-from pellm_lightning.tensors.frozen_state import frozen_state
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import (
@@ -209,9 +210,26 @@ class FederatedAveraging(Callback):
         return type(self).connect is not FederatedAveraging.connect
 
     @property
-    def _is_staggered(self) -> bool:
-        """Whether a round does not give the result for all parameters at once."""
-        return self.overlap.in_background or self.overlap.fragments > 1
+    def _factory(self) -> AggregatorFactory:
+        return AggregatorFactory(
+            aggregation=self.aggregation,
+            exchange=self.exchange,
+            privacy=self.privacy,
+            overlap=self.overlap,
+            outer_optimizer=self.outer_optimizer,
+            outer_scheduler=self.outer_scheduler,
+            on_nonfinite=self.on_nonfinite,
+            quorum=self.quorum,
+            check_frozen=self.parameters.check_frozen,
+            resets_inner=self.inner_optimizer_state == "reset",
+            settings={
+                "every_n_epochs": self.every_n_epochs,
+                "every_n_steps": self.every_n_steps,
+                "every_n_seconds": self.every_n_seconds,
+                "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
+                "inner_optimizer_state": self.inner_optimizer_state,
+            },
+        )
 
     @property
     @override
@@ -268,7 +286,7 @@ class FederatedAveraging(Callback):
             self._state, self._participation, self._reporter = {}, None, None
             self.rounds, self.summary = [], None
             self._validation = ValidationMetrics()
-            self._drift = self._drift_correction(trainer, pl_module)
+            self._drift = self._factory.drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
             show_log_lines()
             self._join(trainer)
@@ -276,7 +294,7 @@ class FederatedAveraging(Callback):
             check_averaging(
                 trainer,
                 self._schedule,
-                mixes=self._is_staggered,
+                mixes=self._factory.is_staggered,
                 separate=self._joined is not None and self._joined.may_lose_parties,
                 saves_frozen=self.parameters.save_frozen,
             )
@@ -303,7 +321,7 @@ class FederatedAveraging(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what the aggregation cannot handle; the module has its adapter by now."""
         if self.aggregation is not None:
-            self._apply_rule(pl_module, self._select(pl_module))
+            self._plan(pl_module, self._select(pl_module))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -311,12 +329,12 @@ class FederatedAveraging(Callback):
         arguments.samplers(trainer, self._topology)
         trainable = self._select(pl_module)
         self._trainable = TrainableSet(pl_module, self.parameters.include, self.parameters.exclude)
-        plan = self._apply_rule(pl_module, trainable)
+        plan = self._plan(pl_module, trainable)
         shared = {name: trainable[name] for name in sorted(plan.shared)}
         check_coordinates(trainer, plan)
         for_good = plan.named(plan.rule.frozen_parts(0) & plan.rule.frozen_parts(1))
         arguments.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
-        self._check_drift(trainer, shared)
+        self._factory.check_optimizers(trainer, self._drift, shared)
 
         def told(done: RoundReport, on_bar: bool) -> None:
             self._reporting.round(pl_module, done, on_bar=on_bar)
@@ -337,9 +355,20 @@ class FederatedAveraging(Callback):
             told=told,
             stopped_path=self._stopped_path(trainer),
         )
-        started = self._participation.start(
-            lambda: self._aggregator(trainer, pl_module, trainable, plan), self._state
-        )
+
+        def make_aggregator() -> Aggregator:
+            return self._factory.make(
+                self._communicator,
+                trainer,
+                pl_module,
+                trainable,
+                self._auxiliary,
+                plan=plan,
+                facts=self._facts(trainer),
+                state_dir=self._state_path(trainer),
+            )
+
+        started = self._participation.start(make_aggregator, self._state)
         if started.overwritten:
             begin_averaging(trainer, pl_module)
         names = self._in_party.on_leader(lambda: self._roster(trainer))
@@ -348,7 +377,11 @@ class FederatedAveraging(Callback):
             self._warn_of(started)
         self.summary = summary.resumed(self._state.get("summary", {}))
         self._reporter = Reporter(
-            trainer, self._topology, self.summary, self.rounds, self._new_record(trainer)
+            trainer,
+            self._topology,
+            self.summary,
+            self.rounds,
+            new_record(trainer, self._topology) if self.record else None,
         )
         if self._topology.is_leader:
             self._reporter.start(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
@@ -372,9 +405,9 @@ class FederatedAveraging(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the round first if training is over; remember which metrics are older than now."""
-        if not _validates_in_fit(trainer):
+        if not validates_in_fit(trainer):
             return
-        if _is_stopping(trainer):
+        if is_stopping(trainer):
             self._taking_part.close_round()
         self._validation.start(trainer)
 
@@ -389,7 +422,7 @@ class FederatedAveraging(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the validation samples, which weight this party's metrics."""
-        if _validates_in_fit(trainer):
+        if validates_in_fit(trainer):
             self._validation.count(trainer, batch, batch_idx, dataloader_idx)
 
     @override
@@ -397,7 +430,7 @@ class FederatedAveraging(Callback):
         """Average the metrics over the parties before EarlyStopping and ModelCheckpoint read them."""
         if trainer.sanity_checking:
             self._validation.check(trainer)
-        if _validates_in_fit(trainer):
+        if validates_in_fit(trainer):
             local = self._validation.end(trainer, self._in_party)
             self._reporting.validation(local, self._taking_part.mean(local))
 
@@ -436,7 +469,7 @@ class FederatedAveraging(Callback):
         if stage != "fit":
             return
         if self._joined is not None and self._participation is None:
-            why = _why_nothing_was_trained(trainer)
+            why = why_nothing_was_trained(trainer)
             log.warning("[party %s] Left the federation: %s.", self._topology.name, why)
             self._joined.abort(why)
         self._state = self.state_dict()
@@ -471,7 +504,7 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Leave frozen parameters out of the checkpoint if asked to, unless rounds write into them."""
         if not self.parameters.save_frozen:
-            for name in set(checkpoint["state_dict"]) & self._left_out(pl_module):
+            for name in set(checkpoint["state_dict"]) & self._unsaved(pl_module):
                 del checkpoint["state_dict"][name]
 
     @override
@@ -481,7 +514,7 @@ class FederatedAveraging(Callback):
         """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
         if not self.parameters.save_frozen:
             state_dict = named_as_in(pl_module, checkpoint["state_dict"])
-            arguments.trainable_checkpoint(pl_module, state_dict, self._left_out(pl_module))
+            arguments.trainable_checkpoint(pl_module, state_dict, self._unsaved(pl_module))
 
     # ---- the parts of the hooks
 
@@ -506,19 +539,13 @@ class FederatedAveraging(Callback):
                 *self._joined.place, known.rank_in_party, known.party_size, label=self._joined.name
             )
             self._party = Party(self._topology, trainer.strategy)
-            self._joined.interrupt = lambda: _raise_if_terminated(trainer)
+            self._joined.interrupt = lambda: raise_if_terminated(trainer)
 
     def _connect_as_leader(self) -> None:
         self._joined = self.connect()
 
-    def _left_out(self, module: LightningModule) -> set[str]:
-        """Return the names of the frozen parameters that are as they were before the fit."""
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        kept: set[int] = set()
-        if self.writes_base:
-            bases = [lora.base for lora in lora_modules(module).values()]
-            kept = {base.data_ptr() for base in bases if base is not None}
-        return {name for name, p in parameters.items() if not p.requires_grad and p.data_ptr() not in kept}
+    def _unsaved(self, module: LightningModule) -> set[str]:
+        return unchanged_frozen(module, writes_base=self.writes_base)
 
     def _select(self, module: LightningModule) -> dict[str, nn.Parameter]:
         try:
@@ -531,41 +558,14 @@ class FederatedAveraging(Callback):
         if self._trainable is not None:
             self._trainable.check(trainer, module, everything=everything)
 
-    def _apply_rule(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
+    def _plan(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:
-            plan = Plan(
-                self.aggregation,
-                parameters,
-                lora_modules(module),
-                capabilities=capabilities(self.exchange, self.privacy, self._auxiliary),
-            )
-            if self.overlap.in_background:
-                self.overlap.check(plan.rule)
-            if self.overlap.fragments > 1:
-                check_rule(plan.rule)
-                fragments_of(plan.shared, self.overlap.fragments)
-            return plan
+            return self._factory.plan(module, parameters, self._auxiliary)
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 
-    def _aggregator(
-        self, trainer: Trainer, module: LightningModule, trainable: Mapping[str, Tensor], plan: Plan
-    ) -> Aggregator:
-        if self._joined is None:
-            raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
-        return self._made(
-            self._joined,
-            trainer,
-            module,
-            trainable,
-            plan,
-            in_background=self.overlap.in_background,
-            facts=self._facts(trainer),
-            state_dir=self._state_path(trainer),
-        )
-
     def _roster(self, trainer: Trainer) -> list[str]:
-        """Return the names of all parties, as the speaker; warn of those that share an accelerator."""
+        """Return the names of all parties, on the leader; warn of those that share an accelerator."""
         if self._joined is None:
             return []
         if not self._joined.may_lose_parties:  # separate jobs are compared by their first quorum
@@ -575,7 +575,7 @@ class FederatedAveraging(Callback):
 
     def rehearsal(
         self,
-        federation: Communicator,
+        communicator: Communicator,
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],
@@ -583,64 +583,17 @@ class FederatedAveraging(Callback):
         """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
 
         Args:
-            federation: Who takes part.
+            communicator: The joined parties.
             trainer: What the fit will be run by.
-            module: The module, whole: its adapter is there.
+            module: The module with its adapter.
             parameters: Stand for the module's, by the names of ``parameters.select``.
 
         Raises:
             ValueError, MisconfigurationException: As the fit would.
         """
-        self._drift = self._drift_correction(trainer, module)
-        return self._made(
-            federation, trainer, module, parameters, None, in_background=False, facts={}, state_dir=None
-        )
-
-    def _made(
-        self,
-        federation: Communicator,
-        trainer: Trainer,
-        module: LightningModule,
-        parameters: Mapping[str, Tensor],
-        plan: Plan | None,
-        *,
-        in_background: bool,
-        facts: Mapping[str, Any],
-        state_dir: str | None,
-    ) -> Aggregator:
-        """Return the aggregator that the arguments describe."""
-        make: Callable[..., Aggregator] = Aggregator
-        if in_background:
-            make = partial(OverlappedAggregator, overlap=self.overlap)
-        return make(
-            federation,
-            parameters,
-            aggregation=self.aggregation,
-            lora=lora_modules(module) if plan is None else None,
-            plan=plan,
-            exchange=self.exchange,
-            privacy=self.privacy,
-            auxiliary=self._auxiliary,
-            outer_optimizer=self.outer_optimizer,
-            outer_scheduler=self.outer_scheduler,
-            frozen=frozen_state(module) if self.parameters.check_frozen else None,
-            adapters=adapter_configs(module),
-            config={
-                "every_n_epochs": self.every_n_epochs,
-                "every_n_steps": self.every_n_steps,
-                "every_n_seconds": self.every_n_seconds,
-                "overlap": repr(self.overlap) if self.overlap.in_background else None,
-                "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
-                "inner_optimizer_state": self.inner_optimizer_state,
-                "weight averaging": agreed(trainer),
-            },
-            files=isolation.written_paths(trainer),
-            facts=facts,
-            fragments=self.overlap.fragments,
-            on_nonfinite=self.on_nonfinite,
-            quorum=self.quorum,
-            state_dir=state_dir,
-        )
+        drift = self._factory.drift_correction(trainer, module)
+        auxiliary = None if drift is None else drift.auxiliary
+        return self._factory.make(communicator, trainer, module, parameters, auxiliary, in_background=False)
 
     def _facts(self, trainer: Trainer) -> dict[str, Any]:
         """Return what this party says of its fit; not how many samples it has, where that is hidden."""
@@ -654,14 +607,6 @@ class FederatedAveraging(Callback):
         for warning in foresee(facts, self.every_n_steps, int(quorum or 1)):
             log.warning("[party %s] %s", self._topology.name, warning)
 
-    def _new_record(self, trainer: Trainer) -> record.RunRecord | None:
-        if not self.record or vars(trainer).get("fast_dev_run") or trainer.barebones:
-            return None
-        root = trainer.default_root_dir
-        if self._topology.num_parties > 1:
-            root = isolation.below(root, self._topology.party)
-        return record.RunRecord(os.path.join(root, record.FILE_NAME))
-
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)
         kept = None if self.jobs is None else self.jobs.state_dir
@@ -669,31 +614,6 @@ class FederatedAveraging(Callback):
 
     def _stopped_path(self, trainer: Trainer) -> str:
         return os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt")
-
-    def _drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
-        """Return the Trainer's drift correction; refuse what it cannot go with."""
-        drift = drift_correction_of(trainer, module)
-        if drift is not None:
-            optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
-            plain = outer_optimizer.is_plain_averaging(optimizer, scheduled=self.outer_scheduler is not None)
-            if self._is_staggered:
-                raise MisconfigurationException(
-                    f"{drift.auxiliary.method} corrects each local step by what the last round gave for all"
-                    " parameters, which with an overlap or fragments is not there yet. Leave out one of them."
-                )
-            try:
-                drift.auxiliary.check(private=self.privacy is not None, plain=plain)
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from error
-        return drift
-
-    def _check_drift(self, trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Refuse optimizers with which the drift correction would be wrong."""
-        if self._drift is None:
-            return
-        for optimizer in trainer.optimizers:
-            check_optimizer(trainer, optimizer, self._drift)
-            self._drift.check(optimizer, parameters, resets=self.inner_optimizer_state == "reset")
 
     @property
     def _auxiliary(self) -> AuxiliaryTerms | None:
@@ -704,6 +624,12 @@ class FederatedAveraging(Callback):
         if self._party is None:
             raise RuntimeError("The party is known only during a fit.")
         return self._party
+
+    @property
+    def _communicator(self) -> Communicator:
+        if self._joined is None:
+            raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
+        return self._joined
 
     @property
     def _taking_part(self) -> FederatedLoop:
@@ -726,29 +652,3 @@ def _before_run(trainer: Trainer, ckpt_path: Any) -> Any:
 
 
 precede_runs(_before_run)
-
-
-def _validates_in_fit(trainer: Trainer) -> bool:
-    return trainer.state.fn == "fit" and not trainer.sanity_checking
-
-
-def _is_stopping(trainer: Trainer) -> bool:
-    """Whether training ends at this batch: it was told to stop, and is free to."""
-    free = trainer.current_epoch >= (trainer.min_epochs or 0) and trainer.global_step >= (
-        trainer.min_steps or 0
-    )
-    return trainer.should_stop and free
-
-
-def _raise_if_terminated(trainer: Trainer) -> None:
-    """Stop waiting for others when this process is told to end; Lightning looks only between batches."""
-    if trainer.received_sigterm:
-        raise SIGTERMException
-
-
-def _why_nothing_was_trained(trainer: Trainer) -> str:
-    if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
-        return (
-            "it has no training batches, so its fit ended before it began; give it data or start without it"
-        )
-    return "its fit ended before it began, since max_epochs or max_steps was reached already"

@@ -1,0 +1,179 @@
+"""Factory of the aggregator that a fit's rounds run on, from the arguments of ``FederatedAveraging``."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from pellm_lightning.aggregation import Aggregation, lora_modules
+from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.callbacks.drift.base import DriftCorrection, check_optimizer, drift_correction_of
+from pellm_lightning.callbacks.weight_averaging import agreed
+from pellm_lightning.comm import Communicator, Quorum
+from pellm_lightning.engine.aggregator import Aggregator
+from pellm_lightning.engine.auxiliary import AuxiliaryTerms
+from pellm_lightning.engine.context import OnNonfinite, Settings, capabilities
+from pellm_lightning.engine.fragments import check_rule, fragments_of
+from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory, is_plain_averaging
+from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
+from pellm_lightning.exchange import Exchange
+from pellm_lightning.privacy import GaussianMechanism
+from pellm_lightning.tensors.adapter_config import adapter_configs
+from pellm_lightning.tensors.frozen_state import frozen_state
+from pellm_lightning.trainer import isolation
+
+
+@dataclass(frozen=True)
+class AggregatorFactory:
+    """Factory of aggregators; its fields are the callback's arguments of the same name.
+
+    Args:
+        aggregation: Rule; None for the default.
+        exchange: How values are summed over the parties.
+        privacy: Differential privacy of each party's updates.
+        overlap: Overlap and fragments.
+        outer_optimizer: Optimizer of the global parameters.
+        outer_scheduler: Schedule of its learning rate.
+        on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
+        quorum: Parties that must have trained in a round.
+        check_frozen: Whether frozen tensors are compared.
+        resets_inner: Whether local optimizers are cleared after each round.
+        settings: Other settings that all parties must agree on, by name.
+
+    Example:
+        >>> factory = AggregatorFactory(None, Plain(), None, Overlap())  # doctest: +SKIP
+        >>> aggregator = factory.make(communicator, trainer, module, parameters, None)  # doctest: +SKIP
+    """
+
+    aggregation: Aggregation | None
+    exchange: Exchange
+    privacy: GaussianMechanism | None
+    overlap: Overlap
+    outer_optimizer: OptimizerFactory
+    outer_scheduler: SchedulerFactory | None
+    on_nonfinite: OnNonfinite
+    quorum: Quorum
+    check_frozen: bool
+    resets_inner: bool
+    settings: Settings
+
+    @property
+    def is_staggered(self) -> bool:
+        """Whether a round does not give the result for all parameters at once."""
+        return self.overlap.in_background or self.overlap.fragments > 1
+
+    def plan(
+        self, module: nn.Module, parameters: Mapping[str, Tensor], auxiliary: AuxiliaryTerms | None
+    ) -> Plan:
+        """Return the rule applied to a module's parameters.
+
+        Raises:
+            ValueError: If the rule cannot handle them, or does not go with the overlap.
+        """
+        allowed = capabilities(self.exchange, self.privacy, auxiliary)
+        plan = Plan(self.aggregation, parameters, lora_modules(module), capabilities=allowed)
+        if self.overlap.in_background:
+            self.overlap.check(plan.rule)
+        if self.overlap.fragments > 1:
+            check_rule(plan.rule)
+            fragments_of(plan.shared, self.overlap.fragments)
+        return plan
+
+    def make(
+        self,
+        communicator: Communicator,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Mapping[str, Tensor],
+        auxiliary: AuxiliaryTerms | None,
+        *,
+        plan: Plan | None = None,
+        in_background: Literal[False] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        state_dir: str | None = None,
+    ) -> Aggregator:
+        """Return the aggregator of a fit.
+
+        Args:
+            communicator: The joined parties.
+            trainer: What the fit is run by.
+            module: The module, with its adapter.
+            parameters: Trainable tensors by name, the module's or others of the same shapes.
+            auxiliary: What a drift correction adds to the rounds.
+            plan: The rule applied to the parameters already.
+            in_background: False lets every round be waited for, whatever the overlap.
+            facts: What the other parties are told of this party's fit.
+            state_dir: Folder of the snapshots between separate jobs; None keeps none.
+
+        Raises:
+            ValueError: If something does not go together.
+        """
+        make: Callable[..., Aggregator] = Aggregator
+        if self.overlap.in_background and in_background is None:
+            make = partial(OverlappedAggregator, overlap=self.overlap)
+        return make(
+            communicator,
+            parameters,
+            aggregation=self.aggregation,
+            lora=lora_modules(module) if plan is None else None,
+            plan=plan,
+            exchange=self.exchange,
+            privacy=self.privacy,
+            auxiliary=auxiliary,
+            outer_optimizer=self.outer_optimizer,
+            outer_scheduler=self.outer_scheduler,
+            frozen=frozen_state(module) if self.check_frozen else None,
+            adapters=adapter_configs(module),
+            config={
+                **self.settings,
+                "overlap": repr(self.overlap) if self.overlap.in_background else None,
+                "weight averaging": agreed(trainer),
+            },
+            files=isolation.written_paths(trainer),
+            facts=facts or {},
+            fragments=self.overlap.fragments,
+            on_nonfinite=self.on_nonfinite,
+            quorum=self.quorum,
+            state_dir=state_dir,
+        )
+
+    def drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
+        """Return the Trainer's drift correction, None without.
+
+        Raises:
+            MisconfigurationException: If it does not go with the other arguments.
+        """
+        drift = drift_correction_of(trainer, module)
+        if drift is None:
+            return None
+        if self.is_staggered:
+            raise MisconfigurationException(
+                f"{drift.auxiliary.method} corrects each local step by what the last round gave for all"
+                " parameters, which with an overlap or fragments is not there yet. Leave out one of them."
+            )
+        optimizer = self.outer_optimizer([nn.Parameter(torch.zeros(1))])
+        plain = is_plain_averaging(optimizer, scheduled=self.outer_scheduler is not None)
+        try:
+            drift.auxiliary.check(private=self.privacy is not None, plain=plain)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        return drift
+
+    def check_optimizers(
+        self, trainer: Trainer, drift: DriftCorrection | None, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Refuse local optimizers with which a drift correction would be wrong.
+
+        Raises:
+            MisconfigurationException: If one is such.
+        """
+        if drift is None:
+            return
+        for optimizer in trainer.optimizers:
+            check_optimizer(trainer, optimizer, drift)
+            drift.check(optimizer, parameters, resets=self.resets_inner)
