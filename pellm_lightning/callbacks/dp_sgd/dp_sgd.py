@@ -397,10 +397,10 @@ def _check_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[An
         alone = math.fsum(loss_of([record]) for record in records) / count
     if math.isfinite(together) and abs(together - alone) > 1e-4 * max(abs(alone), 1e-3):
         raise MisconfigurationException(
-            f"The training loss of {count} records together is {together:.6g}, but the mean of their own"
-            f" losses is {alone:.6g}, so a record would change the gradients of others past the clipping."
-            " Return the mean of each record's own loss from training_step: for a language model, average"
-            " over the tokens of each record first, then over records."
+            f"The training loss of {count} records together is {together:.6g}, the mean of their own"
+            f" {alone:.6g}: it is not the mean over records of each one's own loss, so a record would"
+            " change the gradients of others past the clipping. Return such a mean from training_step: for a"
+            " language model, average over the tokens of each record first, then over records."
         )
 
 

@@ -481,7 +481,7 @@ class SumOfLosses(Classifier):
 
 @pytest.mark.parametrize("module", [TokenMean, SumOfLosses])
 def test_refuses_a_loss_that_mixes_records(tmp_path: Path, module: type[LightningModule]) -> None:
-    refused(tmp_path, "not the mean over records of a loss of each alone", module())
+    refused(tmp_path, "not the mean over records of each one's own loss", module())
 
 
 def test_probing_the_loss_logs_nothing_and_draws_nothing(
