@@ -180,12 +180,15 @@ class Original:
 
 def become(request: dict[str, Any], own: list[str]) -> None:
     """Make this process what ``python *words`` begins as; ``own`` is where modules were found before."""
+    from multiprocessing import process
+
     import numpy as np
     from lightning.fabric.utilities import rank_zero
 
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["cwd"])
+    process.ORIGINAL_DIR = os.getcwd()  # where a process that is spawned looks for the script
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         stream.reconfigure(line_buffering=number == 2 or stream.isatty())

@@ -72,6 +72,7 @@ def scenarios(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 # ---- without a launcher
 
 ALONE = """
+import os
 import sys
 from pathlib import Path
 
@@ -79,6 +80,8 @@ import torch
 from party_threads import Classifier, data, quiet_trainer
 
 from pellm_lightning import FederatedAveraging
+
+sys.executable = os.environ["PYTHON_EXEC"]  # what DDPStrategy starts
 
 if __name__ == "__main__":
     module = Classifier(seed=0)
