@@ -179,7 +179,7 @@ def test_two_keys_in_each_others_place_are_refused() -> None:
         if reader == 0:
             rows[[1, 2]] = rows[[2, 1]]
 
-    assert "Party 0 cannot tell" in refused(lambda f: agreed(Lying(f, swap)))[0]
+    assert "Party 0 cannot authenticate" in refused(lambda f: agreed(Lying(f, swap)))[0]
 
 
 def test_a_recorded_meeting_cannot_be_played_again() -> None:
@@ -209,7 +209,7 @@ def test_signatures_that_were_changed_are_refused() -> None:
     def garble(reader: int, rows: Tensor) -> None:
         rows[(reader + 1) % N] += 1
 
-    assert any("cannot tell" in words for words in refused(lambda f: agreed(Lying(f, honest, garble))))
+    assert any("cannot authenticate" in words for words in refused(lambda f: agreed(Lying(f, honest, garble))))
 
 
 def test_parties_that_were_told_different_things_do_not_agree() -> None:
