@@ -1,4 +1,4 @@
-"""Counts of the package: rooms, import floors, arguments of the callback, lines. Run `python docs/house.py`."""
+"""Counts of the package: rooms, import floors, arguments, lines. Run `python docs/house.py`."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""The callback FederatedAveraging: arguments, Lightning's hooks in the order in which they run, checkpoints."""
+"""FederatedAveraging: its arguments, Lightning hooks in the order in which they run, and checkpoints."""
 
 import itertools
 import logging
@@ -129,6 +129,11 @@ class FederatedAveraging(Callback):
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = FederatedAveraging(every_n_steps=50, weighting="uniform")
+        >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[callback])
     """
 
     def __init__(
@@ -245,7 +250,7 @@ class FederatedAveraging(Callback):
     def connect(self) -> Communicator:
         """Join the other parties; called once per fit, by the party's first process.
 
-        Override it for parties that meet neither by the launcher's environment variables nor at a rendezvous::
+        Override it for parties that meet neither by a launcher's environment nor at a rendezvous::
 
             class Threads(FederatedAveraging):
                 def connect(self):

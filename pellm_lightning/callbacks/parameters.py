@@ -12,10 +12,11 @@ from pellm_lightning.tensors.selection import select
 class Parameters:
     """Selection of the federated parameters among the trainable ones, and checks of the frozen ones.
 
-    Example::
+    Example:
+        The LoRA factors federate, the classifier's head stays with its party.
 
-        # The LoRA factors federate, the classifier's head stays with its party.
-        FederatedAveraging(parameters=Parameters(exclude=["*classifier*"], save_frozen=False))
+        >>> from pellm_lightning import FederatedAveraging
+        >>> callback = FederatedAveraging(parameters=Parameters(exclude=["*classifier*"]))
 
     Args:
         include: Glob patterns over names of trainable parameters; only what matches one federates. Default:

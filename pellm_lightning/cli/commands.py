@@ -61,7 +61,7 @@ def certs(directory: Path, names: str, days: float = 365) -> None:
 
 
 def new_keys(directory: Path, names: str) -> None:
-    """Make a key for each name: what ``exchange.SecureAggregation`` tells the parties of a masked sum apart by.
+    """Make a signing key for each name, for ``exchange.SecureAggregation``.
 
     Each party makes its own on its own host and hands out <name>.pub only, or the line that is printed, on a
     way that others can check. <name>.key stays where it is: whoever has it can be that party.

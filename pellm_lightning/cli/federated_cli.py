@@ -30,6 +30,10 @@ class FederatedCLI(LightningCLI):
     Launch it with ``torchrun --nproc-per-node N``. Every party writes below ``party-<k>/`` of
     ``trainer.default_root_dir`` and of each logger's ``save_dir``; ``{party}`` in ``--ckpt_path`` is its
     index. All else is LightningCLI as it always was.
+
+    Example:
+        >>> sorted(FederatedCLI.subcommands())
+        ['doctor', 'fit', 'predict', 'test', 'validate']
     """
 
     failure: Exception | None = None

@@ -14,9 +14,14 @@ class Collectives(ABC):
     A collective fails at all parties or at none that matters: a party that fails breaks its connections, and
     the tensors it worked on are then half done.
 
-    Example::
-
-        collectives.all_reduce_(update)  # the sum over all parties, in place
+    Example:
+        >>> import torch
+        >>> from torch.distributed import HashStore
+        >>> from pellm_lightning import Federation
+        >>> collectives = Federation(HashStore(), party=0, num_parties=1)
+        >>> collectives.all_reduce_(torch.ones(2))
+        tensor([1., 1.])
+        >>> collectives.close()
     """
 
     party: int

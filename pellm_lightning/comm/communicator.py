@@ -21,7 +21,7 @@ class Version(NamedTuple):
     """Version of the global parameters; of one run the greater is the newer.
 
     Example:
-        >>> Version("run", 3, 7) > Version("run", 3, 5)
+        >>> Version("run", round=3, attempt=5) > Version("run", round=3, attempt=4)
         True
     """
 
@@ -63,11 +63,13 @@ class Communicator(Collectives):
     In each round every party calls ``join_quorum``, then the same collectives, then ``commit``; if one of
     these fails, ``abort_attempt`` tells whether to join again. A new kind of federation is a subclass.
 
-    Example::
-
-        result = communicator.join_quorum("exchange", version, {"weight": 3.0})
-        communicator.all_reduce_(update)
-        communicator.commit(digest_of(update))
+    Example:
+        >>> from torch.distributed import HashStore
+        >>> from pellm_lightning import Federation
+        >>> communicator = Federation(HashStore(), party=0, num_parties=1)
+        >>> communicator.gather_json("device", "cpu"), communicator.may_lose_parties
+        (['cpu'], False)
+        >>> communicator.close()
     """
 
     roster: Sequence[str]

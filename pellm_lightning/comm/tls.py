@@ -47,9 +47,12 @@ class TLS:
         ValueError: If a file is missing or no PEM, if the key does not fit the certificate, or if the
             certificate is not the authority's or has expired.
 
-    Example::
-
-        SeparateJobs("tcp://hub:29400", "clinic-a", roster, tls=TLS("clinic-a.pem", "clinic-a.key", "ca.pem"))
+    Example:
+        >>> from pathlib import Path
+        >>> from pellm_lightning.comm.certs import make_ca, make_certificate
+        >>> paths = make_ca(Path()), make_certificate(Path(), "clinic-a", days=1)
+        >>> TLS("clinic-a.pem", "clinic-a.key", "ca.pem").name
+        'clinic-a'
     """
 
     cert: str

@@ -93,11 +93,16 @@ class Aggregator:
             them or the outer optimizer, the exchange hides what it needs, or it cannot be done in fragments.
 
     Example:
-        >>> aggregator = Aggregator(federation, dict(model.named_parameters()))  # doctest: +SKIP
-        >>> aggregator.start()  # doctest: +SKIP
-        >>> train(model, steps=100)  # doctest: +SKIP
-        >>> aggregator.step(weight=100 * batch_size).active_parties  # doctest: +SKIP
-        3
+        >>> import torch
+        >>> from torch.distributed import HashStore
+        >>> from pellm_lightning import Federation
+        >>> federation, model = Federation(HashStore(), party=0, num_parties=1), torch.nn.Linear(2, 1)
+        >>> aggregator = Aggregator(federation, dict(model.named_parameters()))
+        >>> aggregator.start()
+        True
+        >>> aggregator.step(weight=8.0).active_parties
+        1
+        >>> federation.close()
     """
 
     def __init__(

@@ -62,8 +62,8 @@ def base_difference(
 
 
 _CHECKPOINT = (
-    "Load the same checkpoint and revision in the same dtype, or pass Parameters(check_frozen=False) if the difference is"
-    " intended (for example a quantised base at one party)."
+    "Load the same checkpoint and revision in the same dtype, or pass Parameters(check_frozen=False) if the"
+    " difference is intended (for example a quantised base at one party)."
 )
 
 

@@ -42,8 +42,9 @@ class Overlap:
     Args:
         delay_steps: Optimizer steps between the beginning of a round and the application of its result; 0
             lets training wait for it.
-        mix: How much of the local parameters stays when it is applied, in [0, 1). With 0 the steps made in the
-            meantime are dropped, but for what the local optimizer remembers. Without a delay it has no effect.
+        mix: How much of the local parameters is kept when it is applied, in [0, 1). With 0 the steps made in
+            the meantime are dropped, but for the state of the local optimizer. Without a delay it has no
+            effect.
         fragments: Number K of groups of layers that take turns.
 
     Raises:

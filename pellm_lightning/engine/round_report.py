@@ -10,9 +10,15 @@ class RoundReport:
     """Result of one round as seen from one party.
 
     Example:
-        >>> report = aggregator.step(weight=1.0)  # doctest: +SKIP
-        >>> report.round, report.active_parties, report.total_weight  # doctest: +SKIP
-        (0, 3, 3.0)
+        >>> import torch
+        >>> from torch.distributed import HashStore
+        >>> from pellm_lightning import Aggregator, Federation
+        >>> federation = Federation(HashStore(), party=0, num_parties=1)
+        >>> aggregator = Aggregator(federation, {"weight": torch.zeros(2)})
+        >>> overwritten, report = aggregator.start(), aggregator.step(weight=8.0)
+        >>> report.round, report.active_parties, report.total_weight
+        (0, 1, 8.0)
+        >>> federation.close()
     """
 
     round: int

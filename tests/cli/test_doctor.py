@@ -92,7 +92,7 @@ def with_c(**changes: Any) -> Seen:
 def test_of_a_healthy_launch_all_is_told_and_good() -> None:
     found = findings(HEALTHY)
     assert {finding.level for finding in found} == {"ok"}
-    told = {finding.summary: finding.says for finding in found}
+    told = {finding.topic: finding.says for finding in found}
     assert told == {
         "parties": "All 3 parties are there, on 3 hosts.",
         "versions": "The same at all 3 parties (torch 2.13.0).",
@@ -225,9 +225,9 @@ def test_what_is_wrong_is_found_and_nothing_else(name: str) -> None:
     bad = [finding for finding in findings(seen) if finding.level != "ok"]
     if not seen.measured:
         assert bad.pop() == Finding("warning", "network", "Not measured: that needs all parties.")
-    assert [(finding.level, finding.summary) for finding in bad] == [(level, summary)]
+    assert [(finding.level, finding.topic) for finding in bad] == [(level, summary)]
     assert re.search(says, bad[0].says)
-    good = {finding.summary for finding in findings(seen) if finding.level == "ok"}
+    good = {finding.topic for finding in findings(seen) if finding.level == "ok"}
     assert summary not in good
 
 
@@ -235,7 +235,7 @@ def test_all_differences_are_told_not_only_the_first() -> None:
     schema = [[f"w{i}", [1], "float32"] for i in range(3)]
     others = {"config": OTHER_SETTINGS["config"], "base": {"x": "0", "y": "0"}, "schema": schema}
     told = [
-        (finding.summary, finding.says)
+        (finding.topic, finding.says)
         for finding in findings(with_c(party_spec=shown(**others)))
         if finding.level == "error"
     ]
@@ -250,7 +250,7 @@ def test_all_differences_are_told_not_only_the_first() -> None:
 def test_with_errors_the_seconds_of_a_round_are_an_estimate() -> None:
     seen = with_c(party_spec=shown(base={}))
     seen = replace(seen, measured=dict.fromkeys(ROSTER, replace(MEASURED, bytes_per_s=400.0, rounds_s=[])))
-    (about_round,) = [finding for finding in findings(seen) if finding.summary == "round"]
+    (about_round,) = [finding for finding in findings(seen) if finding.topic == "round"]
     assert about_round.level == "ok"
     assert about_round.says.endswith(
         "take about 100 ms uncompressed; none was made, since the parties must be mended first."
@@ -351,7 +351,7 @@ def visits(
 
 
 def bad(seen: Seen) -> list[tuple[str, str]]:
-    return [(finding.level, finding.summary) for finding in findings(seen) if finding.level != "ok"]
+    return [(finding.level, finding.topic) for finding in findings(seen) if finding.level != "ok"]
 
 
 SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -402,7 +402,7 @@ def test_a_rehearsed_round_sends_what_a_round_sends(tmp_path: Path) -> None:
 
 def test_only_what_leaves_a_party_is_counted(tmp_path: Path) -> None:
     (seen, _) = visits(lambda _: rehearsal(tmp_path, module=Tuned(0), aggregation=ShareA()), parties=2)
-    (told,) = [finding.says for finding in findings(seen) if finding.summary == "parameters"]
+    (told,) = [finding.says for finding in findings(seen) if finding.topic == "parameters"]
     # A of rank 2 over 8 and over 16 inputs; B and the head stay at home.
     assert f": {2 * 8 + 2 * 16} of {sum(p.numel() for p in Tuned(0).parameters())} leave" in told
 

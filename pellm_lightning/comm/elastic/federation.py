@@ -76,11 +76,15 @@ class ElasticFederation(Communicator):
         ValueError: If a name, an address or ``membership`` is malformed.
         PartyLostError: If the rendezvous cannot be reached.
 
-    Example::
-
-        federation = ElasticFederation(lambda: connect("tcp://hub:29500"), "a", ["a", "b", "c"])
-        federation.join_quorum("exchange", None, {})
-        federation.all_reduce_(torch.ones(3))
+    Example:
+        >>> from torch.distributed import HashStore
+        >>> store = HashStore()
+        >>> federation = ElasticFederation(lambda: store, "a", ["a"])
+        >>> federation.join_quorum("exchange", None, {}).members
+        ['a']
+        >>> federation.all_reduce_(torch.ones(2))
+        tensor([1., 1.])
+        >>> federation.close()
     """
 
     may_lose_parties = True

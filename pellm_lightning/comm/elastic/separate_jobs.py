@@ -39,11 +39,12 @@ class SeparateJobs:
 
     What is not given is read from the environment when the object is made.
 
-    Example::
+    On the command line each institution keeps its own file: ``--federated.jobs jobs/clinic-a.yaml``.
 
-        # One YAML file per institution: --federated.jobs jobs/clinic-a.yaml
-        jobs = SeparateJobs("tcp://rendezvous:29600", name="clinic-a", roster=["clinic-a", "clinic-b"])
-        FederatedAveraging(jobs=jobs)
+    Example:
+        >>> jobs = SeparateJobs("tcp://hub:29400", name="clinic-a", roster=["clinic-a", "clinic-b"])
+        >>> jobs.topology().party
+        0
 
     Args:
         rendezvous: "tcp://host:port" of ``python -m pellm_lightning rendezvous``, or "etcd://host:port".
@@ -83,8 +84,8 @@ class SeparateJobs:
         for key in ("name", "roster"):
             if not getattr(self, key):
                 raise ValueError(
-                    f"rendezvous={self.rendezvous!r} joins separate jobs, which needs this party's {key}: give"
-                    f" jobs.{key}, or set {_VARIABLES[key]}."
+                    f"rendezvous={self.rendezvous!r} joins separate jobs, which needs this party's {key}:"
+                    f" give jobs.{key}, or set {_VARIABLES[key]}."
                 )
         check_roster(self.name, self.roster)
         if self.tls is not None and self.tls.name != self.name:
@@ -109,7 +110,7 @@ class SeparateJobs:
         """Return the settings of a parsed configuration, before anything is built of it.
 
         Args:
-            config: Arguments by name, ``tls`` and ``membership`` by their arguments; None for the environment's.
+            config: Arguments by name, ``tls`` and ``membership`` by theirs; None for the environment's.
 
         Raises:
             ValueError: If something is missing or malformed.

@@ -52,6 +52,12 @@ class Listener:
 
     Raises:
         FederationError: If the port cannot be bound.
+
+    Example:
+        >>> listener = Listener("127.0.0.1", 0, name="a", roster=["a", "b"])
+        >>> listener.address.rpartition(":")[0]
+        '127.0.0.1'
+        >>> listener.close()
     """
 
     def __init__(

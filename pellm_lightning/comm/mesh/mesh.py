@@ -68,10 +68,11 @@ class Mesh:
         ValueError: If the arguments do not fit each other.
         PartyLostError: If a member cannot be reached within ``timeout_s``.
 
-    Example::
-
-        mesh = Mesh(listener, "round 3", 0, ["a", "b"], [listener.address, "b.example:7001"], timeout_s=60)
-        mesh.all_reduce(update)
+    Example:
+        >>> listener = Listener("127.0.0.1", 0, name="a", roster=["a"])
+        >>> mesh = Mesh(listener, "round 3", 0, ["a"], [listener.address], timeout_s=60)
+        >>> mesh.all_reduce(torch.ones(2))
+        >>> listener.close()
     """
 
     def __init__(

@@ -56,11 +56,12 @@ class Federation(Communicator):
         ValueError: If ``party``, ``num_parties`` or ``timeout_s`` is out of range.
         PartyLostError: If a party does not join within ``timeout_s``.
 
-    Example::
-
-        federation = Federation.from_env()  # under torchrun
-        federation.all_reduce_(torch.ones(3))
-        federation.close()
+    Example:
+        >>> from torch.distributed import HashStore
+        >>> federation = Federation(HashStore(), party=0, num_parties=1)
+        >>> federation.all_reduce_(torch.ones(2))
+        tensor([1., 1.])
+        >>> federation.close()
     """
 
     def __init__(self, store: dist.Store, party: int, num_parties: int, *, timeout_s: float = 1800) -> None:

@@ -209,7 +209,9 @@ def test_signatures_that_were_changed_are_refused() -> None:
     def garble(reader: int, rows: Tensor) -> None:
         rows[(reader + 1) % N] += 1
 
-    assert any("cannot authenticate" in words for words in refused(lambda f: agreed(Lying(f, honest, garble))))
+    assert any(
+        "cannot authenticate" in words for words in refused(lambda f: agreed(Lying(f, honest, garble)))
+    )
 
 
 def test_parties_that_were_told_different_things_do_not_agree() -> None:
