@@ -80,7 +80,7 @@ def one_of(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
 
 
-def same_turns(saved: int, fragments: int) -> None:
+def same_fragments(saved: int, fragments: int) -> None:
     """Check that a checkpoint is of as many fragments."""
     if saved != fragments:
         raise MisconfigurationException(

@@ -189,15 +189,15 @@ class FederatedAveraging(Callback):
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
         self.summary: RunSummary | None = None
-        """What there is to say of its federation; None before training starts."""
+        """Summary of its federation; None before training starts."""
         self._is_set_up = False
         # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
         self._party: Party | None = None
         self._joined: Communicator | None = None
         self._drift: DriftCorrection | None = None
-        self._tells_loss = True
-        self._participation: FederatedLoop | None = None
+        self._shares_loss = True
+        self._loop: FederatedLoop | None = None
         self._trainable: TrainableSet | None = None
         self._reporter: Reporter | None = None
         self._validation = ValidationMetrics()
@@ -267,7 +267,7 @@ class FederatedAveraging(Callback):
     # ---- hooks, in the order in which they run
 
     def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
-        """Keep the parties' files apart before Lightning looks for ``ckpt_path``; return which to resume."""
+        """Separate the parties' files before Lightning looks for ``ckpt_path``; return which to resume."""
         if self._connects_itself:
             return ckpt_path  # which party this is will be known when it has joined
         self._topology = topology_of(trainer)
@@ -283,12 +283,12 @@ class FederatedAveraging(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the parties' files apart; for a fit also join the federation and refuse what cannot work."""
+        """Separate the parties' files; for a fit also join the federation and refuse what cannot work."""
         self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
             # Of an earlier fit, which may have failed.
-            self._state, self._participation, self._reporter = {}, None, None
+            self._state, self._loop, self._reporter = {}, None, None
             self.rounds, self.summary = [], None
             self._validation = ValidationMetrics()
             self._drift = self._factory.drift_correction(trainer, pl_module)
@@ -307,7 +307,7 @@ class FederatedAveraging(Callback):
                 arguments.checkpoints(trainer)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
-            self._tells_loss = not arguments.protects_records(trainer, self.weighting)
+            self._shares_loss = not arguments.protects_records(trainer, self.weighting)
         else:
             arguments.only_one(trainer, self)
         set_rank_zero(self._topology.rank_in_party)
@@ -330,7 +330,7 @@ class FederatedAveraging(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree on what is shared and take over party 0's parameters, or go on from the checkpoint."""
+        """Agree on what is shared and take party 0's parameters, or resume from the checkpoint."""
         arguments.samplers(trainer, self._topology)
         trainable = self._select(pl_module)
         self._trainable = TrainableSet(pl_module, self.parameters.include, self.parameters.exclude)
@@ -341,23 +341,23 @@ class FederatedAveraging(Callback):
         arguments.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
         self._factory.check_optimizers(trainer, self._drift, shared)
 
-        def told(done: RoundReport, on_bar: bool) -> None:
+        def on_round(done: RoundReport, on_bar: bool) -> None:
             self._reporting.round(pl_module, done, on_bar=on_bar)
 
-        self._participation = FederatedLoop(
+        self._loop = FederatedLoop(
             trainer,
-            self._in_party,
+            self._running_party,
             plan,
             trainable,
             LoopConfig(
                 self._schedule,
                 self.overlap,
                 self.weighting,
-                resets=self.inner_optimizer_state == "reset",
-                tells_loss=self._tells_loss,
+                resets_inner=self.inner_optimizer_state == "reset",
+                shares_loss=self._shares_loss,
             ),
             drift=self._drift,
-            told=told,
+            on_round=on_round,
             stopped_path=self._stopped_path(trainer),
         )
 
@@ -373,13 +373,13 @@ class FederatedAveraging(Callback):
                 state_dir=self._state_path(trainer),
             )
 
-        started = self._participation.start(make_aggregator, self._state)
+        started = self._loop.start(make_aggregator, self._state)
         if started.overwritten:
             begin_averaging(trainer, pl_module)
-        names = self._in_party.on_leader(lambda: self._roster(trainer))
+        names = self._running_party.on_leader(lambda: self._roster(trainer))
         summary = RunSummary(names, started.settings, self.writes_base)
         if self._topology.is_leader and self._topology.party == 0:
-            self._warn_of(started)
+            self._warn_of_unequal_fits(started)
         self.summary = summary.resumed(self._state.get("summary", {}))
         self._reporter = Reporter(
             trainer,
@@ -395,17 +395,17 @@ class FederatedAveraging(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop the gradients of what rests in this round, before they are clipped or applied."""
+        """Drop the gradients of parameters frozen in this round, before they are clipped or applied."""
         self._check_trainable(trainer, pl_module, everything=False)
-        self._taking_part.drop_gradients()
+        self._running_loop.drop_gradients()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count what was consumed; run the round that is due, before Lightning validates and saves."""
+        """Count the batch; run the round that is due, before Lightning validates and saves."""
         self._check_trainable(trainer, pl_module, everything=trainer.is_last_batch)
-        self._taking_part.after_batch(outputs, batch, batch_idx)
+        self._running_loop.after_batch(outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -413,7 +413,7 @@ class FederatedAveraging(Callback):
         if not validates_in_fit(trainer):
             return
         if is_stopping(trainer):
-            self._taking_part.close_round()
+            self._running_loop.close_round()
         self._validation.start(trainer)
 
     @override
@@ -436,20 +436,20 @@ class FederatedAveraging(Callback):
         if trainer.sanity_checking:
             self._validation.check(trainer)
         if validates_in_fit(trainer):
-            local = self._validation.end(trainer, self._in_party)
-            self._reporting.validation(local, self._taking_part.mean(local))
+            local = self._validation.end(trainer, self._running_party)
+            self._reporting.validation(local, self._running_loop.mean(local))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
-        self._taking_part.after_epoch()
+        self._running_loop.after_epoch()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the last, incomplete round; then answer the others' rounds until every party is through."""
-        self._taking_part.close_round()
+        """Run the last, incomplete round; then answer the other parties' rounds until all have finished."""
+        self._running_loop.close_round()
         before = len(self.rounds)
-        self._taking_part.finish()
+        self._running_loop.finish()
         warn_of_missed(trainer, len(self.rounds) - before)
         if self._joined is not None:
             self._joined.close()
@@ -457,7 +457,7 @@ class FederatedAveraging(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave at once, so that the others fail in seconds and can say why."""
+        """Leave at once, so that the other parties fail in seconds with the reason."""
         said = str(exception)  # nothing, of a KeyboardInterrupt
         why = type(exception).__name__ + (f": {said}" if said else "")
         if self._joined is not None:
@@ -473,28 +473,28 @@ class FederatedAveraging(Callback):
         self._stop_renaming()
         if stage != "fit":
             return
-        if self._joined is not None and self._participation is None:
+        if self._joined is not None and self._loop is None:
             why = why_nothing_was_trained(trainer)
             log.warning("[party %s] Left the federation: %s.", self._topology.name, why)
             self._joined.abort(why)
         self._state = self.state_dict()
-        self._party = self._joined = self._drift = self._participation = self._reporter = None
+        self._party = self._joined = self._drift = self._loop = self._reporter = None
         self._trainable = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
-        built = ("_party", "_joined", "_drift", "_participation", "_trainable", "_reporter")
+        built = ("_party", "_joined", "_drift", "_loop", "_trainable", "_reporter")
         return own_state(self, **dict.fromkeys(built))
 
     # ---- checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on exactly, in the middle of a round too."""
-        if self._participation is None or not self._topology.is_leader:
+        """Return what a resumed run needs to continue exactly, even in the middle of a round."""
+        if self._loop is None or not self._topology.is_leader:
             return self._state
         summary = {} if self.summary is None else asdict(self.summary)
-        state = self._participation.state()
+        state = self._loop.state()
         # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
         return {"party": self._topology.party, **state, "summary": summary, "directory": os.getcwd()}
 
@@ -537,7 +537,7 @@ class FederatedAveraging(Callback):
                 if self._topology.party_size > 1
                 else "",
             )
-        self._in_party.on_leader(self._connect_as_leader)
+        self._running_party.on_leader(self._connect_as_leader)
         if self._joined is not None:
             known = self._topology
             self._topology = Topology(
@@ -601,13 +601,13 @@ class FederatedAveraging(Callback):
         return self._factory.make(communicator, trainer, module, parameters, auxiliary, in_background=False)
 
     def _facts(self, trainer: Trainer) -> dict[str, Any]:
-        """Return what this party says of its fit; not how many samples it has, where that is hidden."""
-        tells_steps = self._tells_loss and not self.exchange.is_secure and self.privacy is None
+        """Return the facts of this party's fit; not its number of samples, where that is hidden."""
+        tells_steps = self._shares_loss and not self.exchange.is_secure and self.privacy is None
         return FitFacts.of(trainer, self._validation.names, tells_steps=tells_steps).to_json()
 
-    def _warn_of(self, started: Started) -> None:
-        """Warn of what the parties' fits will run into together."""
-        facts = {name: FitFacts.from_json(told) for name, told in started.facts.items()}
+    def _warn_of_unequal_fits(self, started: Started) -> None:
+        """Warn of problems of the parties' fits together: unequal steps, missing metrics."""
+        facts = {name: FitFacts.from_json(on_round) for name, on_round in started.facts.items()}
         quorum = started.settings["quorum"]
         for warning in foresee(facts, self.every_n_steps, int(quorum or 1)):
             log.warning("[party %s] %s", self._topology.name, warning)
@@ -625,7 +625,7 @@ class FederatedAveraging(Callback):
         return None if self._drift is None else self._drift.auxiliary
 
     @property
-    def _in_party(self) -> Party:
+    def _running_party(self) -> Party:
         if self._party is None:
             raise RuntimeError("The party is known only during a fit.")
         return self._party
@@ -637,10 +637,10 @@ class FederatedAveraging(Callback):
         return self._joined
 
     @property
-    def _taking_part(self) -> FederatedLoop:
-        if self._participation is None:
+    def _running_loop(self) -> FederatedLoop:
+        if self._loop is None:
             raise RuntimeError("A party takes part in rounds only while it trains.")
-        return self._participation
+        return self._loop
 
     @property
     def _reporting(self) -> Reporter:
