@@ -160,6 +160,10 @@ class Aggregation:
         return CombinedFactors()
 
     def __repr__(self) -> str:
-        """Return the settings, which must be equal at every party: attributes named like the arguments."""
-        settings = (f"{name}={getattr(self, name)!r}" for name in signature(type(self)).parameters)
+        """Return the settings, which must be equal at every party: attributes named like the arguments.
+
+        Whether rounds measure the deviation is compared by what follows from it.
+        """
+        names = [name for name in signature(type(self)).parameters if name != "measure_deviation"]
+        settings = (f"{name}={getattr(self, name)!r}" for name in names)
         return f"{type(self).__name__}({', '.join(settings)})"

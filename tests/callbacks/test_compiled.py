@@ -9,6 +9,7 @@ import pytest
 import torch
 from party_threads import Classifier, data, fit_parties, quiet_trainer
 
+from pellm_lightning import Parameters
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 
 pytestmark = pytest.mark.compiled
@@ -34,7 +35,8 @@ def test_a_fit_resumes_whichever_parts_are_compiled(
     ) -> tuple[list[str], torch.Tensor]:
         module = compiled(Classifier(seed=party, optimizer="Adam"), parts)
         callback = federated(
-            save_frozen=save_frozen, outer_optimizer=partial(torch.optim.SGD, lr=0.7, momentum=0.9)
+            parameters=Parameters(save_frozen=save_frozen),
+            outer_optimizer=partial(torch.optim.SGD, lr=0.7, momentum=0.9),
         )
         trainer = quiet_trainer(tmp_path, [callback], max_epochs=epochs)
         path = tmp_path / f"{party}.ckpt"

@@ -308,7 +308,7 @@ def test_small_checkpoints_test_on_a_fresh_base(tmp_path: Path) -> None:
     ],
 )
 def test_a_small_checkpoint_of_another_model_is_refused(tmp_path: Path, change: Any, message: str) -> None:
-    (path,) = save(tmp_path, "wrong", parties=1, save_frozen=False)
+    (path,) = save(tmp_path, "wrong", parties=1, parameters=Parameters(save_frozen=False))
     checkpoint = torch.load(path)
     change(checkpoint["state_dict"])
     torch.save(checkpoint, path)

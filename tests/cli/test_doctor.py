@@ -19,7 +19,6 @@ from secure_exchange import masked
 from small_module import LittleData, LittleModule
 from torch.nn.utils import parameters_to_vector
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap
 from pellm_lightning.aggregation import ResidualMean, ShareA, Stacking, lora_modules
 from pellm_lightning.callbacks.drift import SCAFFOLD
 from pellm_lightning.cli.doctor import command, show
@@ -325,7 +324,7 @@ def rehearsal(
     callback = FederatedAveraging(**arguments)
     trainer = quiet_trainer(root, [callback, *callbacks])
     module = module or Classifier(seed)
-    if callback.fragments > 1:  # they are groups of layers
+    if callback.overlap.fragments > 1:  # they are groups of layers
         module.base.requires_grad_(True)
     return Rehearsal(trainer, module, None, callback)
 
@@ -453,7 +452,7 @@ def test_a_party_that_cannot_build_its_model_tells_the_others(tmp_path: Path) ->
 
 
 def test_what_a_fit_would_refuse_is_found(tmp_path: Path) -> None:
-    (seen,) = visits(lambda _: rehearsal(tmp_path, include=["*lora*"]), parties=1)
+    (seen,) = visits(lambda _: rehearsal(tmp_path, parameters=Parameters(include=["*lora*"])), parties=1)
     assert bad(seen) == [("warning", "parties"), ("error", "fit")]
     assert "'*lora*' matches none" in seen.facts["0"].trouble[0]
 
@@ -486,9 +485,9 @@ def jobs(
 
     def party(name: str) -> None:
         patient = rehearsal(
-            root, rendezvous=address, name=name, roster=ROSTER, tls=tls_of(name), **arguments.get(name, {})
+            root, jobs=SeparateJobs(address, name, ROSTER, tls=tls_of(name)), **arguments.get(name, {})
         )
-        job = patient.callback.job
+        job = patient.callback.jobs
         assert isinstance(job, SeparateJobs)
         results[name] = examine(job, job.topology({}), patient, wait_s=wait_s)
 

@@ -18,7 +18,7 @@ from tolerances import assert_says_the_same
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pellm_lightning import FederatedCLI
+from pellm_lightning import FederatedCLI, Parameters
 from pellm_lightning.__main__ import main
 from pellm_lightning.aggregation import Aggregation, ResidualMean, Stacking
 from pellm_lightning.cli import evaluate
@@ -138,7 +138,7 @@ def fitted(
 ) -> tuple[Path, Model]:
     """A federation's folder, and its model."""
     folder = tmp_path_factory.mktemp("fit")
-    return folder, fit_two(folder, texts, llama, save_frozen=request.param)
+    return folder, fit_two(folder, texts, llama, parameters=Parameters(save_frozen=request.param))
 
 
 def test_the_exported_adapter_says_what_the_model_said(
@@ -166,7 +166,7 @@ def test_a_rule_that_writes_into_the_base_is_exported_and_evaluated_with_it(
     rule: Aggregation, texts: Path, llama: str, tmp_path: Path
 ) -> None:
     # Without the frozen weights, but for those that the rule has changed.
-    trained = fit_two(tmp_path, texts, llama, aggregation=rule, save_frozen=False)
+    trained = fit_two(tmp_path, texts, llama, aggregation=rule, parameters=Parameters(save_frozen=False))
     said, _ = trained
     out, merged = tmp_path / "out", tmp_path / "merged"
     export(tmp_path / "1.ckpt", out, module=CLASS)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig,
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pellm_lightning import FederatedAveraging
+from pellm_lightning import FederatedAveraging, Parameters
 from pellm_lightning.cli import export as export_module
 from pellm_lightning.cli.export import export
 from pellm_lightning.tasks import CausalLM, SaveAdapter
@@ -263,7 +263,7 @@ def test_the_folder_of_two_adapters_loads(active: list[str], llama: str, tmp_pat
 
 def test_an_excluded_adapter_stays_and_the_card_says_so(llama: str, tmp_path: Path) -> None:
     module = two_adapters(llama, ["general", "hospital"])
-    fit(module, tmp_path, SaveAdapter("saved"), exclude=["*.general.*"])
+    fit(module, tmp_path, SaveAdapter("saved"), parameters=Parameters(exclude=["*.general.*"]))
     said = logits(module.model)
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "on which `general` was active, too, which is not federated and not here" in card
