@@ -19,6 +19,7 @@ from secure_exchange import masked
 from small_module import LittleData, LittleModule
 from torch.nn.utils import parameters_to_vector
 
+from pellm_lightning import FederatedAveraging, FederatedCLI, Overlap, Parameters, SeparateJobs
 from pellm_lightning.aggregation import ResidualMean, ShareA, Stacking, lora_modules
 from pellm_lightning.callbacks.drift import SCAFFOLD
 from pellm_lightning.cli.doctor import command, show
@@ -27,7 +28,6 @@ from pellm_lightning.cli.doctor.command import DryRun, examine, measure
 from pellm_lightning.cli.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured
 from pellm_lightning.cli.doctor.inquiry import Survey, clocks, offsets
 from pellm_lightning.comm.elastic.register import Register
-from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.aggregator import Aggregator
