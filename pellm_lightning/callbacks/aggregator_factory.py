@@ -42,8 +42,9 @@ class AggregatorFactory:
         on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
         quorum: Parties that must have trained in a round.
         check_frozen: Whether frozen tensors are compared.
-        resets_inner: Whether local optimizers are cleared after each round.
-        settings: Other settings that all parties must agree on, by name.
+        inner_optimizer_state: Whether local optimizers keep their state after a round.
+        schedule: The arguments of the schedule, by name.
+        weighting: Weighting of the party.
 
     Example:
         >>> factory = AggregatorFactory(None, Plain(), None, Overlap())  # doctest: +SKIP
@@ -59,8 +60,9 @@ class AggregatorFactory:
     on_nonfinite: OnNonfinite
     quorum: Quorum
     check_frozen: bool
-    resets_inner: bool
-    settings: Settings
+    inner_optimizer_state: Literal["keep", "reset"]
+    schedule: Settings
+    weighting: str | float
 
     @property
     def is_staggered(self) -> bool:
@@ -130,7 +132,9 @@ class AggregatorFactory:
             frozen=frozen_state(module) if self.check_frozen else None,
             adapters=adapter_configs(module),
             config={
-                **self.settings,
+                **self.schedule,
+                "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
+                "inner_optimizer_state": self.inner_optimizer_state,
                 "overlap": repr(self.overlap) if self.overlap.in_background else None,
                 "weight averaging": agreed(trainer),
             },
@@ -141,6 +145,28 @@ class AggregatorFactory:
             quorum=self.quorum,
             state_dir=state_dir,
         )
+
+    def rehearsal(
+        self,
+        communicator: Communicator,
+        trainer: Trainer,
+        module: LightningModule,
+        parameters: Mapping[str, Tensor],
+    ) -> Aggregator:
+        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
+
+        Args:
+            communicator: The joined parties.
+            trainer: What the fit will be run by.
+            module: The module with its adapter.
+            parameters: Stand for the module's trainable parameters, by name.
+
+        Raises:
+            ValueError, MisconfigurationException: As the fit would.
+        """
+        drift = self.drift_correction(trainer, module)
+        auxiliary = None if drift is None else drift.auxiliary
+        return self.make(communicator, trainer, module, parameters, auxiliary, in_background=False)
 
     def drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
         """Return the Trainer's drift correction, None without.
@@ -176,4 +202,4 @@ class AggregatorFactory:
             return
         for optimizer in trainer.optimizers:
             check_optimizer(trainer, optimizer, drift)
-            drift.check(optimizer, parameters, resets=self.resets_inner)
+            drift.check(optimizer, parameters, resets=self.inner_optimizer_state == "reset")

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -19,8 +19,8 @@ from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
 from pellm_lightning.callbacks.drift.base import DriftCorrection
-from pellm_lightning.callbacks.fit_facts import FitFacts, foresee
-from pellm_lightning.callbacks.fit_loop import FederatedLoop, LoopConfig, Started
+from pellm_lightning.callbacks.fit_facts import FitFacts, warn_of_unequal_fits
+from pellm_lightning.callbacks.fit_loop import FederatedLoop, LoopConfig
 from pellm_lightning.callbacks.fit_state import (
     is_stopping,
     new_record,
@@ -30,7 +30,7 @@ from pellm_lightning.callbacks.fit_state import (
     why_nothing_was_trained,
 )
 from pellm_lightning.callbacks.parameters import Parameters
-from pellm_lightning.callbacks.schedule import schedule
+from pellm_lightning.callbacks.schedule import ARGUMENTS, schedule
 from pellm_lightning.callbacks.trainable import CURE, TrainableSet
 from pellm_lightning.callbacks.weight_averaging import (
     begin_averaging,
@@ -215,7 +215,8 @@ class FederatedAveraging(Callback):
         return type(self).connect is not FederatedAveraging.connect
 
     @property
-    def _factory(self) -> AggregatorFactory:
+    def factory(self) -> AggregatorFactory:
+        """Factory of aggregators as a fit's."""
         return AggregatorFactory(
             aggregation=self.aggregation,
             exchange=self.exchange,
@@ -226,14 +227,9 @@ class FederatedAveraging(Callback):
             on_nonfinite=self.on_nonfinite,
             quorum=self.quorum,
             check_frozen=self.parameters.check_frozen,
-            resets_inner=self.inner_optimizer_state == "reset",
-            settings={
-                "every_n_epochs": self.every_n_epochs,
-                "every_n_steps": self.every_n_steps,
-                "every_n_seconds": self.every_n_seconds,
-                "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
-                "inner_optimizer_state": self.inner_optimizer_state,
-            },
+            inner_optimizer_state=self.inner_optimizer_state,
+            schedule={name: getattr(self, name) for name in ARGUMENTS},
+            weighting=self.weighting,
         )
 
     @property
@@ -291,7 +287,7 @@ class FederatedAveraging(Callback):
             self._state, self._loop, self._reporter = {}, None, None
             self.rounds, self.summary = [], None
             self._validation = ValidationMetrics()
-            self._drift = self._factory.drift_correction(trainer, pl_module)
+            self._drift = self.factory.drift_correction(trainer, pl_module)
             self._party = Party(self._topology, trainer.strategy)
             show_log_lines()
             self._join(trainer)
@@ -299,7 +295,7 @@ class FederatedAveraging(Callback):
             check_averaging(
                 trainer,
                 self._schedule,
-                mixes=self._factory.is_staggered,
+                mixes=self.factory.is_staggered,
                 separate=self._joined is not None and self._joined.may_lose_parties,
                 saves_frozen=self.parameters.save_frozen,
             )
@@ -339,7 +335,7 @@ class FederatedAveraging(Callback):
         check_coordinates(trainer, plan)
         for_good = plan.named(plan.rule.frozen_parts(0) & plan.rule.frozen_parts(1))
         arguments.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
-        self._factory.check_optimizers(trainer, self._drift, shared)
+        self.factory.check_optimizers(trainer, self._drift, shared)
 
         def on_round(done: RoundReport, on_bar: bool) -> None:
             self._reporting.round(pl_module, done, on_bar=on_bar)
@@ -361,15 +357,17 @@ class FederatedAveraging(Callback):
             stopped_path=self._stopped_path(trainer),
         )
 
+        shares_steps = self._shares_loss and not self.exchange.is_secure and self.privacy is None
+
         def make_aggregator() -> Aggregator:
-            return self._factory.make(
+            return self.factory.make(
                 self._communicator,
                 trainer,
                 pl_module,
                 trainable,
                 self._auxiliary,
                 plan=plan,
-                facts=self._facts(trainer),
+                facts=FitFacts.of(trainer, self._validation.names, shares_steps=shares_steps).to_json(),
                 state_dir=self._state_path(trainer),
             )
 
@@ -379,7 +377,8 @@ class FederatedAveraging(Callback):
         names = self._running_party.on_leader(lambda: self._roster(trainer))
         summary = RunSummary(names, started.settings, self.writes_base)
         if self._topology.is_leader and self._topology.party == 0:
-            self._warn_of_unequal_fits(started)
+            quorum = int(started.settings["quorum"] or 1)
+            warn_of_unequal_fits(self._topology.name, started.facts, self.every_n_steps, quorum)
         self.summary = summary.resumed(self._state.get("summary", {}))
         self._reporter = Reporter(
             trainer,
@@ -565,7 +564,7 @@ class FederatedAveraging(Callback):
 
     def _plan(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
         try:
-            return self._factory.plan(module, parameters, self._auxiliary)
+            return self.factory.plan(module, parameters, self._auxiliary)
         except ValueError as error:
             raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
 
@@ -577,40 +576,6 @@ class FederatedAveraging(Callback):
             device = describe_device(trainer.strategy.root_device)
             arguments.devices(self._joined.gather_json("device", device))
         return list(self._joined.roster)
-
-    def rehearsal(
-        self,
-        communicator: Communicator,
-        trainer: Trainer,
-        module: LightningModule,
-        parameters: Mapping[str, Tensor],
-    ) -> Aggregator:
-        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
-
-        Args:
-            communicator: The joined parties.
-            trainer: What the fit will be run by.
-            module: The module with its adapter.
-            parameters: Stand for the module's, by the names of ``parameters.select``.
-
-        Raises:
-            ValueError, MisconfigurationException: As the fit would.
-        """
-        drift = self._factory.drift_correction(trainer, module)
-        auxiliary = None if drift is None else drift.auxiliary
-        return self._factory.make(communicator, trainer, module, parameters, auxiliary, in_background=False)
-
-    def _facts(self, trainer: Trainer) -> dict[str, Any]:
-        """Return the facts of this party's fit; not its number of samples, where that is hidden."""
-        tells_steps = self._shares_loss and not self.exchange.is_secure and self.privacy is None
-        return FitFacts.of(trainer, self._validation.names, tells_steps=tells_steps).to_json()
-
-    def _warn_of_unequal_fits(self, started: Started) -> None:
-        """Warn of problems of the parties' fits together: unequal steps, missing metrics."""
-        facts = {name: FitFacts.from_json(on_round) for name, on_round in started.facts.items()}
-        quorum = started.settings["quorum"]
-        for warning in foresee(facts, self.every_n_steps, int(quorum or 1)):
-            log.warning("[party %s] %s", self._topology.name, warning)
 
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)

@@ -1,5 +1,6 @@
 """What a fit can know of itself before it trains, and what follows for the parties together."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +14,8 @@ from pellm_lightning.trainer.isolation import callbacks_of
 _PREFIX = "federated/"
 # What each round gives, and no validation.
 _OF_ROUNDS = {part.name for part in fields(RoundReport)} | {"worst_deviation"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,18 @@ class FitFacts:
     monitors: list[list[str]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, trainer: Trainer, metrics: Sequence[str] | None, *, tells_steps: bool) -> "FitFacts":
+    def of(cls, trainer: Trainer, metrics: Sequence[str] | None, *, shares_steps: bool) -> "FitFacts":
         """Return the facts of a fit that is about to train.
 
         Args:
             trainer: What the fit is run by.
             metrics: What the sanity check has logged; None if there was none.
-            tells_steps: Whether the others may know how many steps there are, which tells how many samples.
+            shares_steps: Whether the others may know how many steps there are, which tells how many samples.
         """
         per_epoch, steps = steps_per_epoch(trainer), planned_steps(trainer)
         return cls(
-            steps_per_epoch=int(per_epoch) if tells_steps and math.isfinite(per_epoch) else None,
-            steps=int(steps) if tells_steps and math.isfinite(steps) else None,
+            steps_per_epoch=int(per_epoch) if shares_steps and math.isfinite(per_epoch) else None,
+            steps=int(steps) if shares_steps and math.isfinite(steps) else None,
             validates=trainer.enable_validation and sum(trainer.num_val_batches) > 0,
             metrics=None if metrics is None else list(metrics),
             monitors=[list(pair) for pair in _monitors(trainer)],
@@ -103,6 +106,22 @@ def foresee(facts: Mapping[str, FitFacts], every_n_steps: int | None, quorum: in
     if every_n_steps is not None:
         yield from _unequal_steps(facts, every_n_steps, quorum)
     yield from _missing_metrics(facts)
+
+
+def warn_of_unequal_fits(
+    party: str, facts: Mapping[str, Any], every_n_steps: int | None, quorum: int
+) -> None:
+    """Log a warning for each problem that the parties' fits have together.
+
+    Args:
+        party: Name of this party.
+        facts: What each party has told of its fit, by its name.
+        every_n_steps: As of ``foresee``.
+        quorum: As of ``foresee``.
+    """
+    read = {name: FitFacts.from_json(told) for name, told in facts.items()}
+    for warning in foresee(read, every_n_steps, quorum):
+        log.warning("[party %s] %s", party, warning)
 
 
 def _unequal_steps(facts: Mapping[str, FitFacts], every_n_steps: int, quorum: int) -> Iterator[str]:

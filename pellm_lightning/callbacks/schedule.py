@@ -64,6 +64,8 @@ class EverySeconds:
 
 
 Schedule = EveryEpochs | EverySteps | EverySeconds
+ARGUMENTS = ("every_n_epochs", "every_n_steps", "every_n_seconds")
+"""Names of the arguments of ``schedule``."""
 
 
 def schedule(
@@ -74,11 +76,7 @@ def schedule(
     Raises:
         ValueError: If two are given, or one is below its least.
     """
-    asked = {
-        "every_n_epochs": every_n_epochs,
-        "every_n_steps": every_n_steps,
-        "every_n_seconds": every_n_seconds,
-    }
+    asked = dict(zip(ARGUMENTS, (every_n_epochs, every_n_steps, every_n_seconds), strict=True))
     given = {name: n for name, n in asked.items() if n is not None}
     if len(given) > 1:
         words = " and ".join(f"{name}={n}" for name, n in given.items())

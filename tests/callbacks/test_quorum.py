@@ -179,9 +179,7 @@ def test_a_quorum_is_the_same_everywhere_and_no_more_than_there_are(tmp_path: Pa
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [
-        r.getMessage() for r in caplog.records if r.name == "pellm_lightning.callbacks.federated_averaging"
-    ]
+    return [r.getMessage() for r in caplog.records if r.name == "pellm_lightning.callbacks.fit_facts"]
 
 
 @pytest.mark.parametrize("tells", [True, False])

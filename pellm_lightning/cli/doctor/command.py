@@ -195,7 +195,9 @@ def measure(federation: Communicator, rehearsal: Rehearsal | None, *, patience_s
     copies = {} if rehearsal is None else rehearsal.copies()
     aggregator = None
     if rehearsal is not None:
-        aggregator = rehearsal.callback.rehearsal(federation, rehearsal.trainer, rehearsal.module, copies)
+        aggregator = rehearsal.callback.factory.rehearsal(
+            federation, rehearsal.trainer, rehearsal.module, copies
+        )
     if federation.may_lose_parties:
         if aggregator is not None:  # before all meet: who is slow would be taken for another
             aggregator.handshake()
