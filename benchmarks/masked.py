@@ -120,7 +120,7 @@ class Round:
         self.parameters = {f"layer{i:03}": torch.zeros(shape) for i, shape in enumerate(shapes)}
         self.aggregator = Aggregator(federation, self.parameters, exchange=exchange)
         self.aggregator.start()
-        self.error_feedback = 0
+        self.memory = 0
 
     def run(self, party: int) -> float:
         """Return the seconds of one round, which must give the mean."""
@@ -129,7 +129,7 @@ class Round:
         reset_peak_memory()
         before = resident_bytes()
         seconds = timed(lambda: self.aggregator.step(1.0))
-        self.error_feedback = peak_memory_bytes() - before
+        self.memory = peak_memory_bytes() - before
         mean = 1 + (self.aggregator.federation.num_parties - 1) / 2
         assert all(torch.allclose(p, torch.tensor(mean), rtol=1e-6) for p in self.parameters.values())
         return seconds
@@ -146,7 +146,7 @@ def row(
         "exchange": name,
         "ms": 1e3 * median,
         "ratio": median / statistics.median(times["plain"]),
-        "error_feedback": (round.error_feedback - plain.error_feedback) / round.aggregator.size_bytes,
+        "memory": (round.memory - plain.memory) / round.aggregator.size_bytes,
     }
 
 
@@ -157,7 +157,7 @@ def show(rows: list[dict]) -> None:
     for r in rows:
         print(
             f"| {r['case']}, {r['megabytes']:.1f} MB | {r['parties']} | {r['exchange']} | {r['ms']:.1f} |"
-            f" {r['ratio']:.2f}x | {r['error_feedback']:.2f} x trainable |"
+            f" {r['ratio']:.2f}x | {r['memory']:.2f} x trainable |"
         )
 
 

@@ -72,7 +72,7 @@ def measure_case(federation: Federation, name: str, shapes: list[tuple[int, int]
     }
     for _ in range(2):
         aggregator.step(1.0)
-    error_feedback = peak_memory_bytes() - before
+    memory = peak_memory_bytes() - before
     times: dict[str, list[float]] = {contender: [] for contender in contenders}
     for _ in range(repeats):
         for contender, act in contenders.items():
@@ -91,7 +91,7 @@ def measure_case(federation: Federation, name: str, shapes: list[tuple[int, int]
         "ours_ms": 1e3 * medians["ours"],
         "ours": medians["ours"] / medians["raw"],
         "loop": medians["loop"] / medians["raw"],
-        "extra_memory": error_feedback / (4 * size),
+        "extra_memory": memory / (4 * size),
         "hook_us": 1e6 * hook_seconds(),
     }
 

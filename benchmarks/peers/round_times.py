@@ -26,7 +26,7 @@ for place in (str(_HERE), str(_HERE.parent)):
         sys.path.insert(0, place)
 
 from environments import NotInstalled, python_of, versions  # noqa: E402
-from error_feedback import ROLE, Watch  # noqa: E402
+from memory import ROLE, Watch  # noqa: E402
 from payload import Session  # noqa: E402
 
 _EXACT = 1e-6

@@ -25,7 +25,7 @@ for place in (str(_HERE), str(_HERE.parent)):
         sys.path.insert(0, place)
 
 from environments import NotInstalled, python_of, versions  # noqa: E402
-from error_feedback import Watch  # noqa: E402
+from memory import Watch  # noqa: E402
 from round_times import free_ports  # noqa: E402
 from training_task import Training, evaluate, write_  # noqa: E402
 

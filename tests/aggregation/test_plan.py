@@ -265,7 +265,12 @@ def test_a_resting_factor_leaves_no_memory(rule: Aggregation, outer: Optimizer, 
         build(alone, rule, outer)
     said = str(caught.value)
     assert said.startswith(repr(rule))
-    for words in ("rest", "outer_optimizer=", "without momentum and weight decay", "another aggregation"):
+    for words in (
+        "freezes a factor",
+        "outer_optimizer=",
+        "without momentum and weight decay",
+        "another aggregation",
+    ):
         assert words in said
 
 

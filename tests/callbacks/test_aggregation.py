@@ -955,7 +955,8 @@ def test_a_yaml_names_the_rule_and_prints_it_again(
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["federated"]["aggregation"] == {
         "class_path": "pellm_lightning.aggregation.HeterogeneousRank",
-        "init_args": {"method": "low_rank", "solver": "exact", "steps": 1, "factorization": "svd"},
+        "init_args": {"method": "low_rank", "solver": "exact", "steps": 1, "factorization": "svd"}
+        | {"measure_deviation": None},
     }
     (tmp_path / "printed.yaml").write_text(printed)
     callback = command("--config=printed.yaml")

@@ -501,7 +501,7 @@ def refused_to_join(address: str, tls: Any = None) -> str:
 def test_something_else_listens() -> None:
     with listening(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address:
         said = refused_to_join(address)
-    assert f"Who answers at {address} is not this federation's rendezvous" in said
+    assert f"The server at {address} is not this federation's rendezvous" in said
     assert "Check the address" in said
 
 

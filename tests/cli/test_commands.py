@@ -56,7 +56,7 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
     assert printed.keys() == {"clinic-a", "0"}
     for name, public in printed.items():
         private = tmp_path / f"new/{name}.key"
-        assert SigningKey(private).public == public
+        assert SigningKey(private).public_key == public
         assert f"made {private}; keep it secret" in caplog.text
     assert TrustedKeys(printed).fingerprint == TrustedKeys(tmp_path / "new").fingerprint
     with pytest.raises(SystemExit, match=r"clinic-a\.key exists already\. Remove it first"):

@@ -26,7 +26,6 @@ from transformers import (
 
 from pellm_lightning import Overlap
 from pellm_lightning.cli import federated_cli
-from pellm_lightning.comm import Membership
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.exchange import Quantized
 from pellm_lightning.privacy import GaussianMechanism
@@ -123,10 +122,9 @@ def test_parties_as_separate_jobs_parse(
         federated_cli.main()
     assert exited.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)["federated"]
-    job = SeparateJobs.configured(printed["rendezvous"], printed["name"], printed["roster"], environ={})
-    assert job is not None
-    assert (job.name, job.roster) == ("a", ("a", "b", "c"))
-    assert Membership(**printed["membership"]).wait_s == 600
+    jobs = SeparateJobs.from_config(printed["jobs"])
+    assert jobs is not None
+    assert (jobs.name, list(jobs.roster), jobs.membership.wait_s) == ("a", ["a", "b", "c"], 600)
 
 
 @pytest.fixture

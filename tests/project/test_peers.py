@@ -16,7 +16,7 @@ from fork_server import python
 from paths import BENCHMARKS
 
 _PEERS = BENCHMARKS / "peers"
-_NAMES = ("shapes", "payload", "error_feedback", "environments", "round_times", "round_times_report")
+_NAMES = ("shapes", "payload", "memory", "environments", "round_times", "round_times_report")
 _NAMES += ("training_report",)
 
 
@@ -93,7 +93,7 @@ class TestParty:
 
 class TestWatch:
     def test_it_knows_a_role_s_memory_and_ends_what_is_left(self, peers: Any, tmp_path: Path) -> None:
-        watch = peers["error_feedback"].Watch(json.dumps(str(tmp_path)))
+        watch = peers["memory"].Watch(json.dumps(str(tmp_path)))
         watch.start()
         script = "import time; held = b'1' * 50_000_000; time.sleep(60)"
         marked = os.environ | session_of(peers, tmp_path).to_env() | {"PEERS_ROLE": "party-1"}

@@ -188,7 +188,9 @@ class Rehearsal:
             self._prepare_data(doubts)
             self._build()
             parameters = self.callback.parameters.select(self.module)
-            aggregator = self.callback.factory.rehearsal(Roster(names, party), self.trainer, self.module, parameters)
+            aggregator = self.callback.factory.rehearsal(
+                Roster(names, party), self.trainer, self.module, parameters
+            )
             party_spec = aggregator.party_spec()
             leaving = [parameters[name] for name, *_ in party_spec["schema"]]
             known |= {

@@ -71,7 +71,7 @@ class SeparateJobs:
     roster: Sequence[str] = field(default_factory=_roster_from_env)
     listen: str = field(default_factory=lambda: _from_env("listen") or "127.0.0.1:0")
     advertise: str | None = field(default_factory=lambda: _from_env("advertise") or None)
-    tls: TLS | None = field(default_factory=lambda: _tls_from_env())
+    tls: TLS | None = None
     membership: Membership = field(default_factory=Membership)
     state_dir: str | None = None
 
@@ -88,6 +88,8 @@ class SeparateJobs:
                     f" give jobs.{key}, or set {_VARIABLES[key]}."
                 )
         check_roster(self.name, self.roster)
+        if self.tls is None:  # not by a default factory, whose result a command line would have to print
+            object.__setattr__(self, "tls", _tls_from_env())
         if self.tls is not None and self.tls.name != self.name:
             raise ValueError(
                 f"The certificate {self.tls.cert} is of {self.tls.name!r}, but this party is {self.name!r}."
@@ -132,7 +134,7 @@ class SeparateJobs:
             label=self.name,
         )
 
-    def join(self, quorum: Quorum) -> ElasticFederation:
+    def join(self, quorum: Quorum = "majority") -> ElasticFederation:
         """Join the other parties.
 
         Args:

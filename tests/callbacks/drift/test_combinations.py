@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lora_module import A, B, assert_same, differ
 from lora_oracles import adapter
-from message_transcript import Message, tapped
+from message_transcript import Message, metadata_of, tapped
 from party_threads import Classifier, data, fit_parties, quiet_trainer, run_parties
 from quadratic_parties import CURVATURES, LR, MINIMISERS, SHARES, STEPS, train
 from round_history import SIZE
@@ -154,11 +154,11 @@ def test_all_that_crosses_a_masked_exchange_is_masked(monkeypatch: pytest.Monkey
     results = run_parties(3, act)
     crossed = messages[max(begun for begun, _ in results) :]
     for message in crossed:
-        if message.values.is_floating_point():  # what parties say when they come to meet
-            mine = message.values.view(3, 7)[message.party]
-            assert mine[2] == 1, "that it counts, not how much"
-            assert mine[4:].isnan().all(), "neither its loss nor its distance"
-    sums = [message for message in sums_of(crossed) if message.sent]
+        if message.sent and message.values.dtype == torch.uint8:  # a header
+            _, metadata = metadata_of(message, 3)
+            assert metadata["weight"] == 1, "that it counts, not how much"
+            assert all(metadata[name] is None for name in ("loss", "distance", "steps_left"))
+    sums = [message for message in sums_of(crossed) if message.sent and message.values.dtype != torch.uint8]
     # The update, and the vector if there is one, of three parties.
     assert len(sums) >= 3 * (1 + auxiliary.vector)
     for message in sums:
