@@ -26,8 +26,8 @@ def test_the_table_is_made_and_goes_on_where_it_stopped(
     rows = json.loads(kept.read_text())
     every_step, diloco, four_bits = rows
     parameters = every_step["parameters"]
-    # 9 steps: gradients 9 times; rounds of 2 steps 4 times, and the last one. In each round a header's slot of each
-    # of the four parties.
+    # 9 steps: gradients 9 times; rounds of 2 steps 4 times, and the last one. In each round a header takes
+    # a slot of each of the four parties.
     headers = 5 * 4 * SLOT_BYTES
     assert every_step["bytes"] == pytest.approx(9 * 4 * parameters, rel=0.05)
     assert diloco["bytes"] == pytest.approx(5 * 4 * parameters + headers, rel=0.05)
