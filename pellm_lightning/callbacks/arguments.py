@@ -1,4 +1,4 @@
-"""What the callback refuses, each in words that say what to do."""
+"""Checks of the callback's arguments, of the Trainer and of checkpoints, with errors that say what to do."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -107,7 +107,7 @@ def seconds(name: str, value: float) -> None:
 def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
     """Check that the Trainer leaves other parties alone and lets the written parameters stand."""
     strategy = trainer.strategy
-    # DeepSpeed's is a kind of DDPStrategy, too.
+    # DeepSpeed's is also a kind of DDPStrategy.
     if isinstance(strategy, DeepSpeedStrategy) or not isinstance(
         strategy, SingleDeviceStrategy | DDPStrategy
     ):
@@ -142,7 +142,7 @@ def only_one(trainer: Trainer, callback: Callback) -> None:
         raise MisconfigurationException(
             f"The Trainer has {len(found)} callbacks that federate ({', '.join(found)}): their rounds would"
             " mix, and a checkpoint holds the state of one. Keep one; those that the command line adds, and"
-            " configure_callbacks, count, too."
+            " configure_callbacks, count as well."
         )
 
 
@@ -152,7 +152,7 @@ def checkpoints(trainer: Trainer) -> None:
         if isinstance(other, ModelCheckpoint) and other.save_weights_only:
             rank_zero_warn(
                 "ModelCheckpoint(save_weights_only=True) asks no callback what to save, so save_frozen=False"
-                " has no effect on its files: they hold the frozen parameters, too. Drop one of the two."
+                " has no effect on its files: they hold the frozen parameters as well. Drop one of the two."
             )
 
 

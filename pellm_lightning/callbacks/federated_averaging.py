@@ -79,7 +79,7 @@ _NUMBERS = itertools.count()
 
 
 class FederatedAveraging(Callback):
-    """Averages the trainable parameters over all parties, round by round, while ``trainer.fit`` goes on.
+    """Callback that averages the trainable parameters over the parties, round by round, in ``trainer.fit``.
 
     Each party runs its own Trainer on its own data; only parameters with ``requires_grad=True`` leave it.
     Launched by ``torchrun --nproc-per-node N`` every process is a party, or every G processes with
@@ -110,7 +110,7 @@ class FederatedAveraging(Callback):
         outer_scheduler: Learning rate of the outer optimizer by round: any scheduler of
             ``torch.optim.lr_scheduler`` that needs no metric, stepped once for each round in which a party
             counted. Its epochs are rounds.
-        inner_optimizer_state: "keep" lets the local optimizers go on with their moments after a round,
+        inner_optimizer_state: "keep" lets the local optimizers keep their moments after a round,
             "reset" clears them.
         on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
             result and clears its local optimizers ("exclude"), or all parties stop with an error ("raise").
@@ -238,7 +238,7 @@ class FederatedAveraging(Callback):
         """Key of the state in checkpoints.
 
         Until ``setup`` it is another one each time. Lightning's Trainer would refuse two callbacks of one key
-        when it is made, in words that do not help; ``setup`` refuses them in ours.
+        when it is made, with an error that does not help; ``setup`` refuses them with ours.
         """
         key = FederatedAveraging.__qualname__  # of derived classes too, whose connect() is another
         return key if self._is_set_up else f"{key}@{next(_NUMBERS)}"

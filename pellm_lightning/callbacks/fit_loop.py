@@ -173,7 +173,7 @@ class FederatedLoop:
             "signature": resume.signature(self._on_leader.run_id, party),
         }
 
-    # ---- while training goes on
+    # ---- during training
 
     def drop_gradients(self) -> None:
         """Drop the gradients of parameters frozen in this round, before they are clipped or applied.
@@ -261,7 +261,7 @@ class FederatedLoop:
         samples = self._samples.count(batch, self._trainer.train_dataloader, batch_idx)
         self._progress.samples += samples
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            # Lightning hands over the loss divided by the number of batches that it accumulates (which is 1
+            # Lightning passes the loss divided by the number of batches that it accumulates (which is 1
             # with manual optimization).
             weight = samples * self._trainer.accumulate_grad_batches
             self._progress.loss_sum = self._progress.loss_sum + loss.detach().float() * weight

@@ -1,1 +1,1 @@
-"""The command line: LightningCLI with the federation among its arguments, and the commands beside it."""
+"""The command line: LightningCLI with the federation among its arguments, and commands of its own."""

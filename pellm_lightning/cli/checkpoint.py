@@ -177,7 +177,7 @@ def rebuilt(
         )
     try:
         with safe_classes(checkpoint, trusted), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found keys that are")  # we look for those, too, and refuse
+            warnings.filterwarnings("ignore", "Found keys that are")  # these are checked and refused here
             module: LightningModule = kind.load_from_checkpoint(
                 checkpoint, map_location="cpu", strict=False, weights_only=True
             )

@@ -1,4 +1,4 @@
-"""Commands beside training: the rendezvous of separate jobs, certificates, keys, and the report of a fit."""
+"""Commands other than training: rendezvous of separate jobs, certificates, keys, report of a fit."""
 
 import logging
 import signal
@@ -92,7 +92,7 @@ def report(run_dir: Path, out: Path | None = None) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run one of ``COMMANDS`` as the command line asks; tell what goes wrong in words, with exit code 1."""
+    """Run one of ``COMMANDS``; print errors without a traceback, with exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     words = sys.argv[1:] if words is None else list(words)
     components: dict[str, Any] = {"rendezvous": rendezvous, "certs": certs, "keys": {"new": new_keys}}

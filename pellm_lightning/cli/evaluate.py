@@ -189,7 +189,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _base(model: PeftModel, folder: Path) -> dict[str, Tensor]:
-    """Load the base model beside an adapter, whose training has changed it."""
+    """Load the base model saved with an adapter whose training has changed it."""
     kind: Any = type(model.get_base_model())
     weights: dict[str, Tensor] = kind.from_pretrained(folder).state_dict()
     return weights

@@ -10,7 +10,7 @@ from pellm_lightning.cli import evaluate, export
 
 
 def main(words: Sequence[str]) -> None:
-    """Run ``export`` or ``evaluate`` as the command line asks; what goes wrong is told in words."""
+    """Run ``export`` or ``evaluate`` as the command line asks; print errors without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)  # they tell the devices for each of many runs

@@ -1,4 +1,4 @@
-"""Interface to the parties of a federation: quorum, metadata and commit, beside the collectives."""
+"""Interface to the parties of a federation: quorum, metadata and commit, in addition to collectives."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -85,7 +85,7 @@ class Communicator(Collectives):
 
     @property
     def settings(self) -> dict[str, str | int | float | None]:
-        """Settings of the federation that must be the same at all parties, beside those of the engine."""
+        """Settings of the federation that must be the same at all parties, in addition to the engine's."""
         return {}
 
     @abstractmethod

@@ -353,5 +353,5 @@ def _norm(squares: list[float]) -> float:
 
 def _squared_norm(values: Tensor) -> float:
     squared = float(torch.dot(values, values))
-    # Squares of large finite values overflow float32; those of infinite ones float64, too.
+    # Squares of large finite values overflow float32; those of infinite ones float64 also.
     return squared if math.isfinite(squared) else float(values.double().square().sum())

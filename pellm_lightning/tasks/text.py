@@ -167,7 +167,7 @@ class TextDataModule(LightningDataModule):
         return self._loader(self.test_samples)
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        """Return prompts, padded on the left so that generation goes on from their last token."""
+        """Return prompts, padded on the left so that generation continues from their last token."""
         return self._loader(self.predict_samples, side="left")
 
     def _loader(self, samples: list[Sample], side: Side = "right", **options: Any) -> DataLoader[Sample]:

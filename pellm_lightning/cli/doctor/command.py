@@ -225,7 +225,7 @@ def _sums(federation: Collectives) -> tuple[float, float, int]:
     for size in SIZES:
         vector = torch.zeros(size // 4)
         mine = min(_timed(federation, vector), _timed(federation, vector))
-        # Clocks and luck differ, and all must go on or stop together.
+        # Clocks and luck differ, and all must continue or stop together.
         seconds = (
             float(federation.all_reduce_(torch.tensor([mine], dtype=torch.float64))) / federation.num_parties
         )

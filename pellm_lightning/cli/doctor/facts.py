@@ -33,7 +33,7 @@ class Facts:
     processes: int = 1
     """Of the party."""
     device: str = "unknown"
-    """What it would train on, in words."""
+    """Description of the training data."""
     accelerator: str | None = None
     """What tells its accelerator from all others; None for a CPU."""
     size_bytes: int = 0

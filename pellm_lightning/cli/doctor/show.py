@@ -35,7 +35,7 @@ def verdict(found: Sequence[Finding]) -> str:
     warnings = sum(finding.level == "warning" for finding in found)
     counted = f"{_counted(errors, 'error')}, {_counted(warnings, 'warning')}"
     if errors:
-        return f"{counted}: a fit would fail. Mend what is said above, and ask again."
+        return f"{counted}: a fit would fail. Fix what is said above, and run it again."
     return f"{counted}: ready to fit."
 
 
