@@ -232,4 +232,4 @@ def test_a_party_that_ends_alone_keeps_the_last_round(
         ]
     )
     assert isinstance(jobs.results["a"], Classifier), jobs.results["a"]
-    assert "Ends without the others" in caplog.text
+    assert "Ends without the other parties" in caplog.text

@@ -81,7 +81,7 @@ def test_values_are_bytes(store: EtcdStore) -> None:
     store.multi_set(["1", "2"], ["", b"2"])
     assert store.multi_get(["2", "1"]) == [b"2", b""]
     assert store.compare_set("1", "", "is empty, so as good as missing") == b"is empty, so as good as missing"
-    with pytest.raises(FederationError, match=r"does not do what it is asked for: .*larger than max"):
+    with pytest.raises(FederationError, match=r"refuses a request: .*larger than max"):
         store.set("large", bytes(4 << 20))
 
 
