@@ -64,7 +64,7 @@ def test_the_settings_make_unlike_processors(parties: list[dict[str, Any]]) -> N
     """Else the others show nothing. Elsewhere than on x86 the settings may do nothing."""
     this, old, _ = (party["settings"] for party in parties)
     if this["capability"] in ("AVX2", "AVX512"):
-        assert old["capability"] == "DEFAULT"
+        assert old["capability"] in ("DEFAULT", "NO AVX")  # as newer and older torch call it
         assert this["fused"] != old["fused"]
         assert this["linear algebra"] != old["linear algebra"]
 
