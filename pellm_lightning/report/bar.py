@@ -100,9 +100,9 @@ class FederationProgressBar(RichProgressBar):
     # ---- what is shown
 
     @override
-    def refresh(self, hard: bool = False) -> None:
+    def refresh(self, *arguments: Any, **keywords: Any) -> None:  # Lightning 2.6.0 takes none
         self._show_above_bars()
-        super().refresh(hard)
+        super().refresh(*arguments, **keywords)
 
     def _show_above_bars(self) -> None:
         """Put the federation above the bars, which Lightning makes anew for each stage."""
