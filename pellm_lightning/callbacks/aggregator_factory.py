@@ -95,7 +95,7 @@ class AggregatorFactory:
         auxiliary: AuxiliaryTerms | None,
         *,
         plan: Plan | None = None,
-        in_background: Literal[False] | None = None,
+        waits: bool = False,
         facts: Mapping[str, Any] | None = None,
         state_dir: str | None = None,
     ) -> Aggregator:
@@ -108,7 +108,7 @@ class AggregatorFactory:
             parameters: Trainable tensors by name, the module's or others of the same shapes.
             auxiliary: What a drift correction adds to the rounds.
             plan: The rule applied to the parameters already.
-            in_background: False lets every round be waited for, whatever the overlap.
+            waits: Whether every round is waited for, whatever the overlap.
             facts: What the other parties are told of this party's fit.
             state_dir: Folder of the snapshots between separate jobs; None keeps none.
 
@@ -116,7 +116,7 @@ class AggregatorFactory:
             ValueError: If something does not go together.
         """
         make: Callable[..., Aggregator] = Aggregator
-        if self.overlap.in_background and in_background is None:
+        if self.overlap.in_background and not waits:
             make = partial(OverlappedAggregator, overlap=self.overlap)
         return make(
             communicator,
@@ -166,7 +166,7 @@ class AggregatorFactory:
         """
         drift = self.drift_correction(trainer, module)
         auxiliary = None if drift is None else drift.auxiliary
-        return self.make(communicator, trainer, module, parameters, auxiliary, in_background=False)
+        return self.make(communicator, trainer, module, parameters, auxiliary, waits=True)
 
     def drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
         """Return the Trainer's drift correction, None without.

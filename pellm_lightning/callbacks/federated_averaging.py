@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -74,7 +74,6 @@ from pellm_lightning.trainer.pickling import own_state
 from pellm_lightning.trainer.resume import last_of_unfinished, precede_runs
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 _NUMBERS = itertools.count()
 
 

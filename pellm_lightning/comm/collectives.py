@@ -41,8 +41,7 @@ class Collectives(ABC):
         """
         raise TypeError(
             "A joined federation cannot be pickled or copied, nor can what holds one: its connections belong"
-            " to this process. Join where it is needed; a FederatedAveraging whose connect()"
-            " you override does."
+            " to this process. Join where it is needed, as FederatedAveraging does in connect()."
         )
 
     @property

@@ -147,7 +147,6 @@ class Aggregator:
             on_nonfinite=on_nonfinite,
             quorum=quorum,
             fragments=fragments,
-            may_lose_parties=federation.may_lose_parties,
             config=config or {},
         )
         self._parameters = {name: parameters[name] for name in sorted(plan.shared)}

@@ -42,7 +42,6 @@ class EngineContext:
         on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
         quorum: Parties that must have trained in a round for it to move anything.
         fragments: Number of fragments that are exchanged in turn.
-        may_lose_parties: Whether parties may be lost and come back, so that a round may need more attempts.
         settings: What all parties must agree on, by name.
 
     Example:
@@ -62,8 +61,12 @@ class EngineContext:
     on_nonfinite: OnNonfinite = "exclude"
     quorum: int = 1
     fragments: int = 1
-    may_lose_parties: bool = False
     settings: Settings = field(default_factory=dict)
+
+    @property
+    def may_lose_parties(self) -> bool:
+        """Whether parties may be lost and come back, so that a round may need more attempts."""
+        return self.federation.may_lose_parties
 
     @property
     def min_participants(self) -> int:
@@ -94,7 +97,6 @@ def make_context(
     on_nonfinite: OnNonfinite,
     quorum: Quorum,
     fragments: int,
-    may_lose_parties: bool,
     config: Settings,
 ) -> EngineContext:
     """Check the arguments of an ``Aggregator``, described there, against each other.
@@ -108,7 +110,7 @@ def make_context(
     is_secure = exchange.is_secure or privacy is not None
     measures = _measures(plan.rule, is_secure, exchange)
     _check_privacy(privacy, exchange)
-    if may_lose_parties:
+    if federation.may_lose_parties:
         _check_rejoining(plan.rule)
     _check_quorum(federation, needed)
     _warn_of_unmanaged(federation, plan)
@@ -146,7 +148,6 @@ def make_context(
         on_nonfinite=on_nonfinite,
         quorum=needed,
         fragments=fragments,
-        may_lose_parties=may_lose_parties,
         settings=settings,
     )
 

@@ -38,11 +38,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-# ---- the schema: an event is a JSON object with the fields of Header and those of one class below
+# ---- the schema: an event is a JSON object with the fields of EventHeader and those of one class below
 
 
 @dataclass(frozen=True)
-class Header:
+class EventHeader:
     """Fields that every event has."""
 
     event: str
@@ -180,7 +180,7 @@ class RunRecord:
         if self._failed:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        header = Header(name, self._run, now, round(self._elapsed(), 3))
+        header = EventHeader(name, self._run, now, round(self._elapsed(), 3))
         line = json.dumps(_finite(asdict(header) | asdict(event)), allow_nan=False, default=repr)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,9 +223,9 @@ def events(path: str | Path) -> Iterator[dict[str, Any]]:
         yield event
 
 
-def parse_event(line: Mapping[str, Any]) -> tuple[Header, Event]:
+def parse_event(line: Mapping[str, Any]) -> tuple[EventHeader, Event]:
     """Return the header and the event of a line; raise ValueError if it does not fit the schema."""
-    header = parse(Header, line)
+    header = parse(EventHeader, line)
     if header.event not in EVENTS:
         raise ValueError(f"event is {header.event!r}, expected one of {', '.join(EVENTS)}")
     return header, parse(EVENTS[header.event], line)

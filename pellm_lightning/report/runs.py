@@ -11,7 +11,7 @@ from pellm_lightning.report.record import (
     FILE_NAME,
     End,
     Event,
-    Header,
+    EventHeader,
     Round,
     Start,
     Validation,
@@ -94,7 +94,7 @@ class PartyRecord:
         own = self.path.parent
         return own.parent if own.name == f"party-{self.party}" else own
 
-    def add(self, header: Header, event: Event) -> None:
+    def add(self, header: EventHeader, event: Event) -> None:
         """Add the next event of the file."""
         if isinstance(event, Start):
             self._resume(header, event)
@@ -111,7 +111,7 @@ class PartyRecord:
             self.end = event
         self.last_time, self._elapsed = header.time, header.elapsed_seconds
 
-    def _resume(self, header: Header, start: Start) -> None:
+    def _resume(self, header: EventHeader, start: Start) -> None:
         """Drop what came after the round at which a start resumes."""
         self._seconds_before += self._elapsed
         self._run, self.end, self.foreign_lines = header.run, None, 0

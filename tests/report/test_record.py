@@ -14,7 +14,15 @@ from run_records import done, start
 
 from pellm_lightning import FederatedAveraging
 from pellm_lightning.aggregation.deviation import Deviation
-from pellm_lightning.report.record import Header, Round, RunRecord, Validation, events, parse, parse_event
+from pellm_lightning.report.record import (
+    EventHeader,
+    Round,
+    RunRecord,
+    Validation,
+    events,
+    parse,
+    parse_event,
+)
 
 
 def fit(folder: Path, parties: int = 2, **arguments: Any) -> list[FederatedAveraging]:
@@ -138,7 +146,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     record.end("why")
     (_, first), (header, second), (_, third), (_, last) = map(parse_event, events(record.path))
     assert (first.parties, first.settings["exchange"]) == (("a", "b", "c"), "Plain()")
-    assert isinstance(header, Header)
+    assert isinstance(header, EventHeader)
     assert isinstance(second, Round)
     assert second.training_seconds == 0  # the round stood still for longer than since the start
     assert math.isnan(second.update_norm)  # JSON has no infinity
