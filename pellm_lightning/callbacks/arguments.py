@@ -98,6 +98,12 @@ def can_apply(under_way_since: int | None, overlap: Overlap) -> None:
         )
 
 
+def instance_of(name: str, value: object, kind: type) -> None:
+    """Check an argument that is an object of a class, or None."""
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r:.200} must be of the class {kind.__name__}, or left out.")
+
+
 def seconds(name: str, value: float) -> None:
     """Check an argument that is a time span."""
     if not value > 0:

@@ -155,6 +155,11 @@ class FederatedAveraging(Callback):
         record: bool = True,
         jobs: SeparateJobs | None = None,
     ) -> None:
+        arguments.instance_of("aggregation", aggregation, Aggregation)
+        arguments.instance_of("privacy", privacy, GaussianMechanism)
+        arguments.instance_of("overlap", overlap, Overlap)
+        arguments.instance_of("parameters", parameters, Parameters)
+        arguments.instance_of("jobs", jobs, SeparateJobs)
         due = schedule(every_n_epochs, every_n_steps, every_n_seconds)
         self.overlap = overlap or Overlap()
         self.overlap.check_schedule(every_n_steps, every_n_seconds)

@@ -66,6 +66,8 @@ def check_roster(name: str, roster: Sequence[str]) -> None:
     Raises:
         ValueError: If a name is malformed or appears twice, or this party's is missing.
     """
+    if isinstance(roster, str):
+        raise ValueError(f"roster={roster!r} must be a list of names, such as {roster.split(',')}.")
     for other in roster:
         check_name(other)
     doubled = sorted({other for other in roster if list(roster).count(other) > 1})

@@ -57,6 +57,7 @@ def test_variables_complete_arguments(environ: pytest.MonkeyPatch) -> None:
         ({"rendezvous": "tcp://h:1", "name": "a"}, {}, "roster: give jobs.roster, or set PELLM_ROSTER"),
         (PARTY | {"name": "d"}, {}, r"Party 'd' is not in the roster \(a, b, c\)"),
         (PARTY | {"roster": ["a", "b", "a"]}, {}, "names 'a' twice"),
+        (PARTY | {"roster": "a,b"}, {}, r"roster='a,b' must be a list of names, such as \['a', 'b'\]"),
         (PARTY | {"roster": ["a", "b/c"]}, {}, "'b/c' is no party's name"),
         (PARTY, {"PELLM_TLS_KEY": "k"}, "all three of PELLM_TLS_CERT"),
     ],
