@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from small_module import LittleData, LittleModule
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment
+from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment, SeparateJobs
 from pellm_lightning.cli.federated_cli import main
 
 # Lightning calls jsonargparse in a way that has gone out of use.
@@ -188,6 +188,20 @@ def test_the_printed_configuration_runs_again(
     (tmp_path / "printed.yaml").write_text(printed)
     cli = command("fit", "--config=printed.yaml")
     assert float(cli.trainer.callback_metrics["federated/weight"]) == 2.5
+
+
+def test_each_institution_keeps_its_own_file(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"rendezvous": "tcp://h:1", "name": "a", "roster": ["a", "b"], "membership": {"wait_s": 2.0}}
+    (tmp_path / "clinic-a.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(SystemExit) as stopped:
+        command("fit", "--federated.jobs=clinic-a.yaml", "--federated.jobs.name=b", "--print_config")
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["federated"]["jobs"]
+    jobs = SeparateJobs.from_config(printed)
+    assert jobs is not None
+    assert (jobs.name, list(jobs.roster), jobs.membership.wait_s) == ("b", ["a", "b"], 2.0)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
