@@ -263,7 +263,7 @@ def parse(kind: Any, value: Any, name: str = "event") -> Any:
         if missing := [name for name in types if name not in value]:
             raise ValueError(f"{missing[0]!r} is missing")
         return kind(**{name: parse(part, value[name], name) for name, part in types.items()})  # type: ignore[operator]
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list | tuple):
         return tuple(parse(arguments[0], part, name) for part in value)
     if origin is Mapping and isinstance(value, Mapping):
         return {key: parse(arguments[1], part, key) for key, part in value.items()}
