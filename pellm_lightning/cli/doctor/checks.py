@@ -8,7 +8,7 @@ from typing import Literal
 
 from pellm_lightning.cli.doctor.facts import Facts, Measured
 from pellm_lightning.engine.compatibility import differences, shared_file
-from pellm_lightning.report.formatting import size
+from pellm_lightning.report.formatting import grouped, size
 
 CLOCKS_S = 2.0
 """By how much clocks may differ."""
@@ -108,7 +108,7 @@ def _data(seen: Seen) -> Iterator[Finding]:
 def _versions(seen: Seen) -> Iterator[Finding]:
     good = True
     for package in sorted({package for facts in seen.facts.values() for package in facts.versions}):
-        found = _grouped((name, facts.versions.get(package, "none")) for name, facts in seen.facts.items())
+        found = grouped((name, facts.versions.get(package, "none")) for name, facts in seen.facts.items())
         if len(found) == 1:
             continue
         good = False
@@ -185,7 +185,7 @@ def _files(seen: Seen) -> Iterator[Finding]:
 
 
 def _devices(seen: Seen) -> Iterator[Finding]:
-    holders = _grouped((name, facts.accelerator) for name, facts in seen.facts.items() if facts.accelerator)
+    holders = grouped((name, facts.accelerator) for name, facts in seen.facts.items() if facts.accelerator)
     shared = {device: names for device, names in holders.items() if len(names) > 1}
     for device, names in shared.items():
         yield warning(
@@ -270,20 +270,12 @@ def _rounds(seen: Seen) -> Iterator[Finding]:
         )
 
 
-def _grouped(values: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Return the names of those that have each value."""
-    found: dict[str, list[str]] = {}
-    for name, value in values:
-        found.setdefault(value, []).append(name)
-    return found
-
-
 def _by_text(messages: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return each message as a sentence, and the parties that sent it: often all the same."""
     ends = (".", "!", "?")
     return [
         (text if text.endswith(ends) else f"{text}.", _named(names))
-        for text, names in _grouped(messages).items()
+        for text, names in grouped(messages).items()
     ]
 
 
