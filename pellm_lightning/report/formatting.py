@@ -46,8 +46,9 @@ def moment(time: str) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """Return a count with its noun: "1 round", "2 rounds"."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+    """Return a count with its noun: "1 round", "2 parties"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{n:,} {noun if n == 1 else plural}"
 
 
 def enumeration(names: Sequence[str], most: int = 8) -> str:

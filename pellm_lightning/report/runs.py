@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from pellm_lightning.report.formatting import count
 from pellm_lightning.report.record import (
     FILE_NAME,
     End,
@@ -51,8 +52,9 @@ class PartyRecord:
     _run: str = ""
     _step_offset: int = 0
     """To be added to this process's steps: those of an earlier process that it did not resume."""
+    seconds: float = 0.0
+    """Duration of the fit, without the pauses between a stop and a resumption."""
     _seconds_before: float = 0.0
-    _elapsed: float = 0.0
 
     @property
     def start(self) -> Start:
@@ -68,11 +70,6 @@ class PartyRecord:
     def name(self) -> str:
         """Name of the party."""
         return self.start.name
-
-    @property
-    def seconds(self) -> float:
-        """Duration of the fit, without the pauses between a stop and a resumption."""
-        return self._seconds_before + self._elapsed
 
     @property
     def failed(self) -> str | None:
@@ -110,11 +107,11 @@ class PartyRecord:
             self.validations.append(replace(event, step=event.step + self._step_offset))
         else:
             self.end = event
-        self.last_time, self._elapsed = header.time, header.elapsed_seconds
+        self.last_time, self.seconds = header.time, self._seconds_before + header.elapsed_seconds
 
     def _resume(self, header: EventHeader, start: Start) -> None:
         """Drop what came after the round at which a start resumes."""
-        self._seconds_before += self._elapsed
+        self._seconds_before = self.seconds
         self._run, self.end, self.foreign_lines = header.run, None, 0
         self.starts.append(start)
         self.started.append(header.time)
@@ -389,10 +386,10 @@ def _notes(fit: Fit) -> list[str]:
     """Return what the files of a fit hold that is not shown."""
     notes = []
     if most := max(record.earlier_fits for record in fit.records.values()):
-        fits = "1 earlier fit" if most == 1 else f"{most} earlier fits"
+        fits = count(most, "earlier fit")
         notes.append(f"The same files also hold {fits}, which began anew: not shown.")
     if foreign := {r.path.relative_to(fit.folder): n for r in fit.records.values() if (n := r.foreign_lines)}:
-        lines = ", ".join(f"{count:,} lines of {name}" for name, count in foreign.items())
+        lines = ", ".join(f"{number:,} lines of {name}" for name, number in foreign.items())
         notes.append(
             f"Another process wrote into the same files after this fit had begun: {lines} are not shown. Give"
             " each fit a default_root_dir of its own."

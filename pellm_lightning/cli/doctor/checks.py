@@ -8,7 +8,7 @@ from typing import Literal
 
 from pellm_lightning.cli.doctor.facts import Facts, Measured
 from pellm_lightning.engine.compatibility import differences, shared_file
-from pellm_lightning.report.formatting import grouped, size
+from pellm_lightning.report.formatting import count, grouped, size
 
 CLOCKS_S = 2.0
 """By how much clocks may differ."""
@@ -84,8 +84,7 @@ def _parties(seen: Seen) -> Iterator[Finding]:
         )
     elif not gone and not seen.silent:
         hosts = len({facts.host for facts in seen.facts.values()})
-        where = "1 host" if hosts == 1 else f"{hosts} hosts"
-        yield ok("parties", f"{_all(seen.roster).capitalize()} are there, on {where}.")
+        yield ok("parties", f"{_all(seen.roster).capitalize()} are there, on {count(hosts, 'host')}.")
 
 
 def _fit(seen: Seen) -> Iterator[Finding]:
@@ -140,8 +139,8 @@ def _alike(seen: Seen) -> Iterator[Finding]:
         level = error if mixed else warning
         yield level("base model", f"Not compared: {_named(unchecked)} has check_frozen=False.{cure}")
     elif "base model" not in differing:
-        count = len(next(iter(bases.values())))
-        yield ok("base model", f"The same at {_all(known)}, every value of {count} frozen tensors.")
+        tensors = len(next(iter(bases.values())))
+        yield ok("base model", f"The same at {_all(known)}, every value of {tensors} frozen tensors.")
     if "settings" not in differing:
         yield ok("settings", f"The same at {_all(known)}.")
     if not differing & {"parameters", "adapter"}:

@@ -17,7 +17,7 @@ from pellm_lightning.comm import Communicator, Federation
 from pellm_lightning.report.record import parse, versions
 from pellm_lightning.trainer.environment import describe_device, topology_of
 
-_UNREADABLE = "what it tells cannot be read: install the same version of pellm-lightning at all parties"
+_UNREADABLE = "what it sent cannot be read: install the same version of pellm-lightning at all parties"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Facts:
     device: str = "unknown"
     """Description of what it trains on."""
     accelerator: str | None = None
-    """What tells its accelerator from all others; None for a CPU."""
+    """What distinguishes its accelerator from all others; None for a CPU."""
     size_bytes: int = 0
     """Of the vector that would cross in a round, float32."""
     parameters: int = 0
@@ -125,7 +125,7 @@ class Rehearsal:
         self._built = False
 
     def facts(self, names: list[str], party: int, shared: Mapping[str, Any]) -> Facts:
-        """Build the model and return what there is to say about it; what fails is among it.
+        """Build the model and return its facts, errors included.
 
         Args:
             names: Names of all parties.
