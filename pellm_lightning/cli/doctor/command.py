@@ -1,7 +1,6 @@
 """Preflight check of a launch: gathers what the parties are, measures with them, shows the findings."""
 
 import contextlib
-import logging
 import statistics
 import time
 from collections.abc import Mapping
@@ -33,8 +32,6 @@ from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
-
-log = logging.getLogger(__name__)
 
 SIZES = (64 << 10, 1 << 20, 8 << 20)
 """Bytes of the vectors that are summed, as long as the one before took less than ``LONG_S``."""
@@ -80,6 +77,7 @@ def examine(
         seen = dry_run.look(rehearsal, failure)
     except (RuntimeError, OSError, ImportError) as error:  # of a rendezvous that is away, or not ours
         show.show(None, [Finding("error", "rendezvous", error_text(error))])
+        dry_run.close(together=False)
         return False
     found = findings(seen)
     # Each job has a terminal of its own; the parties of a launch share one.
@@ -110,6 +108,7 @@ class DryRun:
     """
 
     survey: ElasticFederation
+    _store: dist.Store
 
     def __init__(
         self, job: SeparateJobs | None, topology: Topology, wait_s: float, quorum: Quorum = "majority"
@@ -122,7 +121,7 @@ class DryRun:
         self.name = job.name if job else str(topology.party)
         self.now = time.time
         """This party's clock."""
-        self._store: Any = None
+        self._resources = contextlib.ExitStack()
 
     def connect(self, store: dist.Store | None = None) -> None:
         """Reach the place where the parties meet.
@@ -130,9 +129,16 @@ class DryRun:
         Raises:
             RuntimeError, FederationError: If it is out of reach, or does not admit this party.
         """
-        if store is None:
-            store = self.job.connect() if self.job else store_from_env(self.wait_s)
-        self._store = store
+        if self.job is not None:
+            client = self._resources.enter_context(contextlib.closing(self.job.connect()))
+        else:
+            self._store = store or store_from_env(self.wait_s)
+
+        def connect() -> dist.Store:  # below a prefix, so that no federation is disturbed
+            if self.job is not None:
+                return PrefixStore(client.clone(), _PREFIX)
+            return dist.PrefixStore(_PREFIX, self._store)
+
         patience = replace(
             self.job.membership if self.job else Membership(),
             wait_s=self.wait_s,
@@ -140,9 +146,8 @@ class DryRun:
             on_party_loss="continue",
             accept_split_brain=True,  # whoever comes compares
         )
-        self.survey = ElasticFederation(
-            self._survey_store, self.name, self.roster, quorum=1, membership=patience
-        )
+        self.survey = ElasticFederation(connect, self.name, self.roster, quorum=1, membership=patience)
+        self._resources.callback(self.survey.close)
         self.survey.enter(_BUILDING)
 
     def look(self, rehearsal: Rehearsal | None, failure: Exception | None) -> Seen:
@@ -175,13 +180,12 @@ class DryRun:
             seen, measured={name: read(value, UNREADABLE_MEASURED) for name, value in results.items()}
         )
 
-    def close(self) -> None:
-        """Leave when all are through: a launcher ends all others as soon as one ends with an error."""
-        with contextlib.suppress(RuntimeError, OSError):
-            self._gather("done", True)
-        self.survey.close()
-        if hasattr(self._store, "close"):
-            self._store.close()
+    def close(self, *, together: bool = True) -> None:
+        """Leave when all are done: a launcher ends all others as soon as one ends with an error."""
+        if together:
+            with contextlib.suppress(RuntimeError, OSError):
+                self._gather("done", True)
+        self._resources.close()
 
     def _gather(self, key: str, value: object) -> dict[str, Any]:
         """Return the values of those who are there, by name; of this party alone if they take too long."""
@@ -197,12 +201,6 @@ class DryRun:
         except TimeoutError:
             return {self.name: value}
         return dict(zip(self.survey.names, values, strict=True))
-
-    def _survey_store(self) -> dist.Store:
-        """Return a client of a part of the rendezvous in which no federation is disturbed."""
-        if self.job is not None:
-            return PrefixStore(self._store.clone(), _PREFIX)
-        return dist.PrefixStore(_PREFIX, self._store)
 
     @property
     def _shared(self) -> Mapping[str, Any]:

@@ -122,7 +122,6 @@ class Rehearsal:
         callback: FederatedAveraging,
     ) -> None:
         self.trainer, self.module, self.data, self.callback = trainer, module, data, callback
-        self._built = False
 
     def facts(self, names: list[str], party: int, shared: Mapping[str, Any]) -> Facts:
         """Build the model and return its facts, errors included.
