@@ -35,7 +35,6 @@ from pellm_lightning.cli.doctor.facts import (
     Measured,
     Rehearsal,
     read,
-    unjoined,
 )
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.topology import Topology
@@ -271,13 +270,6 @@ def test_what_a_party_of_another_version_tells() -> None:
     assert "same version" in str(read({}, UNREADABLE_MEASURED).trouble)
     more = json.loads(json.dumps(vars(facts("a")))) | {"something": "new"}
     assert read(more, UNREADABLE_FACTS) == facts("a")
-
-
-def test_with_parties_that_have_not_come_nothing_is_exchanged() -> None:
-    federation = unjoined(["a", "b"], 1)
-    assert (federation.name, federation.num_parties, federation.place) == ("b", 2, (1, 2))
-    with pytest.raises(RuntimeError):
-        federation.all_reduce_(torch.zeros(1))
 
 
 # ---- the whole, parties as threads

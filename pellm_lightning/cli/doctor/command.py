@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -108,7 +107,7 @@ class DryRun:
     """
 
     survey: ElasticFederation
-    _store: dist.Store
+    _store: Any
 
     def __init__(
         self, job: SeparateJobs | None, topology: Topology, wait_s: float, quorum: Quorum = "majority"
@@ -123,7 +122,7 @@ class DryRun:
         """This party's clock."""
         self._resources = contextlib.ExitStack()
 
-    def connect(self, store: dist.Store | None = None) -> None:
+    def connect(self, store: Any = None) -> None:
         """Reach the place where the parties meet.
 
         Raises:
@@ -133,12 +132,8 @@ class DryRun:
             client = self._resources.enter_context(contextlib.closing(self.job.connect()))
         else:
             self._store = store or store_from_env(self.wait_s)
-
-        def connect() -> dist.Store:  # below a prefix, so that no federation is disturbed
-            if self.job is not None:
-                return PrefixStore(client.clone(), _PREFIX)
-            return dist.PrefixStore(_PREFIX, self._store)
-
+        # Below a prefix, so that no federation of separate jobs is disturbed.
+        connect = (lambda: PrefixStore(client.clone(), _PREFIX)) if self.job else (lambda: self._store)
         patience = replace(
             self.job.membership if self.job else Membership(),
             wait_s=self.wait_s,

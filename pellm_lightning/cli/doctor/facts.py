@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
-from torch.distributed import HashStore
 
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
-from pellm_lightning.comm import Communicator, Federation
+from pellm_lightning.comm import Federation
 from pellm_lightning.report.record import parse, versions
 from pellm_lightning.trainer.environment import describe_device, topology_of
 
@@ -91,19 +90,6 @@ def read(value: object, otherwise: T) -> T:
     return parsed
 
 
-def unjoined(names: list[str], party: int) -> Communicator:
-    """Return a communicator that stands for parties of which none has come: nothing can be exchanged.
-
-    Args:
-        names: Names of all parties.
-        party: Index of this party.
-    """
-    federation = Federation(HashStore(), 0, 1)
-    federation.names = federation.roster = names
-    federation.party, federation.quorum = party, len(names)
-    return federation
-
-
 class Rehearsal:
     """A fit up to its first step: the model is built as it would build it, nothing runs, no file is made.
 
@@ -144,7 +130,7 @@ class Rehearsal:
             self._build()
             parameters = self.callback.parameters.select(self.module)
             aggregator = self.callback.factory.rehearsal(
-                unjoined(names, party), self.trainer, self.module, parameters
+                Federation.unjoined(names, party), self.trainer, self.module, parameters
             )
             party_spec = aggregator.party_spec()
             leaving = [parameters[name] for name, *_ in party_spec["schema"]]
