@@ -39,17 +39,7 @@ def log_start(
     privacy: GaussianMechanism | None,
     written: Collection[str],
 ) -> None:
-    """Log which parameters will leave this party: users want to know whether it is the adapter only.
-
-    Args:
-        start: What the record says of it.
-        module: The module to train.
-        plan: The aggregation applied to the parameters.
-        parameters: Those that take part in the rounds.
-        exchange: How they are sent.
-        privacy: The mechanism that makes them private.
-        written: Paths that this party writes to, as "host:path".
-    """
+    """Log which parameters will leave this party: users want to know whether it is the adapter only."""
     trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
     local = trainable - parameters.keys()
     lines = [

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal
 
 from pellm_lightning.cli.doctor.facts import Facts, Measured
-from pellm_lightning.engine.compatibility import differences, shared_file
+from pellm_lightning.engine.compatibility import PartySpec, differences, shared_file
 from pellm_lightning.report.formatting import count, grouped, size
 
 CLOCKS_S = 2.0
@@ -123,49 +123,49 @@ def _versions(seen: Seen) -> Iterator[Finding]:
 
 def _alike(seen: Seen) -> Iterator[Finding]:
     """Compare what must be the same at all; of each kind show the first difference, and count the rest."""
-    known = {name: facts for name, facts in seen.facts.items() if facts.party_spec}
-    if len(known) < 2:
+    specs = _specs(seen)
+    if len(specs) < 2:
         return
-    found = _differences(known)
+    found = _differences(specs)
     for (topic, _), messages in found.items():
         more = f" ({len(messages) - 1} more like this.)" if len(messages) > 1 else ""
         yield error(topic, messages[0] + more)
     differing = {topic for topic, _ in found}
-    bases = {name: facts.party_spec["base"] for name, facts in known.items() if facts.party_spec}
-    unchecked = [name for name, base in bases.items() if base is None]
+    unchecked = [name for name, spec in specs.items() if spec["base"] is None]
     if unchecked:
-        mixed = len(unchecked) < len(bases)
+        mixed = len(unchecked) < len(specs)
         cure = " The others compare it: give all parties the same." if mixed else ""
         level = error if mixed else warning
         yield level("base model", f"Not compared: {_named(unchecked)} has check_frozen=False.{cure}")
     elif "base model" not in differing:
-        tensors = len(next(iter(bases.values())))
-        yield ok("base model", f"The same at {_all(known)}, every value of {tensors} frozen tensors.")
+        tensors = len(next(iter(specs.values()))["base"])
+        yield ok("base model", f"The same at {_all(specs)}, every value of {tensors} frozen tensors.")
     if "settings" not in differing:
-        yield ok("settings", f"The same at {_all(known)}.")
+        yield ok("settings", f"The same at {_all(specs)}.")
     if not differing & {"parameters", "adapter"}:
-        first = next(iter(known.values()))
+        first = next(facts for facts in seen.facts.values() if facts.party_spec)
         share = 100 * first.parameters / max(first.of_parameters, 1)
         yield ok(
             "parameters",
-            f"The same at {_all(known)}: {first.parameters:,} of {first.of_parameters:,} leave a party"
+            f"The same at {_all(specs)}: {first.parameters:,} of {first.of_parameters:,} leave a party"
             f" ({share:.3g} %).",
         )
 
 
-def _differences(known: Mapping[str, Facts]) -> dict[tuple[str, str], list[str]]:
+def _specs(seen: Seen) -> dict[str, PartySpec]:
+    return {name: facts.party_spec for name, facts in seen.facts.items() if facts.party_spec}
+
+
+def _differences(specs: Mapping[str, PartySpec]) -> dict[tuple[str, str], list[str]]:
     """Return the differences from the first party, by topic and party; each setting by itself."""
     found: dict[tuple[str, str], list[str]] = {}
-    (first, facts), *others = known.items()
-    for name, other in others:
-        specs = [dict(each.party_spec or {}) for each in (facts, other)]
+    first, *others = specs
+    for name in others:
         try:
-            messages = list(differences(specs, [first, name]))
+            messages = list(differences([specs[first], specs[name]], [first, name]))
         except (KeyError, TypeError, ValueError, AttributeError):  # of another version
-            unreadable = (
-                f"Party {first} shows what party {name} cannot read. Install the same version at both."
-            )
-            messages = [("protocol", unreadable)]
+            cure = "Install the same version at both."
+            messages = [("protocol", f"Party {first} shows what party {name} cannot read. {cure}")]
         for topic, message in messages:
             apart = message if topic == "settings" else ""
             found.setdefault((topic, name + apart), []).append(message)
@@ -173,14 +173,11 @@ def _differences(known: Mapping[str, Facts]) -> dict[tuple[str, str], list[str]]
 
 
 def _files(seen: Seen) -> Iterator[Finding]:
-    shown = {name: dict(f.party_spec) for name, f in seen.facts.items() if f.party_spec}
-    if len(shown) < 2:
+    specs = _specs(seen)
+    if len(specs) < 2:
         return
-    conflict = shared_file(list(shown.values()), list(shown))
-    if conflict:
-        yield error("files", conflict)
-    else:
-        yield ok("files", "Each party writes where no other writes.")
+    conflict = shared_file(list(specs.values()), list(specs))
+    yield error("files", conflict) if conflict else ok("files", "Each party writes where no other writes.")
 
 
 def _devices(seen: Seen) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.comm import Federation
+from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.report.record import parse, versions
 from pellm_lightning.trainer.environment import describe_device, topology_of
 
@@ -42,7 +43,7 @@ class Facts:
     """That would leave the party."""
     of_parameters: int = 0
     """In the whole model."""
-    party_spec: Mapping[str, Any] | None = None
+    party_spec: PartySpec | None = None
     """What an aggregator would show; None if it could not be made."""
     trouble: tuple[str, ...] = ()
     """What a fit would fail with here."""
