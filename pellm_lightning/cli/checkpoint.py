@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import pkgutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ class StandIn:
     """Takes the place of an object whose class a checkpoint names and nobody trusts: no code of it runs."""
 
     path = ""
-    """Import path of the class."""
+    """Import path of the class that it stands for."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         pass
@@ -97,40 +98,48 @@ def read(checkpoint: Path, trusted: Sequence[str] = ()) -> Mapping[str, Any]:
     return saved
 
 
+_FOLDERS = {
+    ("adapter_config.json",): (
+        "{path} is a folder of an adapter and no checkpoint: what `export` makes is there already."
+        ' PeftModel.from_pretrained(base, "{path}") loads it, and merge_and_unload() of that merges it. To'
+        " export with a model card or merged, name the checkpoint (.ckpt) of the fit."
+    ),
+    (".metadata", "*.distcp"): (
+        "{path} is a distributed (sharded) checkpoint. Make one file of it by `python -m"
+        " lightning.pytorch.utilities.consolidate_checkpoint {path}`, and export that."
+    ),
+    ("config.json",): (
+        "{path} is a folder of a whole model and no checkpoint: from_pretrained loads it as it is."
+    ),
+    ("latest", "zero_to_fp32.py"): (
+        "{path} is a DeepSpeed checkpoint, of which no federated fit makes one. Name a file (.ckpt)."
+    ),
+}
+"""What a folder is that holds one of some files, and what to do."""
+
+
 def _what_else(path: Path) -> str | None:
     """Tell what a path is that is no file of a checkpoint, and what to do; None if it may be one."""
     if not path.exists():
         return f"There is no checkpoint {path} (seen from {Path.cwd()})."
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(9)
-        if not start:
-            return f"{path} is empty. Take an earlier checkpoint."
-        if path.suffix == ".safetensors" or (len(start) == 9 and start[8:9] == b"{"):
-            return (
-                f"{path} is a safetensors file: weights only, and no Lightning checkpoint. If an"
-                " adapter_config.json lies beside it, it is exported already: PeftModel.from_pretrained loads"
-                " its folder. Else name a file that ModelCheckpoint has written."
-            )
-        return None
-    if (path / "adapter_config.json").exists():
+    if path.is_dir():
+        for files, says in _FOLDERS.items():
+            if any(any(path.glob(file)) for file in files):
+                return says.format(path=path)
+        inside = sorted(path.rglob("*.ckpt"))
+        found = f"Name one of its files, such as {inside[0]}." if inside else "Name a file (.ckpt)."
+        return f"{path} is a folder and no checkpoint. {found}"
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        return f"{path} is empty. Take an earlier checkpoint."
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
         return (
-            f"{path} is a folder of an adapter and no checkpoint: what `export` makes is there already."
-            f' PeftModel.from_pretrained(base, "{path}") loads it, and merge_and_unload() of that merges it.'
-            " To export with a model card or merged, name the checkpoint (.ckpt) of the fit."
+            f"{path} is a safetensors file: weights only, and no Lightning checkpoint. If an"
+            " adapter_config.json lies in its folder, it is exported already: PeftModel.from_pretrained loads"
+            " its folder. Else name a file that ModelCheckpoint has written."
         )
-    if (path / ".metadata").exists() or any(path.glob("*.distcp")):
-        return (
-            f"{path} is a distributed (sharded) checkpoint. Make one file of it by `python -m"
-            f" lightning.pytorch.utilities.consolidate_checkpoint {path}`, and export that."
-        )
-    if (path / "config.json").exists():
-        return f"{path} is a folder of a whole model and no checkpoint: from_pretrained loads it as it is."
-    if (path / "latest").exists() or (path / "zero_to_fp32.py").exists():
-        return f"{path} is a DeepSpeed checkpoint, of which no federated fit makes one. Name a file (.ckpt)."
-    inside = sorted(path.rglob("*.ckpt"))
-    found = f"Name one of its files, such as {inside[0]}." if inside else "Name a file (.ckpt)."
-    return f"{path} is a folder and no checkpoint. {found}"
+    return None
 
 
 def federated_state(checkpoint: Path, saved: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -162,7 +171,9 @@ def rebuilt(
     hparams = saved.get("hyper_parameters", {})
     kind: type[LightningModule] = LightningModule
     if path is not None:
-        kind = module_class(path)
+        kind = _class(path, "--module")
+        if not issubclass(kind, LightningModule):
+            raise ValueError(f"--module {path} is no LightningModule.")
     elif "_instantiator" not in hparams:
         raise ValueError(
             f"{checkpoint} does not tell how to build its module, since no command line has. Add --config"
@@ -189,22 +200,9 @@ def rebuilt(
     return module
 
 
-def module_class(path: str) -> type[LightningModule]:
-    """Import the class of a module.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    found = _class(path, "--module")
-    if not issubclass(found, LightningModule):
-        raise ValueError(f"--module {path} is no LightningModule.")
-    return found
-
-
 def _class(path: str, option: str) -> type:
-    where, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(where), name)
+        found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{option} {path} cannot be imported: {error}") from error
     if not isinstance(found, type):

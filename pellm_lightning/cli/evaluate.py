@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import LightningModule
@@ -134,24 +135,25 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
         if prompts is not None:
             prompts.put(path, name)
         elif model is not None:
-            _put(model, fresh if path is None else _weights(path), name)
+            _put(model, fresh if path is None else load_peft_weights(str(path), device="cpu"), name)
         if model is not None and bases:
-            set_base_model_state_dict(model, _base(model, bases[name]) if name in bases else fresh_base)
+            kind: Any = type(model.get_base_model())
+            base = kind.from_pretrained(bases[name]).state_dict() if name in bases else fresh_base
+            set_base_model_state_dict(model, base)
         for index, party in enumerate(parties):
             with standing_as(index, len(parties)):
                 data = Configured(words).data  # a data module keeps whose data it has read
                 run = configured.trainer.test if tests else configured.trainer.validate
-                (first, *more) = run(module, data, verbose=False)
-            for result in (first, *more):
-                for metric, value in result.items():
-                    found.setdefault(metric, {}).setdefault(name, []).append(value)
+                results = run(module, data, verbose=False)
+            for metric, value in ((metric, value) for result in results for metric, value in result.items()):
+                found.setdefault(metric, {}).setdefault(name, []).append(value)
             uneven = [metric for metric, rows in found.items() if len(rows.get(name, [])) != index + 1]
             if uneven:
                 raise ValueError(
                     f"{uneven[0]} is not logged once on the data of each party: not so of {party}. Let"
                     f" {type(module).__name__} log the same metrics for all."
                 )
-            log.info("%s on %s: %s", name, party, ", ".join(f"{k} {v:.4g}" for k, v in first.items()))
+            log.info("%s on %s: %s", name, party, ", ".join(f"{k} {v:.4g}" for k, v in results[0].items()))
     if not found:
         raise ValueError(
             f"{type(module).__name__} logs no metric when it is {'tested' if tests else 'validated'}."
@@ -161,18 +163,9 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
 
 @contextmanager
 def standing_as(party: int, num_parties: int) -> Iterator[None]:
-    """Let whoever asks be told that this process is a party; there is no launcher and no other process."""
-    names = ("RANK", "WORLD_SIZE")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({"RANK": str(party), "WORLD_SIZE": str(num_parties)})
-    try:
+    """Let this process be a party for whoever asks; there is no launcher and no other process."""
+    with patch.dict(os.environ, {"RANK": str(party), "WORLD_SIZE": str(num_parties)}):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def table(rows: Mapping[str, Sequence[float]], parties: Sequence[str]) -> str:
@@ -181,18 +174,6 @@ def table(rows: Mapping[str, Sequence[float]], parties: Sequence[str]) -> str:
     for name, values in rows.items():
         lines.append([name, *(f"{value:.4g}" for value in [*values, math.fsum(values) / len(values)])])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
-    return weights
-
-
-def _base(model: PeftModel, folder: Path) -> dict[str, Tensor]:
-    """Load the base model saved with an adapter whose training has changed it."""
-    kind: Any = type(model.get_base_model())
-    weights: dict[str, Tensor] = kind.from_pretrained(folder).state_dict()
-    return weights
 
 
 class _Prompts:

@@ -93,7 +93,7 @@ def export(
             hyperparameters the checkpoint must hold. None builds it as the command line has built it.
         config: Instead, arguments of the command line's ``fit`` that build it.
         merged: Write a model of transformers with the adapter merged into it, and the tokenizer if there is
-            one beside the base model. What is written is loaded again and compared with the adapter model.
+            one with the base model. What is written is loaded again and compared with the adapter model.
             A ``module`` that is given is merged in place.
         overwrite: Write into a folder that is not empty: an earlier adapter or model in it is replaced.
         trusted: Import paths of classes that the checkpoint's hyperparameters hold, to be built as they are.
@@ -169,4 +169,4 @@ def _save_tokenizer(base: str | None, out: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(base).save_pretrained(str(out))
     except (OSError, ValueError, TypeError):
-        log.warning("There is no tokenizer beside the base model %s: save yours into %s.", base, out)
+        log.warning("There is no tokenizer with the base model %s: save yours into %s.", base, out)

@@ -1,8 +1,6 @@
 """The configuration of a run, saved so that no later run overwrites it or is kept from starting by it."""
 
 import os
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
@@ -36,7 +34,7 @@ class SaveNumberedConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def _save(self, folder: str) -> None:
-        content = self._content()
+        content = self.parser.dump(self.config, skip_none=False).encode()
         fs = get_filesystem(folder)
         fs.makedirs(folder, exist_ok=True)
         for path in numbered(os.path.join(folder, self.config_filename)):
@@ -45,9 +43,3 @@ class SaveNumberedConfig(SaveConfigCallback):
                 return
             if fs.cat_file(path) == content:
                 return
-
-    def _content(self) -> bytes:
-        with TemporaryDirectory() as scratch:
-            path = Path(scratch, os.path.basename(self.config_filename))
-            self.parser.save(self.config, path, skip_none=False, multifile=False)
-            return path.read_bytes()

@@ -33,7 +33,8 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True, "axes.edgecolor": SOFT, "axes.facecolor": "none",
     "axes.formatter.useoffset": False, "axes.labelcolor": INK, "axes.labelsize": 10,
     "axes.spines.right": False, "axes.spines.top": False, "figure.facecolor": "none",
-    "font.sans-serif": ["DejaVu Sans"], "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"], "grid.color": GRID, "svg.fonttype": "none",
+    "xtick.color": SOFT, "xtick.labelcolor": INK, "ytick.color": SOFT, "ytick.labelcolor": INK,
 }  # fmt: skip
 
 Points = Sequence[tuple[float, float]]
@@ -59,34 +60,34 @@ class Series:
 
 
 class Chart:
-    """A figure with its title, caption and legend, which the page shows as HTML.
+    """A figure with its title and legend, which the page shows as HTML, as it does the caption of its name.
 
     Example::
 
-        chart = Chart("loss", "Training loss", "It should fall.")
+        chart = Chart("loss", "Training loss")
         chart.line([(0, 2.3), (1, 1.9)], Series("all parties", "ink"))
         chart.svg()
 
     Args:
         name: Valid as an HTML id.
         title: What is shown, with its unit.
-        caption: How to read it, and what would be a bad sign.
         height: In inches.
         panels: Axes one above another that share the x axis.
         x: What stands on the x axis.
+        **facts: For its caption.
     """
 
     def __init__(
         self,
         name: str,
         title: str,
-        caption: str,
         *,
         height: float = 2.8,
         panels: int = 1,
         x: str = "round",
+        **facts: object,
     ) -> None:
-        self.name, self.title, self.caption, self.height = name, title, caption, height
+        self.name, self.title, self.height, self.facts = name, title, height, facts
         self.legend: list[Series] = []
         self.downsampled = False
         """Whether points were left out."""
@@ -95,9 +96,8 @@ class Chart:
         with matplotlib.rc_context(STYLE):
             self._figure = Figure((WIDTH, height), layout="constrained")
             self.panels = [row[0] for row in self._figure.subplots(panels, 1, sharex=True, squeeze=False)]
-        for axes in self.panels:
-            axes.tick_params(color=SOFT, labelcolor=INK)
-            axes.grid(axis="y", color=GRID)
+            for axes in self.panels:
+                axes.grid(axis="y")
         self.panels[-1].set_xlabel(x)
         if x in ("round", "optimizer steps"):
             self.panels[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))

@@ -1,4 +1,4 @@
-"""The figures of a report, chapter by chapter: learning, parties, drift, cost, privacy."""
+"""Figures of a report, chapter by chapter: learning, parties, drift, cost, privacy."""
 
 import math
 import re
@@ -24,10 +24,17 @@ STATES: Mapping[State, Series] = {
     "left out": Series("left out: NaN or infinity", "c1", area=True),
 }
 
+Lines = Sequence[tuple[Series, Mapping[int, float]]]
+"""Series, and their values by round."""
+
 
 def charts(findings: Findings) -> dict[str, list[Chart]]:
     """Return the figures that there is data for, by chapter."""
     fit, several = findings.fit, len(findings.fit.names) > 1
+
+    def own(attribute: str) -> Callable[[int], Mapping[int, float]]:
+        return lambda party: fit.own(party, attribute)
+
     chapters = {"Learning": [loss(fit), *metrics(fit, findings.baselines)]}
     if several and findings.baselines:
         chapters["Learning"].append(loss_and_baselines(fit, findings.baselines))
@@ -35,10 +42,10 @@ def charts(findings: Findings) -> dict[str, list[Chart]]:
         chapters["Parties"] = [membership(fit), trained(fit), shares(fit)]
     if fit.rounds:
         chapters["Drift"] = [
-            update_norms(fit),
-            distances(fit),
+            by_party("updates", "Length of each party's update (2-norm)", fit, own("update_norm")),
+            by_party("distances", "Distance of each party from the result (2-norm)", fit, fit.distances),
             deviation(fit),
-            compression(fit),
+            by_party("compression", "Compression error (relative)", fit, own("compression_error")),
             outer_lr(fit),
         ]
         chapters["Cost"] = [seconds(fit), *([seconds_by_party(fit)] * (len(fit.records) > 1)), traffic(fit)]
@@ -47,19 +54,30 @@ def charts(findings: Findings) -> dict[str, list[Chart]]:
     return {name: members for name, members in drawn.items() if members}
 
 
+def by_party(name: str, title: str, fit: Fit, values: Callable[[int], Mapping[int, float]]) -> Chart:
+    """Draw a line for each party, on a logarithmic axis if one of them would leave no room for the others."""
+    chart = Chart(name, title)
+    _draw_parties(chart, fit, values)
+    chart.use_log_scale_if_skewed()
+    return chart
+
+
+def by_round(name: str, title: str, fit: Fit, lines: Lines) -> Chart:
+    """Draw a line for each quantity."""
+    chart = Chart(name, title)
+    for series, values in lines:
+        chart.line(_points(fit, values), series)
+    return chart
+
+
 # ---- learning
 
 
 def loss(fit: Fit) -> Chart:
     """Draw the training loss."""
-    chart = Chart(
-        "loss",
-        "Training loss",
-        "Each point is the mean training loss since the round before. It should fall and flatten. A bad sign:"
-        " it rises, or one party's stays far above the others', whose data may be unlike theirs.",
-    )
+    chart = Chart("loss", "Training loss")
     if len(fit.names) > 1:
-        _line_by_party(chart, fit, fit.losses)
+        _draw_parties(chart, fit, fit.losses)
     chart.line(_points(fit, fit.shared("loss")), _all_parties(fit))
     return chart
 
@@ -75,18 +93,12 @@ def _metric(fit: Fit, baselines: Sequence[Fit], number: int, name: str) -> Chart
     # Several validations in a round, or baselines, have only their steps in common.
     rounds = [v.round for v in fit.validations]
     x = "step" if baselines or len(set(rounds)) < len(rounds) else "round"
-    better = "lower" if lower_is_better(name) else "higher"
-    compared = " Dashed: a party alone, on its own validation data; the federation should be no worse."
-    apart = " Means over some of the parties, which validated at a moment of their own, are left out."
     chart = Chart(
         f"metric-{number}",
         f"Validation: {name}",
-        f"The thick line is the mean over the parties, weighted by their validation samples; {better} is"
-        " taken to be better. A bad sign: it turns round while the training loss still falls, or one"
-        " party goes the other way."
-        + apart * (len(fit.joint_validations) < len(fit.validations))
-        + compared * bool(baselines),
-        x="optimizer steps" if x == "step" else "round",
+        better="lower" if lower_is_better(name) else "higher",
+        baselines=bool(baselines),
+        x="optimizer steps" if x == "step" else x,
     )
 
     def points(values: Mapping[str, Sequence[tuple[Validation, float]]]) -> list[tuple[float, float]]:
@@ -104,14 +116,7 @@ def _metric(fit: Fit, baselines: Sequence[Fit], number: int, name: str) -> Chart
 
 def loss_and_baselines(fit: Fit, baselines: Sequence[Fit]) -> Chart:
     """Draw each party's training loss in the federation against that of the party alone."""
-    chart = Chart(
-        "loss-alone",
-        "Training loss: in the federation and alone",
-        "Solid: a party's training loss in the federation, on its own data; dashed: that of a party that"
-        " trained alone. A party alone fits its own data at least as well; what it misses of the others' only"
-        " validation shows. A bad sign: solid stays far above dashed.",
-        x="optimizer steps",
-    )
+    chart = Chart("loss-alone", "Training loss: in the federation and alone", x="optimizer steps")
     _add_shared_entry(chart, fit)
     for party in range(len(fit.names)):
         steps = {index: done.step for index, done in fit.records.get(party, fit.main_record).rounds.items()}
@@ -128,14 +133,7 @@ def loss_and_baselines(fit: Fit, baselines: Sequence[Fit]) -> Chart:
 
 def membership(fit: Fit) -> Chart:
     """Draw who took part in which round."""
-    chart = Chart(
-        "membership",
-        "Who took part",
-        "A row is a party, from the first round to the last. A bad sign: gaps (the party was away), or rounds"
-        " in which it was left out because its parameters held NaN. Weight 0 is normal for a party that has"
-        " finished before the others, or has just come back.",
-        height=0.85 + 0.26 * len(fit.names),
-    )
+    chart = Chart("membership", "Who took part", height=0.85 + 0.26 * len(fit.names))
     rounds, worse = list(fit.rounds), list(STATES)
     size = math.ceil(len(rounds) / MAX_POINTS)
     chart.downsampled = size > 1
@@ -155,15 +153,11 @@ def membership(fit: Fit) -> Chart:
 
 def trained(fit: Fit) -> Chart:
     """Draw how many parties trained in each round, and the quorum."""
-    chart = Chart(
-        "trained",
-        "Parties that trained",
-        "How many parties came to a round with local steps of their own. A bad sign: it falls below the"
-        " quorum, since such a round moves nothing, and the federation ends. Then give all parties equally"
-        " many rounds.",
-    )
-    chart.line(_points(fit, fit.shared("quorum")), Series("quorum", "c1"))
-    chart.line(_points(fit, fit.shared("trained_parties")), Series("trained", "ink", width=2.2))
+    lines = [
+        (Series("quorum", "c1"), fit.shared("quorum")),
+        (Series("trained", "ink", width=2.2), fit.shared("trained_parties")),
+    ]
+    chart = by_round("trained", "Parties that trained", fit, lines)
     chart.panels[0].set_ylim(0, len(fit.names) + 0.5)
     return chart
 
@@ -178,12 +172,7 @@ def shares(fit: Fit) -> Chart:
         for index, value in total.items()
         if value > 0 and math.isclose(value, fit.rounds[index].total_weight, rel_tol=1e-3)
     }
-    chart = Chart(
-        "shares",
-        "Share of each party in the mean (%)",
-        "A colour's height is how much a party counted in a round. A bad sign: one party fills nearly all,"
-        " unless it holds nearly all the data, or one vanishes.",
-    )
+    chart = Chart("shares", "Share of each party in the mean (%)")
     rounds = range(min(whole, default=0), max(whole, default=-1) + 1)
     layers = [
         (
@@ -200,75 +189,22 @@ def shares(fit: Fit) -> Chart:
 # ---- drift
 
 
-def update_norms(fit: Fit) -> Chart:
-    """Draw how far each party moved in a round."""
-    chart = Chart(
-        "updates",
-        "Length of each party's update (2-norm)",
-        "How far a party's parameters moved in a round; each party knows only its own. It should shrink or"
-        " stay level. A bad sign: it grows from round to round, or one party's is many times the others'.",
-    )
-    _line_by_party(chart, fit, lambda party: fit.own(party, "update_norm"))
-    chart.use_log_scale_if_skewed()
-    return chart
-
-
-def distances(fit: Fit) -> Chart:
-    """Draw how far each party was from the result."""
-    chart = Chart(
-        "distances",
-        "Distance of each party from the result (2-norm)",
-        "How far a party's own parameters were from what the round made of all. Large for one party only: its"
-        " data are unlike the others'. Growing for all: too many local steps in a round, or too high a"
-        " learning rate.",
-    )
-    _line_by_party(chart, fit, fit.distances)
-    chart.use_log_scale_if_skewed()
-    return chart
-
-
 def deviation(fit: Fit) -> Chart:
     """Draw by how much the LoRA factors miss the mean of their products."""
-    chart = Chart(
-        "deviation",
-        "Deviation of the LoRA products (%)",
-        "By how much the averaged factors miss the mean of the parties' LoRA products; 0 is exact. A few per"
-        " cent are usual; a bad sign: it grows, or stays above some 30 %. Then another rule or a higher rank"
-        " helps.",
-    )
     names = [done.deviation.worst_module for done in fit.rounds.values() if done.deviation]
     worst = Series(f"worst module, at last {names[-1]}" if names else "worst module", "c1")
-    for attribute, series in (("worst", worst), ("total", Series("all modules", "ink", width=2.2))):
-        values = fit.shared(f"deviation.{attribute}")
-        chart.line(_points(fit, {index: 100 * value for index, value in values.items()}), series)
-    return chart
-
-
-def compression(fit: Fit) -> Chart:
-    """Draw the compression error of each party."""
-    chart = Chart(
-        "compression",
-        "Compression error (relative)",
-        "What a party's codes lost of its update, relative to what they say; error feedback sends it later."
-        " A bad sign: it grows from round to round.",
-    )
-    _line_by_party(chart, fit, lambda party: fit.own(party, "compression_error"))
-    chart.use_log_scale_if_skewed()
-    return chart
+    lines = [
+        (series, {index: 100 * value for index, value in fit.shared(f"deviation.{attribute}").items()})
+        for attribute, series in (("worst", worst), ("total", Series("all modules", "ink", width=2.2)))
+    ]
+    return by_round("deviation", "Deviation of the LoRA products (%)", fit, lines)
 
 
 def outer_lr(fit: Fit) -> Chart:
     """Draw the outer learning rate, if it is scheduled."""
     rates = fit.shared("outer_lr")
-    chart = Chart(
-        "outer-lr",
-        "Outer learning rate",
-        "How much of the parties' mean step is taken, as its schedule says. A bad sign: it is near 0 while"
-        " the loss still falls.",
-    )
-    if len(set(rates.values())) > 1:
-        chart.line(_points(fit, rates), Series("outer learning rate", "ink", width=2.2))
-    return chart
+    lines = [(Series("outer learning rate", "ink", width=2.2), rates)] if len(set(rates.values())) > 1 else []
+    return by_round("outer-lr", "Outer learning rate", fit, lines)
 
 
 # ---- cost
@@ -276,12 +212,7 @@ def outer_lr(fit: Fit) -> Chart:
 
 def seconds(fit: Fit) -> Chart:
     """Draw the durations of a round's parts, means over the parties recorded."""
-    chart = Chart(
-        "seconds",
-        "Seconds in each round",
-        "Mean over the parties with a record here. A bad sign: waiting as high as training, since then the"
-        " fast parties stand still for the slow ones.",
-    )
+    chart = Chart("seconds", "Seconds in each round")
     rounds = range(min(fit.rounds), max(fit.rounds) + 1)
     means = [(series, fit.mean(attribute)) for attribute, series in _durations(fit).items()]
     chart.stack(rounds, [(series, [mean.get(i, 0.0) for i in rounds]) for series, mean in means])
@@ -294,8 +225,6 @@ def seconds_by_party(fit: Fit) -> Chart:
     chart = Chart(
         "seconds-by-party",
         "Seconds by party, all rounds",
-        "Who waits much is fast, who waits little is the one the others wait for. A bad sign: one party never"
-        " waits and the others mostly do; give it fewer steps, or rounds by the clock (every_n_seconds).",
         height=0.95 + 0.3 * len(fit.records),
         x="seconds",
     )
@@ -309,19 +238,10 @@ def seconds_by_party(fit: Fit) -> Chart:
 
 def traffic(fit: Fit) -> Chart:
     """Draw bytes by round, and their sum so far."""
-    of_party = [fit.own(party, "bytes_sent") for party in fit.records]
-    sent = {index: sum(values.get(index, 0.0) for values in of_party) for index in fit.rounds}
+    sent = {index: sum(values) for index, values in fit.recorded("bytes_sent").items()}
     (unit, size), (total_unit, total_size) = unit_of(max(sent.values())), unit_of(sum(sent.values()))
-    whose = "all parties" if len(fit.records) == len(fit.names) else "the parties with a record here"
-    chart = Chart(
-        "bytes",
-        f"Sent in each round ({unit}), and so far ({total_unit})",
-        f"What {whose}"
-        " handed to the network. It should be level; a bad sign: rounds that cost more than the others, since"
-        " they were tried again after a party was lost or left out.",
-        height=3.6,
-        panels=2,
-    )
+    title = f"Sent in each round ({unit}), and so far ({total_unit})"
+    chart = Chart("bytes", title, height=3.6, panels=2)
     so_far = zip(sent, accumulate(sent.values()), strict=True)
     if any(sent.values()):
         chart.line([(i, value / size) for i, value in sent.items()], Series("in a round", "c0"))
@@ -334,26 +254,15 @@ def traffic(fit: Fit) -> Chart:
 
 def privacy(fit: Fit) -> Chart:
     """Draw the privacy budget spent."""
-    of_party = [fit.own(party, "epsilon") for party in fit.records]
-    spent = {
-        index: max(values[index] for values in of_party if index in values)
-        for index in fit.rounds
-        if any(index in values for values in of_party)
-    }
-    clipping = fit.shared("clipping_norm")
-    adapts = len(set(clipping.values())) > 1
-    chart = Chart(
-        "epsilon",
-        "Epsilon so far" + (", and the clipping norm" if adapts else ""),
-        "What differential privacy has promised away: the higher, the more could be told from the result. It"
-        " only grows. A bad sign: it is used up long before the loss has settled.",
-        panels=2 if adapts else 1,
-        height=3.6 if adapts else 2.8,
-    )
+    spent, clipping = fit.epsilon, fit.shared("clipping_norm")
+    if len(set(clipping.values())) > 1:
+        chart = Chart("epsilon", "Epsilon so far, and the clipping norm", panels=2, height=3.6)
+    else:
+        chart = Chart("epsilon", "Epsilon so far")
     if spent:
         chart.line(_points(fit, spent), Series("epsilon", "ink", width=2.2))
-        if adapts:
-            chart.line(_points(fit, clipping), Series("clipping norm", "c0"), panel=1)
+        for panel in range(1, len(chart.panels)):
+            chart.line(_points(fit, clipping), Series("clipping norm", "c0"), panel=panel)
         chart.panels[0].set_ylim(bottom=0)
     return chart
 
@@ -391,7 +300,7 @@ def _durations(fit: Fit) -> dict[str, Series]:
     }
 
 
-def _line_by_party(chart: Chart, fit: Fit, values: Callable[[int], Mapping[int, float]]) -> None:
+def _draw_parties(chart: Chart, fit: Fit, values: Callable[[int], Mapping[int, float]]) -> None:
     """Draw a line for each party."""
     _add_shared_entry(chart, fit)
     for party in range(len(fit.names)):

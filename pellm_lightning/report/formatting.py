@@ -1,7 +1,7 @@
 """Numbers, sizes, times and lists as text for people."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -46,8 +46,9 @@ def moment(time: str) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """Return a count with its noun: "1 round", "2 rounds"."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+    """Return a count with its noun: "1 round", "2 parties"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{n:,} {noun if n == 1 else plural}"
 
 
 def enumeration(names: Sequence[str], most: int = 8) -> str:
@@ -67,6 +68,14 @@ def parties(names: Sequence[str]) -> str:
 def capital(text: str) -> str:
     """Return text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
+
+
+def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the names that have each text, of pairs of name and text."""
+    found: dict[str, list[str]] = {}
+    for name, text in pairs:
+        found.setdefault(text, []).append(name)
+    return found
 
 
 def schedule(settings: Mapping[str, Any]) -> str:

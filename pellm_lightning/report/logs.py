@@ -13,9 +13,9 @@ from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.formatting import count, size
+from pellm_lightning.report.record import Start
 from pellm_lightning.tensors.adapters import adapter_parameters
 from pellm_lightning.tensors.selection import plain_name, share_outside_adapter
-from pellm_lightning.trainer.isolation import written_paths
 
 log = logging.getLogger(__name__)
 
@@ -31,23 +31,21 @@ def show_log_lines() -> None:
 
 
 def log_start(
-    trainer: Trainer,
+    start: Start,
     module: LightningModule,
-    topology: Topology,
     plan: Plan,
     parameters: Mapping[str, nn.Parameter],
     exchange: Exchange,
     privacy: GaussianMechanism | None,
+    written: Collection[str],
 ) -> None:
     """Log which parameters will leave this party: users want to know whether it is the adapter only."""
-    leaving = sum(p.numel() for p in parameters.values())
-    total = sum(p.numel() for p in module.parameters())
     trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
     local = trainable - parameters.keys()
     lines = [
-        f"federation of {topology.num_parties} {'party' if topology.num_parties == 1 else 'parties'}:"
-        f" {leaving:,} of {total:,} parameters leave a party ({100 * leaving / total:.3g} %),"
-        f" {size(4 * leaving)} per round",
+        f"federation of {count(len(start.parties), 'party')}: {start.leaving:,} of {start.parameters:,}"
+        f" parameters leave a party ({100 * start.leaving / start.parameters:.3g} %),"
+        f" {size(4 * start.leaving)} per round",
         f"these are {_first(parameters)}",
     ]
     if plan.pairs:
@@ -60,17 +58,17 @@ def log_start(
         lines.append(f"updates are clipped and noisy: {privacy!r}")
     if local:
         lines.append(f"{count(len(local), 'trainable parameter')} of its own stay local: {_first(local)}")
-    if topology.party > 0:
-        lines += [f"writes to {path.partition(':')[2]}" for path in written_paths(trainer)]
+    if start.party > 0:
+        lines += [f"writes to {path.partition(':')[2]}" for path in written]
     for line in lines:
-        log.info("[party %s] %s", topology.name, line)
+        log.info("[party %s] %s", start.name, line)
     outside = share_outside_adapter(parameters, adapter_parameters(module))
-    if outside > 0.5 and total > leaving:
+    if outside > 0.5 and start.parameters > start.leaving:
         log.warning(
             "[party %s] %.0f %% of what crosses each round is embeddings, heads, modules_to_save or other"
             " layers of the base, not adapter. If that is not intended, name them in `exclude` (they stay"
             " local) or freeze them.",
-            topology.name,
+            start.name,
             100 * outside,
         )
 

@@ -3,15 +3,15 @@
 import math
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pellm_lightning.report import figures, formatting
 from pellm_lightning.report.chart import MAX_POINTS, PALETTE, WIDTH
-from pellm_lightning.report.record import Round, versions
-from pellm_lightning.report.runs import Findings, Fit, PartyRecord, find, number_of
+from pellm_lightning.report.record import versions
+from pellm_lightning.report.runs import Findings, Fit, find
 
 MAX_ROWS = 400
 """The table of a longer fit shows every n-th round and the last."""
@@ -46,19 +46,14 @@ def html(findings: Findings) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = (formatting.number, formatting.size, formatting.duration, formatting.moment, formatting.count,
-               formatting.enumeration, formatting.parties, formatting.capital)  # fmt: skip
-    environment.filters |= {function.__name__: function for function in formats}
+    names = "number size duration moment count enumeration parties capital schedule"
+    environment.filters |= {name: getattr(formatting, name) for name in names.split()}
     fit = findings.fit
     shown, every = list(fit.rounds), max(1, math.ceil(len(fit.rounds) / MAX_ROWS))
-    columns = _round_columns(fit)
+    columns = _columns(fit)
     return environment.get_template("page.html").render(
         findings=findings,
         fit=fit,
-        main=fit.main_record,
-        start=fit.main_record.start,
-        settings=fit.main_record.start.settings,
-        schedule=formatting.schedule(fit.main_record.start.settings),
         chapters=figures.charts(findings),
         palette=PALETTE,
         width=WIDTH,
@@ -68,16 +63,15 @@ def html(findings: Findings) -> str:
         lower_is_better=figures.lower_is_better,
         columns=list(columns),
         rounds=[
-            (fit.rounds[index], [read(fit.rounds[index]) for read in columns.values()])
+            (fit.rounds[index], [formatting.number(values.get(index)) for values in columns.values()])
             for index in sorted({*shown[::every], *shown[-1:]})
         ],
         every=every,
-        epsilon=max((e for party in fit.records for e in fit.own(party, "epsilon").values()), default=None),
         sent={party: sum(fit.own(party, "bytes_sent").values()) for party in fit.records},
         versions=_versions(fit),
         version_columns=["package", *(f"party {record.name}" for record in fit.records.values())],
-        configs=_same(fit, lambda record: record.start.config),
-        commands=_same(fit, lambda record: _typed(record.start.command)),
+        configs=formatting.grouped((r.name, r.start.config) for r in fit.records.values() if r.start.config),
+        commands=formatting.grouped((r.name, _typed(r.start.command)) for r in fit.records.values()),
         version=versions().get("pellm-lightning", ""),
     )
 
@@ -92,31 +86,27 @@ def _best(fit: Fit) -> dict[str, tuple[float, int]]:
     return found
 
 
-def _round_columns(fit: Fit) -> dict[str, Callable[[Round], str]]:
-    """Return the columns of figures in the table of rounds: how to read each of a round."""
-    after = {v.round: v.mean for v in fit.joint_validations}
-
-    def metric(name: str) -> Callable[[Round], str]:
-        return lambda done: formatting.number(after.get(done.round, {}).get(name))
-
-    def attribute(name: str, factor: float = 1.0) -> Callable[[Round], str]:
-        def read(done: Round) -> str:
-            value = number_of(done, name)
-            return "" if value is None else formatting.number(factor * value)
-
-        return read
-
-    columns = {"loss": attribute("loss")} | {name: metric(name) for name in list(_best(fit))[:MAX_METRICS]}
-    columns |= {"update norm": attribute("update_norm"), "distance": attribute("distance")}
-    if fit.shared("deviation.total"):
-        columns["deviation (%)"] = attribute("deviation.total", 100.0)
-    for name in ("compression_error", "epsilon"):
-        if fit.shared(name):
-            columns[name.replace("_", " ")] = attribute(name)
-    if len(set(fit.shared("outer_lr").values())) > 1:
-        columns["outer learning rate"] = attribute("outer_lr")
-    columns |= {"training (s)": attribute("training_seconds"), "waited (s)": attribute("waited_seconds")}
-    return columns | {"exchange (s)": attribute("seconds"), "sent": lambda d: formatting.size(d.bytes_sent)}
+def _columns(fit: Fit) -> dict[str, Mapping[int, float]]:
+    """Return the columns of numbers in the table of rounds, each by round."""
+    means = fit.means()
+    metrics = {name: {v.round: value for v, value in means[name]} for name in list(_best(fit))[:MAX_METRICS]}
+    rates = fit.shared("outer_lr")
+    optional = {
+        "deviation (%)": {index: 100 * value for index, value in fit.shared("deviation.total").items()},
+        "compression error": fit.shared("compression_error"),
+        "epsilon": fit.shared("epsilon"),
+        "outer learning rate": rates if len(set(rates.values())) > 1 else {},
+    }
+    return {
+        "loss": fit.shared("loss"),
+        **metrics,
+        "update norm": fit.shared("update_norm"),
+        "distance": fit.shared("distance"),
+        **{name: values for name, values in optional.items() if values},
+        "training (s)": fit.shared("training_seconds"),
+        "waited (s)": fit.shared("waited_seconds"),
+        "exchange (s)": fit.shared("seconds"),
+    }
 
 
 def _versions(fit: Fit) -> dict[str, list[str]]:
@@ -124,15 +114,6 @@ def _versions(fit: Fit) -> dict[str, list[str]]:
     installed = [record.start.versions for record in fit.records.values()]
     packages = sorted({package for each in installed for package in each})
     return {package: [each.get(package, "none") for each in installed] for package in packages}
-
-
-def _same(fit: Fit, get: Callable[[PartyRecord], str | None]) -> dict[str, list[str]]:
-    """Return each text that parties have, with their names."""
-    found: dict[str, list[str]] = {}
-    for record in fit.records.values():
-        if (text := get(record)) is not None:
-            found.setdefault(text, []).append(record.name)
-    return found
 
 
 def _typed(command: Sequence[str]) -> str:

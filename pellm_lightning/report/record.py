@@ -244,7 +244,7 @@ def parse(kind: Any, value: Any, name: str = "event") -> Any:
         parse(tuple[int, ...], [1, 2])  # (1, 2)
 
     Args:
-        kind: A dataclass, ``X | None``, ``tuple[X, ...]``, ``Mapping[str, X]``, str, int, float, bool or Any.
+        kind: A dataclass, ``X | None``, ``tuple[X, ...]``, a mapping from str, str, int, float, bool or Any.
         value: What ``json.loads`` has returned.
         name: Of the field, for the error.
 
@@ -263,9 +263,9 @@ def parse(kind: Any, value: Any, name: str = "event") -> Any:
         if missing := [name for name in types if name not in value]:
             raise ValueError(f"{missing[0]!r} is missing")
         return kind(**{name: parse(part, value[name], name) for name, part in types.items()})  # type: ignore[operator]
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list | tuple):
         return tuple(parse(arguments[0], part, name) for part in value)
-    if origin is Mapping and isinstance(value, Mapping):
+    if origin in (Mapping, dict) and isinstance(value, Mapping):
         return {key: parse(arguments[1], part, key) for key, part in value.items()}
     raise ValueError(f"{name!r} is {value!r}, expected {getattr(kind, '__name__', kind)}")
 

@@ -15,7 +15,7 @@ from pellm_lightning.report.logs import log_round, log_start, publish, round_met
 from pellm_lightning.report.record import RunRecord, Start, Validation
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.report.run_view import LiveView, RunView
-from pellm_lightning.trainer.isolation import callbacks_of
+from pellm_lightning.trainer.isolation import callbacks_of, written_paths
 
 
 class Reporter:
@@ -82,26 +82,25 @@ class Reporter:
             round: Index of the next round.
         """
         trainer, self._next_round = self._trainer, round
-        log_start(trainer, module, self._topology, plan, parameters, exchange, privacy)
+        start = Start(
+            party=self._topology.party,
+            name=self._topology.name,
+            parties=tuple(self.summary.parties),
+            processes=self._topology.party_size,
+            round=round,
+            step=trainer.global_step,
+            module=type(module).__qualname__,
+            device=str(trainer.strategy.root_device),
+            precision=trainer.precision,
+            leaving=sum(p.numel() for p in parameters.values()),
+            parameters=sum(p.numel() for p in module.parameters()),
+            lora_modules=len(plan.pairs),
+            settings=self.summary.settings,
+            config=_config_of(trainer),
+        )
+        log_start(start, module, plan, parameters, exchange, privacy, written_paths(trainer))
         if self._record is not None:
-            self._record.start(
-                Start(
-                    party=self._topology.party,
-                    name=self._topology.name,
-                    parties=tuple(self.summary.parties),
-                    processes=self._topology.party_size,
-                    round=round,
-                    step=trainer.global_step,
-                    module=type(module).__qualname__,
-                    device=str(trainer.strategy.root_device),
-                    precision=trainer.precision,
-                    leaving=sum(p.numel() for p in parameters.values()),
-                    parameters=sum(p.numel() for p in module.parameters()),
-                    lora_modules=len(plan.pairs),
-                    settings=self.summary.settings,
-                    config=_config_of(trainer),
-                )
-            )
+            self._record.start(start)
 
     def round(self, module: LightningModule, report: RoundReport, *, on_bar: bool) -> None:
         """Report a round; with ``on_bar`` on the progress bar also."""

@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
+from pellm_lightning.report.formatting import count
 from pellm_lightning.report.record import (
     FILE_NAME,
     End,
@@ -50,8 +52,9 @@ class PartyRecord:
     _run: str = ""
     _step_offset: int = 0
     """To be added to this process's steps: those of an earlier process that it did not resume."""
+    seconds: float = 0.0
+    """Duration of the fit, without the pauses between a stop and a resumption."""
     _seconds_before: float = 0.0
-    _elapsed: float = 0.0
 
     @property
     def start(self) -> Start:
@@ -67,11 +70,6 @@ class PartyRecord:
     def name(self) -> str:
         """Name of the party."""
         return self.start.name
-
-    @property
-    def seconds(self) -> float:
-        """Duration of the fit, without the pauses between a stop and a resumption."""
-        return self._seconds_before + self._elapsed
 
     @property
     def failed(self) -> str | None:
@@ -109,11 +107,11 @@ class PartyRecord:
             self.validations.append(replace(event, step=event.step + self._step_offset))
         else:
             self.end = event
-        self.last_time, self._elapsed = header.time, header.elapsed_seconds
+        self.last_time, self.seconds = header.time, self._seconds_before + header.elapsed_seconds
 
     def _resume(self, header: EventHeader, start: Start) -> None:
         """Drop what came after the round at which a start resumes."""
-        self._seconds_before += self._elapsed
+        self._seconds_before = self.seconds
         self._run, self.end, self.foreign_lines = header.run, None, 0
         self.starts.append(start)
         self.started.append(header.time)
@@ -179,25 +177,37 @@ class Fit:
 
     def shared(self, attribute: str) -> dict[int, float]:
         """Return by round an attribute of ``Round`` that is the same at all parties."""
-        return _by_round(self.rounds.values(), attribute)
+        return _known((index, _number(done, attribute)) for index, done in self.rounds.items())
 
     def own(self, party: int, attribute: str) -> dict[int, float]:
         """Return by round an attribute that only a party itself knows; empty without its record."""
-        return _by_round(self.records[party].rounds.values(), attribute) if party in self.records else {}
+        rounds = self.records[party].rounds if party in self.records else {}
+        return _known((index, _number(done, attribute)) for index, done in rounds.items())
+
+    def recorded(self, attribute: str) -> dict[int, list[float]]:
+        """Return by round an attribute's values at the parties whose records have it."""
+        found: dict[int, list[float]] = {index: [] for index in self.rounds}
+        for party in self.records:
+            for index, value in self.own(party, attribute).items():
+                found[index].append(value)
+        return {index: values for index, values in found.items() if values}
 
     def mean(self, attribute: str) -> dict[int, float]:
         """Return by round the mean of an attribute over the parties whose records have it."""
-        of_party = [self.own(party, attribute) for party in self.records]
-        found = {index: [values[index] for values in of_party if index in values] for index in self.rounds}
-        return {index: sum(values) / len(values) for index, values in found.items() if values}
+        return {index: fmean(values) for index, values in self.recorded(attribute).items()}
+
+    @cached_property
+    def epsilon(self) -> dict[int, float]:
+        """Privacy budget spent by round, the highest that is recorded."""
+        return {index: max(values) for index, values in self.recorded("epsilon").items()}
 
     def losses(self, party: int) -> dict[int, float]:
         """Return a party's training loss by round, from its own record, else as it was sent to others."""
-        return _sorted(self._sent(party, "losses") | self.own(party, "local_loss"))
+        return _known((self._sent(party, "losses") | self.own(party, "local_loss")).items())
 
     def weights(self, party: int) -> dict[int, float]:
         """Return a party's weight by round, 0 where it took part and did not count."""
-        return _sorted(self._sent(party, "weights") | self.own(party, "weight"))
+        return _known((self._sent(party, "weights") | self.own(party, "weight")).items())
 
     def distances(self, party: int) -> dict[int, float]:
         """Return by round the distance of a party's parameters from the result."""
@@ -206,7 +216,7 @@ class Fit:
         sent = {index - back: value for index, value in self._sent(party, "distances").items()}
         # From a party that was absent in that round, it is the distance in an older one.
         there = {k: v for k, v in sent.items() if k in self.rounds and party in self.rounds[k].parties}
-        return _sorted(there | self.own(party, "distance"))
+        return _known((there | self.own(party, "distance")).items())
 
     def state(self, party: int, index: int) -> State:
         """Return what became of a party in a round."""
@@ -252,8 +262,7 @@ class Fit:
 
     def _sent(self, party: int, attribute: str) -> dict[int, float]:
         """Return by round a party's entry of an attribute that the parties send each other."""
-        found = {index: _of_party(done, attribute, party) for index, done in self.rounds.items()}
-        return {index: value for index, value in found.items() if value is not None}
+        return _known((index, _of_party(done, attribute, party)) for index, done in self.rounds.items())
 
 
 @dataclass(frozen=True)
@@ -377,10 +386,10 @@ def _notes(fit: Fit) -> list[str]:
     """Return what the files of a fit hold that is not shown."""
     notes = []
     if most := max(record.earlier_fits for record in fit.records.values()):
-        fits = "1 earlier fit" if most == 1 else f"{most} earlier fits"
+        fits = count(most, "earlier fit")
         notes.append(f"The same files also hold {fits}, which began anew: not shown.")
     if foreign := {r.path.relative_to(fit.folder): n for r in fit.records.values() if (n := r.foreign_lines)}:
-        lines = ", ".join(f"{count:,} lines of {name}" for name, count in foreign.items())
+        lines = ", ".join(f"{number:,} lines of {name}" for name, number in foreign.items())
         notes.append(
             f"Another process wrote into the same files after this fit had begun: {lines} are not shown. Give"
             " each fit a default_root_dir of its own."
@@ -388,25 +397,23 @@ def _notes(fit: Fit) -> list[str]:
     return notes
 
 
-def _by_round(rounds: Iterable[Round], attribute: str) -> dict[int, float]:
-    return {done.round: value for done in rounds if (value := number_of(done, attribute)) is not None}
+def _known(values: Iterable[tuple[int, float | None]]) -> dict[int, float]:
+    """Return values by round, in order, without those that are unknown, NaN or infinite."""
+    return {index: v for index, v in sorted(values) if v is not None and math.isfinite(v)}
 
 
-def number_of(done: Round, attribute: str) -> float | None:
-    """Return a round's attribute; None if it is unknown, NaN or infinite."""
+def _number(done: Round, attribute: str) -> float | None:
     value: Any = done
     for name in attribute.split("."):
         value = None if value is None else getattr(value, name)
-    return value if value is not None and math.isfinite(value) else None
+    number: float | None = value
+    return number
 
 
 def _of_party(done: Round, attribute: str, party: int) -> float | None:
     """Return a party's entry of a tuple that has one for each party of a round; None if it is hidden."""
     values: Sequence[float | None] = getattr(done, attribute)
-    if not values or party not in done.parties:
-        return None
-    value = values[done.parties.index(party)]
-    return value if value is not None and math.isfinite(value) else None
+    return values[done.parties.index(party)] if values and party in done.parties else None
 
 
 def _metrics(validations: Iterable[tuple[Validation, Mapping[str, float]]]) -> Metrics:
@@ -421,7 +428,3 @@ def _metrics(validations: Iterable[tuple[Validation, Mapping[str, float]]]) -> M
 def _identity(validation: Validation) -> tuple[int, frozenset[tuple[str, float]]]:
     """Return what is equal, to the bit, at all parties of a validation."""
     return validation.round, frozenset((k, v) for k, v in validation.mean.items() if math.isfinite(v))
-
-
-def _sorted(by_index: Mapping[int, float]) -> dict[int, float]:
-    return dict(sorted(by_index.items()))

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pellm_lightning.engine.round_report import RoundReport
-from pellm_lightning.report.formatting import size
+from pellm_lightning.report.formatting import count, number, size
 from pellm_lightning.report.run_view import RunView
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -52,11 +52,11 @@ def clock(seconds: float) -> str:
 
 def _headline(run: RunView, report: RoundReport | None, seconds_left: float | None) -> Text:
     parties = len(run.names)
-    parts = [f"federation of {parties} {'party' if parties == 1 else 'parties'}"]
+    parts = [f"federation of {count(parties, 'party')}"]
     if report is None:
         parts.append("no round yet")
     else:
-        parts.append(f"{report.round + 1} {'round' if report.round == 0 else 'rounds'} done")
+        parts.append(f"{count(report.round + 1, 'round')} done")
         if report.trained_parties < parties:
             below = f", below quorum {report.quorum}" if report.trained_parties < report.quorum else ""
             parts.append(f"{report.trained_parties} of {parties} trained{below}")
@@ -94,28 +94,29 @@ def _cost_line(rounds: Sequence[RoundReport]) -> Text:
 
 
 def _parties(run: RunView, phases: Mapping[str, str], report: RoundReport | None) -> Table:
-    has_losses = report is not None and len(report.losses) > 0
-    has_weights = report is not None and len(report.weights) > 0
+    figures = {} if report is None else _figures(report, len(run.names))
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("party", no_wrap=True)
     table.add_column("does", no_wrap=True, max_width=_PHASE_WIDTH)
-    if has_weights:
-        table.add_column("weight", justify="right")
-    if has_losses:
-        table.add_column("loss", justify="right")
-        table.add_column("distance", justify="right")
+    for name in figures:
+        table.add_column(name, justify="right")
     for index, name in enumerate(run.names):
         mine = index == run.party
         row = [Text(f"{name} (here)" if mine else name), Text(_plain(phases.get(name, "")))]
-        if report is not None:
-            place = report.parties.index(index) if index in report.parties else None
-            if has_weights:
-                row.append(_weight(report, index, place))
-            if has_losses:
-                row.append(Text(UNKNOWN if place is None else _number(report.losses[place])))
-                row.append(Text(UNKNOWN if place is None else _number(report.distances[place])))
-        table.add_row(*row, style="bold" if mine else "")
+        table.add_row(*row, *(cells[index] for cells in figures.values()), style="bold" if mine else "")
     return table
+
+
+def _figures(report: RoundReport, num_parties: int) -> dict[str, list[Text]]:
+    """Return the columns of numbers that the exchange does not hide, with a cell for each party."""
+    places = [report.parties.index(k) if k in report.parties else None for k in range(num_parties)]
+    columns = {}
+    if report.weights:
+        columns["weight"] = [_weight(report, index, place) for index, place in enumerate(places)]
+    if report.losses:
+        for name, values in (("loss", report.losses), ("distance", report.distances)):
+            columns[name] = [Text(UNKNOWN if k is None else _number(values[k])) for k in places]
+    return columns
 
 
 def _weight(report: RoundReport, index: int, place: int | None) -> Text:
@@ -128,7 +129,7 @@ def _weight(report: RoundReport, index: int, place: int | None) -> Text:
 
 
 def _number(value: float | None) -> str:
-    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:.4g}"
+    return number(value) or UNKNOWN
 
 
 def _plain(phase: str) -> str:

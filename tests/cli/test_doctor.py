@@ -1,7 +1,10 @@
 """The doctor: each finding by itself, parties as threads, separate jobs, and one real launch."""
 
+import json
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +28,14 @@ from pellm_lightning.callbacks.drift import SCAFFOLD
 from pellm_lightning.cli.doctor import command, show
 from pellm_lightning.cli.doctor.checks import Finding, Seen, findings
 from pellm_lightning.cli.doctor.command import DryRun, examine, measure
-from pellm_lightning.cli.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured
-from pellm_lightning.cli.doctor.inquiry import Survey, clocks, offsets
-from pellm_lightning.comm.elastic.register import Register
+from pellm_lightning.cli.doctor.facts import (
+    UNREADABLE_FACTS,
+    UNREADABLE_MEASURED,
+    Facts,
+    Measured,
+    Rehearsal,
+    read,
+)
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.aggregator import Aggregator
@@ -74,7 +82,7 @@ def facts(name: str, **changes: Any) -> Facts:
     )
 
 
-MEASURED = Measured(0.002, 5e7, 8 << 20, [0.5, 0.25], 40)
+MEASURED = Measured(0.002, 5e7, 8 << 20, (0.5, 0.25), 40)
 HEALTHY = Seen(
     ROSTER,
     {name: facts(name) for name in ROSTER},
@@ -148,13 +156,13 @@ CASES: dict[str, tuple[Seen, str, str, str]] = {
         "Party c came, but did not read its data and build its model within 7 s",
     ),
     "broken": (
-        with_c(trouble=["no model 'm'"], party_spec=None),
+        with_c(trouble=("no model 'm'",), party_spec=None),
         "error",
         "fit",
         "c cannot begin: no model 'm'.",
     ),
     "no data": (
-        with_c(doubts=["no file"]),
+        with_c(doubts=("no file",)),
         "warning",
         "data",
         "Party c cannot read the data: no file. If prep",
@@ -210,7 +218,7 @@ CASES: dict[str, tuple[Seen, str, str, str]] = {
     ),
     "too slow": (
         # 40 bytes at 4 bytes a second.
-        replace(HEALTHY, measured=dict.fromkeys(ROSTER, replace(MEASURED, bytes_per_s=4.0, rounds_s=[]))),
+        replace(HEALTHY, measured=dict.fromkeys(ROSTER, replace(MEASURED, bytes_per_s=4.0, rounds_s=()))),
         "warning",
         "round",
         r"would take about 10\.0 s uncompressed, too long to make one here",
@@ -248,7 +256,7 @@ def test_all_differences_are_told_not_only_the_first() -> None:
 
 def test_with_errors_the_seconds_of_a_round_are_an_estimate() -> None:
     seen = with_c(party_spec=shown(base={}))
-    seen = replace(seen, measured=dict.fromkeys(ROSTER, replace(MEASURED, bytes_per_s=400.0, rounds_s=[])))
+    seen = replace(seen, measured=dict.fromkeys(ROSTER, replace(MEASURED, bytes_per_s=400.0, rounds_s=())))
     (about_round,) = [finding for finding in findings(seen) if finding.topic == "round"]
     assert about_round.level == "ok"
     assert about_round.says.endswith(
@@ -257,62 +265,11 @@ def test_with_errors_the_seconds_of_a_round_are_an_estimate() -> None:
 
 
 def test_what_a_party_of_another_version_tells() -> None:
-    assert "same version" in heard_facts({"host": "x"}).trouble[0]
-    assert "same version" in heard_facts(["?"]).trouble[0]
-    assert "same version" in str(heard_measured({}).trouble)
-    more = vars(facts("a")) | {"something": "new"}
-    assert heard_facts(more) == facts("a")
-
-
-# ---- words between parties
-
-
-def inquiries(store: Any, names: tuple[str, ...], act: Callable[[Survey], Any], **now: Any) -> list[Any]:
-    """What ``act`` returned at each party, all in threads."""
-    results: list[Any] = [None] * len(names)
-
-    def party(index: int, name: str) -> None:
-        clock = {"now": now[name]} if name in now else {}
-        results[index] = act(Survey(Register(store), name, ROSTER, **clock))
-
-    in_threads([lambda i=i, n=n: party(i, n) for i, n in enumerate(names)])
-    return results
-
-
-def test_who_left_words_behind_is_not_there() -> None:
-    store = dist.HashStore()
-    assert inquiries(store, ROSTER, lambda inquiry: inquiry.meet(10)) == [list(ROSTER)] * 3
-    # Their words still stand.
-    assert inquiries(store, ("a", "b"), lambda inquiry: inquiry.meet(0.4)) == [["a", "b"]] * 2
-    assert inquiries(store, ROSTER, lambda inquiry: inquiry.meet(10)) == [list(ROSTER)] * 3
-
-
-def test_who_says_nothing_is_left_out() -> None:
-    def act(inquiry: Survey) -> list[str]:
-        inquiry.meet(10)
-        return [] if inquiry.present[2:] and inquiry._name == "c" else list(inquiry.ask("x", 1, 0.4))
-
-    assert inquiries(dist.HashStore(), ROSTER, act) == [["a", "b"], ["a", "b"], []]
-
-
-def test_offsets_of_clocks() -> None:
-    # b is 5 s ahead, c 3 s behind; every word takes 0.1 s.
-    ahead = {"a": 0.0, "b": 5.0, "c": -3.0}
-    delays = {i: {j: 0.1 + ahead[i] - ahead[j] for j in ahead if j != i} for i in ahead}
-    assert offsets(delays) == pytest.approx(ahead)
-    assert offsets({}) == {}
-
-
-def test_a_clock_that_is_ahead_is_measured() -> None:
-    import time
-
-    def act(inquiry: Survey) -> dict[str, float]:
-        inquiry.meet(10)
-        return clocks(inquiry, 10)
-
-    found = inquiries(dist.HashStore(), ROSTER, act, b=lambda: time.time() + 60)
-    for of_party in found:
-        assert of_party == pytest.approx({"a": 0, "b": 60, "c": 0}, abs=0.5)
+    assert "same version" in read({"host": "x"}, UNREADABLE_FACTS).trouble[0]
+    assert "same version" in read(["?"], UNREADABLE_FACTS).trouble[0]
+    assert "same version" in str(read({}, UNREADABLE_MEASURED).trouble)
+    more = json.loads(json.dumps(vars(facts("a")))) | {"something": "new"}
+    assert read(more, UNREADABLE_FACTS) == facts("a")
 
 
 # ---- the whole, parties as threads
@@ -334,16 +291,19 @@ def visits(
     parties: int = 3,
     absent: tuple[int, ...] = (),
     wait_s: float = 20.0,
+    store: dist.Store | None = None,
+    ahead_s: tuple[float, ...] = (0.0, 0.0, 0.0),
 ) -> list[Seen]:
     """What each party of a launch has seen."""
-    store, results = dist.HashStore(), {}
+    store, results = store or dist.HashStore(), {}
 
     def party(index: int) -> None:
         visit = DryRun(None, Topology(index, parties), wait_s)
+        visit.now = lambda: time.time() + ahead_s[index]
         visit.connect(store)
         patient = make(index)
         results[index] = visit.look(patient, None if patient else ValueError("model='m' cannot be loaded"))
-        visit.part()
+        visit.close()
 
     in_threads([lambda i=i: party(i) for i in range(parties) if i not in absent])
     return [results[index] for index in sorted(results)]
@@ -435,6 +395,41 @@ def test_a_party_that_does_not_come_is_told_of_in_time(tmp_path: Path) -> None:
         assert list(seen.facts) == ["0", "2"]
 
 
+def test_a_party_of_an_earlier_check_is_not_there(tmp_path: Path) -> None:
+    store = dist.HashStore()
+    for absent, wait_s in (((), 20.0), ((1,), 0.5), ((), 20.0)):
+        for seen in visits(lambda _: rehearsal(tmp_path), absent=absent, wait_s=wait_s, store=store):
+            assert list(seen.facts) == [str(index) for index in range(3) if index not in absent]
+
+
+def test_a_party_that_is_slow_to_build_its_model_is_silent(tmp_path: Path) -> None:
+    everyone_else_is_done = threading.Event()
+
+    def make(index: int) -> Rehearsal:
+        if index == 2:
+            everyone_else_is_done.wait(30)
+        return rehearsal(tmp_path)
+
+    store, seen = dist.HashStore(), []
+
+    def others() -> None:
+        seen.extend(visits(make, absent=(2,), wait_s=2.0, store=store))
+        everyone_else_is_done.set()
+
+    in_threads([others, lambda: visits(make, absent=(0, 1), wait_s=0.5, store=store)])
+    for each in seen:
+        assert (list(each.facts), each.silent) == (["0", "1"], ["2"])
+        assert bad(each) == [("error", "parties"), ("warning", "network")]
+
+
+def test_a_clock_that_is_ahead_is_measured(tmp_path: Path) -> None:
+    for seen in visits(lambda _: rehearsal(tmp_path), ahead_s=(0.0, 60.0, 0.0)):
+        first = seen.clocks["0"]
+        ahead = {name: clock - first for name, clock in seen.clocks.items()}
+        assert ahead == pytest.approx({"0": 0, "1": 60, "2": 0}, abs=0.5)
+        assert bad(seen) == [("warning", "clocks")]
+
+
 def test_a_party_that_cannot_build_its_model_tells_the_others(tmp_path: Path) -> None:
     class Broken(Classifier):
         def configure_model(self) -> None:
@@ -459,7 +454,7 @@ def test_what_a_fit_would_refuse_is_found(tmp_path: Path) -> None:
 
 def test_a_round_that_would_take_long_is_not_made(tmp_path: Path) -> None:
     measured = run_parties(2, lambda f: measure(f, rehearsal(tmp_path), patience_s=0.0))
-    assert [m.rounds_s for m in measured] == [[], []]
+    assert [m.rounds_s for m in measured] == [(), ()]
 
 
 def test_on_a_slow_network_large_sums_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

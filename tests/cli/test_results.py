@@ -294,7 +294,7 @@ def test_a_checkpoint_that_tells_nothing_of_its_federation_is_exported(
     del saved["callbacks"][next(n for n in saved["callbacks"] if n.startswith("Federated"))]["summary"]
     torch.save(saved, tmp_path / "old.ckpt")
     export(tmp_path / "old.ckpt", tmp_path / "out", module=CLASS)
-    assert "does not tell anything about it" in (tmp_path / "out" / "README.md").read_text()
+    assert "The checkpoint holds nothing about it" in (tmp_path / "out" / "README.md").read_text()
 
 
 # ---- the matrix

@@ -221,7 +221,7 @@ def test_what_is_missing_or_failed_stands_on_top(tmp_path: Path) -> None:
     path = tmp_path / "party-1" / "rounds.jsonl"
     top = page.html(find(tmp_path)).partition("</header>")[0]
     assert (
-        "Of parties a and c there is no record here. What is shown of them is what party b was told." in top
+        "Of parties a and c there is no record here. What is shown of them is what party b received." in top
     )
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]) + '{"event": "rou')  # killed while it wrote
@@ -244,7 +244,7 @@ def test_what_a_figure_says_is_what_it_was_given(tmp_path: Path) -> None:
         record.end(None)
     told = Page(page.html(find(tmp_path)))
     assert {"v1.23456", shorten(names[1]), "京都"} <= set(told.texts)
-    chart = Chart("a", "b", "c")
+    chart = Chart("a", "b")
     chart.line([(0, 0.0041), (1, 0.0049)], Series("e", "ink"))
     svg = chart.svg()
     assert {"0.0042", "0.0048"} <= set(re.findall(r"<text[^>]*>([^<]*)<", svg))

@@ -1,7 +1,6 @@
-"""The doctor's visit: gather, measure, tell."""
+"""Preflight check of a launch: gathers what the parties are, measures with them, shows the findings."""
 
 import contextlib
-import logging
 import statistics
 import time
 from collections.abc import Mapping
@@ -14,17 +13,24 @@ from torch import Tensor
 
 from pellm_lightning.cli.doctor import show
 from pellm_lightning.cli.doctor.checks import Finding, Seen, findings
-from pellm_lightning.cli.doctor.facts import Facts, Measured, Rehearsal, heard_facts, heard_measured, in_words
-from pellm_lightning.cli.doctor.inquiry import Survey, clocks
+from pellm_lightning.cli.doctor.facts import (
+    UNREADABLE_FACTS,
+    UNREADABLE_MEASURED,
+    Facts,
+    Measured,
+    Rehearsal,
+    error_text,
+    read,
+)
 from pellm_lightning.comm import Collectives, Communicator, Federation, PartyLostError, Quorum
-from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
+from pellm_lightning.comm.elastic.federation import ElasticFederation
+from pellm_lightning.comm.elastic.membership import Membership
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
+from pellm_lightning.comm.rendezvous.prefix_store import PrefixStore
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
-
-log = logging.getLogger(__name__)
 
 SIZES = (64 << 10, 1 << 20, 8 << 20)
 """Bytes of the vectors that are summed, as long as the one before took less than ``LONG_S``."""
@@ -32,6 +38,8 @@ LONG_S = 0.5
 ROUNDS = 2
 
 _TICKS = 10
+_PREFIX = "doctor"
+_BUILDING = "building its model"
 
 
 def examine(
@@ -62,28 +70,34 @@ def examine(
         raise ValueError(f"wait_s={wait_s} must be positive, in seconds.")
     if not topology.is_leader:
         return True
-    visit = DryRun(job, topology, wait_s, quorum)
+    dry_run = DryRun(job, topology, wait_s, quorum)
     try:
-        visit.connect()
-        seen = visit.look(rehearsal, failure)
-    except _GONE as error:
-        found = [Finding("error", "rendezvous", in_words(error))]
-        show.tell(None, found)
+        dry_run.connect()
+        seen = dry_run.look(rehearsal, failure)
+    except (RuntimeError, OSError, ImportError) as error:  # of a rendezvous that is away, or not ours
+        show.show(None, [Finding("error", "rendezvous", error_text(error))])
+        dry_run.close(together=False)
         return False
     found = findings(seen)
     # Each job has a terminal of its own; the parties of a launch share one.
-    if job is not None or visit.inquiry.present[0] == visit.name:
-        show.tell(seen, found)
-    visit.part()
+    if job is not None or next(iter(seen.facts)) == dry_run.name:
+        show.show(seen, found)
+    dry_run.close()
     return all(finding.level != "error" for finding in found)
 
 
-_GONE = (RuntimeError, OSError, ImportError, UnreachableError, RestartedError)
-"""What a rendezvous that is not there, or not ours, is told by; torch's errors are RuntimeErrors."""
-
-
 class DryRun:
-    """One party's part in the examination.
+    """One party's part in the preflight check.
+
+    What is compared goes through an ``ElasticFederation`` of its own, also between the parties of one launch,
+    since it continues with those that come; what is measured, through the fit's own communicator.
+
+    Example::
+
+        dry_run = DryRun(None, Topology(party=0, num_parties=3), wait_s=30)
+        dry_run.connect()
+        seen = dry_run.look(rehearsal, failure=None)
+        dry_run.close()
 
     Args:
         job: How this party joins separate jobs, or None.
@@ -92,7 +106,8 @@ class DryRun:
         quorum: How many parties separate jobs need to meet.
     """
 
-    inquiry: Survey
+    survey: ElasticFederation
+    _store: Any
 
     def __init__(
         self, job: SeparateJobs | None, topology: Topology, wait_s: float, quorum: Quorum = "majority"
@@ -103,7 +118,9 @@ class DryRun:
         self.wait_s = wait_s
         self.roster = list(job.roster) if job else [str(party) for party in range(topology.num_parties)]
         self.name = job.name if job else str(topology.party)
-        self._store: Any = None
+        self.now = time.time
+        """This party's clock."""
+        self._resources = contextlib.ExitStack()
 
     def connect(self, store: Any = None) -> None:
         """Reach the place where the parties meet.
@@ -111,47 +128,78 @@ class DryRun:
         Raises:
             RuntimeError, FederationError: If it is out of reach, or does not admit this party.
         """
-        if store is None:
-            store = self.job.connect() if self.job else store_from_env(self.wait_s)
-        self._store = store
-        self.inquiry = Survey(Register(store), self.name, self.roster)
+        if self.job is not None:
+            client = self._resources.enter_context(contextlib.closing(self.job.connect()))
+        else:
+            self._store = store or store_from_env(self.wait_s)
+        # Below a prefix, so that no federation of separate jobs is disturbed.
+        connect = (lambda: PrefixStore(client.clone(), _PREFIX)) if self.job else (lambda: self._store)
+        patience = replace(
+            self.job.membership if self.job else Membership(),
+            wait_s=self.wait_s,
+            round_timeout_s=self.wait_s,
+            on_party_loss="continue",
+            accept_split_brain=True,  # whoever comes compares
+        )
+        self.survey = ElasticFederation(connect, self.name, self.roster, quorum=1, membership=patience)
+        self._resources.callback(self.survey.close)
+        self.survey.enter(_BUILDING)
 
     def look(self, rehearsal: Rehearsal | None, failure: Exception | None) -> Seen:
-        """Gather what the parties tell, and measure with them if all are there."""
-        inquiry, wait_s = self.inquiry, self.wait_s
-        present = inquiry.meet(wait_s)
-        mine = Facts(trouble=[in_words(failure)]) if failure is not None else Facts()
+        """Gather what the parties are, and measure with them if all are there."""
+        mine = Facts(trouble=(error_text(failure),)) if failure is not None else Facts()
         if rehearsal is not None:
             mine = rehearsal.facts(self.roster, self.topology.party, self._shared)
-        answers = inquiry.ask("facts", asdict(mine), wait_s)
-        silent = [name for name in present if name not in answers]
+        self.survey.handshake(asdict(mine), "", lambda *_: None)
+        present = self._gather("ready", True)
+        phases = self.survey.phases()
+        silent = [name for name in self.roster if name not in present and phases[name] == _BUILDING]
+        # All have come out of the last gather at the same moment, but for those who waited in vain.
+        clocks = {} if silent else self._gather("clock", self.now())
+        facts = {self.name: mine}
+        if len(present) > 1:
+            specs = zip(self.survey.names, self.survey.party_specs(), strict=True)
+            facts = {name: read(spec, UNREADABLE_FACTS) for name, spec in specs}
         seen = Seen(
             self.roster,
-            {name: heard_facts(answer.value) for name, answer in answers.items()},
+            facts,
             silent=silent,
-            # Those who waited in vain come to this at different times, which would pass for other clocks.
-            clocks={} if silent else clocks(inquiry, wait_s),
-            wait_s=wait_s,
+            clocks={name: read(clock, 0.0) for name, clock in clocks.items()},
+            wait_s=self.wait_s,
         )
-        if len(answers) < len(self.roster) or len(self.roster) == 1:
+        if len(seen.facts) < len(self.roster) or len(self.roster) == 1:
             return seen
         healthy = all(finding.level != "error" for finding in findings(seen))
-        measured = self._measured(rehearsal if healthy else None)
-        results = inquiry.ask("measured", asdict(measured), 2 * wait_s)
+        results = self._gather("measured", asdict(self._measured(rehearsal if healthy else None)))
         return replace(
-            seen, measured={name: heard_measured(answer.value) for name, answer in results.items()}
+            seen, measured={name: read(value, UNREADABLE_MEASURED) for name, value in results.items()}
         )
 
-    def part(self) -> None:
-        """Leave when all are through: a launcher ends all others as soon as one ends with an error."""
-        with contextlib.suppress(*_GONE):
-            self.inquiry.part(self.wait_s)
-        if hasattr(self._store, "close"):
-            self._store.close()
+    def close(self, *, together: bool = True) -> None:
+        """Leave when all are done: a launcher ends all others as soon as one ends with an error."""
+        if together:
+            with contextlib.suppress(RuntimeError, OSError):
+                self._gather("done", True)
+        self._resources.close()
+
+    def _gather(self, key: str, value: object) -> dict[str, Any]:
+        """Return the values of those who are there, by name; of this party alone if they take too long."""
+        until = time.monotonic() + self.wait_s + self.survey.membership.heartbeat_ttl_s
+
+        def check_time() -> None:
+            if time.monotonic() > until:
+                raise TimeoutError
+
+        self.survey.interrupt = check_time
+        try:
+            values = self.survey.gather_json(key, value)
+        except TimeoutError:
+            return {self.name: value}
+        return dict(zip(self.survey.names, values, strict=True))
 
     @property
     def _shared(self) -> Mapping[str, Any]:
-        """What separate jobs were told of the federation, and must be the same at all."""
+        """Settings of separate jobs that must be the same at all parties."""
         if self.job is None:
             return {}
         quorum = self.job.membership.quorum(self.quorum, self.roster)
@@ -165,18 +213,17 @@ class DryRun:
             federation.close()
         except Exception as error:
             if federation is not None:
-                federation.abort(in_words(error))
+                federation.abort(error_text(error))
             # Federations and networks fail with RuntimeErrors and OSErrors.
             if isinstance(error, ValueError | MisconfigurationException):
-                return Measured(refused=in_words(error))
-            return Measured(trouble=in_words(error))
+                return Measured(refused=error_text(error))
+            return Measured(trouble=error_text(error))
         return measured
 
     def _joined(self) -> Communicator:
         if self.job is not None:
-            return self.job.rehearse(
-                f"doctor/{'-'.join(self.inquiry.numbers)}"[:100], self.wait_s, self.quorum
-            )
+            run_id = self.survey.version(0).run_id  # which no other check ever has
+            return self.job.rehearse(f"{_PREFIX}/{run_id}", self.wait_s, self.quorum)
         return Federation(self._store, self.topology.party, self.topology.num_parties, timeout_s=self.wait_s)
 
 
@@ -209,7 +256,7 @@ def measure(federation: Communicator, rehearsal: Rehearsal | None, *, patience_s
             )
     latency_s, seconds, size = _sums(federation)
     federation.commit("sums")
-    rounds_s: list[float] = []
+    rounds_s: tuple[float, ...] = ()
     sent = 0
     if aggregator is not None:
         expected_s = 4 * sum(copy.numel() for copy in copies.values()) * seconds / size
@@ -240,7 +287,7 @@ def _timed(federation: Collectives, vector: Tensor) -> float:
     return time.perf_counter() - before
 
 
-def _rounds(aggregator: Aggregator) -> tuple[list[float], int]:
+def _rounds(aggregator: Aggregator) -> tuple[tuple[float, ...], int]:
     """Make rounds of which nothing is kept; return the seconds of each, and the bytes sent in the last."""
     aggregator.start()
     reports = []
@@ -249,4 +296,4 @@ def _rounds(aggregator: Aggregator) -> tuple[list[float], int]:
         reports.append(aggregator.step(1.0, contribution=AuxiliaryValues(vector=carried)))
     for _ in aggregator.drain():
         pass
-    return [report.seconds for report in reports], reports[-1].bytes_sent
+    return tuple(report.seconds for report in reports), reports[-1].bytes_sent

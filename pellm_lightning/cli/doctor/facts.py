@@ -1,11 +1,10 @@
-"""What a party tells of itself before training, and what it measures with the others: plain containers."""
+"""Facts of a party before training, and measurements with the others: what the preflight check compares."""
 
-import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -13,29 +12,31 @@ from torch import Tensor
 
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
-from pellm_lightning.comm import Communicator
-from pellm_lightning.comm.communicator import Difference, Intent, Metadata, QuorumResult, Version
+from pellm_lightning.comm import Federation
 from pellm_lightning.engine.compatibility import PartySpec
-from pellm_lightning.report.record import versions
+from pellm_lightning.report.record import parse, versions
 from pellm_lightning.trainer.environment import describe_device, topology_of
 
-log = logging.getLogger(__name__)
-_UNREADABLE = "what it tells cannot be read: install the same version of pellm-lightning at all parties"
-_NOBODY = "Nobody has come yet: there is nothing to exchange with."
+_UNREADABLE = "what it sent cannot be read: install the same version of pellm-lightning at all parties"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one party is, and what it would bring to a fit."""
+    """What one party is, and what it would bring to a fit.
+
+    Example::
+
+        Facts(processes=2, device="cpu, 8 cores")
+    """
 
     host: str = field(default_factory=socket.gethostname)
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: Mapping[str, str] = field(default_factory=versions)
     processes: int = 1
     """Of the party."""
     device: str = "unknown"
-    """Description of the training data."""
+    """Description of what it trains on."""
     accelerator: str | None = None
-    """What tells its accelerator from all others; None for a CPU."""
+    """What distinguishes its accelerator from all others; None for a CPU."""
     size_bytes: int = 0
     """Of the vector that would cross in a round, float32."""
     parameters: int = 0
@@ -44,15 +45,20 @@ class Facts:
     """In the whole model."""
     party_spec: PartySpec | None = None
     """What an aggregator would show; None if it could not be made."""
-    trouble: list[str] = field(default_factory=list)
+    trouble: tuple[str, ...] = ()
     """What a fit would fail with here."""
-    doubts: list[str] = field(default_factory=list)
+    doubts: tuple[str, ...] = ()
     """What a fit may fail with here."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one party measured together with the others."""
+    """What one party measured together with the others.
+
+    Example::
+
+        Measured(latency_s=0.002, bytes_per_s=5e7, summed_bytes=8 << 20)
+    """
 
     latency_s: float | None = None
     """Seconds for a sum of one number."""
@@ -60,7 +66,7 @@ class Measured:
     """Of a large vector that is summed over all: its bytes by the seconds."""
     summed_bytes: int = 0
     """Size of that vector."""
-    rounds_s: list[float] = field(default_factory=list)
+    rounds_s: tuple[float, ...] = ()
     """Seconds of each rehearsed round."""
     round_bytes: int = 0
     """What this party sent in a round."""
@@ -70,82 +76,19 @@ class Measured:
     """What it failed with otherwise: the network, or another party."""
 
 
-def heard_facts(value: Any) -> Facts:
-    """Return what another party told; of what cannot be read, only that."""
-    known = _known(Facts, value)
-    return Facts(host="unknown", versions={}, trouble=[_UNREADABLE]) if known is None else Facts(**known)
+UNREADABLE_FACTS = Facts(host="unknown", versions={}, trouble=(_UNREADABLE,))
+UNREADABLE_MEASURED = Measured(trouble=_UNREADABLE)
+
+T = TypeVar("T")
 
 
-def heard_measured(value: Any) -> Measured:
-    """Return what another party told; of what cannot be read, only that."""
-    known = _known(Measured, value)
-    return Measured(trouble=_UNREADABLE) if known is None else Measured(**known)
-
-
-def _known(kind: type[Facts] | type[Measured], value: Any) -> dict[str, Any] | None:
-    """Return the fields of what a party told, None if one is missing: a party of another version."""
-    names = [part.name for part in fields(kind)]
-    if not isinstance(value, dict) or any(name not in value for name in names):
-        return None
-    return {name: value[name] for name in names}
-
-
-class Roster(Communicator):
-    """The parties before any of them has come: who they will be; nothing can be exchanged.
-
-    Args:
-        names: Names of all parties.
-        party: Index of this party.
-    """
-
-    timeout_s = 0.0
-    bytes_sent = 0
-
-    def __init__(self, names: list[str], party: int) -> None:
-        self.names = self.roster = names
-        self.quorum = len(names)
-        self.party = party
-
-    def enter(self, phase: str) -> None:
-        """Tell nobody."""
-
-    def gather_json(self, key: str, value: object) -> list[Any]:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def handshake(self, spec: PartySpec, digest: str, difference: Difference) -> dict[str, PartySpec]:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def party_specs(self) -> list[PartySpec]:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def all_reduce_(self, x: Tensor) -> Tensor:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def all_reduce_each_(self, tensors: Iterable[Tensor]) -> None:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Refuse."""
-        raise RuntimeError(_NOBODY)
-
-    def close(self) -> None:
-        """Leave nobody."""
-
-    def abort(self, reason: str | None = None) -> None:
-        """Leave nobody."""
+def read(value: object, otherwise: T) -> T:
+    """Return what another party sent, as an object of the class of ``otherwise``; that if it does not fit."""
+    try:
+        parsed: T = parse(type(otherwise), value)
+    except ValueError:  # of another version
+        return otherwise
+    return parsed
 
 
 class Rehearsal:
@@ -166,10 +109,9 @@ class Rehearsal:
         callback: FederatedAveraging,
     ) -> None:
         self.trainer, self.module, self.data, self.callback = trainer, module, data, callback
-        self._built = False
 
     def facts(self, names: list[str], party: int, shared: Mapping[str, Any]) -> Facts:
-        """Build the model and return what there is to say about it; what fails is among it.
+        """Build the model and return its facts, errors included.
 
         Args:
             names: Names of all parties.
@@ -189,7 +131,7 @@ class Rehearsal:
             self._build()
             parameters = self.callback.parameters.select(self.module)
             aggregator = self.callback.factory.rehearsal(
-                Roster(names, party), self.trainer, self.module, parameters
+                Federation.unjoined(names, party), self.trainer, self.module, parameters
             )
             party_spec = aggregator.party_spec()
             leaving = [parameters[name] for name, *_ in party_spec["schema"]]
@@ -200,12 +142,12 @@ class Rehearsal:
                 "party_spec": party_spec | {"config": party_spec["config"] | shared},
             }
         except Exception as error:
-            trouble.append(in_words(error))
+            trouble.append(error_text(error))
         try:
             arguments.trainer(self.trainer, self.callback, topology_of(self.trainer))
         except Exception as error:
-            trouble.append(in_words(error))
-        return Facts(**known, trouble=trouble, doubts=doubts)
+            trouble.append(error_text(error))
+        return Facts(**known, trouble=tuple(trouble), doubts=tuple(doubts))
 
     def copies(self) -> dict[str, Tensor]:
         """Return copies of what would leave the party, on the device that it would train on."""
@@ -221,7 +163,7 @@ class Rehearsal:
         try:
             self.data.setup("fit")
         except Exception as error:
-            doubts.append(in_words(error))
+            doubts.append(error_text(error))
 
     def _build(self) -> None:
         """Do what ``Trainer.fit`` does to a module before it is trained."""
@@ -234,7 +176,7 @@ class Rehearsal:
         trainer.precision_plugin.convert_module(module)
 
 
-def in_words(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return an error in one line."""
     words = " ".join(str(error).split())
     return words if words and type(error).__name__ in _OURS else f"{type(error).__name__}: {words}"

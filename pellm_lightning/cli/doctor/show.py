@@ -1,17 +1,17 @@
-"""What was found, in a terminal: tables with rich, plain lines without."""
+"""Display of the findings in a terminal: tables with rich, plain lines without."""
 
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 from pellm_lightning.cli.doctor.checks import Finding, Seen
-from pellm_lightning.cli.doctor.facts import Facts
+from pellm_lightning.report.formatting import count
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 _COLUMNS = ("party", "host", "device", "processes")
 
 
-def tell(seen: Seen | None, found: Sequence[Finding]) -> None:
+def show(seen: Seen | None, found: Sequence[Finding]) -> None:
     """Show the parties and the findings; ``seen`` is None if the parties could not be reached at all."""
     if sys.stdout.isatty() and find_spec("rich") is not None:
         _tables(seen, found)
@@ -22,31 +22,25 @@ def tell(seen: Seen | None, found: Sequence[Finding]) -> None:
 
 def lines(seen: Seen | None, found: Sequence[Finding]) -> list[str]:
     """Return the findings as plain lines, one each."""
-    told = []
-    for row in [] if seen is None else _rows(seen):
-        told.append("party {}: {}, {}, processes: {}".format(*row))
-    told += [f"{finding.level:<7}  {finding.topic}: {finding.says}" for finding in found]
-    return [*told, verdict(found)]
+    parties = ["party {}: {}, {}, processes: {}".format(*row) for row in (_rows(seen) if seen else [])]
+    return [*parties, *(f"{f.level:<7}  {f.topic}: {f.says}" for f in found), verdict(found)]
 
 
 def verdict(found: Sequence[Finding]) -> str:
-    """Return what is to be made of the findings, in a line."""
-    errors = sum(finding.level == "error" for finding in found)
-    warnings = sum(finding.level == "warning" for finding in found)
-    counted = f"{_counted(errors, 'error')}, {_counted(warnings, 'warning')}"
-    if errors:
-        return f"{counted}: a fit would fail. Fix what is said above, and run it again."
-    return f"{counted}: ready to fit."
+    """Return the conclusion from the findings, in a line."""
+    errors, warnings = (sum(f.level == level for f in found) for level in ("error", "warning"))
+    ready = "a fit would fail. Fix what is said above, and run it again." if errors else "ready to fit."
+    return f"{count(errors, 'error')}, {count(warnings, 'warning')}: {ready}"
 
 
 def _rows(seen: Seen) -> list[tuple[str, str, str, str]]:
-    return [(name, *_row(seen.facts.get(name), name in seen.silent)) for name in seen.roster]
-
-
-def _row(facts: Facts | None, silent: bool) -> tuple[str, str, str]:
-    if facts is None:
-        return ("came, then silent" if silent else "missing", "-", "-")
-    return facts.host, facts.device, str(facts.processes)
+    rows = []
+    for name in seen.roster:
+        if (facts := seen.facts.get(name)) is None:
+            rows.append((name, "came, then silent" if name in seen.silent else "missing", "-", "-"))
+        else:
+            rows.append((name, facts.host, facts.device, str(facts.processes)))
+    return rows
 
 
 def _tables(seen: Seen | None, found: Sequence[Finding], width: int | None = None) -> None:
@@ -61,20 +55,13 @@ def _tables(seen: Seen | None, found: Sequence[Finding], width: int | None = Non
             parties.add_column(column, overflow="fold")
         for row in _rows(seen):
             parties.add_row(*map(Text, row))
-        console.print(parties)
-        console.print()
+        console.print(parties, "")
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     for column in ("level", "topic"):
         table.add_column(column, no_wrap=True)
     table.add_column("says", overflow="fold")
     for finding in found:
-        style = _STYLES[finding.level]
-        table.add_row(Text(finding.level, style=style), Text(finding.topic), Text(finding.says))
-    console.print(table)
-    console.print()
-    worst = next((level for level in ("error", "warning") if any(f.level == level for f in found)), "ok")
-    console.print(Text(verdict(found), style=_STYLES[worst]))
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+        table.add_row(Text(finding.level, _STYLES[finding.level]), Text(finding.topic), Text(finding.says))
+    levels = {finding.level for finding in found}
+    worst = next((level for level in ("error", "warning") if level in levels), "ok")
+    console.print(table, "", Text(verdict(found), _STYLES[worst]), sep="\n")

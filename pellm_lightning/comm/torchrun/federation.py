@@ -103,6 +103,19 @@ class Federation(Communicator):
             )
         return cls(store_from_env(timeout_s), topology.party, topology.num_parties, timeout_s=timeout_s)
 
+    @classmethod
+    def unjoined(cls, names: Sequence[str], party: int) -> "Federation":
+        """Return a stand-in for parties of which none has come yet: nothing can be exchanged.
+
+        Args:
+            names: Names of all parties.
+            party: Index of this party.
+        """
+        federation = cls(dist.HashStore(), 0, 1)
+        federation.names = federation.roster = list(names)
+        federation.party, federation.quorum = party, len(names)
+        return federation
+
     @override
     def enter(self, phase: str) -> None:
         self._coordinator.enter(phase)

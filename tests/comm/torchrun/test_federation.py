@@ -646,3 +646,10 @@ def test_a_tls_that_gloo_does_not_have_is_refused_in_words() -> None:
         patch.setenv("GLOO_DEVICE_TRANSPORT", "tcp_tls")
         errors = run_parties(2, lambda federation: None, may_fail=True)
     assert all("torch's released builds do not have" in str(error) for error in errors)
+
+
+def test_with_parties_that_have_not_come_nothing_is_exchanged() -> None:
+    unjoined = Federation.unjoined(["a", "b"], 1)
+    assert (unjoined.name, unjoined.num_parties, unjoined.place, unjoined.quorum) == ("b", 2, (1, 2), 2)
+    with pytest.raises(RuntimeError):
+        unjoined.all_reduce_(torch.zeros(1))
