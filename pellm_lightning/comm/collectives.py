@@ -7,6 +7,8 @@ from typing import NoReturn, SupportsIndex
 
 from torch import Tensor
 
+from pellm_lightning.comm.tls import TLS
+
 
 class Collectives(ABC):
     """Collective operations of the parties that take part now; every one of them must call the same.
@@ -30,6 +32,8 @@ class Collectives(ABC):
     """Names of the members, in their order."""
     bytes_sent: int
     """Bytes this party has sent to the others so far."""
+    tls: TLS | None = None
+    """This party's certificate, by which the others know it; None without TLS."""
     lossy: bool = False
     """Whether float32 that is gathered is rounded relative to its size: then send small differences."""
 

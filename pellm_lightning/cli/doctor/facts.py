@@ -15,6 +15,7 @@ from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.comm import Communicator
 from pellm_lightning.comm.communicator import Difference, Intent, Metadata, QuorumResult, Version
+from pellm_lightning.comm.tls import TLS
 from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.report.record import versions
 from pellm_lightning.trainer.environment import describe_device, topology_of
@@ -96,12 +97,14 @@ class Roster(Communicator):
     Args:
         names: Names of all parties.
         party: Index of this party.
+        tls: This party's certificate, if there is one.
     """
 
     timeout_s = 0.0
     bytes_sent = 0
 
-    def __init__(self, names: list[str], party: int) -> None:
+    def __init__(self, names: list[str], party: int, tls: TLS | None) -> None:
+        self.tls = tls
         self.names = self.roster = names
         self.quorum = len(names)
         self.party = party
@@ -184,12 +187,16 @@ class Rehearsal:
         }
         trouble: list[str] = []
         doubts: list[str] = []
+        tls = None if self.callback.jobs is None else self.callback.jobs.tls
         try:
             self._prepare_data(doubts)
             self._build()
             parameters = self.callback.parameters.select(self.module)
             aggregator = self.callback.factory.rehearsal(
-                Roster(names, party), self.trainer, self.module, parameters
+                Roster(names, party, tls),
+                self.trainer,
+                self.module,
+                parameters,
             )
             party_spec = aggregator.party_spec()
             leaving = [parameters[name] for name, *_ in party_spec["schema"]]

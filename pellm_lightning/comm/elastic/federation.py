@@ -109,7 +109,7 @@ class ElasticFederation(Communicator):
         self.interrupt = lambda: None
         self.timeout_s = self.membership.round_timeout_s
         self._name = name
-        self._tls = tls
+        self.tls = tls
         self._incarnation = secrets.token_hex(8)
         self._phase = "joining"
         self._digest = ""
@@ -199,7 +199,7 @@ class ElasticFederation(Communicator):
     @property
     @override
     def settings(self) -> dict[str, str | int | float | None]:
-        return {"roster": ", ".join(self.roster), "quorum": self.quorum, "tls": self._tls is not None}
+        return {"roster": ", ".join(self.roster), "quorum": self.quorum, "tls": self.tls is not None}
 
     @override
     def enter(self, phase: str) -> None:

@@ -611,14 +611,14 @@ def test_without_cryptography_all_but_masked_works(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pellm_lightning, "exchange", pellm_lightning.exchange)  # set by the next line
     exchange = importlib.import_module("pellm_lightning.exchange")
     assert repr(exchange.Plain()) == "Plain()"
-    with pytest.raises(ImportError, match=r"pip install 'pellm-lightning\[masked\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'pellm-lightning\[keys\]'"):
         exchange.SecureAggregation("a.key", {"a": "ed25519:"})
 
 
 def test_nothing_imports_cryptography_until_it_is_used() -> None:
     needed = {"key_agreement", "signing_keys", "fixed_point", "collectives"}
     for path in Path(pellm_lightning.__file__).parent.rglob("*.py"):
-        if path.stem == "certs" or path.parent.name == "secure":
+        if path.stem == "keys" or path.parent.name == "secure":
             continue
         for statement in ast.parse(path.read_text()).body:
             words = (
