@@ -446,7 +446,7 @@ def _short(entry: Entry) -> str:
 
 
 def _stop_heart(federation: Any) -> None:
-    heart = federation._heartbeat
+    heart = federation._peers
     heart._stopping = True
     heart._wake.set()
     heart._thread.join()
