@@ -23,6 +23,8 @@ except ImportError as error:
         "Keys and certificates need the package cryptography: pip install 'pellm-lightning[keys]'."
     ) from error
 
+# OpenSSL, so Python's ssl, takes Ed25519 certificates in TLS 1.3. BoringSSL does not: gRPC's Python wheels
+# (1.85 tried) refuse the handshake, so whoever moves the rendezvous to gRPC needs keys on P-256.
 KEY_PREFIX = "ed25519:"
 """Begins a public key as text; its 32 bytes in base64 follow."""
 
