@@ -10,10 +10,9 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from certificates import authority, files, tls_of
+from certificates import authority, elliptic, files, tls_of
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pellm_lightning.comm import keys
@@ -202,16 +201,7 @@ def test_strict_verification_accepts_what_we_make() -> None:
 def test_another_authoritys_kind_of_key_is_good_enough_for_tls(tmp_path: Path) -> None:
     """An institution may have its own authority; only secure aggregation needs Ed25519."""
     make_ca(tmp_path)
-    path, ca, ca_key = keys._check_signing(tmp_path, "clinic-a", 1)
-    key = generate_private_key(SECP256R1())
-    blank = keys._blank(keys._named("clinic-a"), ca.subject, key.public_key(), ca_key, 1)  # type: ignore[arg-type]
-    path.write_bytes(blank.sign(ca_key, None).public_bytes(serialization.Encoding.PEM))
-    (tmp_path / "clinic-a.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-    own = files(tmp_path, "clinic-a")
+    own = elliptic(tmp_path, "clinic-a")
     with accepting(own.server_context) as (port, names):
         assert call(port, own.client_context) == ("clinic-a", b"welcome")
     assert names == ["clinic-a"]

@@ -5,6 +5,10 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+
+from pellm_lightning.comm import keys
 from pellm_lightning.comm.keys import make_ca, make_certificate
 from pellm_lightning.comm.tls import TLS
 
@@ -37,3 +41,14 @@ def tls_of(name: str, which: str = "ours") -> TLS:
 
 def files(directory: Path, name: str) -> TLS:
     return TLS(*(str(directory / file) for file in (f"{name}.pem", f"{name}.key", "ca.pem")))
+
+
+def elliptic(directory: Path, name: str) -> TLS:
+    """A certificate by the directory's authority, of a key on P-256, as institutions may have."""
+    path, ca, ca_key = keys._check_signing(directory, name, 1)
+    key = generate_private_key(SECP256R1())
+    blank = keys._blank(keys._named(name), ca.subject, key.public_key(), ca_key, 1)  # type: ignore[arg-type]
+    path.write_bytes(blank.sign(ca_key, None).public_bytes(serialization.Encoding.PEM))
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    path.with_suffix(".key").write_bytes(key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    return files(directory, name)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from certificates import authority, files, tls_of
+from certificates import authority, elliptic, files, tls_of
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from party_threads import run_parties
 from secure_exchange import keys, masked, signing_key_of
@@ -304,11 +304,10 @@ def test_an_expired_certificate_is_refused_in_the_middle_of_a_run(tmp_path: Path
     make_ca(tmp_path)
     for name, days in (("0", 1.0), ("1", 3 / 86400), ("2", 1.0)):
         make_certificate(tmp_path, name, days)
-    of_parties = [CertifiedKeys(files(tmp_path, str(party))) for party in range(N)]
+    of_parties = [files(tmp_path, str(party)) for party in range(N)]
     time.sleep(3.2)
-    signing = [SigningKey(tmp_path / f"{party}.key") for party in range(N)]
-    said = refused(lambda f: agree(f, signing[f.party], of_parties[f.party], "same"))
-    assert "the certificate of party 1 is not accepted: it is good from" in said[0]
+    said = refused(lambda f: certified(f, of_parties[f.party]))
+    assert all("certificate of party 1 is not accepted: it is good from" in words for words in said), said
 
 
 @pytest.mark.parametrize("shown", [b"", b"\xff\xff", b"\0\x10" + bytes(16), b"\x01\0" + b"0" * 256])
@@ -371,3 +370,15 @@ def test_an_exchange_without_keys_and_without_certificates_is_refused() -> None:
 def test_the_key_must_be_that_of_the_certificate() -> None:
     for error in opened(SecureAggregation(signing_key=f"{keys()}/{{party}}.key")):
         assert "or its certificate, has ed25519:" in str(error)
+
+
+def test_a_certificate_of_another_kind_of_key_needs_a_key_beside_it(tmp_path: Path) -> None:
+    make_ca(tmp_path)
+    kinds = {name: elliptic(tmp_path, name) for name in "012"}
+    for error in opened(SecureAggregation(), kinds.__getitem__):
+        assert "is no Ed25519 key, but" in str(error)
+    for error in opened(SecureAggregation(signing_key=f"{keys()}/{{party}}.key"), kinds.__getitem__):
+        assert "cannot be used for secure aggregation: its key is no Ed25519 key" in str(error)
+    own = SecureAggregation(signing_key=f"{keys()}/{{party}}.key", trusted_keys=keys())
+    for total in opened(own, kinds.__getitem__):
+        torch.testing.assert_close(total, torch.full((3,), 3.0))
