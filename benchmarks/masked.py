@@ -24,8 +24,8 @@ from round import peak_memory_bytes, reset_peak_memory, resident_bytes
 from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
+from pellm_lightning.comm.keys import make_key
 from pellm_lightning.exchange import Exchange, Plain, SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import generate_signing_key
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
@@ -51,7 +51,7 @@ def main() -> None:
     for parties in arguments.parties:
         with tempfile.TemporaryDirectory() as keys:
             for party in range(parties):
-                generate_signing_key(keys, str(party))
+                make_key(keys, str(party))
             if arguments.line_mbit:
                 rows += over_lines(parties, arguments.line_mbit, keys, arguments.repeats)
             else:

@@ -22,8 +22,8 @@ from shapes import CASES
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.comm import TLS
-from pellm_lightning.comm.certs import make_ca, make_certificate
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
+from pellm_lightning.comm.keys import make_ca, make_certificate
 
 # A rendezvous serves one federation.
 PLAIN, WITH_TLS = (29710, 29711), (29712, 29713)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from processes import rows_of, timed
 
-from pellm_lightning.comm.certs import make_ca, make_certificate
+from pellm_lightning.comm.keys import make_ca, make_certificate
 from pellm_lightning.comm.mesh.mesh import Listener, Mesh
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.torchrun.gloo import GlooGroup

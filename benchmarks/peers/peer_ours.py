@@ -10,8 +10,8 @@ from payload import Party, Session
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
+from pellm_lightning.comm.keys import make_key
 from pellm_lightning.exchange import Plain, Quantized, SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import generate_signing_key
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def exchange(session: Session, party: Party) -> Plain | SecureAggregation | Quan
         return Quantized(bits=4)
     if session.variant == "masked":
         keys = f"{session.folder}/keys"
-        generate_signing_key(keys, str(party.party))
+        make_key(keys, str(party.party))
         party.ready(-1)
         return SecureAggregation(f"{keys}/{party.party}.key", keys)
     return Plain()

@@ -1,4 +1,4 @@
-"""Commands other than training: rendezvous of separate jobs, certificates, keys, report of a fit."""
+"""Commands other than training: rendezvous of separate jobs, keys, report of a fit."""
 
 import logging
 import signal
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pellm_lightning.cli import keys
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
-COMMANDS = ("rendezvous", "certs", "keys", "report")
+COMMANDS = ("rendezvous", "keys", "report")
 
 NEEDS_JSONARGPARSE = "The command line needs the package jsonargparse: pip install 'pellm-lightning[cli]'."
 
@@ -29,7 +30,7 @@ def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -
         tls: Certificate named "rendezvous". Without one everybody who reaches the address may take part.
     """
     host, port = split_address(listen)
-    server = RendezvousServer(host, port, roster=_names(roster or ""), tls=tls)
+    server = RendezvousServer(host, port, roster=keys.names_in(roster or ""), tls=tls)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.close())
     try:
@@ -40,42 +41,6 @@ def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -
             " another rendezvous, or choose another port; the host must be an address of this machine."
         ) from error
     log.info("the rendezvous has closed")
-
-
-def certs(directory: Path, names: str, days: float = 365) -> None:
-    """Make a certificate for each name, and first the federation's own authority if there is none.
-
-    Every host gets its own <name>.pem and <name>.key, and ca.pem; ca.key stays here, out of others' reach.
-
-    Args:
-        directory: Folder for the files.
-        names: Names, separated by commas: all parties', and "rendezvous".
-        days: For how many days the certificates are good.
-    """
-    from pellm_lightning.comm.certs import make_ca, make_certificate  # an optional dependency
-
-    if not (directory / "ca.pem").exists():
-        log.info("made %s", make_ca(directory))
-    for name in _names(names):
-        log.info("made %s", make_certificate(directory, name, days))
-
-
-def new_keys(directory: Path, names: str) -> None:
-    """Make a signing key for each name, for ``exchange.SecureAggregation``.
-
-    Each party makes its own on its own host and hands out <name>.pub only, or the line that is printed, on a
-    way that others can check. <name>.key stays where it is: whoever has it can be that party.
-
-    Args:
-        directory: Folder for the files.
-        names: Names, separated by commas; often one.
-    """
-    from pellm_lightning.exchange.secure.signing_keys import generate_signing_key  # an optional dependency
-
-    for name in _names(names):
-        private, public = generate_signing_key(directory, name)
-        log.info("made %s; keep it secret. For the peers of all parties:", private)
-        print(f'"{name}": "{public}"')  # as YAML, where the party 0 of a launch would be a number
 
 
 def report(run_dir: Path, out: Path | None = None) -> None:
@@ -95,8 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run one of ``COMMANDS``; print errors without a traceback, with exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     words = sys.argv[1:] if words is None else list(words)
-    components: dict[str, Any] = {"rendezvous": rendezvous, "certs": certs, "keys": {"new": new_keys}}
-    components["report"] = report
+    components: dict[str, Any] = {"rendezvous": rendezvous, "keys": keys.COMMANDS, "report": report}
     try:
         auto_cli = _auto_cli()
         auto_cli(components, args=words, as_positional=words[:1] == ["report"])
@@ -110,7 +74,3 @@ def _auto_cli() -> Any:
     except ImportError as error:
         raise ImportError(NEEDS_JSONARGPARSE) from error
     return auto_cli
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

@@ -7,12 +7,17 @@ from typing import NoReturn, SupportsIndex
 
 from torch import Tensor
 
+from pellm_lightning.comm.tls import TLS
+
 
 class Collectives(ABC):
     """Collective operations of the parties that take part now; every one of them must call the same.
 
     A collective fails at all parties or at none that matters: a party that fails breaks its connections, and
     the tensors it worked on are then half done.
+
+    Raises:
+        PartyLostError: In any of them, if a party is lost or too late.
 
     Example:
         >>> import torch
@@ -30,6 +35,8 @@ class Collectives(ABC):
     """Names of the members, in their order."""
     bytes_sent: int
     """Bytes this party has sent to the others so far."""
+    tls: TLS | None = None
+    """This party's certificate, by which the others know it; None without TLS."""
     lossy: bool = False
     """Whether float32 that is gathered is rounded relative to its size: then send small differences."""
 
@@ -82,26 +89,15 @@ class Collectives(ABC):
 
         Every party must pass the same shape and dtype at the same time; the schema check at the start of an
         ``Aggregator`` sees to that. A failure leaves ``x`` half reduced.
-
-        Raises:
-            PartyLostError: If a party is lost or too late.
         """
 
     @abstractmethod
     def all_reduce_each_(self, tensors: Iterable[Tensor]) -> None:
-        """Sum each of ``tensors`` (contiguous) over the parties, in place; a lazy iterable is fine.
-
-        Raises:
-            PartyLostError: If a party is lost or too late.
-        """
+        """Sum each of ``tensors`` (contiguous) over the parties, in place; a lazy iterable is fine."""
 
     @abstractmethod
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
-        """Overwrite ``x`` by the one of party ``source``, in place, and return it.
-
-        Raises:
-            PartyLostError: If a party is lost or too late.
-        """
+        """Overwrite ``x`` by the one of party ``source``, in place, and return it."""
 
     @abstractmethod
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
@@ -110,9 +106,6 @@ class Collectives(ABC):
         Args:
             parts: One flat tensor per party, all of one dtype; each may have its own size, 0 included.
             sizes: Scalars that each party sends to this one. All must know beforehand who sends how much.
-
-        Raises:
-            PartyLostError: If a party is lost or too late.
         """
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -121,9 +114,6 @@ class Collectives(ABC):
         Args:
             x: Flat tensor; the parties' may differ in size, not in dtype.
             sizes: Scalars of each party's.
-
-        Raises:
-            PartyLostError: If a party is lost or too late.
         """
         mine = x.detach().to("cpu").contiguous()
         gathered = [

@@ -1,5 +1,6 @@
 """Addresses and sockets of everything in this package that listens or connects."""
 
+import ipaddress
 import os
 import socket
 from collections import Counter
@@ -23,6 +24,20 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"{address!r} is no address: give host:port, or [host]:port for IPv6.")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this host reaches an address, as a socket is bound to it."""
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def configure(sock: socket.socket) -> None:
+    """Set a connection to send at once, and to notice within two minutes that a host has gone down."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, option):  # not on every system
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def join_address(host: str, port: int) -> str:

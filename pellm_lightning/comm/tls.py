@@ -8,6 +8,7 @@ hosts and VPN addresses. So host names are not checked; the code that accepts or
 import contextlib
 import re
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,7 +50,7 @@ class TLS:
 
     Example:
         >>> from pathlib import Path
-        >>> from pellm_lightning.comm.certs import make_ca, make_certificate
+        >>> from pellm_lightning.comm.keys import make_ca, make_certificate
         >>> paths = make_ca(Path()), make_certificate(Path(), "clinic-a", days=1)
         >>> TLS("clinic-a.pem", "clinic-a.key", "ca.pem").name
         'clinic-a'
@@ -72,19 +73,24 @@ class TLS:
             raise ValueError(
                 f"The certificate {self.cert} is not accepted by the authority {self.ca}:"
                 f" {error.verify_message}. Take the certificate that this authority issued for this host,"
-                " check the host's clock, or have a new one made: python -m pellm_lightning certs."
+                " check the host's clock, or have a new one signed: python -m pellm_lightning keys sign."
             ) from error
         except ssl.SSLError as error:
             raise ValueError(
-                f"The certificate {self.cert} cannot be used for TLS 1.3: {error}. Have a new one made:"
-                " python -m pellm_lightning certs."
+                f"The certificate {self.cert} cannot be used for TLS 1.3: {error}. Have a new one"
+                " signed: python -m pellm_lightning keys sign."
             ) from error
         if name is None:
             raise ValueError(
                 f"The subject of the certificate {self.cert} must have exactly one common name, the party's"
-                " name. Have a new one made: python -m pellm_lightning certs."
+                " name. Have a new one signed: python -m pellm_lightning keys sign."
             )
         return check_name(name)
+
+    @cached_property
+    def contents(self) -> Mapping[str, bytes]:
+        """What the files hold: ``cert``, ``key`` and ``ca``, for whoever signs with the same key."""
+        return {part: _read(getattr(self, part)) for part in ("cert", "key", "ca")}
 
     @cached_property
     def server_context(self) -> ssl.SSLContext:
@@ -107,8 +113,7 @@ class TLS:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
-        for path in (self.cert, self.key, self.ca):
-            _check_readable(path)
+        _ = self.contents
         try:
             context.load_verify_locations(self.ca)
         except ssl.SSLError as error:
@@ -133,14 +138,14 @@ def peer_name(sock: ssl.SSLSocket | ssl.SSLObject) -> str | None:
     return str(names[0]) if len(names) == 1 else None
 
 
-def _check_readable(path: str) -> None:
+def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            file.read(1)
+            return file.read()
     except OSError as error:
         raise ValueError(
             f"TLS needs the file {path}, which cannot be read: {error.strerror}. Check the path and its"
-            " permissions; certificates are made by python -m pellm_lightning certs."
+            " permissions; the files are made by python -m pellm_lightning keys."
         ) from error
 
 

@@ -64,10 +64,12 @@ class PrivacyAccountant:
         """
         return gaussian_epsilon(self._combined(), delta, accountant)
 
-    def epsilon_after(self, noise_multiplier: float, delta: float, accountant: Accountant = "pld") -> float:
-        """Return the epsilon as it would be after one more release with this multiplier."""
+    def epsilon_after(
+        self, noise_multiplier: float, delta: float, accountant: Accountant = "pld", releases: int = 1
+    ) -> float:
+        """Return the epsilon as it would be after so many more releases with this multiplier."""
         after = PrivacyAccountant()
-        after._runs = [*self._runs, (_multiplier(noise_multiplier), 1)]
+        after._runs = [*self._runs, (_multiplier(noise_multiplier), releases)]
         return after.epsilon(delta, accountant)
 
     def state_dict(self) -> dict[str, Any]:

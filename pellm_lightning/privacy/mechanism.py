@@ -133,13 +133,13 @@ class GaussianMechanism:
         """Return the epsilon of an accountant's releases, at this mechanism's delta."""
         return accountant.epsilon(self.delta, self.accountant)
 
-    def within_budget(self, accountant: PrivacyAccountant) -> bool:
-        """Return whether one more release stays within ``max_epsilon``."""
-        if self.max_epsilon is None:
-            return True
-        return (
-            accountant.epsilon_after(self.noise_multiplier, self.delta, self.accountant) <= self.max_epsilon
-        )
+    def epsilon_after(self, accountant: PrivacyAccountant, releases: int = 1) -> float:
+        """Return the epsilon as it would be after so many more releases."""
+        return accountant.epsilon_after(self.noise_multiplier, self.delta, self.accountant, releases)
+
+    def within_budget(self, accountant: PrivacyAccountant, releases: int = 1) -> bool:
+        """Return whether so many more releases stay within ``max_epsilon``."""
+        return self.max_epsilon is None or self.epsilon_after(accountant, releases) <= self.max_epsilon
 
     def __repr__(self) -> str:
         return (

@@ -41,11 +41,10 @@ class DPProcessor:
         """Releases of the current round's attempts, failed ones included."""
         self._noise = Noise()
         self._factor = self._std = 0.0
-        first = PrivacyAccountant()
-        first.release(mechanism.noise_multiplier)
-        if not mechanism.within_budget(PrivacyAccountant()):
+        if not mechanism.within_budget(self.accountant):
+            first = mechanism.epsilon_after(self.accountant)
             raise ValueError(
-                f"The first round alone would cost epsilon={mechanism.epsilon(first):.3g}, more than"
+                f"The first round alone would cost epsilon={first:.3g}, more than"
                 f" max_epsilon={mechanism.max_epsilon}. Raise noise_multiplier: noise_multiplier_for(epsilon,"
                 " delta, rounds) in pellm_lightning.privacy computes it from a budget."
             )
@@ -63,11 +62,7 @@ class DPProcessor:
 
     def within_budget(self, failed: int = 0) -> bool:
         """Return whether the budget allows one more round, after a number of failed attempts at it."""
-        accountant = PrivacyAccountant()
-        accountant.load_state_dict(self.accountant.state_dict())
-        for _ in range(failed):
-            accountant.release(self.mechanism.noise_multiplier)
-        return self.mechanism.within_budget(accountant)
+        return self.mechanism.within_budget(self.accountant, 1 + failed)
 
     def prepare(self, norm: float, num_participants: int) -> None:
         """Compute the clipping factor and the noise of an update with the given norm."""

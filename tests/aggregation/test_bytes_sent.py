@@ -38,8 +38,8 @@ def rounds_of(rule: Aggregation, **arguments: Any) -> list[list[Round]]:
 FACTORS_A = sum(RANK * n for _, n in SIZES.values())
 FACTORS_B = sum(m * RANK for m, _ in SIZES.values())
 HEAD_SIZE = 3 * 4
-# A header's slot of each party, and flags: four float32 numbers, and one of each party.
-WORDS = SLOT_BYTES * N + 4 * (N + 4)
+# A header's slot, and flags: four float32 numbers, and one of each party.
+WORDS = SLOT_BYTES + 4 * (N + 4)
 MEAN = WORDS + 4 * (FACTORS_A + FACTORS_B + HEAD_SIZE)
 # Of the power iteration each module's two r x r matrices and a norm, and each party's digests: of each
 # module's columns, of its decomposition, and of the result.

@@ -38,12 +38,23 @@ def tls_words(name: str) -> list[str]:
     return [f"--tls.cert={tls.cert}", f"--tls.key={tls.key}", f"--tls.ca={tls.ca}"]
 
 
-def test_certs_makes_the_authority_and_what_is_missing(tmp_path: Path) -> None:
-    commands.main(["certs", f"--directory={tmp_path}", "--names=rendezvous, clinic-a"])
+def test_trial_makes_the_authority_and_what_is_missing(tmp_path: Path) -> None:
+    commands.main(["keys", "trial", f"--directory={tmp_path}", "--names=rendezvous, clinic-a"])
     assert files(tmp_path, "clinic-a").name == "clinic-a"
     ca = (tmp_path / "ca.pem").read_bytes()
-    commands.main(["certs", f"--directory={tmp_path}", "--names=clinic-b", "--days=1"])
+    commands.main(["keys", "trial", f"--directory={tmp_path}", "--names=clinic-b", "--days=1"])
     assert (tmp_path / "ca.pem").read_bytes() == ca
+    assert files(tmp_path, "clinic-b").name == "clinic-b"
+
+
+def test_sign_prints_what_the_party_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.main(["keys", "new", f"--directory={tmp_path}", "--names=clinic-a,clinic-b"])
+    of_parties = yaml.safe_load(capsys.readouterr().out)
+    with pytest.raises(SystemExit, match=r"clinic-c\.csr gives no public key"):
+        commands.main(["keys", "sign", f"--directory={tmp_path}", "--names=clinic-a,clinic-c"])
+    assert not (tmp_path / "ca.pem").exists(), "nothing is made if one request is not there"
+    commands.main(["keys", "sign", f"--directory={tmp_path}", "--names=clinic-a,clinic-b", "--days=1"])
+    assert yaml.safe_load(capsys.readouterr().out) == of_parties
     assert files(tmp_path, "clinic-b").name == "clinic-b"
 
 
@@ -59,25 +70,25 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
         assert SigningKey(private).public_key == public
         assert f"made {private}; keep it secret" in caplog.text
     assert TrustedKeys(printed).fingerprint == TrustedKeys(tmp_path / "new").fingerprint
-    with pytest.raises(SystemExit, match=r"clinic-a\.key exists already\. Remove it first"):
+    with pytest.raises(SystemExit, match=r"clinic-a\.key is there already and is not overwritten"):
         commands.main(["keys", "new", f"--directory={tmp_path / 'new'}", "--names=clinic-a"])
     with pytest.raises(SystemExit, match="name"):
         commands.main(["keys", "new", f"--directory={tmp_path}", "--names=../a"])
 
 
 def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pellm_lightning.exchange.secure.signing_keys", raising=False)
+    monkeypatch.delitem(sys.modules, "pellm_lightning.comm.keys", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(SystemExit, match=r"pip install 'pellm-lightning\[masked\]'"):
+    with pytest.raises(SystemExit, match=r"pip install 'pellm-lightning\[keys\]'"):
         commands.main(["keys", "new", f"--directory={tmp_path}", "--names=a"])
 
 
 def test_what_goes_wrong_is_told_in_words(tmp_path: Path) -> None:
-    words = ["certs", f"--directory={tmp_path}", "--names=a"]
+    words = ["keys", "trial", f"--directory={tmp_path}", "--names=a"]
     commands.main(words)
-    with pytest.raises(SystemExit, match=r"a\.key is there already and is not overwritten"):
+    with pytest.raises(SystemExit, match=r"a\.pem is there already and is not overwritten"):
         commands.main(words)
     with pytest.raises(SystemExit, match="'nowhere' is no address"):
         commands.main(["rendezvous", "--listen=nowhere"])

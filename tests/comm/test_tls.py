@@ -1,25 +1,22 @@
-"""Certificates: made with care, read with care, and the name in them counts."""
+"""TLS: certificates are read with care, and the name in them counts."""
 
 import copy
-import importlib
 import shutil
 import socket
 import ssl
-import stat
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from certificates import authority, files, tls_of
+from certificates import authority, elliptic, files, tls_of
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from pellm_lightning.comm import certs
-from pellm_lightning.comm.certs import make_ca, make_certificate
+from pellm_lightning.comm import keys
+from pellm_lightning.comm.keys import make_ca, make_certificate
 from pellm_lightning.comm.tls import TLS, check_name, peer_name
 
 REFUSED = (ssl.SSLError, ConnectionError)
@@ -152,11 +149,12 @@ def test_an_encrypted_key_is_refused_without_a_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("common_names", [[], ["a", "b"], ["../a"]])
 def test_a_certificate_needs_exactly_one_good_name(tmp_path: Path, common_names: list[str]) -> None:
     make_ca(tmp_path)
-    ca, ca_key = certs._authority(tmp_path)
-    key = ec.generate_private_key(ec.SECP256R1())
+    path, ca, ca_key = keys._check_signing(tmp_path, "odd", 1)
+    key = Ed25519PrivateKey.generate()
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name) for name in common_names])
-    certificate = certs._blank(subject, ca.subject, key, ca_key, 1).sign(ca_key, hashes.SHA256())
-    certs._write(tmp_path, "odd", certificate, key)
+    certificate = keys._blank(subject, ca.subject, key.public_key(), ca_key, 1).sign(ca_key, None)
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    keys._write_key(tmp_path / "odd.key", key)
     with pytest.raises(ValueError, match=r"exactly one common name|is no party's name"):
         files(tmp_path, "odd")
 
@@ -164,18 +162,18 @@ def test_a_certificate_needs_exactly_one_good_name(tmp_path: Path, common_names:
 def test_an_expired_certificate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_ca(tmp_path)
     # Backdated by a day, a certificate of half a day is over.
-    skew = certs._CLOCK_SKEW
-    monkeypatch.setattr(certs, "datetime", _Yesterday)
+    skew = keys._CLOCK_SKEW
+    monkeypatch.setattr(keys, "datetime", _Yesterday)
     make_certificate(tmp_path, "late", days=0.5)
     assert skew.total_seconds() < 3600
     with pytest.raises(ValueError, match="certificate has expired"):
         files(tmp_path, "late")
 
 
-class _Yesterday(certs.datetime):
+class _Yesterday(keys.datetime):
     @classmethod
-    def now(cls, tz: object = None) -> "certs.datetime":
-        return certs.datetime.fromtimestamp(super().now(tz).timestamp() - 86400, tz)  # type: ignore[arg-type]
+    def now(cls, tz: object = None) -> "keys.datetime":
+        return keys.datetime.fromtimestamp(super().now(tz).timestamp() - 86400, tz)  # type: ignore[arg-type]
 
 
 # ---- names
@@ -192,57 +190,6 @@ def test_bad_names(name: str) -> None:
         check_name(name)
 
 
-# ---- making certificates
-
-
-def test_keys_are_readable_by_their_owner_only(tmp_path: Path) -> None:
-    directory = tmp_path / "new" / "certs"
-    assert make_ca(directory) == directory / "ca.pem"
-    assert make_certificate(directory, "clinic-a") == directory / "clinic-a.pem"
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    for name in ("ca.key", "clinic-a.key"):
-        assert stat.S_IMODE((directory / name).stat().st_mode) == 0o600
-    assert {path.name for path in directory.iterdir()} == {"ca.pem", "ca.key", "clinic-a.pem", "clinic-a.key"}
-
-
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    make_ca(tmp_path)
-    make_certificate(tmp_path, "a")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match=r"ca\.key is there already"):
-        make_ca(tmp_path)
-    with pytest.raises(FileExistsError, match=r"a\.key is there already"):
-        make_certificate(tmp_path, "a")
-    (tmp_path / "a.key").unlink()
-    with pytest.raises(FileExistsError, match=r"a\.pem is there already"):
-        make_certificate(tmp_path, "a")
-    assert not (tmp_path / "a.key").exists()
-    assert all(path.read_bytes() == data for path, data in before.items() if path.exists())
-
-
-def test_arguments_of_certificates_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ca\.pem and ca\.key in .* cannot be read"):
-        make_certificate(tmp_path, "a")
-    make_ca(tmp_path)
-    with pytest.raises(ValueError, match="is no party's name"):
-        make_certificate(tmp_path, "../a")
-    with pytest.raises(ValueError, match="is taken by the authority"):
-        make_certificate(tmp_path, "CA")
-    with pytest.raises(ValueError, match="days=0 must be positive"):
-        make_certificate(tmp_path, "a", days=0)
-    (tmp_path / "ca.key").write_bytes((authority() / "ca.key").read_bytes())
-    with pytest.raises(ValueError, match=r"is not the key of ca\.pem"):
-        make_certificate(tmp_path, "a")
-
-
-def test_hosts_are_written_down(tmp_path: Path) -> None:
-    make_ca(tmp_path)
-    path = make_certificate(tmp_path, "etcd", hosts=("127.0.0.1", "etcd.example.org"))
-    found = x509.load_pem_x509_certificate(path.read_bytes()).extensions
-    names = found.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [str(name.value) for name in names] == ["127.0.0.1", "etcd.example.org"]
-
-
 def test_strict_verification_accepts_what_we_make() -> None:
     # RFC 5280 to the letter, which newer versions of Python ask for by default.
     context = tls_of("clinic-a").client_context
@@ -251,9 +198,10 @@ def test_strict_verification_accepts_what_we_make() -> None:
         assert call(port, context) == ("rendezvous", b"welcome")
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "pellm_lightning.comm.certs"
-    monkeypatch.setitem(sys.modules, "cryptography", None)
-    monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r"pip install 'pellm-lightning\[certs\]'"):
-        importlib.import_module(name)
+def test_another_authoritys_kind_of_key_is_good_enough_for_tls(tmp_path: Path) -> None:
+    """An institution may have its own authority; only secure aggregation needs Ed25519."""
+    make_ca(tmp_path)
+    own = elliptic(tmp_path, "clinic-a")
+    with accepting(own.server_context) as (port, names):
+        assert call(port, own.client_context) == ("clinic-a", b"welcome")
+    assert names == ["clinic-a"]

@@ -200,9 +200,9 @@ def test_what_crosses_at_once_is_a_fragment() -> None:
 
     of = [4 * sum(SIZES[name] for name in names) for names in fragments_of(SIZES, 2)]
     for told in run_parties(2, act):
-        auxiliary = told[0] - of[0]  # headers, a slot of each of two parties, and flags
+        auxiliary = told[0] - of[0]  # a header and flags
         assert told == [of[0] + auxiliary, of[1] + auxiliary] * 2
-        assert auxiliary < 2 * SLOT_BYTES + 100
+        assert auxiliary < SLOT_BYTES + 100
 
 
 def test_who_is_through_answers_in_turn() -> None:

@@ -205,6 +205,6 @@ def test_only_what_parties_compute_themselves_is_compared(outer: Factory, words:
         aggregator = started(federation, {"w": w}, outer_optimizer=outer)
         return aggregator.step(1.0).bytes_sent
 
-    # A header's slot of each of 2 parties; 40 float32, then two flags, the clipping bit, the loss with
+    # A header's slot; 40 float32, then two flags, the clipping bit, the loss with
     # its weight, and the weight; and a checksum of each party.
-    assert run_parties(2, act) == [2 * SLOT_BYTES + 4 * (40 + 6) + 2 * 8 * words] * 2
+    assert run_parties(2, act) == [SLOT_BYTES + 4 * (40 + 6) + 2 * 8 * words] * 2

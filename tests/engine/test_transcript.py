@@ -43,7 +43,7 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         assert len(synchronised) == (1 if party == 0 else 0)
         assert all(torch.equal(values, starts[0]) for values in synchronised)
         # The round: a header, then this party's share of its update, and the ballot right behind it.
-        intent, metadata = metadata_of(header, num_parties)
+        intent, metadata = metadata_of(header)
         tag = metadata.pop("tag")
         # There was no round before, so no distance; and nobody has said how many steps are left.
         facts = {"purpose": 1, "round": 0, "weight": weights[party], "fine": True, "loss": 0.5}

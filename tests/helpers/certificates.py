@@ -1,18 +1,25 @@
 """Certificates of a federation for tests."""
 
+import threading
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pellm_lightning.comm.certs import make_ca, make_certificate
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+
+from pellm_lightning.comm import keys
+from pellm_lightning.comm.keys import make_ca, make_certificate
 from pellm_lightning.comm.tls import TLS
 
+_making = threading.Lock()
 _kept: list[TemporaryDirectory[str]] = []
 
 
 def authority(which: str = "ours") -> Path:
     """The folder of a certificate authority, the same one for all tests of this process."""
-    return _authority(which)
+    with _making:  # parties are threads
+        return _authority(which)
 
 
 @cache
@@ -26,10 +33,22 @@ def _authority(which: str) -> Path:
 def tls_of(name: str, which: str = "ours") -> TLS:
     """The certificate of ``name``; another authority than "ours" is a stranger's."""
     directory = authority(which)
-    if not (directory / f"{name}.pem").exists():
-        make_certificate(directory, name)
+    with _making:
+        if not (directory / f"{name}.pem").exists():
+            make_certificate(directory, name)
     return files(directory, name)
 
 
 def files(directory: Path, name: str) -> TLS:
     return TLS(*(str(directory / file) for file in (f"{name}.pem", f"{name}.key", "ca.pem")))
+
+
+def elliptic(directory: Path, name: str) -> TLS:
+    """A certificate by the directory's authority, of a key on P-256, as institutions may have."""
+    path, ca, ca_key = keys._check_signing(directory, name, 1)
+    key = generate_private_key(SECP256R1())
+    blank = keys._blank(keys._named(name), ca.subject, key.public_key(), ca_key, 1)  # type: ignore[arg-type]
+    path.write_bytes(blank.sign(ca_key, None).public_bytes(serialization.Encoding.PEM))
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    path.with_suffix(".key").write_bytes(key.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    return files(directory, name)

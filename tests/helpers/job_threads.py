@@ -16,7 +16,7 @@ from round_history import SIZE, Entry, Findings, findings, noise, recorded
 from torch import Tensor
 
 from pellm_lightning import Aggregator
-from pellm_lightning.comm import ElasticFederation, FederationError, Membership, Quorum
+from pellm_lightning.comm import TLS, ElasticFederation, FederationError, Membership, Quorum
 from pellm_lightning.comm.rendezvous.frames import Op
 from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
 
@@ -218,6 +218,7 @@ class Life:
             world.roster,
             quorum=world.quorum,
             membership=Membership(**membership),
+            tls=world.tls and world.tls(self.name),
         )
         generator = torch.Generator().manual_seed(77 + self.index)
         self.w = torch.randn(arguments.pop("size", SIZE), generator=generator)
@@ -304,8 +305,10 @@ class World:
         rounds: int = 4,
         state_dir: Path | None = None,
         quorum: Quorum = "majority",
+        tls: Callable[[str], TLS] | None = None,
         **membership: Any,
     ) -> None:
+        self.tls = tls
         self.roster = [f"p{i}" for i in range(parties)]
         self.rounds = rounds
         self.state_dir = state_dir
@@ -443,7 +446,7 @@ def _short(entry: Entry) -> str:
 
 
 def _stop_heart(federation: Any) -> None:
-    heart = federation._heartbeat
+    heart = federation._peers
     heart._stopping = True
     heart._wake.set()
     heart._thread.join()

@@ -27,13 +27,12 @@ class Message:
     values: torch.Tensor
 
 
-def metadata_of(message: Message, num_parties: int) -> Any:
+def metadata_of(message: Message) -> Any:
     """Return what a party sent as it joined a quorum, its intent and metadata; None of another message."""
-    if message.values.dtype != torch.uint8:
+    if message.values.dtype != torch.uint8 or not message.sent:
         return None
-    rows = message.values.view(num_parties, SLOT_BYTES)
-    assert not any(row.any() for party, row in enumerate(rows) if party != message.party)
-    mine = bytes(rows[message.party].tolist())
+    assert message.values.numel() == SLOT_BYTES
+    mine = bytes(message.values.tolist())
     return json.loads(mine[4 : 4 + int.from_bytes(mine[:4], "little")])
 
 
@@ -45,10 +44,11 @@ class Tap:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            sent = not (name == "broadcast" and arguments[1] != self._party)
-            for leaf in tree_leaves(arguments):
+            own = not (name == "broadcast" and arguments[1] != self._party)
+            into = len(tree_leaves(arguments[0])) if name == "allgather" else 0
+            for index, leaf in enumerate(tree_leaves(arguments)):
                 if isinstance(leaf, torch.Tensor):
-                    values = leaf.detach().clone()
+                    values, sent = leaf.detach().clone(), own and index >= into
                     self._messages.append(Message(self._party, id(self._group), name, sent, values))
             return getattr(self._group, name)(*arguments)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pellm_lightning.comm.keys import make_key
 from pellm_lightning.exchange import SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import SigningKey, generate_signing_key
+from pellm_lightning.exchange.secure.signing_keys import SigningKey
 
 _making = threading.Lock()
 _kept: list[TemporaryDirectory[str]] = []
@@ -24,8 +25,8 @@ def _keys(which: str) -> Path:
     _kept.append(TemporaryDirectory())
     folder = Path(_kept[-1].name)
     for party in range(9):
-        generate_signing_key(folder, str(party))
-        generate_signing_key(folder, f"p{party}")
+        make_key(folder, str(party))
+        make_key(folder, f"p{party}")
     return folder
 
 

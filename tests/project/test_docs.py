@@ -284,7 +284,7 @@ class Reader:
                 parse_as(self.folder / script, arguments)
 
     def our_command(self, words: list[str]) -> None:
-        if words[0] in ("certs", "keys"):
+        if words[0] == "keys":
             commands.main(words)
         elif words[0] in commands.COMMANDS:
             with self.monkeypatch.context() as patch:

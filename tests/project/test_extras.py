@@ -29,7 +29,7 @@ CORE |= {
     "jinja2",
 }  # what these need
 # They need an extra, so who uses them imports them at the last moment.
-OPTIONAL = {"comm.certs", "comm.rendezvous.etcd"}
+OPTIONAL = {"comm.keys", "comm.rendezvous.etcd"}
 OPTIONAL |= {
     f"exchange.secure.{name}" for name in ("collectives", "fixed_point", "key_agreement", "signing_keys")
 }

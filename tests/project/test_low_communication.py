@@ -27,8 +27,8 @@ def test_the_table_is_made_and_goes_on_where_it_stopped(
     every_step, diloco, four_bits = rows
     parameters = every_step["parameters"]
     # 9 steps: gradients 9 times; rounds of 2 steps 4 times, and the last one. In each round a header takes
-    # a slot of each of the four parties.
-    headers = 5 * 4 * SLOT_BYTES
+    # a slot.
+    headers = 5 * SLOT_BYTES
     assert every_step["bytes"] == pytest.approx(9 * 4 * parameters, rel=0.05)
     assert diloco["bytes"] == pytest.approx(5 * 4 * parameters + headers, rel=0.05)
     assert four_bits["bytes"] == pytest.approx(5 * 4 * parameters * 0.133 + headers, rel=0.15)

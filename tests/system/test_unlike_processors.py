@@ -30,14 +30,14 @@ pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(240)]
 def parties(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What three parties held after each round of each case."""
     pytest.importorskip("cryptography")
-    from pellm_lightning.exchange.secure.signing_keys import generate_signing_key
+    from pellm_lightning.comm.keys import make_key
 
     out = tmp_path_factory.mktemp("unlike")
     middle = dict(MIDDLE)
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # torch believes what it is told
         middle["ATEN_CPU_CAPABILITY"] = "avx2"
     for party in range(3):
-        generate_signing_key(out, str(party))
+        make_key(out, str(party))
     own = {name: value for name, value in os.environ.items() if name not in OLD}
     processes = [
         subprocess.Popen(

@@ -26,7 +26,6 @@ from pellm_lightning.comm import Collectives, Communicator, Federation, PartyLos
 from pellm_lightning.comm.elastic.federation import ElasticFederation
 from pellm_lightning.comm.elastic.membership import Membership
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
-from pellm_lightning.comm.rendezvous.prefix_store import PrefixStore
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.engine.aggregator import Aggregator
@@ -128,12 +127,11 @@ class DryRun:
         Raises:
             RuntimeError, FederationError: If it is out of reach, or does not admit this party.
         """
+        client: Any
         if self.job is not None:
             client = self._resources.enter_context(contextlib.closing(self.job.connect()))
         else:
-            self._store = store or store_from_env(self.wait_s)
-        # Below a prefix, so that no federation of separate jobs is disturbed.
-        connect = (lambda: PrefixStore(client.clone(), _PREFIX)) if self.job else (lambda: self._store)
+            client = self._store = store or store_from_env(self.wait_s)
         patience = replace(
             self.job.membership if self.job else Membership(),
             wait_s=self.wait_s,
@@ -141,7 +139,15 @@ class DryRun:
             on_party_loss="continue",
             accept_split_brain=True,  # whoever comes compares
         )
-        self.survey = ElasticFederation(connect, self.name, self.roster, quorum=1, membership=patience)
+        # Below a prefix, so that no federation of separate jobs is disturbed.
+        self.survey = ElasticFederation(
+            client.clone if self.job else lambda: client,
+            self.name,
+            self.roster,
+            quorum=1,
+            membership=patience,
+            prefix=f"{_PREFIX}/",
+        )
         self._resources.callback(self.survey.close)
         self.survey.enter(_BUILDING)
 

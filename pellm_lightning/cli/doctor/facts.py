@@ -126,12 +126,13 @@ class Rehearsal:
         }
         trouble: list[str] = []
         doubts: list[str] = []
+        tls = None if self.callback.jobs is None else self.callback.jobs.tls
         try:
             self._prepare_data(doubts)
             self._build()
             parameters = self.callback.parameters.select(self.module)
             aggregator = self.callback.factory.rehearsal(
-                Federation.unjoined(names, party), self.trainer, self.module, parameters
+                Federation.unjoined(names, party, tls), self.trainer, self.module, parameters
             )
             party_spec = aggregator.party_spec()
             leaving = [parameters[name] for name, *_ in party_spec["schema"]]

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pellm_lightning.comm.elastic.peers import Peers
+from pellm_lightning.comm.elastic.heartbeat import Heartbeat
+from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumView
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, RestartedError
 from pellm_lightning.comm.polling import polls
@@ -19,8 +20,7 @@ class CommitProtocol:
     Args:
         register: Where votes and decisions are written.
         peers: Who is alive.
-        name: This party.
-        incarnation: This process.
+        me: This party.
 
     Example::
 
@@ -28,16 +28,13 @@ class CommitProtocol:
         decision = protocol.await_decision(view, timeout_s=60)
     """
 
-    def __init__(self, register: Register, peers: Peers, name: str, incarnation: str) -> None:
-        self._register = register
-        self._peers = peers
-        self._name = name
-        self._incarnation = incarnation
+    def __init__(self, register: Register, peers: Heartbeat, me: LocalParty) -> None:
+        self._register, self._peers, self._me = register, peers, me
 
     def vote(self, view: QuorumView, digest: str) -> None:
         """Vote for a result."""
-        vote = {"term": view.term, "incarnation": self._incarnation, "digest": digest}
-        self._register.write(f"vote/@{self._name}", vote)
+        vote = {"term": view.term, "incarnation": self._me.incarnation, "digest": digest}
+        self._register.write(f"vote/@{self._me.name}", vote)
 
     def await_decision(self, view: QuorumView, timeout_s: float) -> Decision:
         """Return the decision on a view, which this party helps to make.
@@ -58,7 +55,7 @@ class CommitProtocol:
             if verdict:
                 self._register.claim(key, verdict)
         late = [name for name, digest in digests.items() if digest is None]
-        return self.abort(view, f"party {', '.join(late)} did not vote in time", late, self._name)
+        return self.abort(view, f"party {', '.join(late)} did not vote in time", late, self._me.name)
 
     def abort(
         self, view: QuorumView, reason: str, blamed: list[str] | None = None, by: str | None = None
@@ -97,7 +94,7 @@ class CommitProtocol:
     def end(self, view: QuorumView) -> None:
         """Advance to the next term, unless another party has done so."""
         self._register.swap("term", view.term, view.term + 1)
-        if self._name in view.entries and view.members[view.term % len(view.members)] == self._name:
+        if self._me.name in view.entries and view.members[view.term % len(view.members)] == self._me.name:
             # Twice, by two members: the first may have died instead.
             for old in (view.term - KEPT_TERMS, view.term - 2 * KEPT_TERMS - 1):
                 self._register.delete(f"view/{old}", f"decision/{old}")

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator
 
 from pellm_lightning.comm.elastic.commit import CommitProtocol
-from pellm_lightning.comm.elastic.peers import Peers
+from pellm_lightning.comm.elastic.heartbeat import Heartbeat
+from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumView
 from pellm_lightning.comm.elastic.register import RestartedError, UnreachableError
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
@@ -21,11 +22,9 @@ class MemberConnections:
 
     Args:
         listener: Accepts the other members' connections.
-        name: This party.
-        quorum: Number of parties that must take part.
+        me: This party.
         peers: Who is alive.
         commit_protocol: Tells whether another member has aborted the attempt.
-        timeout_s: Seconds that an exchange may make no progress.
         tls: This party's certificate, and the authority that must have signed the others'.
 
     Example::
@@ -38,20 +37,13 @@ class MemberConnections:
     def __init__(
         self,
         listener: Listener,
-        name: str,
-        quorum: int,
-        peers: Peers,
+        me: LocalParty,
+        peers: Heartbeat,
         commit_protocol: CommitProtocol,
-        timeout_s: float,
         tls: TLS | None,
     ) -> None:
-        self._listener = listener
-        self._name = name
-        self._quorum = quorum
-        self._peers = peers
-        self._commit_protocol = commit_protocol
-        self._timeout_s = timeout_s
-        self._tls = tls
+        self._listener, self._me, self._tls = listener, me, tls
+        self._peers, self._commit_protocol = peers, commit_protocol
         self._mesh: Mesh | None = None
         self._view: QuorumView | None = None
         self._polled = 0.0
@@ -68,7 +60,7 @@ class MemberConnections:
             PartyLostError: If a member cannot be reached.
             MismatchError: If a member sends something else than it must.
         """
-        kept = self._mesh is not None and view.group == view.entries[self._name].group
+        kept = self._mesh is not None and view.group == view.entries[self._me.name].group
         if not kept:
             self.drop()
         self._view = view
@@ -76,10 +68,10 @@ class MemberConnections:
             self._mesh = Mesh(
                 self._listener,
                 view.group,
-                view.members.index(self._name),
+                view.members.index(self._me.name),
                 view.members,
                 [entry.address for entry in view.entries.values()],
-                timeout_s=self._timeout_s,
+                timeout_s=self._me.membership.exchange_timeout_s,
                 watch=self._check,
                 tls=self._tls,
             )
@@ -98,11 +90,11 @@ class MemberConnections:
             FederationError: If the members are not connected.
         """
         if self._mesh is None or self._view is None:
-            raise FederationError(f"Party {self._name} is not connected: call join_quorum first.")
+            raise FederationError(f"Party {self._me.name} is not connected: call join_quorum first.")
         try:
             yield self._mesh
         except MismatchError as error:
-            if len(self._view.members) - len(error.parties) < self._quorum:
+            if len(self._view.members) - len(error.parties) < self._me.quorum:
                 raise
             raise PartyLostError(str(error), parties=error.parties, by=error.by) from error
 

@@ -16,7 +16,6 @@ docs/reliability.md.
 
 import contextlib
 import logging
-import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,8 +39,7 @@ from pellm_lightning.comm.elastic.connections import MemberConnections
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat, heartbeat_key
 from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol
-from pellm_lightning.comm.elastic.membership import Membership, check_roster
-from pellm_lightning.comm.elastic.peers import Peers
+from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_roster
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import (
@@ -71,6 +69,7 @@ class ElasticFederation(Communicator):
             takes a free one.
         advertise: "host:port" to tell the others instead, where an address is translated on the way.
         tls: This party's certificate, and the authority that must have signed the others'.
+        prefix: What all keys at the rendezvous begin with.
 
     Raises:
         ValueError: If a name, an address or ``membership`` is malformed.
@@ -100,6 +99,7 @@ class ElasticFederation(Communicator):
         listen: str = "127.0.0.1:0",
         advertise: str | None = None,
         tls: TLS | None = None,
+        prefix: str = "",
     ) -> None:
         check_roster(name, roster)
         self.membership = membership or Membership()
@@ -109,8 +109,8 @@ class ElasticFederation(Communicator):
         self.interrupt = lambda: None
         self.timeout_s = self.membership.round_timeout_s
         self._name = name
-        self._tls = tls
-        self._incarnation = secrets.token_hex(8)
+        self.tls = tls
+        self._me = LocalParty(name, self.roster, self.quorum, self.membership)
         self._phase = "joining"
         self._digest = ""
         self._attempt = 0
@@ -124,12 +124,9 @@ class ElasticFederation(Communicator):
         self._registers: list[Register] = []
         try:
             for _ in range(2):
-                self._registers.append(connect_register(connect, self.membership.wait_s, name))
+                self._registers.append(connect_register(connect, self.membership.wait_s, name, prefix))
             self._register = self._registers[0]
-            status = {"incarnation": self._incarnation, "member": False, "phase": self._phase}
-            self._heartbeat = Heartbeat(
-                self._registers[1], name, roster, status, self.membership.heartbeat_ttl_s
-            )
+            self._peers = Heartbeat(self._registers[1], self._me, self._phase)
         except BaseException as error:
             self._listener.close()
             for register in self._registers:
@@ -139,29 +136,15 @@ class ElasticFederation(Communicator):
             raise PartyLostError(
                 f"Party {name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
             ) from error
-        self._peers = Peers(self._heartbeat, name, self._incarnation)
         self._reachability = ReachabilityTracker(roster)
-        self._specs = SpecExchange(self._register, name, self._incarnation)
-        self._commit_protocol = CommitProtocol(self._register, self._peers, name, self._incarnation)
+        self._specs = SpecExchange(self._register, self._me)
+        self._commit_protocol = CommitProtocol(self._register, self._peers, self._me)
         self._quorum_protocol = QuorumProtocol(
-            self._register,
-            self._peers,
-            self._specs,
-            self._reachability,
-            name,
-            roster,
-            self.quorum,
-            self.membership,
+            self._register, self._peers, self._specs, self._reachability, self._me
         )
         self._quorum_protocol.interrupt = self._check_waiting
         self._connections = MemberConnections(
-            self._listener,
-            name,
-            self.quorum,
-            self._peers,
-            self._commit_protocol,
-            self.membership.exchange_timeout_s,
-            tls,
+            self._listener, self._me, self._peers, self._commit_protocol, tls
         )
 
     # ---- membership
@@ -199,12 +182,12 @@ class ElasticFederation(Communicator):
     @property
     @override
     def settings(self) -> dict[str, str | int | float | None]:
-        return {"roster": ", ".join(self.roster), "quorum": self.quorum, "tls": self._tls is not None}
+        return {"roster": ", ".join(self.roster), "quorum": self.quorum, "tls": self.tls is not None}
 
     @override
     def enter(self, phase: str) -> None:
         self._phase = phase
-        self._heartbeat.set_status(phase=phase)
+        self._peers.set_status(phase=phase)
 
     @override
     def phases(self) -> dict[str, str]:
@@ -378,8 +361,8 @@ class ElasticFederation(Communicator):
             return
         self._closed = True
         self._connections.drop()
-        self._heartbeat.stop(reason=reason)
-        if not self._heartbeat.is_replaced:
+        self._peers.stop(reason=reason)
+        if not self._peers.is_replaced:
             own = [f"{key}/@{self._name}" for key in ("member", "vote", "party_spec")]
             self._try(lambda: self._register.delete(*own))
         self._listener.close()
@@ -401,7 +384,7 @@ class ElasticFederation(Communicator):
             return None
         self._attempt = max(self._attempt, view.attempt)
         self._peers.note_incarnations(view.entries)
-        if not view.includes(self._name, self._incarnation):
+        if not view.includes(self._name, self._me.incarnation):
             self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
             return None
         if self._last_term == (self._register.life, view.term):
@@ -429,7 +412,7 @@ class ElasticFederation(Communicator):
             )
         return QuorumMember(
             term=term,
-            incarnation=self._incarnation,
+            incarnation=self._me.incarnation,
             address=self._address,
             digest=self._digest,
             version=version,
@@ -459,7 +442,7 @@ class ElasticFederation(Communicator):
             )
         self._quorum_protocol.partners = view.members
         self._resting = {name for name, entry in view.entries.items() if entry.intent == "rest"}
-        self._heartbeat.publish_status(member=True)
+        self._peers.publish_status(member=True)
 
     def _note_abort(self, view: QuorumView, decision: Decision) -> None:
         """Note an aborted attempt, and end its term."""

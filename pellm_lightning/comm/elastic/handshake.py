@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from pellm_lightning.comm.communicator import Difference, PartySpec
+from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember
 from pellm_lightning.comm.elastic.register import Register
 from pellm_lightning.comm.errors import MismatchError
@@ -13,14 +14,11 @@ class SpecExchange:
 
     Args:
         register: Where they are published.
-        name: This party.
-        incarnation: This process.
+        me: This party.
     """
 
-    def __init__(self, register: Register, name: str, incarnation: str) -> None:
-        self._register = register
-        self._name = name
-        self._incarnation = incarnation
+    def __init__(self, register: Register, me: LocalParty) -> None:
+        self._register, self._me = register, me
         self._published_in = ""
         self._spec: PartySpec = {}
         self._difference: Difference = lambda *_: None
@@ -33,8 +31,8 @@ class SpecExchange:
     def publish(self) -> None:
         """Publish this party's spec, unless that was done in this life of the rendezvous."""
         if self._published_in != self._register.life:
-            value = {"incarnation": self._incarnation, "party_spec": self._spec}
-            self._register.write(_key(self._name), value)
+            value = {"incarnation": self._me.incarnation, "party_spec": self._spec}
+            self._register.write(_key(self._me.name), value)
             self._published_in = self._register.life
 
     def of(self, name: str, incarnation: str) -> PartySpec | None:
@@ -58,13 +56,13 @@ class SpecExchange:
         for name, entry in entries.items():
             if entry.digest != mine.digest:
                 other = self.of(name, entry.incarnation)
-                difference = other and self._difference([other, self._spec], [name, self._name])
+                difference = other and self._difference([other, self._spec], [name, self._me.name])
                 raise MismatchError(
-                    difference or f"Parties {name} and {self._name} are configured differently."
+                    difference or f"Parties {name} and {self._me.name} are configured differently."
                 )
             if not alike(entry, mine):
                 raise MismatchError(
-                    f"Parties {name} and {self._name} hold the state of different federations, which began"
+                    f"Parties {name} and {self._me.name} hold the state of different federations, which began"
                     " apart. Remove the state of one of them (it was written under its state_dir), or let it"
                     " resume no checkpoint: it then receives the other's."
                 )

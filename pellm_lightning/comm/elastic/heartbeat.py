@@ -1,14 +1,16 @@
-"""Heartbeats: each party sends its own and watches those of the others."""
+"""Failure detector: each party sends heartbeats, and watches those of the others."""
 
 import contextlib
 import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pellm_lightning.comm.elastic.membership import LocalParty
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView
 from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.polling import polls
@@ -25,33 +27,29 @@ class _Beat:
 
 
 class Heartbeat:
-    """Thread that sends this party's heartbeat and watches for changes of the others'.
+    """Thread that sends this party's heartbeat, and tells which processes of the others are alive.
 
-    No two machines' clocks are compared: a party is alive if its heartbeat has changed within ``ttl_s`` of
-    the watcher's own monotonic clock.
+    No two machines' clocks are compared: a party is alive if its heartbeat has changed within
+    ``membership.heartbeat_ttl_s`` of the watcher's own monotonic clock. Each process behind a name is another
+    incarnation of its party.
 
     Args:
         register: A register over a client of its own.
-        name: This party.
-        roster: All parties.
-        status: What else this party's heartbeat says.
-        ttl_s: Seconds without a change after which a party counts as dead.
+        me: This party.
+        phase: What it does, which its heartbeat says.
 
     Example::
 
-        heartbeat = Heartbeat(register, "a", ["a", "b"], {"incarnation": "x"}, ttl_s=5)
-        heartbeat.alive("b")
+        peers = Heartbeat(register, me, "joining")
+        lost = peers.dead(view)
     """
 
-    def __init__(
-        self, register: Register, name: str, roster: Sequence[str], status: dict[str, Any], ttl_s: float
-    ) -> None:
+    def __init__(self, register: Register, me: LocalParty, phase: str) -> None:
         self._register = register
-        self._name = name
-        self._others = [other for other in roster if other != name]
-        self._status = status
-        self._incarnation = status["incarnation"]
-        self._ttl_s = ttl_s
+        self._name, self._incarnation = me.name, me.incarnation
+        self._others = [other for other in me.roster if other != me.name]
+        self._status: dict[str, Any] = {"incarnation": me.incarnation, "member": False, "phase": phase}
+        self._ttl_s = me.membership.heartbeat_ttl_s
         self._beats = 0
         self._last: dict[str, _Beat] = {}
         self._incarnations: set[str] = set()
@@ -63,17 +61,13 @@ class Heartbeat:
         with contextlib.suppress(UnreachableError, RestartedError):  # the thread tries again
             self._take_name()
             self._round_trip()  # so that the first poll knows who is alive
-        self._thread = threading.Thread(target=self._run, name=f"heartbeat-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"heartbeat-{me.name}", daemon=True)
         self._thread.start()
 
     def set_status(self, **status: Any) -> None:
         """Change what this party's heartbeat says, from the next one on."""
         with self._lock:
             self._status = self._status | status
-
-    def is_foreign(self, beat: Any) -> bool:
-        """Tell whether a heartbeat under this party's name is that of another process."""
-        return isinstance(beat, dict) and beat.get("incarnation", self._incarnation) != self._incarnation
 
     def publish_status(self, **status: Any) -> None:
         """Change what this party's heartbeat says, and send it now."""
@@ -83,35 +77,92 @@ class Heartbeat:
             self.set_status(**status)
             self._wake.set()
 
-    def note_incarnation(self, party: str, incarnation: str) -> None:
-        """Note a process that is known otherwise, before its first heartbeat was seen."""
-        with self._lock:
-            if party == self._name or incarnation in self._incarnations:
-                return
-            self._incarnations.add(incarnation)
-            beat = self._last.get(party)
-            if beat is None or beat.status.get("incarnation") != incarnation:
-                self._last[party] = _Beat({"incarnation": incarnation}, time.monotonic())
+    # ---- this process
 
-    def alive(self, party: str) -> bool:
-        """Tell whether a party's heartbeat has changed within the TTL."""
-        if party == self._name:
-            return True
-        with self._lock:
-            beat = self._last.get(party)
-            return beat is not None and time.monotonic() - beat.changed <= self._ttl_s
+    def check_not_replaced(self, heartbeat: Any = None) -> None:
+        """Raise if another process has taken this one's place; there must never be two.
 
-    def status_of(self, party: str) -> dict[str, Any]:
-        """Return what a party's last heartbeat said, empty if there was none."""
-        with self._lock:
-            beat = self._last.get(party)
-            return dict(beat.status) if beat else {}
+        Args:
+            heartbeat: The one that stands under this party's name, if it was just read.
 
-    def silence_s(self, party: str) -> float | None:
-        """Return the seconds since a party's last heartbeat, None if it was never seen."""
+        Raises:
+            FederationError: If it is another process'.
+        """
+        if self._is_foreign(heartbeat):
+            self.is_replaced = True
+        if self.is_replaced:
+            raise FederationError(
+                f"Another process has taken the place of party {self._name} while this one sent no"
+                " heartbeat; this one stops. Give every party a name of its own, and start each once."
+            )
+
+    def _is_foreign(self, beat: Any) -> bool:
+        """Tell whether a heartbeat under this party's name is that of another process."""
+        return isinstance(beat, dict) and beat.get("incarnation", self._incarnation) != self._incarnation
+
+    # ---- the others
+
+    def note_incarnations(self, entries: Mapping[str, QuorumMember]) -> None:
+        """Note processes that are known otherwise, before their first heartbeat was seen."""
         with self._lock:
-            beat = self._last.get(party)
-            return None if beat is None else time.monotonic() - beat.changed
+            for name, entry in entries.items():
+                if name == self._name or entry.incarnation in self._incarnations:
+                    continue
+                self._incarnations.add(entry.incarnation)
+                beat = self._last.get(name)
+                if beat is None or beat.status.get("incarnation") != entry.incarnation:
+                    self._last[name] = _Beat({"incarnation": entry.incarnation}, time.monotonic())
+
+    def alive(self, name: str) -> bool:
+        """Tell whether any process of a party is alive."""
+        silence = 0.0 if name == self._name else self._seen(name)[1]
+        return silence is not None and silence <= self._ttl_s
+
+    def incarnation(self, name: str) -> str:
+        """Return which process of a party was seen last."""
+        return str(self._seen(name)[0].get("incarnation"))
+
+    def runs(self, name: str, incarnation: str) -> bool:
+        """Tell whether a process of a party is still alive."""
+        if name == self._name:
+            return incarnation == self._incarnation
+        return self.alive(name) and self.incarnation(name) == incarnation
+
+    def is_member(self, name: str) -> bool:
+        """Tell whether a party is alive that has been part of a quorum."""
+        return self.alive(name) and bool(self._seen(name)[0].get("member"))
+
+    def dead(self, view: QuorumView) -> list[str]:
+        """Return which members of a view have died since."""
+        return [name for name, entry in view.entries.items() if not self.runs(name, entry.incarnation)]
+
+    def phase(self, name: str) -> str:
+        """Return what a party does, for display."""
+        status, silence = self._seen(name)
+        if "left" in status:
+            return "left"
+        if silence is None:
+            return "not seen yet"
+        return str(status.get("phase", "busy")) if self.alive(name) else f"silent for {silence:.0f} s"
+
+    def fate(self, name: str) -> str:
+        """Return what is known about a party that has not joined."""
+        status, silence = self._seen(name)
+        if "left" in status:
+            return f"it left while {status['left']}"
+        if silence is None:
+            return "it was never seen"
+        if self.alive(name):
+            return f"it did not join (it was last seen {status.get('phase', 'busy')})"
+        return f"it has sent no heartbeat for {silence:.1f} s ({status.get('phase', 'busy')})"
+
+    def _seen(self, name: str) -> tuple[dict[str, Any], float | None]:
+        """Return what a party's last heartbeat said, and the seconds since; None if there was none."""
+        with self._lock:
+            beat = self._last.get(name)
+            return (beat.status, time.monotonic() - beat.changed) if beat else ({}, None)
+
+    # ---- the thread
 
     def stop(self, *, reason: str | None) -> None:
         """Send no more heartbeats.
@@ -142,12 +193,12 @@ class Heartbeat:
         before = self._register.claim(key, mine)
         if before == mine:
             return
-        for _ in polls(self._ttl_s / 2 if self.is_foreign(before) else 0.0):
+        for _ in polls(self._ttl_s / 2 if self._is_foreign(before) else 0.0):
             (now,) = self._register.read(key)
             if now != before:
                 break
         now = self._register.swap(key, before, mine)
-        if now != before and self.is_foreign(now):
+        if now != before and self._is_foreign(now):
             raise FederationError(
                 f"A process that runs as party {self._name} is there already. Give every party a name of"
                 " its own, and start each once. One that hangs must be ended first."
@@ -175,7 +226,7 @@ class Heartbeat:
         if self._register.renew():
             log.info("[party %s] the rendezvous was restarted", self._name)
         own, *others = self._register.read(*map(heartbeat_key, [self._name, *self._others]))
-        if self._beats and self.is_foreign(own):
+        if self._beats and self._is_foreign(own):
             self.is_replaced = True
             return
         self._beats += 1

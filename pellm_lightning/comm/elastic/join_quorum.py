@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pellm_lightning.comm.elastic.handshake import SpecExchange, alike
-from pellm_lightning.comm.elastic.membership import Membership
-from pellm_lightning.comm.elastic.peers import Peers
+from pellm_lightning.comm.elastic.heartbeat import Heartbeat
+from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count, stage
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, UnreachableError
@@ -28,31 +28,19 @@ class QuorumProtocol:
         peers: Who is alive.
         specs: The parties' specs.
         reachability: Who cannot reach whom.
-        name: This party.
-        roster: All parties.
-        quorum: How many are needed.
-        membership: How long to wait for whom.
+        me: This party, and how long it waits for whom.
     """
 
     def __init__(
         self,
         register: Register,
-        peers: Peers,
+        peers: Heartbeat,
         specs: SpecExchange,
         reachability: ReachabilityTracker,
-        name: str,
-        roster: Sequence[str],
-        quorum: int,
-        membership: Membership,
+        me: LocalParty,
     ) -> None:
-        self._register = register
-        self._peers = peers
-        self._specs = specs
-        self._reachability = reachability
-        self._name = name
-        self._roster = roster
-        self._membership = membership
-        self._needed = quorum
+        self._register, self._peers, self._specs = register, peers, specs
+        self._reachability, self._me = reachability, me
         self.partners: Collection[str] = ()
         """Members of the last view."""
         self.interrupt: Callable[[], None] = lambda: None
@@ -60,12 +48,12 @@ class QuorumProtocol:
 
     def join(self, mine: QuorumMember, deadline: "QuorumDeadline") -> QuorumView | None:
         """Join the quorum of a term; return its view as soon as there is one, None if the term is over."""
-        self._register.write(f"member/@{self._name}", mine.to_json())
+        self._register.write(f"member/@{self._me.name}", mine.to_json())
         deadline.restart()
         term = mine.term
         for _ in polls():
             self.interrupt()
-            keys = [f"member/@{name}" for name in self._roster]
+            keys = [f"member/@{name}" for name in self._me.roster]
             end = f"ended/{mine.version.run_id if mine.version else ''}"
             now, written, ended, *members = self._register.read("term", f"view/{term}", end, *keys)
             if isinstance(now, int) and now > term + KEPT_TERMS:
@@ -75,13 +63,13 @@ class QuorumProtocol:
             if now != term:
                 return None
             entries = self._present(
-                term, dict(zip(self._roster, map(QuorumMember.from_json, members), strict=True))
+                term, dict(zip(self._me.roster, map(QuorumMember.from_json, members), strict=True))
             )
             if mine.version and is_count(ended) and len(entries) == 1:
                 if mine.version.round < ended:
                     raise FederationError(
-                        f"The federation ended after {ended} rounds while party {self._name} was away, which"
-                        f" knows {mine.version.round}. The others have the result. To resume older"
+                        f"The federation ended after {ended} rounds while party {self._me.name} was away,"
+                        f" which knows {mine.version.round}. The others have the result. To resume older"
                         " checkpoints of all parties, restart the rendezvous."
                     )
                 if mine.intent == "rest":
@@ -104,10 +92,10 @@ class QuorumProtocol:
         view = QuorumView.from_json(term, value)
         if view is not None and not alike(*view.entries.values(), mine):
             self._specs.check_alike(view.entries, mine)
-        if view is None or not set(view.members) <= set(self._roster):
+        if view is None or not set(view.members) <= set(self._me.roster):
             raise MismatchError(
-                f"Party {self._name} cannot read what another party has written as the view of term {term}."
-                " Install the same version of pellm-lightning and give the same roster at all parties."
+                f"Party {self._me.name} cannot read what another party has written as the view of term"
+                f" {term}. Install the same version of pellm-lightning, and give the same roster, at all."
             )
         return view
 
@@ -123,9 +111,9 @@ class QuorumProtocol:
         """Return who can continue together now, or None if a party is to be waited for."""
         same = {name: entry for name, entry in entries.items() if alike(entry, mine)}
         reachable_group = self._reachability.reachable_group(same)
-        if len(reachable_group) >= self._needed:
+        if len(reachable_group) >= self._me.quorum:
             same = {name: same[name] for name in reachable_group}
-        if self._name not in same:
+        if self._me.name not in same:
             same = {}  # the others may continue without this party, it cannot without them
         deadline.raise_mismatch()
         awaited = self._awaited(entries, deadline)
@@ -137,10 +125,10 @@ class QuorumProtocol:
         if awaited:
             return None
         try:
-            if len(same) >= self._needed:
+            if len(same) >= self._me.quorum:
                 self._check_begun(same)
                 return same
-            if len(entries) >= self._needed:
+            if len(entries) >= self._me.quorum:
                 self._specs.check_alike(entries, mine)
         except FederationError as mismatch:
             deadline.keep_mismatch(mismatch)
@@ -148,30 +136,30 @@ class QuorumProtocol:
 
     def _awaited(self, entries: Mapping[str, QuorumMember], deadline: "QuorumDeadline") -> list[str]:
         """Return those who have not joined yet, but are expected to."""
-        missing = [name for name in self._roster if name not in entries]
-        current = stage(entries, self._needed)
+        missing = [name for name in self._me.roster if name not in entries]
+        current = stage(entries, self._me.quorum)
         if current == "beginning":
             return missing
         alive = [name for name in missing if self._peers.alive(name)]
         if current == "resuming":
             # Those who were started together join at about the same time.
-            return missing if deadline.waited_s < 2 * self._membership.heartbeat_ttl_s else alive
+            return missing if deadline.waited_s < 2 * self._me.membership.heartbeat_ttl_s else alive
         # A party that is still starting up will not join before the others have made their next local steps.
         return [name for name in alive if name in self.partners or self._peers.is_member(name)]
 
     def _check_begun(self, entries: Mapping[str, QuorumMember]) -> None:
         """Raise if it is not clear whether the federation begins or resumes: too few have its state."""
         begun = [name for name, entry in entries.items() if entry.version]
-        if begun and stage(entries, self._needed) == "beginning":
+        if begun and stage(entries, self._me.quorum) == "beginning":
             raise FederationError(
                 f"Party {', '.join(begun)} has the state of an unfinished federation, the others have none:"
-                f" fewer than the {self._needed} that make a majority. To start over, remove its state (it"
+                f" fewer than the {self._me.quorum} that make a majority. To start over, remove its state (it"
                 " was written under its state_dir); to resume it, copy it to the others."
             )
 
     def deadline(self) -> "QuorumDeadline":
         """Return the deadline of joining one quorum."""
-        return QuorumDeadline(self._peers, self._name, self._roster, self._needed, self._membership)
+        return QuorumDeadline(self._peers, self._me)
 
 
 class QuorumDeadline:
@@ -179,20 +167,11 @@ class QuorumDeadline:
 
     Args:
         peers: Who is alive.
-        name: This party.
-        roster: All parties.
-        quorum: How many are needed.
-        membership: How long to wait for whom.
+        me: This party, and how long it waits for whom.
     """
 
-    def __init__(
-        self, peers: Peers, name: str, roster: Sequence[str], quorum: int, membership: Membership
-    ) -> None:
-        self._peers = peers
-        self._name = name
-        self._roster = roster
-        self._membership = membership
-        self._needed = quorum
+    def __init__(self, peers: Heartbeat, me: LocalParty) -> None:
+        self._peers, self._me, self._wait_s = peers, me, me.membership.wait_s
         self._started = self._had_quorum = self._reached_rendezvous = self._mismatched = time.monotonic()
         self._mismatch: FederationError | None = None
 
@@ -219,7 +198,7 @@ class QuorumDeadline:
         Raises:
             FederationError: If it differs from the others, or too few have the federation's state.
         """
-        grace_s = self._membership.heartbeat_ttl_s / 2
+        grace_s = self._me.membership.heartbeat_ttl_s / 2
         if self._mismatch is not None and time.monotonic() - self._mismatched > grace_s:
             raise self._mismatch
 
@@ -230,23 +209,23 @@ class QuorumDeadline:
             TooFewPartiesError: If too few have been there for too long.
         """
         self._reached_rendezvous = time.monotonic()
-        if len({*entries, *filter(self._peers.alive, awaited)}) >= self._needed:
+        if len({*entries, *filter(self._peers.alive, awaited)}) >= self._me.quorum:
             self._had_quorum = time.monotonic()
         waited = time.monotonic() - self._had_quorum
-        if waited > self._membership.wait_s:
-            missing = [name for name in self._roster if name not in entries]
+        if waited > self._wait_s:
+            missing = [name for name in self._me.roster if name not in entries]
             fates = ", ".join(f"{name} ({self._peers.fate(name)})" for name in missing)
             raise TooFewPartiesError(
-                f"Party {self._name} has waited {waited:.0f} s (wait_s) for {self._needed} of the"
-                f" {len(self._roster)} parties; missing: {fates}. Start them, or look at their logs, and"
+                f"Party {self._me.name} has waited {waited:.0f} s (wait_s) for {self._me.quorum} of the"
+                f" {len(self._me.roster)} parties; missing: {fates}. Start them, or look at their logs, and"
                 " start this party again: the federation continues where it was.",
                 parties=tuple(missing),
             )
 
     def is_over(self, entries: Mapping[str, QuorumMember]) -> bool:
         """Tell whether those who have not joined are to be left out."""
-        beginning = stage(entries, self._needed) == "beginning"
-        return self.waited_s > (self._membership.wait_s if beginning else self._membership.round_timeout_s)
+        beginning = stage(entries, self._me.quorum) == "beginning"
+        return self.waited_s > (self._wait_s if beginning else self._me.membership.round_timeout_s)
 
     def wait_for_rendezvous(self, error: UnreachableError) -> None:
         """Wait a moment for the rendezvous to come back.
@@ -255,9 +234,9 @@ class QuorumDeadline:
             PartyLostError: If it has been away for too long.
         """
         waited = time.monotonic() - self._reached_rendezvous
-        if waited > self._membership.wait_s:
+        if waited > self._wait_s:
             raise PartyLostError(
-                f"Party {self._name} has waited {waited:.0f} s (wait_s) for the rendezvous: {error}. Start it"
-                " again; the parties continue where they were."
+                f"Party {self._me.name} has waited {waited:.0f} s (wait_s) for the rendezvous: {error}. Start"
+                " it again; the parties continue where they were."
             ) from error
         time.sleep(0.1)

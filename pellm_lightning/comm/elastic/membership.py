@@ -1,7 +1,8 @@
 """Membership policy of separate jobs: timeouts, quorum, and what to do when a party is lost."""
 
+import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pellm_lightning.comm.quorum import Quorum, resolve_quorum
@@ -38,9 +39,9 @@ class Membership:
     accept_split_brain: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("round_timeout_s", "wait_s", "exchange_timeout_s", "heartbeat_ttl_s"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field}={getattr(self, field)} must be positive, in seconds.")
+        for name in ("round_timeout_s", "wait_s", "exchange_timeout_s", "heartbeat_ttl_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive, in seconds.")
         if self.on_party_loss not in ("continue", "stop"):
             raise ValueError(f"on_party_loss={self.on_party_loss!r} must be 'continue' or 'stop'.")
 
@@ -58,6 +59,20 @@ class Membership:
                 " it, or accept that by membership.accept_split_brain=true."
             )
         return needed
+
+
+@dataclass(frozen=True)
+class LocalParty:
+    """This process in its federation, as all parts of the protocol know it."""
+
+    name: str
+    roster: Sequence[str]
+    """Names of all parties, in an order that is the same at each."""
+    quorum: int
+    """Number of parties that must join."""
+    membership: Membership
+    incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Which of the processes that ever ran under this name it is (SWIM)."""
 
 
 def check_roster(name: str, roster: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ class Register:
 
     Args:
         store: Any torch ``Store``; not used by anybody else, since a client serves one call at a time.
+        prefix: What all keys begin with: two federations can share one rendezvous.
 
     Example::
 
@@ -45,8 +46,9 @@ class Register:
         decision = register.claim("decision/1", {"commit": digest})  # the one that stands
     """
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: dist.Store, prefix: str = "") -> None:
         self._store = store
+        self._prefix = prefix
         self.life = ""
         """Name of the life of the store that is read and written."""
 
@@ -57,7 +59,7 @@ class Register:
             UnreachableError: If the store cannot be reached.
         """
         with _reached():
-            life = self._store.compare_set(_LIFE, "", secrets.token_hex(8)).decode()
+            life = self._store.compare_set(self._prefix + _LIFE, "", secrets.token_hex(8)).decode()
         changed = bool(self.life) and life != self.life
         self.life = life
         return changed
@@ -70,7 +72,7 @@ class Register:
             UnreachableError: If the store cannot be reached.
         """
         with _reached():
-            life, *values = self._get([_LIFE, *(self._key(key) for key in keys)])
+            life, *values = self._get([self._prefix + _LIFE, *(self._key(key) for key in keys)])
         if life is None or life.decode() != self.life:
             raise RestartedError
         return [_parsed(value) for value in values]
@@ -101,7 +103,7 @@ class Register:
         _close(self._store)
 
     def _key(self, key: str) -> str:
-        return f"{self.life}/{key}"
+        return f"{self._prefix}{self.life}/{key}"
 
     def _get(self, keys: Sequence[str]) -> list[bytes | None]:
         many = getattr(self._store, "try_multi_get", None)
@@ -114,7 +116,9 @@ class Register:
         return [None if value.decode(errors="replace") == _NOTHING else value for value in values]
 
 
-def connect_register(connect: Callable[[], dist.Store], wait_s: float, name: str) -> Register:
+def connect_register(
+    connect: Callable[[], dist.Store], wait_s: float, name: str, prefix: str = ""
+) -> Register:
     """Return a register over a client of its own; wait if the rendezvous is not up yet.
 
     Raises:
@@ -125,7 +129,7 @@ def connect_register(connect: Callable[[], dist.Store], wait_s: float, name: str
         store = None
         try:
             store = connect()
-            register = Register(store)
+            register = Register(store, prefix)
             register.renew()
             return register
         except (dist.DistError, UnreachableError) as error:

@@ -1,18 +1,15 @@
 """Configuration of a party that is a job of its own: name, rendezvous, roster."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-
-import torch.distributed as dist
 
 from pellm_lightning.comm.elastic.federation import ElasticFederation
 from pellm_lightning.comm.elastic.membership import Membership, check_roster
 from pellm_lightning.comm.quorum import Quorum
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore
-from pellm_lightning.comm.rendezvous.prefix_store import PrefixStore
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.topology import Topology
 
@@ -143,7 +140,7 @@ class SeparateJobs:
         Raises:
             PartyLostError: If the rendezvous cannot be reached.
         """
-        return self._joined(self.connect, self.membership, quorum)
+        return self._joined(self.membership, quorum)
 
     def rehearse(self, prefix: str, wait_s: float, quorum: Quorum) -> ElasticFederation:
         """Join the other parties under a prefix of the rendezvous, so that no federation is disturbed.
@@ -157,7 +154,7 @@ class SeparateJobs:
             PartyLostError: If the rendezvous cannot be reached.
         """
         brief = replace(self.membership, wait_s=wait_s, round_timeout_s=wait_s, exchange_timeout_s=wait_s / 2)
-        return self._joined(lambda: PrefixStore(self.connect(), prefix), brief, quorum)
+        return self._joined(brief, quorum, f"{prefix}/")
 
     def connect(self) -> PollingStore:
         """Return a client of the rendezvous.
@@ -170,11 +167,9 @@ class SeparateJobs:
 
         return connect(self.rendezvous, tls=self.tls)
 
-    def _joined(
-        self, connect: Callable[[], dist.Store], membership: Membership, quorum: Quorum
-    ) -> ElasticFederation:
+    def _joined(self, membership: Membership, quorum: Quorum, prefix: str = "") -> ElasticFederation:
         return ElasticFederation(
-            connect,
+            self.connect,
             self.name,
             self.roster,
             quorum=quorum,
@@ -182,6 +177,7 @@ class SeparateJobs:
             listen=self.listen,
             advertise=self.advertise,
             tls=self.tls,
+            prefix=prefix,
         )
 
 

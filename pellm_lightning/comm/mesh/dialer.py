@@ -14,12 +14,11 @@ from pellm_lightning.comm.mesh.handshake import (
     HandshakeSteps,
     PeerHandshake,
     PeerHandshakes,
-    configure,
     receive_greeting,
     send_greeting,
     start_tls,
 )
-from pellm_lightning.comm.sockets import split_address
+from pellm_lightning.comm.sockets import configure, split_address
 from pellm_lightning.comm.tls import TLS, peer_name
 
 # Timeout of one attempt: a host that went down silently never answers an old one.
@@ -120,6 +119,7 @@ class Dialer:
 
 
 def _connect(sock: socket.socket, where: tuple[object, ...]) -> HandshakeSteps[None]:
+    sock.setblocking(False)
     configure(sock)
     error = sock.connect_ex(where)
     if error in (EINPROGRESS, EWOULDBLOCK):

@@ -32,13 +32,6 @@ class BadPeerError(Exception):
     """The other end is not the expected member; the connection must be closed."""
 
 
-def configure(sock: socket.socket) -> None:
-    """Set the options of a connection between members."""
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
 # ---- steps
 
 

@@ -1,6 +1,5 @@
 """Listener: accepts the other members' connections on one port for the life of the process."""
 
-import ipaddress
 import logging
 import socket
 import ssl
@@ -15,11 +14,10 @@ from pellm_lightning.comm.mesh.handshake import (
     HandshakeSteps,
     PeerHandshake,
     PeerHandshakes,
-    configure,
     receive_greeting,
     start_tls,
 )
-from pellm_lightning.comm.sockets import join_address, listening_socket
+from pellm_lightning.comm.sockets import configure, is_loopback, join_address, listening_socket
 from pellm_lightning.comm.tls import TLS
 
 log = logging.getLogger(__name__)
@@ -69,7 +67,7 @@ class Listener:
         bound_host, bound_port = self._server.getsockname()[:2]
         self.address = join_address(bound_host, bound_port)
         """Where it listens, as "host:port"."""
-        if tls is None and not ipaddress.ip_address(bound_host.partition("%")[0]).is_loopback:
+        if tls is None and not is_loopback(bound_host):
             log.warning(
                 "[party %s] listens at %s without TLS: whoever reaches it can pass for a party, and nothing"
                 " is encrypted. Use TLS, or an address of a private network.",
@@ -182,6 +180,7 @@ class Listener:
 def _handshake(sock: socket.socket, context: ssl.SSLContext | None) -> HandshakeSteps[AcceptedPeer]:
     """Return the name and the group of a peer that has connected."""
     try:
+        sock.setblocking(False)
         configure(sock)
         sock = yield from start_tls(sock, context)
         name, group = yield from receive_greeting(sock)

@@ -66,7 +66,9 @@ class Mesh:
 
     Raises:
         ValueError: If the arguments do not fit each other.
-        PartyLostError: If a member cannot be reached within ``timeout_s``.
+        PartyLostError: If a member cannot be reached within ``timeout_s``; in a collective, if one is gone or
+            later than that.
+        MismatchError: In a collective, if a member calls another one, or with another dtype, size or source.
 
     Example:
         >>> listener = Listener("127.0.0.1", 0, name="a", roster=["a"])
@@ -115,10 +117,6 @@ class Mesh:
         Member j adds up the j-th of N chunks in the order of the ranks and sends the sum to all, so each
         member sends and receives 2 (N-1)/N of the tensor's bytes (Rabenseifner, 2004: reduce-scatter, then
         all-gather). An error leaves the tensor half reduced.
-
-        Raises:
-            MismatchError: If a member calls another collective, or with another dtype or size.
-            PartyLostError: If a member is gone or later than ``timeout_s``.
         """
         data = _bytes(tensor)
         if tensor.dtype == torch.bool:
@@ -141,12 +139,7 @@ class Mesh:
             self._exchange(Reduction(own, rings, parts, sums).advance)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Overwrite a contiguous CPU tensor by the one of member ``source``.
-
-        Raises:
-            MismatchError: If a member calls another collective, or with another dtype, size or source.
-            PartyLostError: If a member is gone or later than ``timeout_s``.
-        """
+        """Overwrite a contiguous CPU tensor by the one of member ``source``."""
         data = _bytes(tensor)
         if not 0 <= source < self.size:
             raise ValueError(f"source={source} must lie in 0..{self.size - 1}.")
@@ -172,10 +165,6 @@ class Mesh:
             tensor: Flat CPU tensor of the same dtype: the parts for each member, in the order of the ranks.
             out_sizes: Scalars that each member sends to this one.
             sizes: Scalars that this one sends to each member.
-
-        Raises:
-            MismatchError: If a member calls another collective, or with another dtype or size.
-            PartyLostError: If a member is gone or later than ``timeout_s``.
         """
         into, data = _cut(out, out_sizes, self.size), _cut(tensor, sizes, self.size)
         if out.dtype != tensor.dtype or out_sizes[self.rank] != sizes[self.rank]:

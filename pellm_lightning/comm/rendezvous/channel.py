@@ -6,7 +6,7 @@ import ssl
 import weakref
 
 from pellm_lightning.comm.rendezvous.frames import HELLO, LENGTH_BYTES, FrameError, length, unpack
-from pellm_lightning.comm.sockets import split_address
+from pellm_lightning.comm.sockets import configure, split_address
 from pellm_lightning.comm.tls import RENDEZVOUS, peer_name
 
 _PIECE_BYTES = 64 << 10
@@ -32,8 +32,7 @@ class Channel:
     def __init__(self, address: str, context: ssl.SSLContext | None, timeout_s: float) -> None:
         self._socket = socket.create_connection(split_address(address), timeout_s)
         try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            configure(self._socket)
             if context is not None:
                 self._socket = context.wrap_socket(self._socket)
             # A forgotten store closes its connection, also while the interpreter ends.

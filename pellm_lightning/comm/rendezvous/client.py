@@ -2,12 +2,11 @@
 
 import math
 import ssl
-import threading
 import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.polling import polls
@@ -23,7 +22,6 @@ from pellm_lightning.comm.rendezvous.frames import (
     pack,
 )
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
-from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
 # A server that stops closes connections before it closes its port; one that rejects us does so every time.
@@ -63,15 +61,8 @@ class RendezvousStore(PollingStore):
     def __init__(
         self, address: str, *, tls: TLS | None = None, timeout_s: float = 300, retry_s: float = 10
     ) -> None:
-        if not retry_s > 0:
-            raise ValueError(f"retry_s={retry_s} must be positive, in seconds.")
-        super().__init__(timeout_s)
-        split_address(address)
-        self.address = address
-        self._tls = tls
+        super().__init__(address, tls, timeout_s, retry_s)
         self._context = None if tls is None else tls.client_context
-        self._retry_s = retry_s
-        self._lock = threading.Lock()
         self.num_keys()  # a party that is not admitted fails here
 
     @override
@@ -110,10 +101,6 @@ class RendezvousStore(PollingStore):
     @override
     def num_keys(self) -> int:
         return self._number(self._ask(Op.NUM_KEYS))
-
-    @override
-    def clone(self) -> Self:
-        return type(self)(self.address, tls=self._tls, timeout_s=self._timeout_s, retry_s=self._retry_s)
 
     @override
     def close(self) -> None:

@@ -22,7 +22,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     unpack,
 )
 from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
-from pellm_lightning.comm.sockets import oldest_of_largest_host
+from pellm_lightning.comm.sockets import configure, oldest_of_largest_host
 from pellm_lightning.comm.tls import peer_name
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class ConnectionHandler:
 
     async def _connected(self, sock: socket.socket) -> _Connection:
         """Return the connection over an accepted socket, encrypted if that is asked for."""
-        _keep_alive(sock)
+        configure(sock)
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(loop=loop)
         transport, protocol = await loop.connect_accepted_socket(
@@ -278,14 +278,6 @@ def _make_room(connections: Sequence[_Connection], most: int) -> None:
     present = [connection for connection in connections if not connection.writer.is_closing()]
     if len(present) >= most:
         min(present, key=lambda connection: connection.received_at).cut()
-
-
-def _keep_alive(sock: socket.socket) -> None:
-    """Notice within two minutes that a host has gone down silently."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):  # not on every system
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _me() -> "asyncio.Task[None]":

@@ -2,7 +2,6 @@
 
 import base64
 import math
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -64,13 +63,9 @@ class EtcdStore(PollingStore):
         retry_s: float = 10,
         prefix: str = "pellm_lightning",
     ) -> None:
-        if not retry_s > 0:
-            raise ValueError(f"retry_s={retry_s} must be positive, in seconds.")
-        super().__init__(timeout_s)
+        super().__init__(address, tls, timeout_s, retry_s)
         host, port = split_address(address)
-        self.address = address
-        self._tls, self._retry_s, self._prefix = tls, retry_s, prefix
-        self._lock = threading.Lock()
+        self._prefix = prefix
         self._session = _session(tls)
         # A forgotten store closes its connections, also while the interpreter ends.
         weakref.finalize(self, self._session.close)

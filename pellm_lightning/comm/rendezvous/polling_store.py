@@ -1,5 +1,6 @@
 """Base of our stores: they wait by polling, and no request waits at the server."""
 
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -7,22 +8,35 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.sockets import split_address
+from pellm_lightning.comm.tls import TLS
 
 
 class PollingStore(dist.Store):
-    """Torch ``Store`` whose server answers at once; abstract.
+    """Torch ``Store`` whose server answers at once, and is retried while it is out of reach; abstract.
 
     Keep a reference to it while anything uses it: torch itself keeps none to a store written in Python.
+    Subclasses also define ``add``, ``delete_key`` and ``num_keys`` of torch's interface.
 
     Args:
+        address: ``"host:port"`` of the server.
+        tls: Certificate of this party; None for a server without TLS.
         timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
+        retry_s: Seconds for which the server may be out of reach before an error is raised.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, address: str, tls: TLS | None, timeout_s: float, retry_s: float) -> None:
+        if not retry_s > 0:
+            raise ValueError(f"retry_s={retry_s} must be positive, in seconds.")
+        split_address(address)
         super().__init__()
         self.set_timeout(timedelta(seconds=timeout_s))
-
-    # ---- what subclasses define
+        self.address = address
+        self._tls, self._retry_s = tls, retry_s
+        self._lock = threading.Lock()
 
     def set(self, key: str, value: str | bytes) -> None:
         """Set a value."""
@@ -40,21 +54,9 @@ class PollingStore(dist.Store):
         """
         raise NotImplementedError
 
-    def add(self, key: str, amount: int) -> int:
-        """Add to a decimal number, 0 if there is none; return the sum."""
-        raise NotImplementedError
-
-    def delete_key(self, key: str) -> bool:
-        """Delete a value; return whether there was one."""
-        raise NotImplementedError
-
-    def num_keys(self) -> int:
-        """Return the number of keys."""
-        raise NotImplementedError
-
     def clone(self) -> Self:
         """Return another client of the same server."""
-        raise NotImplementedError
+        return type(self)(self.address, tls=self._tls, timeout_s=self._timeout_s, retry_s=self._retry_s)
 
     def close(self) -> None:
         """Disconnect from the server; idempotent."""

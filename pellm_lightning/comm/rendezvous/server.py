@@ -4,7 +4,6 @@ No request waits: a party that waits for a key polls. So a request is done or re
 server loses nothing that the parties do not write again.
 """
 
-import ipaddress
 import logging
 import socket
 import threading
@@ -13,7 +12,7 @@ from collections.abc import Collection
 from typing_extensions import Self
 
 from pellm_lightning.comm.rendezvous.connection_handler import ConnectionHandler
-from pellm_lightning.comm.sockets import join_address, listening_socket
+from pellm_lightning.comm.sockets import is_loopback, join_address, listening_socket
 from pellm_lightning.comm.tls import RENDEZVOUS, TLS, check_name
 
 log = logging.getLogger(__name__)
@@ -119,7 +118,7 @@ class RendezvousServer:
         log.info(
             "the rendezvous listens on %s %s TLS", self._address, "with" if self._encrypted else "without"
         )
-        if not self._encrypted and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        if not self._encrypted and not is_loopback(host):
             log.warning(
                 "the rendezvous at %s is open to everybody who reaches it, and nothing is encrypted. Use TLS,"
                 " or an address of a private network.",

@@ -24,6 +24,7 @@ from pellm_lightning.comm.communicator import (
     will_exchange,
 )
 from pellm_lightning.comm.errors import FederationError, PartyLostError
+from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup
 from pellm_lightning.comm.torchrun.store import store_from_env
@@ -33,7 +34,7 @@ from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
 _NUM_LANES = 2
 # Below this a second lane costs more latency than it gains.
 _SPLIT_BYTES = 4 << 20
-# Metadata of a round, which has some 200 bytes, takes one sum; what does not fit takes a second.
+# Metadata of a round, which has some 200 bytes, takes one gather; what does not fit takes a second.
 SLOT_BYTES = 512
 _LENGTH_BYTES = 4
 _MAX_METADATA_BYTES = 4 << 20
@@ -104,16 +105,17 @@ class Federation(Communicator):
         return cls(store_from_env(timeout_s), topology.party, topology.num_parties, timeout_s=timeout_s)
 
     @classmethod
-    def unjoined(cls, names: Sequence[str], party: int) -> "Federation":
+    def unjoined(cls, names: Sequence[str], party: int, tls: TLS | None) -> "Federation":
         """Return a stand-in for parties of which none has come yet: nothing can be exchanged.
 
         Args:
             names: Names of all parties.
             party: Index of this party.
+            tls: This party's certificate, if it has one.
         """
         federation = cls(dist.HashStore(), 0, 1)
         federation.names = federation.roster = list(names)
-        federation.party, federation.quorum = party, len(names)
+        federation.party, federation.quorum, federation.tls = party, len(names), tls
         return federation
 
     @override
@@ -226,20 +228,19 @@ class Federation(Communicator):
     def _all_gather_bytes(self, mine: bytes) -> list[bytes]:
         """Return every party's bytes, which may differ in length."""
         framed = len(mine).to_bytes(_LENGTH_BYTES, "little") + mine
-        rows = self._sum_rows(framed[:SLOT_BYTES], SLOT_BYTES)
+        rows = self._gather_rows(framed[:SLOT_BYTES], SLOT_BYTES)
         ends = [_LENGTH_BYTES + int.from_bytes(row[:_LENGTH_BYTES], "little") for row in rows]
         if max(ends) > _MAX_METADATA_BYTES:
             raise ValueError(f"it has {max(ends)} bytes, more than {_MAX_METADATA_BYTES}")
         if max(ends) > SLOT_BYTES:
-            rest = self._sum_rows(framed[SLOT_BYTES:], max(ends) - SLOT_BYTES)
+            rest = self._gather_rows(framed[SLOT_BYTES:], max(ends) - SLOT_BYTES)
             rows = [first + second for first, second in zip(rows, rest, strict=True)]
         return [row[_LENGTH_BYTES:end] for row, end in zip(rows, ends, strict=True)]
 
-    def _sum_rows(self, mine: bytes, size: int) -> list[bytes]:
-        """Return every party's bytes, of one size: the sum of rows of which each party fills its own."""
-        rows = torch.zeros(self.num_parties, size, dtype=torch.uint8)
-        rows[self.party] = torch.frombuffer(bytearray(mine.ljust(size, b"\0")), dtype=torch.uint8)
-        return [row.numpy().tobytes() for row in self.all_reduce_(rows)]
+    def _gather_rows(self, mine: bytes, size: int) -> list[bytes]:
+        """Return every party's bytes, padded to one size."""
+        row = torch.frombuffer(bytearray(mine.ljust(size, b"\0")), dtype=torch.uint8)
+        return [of_party.numpy().tobytes() for of_party in self.all_gather(row, [size] * self.num_parties)]
 
     # ---- joining and leaving
 

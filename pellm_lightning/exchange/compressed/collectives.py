@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from typing_extensions import override
 
 from pellm_lightning.comm import Collectives
+from pellm_lightning.comm.collectives import staged
 from pellm_lightning.exchange.compressed.codecs import Codec
 from pellm_lightning.exchange.delegation import DelegatingCollectives
 from pellm_lightning.exchange.error_feedback import ErrorFeedback
@@ -55,10 +56,8 @@ class CompressedCollectives(DelegatingCollectives):
             elif not any(self._error_feedback.participating):
                 tensor.zero_()  # nothing is sent, and the residuals stay
             elif tensor.numel():
-                on_cpu = tensor.detach().to("cpu")
-                (self._sum_ if self.num_parties > 1 else self._add_residual_)(on_cpu, offset)
-                if on_cpu.data_ptr() != tensor.data_ptr():
-                    tensor.copy_(on_cpu)
+                with staged(tensor) as on_cpu:
+                    (self._sum_ if self.num_parties > 1 else self._add_residual_)(on_cpu, offset)
 
     @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:

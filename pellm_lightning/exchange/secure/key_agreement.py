@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pellm_lightning.comm import Collectives, FederationError
 from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES
-from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
+from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 
 _PUBLIC_BYTES = 32
 _SIGNATURE_BYTES = 64
@@ -27,35 +27,44 @@ _CONTEXT = "pellm-lightning/masked/1"
 
 
 def agree(
-    federation: Collectives, signing_key: SigningKey, trusted: TrustedKeys, settings: str
+    federation: Collectives, signing_key: SigningKey, trusted: TrustedKeys | CertifiedKeys, settings: str
 ) -> dict[int, bytes]:
     """Return the secret key shared with each other party of the attempt, KEY_BYTES, by its index.
 
     Args:
         federation: Collectives of the attempt's members; each must call it.
         signing_key: This party's private key.
-        trusted: All parties' public keys.
+        trusted: All parties' public keys, or the authority that certifies them.
         settings: Text that must be equal at all parties; the signatures cover it.
 
     Raises:
         FederationError: If a party cannot be authenticated.
     """
     ephemeral = X25519PrivateKey.generate()
-    public_keys = all_gather_bytes(federation, ephemeral.public_key().public_bytes_raw(), _PUBLIC_BYTES)
-    transcript = _digest(settings, federation.names, public_keys)
+    mine = ephemeral.public_key().public_bytes_raw() + trusted.shown
+    shown = all_gather_bytes(federation, mine, len(mine))
+    transcript = _digest(settings, federation.names, shown)
     signature = signing_key.sign(_statement(transcript, federation.name))
     signatures = all_gather_bytes(federation, signature, _SIGNATURE_BYTES)
+    certificates = (of_party[_PUBLIC_BYTES:] for of_party in shown)
+    try:
+        keys = trusted.verified(dict(zip(federation.names, certificates, strict=True)))
+    except ValueError as error:
+        raise FederationError(
+            f"Party {federation.name} cannot authenticate the others: {error}. Nothing was sent. Have the"
+            " certificate renewed by the federation's authority, and give all parties the same ca.pem."
+        ) from error
     for name, signature in zip(federation.names, signatures, strict=True):
-        if not trusted.verify(name, signature, _statement(transcript, name)):
+        if not keys.verify(name, signature, _statement(transcript, name)):
             raise FederationError(
                 f"Party {federation.name} cannot authenticate party {name}: this round's keys and members are"
-                f" not signed by {trusted.get(name)}, its key in trusted_keys. Nothing was sent. Either party"
-                f" {name} has another key, then correct trusted_keys at all parties; or somebody on the"
-                " network modifies messages."
+                f" not signed by {keys.get(name)}, its key by trusted_keys or its certificate. Nothing was"
+                f" sent. Either party {name} has another key, then correct trusted_keys at all parties; or"
+                " somebody on the network modifies messages."
             )
     return {
-        party: shared_key(ephemeral, public, transcript, federation.party, party)
-        for party, public in enumerate(public_keys)
+        party: shared_key(ephemeral, of_party[:_PUBLIC_BYTES], transcript, federation.party, party)
+        for party, of_party in enumerate(shown)
         if party != federation.party
     }
 
@@ -101,10 +110,11 @@ def _bytes_of(row: Tensor) -> bytes:
     return row.numpy().tobytes()
 
 
-def _digest(settings: str, names: Sequence[str], public_keys: Sequence[bytes]) -> bytes:
-    content = [_CONTEXT, settings, list(names), [key.hex() for key in public_keys]]
+def _digest(settings: str, names: Sequence[str], shown: Sequence[bytes]) -> bytes:
+    content = [_CONTEXT, settings, list(names), [of_party.hex() for of_party in shown]]
     return hashlib.sha256(json.dumps(content).encode()).digest()
 
 
 def _statement(transcript: bytes, name: str) -> bytes:
-    return transcript + name.encode()
+    """Return what a party signs; it begins with its use, since the same key signs in TLS."""
+    return f"{_CONTEXT}\0".encode() + transcript + name.encode()

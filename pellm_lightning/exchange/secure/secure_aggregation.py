@@ -11,7 +11,7 @@ from pellm_lightning.exchange.base import Exchange
 from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
 if TYPE_CHECKING:
-    from pellm_lightning.exchange.secure.signing_keys import SigningKey
+    from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 
 # With two parties each could subtract its own value from the sum.
 MIN_PARTIES = 3
@@ -25,8 +25,10 @@ class SecureAggregation(Exchange):
 
     Args:
         signing_key: Path of this party's private key, as ``python -m pellm_lightning keys new`` creates it;
-            "{party}" stands for the party's name.
-        trusted_keys: Public key of each party by its name, or the folder with all ``<name>.pub`` files.
+            "{party}" stands for the party's name. By default the key of ``jobs.tls``.
+        trusted_keys: Public key of each party by its name, or the folder with ``<name>.csr`` or
+            ``<name>.pem`` of all: these keys are pinned. By default each party shows its certificate, and
+            the authority of ``jobs.tls`` is trusted, which could impersonate a party.
         fractional_bits: Number of fractional bits; the mean over N parties of total weight W has an error of
             at most ``N / (2 W) * 2^-fractional_bits``.
         bits: 64, or 32 to send no more bytes than ``Plain()``; then a weighted update must stay below
@@ -37,9 +39,9 @@ class SecureAggregation(Exchange):
         ImportError: If the package ``cryptography`` is not installed.
 
     Example:
-        >>> from pellm_lightning.exchange.secure.signing_keys import generate_signing_key
+        >>> from pellm_lightning.comm.keys import make_key
         >>> for name in ("clinic-a", "clinic-b", "clinic-c"):
-        ...     path, public_key = generate_signing_key("keys", name)
+        ...     path, public_key = make_key("keys", name)
         >>> exchange = SecureAggregation(signing_key="keys/{party}.key", trusted_keys="keys")
     """
 
@@ -50,8 +52,8 @@ class SecureAggregation(Exchange):
 
     def __init__(
         self,
-        signing_key: str | Path,
-        trusted_keys: Mapping[str, str] | str | Path,
+        signing_key: str | Path | None = None,
+        trusted_keys: Mapping[str, str] | str | Path | None = None,
         fractional_bits: int = 24,
         bits: int = 64,
     ) -> None:
@@ -62,19 +64,19 @@ class SecureAggregation(Exchange):
                 f"fractional_bits={fractional_bits!r} must be an integer from 1 to {bits - 8}: some of the"
                 f" {bits} bits are needed for the integer part."
             )
-        self.signing_key = str(signing_key)
+        self.signing_key = None if signing_key is None else str(signing_key)
         self.bits = bits
         self.fractional_bits = fractional_bits
         from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
 
-        self._trusted = TrustedKeys(trusted_keys)
+        self._pinned = None if trusted_keys is None else TrustedKeys(trusted_keys)
 
     @override
     def check(self, federation: Communicator) -> None:
-        """Validate that three or more parties take part, each with a key.
+        """Validate that three or more parties take part, each with a key as far as it is pinned.
 
         Raises:
-            ValueError: If there are too few, a key is missing or this party's is not the pinned one.
+            ValueError: If there are too few, a key is missing or this party's is not the trusted one.
         """
         too_few = (
             "With two, each could compute the other's values by subtracting its own from the sum. Federate"
@@ -89,14 +91,15 @@ class SecureAggregation(Exchange):
                 f"Secure aggregation needs {MIN_PARTIES} parties, but the quorum is {federation.quorum}."
                 f" {too_few} Set quorum to {MIN_PARTIES} or more."
             )
-        missing = [name for name in federation.roster if self._trusted.get(name) is None]
+        pinned = self._pinned
+        missing = [name for name in federation.roster if pinned and pinned.get(name) is None]
         if missing:
             raise ValueError(
                 f"trusted_keys has no public key of party {', '.join(missing)}. The parties are"
                 f" {', '.join(federation.roster)}; create a key for each by `python -m pellm_lightning keys"
                 " new`."
             )
-        self._load_signing_key(federation.name)
+        self._credentials(federation)
 
     @override
     def open(
@@ -118,24 +121,44 @@ class SecureAggregation(Exchange):
             raise FederationError(
                 f"Secure aggregation needs {MIN_PARTIES} parties, only {federation.num_parties} take part."
             )
-        signing_key = self._load_signing_key(federation.name)
-        keys = key_agreement.agree(federation, signing_key, self._trusted, f"{self!r} {view}")
+        keys = key_agreement.agree(federation, *self._credentials(federation), f"{self!r} {view}")
         return SecAggCollectives(federation, keys, self.bits, self.fractional_bits, on_reveal)
 
     def __repr__(self) -> str:
         return (
-            f"SecureAggregation(trusted_keys={self._trusted.fingerprint},"
+            f"SecureAggregation(trusted_keys={self._pinned.fingerprint if self._pinned else None},"
             f" fractional_bits={self.fractional_bits}, bits={self.bits})"
         )
 
-    def _load_signing_key(self, name: str) -> "SigningKey":
-        from pellm_lightning.exchange.secure.signing_keys import SigningKey
+    def _credentials(self, federation: Collectives) -> "tuple[SigningKey, TrustedKeys | CertifiedKeys]":
+        """Return this party's key, and how it knows those of the others."""
+        from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey
 
-        key = SigningKey(self.signing_key.replace("{party}", name))
-        if key.public_key != self._trusted.get(name):
+        name, tls = federation.name, federation.tls
+        trusted: TrustedKeys | CertifiedKeys
+        if self.signing_key is not None:
+            key = SigningKey(self.signing_key.replace("{party}", name))
+        elif tls is not None:
+            key = SigningKey(tls.key, tls.contents["key"])
+        else:
+            raise _missing("signing_key")
+        if self._pinned is not None:
+            trusted = self._pinned
+        elif tls is not None:
+            trusted = CertifiedKeys(tls)
+        else:
+            raise _missing("trusted_keys")
+        if key.public_key != trusted.get(name):
             raise ValueError(
                 f"The signing key {str(key.path)!r} of party {name} has the public key {key.public_key}, but"
-                f" trusted_keys has {self._trusted.get(name)}. Give the party its own key, or correct"
-                " trusted_keys at all parties."
+                f" trusted_keys, or its certificate, has {trusted.get(name)}. Give the party its own key, or"
+                " correct trusted_keys at all parties."
             )
-        return key
+        return key, trusted
+
+
+def _missing(argument: str) -> ValueError:
+    return ValueError(
+        f"SecureAggregation has no {argument}, and there are no certificates of jobs.tls to take instead."
+        f" Make keys by `python -m pellm_lightning keys new`, and give {argument}, or jobs.tls."
+    )

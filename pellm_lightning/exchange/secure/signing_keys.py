@@ -1,45 +1,54 @@
-"""Signing keys of secure aggregation: Ed25519 (RFC 8032), and the pinned public keys of all parties."""
+"""Signing keys of secure aggregation: Ed25519 (RFC 8032), and the public keys of all parties."""
 
 import base64
 import binascii
 import hashlib
-import os
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 
-from pellm_lightning.comm.tls import check_name
+from pellm_lightning.comm.tls import RENDEZVOUS, TLS
 
 try:
-    from cryptography.exceptions import InvalidSignature
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+    from pellm_lightning.comm.keys import KEY_PREFIX, public_key_of, public_text, read_public_key
 except ImportError as error:
     raise ImportError(
-        "Secure aggregation needs the package cryptography: pip install 'pellm-lightning[masked]'."
+        "Secure aggregation needs the package cryptography: pip install 'pellm-lightning[keys]'."
     ) from error
 
-_PREFIX = "ed25519:"
+# Bytes in which a party shows its certificate; ours have about 500.
+_CERTIFICATE_BYTES = 2048
+_LENGTH_BYTES = 2
+# What a certificate raises that a peer has made up.
+_MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
 
 
 class SigningKey:
     """A party's private signing key.
 
     Args:
-        path: PEM file written by ``generate_signing_key``.
+        path: PEM file written by ``make_key``.
+        pem: What was read from it already; None reads it.
 
     Raises:
         ValueError: If the file cannot be read, or holds something else.
 
     Example:
-        >>> path, public_key = generate_signing_key("keys", "clinic-a")
+        >>> from pellm_lightning.comm.keys import make_key
+        >>> path, public_key = make_key("keys", "clinic-a")
         >>> SigningKey(path).public_key == public_key
         True
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, pem: bytes | None = None) -> None:
         self.path = Path(path)
         try:
-            key = serialization.load_pem_private_key(self.path.read_bytes(), password=None)
+            key = serialization.load_pem_private_key(pem or self.path.read_bytes(), password=None)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"The signing key {str(path)!r} cannot be read: {error}. Create one by"
@@ -55,41 +64,43 @@ class SigningKey:
     @property
     def public_key(self) -> str:
         """The public key as text."""
-        return _to_text(self._key.public_key())
+        return public_text(self._key.public_key())
 
     def sign(self, message: bytes) -> bytes:
-        """Return the signature, 64 bytes."""
+        """Return the signature, 64 bytes; the message must begin with what it is for, as TLS uses the key."""
         return self._key.sign(message)
 
 
 class TrustedKeys:
-    """The pinned public keys of all parties, by name.
+    """The pinned public keys of all parties, by name: whoever signed certificates of others is not trusted.
 
     Args:
-        keys: Public key of each party as text ("ed25519:..."), or the folder with all ``<name>.pub`` files.
+        keys: Public key of each party as text ("ed25519:..."), or a folder with the requests or certificates
+            of all, ``<name>.csr`` or ``<name>.pem``.
 
     Raises:
         ValueError: If a key is malformed, two parties have the same, or there are none.
 
     Example:
-        >>> path, public_key = generate_signing_key("keys", "clinic-b")
+        >>> from pellm_lightning.comm.keys import make_key
+        >>> path, public_key = make_key("keys", "clinic-b")
         >>> trusted = TrustedKeys({"clinic-b": public_key})
         >>> trusted.verify("clinic-b", SigningKey(path).sign(b"message"), b"message")
         True
     """
 
+    shown = b""
+    """What this party shows of itself to the others, who know its key already."""
+
     def __init__(self, keys: Mapping[str, str] | str | Path) -> None:
-        if isinstance(keys, Mapping):
-            texts = dict(keys)
-        else:
-            texts = {path.stem: path.read_text().strip() for path in sorted(Path(keys).glob("*.pub"))}
+        texts = dict(keys) if isinstance(keys, Mapping) else _keys_in(Path(keys))
         if not texts:
             raise ValueError(
                 f"trusted_keys={str(keys)!r} holds no public keys. Give each party's as name:"
-                " 'ed25519:...', or the folder with all <name>.pub files."
+                " 'ed25519:...', or the folder with <name>.csr or <name>.pem of all."
             )
         self._keys = {name: _parse_key(name, text) for name, text in texts.items()}
-        self._texts = {name: _to_text(key) for name, key in self._keys.items()}
+        self._texts = {name: public_text(key) for name, key in self._keys.items()}
         first: dict[str, str] = {}
         for name, text in self._texts.items():
             if first.setdefault(text, name) != name:
@@ -111,6 +122,10 @@ class TrustedKeys:
         """Return a party's public key as text, None if unknown."""
         return self._texts.get(name)
 
+    def verified(self, shown: Mapping[str, bytes]) -> "TrustedKeys":
+        """Return the keys of those who take part, whatever they show."""
+        return self
+
     def verify(self, name: str, signature: bytes, message: bytes) -> bool:
         """Return whether a signature of a message is a party's."""
         try:
@@ -120,50 +135,103 @@ class TrustedKeys:
         return True
 
 
-def generate_signing_key(directory: str | Path, name: str) -> tuple[Path, str]:
-    """Generate a party's key pair: ``<name>.key``, to be kept secret, and ``<name>.pub``, which all need.
+class CertifiedKeys:
+    """The public keys that the federation's authority certifies: each party shows its certificate.
+
+    The authority is trusted: it could certify a key of its own under a party's name.
 
     Args:
-        directory: Folder for the two files; created if missing.
-        name: Name of the party.
-
-    Returns:
-        Path of the private key, and the public key as text.
+        tls: This party's certificate, and the authority.
 
     Raises:
-        FileExistsError: If either file exists.
-        ValueError: If the name is malformed.
+        ValueError: If they do not suit for signing.
     """
-    check_name(name)
-    directory = Path(directory)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    private, public = directory / f"{name}.key", directory / f"{name}.pub"
-    for path in (private, public):
-        if path.exists():
-            raise FileExistsError(f"{path} exists already. Remove it first if this party gets a new key.")
-    with open(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(pem)
-    text = _to_text(key.public_key())
-    public.write_text(text + "\n")
-    return private, text
+
+    def __init__(self, tls: TLS) -> None:
+        self._authorities = x509.load_pem_x509_certificates(tls.contents["ca"])
+        certificate = x509.load_pem_x509_certificate(tls.contents["cert"])
+        der = certificate.public_bytes(serialization.Encoding.DER)
+        try:
+            if len(der) > _CERTIFICATE_BYTES - _LENGTH_BYTES:
+                raise ValueError(f"it has {len(der)} bytes, which is too long to show")
+            # Not its dates: in the middle of a run all find these over together, and say so.
+            self._own = tls.name, public_text(self._key(tls.name, der))
+        except _MALFORMED as error:
+            raise ValueError(
+                f"The certificate {tls.cert} cannot be used for secure aggregation: {error}. Make the key by"
+                " `python -m pellm_lightning keys new` and have it signed, or give signing_key and"
+                " trusted_keys."
+            ) from error
+        self.shown = (len(der).to_bytes(_LENGTH_BYTES, "big") + der).ljust(_CERTIFICATE_BYTES, b"\0")
+        """This party's certificate, as it is shown to the others."""
+
+    def get(self, name: str) -> str | None:
+        """Return the public key as text if the party is this one."""
+        return self._own[1] if name == self._own[0] else None
+
+    def verified(self, shown: Mapping[str, bytes]) -> TrustedKeys:
+        """Return the keys of those who take part, by their certificates.
+
+        Raises:
+            ValueError: If a certificate is not that party's, or not good.
+        """
+        keys, now = {}, datetime.now(timezone.utc)
+        for name, part in shown.items():
+            end = _LENGTH_BYTES + int.from_bytes(part[:_LENGTH_BYTES], "big")
+            try:
+                keys[name] = public_text(self._key(name, part[_LENGTH_BYTES:end], now))
+            except _MALFORMED as error:
+                raise ValueError(f"the certificate of party {name} is not accepted: {error}") from error
+        return TrustedKeys(keys)
+
+    def _key(self, name: str, der: bytes, now: datetime | None = None) -> Ed25519PublicKey:
+        """Return the key in a certificate issued for that name and this use, and good at that time."""
+        certificate = x509.load_der_x509_certificate(der)
+        issuer = next((ca for ca in self._authorities if _issued(certificate, ca)), None)
+        if issuer is None:
+            raise ValueError("the federation's authority has not issued it")
+        for of in (certificate, issuer):
+            if now and not of.not_valid_before_utc <= now <= of.not_valid_after_utc:
+                raise ValueError(f"it is good from {of.not_valid_before_utc} to {of.not_valid_after_utc}")
+        try:
+            signs = certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
+        except x509.ExtensionNotFound:
+            signs = True
+        if not signs:
+            raise ValueError("its key is not meant for signatures")
+        return public_key_of(certificate, name)
 
 
-def _to_text(key: Ed25519PublicKey) -> str:
-    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return _PREFIX + base64.b64encode(raw).decode()
+def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Tell whether an authority has signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+        return authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (*_MALFORMED, InvalidSignature, x509.ExtensionNotFound):
+        return False
+
+
+def _keys_in(folder: Path) -> dict[str, str]:
+    """Return the public keys in the requests and certificates of a folder."""
+    texts: dict[str, str] = {}
+    for path in sorted([*folder.glob("*.csr"), *folder.glob("*.pem")]):
+        if path.stem in ("ca", RENDEZVOUS):  # no party can be called so
+            continue
+        text = public_text(read_public_key(path))
+        if texts.setdefault(path.stem, text) != text:
+            raise ValueError(
+                f"{path} has another key than {path.stem}.csr beside it. Remove the one that is not in use."
+            )
+    return texts
 
 
 def _parse_key(name: str, text: str) -> Ed25519PublicKey:
     try:
-        if not text.startswith(_PREFIX):
-            raise ValueError(f"it does not begin with {_PREFIX!r}")
-        return Ed25519PublicKey.from_public_bytes(base64.b64decode(text[len(_PREFIX) :], validate=True))
+        if not text.startswith(KEY_PREFIX):
+            raise ValueError(f"it does not begin with {KEY_PREFIX!r}")
+        return Ed25519PublicKey.from_public_bytes(base64.b64decode(text[len(KEY_PREFIX) :], validate=True))
     except (ValueError, binascii.Error, AttributeError) as error:
         raise ValueError(
             f"The public key of party {name} is no key ({error}). Copy the line that"
-            " `python -m pellm_lightning keys new` printed, or pass the folder with the .pub files."
+            " `python -m pellm_lightning keys new` printed, or pass the folder with <name>.csr of all."
         ) from error

@@ -155,7 +155,7 @@ def test_all_that_crosses_a_masked_exchange_is_masked(monkeypatch: pytest.Monkey
     crossed = messages[max(begun for begun, _ in results) :]
     for message in crossed:
         if message.sent and message.values.dtype == torch.uint8:  # a header
-            _, metadata = metadata_of(message, 3)
+            _, metadata = metadata_of(message)
             assert metadata["weight"] == 1, "that it counts, not how much"
             assert all(metadata[name] is None for name in ("loss", "distance", "steps_left"))
     sums = [message for message in sums_of(crossed) if message.sent and message.values.dtype != torch.uint8]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pellm_lightning.comm.elastic.commit import CommitProtocol
+from pellm_lightning.comm.elastic.membership import LocalParty, Membership
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, RestartedError
 
@@ -45,7 +46,9 @@ class Attempt:
         self.protocols = {}
         for name, register in self.registers.items():
             register.renew()
-            self.protocols[name] = CommitProtocol(register, peers, name, f"{name}1")
+            self.protocols[name] = CommitProtocol(
+                register, peers, LocalParty(name, NAMES, 2, Membership(), f"{name}1")
+            )
         self.registers["a"].claim("term", 1)
 
     def vote(self, **digests: str) -> None:

@@ -42,6 +42,7 @@ from pellm_lightning.comm import (
     TooFewPartiesError,
 )
 from pellm_lightning.comm.elastic.commit import CommitProtocol
+from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register
 from pellm_lightning.comm.mesh.mesh import Mesh
@@ -841,7 +842,7 @@ def test_a_death_leaves_no_keys_behind(victim: int) -> None:
         plan = QuorumView.of(epoch, "new", rolls)
         registers[0].claim(f"view/{epoch}", plan.to_json())
         for index, (name, register) in enumerate(zip(names, registers, strict=True)):
-            commit_protocol = CommitProtocol(register, peers, name, "now")
+            commit_protocol = CommitProtocol(register, peers, LocalParty(name, names, 3, Membership(), "now"))
             commit_protocol.abort(plan, "a test")
             if index != victim or not 30 <= epoch < 36:
                 commit_protocol.end(plan)

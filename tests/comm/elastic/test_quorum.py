@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pellm_lightning.comm import FederationError, Membership, MismatchError, TooFewPartiesError, Version
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol
+from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, stage
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register
@@ -135,12 +136,11 @@ class Joining:
         self.register.renew()
         self.register.claim("term", 1)
         self.reachability = ReachabilityTracker(ROSTER)
-        specs = SpecExchange(self.register, "a", "now")
-        specs.set({}, lambda specs, names: f"{names[0]} is not {names[1]}")
         given = {"wait_s": 9, "round_timeout_s": 9, "heartbeat_ttl_s": 0.02} | waits
-        self.protocol = QuorumProtocol(
-            self.register, self.peers, specs, self.reachability, "a", ROSTER, 2, Membership(**given)
-        )
+        me = LocalParty("a", ROSTER, 2, Membership(**given), "now")
+        specs = SpecExchange(self.register, me)
+        specs.set({}, lambda specs, names: f"{names[0]} is not {names[1]}")
+        self.protocol = QuorumProtocol(self.register, self.peers, specs, self.reachability, me)
         self.protocol.partners = members
 
     def write(self, **entries: QuorumMember) -> None:

@@ -24,7 +24,7 @@ from store_agreement import agree, steps
 
 import pellm_lightning
 from pellm_lightning.comm import FederationError
-from pellm_lightning.comm.certs import make_ca, make_certificate
+from pellm_lightning.comm.keys import make_ca, make_certificate
 from pellm_lightning.comm.rendezvous import frames
 from pellm_lightning.comm.rendezvous.client import RendezvousStore, connect
 from pellm_lightning.comm.rendezvous.frames import DONE, HELLO, pack, unpack

@@ -20,7 +20,7 @@ from ports import free_port
 from store_agreement import agree, steps
 
 from pellm_lightning.comm import FederationError
-from pellm_lightning.comm.certs import make_certificate
+from pellm_lightning.comm.keys import make_certificate
 from pellm_lightning.comm.rendezvous.client import connect
 from pellm_lightning.comm.rendezvous.etcd import EtcdStore
 from pellm_lightning.comm.tls import TLS

@@ -649,7 +649,7 @@ def test_a_tls_that_gloo_does_not_have_is_refused_in_words() -> None:
 
 
 def test_with_parties_that_have_not_come_nothing_is_exchanged() -> None:
-    unjoined = Federation.unjoined(["a", "b"], 1)
+    unjoined = Federation.unjoined(["a", "b"], 1, None)
     assert (unjoined.name, unjoined.num_parties, unjoined.place, unjoined.quorum) == ("b", 2, (1, 2), 2)
     with pytest.raises(RuntimeError):
         unjoined.all_reduce_(torch.zeros(1))

@@ -521,9 +521,8 @@ def test_factors_cross_compressed() -> None:
     """A round of LowRankMean sends a quarter; measuring comes with it, and costs nothing more."""
     plain, small = (products_of(exchange, LowRankMean()) for exchange in (Plain(), Quantized(block_size=64)))
     for (_, openly), (_, report) in zip(plain, small, strict=True):
-        headers = SLOT_BYTES * len(report.parties)
         if report.weight:  # of so few numbers the flags and the last blocks are a large part
-            assert report.bytes_sent - headers < 0.48 * (openly.bytes_sent - headers)
+            assert report.bytes_sent - SLOT_BYTES < 0.48 * (openly.bytes_sent - SLOT_BYTES)
         assert report.deviation is not None
         assert openly.deviation is not None
         assert report.deviation.total == pytest.approx(openly.deviation.total, rel=0.2)
@@ -601,7 +600,7 @@ def test_bytes(monkeypatch: pytest.MonkeyPatch, size: int, parties: int) -> None
         with monkeypatch.context() as patch:
             for sent in sent_in_round(patch, exchange, size, parties):
                 # The headers' slots, the N + 4 float64 flags, and what fills up the last slices.
-                few = parties * SLOT_BYTES + (parties + 4) * 8 + 256
+                few = SLOT_BYTES + (parties + 4) * 8 + 256
                 assert part * whole * 0.995 <= sent <= part * (1 + more) * whole + few
     with monkeypatch.context() as patch:
         assert min(sent_in_round(patch, Plain(), size, parties)) >= whole

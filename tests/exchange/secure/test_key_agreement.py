@@ -4,18 +4,24 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from certificates import authority, elliptic, files, tls_of
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from party_threads import run_parties
 from secure_exchange import keys, masked, signing_key_of
 from torch import Tensor
 
 from pellm_lightning import Federation, FederationError
+from pellm_lightning.comm.keys import make_ca, make_certificate
+from pellm_lightning.comm.tls import TLS
+from pellm_lightning.exchange import SecureAggregation
 from pellm_lightning.exchange.secure.key_agreement import agree, all_gather_bytes, shared_key
-from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
+from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 
 SOON_S = 8.0
 N = 3
@@ -232,3 +238,147 @@ def test_the_exchange_has_its_settings_and_the_round_signed() -> None:
 def test_two_who_meet_are_too_few() -> None:
     said = run_parties(2, lambda f: masked().open(f, lambda: None), may_fail=True)
     assert all("needs 3 parties, only 2 take part" in str(error) for error in said)
+
+
+# ---- keys by certificate
+
+
+def certified(federation: Any, tls: TLS | None = None, key: TLS | None = None) -> dict[int, bytes]:
+    """Agree by certificates: this party's own, or another one, or with the key of another one."""
+    tls = tls or tls_of(federation.name)
+    return agree(federation, SigningKey((key or tls).key), CertifiedKeys(tls), "same")
+
+
+def test_certificates_agree_on_the_keys_that_pinned_ones_would() -> None:
+    parties = run_parties(4, certified)
+    for one in range(4):
+        for other in parties[one]:
+            assert parties[one][other] == parties[other][one]
+    assert len({key for of_it in parties for key in of_it.values()}) == 6
+
+
+def test_a_certificate_of_a_foreign_authority_is_no_identity() -> None:
+    said = refused(lambda f: certified(f, tls_of("1", "theirs") if f.party == 1 else None))
+    assert "Party 0 cannot authenticate the others: the certificate of party 1 is not accepted" in said[0]
+    assert "authority has not issued it" in said[0]
+
+
+def test_a_certificate_of_another_name_is_no_identity() -> None:
+    """Party 1 shows party 2's certificate, whose key it lacks; or a good one, of a name that is not its."""
+    for shown in ("2", "rendezvous"):
+        said = refused(lambda f, shown=shown: certified(f, tls_of(shown) if f.party == 1 else None))
+        assert f"party 1 is not accepted: its common name is {shown!r}, not '1'" in said[0]
+
+
+def test_a_certificate_without_its_key_is_worth_nothing() -> None:
+    said = refused(lambda f: certified(f, key=tls_of("1", "theirs") if f.party == 1 else None))
+    assert "Party 0 cannot authenticate party 1: this round's keys and members are not signed" in said[0]
+
+
+def test_a_certificate_that_was_swapped_on_the_way_is_noticed() -> None:
+    """Even if it is a good one of the same name, such as an older one of which the key was stolen."""
+    other = row_of(CertifiedKeys(_another("1")).shown)
+
+    def swap(reader: int, rows: Tensor) -> None:
+        if reader != spared:
+            rows[1, 4:] = other
+
+    spared = -1
+    said = refused(lambda f: certified(Lying(f, swap)))
+    assert "What party 1 sent to the others came back modified." in said[1]
+    spared = 1
+    assert any("cannot authenticate party" in words for words in refused(lambda f: certified(Lying(f, swap))))
+
+
+@cache
+def _another(name: str) -> TLS:
+    """Another certificate of a name by our authority, of another key."""
+    folder = authority() / "renewed"
+    folder.mkdir(exist_ok=True)
+    for file in ("ca.pem", "ca.key"):
+        (folder / file).write_bytes((authority() / file).read_bytes())
+    return files(make_certificate(folder, name).parent, name)
+
+
+def test_an_expired_certificate_is_refused_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    make_ca(tmp_path)
+    for name, days in (("0", 1.0), ("1", 3 / 86400), ("2", 1.0)):
+        make_certificate(tmp_path, name, days)
+    of_parties = [files(tmp_path, str(party)) for party in range(N)]
+    time.sleep(3.2)
+    said = refused(lambda f: certified(f, of_parties[f.party]))
+    assert all("certificate of party 1 is not accepted: it is good from" in words for words in said), said
+
+
+@pytest.mark.parametrize("shown", [b"", b"\xff\xff", b"\0\x10" + bytes(16), b"\x01\0" + b"0" * 256])
+def test_what_is_no_certificate_is_refused_by_name(shown: bytes) -> None:
+    row = row_of(shown.ljust(2048, b"\0"))
+
+    def garble(reader: int, rows: Tensor) -> None:
+        if reader == 0:
+            rows[2, 4:] = row
+
+    assert "the certificate of party 2 is not accepted" in refused(lambda f: certified(Lying(f, garble)))[0]
+
+
+# ---- which keys an exchange takes
+
+
+def opened(exchange: SecureAggregation, tls: Callable[[str], TLS] | None = tls_of) -> list[Any]:
+    def act(federation: Federation) -> Any:
+        federation.tls = tls and tls(federation.name)
+        exchange.check(federation)
+        return exchange.open(federation, lambda: None).all_reduce_(torch.ones(3))
+
+    return run_parties(N, act, may_fail=True)
+
+
+def test_an_exchange_takes_the_certificates_of_the_federation() -> None:
+    for own in opened(SecureAggregation()):
+        torch.testing.assert_close(own, torch.full((3,), 3.0))
+
+
+def test_keys_may_be_pinned_although_there_are_certificates() -> None:
+    """Then the authority, whoever that is, can impersonate nobody."""
+    pinned = {str(party): SigningKey(tls_of(str(party)).key).public_key for party in range(N)}
+    for own in opened(SecureAggregation(trusted_keys=pinned)):
+        torch.testing.assert_close(own, torch.full((3,), 3.0))
+
+
+def test_the_authority_can_impersonate_a_party_unless_keys_are_pinned() -> None:
+    forged = _another("1")
+    assert len(run_parties(N, lambda f: certified(f, forged if f.party == 1 else None))) == N
+    pinned = TrustedKeys({str(party): SigningKey(tls_of(str(party)).key).public_key for party in range(N)})
+
+    def act(federation: Federation) -> Any:
+        own = forged if federation.party == 1 else tls_of(federation.name)
+        return agree(federation, SigningKey(own.key), pinned, "same")
+
+    assert "Party 0 cannot authenticate party 1" in refused(act)[0]
+
+
+def test_an_exchange_without_keys_and_without_certificates_is_refused() -> None:
+    for exchange, missing in (
+        (SecureAggregation(), "signing_key"),
+        (SecureAggregation(trusted_keys=keys()), "signing_key"),
+        (SecureAggregation(signing_key=f"{keys()}/{{party}}.key"), "trusted_keys"),
+    ):
+        for error in opened(exchange, None):
+            assert f"SecureAggregation has no {missing}, and there are no certificates" in str(error)
+
+
+def test_the_key_must_be_that_of_the_certificate() -> None:
+    for error in opened(SecureAggregation(signing_key=f"{keys()}/{{party}}.key")):
+        assert "or its certificate, has ed25519:" in str(error)
+
+
+def test_a_certificate_of_another_kind_of_key_needs_a_key_beside_it(tmp_path: Path) -> None:
+    make_ca(tmp_path)
+    kinds = {name: elliptic(tmp_path, name) for name in "012"}
+    for error in opened(SecureAggregation(), kinds.__getitem__):
+        assert "is no Ed25519 key, but" in str(error)
+    for error in opened(SecureAggregation(signing_key=f"{keys()}/{{party}}.key"), kinds.__getitem__):
+        assert "cannot be used for secure aggregation: its key is no Ed25519 key" in str(error)
+    own = SecureAggregation(signing_key=f"{keys()}/{{party}}.key", trusted_keys=keys())
+    for total in opened(own, kinds.__getitem__):
+        torch.testing.assert_close(total, torch.full((3,), 3.0))

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from certificates import tls_of
 from job_threads import Act, Life, World, die
 from round_history import SIZE, noise
 from secure_exchange import keys, masked, signing_key_of
 from torch import Tensor
 
 from pellm_lightning import FederationError
+from pellm_lightning.exchange import SecureAggregation
 from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, FixedPoint, KeyStream
+from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
 
 DIGITS = 24
 BALLOT = 3
@@ -172,6 +175,15 @@ def test_rounds_equal_their_replay(world: Callable[..., World]) -> None:
     per_round = ["keys", "signatures", "sum", "sum", "confirmation", "reveal"]
     for name in w.roster:
         assert [stage for who, stage in transcript.stages if who == name] == per_round * 3
+
+
+def test_the_certificates_of_tls_are_keys_enough(world: Callable[..., World]) -> None:
+    w, transcript = world(4, rounds=2, quorum=3, tls=tls_of), Transcript()
+    started(w, transcript, exchange=SecureAggregation(fractional_bits=DIGITS))
+    w.join()
+    assert w.judged().rounds == 2
+    everybody = tuple(w.roster)
+    assert assert_nobody_is_told_apart(transcript, w.roster) == [(r, everybody) for r in range(2)]
 
 
 def test_metrics_are_sums_too(world: Callable[..., World]) -> None:
@@ -360,7 +372,13 @@ def test_a_stranger_with_anothers_name_is_refused_by_name_and_soon(world: Callab
     """It has all the settings, but not the key: each names it, and nobody waits for anything."""
     w, transcript = world(4, rounds=2, quorum=3, wait_s=2.0), Transcript()
     exchange = masked(fractional_bits=DIGITS)
-    exchange._load_signing_key = lambda name: signing_key_of(name, "strangers" if name == "p2" else "ours")  # type: ignore[method-assign]
+    stranger = signing_key_of("p2", "strangers")
+
+    def credentials(federation: Any) -> Any:
+        own = stranger if federation.name == "p2" else signing_key_of(federation.name)
+        return own, TrustedKeys(keys())
+
+    exchange._credentials = credentials  # type: ignore[method-assign]
     began = time.monotonic()
     started(w, transcript, exchange=exchange)
     for life in w.lives:

@@ -1,7 +1,6 @@
 """Who a party is: a key of its own, and everybody's public keys pinned."""
 
 import base64
-import stat
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,9 @@ from party_threads import run_parties
 from secure_exchange import keys, masked, signing_key_of
 
 from pellm_lightning import Federation
+from pellm_lightning.comm.keys import make_ca, make_key, public_text, read_public_key, sign_request
 from pellm_lightning.exchange import SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys, generate_signing_key
+from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
 
 
 # RFC 8032, section 7.1, tests 1 and 2: secret key, public key, message, signature.
@@ -55,29 +55,32 @@ def test_signatures_are_ed25519_as_rfc_8032_has_it(
     assert not trusted.verify("a", bytes(64), bytes.fromhex(message))
 
 
-def test_a_made_key_is_its_owners_alone(tmp_path: Path) -> None:
-    private, words = generate_signing_key(tmp_path / "new", "clinic-a")
-    assert private == tmp_path / "new/clinic-a.key"
-    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+def test_a_folder_may_hold_requests_or_certificates(tmp_path: Path) -> None:
+    """Who signed a certificate, and whether it is still good, does not matter: its key is pinned."""
+    private, words = make_key(tmp_path / "new", "clinic-a")
     assert SigningKey(private).public_key == words
-    assert (tmp_path / "new/clinic-a.pub").read_text() == f"{words}\n"
-    assert TrustedKeys(tmp_path / "new").get("clinic-a") == words
     assert words not in private.read_text()
-    assert generate_signing_key(tmp_path / "new", "clinic-b")[1] != words
+    assert make_key(tmp_path / "new", "clinic-b")[1] != words
+    make_key(tmp_path / "new", "rendezvous")
+    pinned = TrustedKeys(tmp_path / "new")
+    assert pinned.get("clinic-a") == words
+    make_ca(tmp_path / "new")
+    sign_request(tmp_path / "new", "clinic-a")
+    assert TrustedKeys(tmp_path / "new").fingerprint == pinned.fingerprint
+    (tmp_path / "new/clinic-a.csr").unlink()
+    assert TrustedKeys(tmp_path / "new").fingerprint == pinned.fingerprint
+    assert TrustedKeys(tmp_path / "new").get("rendezvous") is None
 
 
-def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
-    private, _ = generate_signing_key(tmp_path, "a")
-    before = private.read_bytes()
-    with pytest.raises(FileExistsError, match=r"a\.key exists already\. Remove it first"):
-        generate_signing_key(tmp_path, "a")
-    private.unlink()
-    with pytest.raises(FileExistsError, match=r"a\.pub exists already"):
-        generate_signing_key(tmp_path, "a")
-    assert not private.exists()
-    private.write_bytes(before)
-    with pytest.raises(ValueError, match="name"):
-        generate_signing_key(tmp_path, "../a")
+def test_a_folder_with_two_keys_of_one_party_is_refused(tmp_path: Path) -> None:
+    make_key(tmp_path, "a")
+    make_ca(tmp_path)
+    sign_request(tmp_path, "a")
+    (tmp_path / "a.csr").unlink()
+    (tmp_path / "a.key").unlink()
+    make_key(tmp_path, "a")
+    with pytest.raises(ValueError, match=r"a\.pem has another key than a\.csr"):
+        TrustedKeys(tmp_path)
 
 
 def test_what_is_no_identity_is_named(tmp_path: Path) -> None:
@@ -132,8 +135,8 @@ def test_the_fingerprint_tells_any_difference() -> None:
 
 
 def test_peers_may_be_in_words_or_in_a_folder() -> None:
-    words = {path.stem: path.read_text() for path in keys().glob("*.pub")}
-    assert repr(masked(trusted_keys={name: text.strip() for name, text in words.items()})) == repr(masked())
+    words = {path.stem: public_text(read_public_key(path)) for path in keys().glob("*.csr")}
+    assert repr(masked(trusted_keys=words)) == repr(masked())
 
 
 @pytest.mark.parametrize(
