@@ -1,8 +1,7 @@
 """Factory of the aggregator that a fit's rounds run on, from the arguments of ``FederatedAveraging``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,9 +17,9 @@ from pellm_lightning.comm import Communicator, Quorum
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
 from pellm_lightning.engine.context import OnNonfinite, Settings, capabilities
-from pellm_lightning.engine.fragments import check_rule, fragments_of
+from pellm_lightning.engine.fragments import fragments_of
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory, is_plain_averaging
-from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
+from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.tensors.adapter_config import adapter_configs
@@ -79,11 +78,8 @@ class AggregatorFactory:
         """
         allowed = capabilities(self.exchange, self.privacy, auxiliary)
         plan = Plan(self.aggregation, parameters, lora_modules(module), capabilities=allowed)
-        if self.overlap.in_background:
-            self.overlap.check(plan.rule)
-        if self.overlap.fragments > 1:
-            check_rule(plan.rule)
-            fragments_of(plan.shared, self.overlap.fragments)
+        self.overlap.check(plan.rule)
+        fragments_of(plan.shared, self.overlap.fragments)
         return plan
 
     def make(
@@ -95,7 +91,6 @@ class AggregatorFactory:
         auxiliary: AuxiliaryTerms | None,
         *,
         plan: Plan | None = None,
-        waits: bool = False,
         facts: Mapping[str, Any] | None = None,
         state_dir: str | None = None,
     ) -> Aggregator:
@@ -108,17 +103,13 @@ class AggregatorFactory:
             parameters: Trainable tensors by name, the module's or others of the same shapes.
             auxiliary: What a drift correction adds to the rounds.
             plan: The rule applied to the parameters already.
-            waits: Whether every round is waited for, whatever the overlap.
             facts: What the other parties are told of this party's fit.
             state_dir: Folder of the snapshots between separate jobs; None keeps none.
 
         Raises:
             ValueError: If something does not go together.
         """
-        make: Callable[..., Aggregator] = Aggregator
-        if self.overlap.in_background and not waits:
-            make = partial(OverlappedAggregator, overlap=self.overlap)
-        return make(
+        return Aggregator(
             communicator,
             parameters,
             aggregation=self.aggregation,
@@ -135,12 +126,11 @@ class AggregatorFactory:
                 **self.schedule,
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "inner_optimizer_state": self.inner_optimizer_state,
-                "overlap": repr(self.overlap) if self.overlap.in_background else None,
                 "weight averaging": agreed(trainer),
             },
             files=isolation.written_paths(trainer),
             facts=facts or {},
-            fragments=self.overlap.fragments,
+            overlap=self.overlap,
             on_nonfinite=self.on_nonfinite,
             quorum=self.quorum,
             state_dir=state_dir,
@@ -153,7 +143,7 @@ class AggregatorFactory:
         module: LightningModule,
         parameters: Mapping[str, Tensor],
     ) -> Aggregator:
-        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
+        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk.
 
         Args:
             communicator: The joined parties.
@@ -166,7 +156,7 @@ class AggregatorFactory:
         """
         drift = self.drift_correction(trainer, module)
         auxiliary = None if drift is None else drift.auxiliary
-        return self.make(communicator, trainer, module, parameters, auxiliary, waits=True)
+        return self.make(communicator, trainer, module, parameters, auxiliary)
 
     def drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
         """Return the Trainer's drift correction, None without.

@@ -19,7 +19,7 @@ from pellm_lightning.comm import TooFewPartiesError
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.fragments import FragmentCursor, fragments_of
-from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
+from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.tensors.flat_buffer import Layout
 from pellm_lightning.trainer import resume
@@ -164,7 +164,7 @@ class FederatedLoop:
         """Return what ``start`` needs to resume exactly, even within a round; on the leader only."""
         aggregator = self._on_leader.state_dict()  # waits for the round under way, which may fail only now
         party = self._party.topology.party
-        lost = self._pending_since is not None and self._overlapped.failed
+        lost = self._pending_since is not None and self._on_leader.background.failed
         return {
             "aggregator": aggregator,
             "progress": asdict(self._progress) | {"loss_sum": float(self._progress.loss_sum)},
@@ -302,7 +302,7 @@ class FederatedLoop:
         self._apply(on_bar=True)
         local = self._local_result()
         self._party.on_leader(
-            lambda: self._overlapped.begin(local.weight, local.loss, steps_left=local.steps_left)
+            lambda: self._on_leader.begin(local.weight, local.loss, steps_left=local.steps_left)
         )
         self._progress, self._cursor = LocalProgress(self._trainer.global_step), local.cursor
         self._pending_since = self._trainer.global_step
@@ -315,7 +315,7 @@ class FederatedLoop:
         if self._pending_since is None or not overlap.in_background:
             return False
         alone = self._party.topology.party_size == 1  # else all processes of the party must decide alike
-        failed = alone and self._overlapped.failed
+        failed = alone and self._on_leader.background.failed
         return failed or self._trainer.global_step - self._pending_since >= overlap.delay_steps
 
     def _apply(self, *, on_bar: bool) -> None:
@@ -324,7 +324,7 @@ class FederatedLoop:
             return
         last = self._trainer.global_step == self._pending_since  # nothing was learned since to be mixed
         try:
-            report = self._party.on_leader(lambda: _or_reason(lambda: self._overlapped.apply(last=last)))
+            report = self._party.on_leader(lambda: _or_reason(lambda: self._on_leader.apply(last=last)))
         except Exception:  # the round is lost; if only the waiting was interrupted, it is not
             self._pending_since = None
             raise
@@ -333,7 +333,7 @@ class FederatedLoop:
             self._stop_below_quorum(report)
         self._cursor = self._cursor.aligned(report.round + 1)
         if self._party.topology.is_leader:
-            self._last_round_at = self._overlapped.completed
+            self._last_round_at = self._on_leader.background.completed
         self._finish_round(report, on_bar=on_bar)
 
     def _local_result(self) -> LocalResult:
@@ -417,12 +417,6 @@ class FederatedLoop:
     def _on_leader(self) -> Aggregator:
         if self._aggregator is None:
             raise RuntimeError("Only the party's first process aggregates, and only after start().")
-        return self._aggregator
-
-    @property
-    def _overlapped(self) -> OverlappedAggregator:
-        if not isinstance(self._aggregator, OverlappedAggregator):
-            raise RuntimeError("Only the party's first process aggregates, and here not in the background.")
         return self._aggregator
 
 

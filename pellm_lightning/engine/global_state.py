@@ -103,7 +103,7 @@ class GlobalState:
     @property
     def fragment(self) -> int:
         """Index of the fragment that the next round exchanges."""
-        return self._context.fragment_of(self.round)
+        return self.round % len(self.fragments)
 
     @property
     def short_rounds(self) -> int:

@@ -27,7 +27,6 @@ from torch import Tensor
 from pellm_lightning import Aggregator, Federation, FederationError, Overlap
 from pellm_lightning.aggregation import Alternating, LowRankMean, Mean, ResidualMean, Stacking
 from pellm_lightning.callbacks.drift import FedProx
-from pellm_lightning.engine.overlap import OverlappedAggregator
 from pellm_lightning.privacy import GaussianMechanism
 
 SIZE = 50
@@ -49,22 +48,22 @@ def train(x: Tensor, party: int, step: int) -> None:
 
 def overlapped(
     federation: Federation, overlap: Overlap, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[Tensor, OverlappedAggregator]:
+) -> tuple[Tensor, Aggregator]:
     x = noise(federation.party, 99).to(dtype)
     options = {"outer_optimizer": diloco} | options
-    return x, OverlappedAggregator(federation, {"x": x}, overlap, **options)
+    return x, Aggregator(federation, {"x": x}, overlap=overlap, **options)
 
 
-def trained(federation: Federation, overlap: Overlap, rounds: int, steps: int) -> list[Tensor]:
-    """Return a party's parameters after each of its steps."""
-    x, aggregator = overlapped(federation, overlap)
+def trained(federation: Federation, delay: int, mix: float, rounds: int, steps: int) -> list[Tensor]:
+    """Return a party's parameters after each of its steps; each round is applied ``delay`` steps later."""
+    x, aggregator = overlapped(federation, Overlap(max(delay, 1), mix))
     aggregator.start()
     seen = []
-    for step in range(1, rounds * steps + overlap.delay_steps + 1):
+    for step in range(1, rounds * steps + delay + 1):
         train(x, federation.party, step)
         if step % steps == 0 and step <= rounds * steps:
             aggregator.begin(1.0 + federation.party)
-        if step > overlap.delay_steps and step % steps == overlap.delay_steps:
+        if step > delay and step % steps == delay:
             aggregator.apply()
         seen.append(x.clone())
     return seen
@@ -83,7 +82,7 @@ def test_without_delay_and_mixing_it_is_diloco_to_the_bit() -> None:
             seen.append(x.clone())
         return seen
 
-    overlapping = run_parties(3, lambda federation: trained(federation, Overlap(0, mix=0), 4, 10))
+    overlapping = run_parties(3, lambda federation: trained(federation, 0, 0.0, 4, 10))
     for mine, other in zip(run_parties(3, blocking), overlapping, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
@@ -107,7 +106,7 @@ def test_equals_streaming_diloco(delay: int, mix: float) -> None:
             outer = outer - 0.7 * (gradient + 0.9 * momentum)
             if not delay:
                 x = [mix * local + (1 - mix) * outer for local in x]
-    results = run_parties(parties, lambda f: trained(f, Overlap(delay, mix), rounds, steps)[-1])
+    results = run_parties(parties, lambda f: trained(f, delay, mix, rounds, steps)[-1])
     for result, expected in zip(results, x, strict=True):
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -230,7 +229,7 @@ def test_resumed_under_way_it_lands_as_if_nothing_had_happened() -> None:
         state, saved = aggregator.state_dict(), x.clone()
         report = aggregator.apply()
         again = saved.clone()
-        resumed = OverlappedAggregator(federation, {"x": again}, Overlap(2, 0.25), outer_optimizer=diloco)
+        resumed = Aggregator(federation, {"x": again}, overlap=Overlap(2, 0.25), outer_optimizer=diloco)
         resumed.load_state_dict(state)
         assert not resumed.start()
         assert torch.equal(again, saved), "it has not landed yet"
@@ -284,11 +283,11 @@ def test_a_failure_in_the_background_is_raised_where_it_lands() -> None:
             return ""
         aggregator.begin(1.0)
         deadline = time.monotonic() + 10
-        while not aggregator.failed and time.monotonic() < deadline:
+        while not aggregator.background.failed and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(FederationError) as caught:
             aggregator.apply()
-        assert not aggregator.failed
+        assert not aggregator.background.failed
         aggregator.state_dict()  # told once; what remains can be saved
         return str(caught.value)
 
@@ -306,7 +305,7 @@ def test_a_state_is_saved_though_the_round_under_way_has_failed() -> None:
         state = aggregator.state_dict()
         assert (state["round"], state["pending"]) == (0, None)
         assert torch.equal(state["global"], before["global"])
-        assert aggregator.failed
+        assert aggregator.background.failed
         with pytest.raises(FederationError):
             aggregator.apply()
 
