@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks.drift.base import DriftCorrection, check_optimizer, drift_correction_of
+from pellm_lightning.callbacks.parameters import Parameters
+from pellm_lightning.callbacks.schedule import ARGUMENTS, Schedule, schedule
 from pellm_lightning.callbacks.weight_averaging import agreed
 from pellm_lightning.comm import Communicator, Quorum
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
-from pellm_lightning.engine.context import OnNonfinite, Settings, capabilities
+from pellm_lightning.engine.context import OnNonfinite, capabilities
 from pellm_lightning.engine.fragments import fragments_of
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory, is_plain_averaging
 from pellm_lightning.engine.overlap import Overlap
@@ -40,13 +42,15 @@ class AggregatorFactory:
         outer_scheduler: Schedule of its learning rate.
         on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
         quorum: Parties that must have trained in a round.
-        check_frozen: Whether frozen tensors are compared.
+        parameters: Which parameters federate.
         inner_optimizer_state: Whether local optimizers keep their state after a round.
-        schedule: The arguments of the schedule, by name.
+        every_n_epochs: Schedule of the rounds, as the next two.
+        every_n_steps: See ``schedule``.
+        every_n_seconds: See ``schedule``.
         weighting: Weighting of the party.
 
     Example:
-        >>> factory = AggregatorFactory(None, Plain(), None, Overlap())  # doctest: +SKIP
+        >>> factory = FederatedAveraging(every_n_steps=100).factory  # doctest: +SKIP
         >>> aggregator = factory.make(communicator, trainer, module, parameters, None)  # doctest: +SKIP
     """
 
@@ -58,10 +62,18 @@ class AggregatorFactory:
     outer_scheduler: SchedulerFactory | None
     on_nonfinite: OnNonfinite
     quorum: Quorum
-    check_frozen: bool
+    parameters: Parameters
     inner_optimizer_state: Literal["keep", "reset"]
-    schedule: Settings
-    weighting: str | float
+    every_n_epochs: int | None
+    every_n_steps: int | None
+    every_n_seconds: float | None
+    weighting: Literal["samples", "uniform"] | float
+
+    @property
+    def due(self) -> Schedule:
+        """When a round of a fragment is due."""
+        whole = schedule(self.every_n_epochs, self.every_n_steps, self.every_n_seconds)
+        return whole.shared_by(self.overlap.fragments)
 
     @property
     def is_staggered(self) -> bool:
@@ -120,10 +132,10 @@ class AggregatorFactory:
             auxiliary=auxiliary,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
-            frozen=frozen_state(module) if self.check_frozen else None,
+            frozen=frozen_state(module) if self.parameters.check_frozen else None,
             adapters=adapter_configs(module),
             config={
-                **self.schedule,
+                **{name: getattr(self, name) for name in ARGUMENTS},
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "inner_optimizer_state": self.inner_optimizer_state,
                 "weight averaging": agreed(trainer),

@@ -3,9 +3,10 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, cast
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from pellm_lightning.trainer.file_names import unused
 from pellm_lightning.trainer.samples import SampleCounter
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,15 @@ class FederatedLoop:
 
     def state(self) -> dict[str, Any]:
         """Return what ``start`` needs to resume exactly, even within a round; on the leader only."""
-        aggregator = self._on_leader.state_dict()  # waits for the round under way, which may fail only now
+        aggregator = self._leading.state_dict()  # waits for the round under way, which may fail only now
         party = self._party.topology.party
-        lost = self._pending_since is not None and self._on_leader.background.failed
+        lost = self._pending_since is not None and self._leading.background.failed
         return {
             "aggregator": aggregator,
             "progress": asdict(self._progress) | {"loss_sum": float(self._progress.loss_sum)},
             "cursor": asdict(self._cursor),
             "under_way_since": None if lost else self._pending_since,
-            "signature": resume.signature(self._on_leader.run_id, party),
+            "signature": resume.signature(self._leading.run_id, party),
         }
 
     # ---- during training
@@ -201,10 +201,8 @@ class FederatedLoop:
 
     def mean(self, local: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the mean over the parties of each named (value, weight)."""
-        mean = self._party.on_leader(lambda: _or_reason(lambda: self._on_leader.mean(local)))
-        if isinstance(mean, str):
-            self._stop_below_quorum(mean)
-        return mean
+        with self._saved_below_quorum():
+            return self._party.on_leader(Aggregator.mean, self._leading, local)
 
     def close_round(self) -> None:
         """Run the last, incomplete round of each fragment; all parties end with the same parameters."""
@@ -212,20 +210,17 @@ class FederatedLoop:
             self._run_round(on_bar=False)
         self._apply(on_bar=False)
 
-    def finish(self) -> None:
-        """Close the round, then answer the other parties' rounds until every party has finished."""
+    def finish(self) -> int:
+        """Close the round, then answer the other parties' until every party has finished; return how many."""
         self.close_round()
-
-        def next_report() -> RoundReport | str | None:
-            return _or_reason(lambda: next(self._remaining, None))
-
-        while (report := self._party.on_leader(next_report)) is not None:
-            if isinstance(report, str):
-                log.warning(
-                    "[party %s] Ends without the other parties. %s", self._party.topology.name, report
-                )
-                break
-            self._finish_round(report, on_bar=False)
+        answered = 0
+        try:
+            while (report := self._party.on_leader(lambda: next(self._remaining, None))) is not None:
+                self._finish_round(report, on_bar=False)
+                answered += 1
+        except TooFewPartiesError as error:
+            log.warning("[party %s] Ends without the other parties. %s", self._party.topology.name, error)
+        return answered
 
     # ---- running a round
 
@@ -283,15 +278,11 @@ class FederatedLoop:
         """Run a round while training waits."""
         self._apply(on_bar=on_bar)
         local = self._local_result()
-        report = self._party.on_leader(
-            lambda: _or_reason(
-                lambda: self._on_leader.step(
-                    local.weight, local.loss, local.contribution, steps_left=local.steps_left
-                )
+        weight, loss, contribution = local.weight, local.loss, local.contribution
+        with self._saved_below_quorum():
+            report = self._party.on_leader(
+                Aggregator.step, self._leading, weight, loss, contribution, steps_left=local.steps_left
             )
-        )
-        if isinstance(report, str):
-            self._stop_below_quorum(report)
         self._progress = LocalProgress(self._trainer.global_step)
         self._cursor = local.cursor.aligned(report.round + 1)
         self._last_round_at = time.monotonic()
@@ -302,7 +293,7 @@ class FederatedLoop:
         self._apply(on_bar=True)
         local = self._local_result()
         self._party.on_leader(
-            lambda: self._on_leader.begin(local.weight, local.loss, steps_left=local.steps_left)
+            Aggregator.begin, self._leading, local.weight, local.loss, steps_left=local.steps_left
         )
         self._progress, self._cursor = LocalProgress(self._trainer.global_step), local.cursor
         self._pending_since = self._trainer.global_step
@@ -315,7 +306,7 @@ class FederatedLoop:
         if self._pending_since is None or not overlap.in_background:
             return False
         alone = self._party.topology.party_size == 1  # else all processes of the party must decide alike
-        failed = alone and self._on_leader.background.failed
+        failed = alone and self._leading.background.failed
         return failed or self._trainer.global_step - self._pending_since >= overlap.delay_steps
 
     def _apply(self, *, on_bar: bool) -> None:
@@ -323,17 +314,16 @@ class FederatedLoop:
         if self._pending_since is None:
             return
         last = self._trainer.global_step == self._pending_since  # nothing was learned since to be mixed
-        try:
-            report = self._party.on_leader(lambda: _or_reason(lambda: self._on_leader.apply(last=last)))
-        except Exception:  # the round is lost; if only the waiting was interrupted, it is not
-            self._pending_since = None
-            raise
+        with self._saved_below_quorum():
+            try:
+                report = self._party.on_leader(Aggregator.apply, self._leading, last=last)
+            except Exception:  # the round is lost; if only the waiting was interrupted, it is not
+                self._pending_since = None
+                raise
         self._pending_since = None
-        if isinstance(report, str):
-            self._stop_below_quorum(report)
         self._cursor = self._cursor.aligned(report.round + 1)
         if self._party.topology.is_leader:
-            self._last_round_at = self._on_leader.background.completed
+            self._last_round_at = self._leading.background.completed
         self._finish_round(report, on_bar=on_bar)
 
     def _local_result(self) -> LocalResult:
@@ -350,13 +340,17 @@ class FederatedLoop:
         steps_left = planned_steps(self._trainer) - self._trainer.global_step
         return LocalResult(float(weight), loss, auxiliary, cursor, steps_left)
 
-    def _stop_below_quorum(self, reason: str) -> NoReturn:
-        """Save this party's own steps since the last round, then stop."""
-        path = self._party.on_leader(lambda: unused(self._stopped_path))
-        self._trainer.save_checkpoint(path)
-        raise TooFewPartiesError(
-            f"{reason} Its own steps since the last round are in {path}; resume it from there."
-        )
+    @contextmanager
+    def _saved_below_quorum(self) -> Iterator[None]:
+        """Save this party's own steps since the last round before it stops for want of a quorum."""
+        try:
+            yield
+        except TooFewPartiesError as error:
+            path = self._party.on_leader(unused, self._stopped_path)
+            self._trainer.save_checkpoint(path)
+            raise TooFewPartiesError(
+                f"{error} Its own steps since the last round are in {path}; resume it from there."
+            ) from error
 
     # ---- applying its result
 
@@ -414,15 +408,6 @@ class FederatedLoop:
         return Layout(self._shared)
 
     @property
-    def _on_leader(self) -> Aggregator:
-        if self._aggregator is None:
-            raise RuntimeError("Only the party's first process aggregates, and only after start().")
-        return self._aggregator
-
-
-def _or_reason(meet: Callable[[], T]) -> T | str:
-    """Return what ``meet`` returns, or the reason why there were too few parties."""
-    try:
-        return meet()
-    except TooFewPartiesError as error:
-        return str(error)
+    def _leading(self) -> Aggregator:
+        """The aggregator, which only the leader has; ``Party.on_leader`` does not use it in the others."""
+        return cast(Aggregator, self._aggregator)

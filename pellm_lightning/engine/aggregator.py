@@ -355,7 +355,7 @@ class Aggregator:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and plain containers; resuming from it is exact.
 
-        It waits for a round in the background to end or fail, and holds its result if that is not applied yet.
+        It waits for a round in the background to end, and holds its result if that is not applied yet.
         """
         pending = None if self._background is None else self._background.state_dict()
         return self._global_state.state_dict() | {"pending": pending}
@@ -369,8 +369,8 @@ class Aggregator:
         pending = state.get("pending")
         if pending is not None and self._background is None:
             raise ValueError(
-                "The federated state was saved with a round in progress. Resume with the overlap with which it"
-                " was saved."
+                "The federated state was saved with a round in progress. Resume with the overlap with which"
+                " it was saved."
             )
         self._global_state.load_state_dict(state)
         if pending is not None and self._background is not None:

@@ -105,6 +105,6 @@ class Overlap:
             )
         if self.fragments > 1 and takes_turns:
             raise ValueError(
-                f"{rule!r} trains other factors after each round, but fragments have their rounds at different"
-                " times. Use another aggregation, or fragments=1."
+                f"{rule!r} trains other factors after each round, but fragments have their rounds at"
+                " different times. Use another aggregation, or fragments=1."
             )
