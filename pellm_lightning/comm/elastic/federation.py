@@ -122,23 +122,8 @@ class ElasticFederation(Communicator):
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
         self._address = advertise or self._listener.address
         self._registers: list[Register] = []
-        try:
-            for _ in range(2):
-                self._registers.append(connect_register(connect, self.membership.wait_s, name))
-            self._register = self._registers[0]
-            status = {"incarnation": self._incarnation, "member": False, "phase": self._phase}
-            self._heartbeat = Heartbeat(
-                self._registers[1], name, roster, status, self.membership.heartbeat_ttl_s
-            )
-        except BaseException as error:
-            self._listener.close()
-            for register in self._registers:
-                register.close()
-            if not isinstance(error, UnreachableError | RestartedError):
-                raise
-            raise PartyLostError(
-                f"Party {name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
-            ) from error
+        self._heartbeat = self._connect(connect)
+        self._register = self._registers[0]
         self._peers = Peers(self._heartbeat, name, self._incarnation)
         self._reachability = ReachabilityTracker(roster)
         self._specs = SpecExchange(self._register, name, self._incarnation)
@@ -163,6 +148,24 @@ class ElasticFederation(Communicator):
             self.membership.exchange_timeout_s,
             tls,
         )
+
+    def _connect(self, connect: Callable[[], dist.Store]) -> Heartbeat:
+        """Connect to the rendezvous, and begin this party's heartbeat on a connection of its own."""
+        name, membership = self._name, self.membership
+        status = {"incarnation": self._incarnation, "member": False, "phase": self._phase}
+        try:
+            for _ in range(2):
+                self._registers.append(connect_register(connect, membership.wait_s, name))
+            return Heartbeat(self._registers[1], name, self.roster, status, membership.heartbeat_ttl_s)
+        except BaseException as error:
+            self._listener.close()
+            for register in self._registers:
+                register.close()
+            if not isinstance(error, UnreachableError | RestartedError):
+                raise
+            raise PartyLostError(
+                f"Party {name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
+            ) from error
 
     # ---- membership
 
