@@ -31,28 +31,7 @@ from pellm_lightning.trainer import isolation
 
 @dataclass(frozen=True)
 class AggregatorFactory:
-    """Factory of aggregators; its fields are the callback's arguments of the same name.
-
-    Args:
-        aggregation: Rule; None for the default.
-        exchange: How values are summed over the parties.
-        privacy: Differential privacy of each party's updates.
-        overlap: Overlap and fragments.
-        outer_optimizer: Optimizer of the global parameters.
-        outer_scheduler: Schedule of its learning rate.
-        on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
-        quorum: Parties that must have trained in a round.
-        parameters: Which parameters federate.
-        inner_optimizer_state: Whether local optimizers keep their state after a round.
-        every_n_epochs: Schedule of the rounds, as the next two.
-        every_n_steps: See ``schedule``.
-        every_n_seconds: See ``schedule``.
-        weighting: Weighting of the party.
-
-    Example:
-        >>> factory = FederatedAveraging(every_n_steps=100).factory  # doctest: +SKIP
-        >>> aggregator = factory.make(communicator, trainer, module, parameters, None)  # doctest: +SKIP
-    """
+    """Factory of aggregators; its fields are the callback's arguments of the same name."""
 
     aggregation: Aggregation | None
     exchange: Exchange
@@ -70,8 +49,8 @@ class AggregatorFactory:
     weighting: Literal["samples", "uniform"] | float
 
     @property
-    def due(self) -> Schedule:
-        """When a round of a fragment is due."""
+    def schedule(self) -> Schedule:
+        """Schedule of the rounds of any fragment."""
         whole = schedule(self.every_n_epochs, self.every_n_steps, self.every_n_seconds)
         return whole.shared_by(self.overlap.fragments)
 

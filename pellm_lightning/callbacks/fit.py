@@ -14,7 +14,7 @@ from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
 from pellm_lightning.callbacks.fit_facts import FitFacts, warn_of_unequal_fits
-from pellm_lightning.callbacks.fit_loop import FederatedLoop, LoopConfig, Started
+from pellm_lightning.callbacks.fit_loop import FederatedLoop, Started
 from pellm_lightning.callbacks.trainable import CURE, TrainableSet
 from pellm_lightning.callbacks.weight_averaging import (
     begin_averaging,
@@ -115,7 +115,7 @@ class FederatedFit:
         arguments.trainer(trainer, callback, self.party.topology)
         check_averaging(
             trainer,
-            factory.due,
+            factory.schedule,
             mixes=factory.is_staggered,
             separate=self._communicator is not None and self._communicator.may_lose_parties,
             saves_frozen=factory.parameters.save_frozen,
@@ -152,19 +152,13 @@ class FederatedFit:
         shared = {name: trainable[name] for name in sorted(plan.shared)}
         self._check_optimizers(plan, shared)
         self._trainable = TrainableSet(self._module, factory.parameters.include, factory.parameters.exclude)
-        config = LoopConfig(
-            factory.due,
-            factory.overlap,
-            factory.weighting,
-            resets_inner=factory.inner_optimizer_state == "reset",
-            shares_loss=self._shares_loss,
-        )
         self._loop = FederatedLoop(
             trainer,
             self.party,
+            factory,
             plan,
             trainable,
-            config,
+            shares_loss=self._shares_loss,
             drift=self._drift,
             on_round=self._report_round,
             stopped_path=stopped_path(trainer, topology.party, self._jobs),

@@ -270,12 +270,7 @@ class Aggregator:
         return report
 
     def begin(self, weight: float, loss: float | None = None, *, steps_left: float = math.nan) -> None:
-        """Begin a round with the parameters as they are now; it runs in the background until ``apply``.
-
-        Args:
-            weight: As of ``step``.
-            loss: As of ``step``.
-            steps_left: As of ``step``.
+        """Begin a round, as ``step``, with the parameters as they are now; it runs until ``apply``.
 
         Raises:
             RuntimeError: If the last one has not been applied yet, or there is no overlap.

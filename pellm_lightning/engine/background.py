@@ -32,11 +32,6 @@ class BackgroundRounds:
         state: Their global state.
         staging: The copies.
         mix: How much of the local parameters is kept when a result is applied, in [0, 1).
-
-    Example:
-        >>> background = BackgroundRounds(rounds, state, staging, mix=0.5)  # doctest: +SKIP
-        >>> background.begin(LocalInput(weight=8.0))  # doctest: +SKIP
-        >>> report = background.apply()  # doctest: +SKIP
     """
 
     def __init__(self, rounds: RoundRunner, state: GlobalState, staging: "Staging", mix: float) -> None:

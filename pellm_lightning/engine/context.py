@@ -24,29 +24,10 @@ Settings: TypeAlias = Mapping[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class EngineContext:
-    """Configuration and collaborators of one aggregator; made once, and read by each of its parts.
+    """Configuration and collaborators of one aggregator; made once from its arguments, read by each part.
 
     The parts are the ``GlobalState`` with its ``UpdateReducer`` per fragment, the ``ParticipantFilter`` and
     the ``LoraAggregator``. What changes from round to round is in the global state.
-
-    Args:
-        federation: The joined parties.
-        plan: The aggregation rule, applied to the parameters.
-        exchange: How values are summed over the parties.
-        privacy: Differential privacy of the updates; None without.
-        auxiliary: What crosses besides the updates; None if nothing does.
-        outer_optimizer: Makes the optimizer of the global vector.
-        outer_scheduler: Makes the schedule of its learning rate; None leaves it constant.
-        is_plain_averaging: Whether every round gives the aggregation's result itself.
-        measures_deviation: Whether rounds measure the deviation of the LoRA products.
-        on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
-        quorum: Parties that must have trained in a round for it to move anything.
-        fragments: Number of fragments that are exchanged in turn.
-        settings: What all parties must agree on, by name.
-
-    Example:
-        >>> context = make_context(federation, plan, quorum="majority")  # doctest: +SKIP
-        >>> GlobalState(context, parameters), ParticipantFilter(context)  # doctest: +SKIP
     """
 
     federation: Communicator
@@ -57,11 +38,15 @@ class EngineContext:
     outer_optimizer: OptimizerFactory = outer.sgd_one
     outer_scheduler: SchedulerFactory | None = None
     is_plain_averaging: bool = True
+    """Whether every round gives the aggregation's result itself."""
     measures_deviation: bool = False
+    """Whether rounds measure the deviation of the LoRA products."""
     on_nonfinite: OnNonfinite = "exclude"
     quorum: int = 1
+    """Parties that must have trained in a round for it to move anything."""
     fragments: int = 1
     settings: Settings = field(default_factory=dict)
+    """What all parties must agree on, by name."""
 
     @property
     def min_participants(self) -> int:

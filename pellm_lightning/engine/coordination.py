@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -75,18 +75,11 @@ class Header:
 
     def to_metadata(self) -> dict[str, Any]:
         """Return what ``from_metadata`` reads, but ``behind``."""
-        # JSON has no NaN.
-        numbers = {"loss": self.loss, "distance": self.distance, "steps_left": self.steps_left}
-        return {
-            "purpose": int(self.purpose),
-            "round": self.round,
-            "weight": self.weight,
-            "fine": self.fine,
-            "tag": self.tag,
-            "exposed": list(self.exposed),
-            "releases": self.releases,
-            **{name: number if math.isfinite(number) else None for name, number in numbers.items()},
-        }
+        said = asdict(self) | {"purpose": int(self.purpose), "exposed": list(self.exposed)}
+        del said["behind"]
+        for name in ("loss", "distance", "steps_left"):  # JSON has no NaN
+            said[name] = said[name] if math.isfinite(said[name]) else None
+        return said
 
     @classmethod
     def from_metadata(cls, name: str, metadata: Mapping[str, Any]) -> "Header":

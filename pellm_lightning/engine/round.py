@@ -67,11 +67,6 @@ class RoundRunner:
         context: What the aggregator works with.
         coordinator: How the parties meet and commit.
         state: The global state, which each round advances.
-
-    Example:
-        >>> runner = RoundRunner(context, coordinator, state)  # doctest: +SKIP
-        >>> runner.run(Purpose.ROUND, LocalInput(weight=8.0, loss=0.7)).round  # doctest: +SKIP
-        0
     """
 
     def __init__(self, context: EngineContext, coordinator: Coordinator, state: GlobalState) -> None:
