@@ -133,16 +133,14 @@ class FederatedLoop:
         """
         if state:
             self._progress = LocalProgress(**state["progress"])
-            self._cursor = FragmentCursor.from_step(self._overlap.fragments, self._progress.step)
-            self._cursor = FragmentCursor(**state["cursor"]) if "cursor" in state else self._cursor
-            self._pending_since = state.get("under_way_since")
+            self._cursor = FragmentCursor(**state["cursor"])
+            self._pending_since = state["under_way_since"]
         started = self._party.on_leader(lambda: self._start_on_leader(make, state))
         if started.overwritten:  # resumed in the middle of a round, each process has its own already
             self._broadcast_in_party()
-            self._progress, self._pending_since = LocalProgress(self._trainer.global_step), None
-            self._cursor = FragmentCursor.from_step(
-                self._overlap.fragments, self._trainer.global_step, started.round
-            )
+            step, self._pending_since = self._trainer.global_step, None
+            self._progress = LocalProgress(step)
+            self._cursor = FragmentCursor.from_step(len(self._fragments), step, started.round)
         if self._drift is not None:
             resumed = bool(state) and not started.overwritten
             self._drift.begin(self._shared, self._carried(), resumed=resumed)

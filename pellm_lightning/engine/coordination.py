@@ -124,12 +124,6 @@ class Coordinator:
         exchange: How metrics are summed.
         state_dir: Where this party keeps the global state through its own death, where parties may be lost
             and come back; None keeps it in memory.
-
-    Example::
-
-        coordinator = Coordinator(communicator, Plain())
-        coordinator.handshake(aggregator.party_spec())
-        headers = coordinator.meet(Header(Purpose.ROUND, 0, weight=2.0), version=None)
     """
 
     def __init__(
