@@ -79,9 +79,9 @@ class AggregatorFactory:
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],
+        plan: Plan,
         auxiliary: AuxiliaryTerms | None,
         *,
-        plan: Plan | None = None,
         facts: Mapping[str, Any] | None = None,
         state_dir: str | None = None,
     ) -> Aggregator:
@@ -92,8 +92,8 @@ class AggregatorFactory:
             trainer: What the fit is run by.
             module: The module, with its adapter.
             parameters: Trainable tensors by name, the module's or others of the same shapes.
+            plan: The rule applied to the parameters.
             auxiliary: What a drift correction adds to the rounds.
-            plan: The rule applied to the parameters already.
             facts: What the other parties are told of this party's fit.
             state_dir: Folder of the snapshots between separate jobs; None keeps none.
 
@@ -103,8 +103,6 @@ class AggregatorFactory:
         return Aggregator(
             communicator,
             parameters,
-            aggregation=self.aggregation,
-            lora=lora_modules(module) if plan is None else None,
             plan=plan,
             exchange=self.exchange,
             privacy=self.privacy,
@@ -147,7 +145,8 @@ class AggregatorFactory:
         """
         drift = self.drift_correction(trainer, module)
         auxiliary = None if drift is None else drift.auxiliary
-        return self.make(communicator, trainer, module, parameters, auxiliary)
+        plan = self.plan(module, parameters, auxiliary)
+        return self.make(communicator, trainer, module, parameters, plan, auxiliary)
 
     def drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
         """Return the Trainer's drift correction, None without.

@@ -272,8 +272,8 @@ class FederatedFit:
             trainer,
             self._module,
             trainable,
+            plan,
             self._auxiliary,
-            plan=plan,
             facts=FitFacts.of(trainer, self.validation.names, shares_steps=shares_steps).to_json(),
             state_dir=state_dir(trainer, self.party.topology.party, self._jobs),
         )

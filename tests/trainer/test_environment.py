@@ -198,10 +198,10 @@ def test_too_few_parties_are_the_same_error_in_all_processes() -> None:
         raise TooFewPartiesError("1 of 3 came", parties=("b", "c"))
 
     heard: Any = Heard()
-    with pytest.raises(TooFewPartiesError, match="^1 of 3 came$"):
+    with pytest.raises(TooFewPartiesError, match=r"^1 of 3 came$"):
         Party(SPEAKER, heard).on_leader(fail)
     follower: Any = Heard(pickle.loads(pickle.dumps(heard.said)))  # as between processes
-    with pytest.raises(TooFewPartiesError, match="^1 of 3 came$"):
+    with pytest.raises(TooFewPartiesError, match=r"^1 of 3 came$"):
         Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts"))
 
 
