@@ -274,7 +274,7 @@ class FederatedFit:
             trainable,
             plan,
             self._auxiliary,
-            facts=FitFacts.of(trainer, self.validation.names, shares_steps=shares_steps).to_json(),
+            facts=asdict(FitFacts.of(trainer, self.validation.names, shares_steps=shares_steps)),
             state_dir=state_dir(trainer, self.party.topology.party, self._jobs),
         )
 
