@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from pellm_lightning import Aggregator, Federation, Overlap
 from pellm_lightning.aggregation import Mean
-from pellm_lightning.engine.overlap import OverlappedAggregator
 from pellm_lightning.exchange import Exchange, Plain, Quantized, TopK
 
 MEASURE_EVERY = 50
@@ -269,12 +268,7 @@ class Rounds:
         }
         self._variant, self._trained, self._plain = variant, trained, -1
         tensors: dict[str, Tensor] = dict(trained)
-        self._overlapped = None
-        if variant.overlap is None:
-            self._aggregator = Aggregator(federation, tensors, **options)
-        else:
-            self._aggregator = OverlappedAggregator(federation, tensors, variant.overlap, **options)
-            self._overlapped = self._aggregator, variant.overlap
+        self._aggregator = Aggregator(federation, tensors, overlap=variant.overlap, **options)
         self._aggregator.start()
 
     @property
@@ -286,17 +280,13 @@ class Rounds:
 
     def after_step(self, step: int, last: bool) -> None:
         due = last or step % self._variant.every_n_steps == 0
-        if self._overlapped is None:
-            if due:
-                self._aggregator.step(1.0)
-            return
-        overlapped, overlap = self._overlapped
+        overlap = self._variant.overlap
         if step == self._plain or (last and step < self._plain):
-            overlapped.apply()
-        if last:
-            overlapped.step(1.0)
-        elif due:
-            overlapped.begin(1.0)
+            self._aggregator.apply()
+        if last or (due and overlap is None):
+            self._aggregator.step(1.0)
+        elif due and overlap is not None:
+            self._aggregator.begin(1.0)
             self._plain = step + overlap.delay_steps
 
     @torch.no_grad()

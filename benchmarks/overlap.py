@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import nn
 
 from pellm_lightning import Aggregator, Federation, Overlap
-from pellm_lightning.engine.overlap import OverlappedAggregator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
@@ -106,11 +105,7 @@ class Training:
         self.batch = torch.randn(256, width)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
         parameters = dict(self.module.named_parameters())
-        self.aggregator = (
-            Aggregator(federation, parameters)
-            if overlap is None
-            else OverlappedAggregator(federation, parameters, overlap)
-        )
+        self.aggregator = Aggregator(federation, parameters, overlap=overlap)
         self.aggregator.start()
 
     def steps(self, number: int, *, trains: bool) -> list[float]:
@@ -127,7 +122,7 @@ class Training:
     def round(self, *, trains: bool) -> tuple[list[float], float]:
         """Return the seconds of the steps while a round is under way, and those in which training stood."""
         begun = time.perf_counter()
-        if not isinstance(self.aggregator, OverlappedAggregator):
+        if self.overlap is None:
             self.aggregator.step(1.0)
             stalled = time.perf_counter() - begun
             return self.steps(self.arguments.steps, trains=trains), stalled

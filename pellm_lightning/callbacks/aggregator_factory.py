@@ -1,8 +1,7 @@
 """Factory of the aggregator that a fit's rounds run on, from the arguments of ``FederatedAveraging``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,14 +12,16 @@ from torch import Tensor, nn
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks.drift.base import DriftCorrection, check_optimizer, drift_correction_of
+from pellm_lightning.callbacks.parameters import Parameters
+from pellm_lightning.callbacks.schedule import ARGUMENTS, Schedule, schedule
 from pellm_lightning.callbacks.weight_averaging import agreed
 from pellm_lightning.comm import Communicator, Quorum
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
-from pellm_lightning.engine.context import OnNonfinite, Settings, capabilities
-from pellm_lightning.engine.fragments import check_rule, fragments_of
+from pellm_lightning.engine.context import OnNonfinite, capabilities
+from pellm_lightning.engine.fragments import fragments_of
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory, is_plain_averaging
-from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
+from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.tensors.adapter_config import adapter_configs
@@ -30,26 +31,7 @@ from pellm_lightning.trainer import isolation
 
 @dataclass(frozen=True)
 class AggregatorFactory:
-    """Factory of aggregators; its fields are the callback's arguments of the same name.
-
-    Args:
-        aggregation: Rule; None for the default.
-        exchange: How values are summed over the parties.
-        privacy: Differential privacy of each party's updates.
-        overlap: Overlap and fragments.
-        outer_optimizer: Optimizer of the global parameters.
-        outer_scheduler: Schedule of its learning rate.
-        on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
-        quorum: Parties that must have trained in a round.
-        check_frozen: Whether frozen tensors are compared.
-        inner_optimizer_state: Whether local optimizers keep their state after a round.
-        schedule: The arguments of the schedule, by name.
-        weighting: Weighting of the party.
-
-    Example:
-        >>> factory = AggregatorFactory(None, Plain(), None, Overlap())  # doctest: +SKIP
-        >>> aggregator = factory.make(communicator, trainer, module, parameters, None)  # doctest: +SKIP
-    """
+    """Factory of aggregators; its fields are the callback's arguments of the same name."""
 
     aggregation: Aggregation | None
     exchange: Exchange
@@ -59,10 +41,18 @@ class AggregatorFactory:
     outer_scheduler: SchedulerFactory | None
     on_nonfinite: OnNonfinite
     quorum: Quorum
-    check_frozen: bool
+    parameters: Parameters
     inner_optimizer_state: Literal["keep", "reset"]
-    schedule: Settings
-    weighting: str | float
+    every_n_epochs: int | None
+    every_n_steps: int | None
+    every_n_seconds: float | None
+    weighting: Literal["samples", "uniform"] | float
+
+    @property
+    def schedule(self) -> Schedule:
+        """Schedule of the rounds of any fragment."""
+        whole = schedule(self.every_n_epochs, self.every_n_steps, self.every_n_seconds)
+        return whole.shared_by(self.overlap.fragments)
 
     @property
     def is_staggered(self) -> bool:
@@ -79,11 +69,8 @@ class AggregatorFactory:
         """
         allowed = capabilities(self.exchange, self.privacy, auxiliary)
         plan = Plan(self.aggregation, parameters, lora_modules(module), capabilities=allowed)
-        if self.overlap.in_background:
-            self.overlap.check(plan.rule)
-        if self.overlap.fragments > 1:
-            check_rule(plan.rule)
-            fragments_of(plan.shared, self.overlap.fragments)
+        self.overlap.check(plan.rule)
+        fragments_of(plan.shared, self.overlap.fragments)
         return plan
 
     def make(
@@ -92,10 +79,9 @@ class AggregatorFactory:
         trainer: Trainer,
         module: LightningModule,
         parameters: Mapping[str, Tensor],
+        plan: Plan,
         auxiliary: AuxiliaryTerms | None,
         *,
-        plan: Plan | None = None,
-        waits: bool = False,
         facts: Mapping[str, Any] | None = None,
         state_dir: str | None = None,
     ) -> Aggregator:
@@ -106,41 +92,34 @@ class AggregatorFactory:
             trainer: What the fit is run by.
             module: The module, with its adapter.
             parameters: Trainable tensors by name, the module's or others of the same shapes.
+            plan: The rule applied to the parameters.
             auxiliary: What a drift correction adds to the rounds.
-            plan: The rule applied to the parameters already.
-            waits: Whether every round is waited for, whatever the overlap.
             facts: What the other parties are told of this party's fit.
             state_dir: Folder of the snapshots between separate jobs; None keeps none.
 
         Raises:
             ValueError: If something does not go together.
         """
-        make: Callable[..., Aggregator] = Aggregator
-        if self.overlap.in_background and not waits:
-            make = partial(OverlappedAggregator, overlap=self.overlap)
-        return make(
+        return Aggregator(
             communicator,
             parameters,
-            aggregation=self.aggregation,
-            lora=lora_modules(module) if plan is None else None,
             plan=plan,
             exchange=self.exchange,
             privacy=self.privacy,
             auxiliary=auxiliary,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
-            frozen=frozen_state(module) if self.check_frozen else None,
+            frozen=frozen_state(module) if self.parameters.check_frozen else None,
             adapters=adapter_configs(module),
             config={
-                **self.schedule,
+                **{name: getattr(self, name) for name in ARGUMENTS},
                 "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
                 "inner_optimizer_state": self.inner_optimizer_state,
-                "overlap": repr(self.overlap) if self.overlap.in_background else None,
                 "weight averaging": agreed(trainer),
             },
             files=isolation.written_paths(trainer),
             facts=facts or {},
-            fragments=self.overlap.fragments,
+            overlap=self.overlap,
             on_nonfinite=self.on_nonfinite,
             quorum=self.quorum,
             state_dir=state_dir,
@@ -153,7 +132,7 @@ class AggregatorFactory:
         module: LightningModule,
         parameters: Mapping[str, Tensor],
     ) -> Aggregator:
-        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk, no round overlaps.
+        """Return an aggregator as a fit's, of other tensors; it keeps nothing on disk.
 
         Args:
             communicator: The joined parties.
@@ -166,7 +145,8 @@ class AggregatorFactory:
         """
         drift = self.drift_correction(trainer, module)
         auxiliary = None if drift is None else drift.auxiliary
-        return self.make(communicator, trainer, module, parameters, auxiliary, waits=True)
+        plan = self.plan(module, parameters, auxiliary)
+        return self.make(communicator, trainer, module, parameters, plan, auxiliary)
 
     def drift_correction(self, trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
         """Return the Trainer's drift correction, None without.

@@ -2,55 +2,25 @@
 
 import itertools
 import logging
-import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from pellm_lightning.aggregation import Aggregation
-from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
-from pellm_lightning.callbacks.drift.base import DriftCorrection
-from pellm_lightning.callbacks.fit_facts import FitFacts, warn_of_unequal_fits
-from pellm_lightning.callbacks.fit_loop import FederatedLoop, LoopConfig
-from pellm_lightning.callbacks.fit_state import (
-    is_stopping,
-    new_record,
-    raise_if_terminated,
-    unchanged_frozen,
-    validates_in_fit,
-    why_nothing_was_trained,
-)
+from pellm_lightning.callbacks.fit import FederatedFit, state_dir, stopped_path
 from pellm_lightning.callbacks.parameters import Parameters
-from pellm_lightning.callbacks.schedule import ARGUMENTS, schedule
-from pellm_lightning.callbacks.trainable import CURE, TrainableSet
-from pellm_lightning.callbacks.weight_averaging import (
-    begin_averaging,
-    check_averaging,
-    check_coordinates,
-    warn_of_missed,
-)
-from pellm_lightning.comm import (
-    Communicator,
-    Federation,
-    FederationError,
-    Quorum,
-    check_quorum,
-)
+from pellm_lightning.callbacks.schedule import schedule
+from pellm_lightning.comm import Communicator, Federation, Quorum, check_quorum
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched, store_from_env
 from pellm_lightning.engine import outer_optimizer
-from pellm_lightning.engine.aggregator import Aggregator
-from pellm_lightning.engine.auxiliary import AuxiliaryTerms
 from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.engine.round_report import RoundReport
@@ -58,18 +28,10 @@ from pellm_lightning.exchange import Exchange
 from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.logs import show_log_lines
-from pellm_lightning.report.reporter import Reporter
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 from pellm_lightning.trainer import isolation
-from pellm_lightning.trainer.environment import (
-    Party,
-    describe_device,
-    set_rank_zero,
-    shares_terminal,
-    topology_of,
-)
-from pellm_lightning.trainer.metrics import ValidationMetrics
+from pellm_lightning.trainer.environment import set_rank_zero, shares_terminal, topology_of
 from pellm_lightning.trainer.pickling import own_state
 from pellm_lightning.trainer.resume import last_of_unfinished, precede_runs
 
@@ -155,15 +117,15 @@ class FederatedAveraging(Callback):
         record: bool = True,
         jobs: SeparateJobs | None = None,
     ) -> None:
-        arguments.instance_of("aggregation", aggregation, Aggregation)
-        arguments.instance_of("privacy", privacy, GaussianMechanism)
-        arguments.instance_of("overlap", overlap, Overlap)
-        arguments.instance_of("parameters", parameters, Parameters)
-        arguments.instance_of("jobs", jobs, SeparateJobs)
-        due = schedule(every_n_epochs, every_n_steps, every_n_seconds)
-        self.overlap = overlap or Overlap()
-        self.overlap.check_schedule(every_n_steps, every_n_seconds)
-        self._schedule = due.shared_by(self.overlap.fragments)
+        for name, value, kind in (
+            ("aggregation", aggregation, Aggregation),
+            ("privacy", privacy, GaussianMechanism),
+            ("overlap", overlap, Overlap),
+            ("parameters", parameters, Parameters),
+            ("jobs", jobs, SeparateJobs),
+        ):
+            arguments.instance_of(name, value, kind)
+        schedule(every_n_epochs, every_n_steps, every_n_seconds)
         arguments.weighting(weighting)
         arguments.privacy(privacy, weighting)
         arguments.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
@@ -171,10 +133,6 @@ class FederatedAveraging(Callback):
         check_quorum(quorum)
         arguments.seconds("timeout_s", timeout_s)
         arguments.outer(outer_optimizer, outer_scheduler)
-        self.jobs = SeparateJobs.from_env() if jobs is None else jobs
-        """How this party joins separate jobs; None if all parties come from one launch."""
-        if self.jobs is not None:
-            self.jobs.membership.quorum(quorum, self.jobs.roster)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
@@ -182,6 +140,8 @@ class FederatedAveraging(Callback):
         self.aggregation = aggregation
         self.exchange: Exchange = as_exchange(exchange)
         self.privacy = privacy
+        self.overlap = overlap or Overlap()
+        self.overlap.check_schedule(every_n_steps, every_n_seconds)
         self.parameters = parameters or Parameters()
         self.outer_optimizer = without_parser(outer_optimizer)
         self.outer_scheduler = without_parser(outer_scheduler)
@@ -190,51 +150,30 @@ class FederatedAveraging(Callback):
         self.quorum = quorum
         self.timeout_s = timeout_s
         self.record = record
+        self.jobs = SeparateJobs.from_env() if jobs is None else jobs
+        """How this party joins separate jobs; None if all parties come from one launch."""
+        if self.jobs is not None:
+            self.jobs.membership.quorum(quorum, self.jobs.roster)
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
         self.summary: RunSummary | None = None
         """Summary of its federation; None before training starts."""
         self._is_set_up = False
-        # What a fit builds; all of it is dropped when the fit ends.
         self._topology = Topology()
-        self._party: Party | None = None
-        self._joined: Communicator | None = None
-        self._drift: DriftCorrection | None = None
-        self._shares_loss = True
-        self._loop: FederatedLoop | None = None
-        self._trainable: TrainableSet | None = None
-        self._reporter: Reporter | None = None
-        self._validation = ValidationMetrics()
+        self._fit: FederatedFit | None = None
         self._renaming: RemovableHandle | None = None
         # The state of a checkpoint that was loaded, or of the fit that has ended.
         self._state: dict[str, Any] = {}
 
     @property
+    def factory(self) -> AggregatorFactory:
+        """Factory of aggregators as a fit's."""
+        return AggregatorFactory(**{arg.name: getattr(self, arg.name) for arg in fields(AggregatorFactory)})
+
+    @property
     def writes_base(self) -> bool:
         """Whether rounds write into frozen weights, which then belong to what was trained."""
         return self.aggregation is not None and self.aggregation.writes_base
-
-    @property
-    def _connects_itself(self) -> bool:
-        return type(self).connect is not FederatedAveraging.connect
-
-    @property
-    def factory(self) -> AggregatorFactory:
-        """Factory of aggregators as a fit's."""
-        return AggregatorFactory(
-            aggregation=self.aggregation,
-            exchange=self.exchange,
-            privacy=self.privacy,
-            overlap=self.overlap,
-            outer_optimizer=self.outer_optimizer,
-            outer_scheduler=self.outer_scheduler,
-            on_nonfinite=self.on_nonfinite,
-            quorum=self.quorum,
-            check_frozen=self.parameters.check_frozen,
-            inner_optimizer_state=self.inner_optimizer_state,
-            schedule={name: getattr(self, name) for name in ARGUMENTS},
-            weighting=self.weighting,
-        )
 
     @property
     @override
@@ -261,25 +200,32 @@ class FederatedAveraging(Callback):
         """
         if self.jobs is not None:
             return self.jobs.join(self.quorum)
-        party, num_parties = self._topology.party, self._topology.num_parties
-        return Federation(store_from_env(self.timeout_s), party, num_parties, timeout_s=self.timeout_s)
+        topology = self._topology
+        if not launched():
+            log.warning(
+                "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
+                " this host run `torchrun --nproc-per-node N your_script.py`%s.",
+                f"; the {topology.party_size} processes of this Trainer are that one party"
+                if topology.party_size > 1
+                else "",
+            )
+        store = store_from_env(self.timeout_s)
+        return Federation(store, topology.party, topology.num_parties, timeout_s=self.timeout_s)
 
     # ---- hooks, in the order in which they run
 
     def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
         """Separate the parties' files before Lightning looks for ``ckpt_path``; return which to resume."""
-        if self._connects_itself:
+        if type(self).connect is not FederatedAveraging.connect:
             return ckpt_path  # which party this is will be known when it has joined
-        self._topology = topology_of(trainer)
-        set_rank_zero(self._topology.rank_in_party)
-        if self._topology.party > 0:
-            isolation.separate_files(trainer, self._topology.party)
+        self._separate(trainer, topology_of(trainer))
         if self._topology.is_leader:
             isolation.keep_metrics(trainer)
         if self.jobs is None or ckpt_path != "last":
             return ckpt_path
-        state, stopped = self._state_path(trainer), self._stopped_path(trainer)
-        return last_of_unfinished(trainer, self._topology.party, state, stopped) or ckpt_path
+        party = self._topology.party
+        folder, stopped = state_dir(trainer, party, self.jobs), stopped_path(trainer, party, self.jobs)
+        return last_of_unfinished(trainer, party, folder, stopped) or ckpt_path
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -287,36 +233,21 @@ class FederatedAveraging(Callback):
         self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
-            # Of an earlier fit, which may have failed.
-            self._state, self._loop, self._reporter = {}, None, None
-            self.rounds, self.summary = [], None
-            self._validation = ValidationMetrics()
-            self._drift = self.factory.drift_correction(trainer, pl_module)
-            self._party = Party(self._topology, trainer.strategy)
+            self._state, self.rounds, self.summary = {}, [], None
+            self._fit = FederatedFit(self.factory, self.jobs, trainer, pl_module, self._topology)
             show_log_lines()
-            self._join(trainer)
-            arguments.trainer(trainer, self, self._topology)
-            check_averaging(
-                trainer,
-                self._schedule,
-                mixes=self.factory.is_staggered,
-                separate=self._joined is not None and self._joined.may_lose_parties,
-                saves_frozen=self.parameters.save_frozen,
-            )
-            if not self.parameters.save_frozen:
-                arguments.checkpoints(trainer)
+            self._fit.join(self.connect)
+            self._fit.check_trainer(self)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
-            self._shares_loss = not arguments.protects_records(trainer, self.weighting)
+            self._topology = self._fit.party.topology
         else:
             arguments.only_one(trainer, self)
-        set_rank_zero(self._topology.rank_in_party)
-        if self._topology.party > 0:
-            # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do
-            # not: their launcher's rank made them dummies until now.
-            isolation.separate_files(trainer, self._topology.party)
-            if shares_terminal(self._topology):
-                isolation.silence(trainer)
+        # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do not:
+        # their launcher's rank made them dummies until now.
+        self._separate(trainer, self._topology)
+        if self._topology.party > 0 and shares_terminal(self._topology):
+            isolation.silence(trainer)
         if not self.parameters.save_frozen:
             pl_module.strict_loading = False
         self._stop_renaming()  # of a fit that has failed
@@ -325,99 +256,32 @@ class FederatedAveraging(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what the aggregation cannot handle; the module has its adapter by now."""
-        if self.aggregation is not None:
-            self._plan(pl_module, self._select(pl_module))
+        self._running.check_module()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on what is shared and take party 0's parameters, or resume from the checkpoint."""
-        arguments.samplers(trainer, self._topology)
-        trainable = self._select(pl_module)
-        self._trainable = TrainableSet(pl_module, self.parameters.include, self.parameters.exclude)
-        plan = self._plan(pl_module, trainable)
-        shared = {name: trainable[name] for name in sorted(plan.shared)}
-        check_coordinates(trainer, plan)
-        for_good = plan.named(plan.rule.frozen_parts(0) & plan.rule.frozen_parts(1))
-        arguments.optimizers(trainer, {name: shared[name] for name in sorted(shared.keys() - for_good)})
-        self.factory.check_optimizers(trainer, self._drift, shared)
-
-        def on_round(done: RoundReport, on_bar: bool) -> None:
-            self._reporting.round(pl_module, done, on_bar=on_bar)
-
-        self._loop = FederatedLoop(
-            trainer,
-            self._running_party,
-            plan,
-            trainable,
-            LoopConfig(
-                self._schedule,
-                self.overlap,
-                self.weighting,
-                resets_inner=self.inner_optimizer_state == "reset",
-                shares_loss=self._shares_loss,
-            ),
-            drift=self._drift,
-            on_round=on_round,
-            stopped_path=self._stopped_path(trainer),
-        )
-
-        shares_steps = self._shares_loss and not self.exchange.is_secure and self.privacy is None
-
-        def make_aggregator() -> Aggregator:
-            return self.factory.make(
-                self._communicator,
-                trainer,
-                pl_module,
-                trainable,
-                self._auxiliary,
-                plan=plan,
-                facts=FitFacts.of(trainer, self._validation.names, shares_steps=shares_steps).to_json(),
-                state_dir=self._state_path(trainer),
-            )
-
-        started = self._loop.start(make_aggregator, self._state)
-        if started.overwritten:
-            begin_averaging(trainer, pl_module)
-        names = self._running_party.on_leader(lambda: self._roster(trainer))
-        summary = RunSummary(names, started.settings, self.writes_base)
-        if self._topology.is_leader and self._topology.party == 0:
-            quorum = int(started.settings["quorum"] or 1)
-            warn_of_unequal_fits(self._topology.name, started.facts, self.every_n_steps, quorum)
-        self.summary = summary.resumed(self._state.get("summary", {}))
-        self._reporter = Reporter(
-            trainer,
-            self._topology,
-            self.summary,
-            self.rounds,
-            new_record(trainer, self._topology) if self.record else None,
-        )
-        if self._topology.is_leader:
-            self._reporter.start(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
-            if self._joined is not None:
-                self._reporter.show(self._joined.phases)
+        self.summary = self._running.start(self._state, self.rounds, record=self.record)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the gradients of parameters frozen in this round, before they are clipped or applied."""
-        self._check_trainable(trainer, pl_module, everything=False)
-        self._running_loop.drop_gradients()
+        self._running.check_trainable(everything=False)
+        self._running.loop.drop_gradients()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch; run the round that is due, before Lightning validates and saves."""
-        self._check_trainable(trainer, pl_module, everything=trainer.is_last_batch)
-        self._running_loop.after_batch(outputs, batch, batch_idx)
+        self._running.check_trainable(everything=trainer.is_last_batch)
+        self._running.loop.after_batch(outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the round first if training is over; remember which metrics are older than now."""
-        if not validates_in_fit(trainer):
-            return
-        if is_stopping(trainer):
-            self._running_loop.close_round()
-        self._validation.start(trainer)
+        if _validates_in_fit(trainer):
+            self._running.start_validation()
 
     @override
     def on_validation_batch_end(
@@ -430,76 +294,52 @@ class FederatedAveraging(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the validation samples, which weight this party's metrics."""
-        if validates_in_fit(trainer):
-            self._validation.count(trainer, batch, batch_idx, dataloader_idx)
+        if _validates_in_fit(trainer):
+            self._running.validation.count(trainer, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average the metrics over the parties before EarlyStopping and ModelCheckpoint read them."""
         if trainer.sanity_checking:
-            self._validation.check(trainer)
-        if validates_in_fit(trainer):
-            local = self._validation.end(trainer, self._running_party)
-            self._reporting.validation(local, self._running_loop.mean(local))
+            self._running.validation.check(trainer)
+        elif _validates_in_fit(trainer):
+            self._running.end_validation()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
-        self._running_loop.after_epoch()
+        self._running.loop.after_epoch()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the last, incomplete round; then answer the other parties' rounds until all have finished."""
-        self._running_loop.close_round()
-        before = len(self.rounds)
-        self._running_loop.finish()
-        warn_of_missed(trainer, len(self.rounds) - before)
-        if self._joined is not None:
-            self._joined.close()
-        self._reporting.end()
+        self._running.finish()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave at once, so that the other parties fail in seconds with the reason."""
-        said = str(exception)  # nothing, of a KeyboardInterrupt
-        why = type(exception).__name__ + (f": {said}" if said else "")
-        if self._joined is not None:
-            # Of a FederationError the others know already, from us or from the party that caused it.
-            known = isinstance(exception, FederationError)
-            self._joined.abort(None if known else why)
-        if self._reporter is not None:
-            self._reporter.end(why)
+        if self._fit is not None:
+            self._fit.fail(exception)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave, if that has not happened yet, and drop every reference to the module."""
         self._stop_renaming()
-        if stage != "fit":
-            return
-        if self._joined is not None and self._loop is None:
-            why = why_nothing_was_trained(trainer)
-            log.warning("[party %s] Left the federation: %s.", self._topology.name, why)
-            self._joined.abort(why)
-        self._state = self.state_dict()
-        self._party = self._joined = self._drift = self._loop = self._reporter = None
-        self._trainable = None
+        if stage == "fit" and self._fit is not None:
+            self._fit.leave()
+            self._state, self._fit = self.state_dict(), None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
-        built = ("_party", "_joined", "_drift", "_loop", "_trainable", "_reporter")
-        return own_state(self, **dict.fromkeys(built))
+        return own_state(self, _fit=None)
 
     # ---- checkpoints
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue exactly, even in the middle of a round."""
-        if self._loop is None or not self._topology.is_leader:
-            return self._state
-        summary = {} if self.summary is None else asdict(self.summary)
-        state = self._loop.state()
-        # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
-        return {"party": self._topology.party, **state, "summary": summary, "directory": os.getcwd()}
+        running = None if self._fit is None else self._fit.state()
+        return self._state if running is None else running
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -511,9 +351,8 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave frozen parameters out of the checkpoint if asked to, unless rounds write into them."""
-        if not self.parameters.save_frozen:
-            for name in set(checkpoint["state_dict"]) & self._unsaved(pl_module):
-                del checkpoint["state_dict"][name]
+        for name in self._unsaved(pl_module) & checkpoint["state_dict"].keys():
+            del checkpoint["state_dict"][name]
 
     @override
     def on_load_checkpoint(
@@ -524,98 +363,33 @@ class FederatedAveraging(Callback):
             state_dict = named_as_in(pl_module, checkpoint["state_dict"])
             arguments.trainable_checkpoint(pl_module, state_dict, self._unsaved(pl_module))
 
-    # ---- the parts of the hooks
+    # ---- small parts
+
+    @property
+    def _running(self) -> FederatedFit:
+        if self._fit is None:
+            raise RuntimeError("Rounds belong to a fit: setup('fit') has not run.")
+        return self._fit
+
+    def _separate(self, trainer: Trainer, topology: Topology) -> None:
+        """Let Lightning take the party for its whole world, and keep its files apart from the others'."""
+        self._topology = topology
+        set_rank_zero(topology.rank_in_party)
+        if topology.party > 0:
+            isolation.separate_files(trainer, topology.party)
+
+    def _unsaved(self, module: LightningModule) -> set[str]:
+        return self.parameters.unsaved(module, writes_base=self.writes_base)
 
     def _stop_renaming(self) -> None:
         if self._renaming is not None:
             self._renaming.remove()
             self._renaming = None
 
-    def _join(self, trainer: Trainer) -> None:
-        if self._topology.is_leader and not (self._connects_itself or self.jobs or launched()):
-            log.warning(
-                "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
-                " this host run `torchrun --nproc-per-node N your_script.py`%s.",
-                f"; the {self._topology.party_size} processes of this Trainer are that one party"
-                if self._topology.party_size > 1
-                else "",
-            )
-        self._running_party.on_leader(self._connect_as_leader)
-        if self._joined is not None:
-            known = self._topology
-            self._topology = Topology(
-                *self._joined.place, known.rank_in_party, known.party_size, label=self._joined.name
-            )
-            self._party = Party(self._topology, trainer.strategy)
-            self._joined.interrupt = lambda: raise_if_terminated(trainer)
 
-    def _connect_as_leader(self) -> None:
-        self._joined = self.connect()
-
-    def _unsaved(self, module: LightningModule) -> set[str]:
-        return unchanged_frozen(module, writes_base=self.writes_base)
-
-    def _select(self, module: LightningModule) -> dict[str, nn.Parameter]:
-        try:
-            return self.parameters.select(module)
-        except ValueError as error:
-            cure = "" if any(p.requires_grad for p in module.parameters()) else f" {CURE}"
-            raise MisconfigurationException(f"Party {self._topology.name}: {error}{cure}") from error
-
-    def _check_trainable(self, trainer: Trainer, module: LightningModule, *, everything: bool) -> None:
-        if self._trainable is not None:
-            self._trainable.check(trainer, module, everything=everything)
-
-    def _plan(self, module: LightningModule, parameters: Mapping[str, nn.Parameter]) -> Plan:
-        try:
-            return self.factory.plan(module, parameters, self._auxiliary)
-        except ValueError as error:
-            raise MisconfigurationException(f"Party {self._topology.name}: {error}") from error
-
-    def _roster(self, trainer: Trainer) -> list[str]:
-        """Return the names of all parties, on the leader; warn of those that share an accelerator."""
-        if self._joined is None:
-            return []
-        if not self._joined.may_lose_parties:  # separate jobs are compared by their first quorum
-            device = describe_device(trainer.strategy.root_device)
-            arguments.devices(self._joined.gather_json("device", device))
-        return list(self._joined.roster)
-
-    def _state_path(self, trainer: Trainer) -> str:
-        root = isolation.below(trainer.default_root_dir, self._topology.party)
-        kept = None if self.jobs is None else self.jobs.state_dir
-        return kept or os.path.join(root, "federation")
-
-    def _stopped_path(self, trainer: Trainer) -> str:
-        return os.path.join(os.path.dirname(self._state_path(trainer)), "stopped.ckpt")
-
-    @property
-    def _auxiliary(self) -> AuxiliaryTerms | None:
-        return None if self._drift is None else self._drift.auxiliary
-
-    @property
-    def _running_party(self) -> Party:
-        if self._party is None:
-            raise RuntimeError("The party is known only during a fit.")
-        return self._party
-
-    @property
-    def _communicator(self) -> Communicator:
-        if self._joined is None:
-            raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
-        return self._joined
-
-    @property
-    def _running_loop(self) -> FederatedLoop:
-        if self._loop is None:
-            raise RuntimeError("A party takes part in rounds only while it trains.")
-        return self._loop
-
-    @property
-    def _reporting(self) -> Reporter:
-        if self._reporter is None:
-            raise RuntimeError("There is nothing to report before training starts.")
-        return self._reporter
+def _validates_in_fit(trainer: Trainer) -> bool:
+    """Return whether the running validation belongs to a fit, and is no sanity check."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
 def _before_run(trainer: Trainer, ckpt_path: Any) -> Any:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -54,10 +54,6 @@ class FitFacts:
             monitors=[list(pair) for pair in _monitors(trainer)],
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what ``from_json`` reads."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, value: Any) -> "FitFacts":
         """Return what another party said; of what cannot be read, nothing."""
@@ -95,32 +91,20 @@ def planned_steps(trainer: Trainer) -> float:
     return planned if math.isfinite(planned) else math.nan
 
 
-def foresee(facts: Mapping[str, FitFacts], every_n_steps: int | None, quorum: int) -> Iterator[str]:
-    """Yield what the parties' fits will run into together, for whoever can still change them.
-
-    Args:
-        facts: Of each party, by its name.
-        every_n_steps: The schedule of rounds, None if rounds do not go by steps.
-        quorum: Parties that a round needs.
-    """
-    if every_n_steps is not None:
-        yield from _unequal_steps(facts, every_n_steps, quorum)
-    yield from _missing_metrics(facts)
-
-
 def warn_of_unequal_fits(
     party: str, facts: Mapping[str, Any], every_n_steps: int | None, quorum: int
 ) -> None:
-    """Log a warning for each problem that the parties' fits have together.
+    """Log what the parties' fits will run into together, for whoever can still change them.
 
     Args:
         party: Name of this party.
-        facts: What each party has told of its fit, by its name.
-        every_n_steps: As of ``foresee``.
-        quorum: As of ``foresee``.
+        facts: What each party has told of its fit, by its name; ``asdict`` of ``FitFacts``.
+        every_n_steps: The schedule of rounds, None if rounds do not go by steps.
+        quorum: Parties that a round needs.
     """
     read = {name: FitFacts.from_json(told) for name, told in facts.items()}
-    for warning in foresee(read, every_n_steps, quorum):
+    unequal = () if every_n_steps is None else _unequal_steps(read, every_n_steps, quorum)
+    for warning in (*unequal, *_missing_metrics(read)):
         log.warning("[party %s] %s", party, warning)
 
 

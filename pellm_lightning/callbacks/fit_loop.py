@@ -3,23 +3,24 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, cast
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
+from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
 from pellm_lightning.callbacks.drift.base import DriftCorrection
 from pellm_lightning.callbacks.fit_facts import planned_steps
-from pellm_lightning.callbacks.schedule import Clock, EverySeconds, Schedule
+from pellm_lightning.callbacks.schedule import Clock
 from pellm_lightning.comm import TooFewPartiesError
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.fragments import FragmentCursor, fragments_of
-from pellm_lightning.engine.overlap import Overlap, OverlappedAggregator
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.tensors.flat_buffer import Layout
 from pellm_lightning.trainer import resume
@@ -28,23 +29,6 @@ from pellm_lightning.trainer.file_names import unused
 from pellm_lightning.trainer.samples import SampleCounter
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Settings of a ``FederatedLoop``."""
-
-    schedule: Schedule
-    """Schedule of the rounds."""
-    overlap: Overlap
-    """Overlap of rounds with local steps, and the number of fragments."""
-    weighting: Literal["samples", "uniform"] | float
-    """Weighting of the party."""
-    resets_inner: bool
-    """Whether the state of local optimizers is cleared after each round."""
-    shares_loss: bool
-    """Whether other parties may know the training loss."""
 
 
 @dataclass
@@ -94,9 +78,10 @@ class FederatedLoop:
     Args:
         trainer: The Trainer of the fit.
         party: This party's processes. Only the leader communicates with other parties.
+        factory: The callback's arguments.
         plan: The aggregation, applied to the module's parameters.
         trainable: The parameters that may federate, by name.
-        config: Settings.
+        shares_loss: Whether other parties may know the training loss.
         drift: Drift correction of local gradients, if any.
         on_round: Called with the report of each round, and whether the progress bar should show it.
         stopped_path: Path of a checkpoint if the party has to stop below a quorum.
@@ -106,10 +91,11 @@ class FederatedLoop:
         self,
         trainer: Trainer,
         party: Party,
+        factory: AggregatorFactory,
         plan: Plan,
         trainable: Mapping[str, nn.Parameter],
-        config: LoopConfig,
         *,
+        shares_loss: bool,
         drift: DriftCorrection | None,
         on_round: Callable[[RoundReport, bool], None],
         stopped_path: str,
@@ -118,19 +104,23 @@ class FederatedLoop:
         self._party = party
         self._plan = plan
         self._trainable = trainable
-        self._config = config
+        self._weighting = factory.weighting
+        self._overlap = factory.overlap
+        self._schedule = factory.schedule
+        self._resets_inner = factory.inner_optimizer_state == "reset"
+        self._shares_loss = shares_loss
         self._drift = drift
         self._on_round = on_round
         self._stopped_path = stopped_path
         self._shared = {name: trainable[name] for name in sorted(plan.shared)}
-        groups = fragments_of(self._shared, config.overlap.fragments)
+        groups = fragments_of(self._shared, self._overlap.fragments)
         self._fragments = [set(names) for names in groups]  # by turn
         self._frozen: list[nn.Parameter] = []
         self._aggregator: Aggregator | None = None  # on the leader
         self._remaining: Iterator[RoundReport] = iter(())
         self._progress = LocalProgress(trainer.global_step)
-        self._samples = SampleCounter(warns=config.weighting == "samples")
-        self._cursor = FragmentCursor.from_step(config.overlap.fragments, trainer.global_step)
+        self._samples = SampleCounter(warns=self._weighting == "samples")
+        self._cursor = FragmentCursor.from_step(self._overlap.fragments, trainer.global_step)
         self._pending_since: int | None = None  # step at which the round in the background began
         self._last_round_at = 0.0  # by the clock of time.monotonic
 
@@ -143,16 +133,14 @@ class FederatedLoop:
         """
         if state:
             self._progress = LocalProgress(**state["progress"])
-            self._cursor = FragmentCursor.from_step(self._config.overlap.fragments, self._progress.step)
-            self._cursor = FragmentCursor(**state["cursor"]) if "cursor" in state else self._cursor
-            self._pending_since = state.get("under_way_since")
+            self._cursor = FragmentCursor(**state["cursor"])
+            self._pending_since = state["under_way_since"]
         started = self._party.on_leader(lambda: self._start_on_leader(make, state))
         if started.overwritten:  # resumed in the middle of a round, each process has its own already
             self._broadcast_in_party()
-            self._progress, self._pending_since = LocalProgress(self._trainer.global_step), None
-            self._cursor = FragmentCursor.from_step(
-                self._config.overlap.fragments, self._trainer.global_step, started.round
-            )
+            step, self._pending_since = self._trainer.global_step, None
+            self._progress = LocalProgress(step)
+            self._cursor = FragmentCursor.from_step(len(self._fragments), step, started.round)
         if self._drift is not None:
             resumed = bool(state) and not started.overwritten
             self._drift.begin(self._shared, self._carried(), resumed=resumed)
@@ -162,15 +150,15 @@ class FederatedLoop:
 
     def state(self) -> dict[str, Any]:
         """Return what ``start`` needs to resume exactly, even within a round; on the leader only."""
-        aggregator = self._on_leader.state_dict()  # waits for the round under way, which may fail only now
+        aggregator = self._leading.state_dict()  # waits for the round under way, which may fail only now
         party = self._party.topology.party
-        lost = self._pending_since is not None and self._overlapped.failed
+        lost = self._pending_since is not None and self._leading.background.failed
         return {
             "aggregator": aggregator,
             "progress": asdict(self._progress) | {"loss_sum": float(self._progress.loss_sum)},
             "cursor": asdict(self._cursor),
             "under_way_since": None if lost else self._pending_since,
-            "signature": resume.signature(self._on_leader.run_id, party),
+            "signature": resume.signature(self._leading.run_id, party),
         }
 
     # ---- during training
@@ -189,7 +177,7 @@ class FederatedLoop:
         if self._may_apply():
             self._apply(on_bar=True)
         if self._is_due(epoch_ends=self._trainer.is_last_batch):
-            if not self._config.overlap.in_background:
+            if not self._overlap.in_background:
                 self._run_round()
             else:
                 self._begin_round()
@@ -201,10 +189,8 @@ class FederatedLoop:
 
     def mean(self, local: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the mean over the parties of each named (value, weight)."""
-        mean = self._party.on_leader(lambda: _or_reason(lambda: self._on_leader.mean(local)))
-        if isinstance(mean, str):
-            self._stop_below_quorum(mean)
-        return mean
+        with self._saved_below_quorum():
+            return self._party.on_leader(Aggregator.mean, self._leading, local)
 
     def close_round(self) -> None:
         """Run the last, incomplete round of each fragment; all parties end with the same parameters."""
@@ -212,20 +198,17 @@ class FederatedLoop:
             self._run_round(on_bar=False)
         self._apply(on_bar=False)
 
-    def finish(self) -> None:
-        """Close the round, then answer the other parties' rounds until every party has finished."""
+    def finish(self) -> int:
+        """Close the round, then answer the other parties' until every party has finished; return how many."""
         self.close_round()
-
-        def next_report() -> RoundReport | str | None:
-            return _or_reason(lambda: next(self._remaining, None))
-
-        while (report := self._party.on_leader(next_report)) is not None:
-            if isinstance(report, str):
-                log.warning(
-                    "[party %s] Ends without the other parties. %s", self._party.topology.name, report
-                )
-                break
-            self._finish_round(report, on_bar=False)
+        answered = 0
+        try:
+            while (report := self._party.on_leader(lambda: next(self._remaining, None))) is not None:
+                self._finish_round(report, on_bar=False)
+                answered += 1
+        except TooFewPartiesError as error:
+            log.warning("[party %s] Ends without the other parties. %s", self._party.topology.name, error)
+        return answered
 
     # ---- running a round
 
@@ -233,8 +216,8 @@ class FederatedLoop:
         aggregator = self._aggregator = make()
         if state:
             arguments.own_checkpoint(state["party"], self._party.topology.party)
-            arguments.same_fragments(len(self._cursor.steps), self._config.overlap.fragments)
-            arguments.can_apply(self._pending_since, self._config.overlap)
+            arguments.same_fragments(len(self._cursor.steps), self._overlap.fragments)
+            arguments.can_apply(self._pending_since, self._overlap)
             aggregator.load_state_dict(state["aggregator"])
         overwritten = aggregator.start()
         if not state:
@@ -268,30 +251,25 @@ class FederatedLoop:
             self._progress.loss_samples += samples
 
     def _is_due(self, *, epoch_ends: bool) -> bool:
-        schedule = self._config.schedule
         clock = Clock(
             steps=self._trainer.global_step - self._progress.step,
             seconds=time.monotonic() - self._last_round_at,
             epoch=self._trainer.current_epoch,
             epoch_ends=epoch_ends,
         )
-        if isinstance(schedule, EverySeconds):
-            return self._party.on_leader(lambda: schedule.due(clock))  # clocks differ
-        return schedule.due(clock)
+        if self._schedule.unit == "seconds":
+            return self._party.on_leader(self._schedule.due, clock)  # clocks differ
+        return self._schedule.due(clock)
 
     def _run_round(self, *, on_bar: bool = True) -> None:
         """Run a round while training waits."""
         self._apply(on_bar=on_bar)
         local = self._local_result()
-        report = self._party.on_leader(
-            lambda: _or_reason(
-                lambda: self._on_leader.step(
-                    local.weight, local.loss, local.contribution, steps_left=local.steps_left
-                )
+        weight, loss, contribution = local.weight, local.loss, local.contribution
+        with self._saved_below_quorum():
+            report = self._party.on_leader(
+                Aggregator.step, self._leading, weight, loss, contribution, steps_left=local.steps_left
             )
-        )
-        if isinstance(report, str):
-            self._stop_below_quorum(report)
         self._progress = LocalProgress(self._trainer.global_step)
         self._cursor = local.cursor.aligned(report.round + 1)
         self._last_round_at = time.monotonic()
@@ -302,7 +280,7 @@ class FederatedLoop:
         self._apply(on_bar=True)
         local = self._local_result()
         self._party.on_leader(
-            lambda: self._overlapped.begin(local.weight, local.loss, steps_left=local.steps_left)
+            Aggregator.begin, self._leading, local.weight, local.loss, steps_left=local.steps_left
         )
         self._progress, self._cursor = LocalProgress(self._trainer.global_step), local.cursor
         self._pending_since = self._trainer.global_step
@@ -311,52 +289,54 @@ class FederatedLoop:
 
     def _may_apply(self) -> bool:
         """Return whether the background round is to be applied: its delay is over, or it has failed."""
-        overlap = self._config.overlap
-        if self._pending_since is None or not overlap.in_background:
+        if self._pending_since is None or not self._overlap.in_background:
             return False
         alone = self._party.topology.party_size == 1  # else all processes of the party must decide alike
-        failed = alone and self._overlapped.failed
-        return failed or self._trainer.global_step - self._pending_since >= overlap.delay_steps
+        failed = alone and self._leading.background.failed
+        return failed or self._trainer.global_step - self._pending_since >= self._overlap.delay_steps
 
     def _apply(self, *, on_bar: bool) -> None:
         """Wait for the round in the background, if there is one, and apply its result."""
         if self._pending_since is None:
             return
         last = self._trainer.global_step == self._pending_since  # nothing was learned since to be mixed
-        try:
-            report = self._party.on_leader(lambda: _or_reason(lambda: self._overlapped.apply(last=last)))
-        except Exception:  # the round is lost; if only the waiting was interrupted, it is not
-            self._pending_since = None
-            raise
+        with self._saved_below_quorum():
+            try:
+                report = self._party.on_leader(Aggregator.apply, self._leading, last=last)
+            except Exception:  # the round is lost; if only the waiting was interrupted, it is not
+                self._pending_since = None
+                raise
         self._pending_since = None
-        if isinstance(report, str):
-            self._stop_below_quorum(report)
         self._cursor = self._cursor.aligned(report.round + 1)
         if self._party.topology.is_leader:
-            self._last_round_at = self._overlapped.completed
+            self._last_round_at = self._leading.background.completed
         self._finish_round(report, on_bar=on_bar)
 
     def _local_result(self) -> LocalResult:
         """Return this party's contribution to a round."""
-        progress, weighting = self._progress, self._config.weighting
+        progress = self._progress
         samples, loss_sum, loss_samples = self._party.sum(
             [progress.samples, float(progress.loss_sum), progress.loss_samples]
         )
         cursor = self._cursor.advanced(samples, self._trainer.global_step)
         samples += self._cursor.samples[self._cursor.next]
-        weight = {"samples": samples, "uniform": 1.0}.get(str(weighting), weighting)
-        loss = loss_sum / loss_samples if loss_samples and self._config.shares_loss else None
+        weight = {"samples": samples, "uniform": 1.0}.get(str(self._weighting), self._weighting)
+        loss = loss_sum / loss_samples if loss_samples and self._shares_loss else None
         auxiliary = AuxiliaryValues() if self._drift is None else self._drift.contribution()
         steps_left = planned_steps(self._trainer) - self._trainer.global_step
         return LocalResult(float(weight), loss, auxiliary, cursor, steps_left)
 
-    def _stop_below_quorum(self, reason: str) -> NoReturn:
-        """Save this party's own steps since the last round, then stop."""
-        path = self._party.on_leader(lambda: unused(self._stopped_path))
-        self._trainer.save_checkpoint(path)
-        raise TooFewPartiesError(
-            f"{reason} Its own steps since the last round are in {path}; resume it from there."
-        )
+    @contextmanager
+    def _saved_below_quorum(self) -> Iterator[None]:
+        """Save this party's own steps since the last round before it stops for want of a quorum."""
+        try:
+            yield
+        except TooFewPartiesError as error:
+            path = self._party.on_leader(unused, self._stopped_path)
+            self._trainer.save_checkpoint(path)
+            raise TooFewPartiesError(
+                f"{error} Its own steps since the last round are in {path}; resume it from there."
+            ) from error
 
     # ---- applying its result
 
@@ -366,13 +346,13 @@ class FederatedLoop:
         if self._drift is not None:
             self._drift.end_round(self._carried(), counted=report.weight > 0)
         # What made parameters NaN has made the moments NaN as well, and the next step would bring it back.
-        if self._config.resets_inner or self._party.topology.party in report.excluded:
+        if self._resets_inner or self._party.topology.party in report.excluded:
             for optimizer in self._trainer.optimizers:
                 optimizer.state.clear()
         # Moments in coordinates that are no more.
         basis_changed = self._plan.named(self._plan.rule.basis_changed(report.active_parties))
         if report.weight:  # else the party may have taken over more than the round's fragment
-            basis_changed &= self._fragments[report.round % self._config.overlap.fragments]
+            basis_changed &= self._fragments[report.round % self._overlap.fragments]
         for parameter in [self._trainable[name] for name in sorted(basis_changed)]:
             for optimizer in self._trainer.optimizers:
                 optimizer.state.pop(parameter, None)
@@ -414,21 +394,6 @@ class FederatedLoop:
         return Layout(self._shared)
 
     @property
-    def _on_leader(self) -> Aggregator:
-        if self._aggregator is None:
-            raise RuntimeError("Only the party's first process aggregates, and only after start().")
-        return self._aggregator
-
-    @property
-    def _overlapped(self) -> OverlappedAggregator:
-        if not isinstance(self._aggregator, OverlappedAggregator):
-            raise RuntimeError("Only the party's first process aggregates, and here not in the background.")
-        return self._aggregator
-
-
-def _or_reason(meet: Callable[[], T]) -> T | str:
-    """Return what ``meet`` returns, or the reason why there were too few parties."""
-    try:
-        return meet()
-    except TooFewPartiesError as error:
-        return str(error)
+    def _leading(self) -> Aggregator:
+        """The aggregator, which only the leader has; ``Party.on_leader`` does not use it in the others."""
+        return cast(Aggregator, self._aggregator)

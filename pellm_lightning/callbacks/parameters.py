@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pellm_lightning.aggregation import lora_modules
 from pellm_lightning.tensors.selection import select
 
 
@@ -47,6 +48,20 @@ class Parameters:
             ValueError: If there are none, or a pattern matches nothing.
         """
         return select(module, self.include, self.exclude)
+
+    def unsaved(self, module: nn.Module, *, writes_base: bool) -> set[str]:
+        """Return the names of the frozen parameters that checkpoints leave out.
+
+        Args:
+            module: The module.
+            writes_base: Whether rounds write into the frozen weights below LoRA factors: these are saved.
+        """
+        if self.save_frozen:
+            return set()
+        bases = [lora.base for lora in lora_modules(module).values()] if writes_base else []
+        written = {base.data_ptr() for base in bases if base is not None}
+        parameters = module.named_parameters(remove_duplicate=False)
+        return {name for name, p in parameters if not p.requires_grad and p.data_ptr() not in written}
 
 
 def _check_patterns(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,51 +20,32 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class EveryEpochs:
-    """A round at the end of every n-th epoch, before that epoch's validation."""
+class Schedule:
+    """Schedule of rounds: one after every ``n`` epochs, optimizer steps or seconds.
 
-    n: int
+    That of epochs comes before the validation, that of seconds after the batch in which they are over.
 
-    def due(self, since: Clock) -> bool:
-        """Whether a round is due now."""
-        return since.epoch_ends and (since.epoch + 1) % self.n == 0 and since.steps > 0
+    Example:
+        >>> Schedule("steps", 100).shared_by(fragments=4)
+        Schedule(unit='steps', n=25.0)
+    """
 
-    def shared_by(self, fragments: int) -> "EveryEpochs":
-        """Return the schedule itself: epochs are not divided."""
-        return self
-
-
-@dataclass(frozen=True)
-class EverySteps:
-    """A round whenever n optimizer steps were made since the last one."""
-
-    n: int
-
-    def due(self, since: Clock) -> bool:
-        """Whether a round is due now; several optimizers may move the count by more than 1."""
-        return since.steps >= self.n
-
-    def shared_by(self, fragments: int) -> "EverySteps":
-        """Return the schedule by which each of so many fragments has its round once in n steps."""
-        return EverySteps(self.n // fragments)
-
-
-@dataclass(frozen=True)
-class EverySeconds:
-    """A round after the batch in which n seconds are over, at about the same time at all parties."""
-
+    unit: Literal["epochs", "steps", "seconds"]
     n: float
 
     def due(self, since: Clock) -> bool:
         """Whether a round is due now."""
-        return since.seconds >= self.n and since.steps > 0
+        if self.unit == "steps":  # several optimizers may move the count by more than 1
+            return since.steps >= self.n
+        if self.unit == "seconds":
+            return since.seconds >= self.n and since.steps > 0
+        return since.epoch_ends and (since.epoch + 1) % self.n == 0 and since.steps > 0
 
-    def shared_by(self, fragments: int) -> "EverySeconds":
-        """Return the schedule by which each of so many fragments has its round once in n seconds."""
-        return EverySeconds(self.n / fragments)
+    def shared_by(self, fragments: int) -> "Schedule":
+        """Return the schedule by which each fragment has a round once in n; epochs are not divided."""
+        return self if self.unit == "epochs" else Schedule(self.unit, self.n / fragments)
 
 
-Schedule = EveryEpochs | EverySteps | EverySeconds
 ARGUMENTS = ("every_n_epochs", "every_n_steps", "every_n_seconds")
 """Names of the arguments of ``schedule``."""
 
@@ -84,10 +66,10 @@ def schedule(
     if every_n_seconds is not None:
         if not (math.isfinite(every_n_seconds) and every_n_seconds > 0):
             raise ValueError(f"every_n_seconds={every_n_seconds} must be a number of seconds above 0.")
-        return EverySeconds(every_n_seconds)
+        return Schedule("seconds", every_n_seconds)
     for name, n in given.items():
         if n < 1:
             raise ValueError(f"{name}={n} must be at least 1. Use {name}=1 for the shortest round.")
     if every_n_steps is not None:
-        return EverySteps(every_n_steps)
-    return EveryEpochs(1 if every_n_epochs is None else every_n_epochs)
+        return Schedule("steps", every_n_steps)
+    return Schedule("epochs", 1 if every_n_epochs is None else every_n_epochs)

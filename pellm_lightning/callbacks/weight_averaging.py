@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.callbacks.schedule import EveryEpochs, Schedule
+from pellm_lightning.callbacks.schedule import Schedule
 from pellm_lightning.trainer.isolation import callbacks_of
 
 # Steps and epochs for which a callback is asked whether it would be updated then.
@@ -57,7 +57,7 @@ def check_averaging(
     if averaging is None:
         return
     name = type(averaging).__name__
-    if not isinstance(schedule, EveryEpochs):
+    if schedule.unit != "epochs":
         raise MisconfigurationException(
             f"{name} would average weights of single parties: only after a round all have the same, and"
             f" rounds here do not end with epochs. {_WAY}"

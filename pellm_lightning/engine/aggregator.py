@@ -16,12 +16,14 @@ from pellm_lightning.comm import Communicator, FederationError, Quorum
 from pellm_lightning.engine import compatibility
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
+from pellm_lightning.engine.background import BackgroundRounds, Staging
 from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.engine.context import OnNonfinite, Settings, capabilities, make_context
 from pellm_lightning.engine.coordination import Coordinator, Purpose
 from pellm_lightning.engine.global_state import GlobalState
 from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
+from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.engine.round import LocalInput, RoundRunner
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
@@ -78,8 +80,9 @@ class Aggregator:
         config: Settings that must be equal at all parties, by name; compared at the start.
         files: Paths this party writes to ("host:path"), which no other party may share.
         facts: What else the others may want to know of this party, in plain containers; not compared.
-        fragments: Number of fragments K, groups of layers of which each round exchanges the next one, as in
-            Streaming DiLoCo (arXiv:2501.18512). Each has an outer optimizer state of its own.
+        overlap: Lets rounds run in the background, between ``begin`` and ``apply``, with copies of the
+            parameters in CPU memory, or exchange a fragment of them at a time, each with an outer optimizer
+            state of its own; None for neither.
         on_nonfinite: What to do when a party's parameters hold NaN or infinity: leave it out of the round
             and give it the result, or raise at every party.
         quorum: Parties that must have trained in a round for it to move the global parameters: more than half
@@ -90,7 +93,7 @@ class Aggregator:
 
     Raises:
         ValueError: If the parameters cannot be laid out as one float32 vector, the aggregation cannot handle
-            them or the outer optimizer, the exchange hides what it needs, or it cannot be done in fragments.
+            them or the outer optimizer, the exchange hides what it needs, or they cannot overlap.
 
     Example:
         >>> import torch
@@ -123,16 +126,14 @@ class Aggregator:
         config: Settings | None = None,
         files: Iterable[str] = (),
         facts: Mapping[str, Any] | None = None,
-        fragments: int = 1,
+        overlap: Overlap | None = None,
         on_nonfinite: OnNonfinite = "exclude",
         quorum: Quorum = "majority",
         state_dir: str | Path | None = None,
     ) -> None:
         self.federation = federation
-        exchange = as_exchange(exchange)
+        exchange, overlap = as_exchange(exchange), overlap or Overlap()
         exchange.check(federation)
-        snapshots = None if state_dir is None else SnapshotDir(state_dir)
-        self._coordinator = Coordinator(federation, exchange, snapshots)
         if plan is None:
             allowed = capabilities(exchange, privacy, auxiliary)
             plan = Plan(aggregation, parameters, lora, capabilities=allowed)
@@ -146,12 +147,19 @@ class Aggregator:
             outer_scheduler=outer_scheduler,
             on_nonfinite=on_nonfinite,
             quorum=quorum,
-            fragments=fragments,
+            overlap=overlap,
             config=config or {},
         )
-        self._parameters = {name: parameters[name] for name in sorted(plan.shared)}
+        staging = Staging(parameters) if overlap.in_background else None
+        live = parameters if staging is None else staging.copies
+        self._parameters = {name: live[name] for name in sorted(plan.shared)}
         self._global_state = GlobalState(self._context, self._parameters)
+        snapshots = None if state_dir is None else SnapshotDir(state_dir)
+        self._coordinator = Coordinator(federation, exchange, snapshots)
         self._rounds = RoundRunner(self._context, self._coordinator, self._global_state)
+        self._background: BackgroundRounds | None = None
+        if staging is not None:
+            self._background = BackgroundRounds(self._rounds, self._global_state, staging, overlap.mix)
         self._frozen = frozen
         self._base: dict[str, str] | None = None
         self._adapters = adapters or {}
@@ -225,22 +233,12 @@ class Aggregator:
         """
         self.federation.enter("starting")
         self.handshake()
-        state = self._global_state
-        if self._context.may_lose_parties:
-            before = state.version
-            self._restore_snapshot()
-            self._started = True
-            self._rounds.run(Purpose.JOIN, LocalInput())
-            return state.version != before
-        self._rounds.set_lora_specs()
-        if state.loaded is None:
-            state.begin(version=None)
-            state.write_()
+        overwritten = self._join() if self.federation.may_lose_parties else self._begin()
         self._started = True
-        self.federation.enter("training")
-        return state.loaded is None
+        if self._background is not None:
+            self._background.start(overwritten=overwritten)
+        return overwritten
 
-    @torch.no_grad()
     def step(
         self,
         weight: float,
@@ -264,18 +262,34 @@ class Aggregator:
             PartyLostError: If a party is lost or too late, and the parties are of one launch.
             FederationError: If no party counts.
         """
-        self._check_started()
-        self._check_weight(weight)
-        auxiliary = self._context.auxiliary
-        if auxiliary is not None and weight > 0:
-            who = f"Party {self.federation.name} comes to round {self.round}"
-            auxiliary.check_contribution(contribution, self._global_state.layout.shapes, who)
-        report = self._rounds.run(Purpose.ROUND, LocalInput(weight, loss, contribution, steps_left))
+        self._check_step(weight, contribution)
+        local = LocalInput(weight, loss, contribution, steps_left)
+        report = (self._background or self._rounds).run(Purpose.ROUND, local)
         if report is None:
             raise FederationError(f"Party {self.federation.name} came to a round, but none was run.")
         return report
 
-    @torch.no_grad()
+    def begin(self, weight: float, loss: float | None = None, *, steps_left: float = math.nan) -> None:
+        """Begin a round, as ``step``, with the parameters as they are now; it runs until ``apply``.
+
+        Raises:
+            RuntimeError: If the last one has not been applied yet, or there is no overlap.
+        """
+        self._check_step(weight, None)
+        self.background.begin(LocalInput(weight, loss, steps_left=steps_left))
+
+    def apply(self, *, last: bool = False) -> RoundReport:
+        """Wait for the round in the background, and mix its result into the parameters.
+
+        Args:
+            last: Take the result as it is, so that all parties end with the same parameters.
+
+        Raises:
+            RuntimeError: If none is running, or there is no overlap.
+            FederationError: As ``step``.
+        """
+        return self.background.apply(last=last)
+
     def drain(self) -> Iterator[RoundReport]:
         """Take part in the others' rounds with weight 0 until no party trains; yield each round's report.
 
@@ -283,7 +297,8 @@ class Aggregator:
         parameters.
         """
         self._check_started()
-        while (report := self._rounds.run(Purpose.DONE, LocalInput())) is not None:
+        rounds = self._background or self._rounds
+        while (report := rounds.run(Purpose.DONE, LocalInput())) is not None:
             yield report
         self._coordinator.finished(self._global_state.version)
 
@@ -294,6 +309,8 @@ class Aggregator:
         that is not finite is left out and its party named; the mean is NaN where no party has a finite one.
         """
         self._check_started()
+        if self._background is not None:
+            self._background.wait()  # parties meet for one thing at a time
         if values and self._context.privacy is not None and not self._warned_of_metrics:
             self._warned_of_metrics = True
             log.warning(
@@ -331,8 +348,12 @@ class Aggregator:
         return {name: spec.get("facts") for name, spec in zip(self.federation.names, specs, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and plain containers; resuming from it is exact."""
-        return self._global_state.state_dict()
+        """Return the state as tensors and plain containers; resuming from it is exact.
+
+        It waits for a round in the background to end, and holds its result if that is not applied yet.
+        """
+        pending = None if self._background is None else self._background.state_dict()
+        return self._global_state.state_dict() | {"pending": pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``; call it before ``start()``.
@@ -340,22 +361,52 @@ class Aggregator:
         Raises:
             ValueError: If the state is of other parameters or fragments, or has a round in progress.
         """
-        if state.get("pending") is not None:
+        pending = state.get("pending")
+        if pending is not None and self._background is None:
             raise ValueError(
-                "The federated state is of an OverlappedAggregator with a round in progress. Resume with the"
-                " overlap with which it was saved."
+                "The federated state was saved with a round in progress. Resume with the overlap with which"
+                " it was saved."
             )
         self._global_state.load_state_dict(state)
+        if pending is not None and self._background is not None:
+            self._background.load_state_dict(pending)
 
     # ---- small parts
 
-    def _restore_snapshot(self) -> None:
-        """Load the state that this party made durable before a restart, if it is the newest."""
+    @property
+    def background(self) -> BackgroundRounds:
+        """Rounds in the background, as ``Overlap(delay_steps=...)`` asks for.
+
+        Raises:
+            RuntimeError: If there is no such overlap.
+        """
+        if self._background is None:
+            raise RuntimeError(
+                "Rounds here do not overlap with training. Give overlap=Overlap(delay_steps=1)."
+            )
+        return self._background
+
+    def _begin(self) -> bool:
+        """Take over the parameters of one party, if no state was loaded; return whether that is so."""
+        state = self._global_state
+        self._rounds.set_lora_specs()
+        if state.loaded is None:
+            state.begin(version=None)
+            state.write_()
+        self.federation.enter("training")
+        return state.loaded is None
+
+    def _join(self) -> bool:
+        """Take over the newest global state of the separate jobs; return whether it was another."""
+        state = self._global_state
+        before = state.version
         kept = self._coordinator.restored()
-        if kept is not None and self._global_state.resume(kept):
+        if kept is not None and state.resume(kept):
             log.info(
                 "[party %s] resumes an unfinished federation at round %d", self.federation.name, self.round
             )
+        self._rounds.run(Purpose.JOIN, LocalInput())
+        return state.version != before
 
     def _check_started(self) -> None:
         if not self._started:
@@ -364,7 +415,8 @@ class Aggregator:
                 " share. Call start() first, at every party."
             )
 
-    def _check_weight(self, weight: float) -> None:
+    def _check_step(self, weight: float, contribution: AuxiliaryValues | None) -> None:
+        self._check_started()
         if not 0 <= weight <= MAX_WEIGHT:
             raise ValueError(
                 f"Party {self.federation.name} has weight={weight}; it must be 0 to {MAX_WEIGHT:g} (2^53), so"
@@ -376,3 +428,7 @@ class Aggregator:
                 " must count alike: a weight would be a factor of what one party can change. Use"
                 " weighting='uniform', which is the weight 1."
             )
+        auxiliary = self._context.auxiliary
+        if auxiliary is not None and weight > 0:
+            who = f"Party {self.federation.name} comes to round {self.round}"
+            auxiliary.check_contribution(contribution, self._global_state.layout.shapes, who)

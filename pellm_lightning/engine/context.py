@@ -10,8 +10,8 @@ from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.comm import Communicator, Quorum, resolve_quorum
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
-from pellm_lightning.engine.fragments import check_rule
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
+from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy.mechanism import GaussianMechanism
 from pellm_lightning.privacy.processor import DPProcessor
@@ -24,29 +24,10 @@ Settings: TypeAlias = Mapping[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class EngineContext:
-    """Configuration and collaborators of one aggregator; made once, and read by each of its parts.
+    """Configuration and collaborators of one aggregator; made once from its arguments, read by each part.
 
     The parts are the ``GlobalState`` with its ``UpdateReducer`` per fragment, the ``ParticipantFilter`` and
     the ``LoraAggregator``. What changes from round to round is in the global state.
-
-    Args:
-        federation: The joined parties.
-        plan: The aggregation rule, applied to the parameters.
-        exchange: How values are summed over the parties.
-        privacy: Differential privacy of the updates; None without.
-        auxiliary: What crosses besides the updates; None if nothing does.
-        outer_optimizer: Makes the optimizer of the global vector.
-        outer_scheduler: Makes the schedule of its learning rate; None leaves it constant.
-        is_plain_averaging: Whether every round gives the aggregation's result itself.
-        measures_deviation: Whether rounds measure the deviation of the LoRA products.
-        on_nonfinite: What to do with a party whose parameters hold NaN or infinity.
-        quorum: Parties that must have trained in a round for it to move anything.
-        fragments: Number of fragments that are exchanged in turn.
-        settings: What all parties must agree on, by name.
-
-    Example:
-        >>> context = make_context(federation, plan, quorum="majority")  # doctest: +SKIP
-        >>> GlobalState(context, parameters), ParticipantFilter(context)  # doctest: +SKIP
     """
 
     federation: Communicator
@@ -57,16 +38,15 @@ class EngineContext:
     outer_optimizer: OptimizerFactory = outer.sgd_one
     outer_scheduler: SchedulerFactory | None = None
     is_plain_averaging: bool = True
+    """Whether every round gives the aggregation's result itself."""
     measures_deviation: bool = False
+    """Whether rounds measure the deviation of the LoRA products."""
     on_nonfinite: OnNonfinite = "exclude"
     quorum: int = 1
+    """Parties that must have trained in a round for it to move anything."""
     fragments: int = 1
     settings: Settings = field(default_factory=dict)
-
-    @property
-    def may_lose_parties(self) -> bool:
-        """Whether parties may be lost and come back, so that a round may need more attempts."""
-        return self.federation.may_lose_parties
+    """What all parties must agree on, by name."""
 
     @property
     def min_participants(self) -> int:
@@ -80,10 +60,6 @@ class EngineContext:
         """Whether parties may tell each other their losses, distances and steps."""
         return not self.exchange.is_secure and self.privacy is None
 
-    def fragment_of(self, round: int) -> int:
-        """Return the index of the fragment that a round exchanges."""
-        return round % self.fragments
-
 
 def make_context(
     federation: Communicator,
@@ -96,7 +72,7 @@ def make_context(
     outer_scheduler: SchedulerFactory | None,
     on_nonfinite: OnNonfinite,
     quorum: Quorum,
-    fragments: int,
+    overlap: Overlap,
     config: Settings,
 ) -> EngineContext:
     """Check the arguments of an ``Aggregator``, described there, against each other.
@@ -107,25 +83,22 @@ def make_context(
     scheduled = outer_scheduler is not None
     optimizer = outer.make_prototype(outer_optimizer)
     needed = resolve_quorum(quorum, federation.max_parties)
-    is_secure = exchange.is_secure or privacy is not None
-    measures = _measures(plan.rule, is_secure, exchange)
+    measures = _measures(plan.rule, exchange, private=privacy is not None)
     _check_privacy(privacy, exchange)
-    if federation.may_lose_parties:
-        _check_rejoining(plan.rule)
-    _check_quorum(federation, needed)
+    _check_federation(federation, plan.rule, needed)
     _warn_of_unmanaged(federation, plan)
     outer.check(plan.rule, optimizer, scheduled=scheduled)
     # One subtraction then, which has the same bits at all parties; more is compared.
     is_plain = outer.is_plain_averaging(optimizer, scheduled=scheduled)
     if auxiliary is not None:
         auxiliary.check(private=privacy is not None, plain=is_plain)
-    if fragments > 1:
-        check_rule(plan.rule)
-        _check_fragments(privacy, auxiliary)
+    overlap.check(plan.rule)
+    _check_overlap(overlap, privacy, auxiliary)
     settings: dict[str, Any] = {
         "on_nonfinite": on_nonfinite,
         "quorum": needed,
-        "fragments": fragments,
+        "fragments": overlap.fragments,
+        "overlap": repr(overlap) if overlap.in_background else None,
         "outer_optimizer": outer.describe(optimizer),
         "outer_scheduler": outer.describe_schedule(outer_optimizer, outer_scheduler),
         "aggregation": repr(plan.rule),
@@ -133,7 +106,6 @@ def make_context(
         "exchange": repr(exchange),
         "privacy": repr(privacy),
         "drift correction": None if auxiliary is None else auxiliary.method,
-        **config,
     }
     return EngineContext(
         federation,
@@ -147,8 +119,8 @@ def make_context(
         measures_deviation=measures,
         on_nonfinite=on_nonfinite,
         quorum=needed,
-        fragments=fragments,
-        settings=settings,
+        fragments=overlap.fragments,
+        settings=settings | dict(config),
     )
 
 
@@ -161,9 +133,9 @@ def capabilities(
     return exchange.supports
 
 
-def _measures(rule: Aggregation, is_secure: bool, exchange: Exchange) -> bool:
+def _measures(rule: Aggregation, exchange: Exchange, *, private: bool) -> bool:
     """Return whether rounds measure the deviation, for which the parties' own factors are needed."""
-    asked = rule.measure_deviation
+    asked, is_secure = rule.measure_deviation, exchange.is_secure or private
     if asked and is_secure:
         raise ValueError(
             "measure_deviation=True needs the parties' own factors, which secure aggregation and differential"
@@ -200,25 +172,28 @@ def _check_privacy(privacy: GaussianMechanism | None, exchange: Exchange) -> Non
         )
 
 
-def _check_rejoining(rule: Aggregation) -> None:
+def _check_federation(federation: Communicator, rule: Aggregation, quorum: int) -> None:
+    """Refuse what separate jobs, which may be lost and come back, cannot do, or do otherwise."""
+    if not federation.may_lose_parties:
+        return
     if rule.writes_base:
         raise ValueError(
             f"{rule!r} writes into the frozen weights, which a party that comes back cannot be given. Between"
             " separate jobs use LowRankMean() or another rule, or launch all parties by one torchrun."
         )
-
-
-def _check_quorum(federation: Communicator, quorum: int) -> None:
-    """Refuse another quorum than that of separate jobs that must meet."""
-    if federation.may_lose_parties and federation.quorum != quorum:
+    if federation.quorum != quorum:
         raise ValueError(
             f"The federation lets {federation.quorum} of its {federation.max_parties} parties meet, but a"
             f" round would need quorum={quorum}. Give both the same quorum."
         )
 
 
-def _check_fragments(privacy: GaussianMechanism | None, auxiliary: AuxiliaryTerms | None) -> None:
-    if privacy is not None or auxiliary is not None:
+def _check_overlap(
+    overlap: Overlap, privacy: GaussianMechanism | None, auxiliary: AuxiliaryTerms | None
+) -> None:
+    if overlap.fragments > 1 and (privacy is not None or auxiliary is not None):
         raise ValueError(
             "Differential privacy and drift corrections look at all parameters at once. Set fragments=1."
         )
+    if overlap.in_background and auxiliary is not None:
+        raise ValueError("A drift correction needs the last round's result at once: use no overlap.")

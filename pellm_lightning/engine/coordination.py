@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -75,18 +75,11 @@ class Header:
 
     def to_metadata(self) -> dict[str, Any]:
         """Return what ``from_metadata`` reads, but ``behind``."""
-        # JSON has no NaN.
-        numbers = {"loss": self.loss, "distance": self.distance, "steps_left": self.steps_left}
-        return {
-            "purpose": int(self.purpose),
-            "round": self.round,
-            "weight": self.weight,
-            "fine": self.fine,
-            "tag": self.tag,
-            "exposed": list(self.exposed),
-            "releases": self.releases,
-            **{name: number if math.isfinite(number) else None for name, number in numbers.items()},
-        }
+        said = asdict(self) | {"purpose": int(self.purpose), "exposed": list(self.exposed)}
+        del said["behind"]
+        for name in ("loss", "distance", "steps_left"):  # JSON has no NaN
+            said[name] = said[name] if math.isfinite(said[name]) else None
+        return said
 
     @classmethod
     def from_metadata(cls, name: str, metadata: Mapping[str, Any]) -> "Header":
@@ -131,12 +124,6 @@ class Coordinator:
         exchange: How metrics are summed.
         state_dir: Where this party keeps the global state through its own death, where parties may be lost
             and come back; None keeps it in memory.
-
-    Example::
-
-        coordinator = Coordinator(communicator, Plain())
-        coordinator.handshake(aggregator.party_spec())
-        headers = coordinator.meet(Header(Purpose.ROUND, 0, weight=2.0), version=None)
     """
 
     def __init__(
@@ -145,11 +132,6 @@ class Coordinator:
         self._communicator = communicator
         self._exchange = exchange
         self._state_dir = state_dir if communicator.may_lose_parties else None
-
-    @property
-    def may_lose_parties(self) -> bool:
-        """Whether parties may be lost and come back; then a failed attempt at a round is made again."""
-        return self._communicator.may_lose_parties
 
     def handshake(self, mine: PartySpec) -> None:
         """Compare what all parties must share.
@@ -164,7 +146,9 @@ class Coordinator:
             communicator.skip_attempts(self._state_dir.reserved())
         specs = communicator.handshake(mine, hashlib.sha256(shared.encode()).hexdigest(), _difference)
         # Where parties come and go, those that agree take part, and the digest tells who does.
-        compare = compatibility.shared_file if self.may_lose_parties else compatibility.first_difference
+        compare = (
+            compatibility.shared_file if communicator.may_lose_parties else compatibility.first_difference
+        )
         with _readable("the others"):
             difference = compare([*specs.values()], [*specs])
         if difference:
@@ -191,7 +175,8 @@ class Coordinator:
         metadata = mine.to_metadata()
         while True:
             self._communicator.enter(f"meeting for round {mine.round}")
-            joined = self._join(intent, version, metadata)
+            joined = self._communicator.join_quorum(intent, version, metadata)
+            self._check_unchanged(joined, metadata)
             if self._state_dir is not None:
                 self._state_dir.reserve(joined.attempt)  # before any member can make its result durable
             headers = [
@@ -212,15 +197,11 @@ class Coordinator:
         self._communicator.enter("averaging metrics")
         if self._exchange.is_secure:
             return self._secure_mean(values, header, version)
-        joined = self._join("metadata", version, header | {"metrics": dict(values)})
+        joined = self._communicator.join_quorum("metadata", version, header | {"metrics": dict(values)})
         of_parties = [
             metrics.read_metrics(name, said.get("metrics", {})) for name, said in joined.metadata.items()
         ]
         return metrics.mean_of(of_parties, self._communicator)
-
-    def version(self, round: int) -> Version | None:
-        """Return the version of the global parameters that the present attempt makes."""
-        return self._communicator.version(round)
 
     def commit(self, round: int, state: Mapping[str, Any]) -> None:
         """Make the result of this attempt durable, and agree with the others that it stands.
@@ -230,10 +211,6 @@ class Coordinator:
         """
         kept = self._state_dir
         self._communicator.commit(snapshot.digest(state) if kept is None else kept.keep(round, state))
-
-    def again(self, error: PartyLostError) -> bool:
-        """Abort an attempt that failed; return whether to make another."""
-        return self._communicator.abort_attempt(error)
 
     def restored(self) -> dict[str, Any] | None:
         """Return the state that this party made durable before it was restarted, None if there is none."""
@@ -246,11 +223,10 @@ class Coordinator:
         if self._state_dir is not None:
             self._state_dir.clear()
 
-    def _join(self, intent: Intent, version: Version | None, metadata: dict[str, Any]) -> QuorumResult:
-        joined, name = self._communicator.join_quorum(intent, version, metadata), self._communicator.name
-        if self._exchange.is_secure and joined.metadata[name] != metadata:
-            raise _changed(name)
-        return joined
+    def _check_unchanged(self, joined: QuorumResult, metadata: dict[str, Any]) -> None:
+        """Refuse a quorum in which a masked exchange would depend on what somebody has changed on the way."""
+        if self._exchange.is_secure and joined.metadata[self._communicator.name] != metadata:
+            raise _changed(self._communicator.name)
 
     def _secure_mean(
         self, values: Mapping[str, tuple[float, float]], header: dict[str, Any], version: Version | None
@@ -258,7 +234,9 @@ class Coordinator:
         """Sum metrics as a round sums parameters: no party's own values may be told."""
         values = dict(values)
         while True:
-            joined = self._join("exchange", version, header | {"names": metrics.names_of(values)})
+            metadata = header | {"names": metrics.names_of(values)}
+            joined = self._communicator.join_quorum("exchange", version, metadata)
+            self._check_unchanged(joined, metadata)
             mean = self._sum_metrics(joined, values)
             if mean is not None:
                 return mean

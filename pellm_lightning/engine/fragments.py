@@ -4,8 +4,6 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from pellm_lightning.aggregation.base import Aggregation
-
 
 def fragments_of(names: Collection[str], fragments: int) -> list[list[str]]:
     """Deal the layers of a model to fragments in turn, as Streaming DiLoCo's strided pattern does.
@@ -32,19 +30,6 @@ def fragments_of(names: Collection[str], fragments: int) -> list[list[str]]:
         )
     dealt = list(layers.values())
     return [[name for layer in dealt[first::fragments] for name in layer] for first in range(fragments)]
-
-
-def check_rule(rule: Aggregation) -> None:
-    """Refuse a rule that freezes factors in turn: fragments have their rounds at different times.
-
-    Raises:
-        ValueError: If it is one.
-    """
-    if rule.frozen_parts(0) != rule.frozen_parts(1):
-        raise ValueError(
-            f"{rule!r} trains other factors after each round, but fragments have their rounds at different"
-            " times. Use another aggregation, or fragments=1."
-        )
 
 
 @dataclass(frozen=True)

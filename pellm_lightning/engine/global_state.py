@@ -57,12 +57,6 @@ class GlobalState:
     Args:
         context: What the aggregator works with.
         parameters: This party's shared parameters, by name.
-
-    Example:
-        >>> state = GlobalState(context, parameters)  # doctest: +SKIP
-        >>> with state.reversible():  # doctest: +SKIP
-        ...     state.end_round(version, 0.1, short_rounds=0, written=False)
-        >>> state.write_()  # doctest: +SKIP
     """
 
     def __init__(self, context: EngineContext, parameters: Mapping[str, Tensor]) -> None:
@@ -103,7 +97,7 @@ class GlobalState:
     @property
     def fragment(self) -> int:
         """Index of the fragment that the next round exchanges."""
-        return self._context.fragment_of(self.round)
+        return self.round % len(self.fragments)
 
     @property
     def short_rounds(self) -> int:

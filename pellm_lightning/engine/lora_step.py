@@ -18,13 +18,7 @@ from pellm_lightning.engine.updates import UpdateReducer
 
 @dataclass(frozen=True)
 class LoraResult:
-    """Result of combining the pairs.
-
-    Example:
-        >>> result = lora.combine(updates, round_context)  # doctest: +SKIP
-        >>> result.deviation.mean  # doctest: +SKIP
-        0.03
-    """
+    """Result of combining the pairs."""
 
     deviation: Deviation | None
     """Relative deviation of the result, if it is measured yet."""
@@ -43,10 +37,6 @@ class LoraAggregator:
         specs: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
         reference: Rank and scaling of the global factors, by the pair's name; None takes the largest rank of
             the parties, and the scaling of the first party that has it.
-
-    Example:
-        >>> lora = LoraAggregator(context, parameters, [spec["lora"] for spec in specs])  # doctest: +SKIP
-        >>> result = lora.combine(updates, round_context)  # doctest: +SKIP
     """
 
     def __init__(

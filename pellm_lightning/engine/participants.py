@@ -42,11 +42,6 @@ class ParticipantFilter:
 
     Args:
         context: The exchange, privacy and quorum of the aggregator.
-
-    Example:
-        >>> participants = ParticipantFilter(context).select(headers, 0, 0, lambda: None)  # doctest: +SKIP
-        >>> participants.weights  # doctest: +SKIP
-        [8.0, 4.0]
     """
 
     def __init__(self, context: EngineContext) -> None:

@@ -4,9 +4,11 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+
+import torch
 
 from pellm_lightning.aggregation.base import RoundContext
 from pellm_lightning.aggregation.deviation import Deviation
@@ -65,16 +67,11 @@ class RoundRunner:
         context: What the aggregator works with.
         coordinator: How the parties meet and commit.
         state: The global state, which each round advances.
-
-    Example:
-        >>> runner = RoundRunner(context, coordinator, state)  # doctest: +SKIP
-        >>> runner.run(Purpose.ROUND, LocalInput(weight=8.0, loss=0.7)).round  # doctest: +SKIP
-        0
     """
 
     def __init__(self, context: EngineContext, coordinator: Coordinator, state: GlobalState) -> None:
         self._context = context
-        self._federation = context.federation
+        self.federation = context.federation
         self._coordinator = coordinator
         self._state = state
         self._filter = ParticipantFilter(context)
@@ -83,18 +80,24 @@ class RoundRunner:
 
     # ---- a round, top to bottom
 
+    @torch.no_grad()
     def run(self, purpose: Purpose, local: LocalInput) -> RoundReport | None:
         """Take part in the next round; return its report, or None without one: all are done, or just join."""
         came, sent_before = self._now()
         while True:
-            headers = self._meet(purpose, local)
+            headers = self._coordinator.meet(self._header(purpose, local), self._state.version)
             if all(header.purpose is Purpose.DONE for header in headers):
                 return None
             arrived, _ = self._now()
+            report = None
             try:
-                report = self._attempt(headers, local)
+                with self._attempt(headers):
+                    if any(header.purpose is Purpose.ROUND for header in headers):
+                        self._state.updates.schedule.check(self._state.round)
+                        reduced = self._reduce(headers, local)
+                        report = self._end_round(headers, local, reduced)
             except PartyLostError as error:
-                if not self._coordinator.again(error):
+                if not self.federation.abort_attempt(error):
                     raise
                 continue
             self._end_attempts()
@@ -110,8 +113,8 @@ class RoundRunner:
             if purpose is Purpose.JOIN:
                 return None
 
-    def _meet(self, purpose: Purpose, local: LocalInput) -> list[Header]:
-        """Wait for the other parties; exchange what each says of itself."""
+    def _header(self, purpose: Purpose, local: LocalInput) -> Header:
+        """Return what this party says of itself as it meets the others."""
         state, weight, fine = self._state, local.weight, True
         is_secure = self._context.exchange.is_secure
         if is_secure:  # NaN has no place in a secure sum, so it must be known before
@@ -121,30 +124,26 @@ class RoundRunner:
             fine = fine and local.contribution.first_nonfinite() is None
         if is_secure:
             weight = float(weight > 0 and fine)
-        header = Header(purpose, self._state.round, weight, fine, self._tag, self._exposed, self._releases)
-        if self._context.shares_figures:
-            loss = math.nan if local.loss is None else local.loss
-            header = replace(header, loss=loss, distance=state.distance, steps_left=local.steps_left)
-        return self._coordinator.meet(header, state.version)
+        header = Header(purpose, state.round, weight, fine, self._tag, self._exposed, self._releases)
+        if not self._context.shares_figures:
+            return header
+        loss = math.nan if local.loss is None else local.loss
+        return replace(header, loss=loss, distance=state.distance, steps_left=local.steps_left)
 
-    def _attempt(self, headers: list[Header], local: LocalInput) -> RoundReport | None:
-        """Make one attempt at a round, which stands at all parties or at none."""
-        report, state = None, self._state
-        may_lose_parties = self._context.may_lose_parties
+    @contextmanager
+    def _attempt(self, headers: list[Header]) -> Iterator[None]:
+        """Let what is done in the meantime stand at all parties or at none."""
+        state, may_lose_parties = self._state, self.federation.may_lose_parties
         state.discard_residuals()  # of an attempt that failed
         with state.reversible() if may_lose_parties else nullcontext():
             if may_lose_parties:
                 self._prepare(headers)
-            if any(header.purpose is Purpose.ROUND for header in headers):
-                report = self._round(headers, local)
+            yield
             if may_lose_parties:
-                self._coordinator.commit(self._state.round, state.state())
+                self._coordinator.commit(state.round, state.state())
         state.commit_residuals()
         state.write_()
-        self._federation.enter(
-            f"training after round {self._state.round - 1}" if self._state.round else "training"
-        )
-        return report
+        self.federation.enter(f"training after round {state.round - 1}" if state.round else "training")
 
     def _prepare(self, headers: list[Header]) -> None:
         """Bring all parties to the same global state: the newest, or without one that of one party."""
@@ -152,24 +151,7 @@ class RoundRunner:
             self._bring_up_to_date(headers)
         self.set_lora_specs()
         if self._state.version is None:
-            self._state.begin(self._coordinator.version(0))
-
-    def _round(self, headers: list[Header], local: LocalInput) -> RoundReport:
-        """Run one round: first all that is sent and received, then all that is applied."""
-        state, schedule = self._state, self._state.updates.schedule
-        schedule.check(self._state.round)
-        reduced = self._reduce(headers, local)
-        outer_lr = schedule.lr if reduced.shares.num_participants else None
-        distance, deviation = self._apply_(reduced)
-        shortage = self._shortage(headers, reduced.participants, local)
-        report = self._report(headers, local, reduced, shortage)
-        state.end_round(
-            self._coordinator.version(self._state.round + 1),
-            distance,
-            short_rounds=shortage.rounds,
-            written=not self._context.may_lose_parties,
-        )
-        return replace(report, distance=distance, deviation=deviation, outer_lr=outer_lr)
+            self._state.begin(self.federation.version(0))
 
     def _reduce(self, headers: list[Header], local: LocalInput) -> ReduceResult:
         """Send this party's update and receive the mean; parameters and global vector stay what they are.
@@ -189,12 +171,14 @@ class RoundRunner:
         selected = participants = self._filter.select(headers, self._state.round, failed, first_nonfinite)
         sums = self._open(headers, participants.weights)
         shares = self._round_context(local, sums, participants.weights)
-        update_norm, flags = self._average(shares, local)
+        self._note_release(shares)
+        update_norm, flags = updates.average(shares, local.loss, local.contribution)
         participants = self._filter.exclude(selected, flags.fine, self._state.round, first_nonfinite)
         if participants is not selected:
             shares = self._round_context(local, sums, participants.weights)
             if shares.num_participants:
-                _, flags = self._average(shares, local)
+                self._note_release(shares)
+                _, flags = updates.average(shares, local.loss, local.contribution)
             else:
                 updates.drop_()
         total_weight = sum(participants.weights)
@@ -211,6 +195,21 @@ class RoundRunner:
             lora = state.lora.combine(updates, shares)
         return ReduceResult(participants, shares, flags, update_norm, total_weight, lora)
 
+    def _end_round(self, headers: list[Header], local: LocalInput, reduced: ReduceResult) -> RoundReport:
+        """Apply what was received, and advance to the next round."""
+        state, schedule = self._state, self._state.updates.schedule
+        outer_lr = schedule.lr if reduced.shares.num_participants else None
+        distance, deviation = self._apply_(reduced)
+        shortage = self._shortage(headers, reduced.participants, local)
+        report = self._report(headers, local, reduced, shortage)
+        state.end_round(
+            self.federation.version(state.round + 1),
+            distance,
+            short_rounds=shortage.rounds,
+            written=not self.federation.may_lose_parties,
+        )
+        return replace(report, distance=distance, deviation=deviation, outer_lr=outer_lr)
+
     def _apply_(self, reduced: ReduceResult) -> tuple[float, Deviation | None]:
         """Step the global vector, and write it; return the parameters' distance from the mean, and LoRA's.
 
@@ -225,10 +224,10 @@ class RoundRunner:
             plain = outer.is_plain_sgd(updates.optimizer)
             state.lora.write_results_(updates, reduced.lora.replaced, plain=plain)
         # Where parties may be lost the result may be given up yet, so it is written after the commit.
-        distance = updates.advance(writes=not context.may_lose_parties, moves=moves)
-        if moves and not context.is_plain_averaging and self._federation.num_parties > 1:
+        distance = updates.advance(writes=not self.federation.may_lose_parties, moves=moves)
+        if moves and not context.is_plain_averaging and self.federation.num_parties > 1:
             state.agree()
-        if not context.may_lose_parties:
+        if not self.federation.may_lose_parties:
             state.write_padded_(updates)
         if state.lora is None or reduced.lora is None:
             return distance, None
@@ -240,7 +239,7 @@ class RoundRunner:
         """Return whether too few parties trained in a round."""
         enough = len(participants.trained) >= self._context.quorum
         steps_left = [header.steps_left for header in headers]
-        steps_left[self._federation.party] = local.steps_left  # known here even where others must not know
+        steps_left[self.federation.party] = local.steps_left  # known here even where others must not know
         rounds = 0 if enough else self._state.short_rounds + 1
         return Shortage(rounds, participants.trained, participants.excluded, steps_left)
 
@@ -250,16 +249,16 @@ class RoundRunner:
         """Return the report of a round; what is known only later is still missing."""
         context, participants = self._context, reduced.participants
         privacy, feedback = context.privacy, self._state.updates.error_feedback
-        counted = participants.weights[self._federation.party] > 0
+        counted = participants.weights[self.federation.party] > 0
         return RoundReport(
             round=self._state.round,
-            parties=tuple(self._federation.members),
+            parties=tuple(self.federation.members),
             active_parties=reduced.shares.num_participants,
             trained_parties=len(participants.trained),
             quorum=context.quorum,
             total_weight=reduced.total_weight,
             weight=local.weight if counted else 0.0,
-            excluded=tuple(self._federation.members[party] for party in participants.excluded),
+            excluded=tuple(self.federation.members[party] for party in participants.excluded),
             loss=reduced.flags.loss,
             update_norm=reduced.update_norm,
             epsilon=None if privacy is None else privacy.epsilon,
@@ -278,11 +277,11 @@ class RoundRunner:
         """Return the sums of this attempt, of which all parties have one view: the round, and who counts."""
         valued = [
             header.values_of(name) if weight > 0 else ""
-            for header, name, weight in zip(headers, self._federation.names, weights, strict=True)
+            for header, name, weight in zip(headers, self.federation.names, weights, strict=True)
         ]
         feedback = self._state.updates.error_feedback
         view = json.dumps([self._state.round, valued])
-        return self._context.exchange.open(self._federation, lambda: self._reveal(valued), view, feedback)
+        return self._context.exchange.open(self.federation, lambda: self._reveal(valued), view, feedback)
 
     def _round_context(self, local: LocalInput, sums: Collectives, weights: Sequence[float]) -> RoundContext:
         feedback = self._state.updates.error_feedback
@@ -290,14 +289,14 @@ class RoundRunner:
             feedback.begin(self._state.round, [weight > 0 for weight in weights])
         return self._filter.round_context(sums, weights, local.weight, self._state.round)
 
-    def _average(self, shares: RoundContext, local: LocalInput) -> tuple[float, ReducedFlags]:
+    def _note_release(self, shares: RoundContext) -> None:
+        """Count the noisy release that an open sum is; of a secure one ``_reveal`` is told."""
         if shares.num_participants and not self._context.exchange.is_secure:
             self._release()
-        return self._state.updates.average(shares, local.loss, local.contribution)
 
     def _reveal(self, valued: list[str]) -> None:
         """Note that a sum is about to become readable, and whose values are in it."""
-        if valued[self._federation.party]:
+        if valued[self.federation.party]:
             self._exposed = tuple(filter(None, valued))
         if any(valued):
             self._release()
@@ -322,17 +321,17 @@ class RoundRunner:
         """Take note of the LoRA pairs of the parties that meet."""
         if not self._context.plan.products:
             return
-        loaded = self._state.loaded if self._context.may_lose_parties else None
+        loaded = self._state.loaded if self.federation.may_lose_parties else None
         specs = [spec["lora"] for spec in self._coordinator.party_specs()]
         self._state.set_lora_specs(specs, None if loaded is None else loaded.get("lora"))
 
     def _bring_up_to_date(self, headers: list[Header]) -> None:
         """Send the newest global state to those who lack it."""
         behind, state = [header.behind for header in headers], self._state
-        send_state(self._federation, behind, state.state, state.load_state, 4 * state.layout.size)
+        send_state(self.federation, behind, state.state, state.load_state, 4 * state.layout.size)
 
     def _now(self) -> tuple[float, int]:
-        return time.perf_counter(), self._federation.bytes_sent
+        return time.perf_counter(), self.federation.bytes_sent
 
 
 def _finite(value: float) -> float | None:

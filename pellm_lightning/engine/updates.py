@@ -21,13 +21,7 @@ from pellm_lightning.tensors.flat_buffer import Chunk, Layout
 
 @dataclass(frozen=True)
 class ReducedFlags:
-    """Flags and figures that the parties sum behind their updates, once each has seen all its values.
-
-    Example:
-        >>> context, norm, flags = ...  # doctest: +SKIP
-        >>> flags.fine, flags.loss  # doctest: +SKIP
-        ([True, True, False], 0.71)
-    """
+    """Flags and figures that the parties sum behind their updates, once each has seen all its values."""
 
     fine: list[bool]
     """Party by party, whether all its values are finite."""
@@ -48,11 +42,6 @@ class UpdateReducer:
         context: What the aggregator works with.
         layout: Of the fragment's parameters.
         vector: The fragment's part of the global vector, (D,) float32; the parameters are copied into it.
-
-    Example:
-        >>> updates = UpdateReducer(context, layout, layout.new_vector())  # doctest: +SKIP
-        >>> norm, flags = updates.average(round_context, loss=0.7)  # doctest: +SKIP
-        >>> distance = updates.advance(writes=True, moves=True)  # doctest: +SKIP
     """
 
     def __init__(self, context: EngineContext, layout: Layout, vector: Tensor) -> None:

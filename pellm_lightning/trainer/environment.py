@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,14 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm import FederationError
+from pellm_lightning.comm import FederationError, TooFewPartiesError
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.trainer.isolation import callbacks_of
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -149,24 +150,31 @@ class Party:
         self.topology = topology
         self._strategy = strategy
 
-    def on_leader(self, act: Callable[[], T]) -> T:
-        """Run ``act`` in the leader; return its result, or raise its error, in all processes of the party."""
+    def on_leader(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``act`` in the leader; return its result, or raise its error, in all processes of the party.
+
+        Raises:
+            TooFewPartiesError: In all processes, if ``act`` raises it: each can then save what it has.
+            FederationError: In the others, if ``act`` raises another error.
+        """
         if self.topology.party_size == 1:
-            return act()
+            return act(*args, **kwargs)
         result: T | None = None
         error: Exception | None = None
+        told: FederationError | None = None
         if self.topology.is_leader:
             try:
-                result = act()
+                result = act(*args, **kwargs)
+            except TooFewPartiesError as caught:
+                error, told = caught, TooFewPartiesError(str(caught))
             except Exception as caught:
-                error = caught
-        result, message = self._strategy.broadcast(
-            (result, None if error is None else f"{type(error).__name__}: {error}")
-        )
+                leader = f"The leader of party {self.topology.party}"
+                error, told = caught, FederationError(f"{leader} failed: {type(caught).__name__}: {caught}")
+        result, told = self._strategy.broadcast((result, told))
         if error is not None:
             raise error
-        if message is not None:
-            raise FederationError(f"The leader of party {self.topology.party} failed: {message}")
+        if told is not None:
+            raise told
         return result  # type: ignore[return-value]
 
     def sum(self, values: Sequence[float]) -> list[float]:

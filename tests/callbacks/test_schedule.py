@@ -2,14 +2,7 @@
 
 import pytest
 
-from pellm_lightning.callbacks.schedule import (
-    Clock,
-    EveryEpochs,
-    EverySeconds,
-    EverySteps,
-    Schedule,
-    schedule,
-)
+from pellm_lightning.callbacks.schedule import Clock, Schedule, schedule
 
 
 def rounds_of(plan: Schedule, epochs: int, steps_per_batch: list[int]) -> list[tuple[int, int]]:
@@ -27,11 +20,11 @@ def rounds_of(plan: Schedule, epochs: int, steps_per_batch: list[int]) -> list[t
 @pytest.mark.parametrize(
     ("every_n_epochs", "every_n_steps", "expected"),
     [
-        (None, None, EveryEpochs(1)),
-        (1, None, EveryEpochs(1)),
-        (3, None, EveryEpochs(3)),
-        (None, 1, EverySteps(1)),
-        (None, 100, EverySteps(100)),
+        (None, None, Schedule("epochs", 1)),
+        (1, None, Schedule("epochs", 1)),
+        (3, None, Schedule("epochs", 3)),
+        (None, 1, Schedule("steps", 1)),
+        (None, 100, Schedule("steps", 100)),
     ],
 )
 def test_arguments_name_the_schedule(
@@ -57,27 +50,27 @@ def test_a_round_takes_at_least_one(name: str, n: int) -> None:
 
 def test_epochs_end_with_a_round() -> None:
     # Three batches an epoch, so batch 2 is an epoch's last.
-    assert rounds_of(EveryEpochs(1), 3, [1, 1, 1]) == [(0, 2), (1, 2), (2, 2)]
-    assert rounds_of(EveryEpochs(2), 5, [1, 1, 1]) == [(1, 2), (3, 2)]
+    assert rounds_of(Schedule("epochs", 1), 3, [1, 1, 1]) == [(0, 2), (1, 2), (2, 2)]
+    assert rounds_of(Schedule("epochs", 2), 5, [1, 1, 1]) == [(1, 2), (3, 2)]
 
 
 def test_an_epoch_without_a_step_has_no_round() -> None:
-    assert rounds_of(EveryEpochs(1), 2, [0, 0, 0]) == []
+    assert rounds_of(Schedule("epochs", 1), 2, [0, 0, 0]) == []
 
 
 def test_steps_are_counted_over_epochs() -> None:
     # Steps 1 2 3 | 4 5 6 | 7 8 9: every fourth is (1, 0) and (2, 1).
-    assert rounds_of(EverySteps(4), 3, [1, 1, 1]) == [(1, 0), (2, 1)]
+    assert rounds_of(Schedule("steps", 4), 3, [1, 1, 1]) == [(1, 0), (2, 1)]
 
 
 def test_gradient_accumulation_makes_no_round_without_a_step() -> None:
     # A step every second batch: after batch 1 the count is 1, after batch 3 it is 2.
-    assert rounds_of(EverySteps(2), 1, [0, 1, 0, 1, 0]) == [(0, 3)]
+    assert rounds_of(Schedule("steps", 2), 1, [0, 1, 0, 1, 0]) == [(0, 3)]
 
 
 def test_two_optimizers_step_over_the_mark() -> None:
     # Counts 2, 4: the third step is inside the second batch, and is not missed.
-    assert rounds_of(EverySteps(3), 1, [2, 2, 2]) == [(0, 1)]
+    assert rounds_of(Schedule("steps", 3), 1, [2, 2, 2]) == [(0, 1)]
 
 
 @pytest.mark.parametrize("n", [0, -1.0, float("nan"), float("inf")])
@@ -88,6 +81,12 @@ def test_seconds_are_above_zero(n: float) -> None:
 
 def test_seconds_end_with_the_batch_in_which_they_are_over() -> None:
     plan = schedule(None, None, 2.5)
-    assert plan == EverySeconds(2.5)
+    assert plan == Schedule("seconds", 2.5)
     told = [plan.due(Clock(steps, seconds, 0, False)) for steps, seconds in [(9, 2.4), (9, 2.5), (0, 9.0)]]
     assert told == [False, True, False], "not before, and not without a step"
+
+
+def test_fragments_share_steps_and_seconds() -> None:
+    assert Schedule("steps", 100).shared_by(4) == Schedule("steps", 25)
+    assert Schedule("seconds", 10.0).shared_by(4) == Schedule("seconds", 2.5)
+    assert Schedule("epochs", 2).shared_by(1) == Schedule("epochs", 2)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from pellm_lightning import Aggregator, Federation, Overlap
 from pellm_lightning.aggregation import Alternating
 from pellm_lightning.comm.torchrun.federation import SLOT_BYTES
-from pellm_lightning.engine.fragments import FragmentCursor, check_rule, fragments_of
-from pellm_lightning.engine.overlap import OverlappedAggregator
+from pellm_lightning.engine.fragments import FragmentCursor, fragments_of
 from pellm_lightning.privacy import GaussianMechanism
 
 SIZES = {"net.0.weight": 30, "net.1.weight": 7, "net.1.bias": 5, "net.2.weight": 11, "net.10.weight": 13}
@@ -45,10 +44,9 @@ def train(tensors: Mapping[str, Tensor], party: int, step: int) -> None:
         x.add_((target - x).mul_(0.05).add_(push, alpha=0.01))
 
 
-def in_two(federation: Federation, overlap: Overlap | None = None, **options: Any) -> tuple[Any, Any]:
-    make = Aggregator if overlap is None else partial(OverlappedAggregator, overlap=overlap)
+def in_two(federation: Federation, delay: int = 0, mix: float = 0.5, **options: Any) -> tuple[Any, Any]:
     tensors = parameters(federation.party)
-    return tensors, make(federation, tensors, fragments=2, **options)
+    return tensors, Aggregator(federation, tensors, overlap=Overlap(delay, mix, fragments=2), **options)
 
 
 # ---- which parameters belong together
@@ -156,7 +154,7 @@ def test_equals_streaming_diloco() -> None:
     parties, steps, delay, mix, between = 3, 26, 2, 0.5, 4
 
     def act(federation: Federation) -> dict[str, Tensor]:
-        tensors, aggregator = in_two(federation, Overlap(delay, mix), outer_optimizer=diloco)
+        tensors, aggregator = in_two(federation, delay, mix, outer_optimizer=diloco)
         aggregator.start()
         for step in range(1, steps + 1):
             train(tensors, federation.party, step)
@@ -225,7 +223,7 @@ def test_one_validates_while_another_is_a_turn_ahead() -> None:
     begun = threading.Event()
 
     def act(federation: Federation) -> tuple[dict[str, float], dict[str, Tensor]]:
-        tensors, aggregator = in_two(federation, Overlap(2, mix=0), outer_optimizer=diloco)
+        tensors, aggregator = in_two(federation, 2, 0.0, outer_optimizer=diloco)
         aggregator.start()
         train(tensors, federation.party, 1)
         aggregator.begin(1.0)
@@ -270,13 +268,13 @@ def test_what_cannot_be_done_in_fragments_is_refused() -> None:
         with pytest.raises(ValueError, match=r"look at all parameters at once\. Set fragments=1"):
             in_two(federation, privacy=private)
         _, aggregator = in_two(federation)
-        state = Aggregator(federation, parameters(0), fragments=3).state_dict()
+        state = Aggregator(federation, parameters(0), overlap=Overlap(fragments=3)).state_dict()
         with pytest.raises(ValueError, match="is of 3 fragments, these are 2"):
             aggregator.load_state_dict(state)
 
     run_parties(1, act)
     with pytest.raises(ValueError, match="trains other factors after each round, but fragments"):
-        check_rule(Alternating())
+        Overlap(fragments=2).check(Alternating())
 
 
 # ---- between separate jobs
@@ -289,7 +287,7 @@ def start_jobs(
         assert life.aggregator is not None
         train(tensors[life.name], life.index, life.aggregator.round + 1)
 
-    options = {"fragments": 2, "outer_optimizer": diloco, "train": steps} | options
+    options = {"overlap": Overlap(fragments=2), "outer_optimizer": diloco, "train": steps} | options
     return [life for name in names for life in world.start(name, parameters=tensors[name], **options)]
 
 

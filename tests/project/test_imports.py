@@ -1,17 +1,18 @@
 """Imports run one way; Lightning, c10d and pickle stay where they belong."""
 
 import ast
+import re
+import runpy
 
 import pytest
 from package_imports import MODULES, PACKAGE, imported, own_imports
+from paths import ROOT
 
 # The floors of the house, from the ground up: a room imports from its own and from lower floors only.
 FLOORS = [
-    {"tensors", "comm", "privacy"},
-    {"exchange"},
-    {"aggregation"},
+    {"comm", "privacy", "tensors"},
+    {"aggregation", "exchange", "trainer"},
     {"engine"},
-    {"trainer"},
     {"report"},
     {"callbacks"},
     {"tasks"},
@@ -93,6 +94,16 @@ def test_every_module_has_its_place() -> None:
         if name:
             floor(name)
     assert len(MODULES) > 15, "the package was not found"
+
+
+def test_the_page_shows_the_floors_that_are_measured() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", page, flags=re.MULTILINE)
+    assert [(int(floor), set(re.findall(r"`(\w+)`", rooms))) for floor, rooms in rows[::-1]] == [
+        *enumerate(FLOORS)
+    ]
+    house = runpy.run_path(str(ROOT / "docs/house.py"))
+    assert house["floors"](house["imported_rooms"]()) == FLOORS
 
 
 def test_nothing_but_rooms_at_top_level() -> None:

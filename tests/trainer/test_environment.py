@@ -1,6 +1,7 @@
 """The party as Lightning's whole world."""
 
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from party_threads import Classifier, data, quiet_trainer
 
-from pellm_lightning import FederatedAveraging, FederationError, PartyEnvironment
+from pellm_lightning import FederatedAveraging, FederationError, PartyEnvironment, TooFewPartiesError
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.trainer import environment
 from pellm_lightning.trainer.environment import Party
@@ -190,6 +191,26 @@ def test_an_error_of_the_speaker_is_raised_by_all() -> None:
     follower: Any = Heard(heard.said)
     with pytest.raises(FederationError, match="The leader of party 1 failed: ArithmeticError: broken"):
         Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts"))
+
+
+def test_too_few_parties_are_the_same_error_in_all_processes() -> None:
+    def fail() -> None:
+        raise TooFewPartiesError("1 of 3 came", parties=("b", "c"))
+
+    heard: Any = Heard()
+    with pytest.raises(TooFewPartiesError, match=r"^1 of 3 came$"):
+        Party(SPEAKER, heard).on_leader(fail)
+    follower: Any = Heard(pickle.loads(pickle.dumps(heard.said)))  # as between processes
+    with pytest.raises(TooFewPartiesError, match=r"^1 of 3 came$"):
+        Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts"))
+
+
+def test_arguments_are_those_of_the_leader() -> None:
+    party = Party(Topology(), SimpleNamespace())  # type: ignore[arg-type]
+    assert party.on_leader(divmod, 7, 2) == (3, 1)
+    heard: Any = Heard()
+    assert Party(SPEAKER, heard).on_leader(int, "11", base=2) == 3
+    assert Party(FOLLOWER, Heard(heard.said)).on_leader(int, None, base=2) == 3  # type: ignore[arg-type]
 
 
 # ---- no launcher

@@ -122,20 +122,8 @@ class ElasticFederation(Communicator):
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
         self._address = advertise or self._listener.address
         self._registers: list[Register] = []
-        try:
-            for _ in range(2):
-                self._registers.append(connect_register(connect, self.membership.wait_s, name, prefix))
-            self._register = self._registers[0]
-            self._peers = Heartbeat(self._registers[1], self._me, self._phase)
-        except BaseException as error:
-            self._listener.close()
-            for register in self._registers:
-                register.close()
-            if not isinstance(error, UnreachableError | RestartedError):
-                raise
-            raise PartyLostError(
-                f"Party {name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
-            ) from error
+        self._peers = self._connect(connect, prefix)
+        self._register = self._registers[0]
         self._reachability = ReachabilityTracker(roster)
         self._specs = SpecExchange(self._register, self._me)
         self._commit_protocol = CommitProtocol(self._register, self._peers, self._me)
@@ -146,6 +134,23 @@ class ElasticFederation(Communicator):
         self._connections = MemberConnections(
             self._listener, self._me, self._peers, self._commit_protocol, tls
         )
+
+    def _connect(self, connect: Callable[[], dist.Store], prefix: str) -> Heartbeat:
+        """Connect to the rendezvous, and begin this party's heartbeat on a connection of its own."""
+        try:
+            for _ in range(2):
+                register = connect_register(connect, self.membership.wait_s, self._name, prefix)
+                self._registers.append(register)
+            return Heartbeat(self._registers[1], self._me, self._phase)
+        except BaseException as error:
+            self._listener.close()
+            for register in self._registers:
+                register.close()
+            if not isinstance(error, UnreachableError | RestartedError):
+                raise
+            raise PartyLostError(
+                f"Party {self._name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
+            ) from error
 
     # ---- membership
 

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from pellm_lightning.comm.communicator import (
 from pellm_lightning.comm.errors import FederationError, PartyLostError
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup
+from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup, Pending
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
 
@@ -170,13 +170,18 @@ class Federation(Communicator):
 
     @override
     def all_reduce_each_(self, tensors: Iterable[Tensor]) -> None:
-        under_way: list[Callable[[], None]] = []
+        under_way: list[tuple[Tensor, Tensor, Pending]] = []
         for index, tensor in enumerate(tensors):
             with self._translated():
-                under_way.append(self._start_all_reduce(tensor, index % _NUM_LANES))
-        for finish in under_way:
+                if self.num_parties > 1:
+                    copy = tensor.detach().to("cpu")
+                    self.bytes_sent += copy.nbytes
+                    under_way.append((tensor, copy, self._lane(index % _NUM_LANES).all_reduce(copy)))
+        for tensor, copy, pending in under_way:
             with self._translated():
-                finish()
+                pending.wait()
+                if copy.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(copy)
 
     @override
     def broadcast_(self, x: Tensor, source: int = 0) -> Tensor:
@@ -210,37 +215,24 @@ class Federation(Communicator):
             self._lane().all_gather(gathered, mine).wait()
         return gathered
 
-    def _start_all_reduce(self, tensor: Tensor, lane: int) -> Callable[[], None]:
-        """Start one reduction; the returned function waits for it and brings the sum back to the tensor."""
-        if self.num_parties == 1:
-            return lambda: None
-        copy = tensor.detach().to("cpu")
-        self.bytes_sent += copy.nbytes
-        pending = self._lane(lane).all_reduce(copy)
-
-        def finish() -> None:
-            pending.wait()
-            if copy.data_ptr() != tensor.data_ptr():
-                tensor.copy_(copy)
-
-        return finish
-
     def _all_gather_bytes(self, mine: bytes) -> list[bytes]:
         """Return every party's bytes, which may differ in length."""
         framed = len(mine).to_bytes(_LENGTH_BYTES, "little") + mine
-        rows = self._gather_rows(framed[:SLOT_BYTES], SLOT_BYTES)
-        ends = [_LENGTH_BYTES + int.from_bytes(row[:_LENGTH_BYTES], "little") for row in rows]
-        if max(ends) > _MAX_METADATA_BYTES:
-            raise ValueError(f"it has {max(ends)} bytes, more than {_MAX_METADATA_BYTES}")
-        if max(ends) > SLOT_BYTES:
-            rest = self._gather_rows(framed[SLOT_BYTES:], max(ends) - SLOT_BYTES)
-            rows = [first + second for first, second in zip(rows, rest, strict=True)]
-        return [row[_LENGTH_BYTES:end] for row, end in zip(rows, ends, strict=True)]
-
-    def _gather_rows(self, mine: bytes, size: int) -> list[bytes]:
-        """Return every party's bytes, padded to one size."""
-        row = torch.frombuffer(bytearray(mine.ljust(size, b"\0")), dtype=torch.uint8)
-        return [of_party.numpy().tobytes() for of_party in self.all_gather(row, [size] * self.num_parties)]
+        gathered, longest = [b""] * self.num_parties, SLOT_BYTES
+        while (known := len(gathered[0])) < longest:
+            own = framed[known:longest].ljust(longest - known, b"\0")
+            row = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+            rows = [torch.empty_like(row) for _ in gathered] if self.num_parties > 1 else [row]
+            if self.num_parties > 1:
+                with self._translated():
+                    self.bytes_sent += row.nbytes
+                    self._lane().all_gather(rows, row).wait()
+            gathered = [before + more.numpy().tobytes() for before, more in zip(gathered, rows, strict=True)]
+            ends = [_LENGTH_BYTES + int.from_bytes(start[:_LENGTH_BYTES], "little") for start in gathered]
+            if max(ends) > _MAX_METADATA_BYTES:
+                raise ValueError(f"it has {max(ends)} bytes, more than {_MAX_METADATA_BYTES}")
+            longest = max(SLOT_BYTES, *ends)
+        return [row[_LENGTH_BYTES:end] for row, end in zip(gathered, ends, strict=True)]
 
     # ---- joining and leaving
 

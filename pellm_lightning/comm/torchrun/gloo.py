@@ -6,7 +6,6 @@ torchmetrics) sees it.
 
 import os
 import threading
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -78,19 +77,23 @@ class GlooGroup:
 
     def all_reduce(self, tensor: Tensor) -> Pending:
         """Start to sum a contiguous CPU tensor in place over the group."""
-        return self._started(lambda group: group.allreduce([tensor]))
+        with self._starting:
+            return self._noted(self._joined.allreduce([tensor]))
 
     def broadcast(self, tensor: Tensor, source: int) -> Pending:
         """Start to overwrite a contiguous CPU tensor by the one of party ``source``."""
-        return self._started(lambda group: group.broadcast(tensor, source))
+        with self._starting:
+            return self._noted(self._joined.broadcast(tensor, source))
 
     def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
         """Start to fill ``gathered`` by the ranks' ``tensor``, contiguous CPU tensors of one size."""
-        return self._started(lambda group: group.allgather([gathered], [tensor]))
+        with self._starting:
+            return self._noted(self._joined.allgather([gathered], [tensor]))
 
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
         """Start to send each rank its part of ``tensor``, flat on the CPU, and to fill ``out`` by theirs."""
-        return self._started(lambda group: group.alltoall_base(out, tensor, out_sizes, sizes))
+        with self._starting:
+            return self._noted(self._joined.alltoall_base(out, tensor, out_sizes, sizes))
 
     def abort(self) -> None:
         """Break all connections, so that whoever waits for this party notices at once."""
@@ -102,11 +105,14 @@ class GlooGroup:
                 pending.forget()
             self._pending = []
 
-    def _started(self, start: Callable[[Any], Any]) -> Pending:
-        with self._starting:
-            if self._group is None:
-                raise RuntimeError(LEFT)
-            pending = Pending(start(self._group))
-            self._pending = [other for other in self._pending if other._work is not None]
-            self._pending.append(pending)
-        return pending
+    @property
+    def _joined(self) -> Any:
+        if self._group is None:
+            raise RuntimeError(LEFT)
+        return self._group
+
+    def _noted(self, work: Any) -> Pending:
+        """Return the handle of a collective that has begun, which ``abort`` can drop."""
+        self._pending = [other for other in self._pending if other._work is not None]
+        self._pending.append(Pending(work))
+        return self._pending[-1]
