@@ -22,7 +22,9 @@ def test_a_gguf_file_is_unpacked_into_plain_tensors() -> None:
 
 
 def test_other_names_pass_as_they_are() -> None:
-    assert load_model(Recorder(), "owner/model", "bfloat16") == ("owner/model", {"dtype": "bfloat16"})
+    # Unless told, transformers asks on the terminal whether code of the model's own may run.
+    options = {"dtype": "bfloat16", "trust_remote_code": False}
+    assert load_model(Recorder(), "owner/model", "bfloat16") == ("owner/model", options)
 
 
 def test_a_tokenizer_can_pad(llama: str) -> None:
