@@ -325,6 +325,8 @@ class FederatedAveraging(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what the aggregation cannot handle; the module has its adapter by now."""
+        if self.parameters.save_frozen:
+            arguments.quantized_base(trainer, pl_module)
         if self.aggregation is not None:
             self._plan(pl_module, self._select(pl_module))
 

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from pellm_lightning.aggregation import lora_modules
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.report import record
+from pellm_lightning.tensors.frozen_state import quantization_state
 from pellm_lightning.trainer import isolation
 
 
@@ -44,7 +45,7 @@ def why_nothing_was_trained(trainer: Trainer) -> str:
 
 
 def unchanged_frozen(module: LightningModule, *, writes_base: bool) -> set[str]:
-    """Return the names of the frozen parameters that are as they were before the fit.
+    """Return the names of frozen parameters, and their quantisation state, that are as before the fit.
 
     Args:
         module: The module.
@@ -55,7 +56,8 @@ def unchanged_frozen(module: LightningModule, *, writes_base: bool) -> set[str]:
     if writes_base:
         bases = [lora.base for lora in lora_modules(module).values()]
         written = {base.data_ptr() for base in bases if base is not None}
-    return {name for name, p in parameters.items() if not p.requires_grad and p.data_ptr() not in written}
+    frozen = {name for name, p in parameters.items() if not p.requires_grad and p.data_ptr() not in written}
+    return frozen | quantization_state(module)
 
 
 def new_record(trainer: Trainer, topology: Topology) -> record.RunRecord | None:

@@ -140,11 +140,11 @@ def checkpoint_activations_(model: Any, name: str) -> None:
     Raises:
         ValueError: If the model cannot.
     """
-    # transformers 5.23 has renamed the method.
+    # transformers 5.23 has renamed the method and its argument.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         # The reentrant kind needs inputs that require gradients, which a frozen embedding does not give.
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable({"use_reentrant": False})
     except ValueError as error:
         raise ValueError(
             f"gradient_checkpointing=True is not supported by model={name!r} ({type(model).__name__}). Leave"
@@ -202,7 +202,7 @@ def _from_pretrained(what: str, auto_class: Any, name: str, folder: str, options
 def _not_found(what: str, name: str, revision: str | None) -> str:
     at = "" if revision is None else f" at revision={revision!r}"
     return (
-        f"{what}={name!r}{at} cannot be loaded: it should be a folder or a .gguf file (seen from {Path.cwd()}),"
-        " or the id of a model on the hub, which has to be reachable or in the local cache. The error above"
-        " tells what was missing."
+        f"{what}={name!r}{at} cannot be loaded: it should be a folder or a .gguf file (seen from"
+        f" {Path.cwd()}), or the id of a model on the hub, which has to be reachable or in the local cache."
+        " The error above tells what was missing."
     )

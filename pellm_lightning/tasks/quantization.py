@@ -56,8 +56,8 @@ def config_of(quantization: Quantization | Mapping[str, Any] | None, dtype: str)
     if not isinstance(config, BitsAndBytesConfig) or config.quantization_method() is None:
         raise ValueError(
             f"quantization={quantization!r} names no scheme. Set it to one of {', '.join(_SCHEMES)}, or to"
-            " the settings of a transformers.BitsAndBytesConfig with load_in_8bit=True, or load_in_4bit=True and"
-            " bnb_4bit_quant_type 'nf4' or 'fp4'."
+            " the settings of a transformers.BitsAndBytesConfig with load_in_8bit=True, or with"
+            " load_in_4bit=True and bnb_4bit_quant_type 'nf4' or 'fp4'."
         )
     return config
 
@@ -119,8 +119,14 @@ def prepare_(model: Any) -> None:
     This is PEFT's ``prepare_model_for_kbit_training`` without its gradient checkpointing, which is the same
     for all models. Models that are not quantised are not changed.
     """
-    if is_quantized(model):
-        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if not is_quantized(model):
+        return
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for layer in model.modules():
+        # On some CPUs the first evaluation would pack the weights anew and round their scales once more: the
+        # base would no longer be that of the other parties, nor that of a resumed fit.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def dequantized(model: PeftModel) -> PeftModel:
