@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CORE = "core"
-EXTRAS = ("cli", "tasks", "plots", "tensorboard", "certs", "masked", "etcd", "privacy")
+EXTRAS = ("cli", "tasks", "quantization", "plots", "tensorboard", "certs", "masked", "etcd", "privacy")
 
 
 def main() -> None:
