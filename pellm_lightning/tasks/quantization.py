@@ -147,7 +147,8 @@ def dequantized(model: PeftModel) -> PeftModel:
         base = base.dequantize()
     except (NotImplementedError, ValueError) as error:
         raise ValueError(f"transformers cannot dequantise this base model: {error}") from error
-    base.to(dtype)
+    for parameter in base.parameters():  # and no buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(dtype)
     adapters = iter(configs.items())
     name, config = next(adapters)
     again: Any = get_peft_model(base, _without_init(config), adapter_name=name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from pellm_lightning import FederatedAveraging, Federation, Parameters
+from pellm_lightning import FederatedAveraging, FederatedCLI, Federation, Parameters
 from pellm_lightning.cli.export import export
 from pellm_lightning.tasks import CausalLM, TextClassification, quantization
 from pellm_lightning.tasks.quantization import config_of, dequantized
@@ -31,6 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
     pytest.mark.filterwarnings("ignore:::peft"),
+    # Lightning calls what jsonargparse has renamed.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
     # Of a checkpoint with a quantised base that is loaded in spite of what ours warns of.
     pytest.mark.filterwarnings("ignore:Found keys that are not in the model state dict:UserWarning"),
 ]
@@ -242,6 +245,64 @@ def test_an_exported_and_a_merged_model_say_what_was_trained(fit: Fit) -> None:
     # What is left is what rounding the inputs of layers does: to bfloat16, and to 8 bits.
     assert off(logits(merged), expected) < 0.02
     assert off(logits(merged), expected) < 0.25 * effect
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_merged_model_has_the_dtype_of_the_base(scheme: Any, llama: str, tmp_path: Path) -> None:
+    base = str(tmp_path / "bfloat16")
+    AutoModelForCausalLM.from_pretrained(llama, dtype="bfloat16").save_pretrained(base)
+    fit = Fit(base, tmp_path, scheme)
+    trained = fit.run(1, "x.ckpt")[0].model
+    export(tmp_path / "party-0/x.ckpt", tmp_path / "merged", module=CLASS, merged=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert off(logits(merged).float(), logits(trained)) < 0.05
+
+
+def test_settings_of_the_command_line_come_out_of_a_checkpoint(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cli"])
+    texts = tmp_path / "text.txt"
+    texts.write_text("w1 w2 w3 w4 w5 w6 " * 32)
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+    config = {
+        "seed_everything": False,
+        "federated": {"record": False, "parameters": {"save_frozen": False}},
+        "model": {
+            "class_path": CLASS,
+            "init_args": {
+                "model": llama,
+                "quantization": settings,
+                "peft": {
+                    "class_path": "peft.LoraConfig",
+                    "init_args": {"r": 2, "target_modules": ["q_proj"]},
+                },
+            },
+        },
+        "data": {
+            "class_path": "pellm_lightning.tasks.TextDataModule",
+            "init_args": {"files": str(texts), "tokenizer": llama, "block_size": 12, "batch_size": 2},
+        },
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "logger": False,
+            "default_root_dir": str(tmp_path),
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+        },  # fmt: skip
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    words = [f"--config={tmp_path}/run.yaml"]
+    cli = FederatedCLI(run=False, args=words, save_config_callback=None, auto_configure_optimizers=False)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    cli.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    export(tmp_path / "x.ckpt", tmp_path / "merged", merged=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert off(logits(merged), logits(cli.model.model)) < 1e-4
+    kept = cli.model.model.get_base_model().model.layers[0].mlp.up_proj
+    assert (kept.compute_dtype, kept.weight.quant_state.nested) == (torch.float32, False)
 
 
 def test_a_merged_model_that_dequantised_wrongly_is_refused(
