@@ -178,5 +178,5 @@ def _save_tokenizer(base: str | None, revision: str | None, out: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
         tokenizer.save_pretrained(str(out))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, ImportError):  # of readers that transformers 4 tries last
         log.warning("There is no tokenizer beside the base model %s: save yours into %s.", base, out)

@@ -1,5 +1,6 @@
 """Loading of pretrained models and tokenizers: by hub id, local folder or GGUF file."""
 
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from pellm_lightning.tasks.quantization import Quantization, config_of, options_of, prepare_, skip_head
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_OF_ATTENTION = "[Aa]ttention|attn|kernels"
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,8 @@ def _from_pretrained(what: str, auto_class: Any, name: str, folder: str, options
                 " Read that code; then set trust_remote_code=True, with revision=<commit> so that it stays"
                 " the code that you have read."
             ) from error
-        if attention is not None and ("ttention" in text or "attn" in text or "kernels" in text):
-            raise type(error)(
+        if attention is not None and not isinstance(error, OSError) and re.search(_OF_ATTENTION, text):
+            raise (ImportError if isinstance(error, ImportError) else ValueError)(
                 f"attn_implementation={attention!r} cannot be used for {what}={name!r}:"
                 f" {text.splitlines()[0]} Install the package, or take 'sdpa' or 'eager', which need none."
             ) from error

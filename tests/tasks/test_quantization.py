@@ -254,7 +254,7 @@ def test_a_merged_model_has_the_dtype_of_the_base(scheme: Any, llama: str, tmp_p
     fit = Fit(base, tmp_path, scheme)
     trained = fit.run(1, "x.ckpt")[0].model
     export(tmp_path / "party-0/x.ckpt", tmp_path / "merged", module=CLASS, merged=True)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     assert off(logits(merged).float(), logits(trained)) < 0.05
 
@@ -291,7 +291,7 @@ def test_settings_of_the_command_line_come_out_of_a_checkpoint(
             "default_root_dir": str(tmp_path),
             "enable_progress_bar": False,
             "enable_checkpointing": False,
-        },  # fmt: skip
+        },
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     words = [f"--config={tmp_path}/run.yaml"]
