@@ -27,6 +27,7 @@ from pellm_lightning.engine.outer_optimizer import (
     make_prototype,
 )
 from pellm_lightning.engine.overlap import Overlap
+from pellm_lightning.tensors.frozen_state import quantization_state
 from pellm_lightning.trainer.isolation import callbacks_of
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,17 @@ def checkpoints(trainer: Trainer) -> None:
                 "ModelCheckpoint(save_weights_only=True) asks no callback what to save, so save_frozen=False"
                 " has no effect on its files: they hold the frozen parameters as well. Drop one of the two."
             )
+
+
+def quantized_base(trainer: Trainer, module: LightningModule) -> None:
+    """Warn about checkpoints that hold a quantised base, which torch saves and cannot load again."""
+    if trainer.checkpoint_callbacks and quantization_state(module):
+        rank_zero_warn(
+            "The base model is quantised, and checkpoints of this fit will hold it: no fit can be resumed"
+            " from them, since quantised layers save more than they can load. Set"
+            " parameters.save_frozen=False (--federated.parameters.save_frozen false); the base is then"
+            " quantised again, to the same weights."
+        )
 
 
 def samplers(trainer: Trainer, topology: Topology) -> None:

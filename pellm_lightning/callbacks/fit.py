@@ -130,6 +130,8 @@ class FederatedFit:
         Raises:
             MisconfigurationException: If it cannot.
         """
+        if self._factory.parameters.save_frozen:
+            arguments.quantized_base(self._trainer, self._module)
         if self._factory.aggregation is not None:
             self._plan(self._select())
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pellm_lightning.aggregation import lora_modules
+from pellm_lightning.tensors.frozen_state import quantization_state
 from pellm_lightning.tensors.selection import select
 
 
@@ -50,7 +51,7 @@ class Parameters:
         return select(module, self.include, self.exclude)
 
     def unsaved(self, module: nn.Module, *, writes_base: bool) -> set[str]:
-        """Return the names of the frozen parameters that checkpoints leave out.
+        """Return the names of frozen parameters, and of their quantisation state, that checkpoints leave out.
 
         Args:
             module: The module.
@@ -61,7 +62,8 @@ class Parameters:
         bases = [lora.base for lora in lora_modules(module).values()] if writes_base else []
         written = {base.data_ptr() for base in bases if base is not None}
         parameters = module.named_parameters(remove_duplicate=False)
-        return {name for name, p in parameters if not p.requires_grad and p.data_ptr() not in written}
+        frozen = {name for name, p in parameters if not p.requires_grad and p.data_ptr() not in written}
+        return frozen | quantization_state(module)
 
 
 def _check_patterns(name: str, value: object) -> None:

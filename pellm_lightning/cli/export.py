@@ -17,6 +17,7 @@ from pellm_lightning.cli.configured import Configured
 from pellm_lightning.cli.merging import (
     coarsest,
     compare,
+    dequantized_as_trained,
     merge_,
     outputs,
     probe,
@@ -118,9 +119,15 @@ def export(
     _fill(given, saved["state_dict"])
     summary = state.get("summary", {})
     model = peft_model_in(given, "export")
-    del module, given, saved  # a large model fits once: nothing may hold it when it is loaded again
     if merged:
-        _write_merged([model], out, summary)
+        held = [model]
+        del (
+            module,
+            given,
+            saved,
+            model,
+        )  # a large model fits once: nothing may hold it when it is loaded again
+        _write_merged(held, out, summary)
         return
     names = _federated(model, state)
     base = base_of(model, names[0])
@@ -133,7 +140,9 @@ def _write_merged(held: list[PeftModel], out: Path, summary: Mapping[str, Any]) 
     """Write the merged model, and reload it to compare what it says; ``held`` is emptied for that."""
     model = held[0]
     refuse_unmergeable(model)
-    base, inputs, dtype = base_of(model), probe(model), coarsest(model)
+    base, revision, inputs = base_of(model), model.peft_config[model.active_adapter].revision, probe(model)
+    model = dequantized_as_trained(model, inputs)
+    dtype = coarsest(model)
     expected, without = outputs(model, inputs), outputs(model, inputs, adapter=False)
     whole = merge_(model)
     kind = type(whole)
@@ -145,7 +154,7 @@ def _write_merged(held: list[PeftModel], out: Path, summary: Mapping[str, Any]) 
         doubt = compare(outputs(again, inputs), expected, without, dtype)
         if doubt:
             log.warning(doubt)
-        _save_tokenizer(base, folder)
+        _save_tokenizer(base, revision, folder)
         write_card(folder, summary, base, merged=True, title=out.name)
 
 
@@ -165,8 +174,9 @@ def _fill(module: LightningModule, state_dict: Mapping[str, Any]) -> None:
     module.load_state_dict(state_dict, strict=False)
 
 
-def _save_tokenizer(base: str | None, out: Path) -> None:
+def _save_tokenizer(base: str | None, revision: str | None, out: Path) -> None:
     try:
-        AutoTokenizer.from_pretrained(base).save_pretrained(str(out))
-    except (OSError, ValueError, TypeError):
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision or "main", trust_remote_code=False)
+        tokenizer.save_pretrained(str(out))
+    except (OSError, ValueError, TypeError, ImportError):  # of readers that transformers 4 tries last
         log.warning("There is no tokenizer with the base model %s: save yours into %s.", base, out)

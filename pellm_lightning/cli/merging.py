@@ -1,6 +1,7 @@
 """Merge an adapter into its base model, and prove that the result is the same model."""
 
 import gc
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,12 +14,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+from pellm_lightning.tasks.quantization import dequantized, is_quantized
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 3e-2,
+    torch.bfloat16: 1e-1,
+    torch.int8: 1e-1,
+}
 """By how much of its size an output may differ, by the coarsest dtype of the parameters.
 
 A merged weight is rounded once more than W and B A by themselves, at 2^-24 of its size in float32, 2^-11 in
 float16, 2^-8 in bfloat16. Some dozens of layers make ten to thirty times as much of that. A lost or doubled
-update of an output layer is of the size of the output itself.
+update of an output layer is of the size of the output itself. Weights in int8 have inputs in int8, rounded at
+2^-8 of the largest of a token.
 """
 
 _WITHOUT = "Export it without --merged: the adapter is loaded onto its base by PeftModel.from_pretrained."
@@ -41,7 +53,7 @@ def refuse_unmergeable(model: PeftModel) -> None:
     """Refuse a model of which PEFT can make no merged one.
 
     Raises:
-        ValueError: If the method has nothing to merge, the base is quantised or is no model of transformers.
+        ValueError: If the method has nothing to merge, or the base is no model of transformers.
     """
     config = model.peft_config[model.active_adapter]
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -56,14 +68,6 @@ def refuse_unmergeable(model: PeftModel) -> None:
         raise ValueError(
             f"The base model is a {type(base).__name__}, and no model of transformers, which --merged writes."
             f" {_WITHOUT}"
-        )
-    if getattr(base, "is_quantized", False) or getattr(base, "is_loaded_in_4bit", False):
-        method = getattr(getattr(base.config, "quantization_config", None), "quant_method", "quantised")
-        raise ValueError(
-            f"The base model is quantised ({getattr(method, 'value', method)}): merged into it, the adapter"
-            f" would be rounded to its few bits. {_WITHOUT} Or name a configuration with the same model in"
-            " full precision (--config, without its quantization): its merged model is the trained one, up to"
-            " what the quantisation had changed."
         )
 
 
@@ -131,6 +135,31 @@ def outputs(model: Any, inputs: Sequence[Mapping[str, Tensor]], *, adapter: bool
         for part in was_training:
             part.training = True
     return said
+
+
+def dequantized_as_trained(model: PeftModel, inputs: Sequence[Mapping[str, Tensor]]) -> PeftModel:
+    """Return a model with its base dequantised, on which an adapter is merged without rounding to a few bits.
+
+    Args:
+        model: The model, which is used up if its base is quantised.
+        inputs: Of `probe`.
+
+    Raises:
+        ValueError: If the base cannot be dequantised, or says something else then.
+    """
+    if not is_quantized(model.get_base_model()):
+        return model
+    dtype = coarsest(model)
+    trained, without = outputs(model, inputs), outputs(model, inputs, adapter=False)
+    try:
+        model = dequantized(model)
+    except ValueError as error:
+        raise ValueError(f"{error} {_WITHOUT}") from error
+    dtype = max(dtype, coarsest(model), key=TOLERANCE.__getitem__)
+    doubt = compare(outputs(model, inputs), trained, without, dtype)
+    if doubt:
+        log.warning(doubt)
+    return model
 
 
 def merge_(model: PeftModel) -> PreTrainedModel:
@@ -207,7 +236,10 @@ def _equal_embeddings(base: Any) -> bool:
 
 def coarsest(model: nn.Module) -> torch.dtype:
     """Return the dtype of the parameters that rounds most."""
-    kinds = {p.dtype for p in model.parameters()} & TOLERANCE.keys()
+    # 4-bit weights are packed into integers, and computed with in another dtype.
+    packed = getattr(getattr(model, "config", None), "quantization_config", None)
+    computed = getattr(packed, "bnb_4bit_compute_dtype", torch.float64)
+    kinds = ({p.dtype for p in model.parameters()} | {computed}) & TOLERANCE.keys()
     return max(kinds, key=lambda dtype: TOLERANCE[dtype], default=torch.bfloat16)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.report.card import write_card
@@ -23,7 +23,11 @@ from pellm_lightning.trainer.pickling import own_state
 
 
 def with_adapter(
-    model: PreTrainedModel, peft: PeftConfig | None, adapter: str | None, task: str
+    model: PreTrainedModel,
+    peft: PeftConfig | None,
+    adapter: str | None,
+    task: str,
+    revision: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Add an adapter to a model and freeze the model; without an adapter, everything is trained.
 
@@ -34,6 +38,7 @@ def with_adapter(
         peft: A new adapter's configuration.
         adapter: Folder of a saved adapter to continue, with its own configuration instead of ``peft``.
         task: PEFT's task type, unless the configuration has one.
+        revision: Revision of the base model, which the saved adapter names.
     """
     model.train()
     if adapter is not None:
@@ -43,7 +48,7 @@ def with_adapter(
     if peft is None:
         return model
     peft.task_type = peft.task_type or task
-    return get_peft_model(model, peft)
+    return get_peft_model(model, peft, revision=revision)
 
 
 def config_of(peft: Any) -> PeftConfig | None:
@@ -55,12 +60,12 @@ def config_of(peft: Any) -> PeftConfig | None:
 def make_plain_(hparams: MutableMapping[str, Any]) -> None:
     """Convert hyperparameters to plain values, which a checkpoint's safe loader accepts.
 
-    A PEFT configuration becomes a dictionary; functions (optimizer, scheduler) are removed, so that
-    ``load_from_checkpoint`` uses their defaults unless given others. Hyperparameters from the command line
-    are already plain.
+    Configurations of PEFT and of a quantisation become dictionaries; functions (optimizer, scheduler) are
+    removed, so that ``load_from_checkpoint`` uses their defaults unless given others. Hyperparameters from
+    the command line are already plain.
     """
     for name, value in list(hparams.items()):
-        if isinstance(value, PeftConfig):
+        if isinstance(value, PeftConfig | BitsAndBytesConfig):
             # default=sorted for sets, in which PEFT keeps module names.
             hparams[name] = json.loads(json.dumps(value.to_dict(), default=sorted))
         elif callable(value):

@@ -16,7 +16,8 @@ from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
 from pellm_lightning.tasks.limits import check_length, check_positions, check_prompts, data_of, num_positions
 from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable
-from pellm_lightning.tasks.pretrained import Dtype, load_model, load_tokenizer
+from pellm_lightning.tasks.pretrained import Dtype, Pretrained, device_of
+from pellm_lightning.tasks.quantization import Quantization
 from pellm_lightning.tasks.samples import IGNORED, Sample
 from pellm_lightning.tasks.text import TextDataModule
 
@@ -51,6 +52,14 @@ class CausalLM(LightningModule):
         max_new_tokens: Length of a predicted continuation, in tokens.
         mean_over: Whether the training loss is the mean over the batch's unmasked tokens, or over its records
             (of each one's mean over tokens), as record-level differential privacy needs it.
+        quantization: Quantises the base model while it is loaded, for an adapter on it (QLoRA): ``nf4`` or
+            ``fp4`` (4 bits, double quantisation), ``int8``, or the settings of a
+            ``transformers.BitsAndBytesConfig``. Needs bitsandbytes.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, or another of transformers; None
+            chooses.
+        trust_remote_code: Whether to run Python code that comes with the model.
+        revision: Branch, tag or commit of the model and its tokenizer on the hub.
 
     Example:
         >>> from peft import LoraConfig
@@ -70,13 +79,26 @@ class CausalLM(LightningModule):
         dtype: Dtype = "auto",
         max_new_tokens: int = 32,
         mean_over: Literal["tokens", "records"] = "tokens",
+        quantization: Quantization | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
+        self.pretrained = Pretrained(
+            model,
+            dtype,
+            quantization,
+            gradient_checkpointing,
+            attn_implementation,
+            trust_remote_code,
+            revision,
+        )
         self.save_hyperparameters(logger=False)
         make_plain_(self.hparams)
         self.model_name, self.peft, self.adapter = model, config_of(peft), adapter
         self.optimizer, self.scheduler = without_parser(optimizer), without_parser(scheduler)
-        self.dtype_name = dtype
         self.max_new_tokens = max_new_tokens
         one_of("mean_over", mean_over, ("tokens", "records"))
         self.mean_over = mean_over
@@ -85,8 +107,10 @@ class CausalLM(LightningModule):
     def configure_model(self) -> None:
         """Load the base model and add the adapter, once."""
         if not hasattr(self, "model"):
-            base = load_model(AutoModelForCausalLM, self.model_name, self.dtype_name)
-            self.model = with_adapter(base, self.peft, self.adapter, TaskType.CAUSAL_LM)
+            base = self.pretrained.model(AutoModelForCausalLM, device_of(self))
+            self.model = with_adapter(
+                base, self.peft, self.adapter, TaskType.CAUSAL_LM, self.pretrained.revision
+            )
         self.num_positions = num_positions(self.model)
         check_positions(self.model, self.model_name, self)
 
@@ -135,7 +159,7 @@ class CausalLM(LightningModule):
 
     def on_predict_start(self) -> None:
         """Load the tokenizer, which only prediction needs, and validate the lengths of prompts."""
-        self.tokenizer = load_tokenizer(self.model_name)
+        self.tokenizer = self.pretrained.tokenizer()
         data = data_of(self)
         if isinstance(data, TextDataModule):
             check_prompts(data.predict_places, data.predict_samples, self.max_new_tokens, self.num_positions)

@@ -16,7 +16,8 @@ from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
 from pellm_lightning.tasks.limits import check_label_indices, check_length, check_positions, num_positions
 from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable
-from pellm_lightning.tasks.pretrained import Dtype, load_model
+from pellm_lightning.tasks.pretrained import Dtype, Pretrained, device_of
+from pellm_lightning.tasks.quantization import Quantization
 from pellm_lightning.tasks.samples import Sample
 
 
@@ -40,6 +41,14 @@ class TextClassification(LightningModule):
             ``val_loss``).
         dtype: Dtype of the loaded parameters; ``auto`` keeps that of the file. The Trainer's ``precision``
             also applies.
+        quantization: Quantises the base model while it is loaded, for an adapter on it (QLoRA): ``nf4`` or
+            ``fp4`` (4 bits, double quantisation), ``int8``, or the settings of a
+            ``transformers.BitsAndBytesConfig``. Needs bitsandbytes.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, or another of transformers; None
+            chooses.
+        trust_remote_code: Whether to run Python code that comes with the model.
+        revision: Branch, tag or commit of the model and its tokenizer on the hub.
 
     Example:
         >>> from peft import LoraConfig
@@ -58,22 +67,37 @@ class TextClassification(LightningModule):
         optimizer: OptimizerCallable = ADAMW,
         scheduler: LRSchedulerCallable | None = None,
         dtype: Dtype = "auto",
+        quantization: Quantization | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"num_labels={num_labels} must be at least 2.")
+        self.pretrained = Pretrained(
+            model,
+            dtype,
+            quantization,
+            gradient_checkpointing,
+            attn_implementation,
+            trust_remote_code,
+            revision,
+        )
         self.save_hyperparameters(logger=False)
         make_plain_(self.hparams)
         self.model_name, self.num_labels = model, num_labels
         self.peft, self.adapter = config_of(peft), adapter
         self.optimizer, self.scheduler = without_parser(optimizer), without_parser(scheduler)
-        self.dtype_name = dtype
         self.val_scores, self.test_scores = _scores("val", num_labels), _scores("test", num_labels)
 
     def configure_model(self) -> None:
         """Load the base model with a head and add the adapter, once."""
         if not hasattr(self, "model"):
-            self.model = with_adapter(self._base(), self.peft, self.adapter, TaskType.SEQ_CLS)
+            self.model = with_adapter(
+                self._base(), self.peft, self.adapter, TaskType.SEQ_CLS, self.pretrained.revision
+            )
         self.num_positions = num_positions(self.model)
         check_positions(self.model, self.model_name, self)
 
@@ -81,11 +105,8 @@ class TextClassification(LightningModule):
         # Seed the new head: PEFT freezes a copy of it, which must be equal at all parties.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return load_model(
-                AutoModelForSequenceClassification,
-                self.model_name,
-                self.dtype_name,
-                num_labels=self.num_labels,
+            return self.pretrained.model(
+                AutoModelForSequenceClassification, device_of(self), num_labels=self.num_labels
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

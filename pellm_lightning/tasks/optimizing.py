@@ -2,6 +2,7 @@
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import (
     LRSchedulerConfigType,
     OptimizerLRScheduler,
@@ -21,8 +22,19 @@ def optimize_trainable(
     """Return the optimizer of the trainable parameters, and the scheduler's configuration.
 
     A ``ReduceLROnPlateau`` steps once an epoch, on ``val_loss``; every other scheduler after each local step.
+
+    Raises:
+        MisconfigurationException: If there is no trainable parameter.
     """
-    inner = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise MisconfigurationException(
+            "There is nothing to train: all parameters are frozen. The weights of a quantised base model"
+            " (quantization=nf4, or a checkpoint that is quantised already) are integers, which cannot be"
+            " fine-tuned themselves: add an adapter (--model.peft peft.LoraConfig), or load the base without"
+            " quantization. A saved prompt (--model.adapter) can be evaluated only."
+        )
+    inner = optimizer(trainable)
     if scheduler is None:
         return inner
     schedule = scheduler(inner)

@@ -31,12 +31,28 @@ def frozen_state(module: nn.Module) -> dict[str, Tensor]:
         module: The trained module with its adapters.
     """
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # keeps them alive: another tensor could get the same id
     for name, tensor in _walk(module, "", _Place()):
         if id(tensor) not in seen:
-            seen.add(id(tensor))
+            seen[id(tensor)] = tensor
             found[plain_name(name)] = tensor.detach()
     return dict(sorted(found.items()))
+
+
+def quantization_state(module: nn.Module) -> set[str]:
+    """Return the names by which a state dict holds the quantisation state of frozen weights.
+
+    These are no parameters and no buffers, such as ``weight.absmax`` and ``SCB`` of bitsandbytes. Most layers
+    save them and cannot load them.
+    """
+    found: set[str] = set()
+    for path, part in module.named_modules(remove_duplicate=False):
+        own = dict(part.named_parameters(recurse=False))
+        if any(not parameter.requires_grad for parameter in own.values()) and not list(part.children()):
+            known = own.keys() | {name for name, _ in part.named_buffers(recurse=False)}
+            added = part.state_dict(keep_vars=True).keys() - known - {"_extra_state"}
+            found |= {f"{path}.{name}" if path else name for name in added}
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CORE = "core"
-EXTRAS = ("cli", "tasks", "plots", "tensorboard", "keys", "etcd", "privacy")
+EXTRAS = ("cli", "tasks", "quantization", "plots", "tensorboard", "keys", "etcd", "privacy")
 
 
 def main() -> None:

@@ -123,6 +123,19 @@ def tasks(folder: Path) -> None:
     assert load_model(AutoModelForCausalLM, str(file)).config.num_hidden_layers == 30
 
 
+def quantization(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from pellm_lightning.tasks.pretrained import Pretrained
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    model = Pretrained(str(folder), quantization="nf4").model(AutoModelForCausalLM, torch.device("cpu"))
+    assert model.is_quantized
+
+
 def plots(folder: Path) -> None:
     from pellm_lightning.report import page
     from pellm_lightning.tasks.partition import plot_labels

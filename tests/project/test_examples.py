@@ -1,6 +1,7 @@
 """Every example runs as documented: on the data of make_data.py, with small models of random weights."""
 
 import csv
+import json
 import shlex
 import shutil
 import sys
@@ -284,6 +285,54 @@ def test_instructions_go_on_later(home: Path, instructed: Path) -> None:
     for party in range(2):
         # Rounds 0 to 2 were run before.
         assert metrics(instructed / f"party-{party}", "federated/round") == [3]
+
+
+@pytest.fixture(scope="module")
+def quantised(home: Path) -> Path:
+    """Where six steps of qlora.yaml have written, the last two after a resume."""
+    for steps, *resume in ((4,), (6, "--ckpt_path=last")):
+        fit(home, 2, "qlora.yaml", *EVERY_TWO_STEPS, f"--trainer.max_steps={steps}", *resume)
+    return home / "runs/examples/qlora"
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+def test_parties_train_and_resume_on_a_quantised_base(home: Path, quantised: Path) -> None:
+    trained = adapter(quantised / "party-0/adapter", home / "runs/examples/smollm2")
+    for party in range(2):
+        assert metrics(quantised / f"party-{party}", "federated/round") == [2]
+        saved = torch.load(quantised / f"checkpoints/party-{party}/last.ckpt")["state_dict"]
+        assert {name.removeprefix("model.") for name in saved} == trained.keys()
+        assert all(torch.equal(value, trained[name.removeprefix("model.")]) for name, value in saved.items())
+
+
+@pytest.mark.torchrun
+@pytest.mark.timeout(240)
+def test_what_was_trained_on_a_quantised_base_is_used(home: Path, quantised: Path) -> None:
+    checkpoint = str(quantised / "checkpoints/party-1/last.ckpt")
+    for name, *merged in (("exported",), ("merged", "--merged")):
+        out = str(quantised / name)
+        run(home, "-m", "pellm_lightning", "export", checkpoint, "--out", out, *merged)
+    base = home / "runs/examples/smollm2"
+    assert_same(adapter(quantised / "exported", base), adapter(quantised / "party-0/adapter", base))
+    tokens = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        merged, plain = (
+            AutoModelForCausalLM.from_pretrained(f)(tokens).logits for f in (quantised / "merged", base)
+        )
+    assert 0 < (merged - plain).norm() < 0.5 * plain.norm()  # it was quantised, and trained for six steps
+    adapters = [f"trained={quantised / 'exported'}"]
+    words = ["--config", str(EXAMPLES / "qlora.yaml"), "--parties", "2", "--adapters", *adapters]
+    words += [
+        "--data.test_files",
+        "runs/examples/data/texts/party-{party}.txt",
+        "--trainer.limit_test_batches=4",
+    ]
+    run(home, "-m", "pellm_lightning", "evaluate", *words, "--out", str(quantised / "matrix.json"))
+    found = json.loads((quantised / "matrix.json").read_text())["metrics"]["test_loss"]
+    for after, before in zip(found["trained"], found["base"], strict=True):
+        assert after != before
+        assert after == pytest.approx(before, rel=0.05)
 
 
 @pytest.mark.torchrun

@@ -135,17 +135,6 @@ def test_a_merged_model_that_differs_is_not_left(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_quantised_base_is_refused_with_the_cure(llama: str, tmp_path: Path) -> None:
-    peft = LoraConfig(r=2, target_modules=["q_proj"])
-    checkpoint = fit(rows_of(llama, peft), tmp_path)
-    module = rows_of(llama, peft)
-    module.configure_model()
-    module.model.get_base_model().is_quantized = True  # as transformers marks what bitsandbytes has packed
-    with pytest.raises(ValueError, match=r"is quantised .* without --merged.* in full precision"):
-        export(checkpoint, tmp_path / "out", module=module, merged=True)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
 def test_prompts_are_refused_before_anything_is_built(
     kind: Any, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

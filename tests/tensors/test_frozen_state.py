@@ -173,6 +173,13 @@ def test_the_statistics_of_quantised_weights_are_compared(change: dict[str, Any]
     assert digests(quantised()) != digests(quantised(**change))
 
 
+def test_the_statistics_of_every_layer_are_found() -> None:
+    """Their settings become tensors on the way, which come and go, and must not be taken for one another."""
+    found = frozen_state(nn.Sequential(*(quantised() for _ in range(50))))
+    assert len([name for name in found if name.endswith("quant_state.settings")]) == 50
+    assert len([name for name in found if name.endswith("quant_state.state2.settings")]) == 50
+
+
 @pytest.mark.parametrize("moved", [True, False])
 def test_the_scale_of_8_bit_weights_is_found_wherever_it_is(moved: bool) -> None:
     def layer(scale: float, moved: bool) -> nn.Module:
