@@ -11,8 +11,6 @@ from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
-COMMANDS = ("rendezvous", "certs", "keys", "report")
-
 NEEDS_JSONARGPARSE = "The command line needs the package jsonargparse: pip install 'pellm-lightning[cli]'."
 
 log = logging.getLogger(__name__)
@@ -91,15 +89,19 @@ def report(run_dir: Path, out: Path | None = None) -> None:
     print(page.write(run_dir, out))
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run one of ``COMMANDS``; print errors without a traceback, with exit code 1."""
+def main(words: Sequence[str]) -> None:
+    """Run ``rendezvous``, ``certs``, ``keys`` or ``report``; print errors without a traceback, with exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    words = sys.argv[1:] if words is None else list(words)
-    components: dict[str, Any] = {"rendezvous": rendezvous, "certs": certs, "keys": {"new": new_keys}}
-    components["report"] = report
+    command, *rest = words
+    component: Any = {
+        "rendezvous": rendezvous,
+        "certs": certs,
+        "keys": {"new": new_keys},
+        "report": report,
+    }[command]
     try:
         auto_cli = _auto_cli()
-        auto_cli(components, args=words, as_positional=words[:1] == ["report"])
+        auto_cli(component, args=rest, as_positional=command == "report", prog=f"pellm {command}")
     except (ValueError, ImportError, OSError) as error:
         sys.exit(str(error))
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -192,10 +193,9 @@ def _jobs(command: Any) -> SeparateJobs | None:
     return SeparateJobs.from_config(None if jobs is None else jobs.as_dict())
 
 
-def main() -> None:
-    """Run the command line: ``python -m pellm_lightning fit --config run.yaml``, or one of ``COMMANDS``."""
-    if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
-        commands.main()
-    else:
-        # The ready tasks configure their own optimizers, so the CLI needs not replace them.
-        FederatedCLI(auto_configure_optimizers=False)
+def main(words: Sequence[str]) -> None:
+    """Run ``fit``, ``validate``, ``test``, ``predict`` or ``doctor``."""
+    # The ready tasks configure their own optimizers, so the CLI needs not replace them. What the process was
+    # started with is left to LightningCLI, which warns of words that come from anywhere else.
+    args = None if list(words) == sys.argv[1:] else list(words)
+    FederatedCLI(auto_configure_optimizers=False, parser_kwargs={"prog": "pellm"}, args=args)

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from certificates import files, tls_of
 
-from pellm_lightning.cli import commands, federated_cli
+from pellm_lightning.cli import commands
+from pellm_lightning.cli.main import main
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
 from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
 
@@ -111,7 +112,7 @@ def test_the_rendezvous_serves_until_a_signal(number: int, monkeypatch: pytest.M
     ]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words])
     thread.start()
-    federated_cli.main()
+    assert main() == 0
     thread.join()
     assert answers == [b"1"]
 

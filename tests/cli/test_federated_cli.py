@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import CSVLogger
 from small_module import LittleData, LittleModule
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment, SeparateJobs
-from pellm_lightning.cli.federated_cli import main
 
 # Lightning calls jsonargparse in a way that has gone out of use.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -281,17 +280,6 @@ def test_the_help_tells_every_option(command: Any, capsys: pytest.CaptureFixture
     assert "--federated.every_n_steps" in text
     assert "Instead, a round after every n optimizer steps" in text
     assert "Number of parties among the launched processes" in text
-
-
-def test_the_main_program_offers_the_verbs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["pellm_lightning", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    assert all(verb in text for verb in ("fit", "validate", "test", "predict"))
 
 
 def test_each_party_has_its_own_world_and_folder(command: Any, launched: Any, tmp_path: Path) -> None:
