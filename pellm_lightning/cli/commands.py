@@ -90,7 +90,7 @@ def report(run_dir: Path, out: Path | None = None) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """Run ``rendezvous``, ``certs``, ``keys`` or ``report``; print errors without a traceback, with exit code 1."""
+    """Run ``rendezvous``, ``certs``, ``keys`` or ``report``; print errors without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command, *rest = words
     component: Any = {

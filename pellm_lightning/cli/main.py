@@ -1,6 +1,7 @@
 """Entry point of the command line: ``pellm`` and ``python -m pellm_lightning``."""
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,7 +25,7 @@ COMMANDS = {
         "keys": ("commands", "make signing keys for secure aggregation"),
     },
 }
-"""By group of the help: each command, with the module of this folder whose ``main`` runs it, and a summary."""
+"""By group of the help: of each command the module of ``cli`` whose ``main`` runs it, and a summary."""
 
 MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
 """Of each command, in the order of the help."""
@@ -55,11 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text(), end="")
         return 0
     if command == "--version":
-        print(f"pellm_lightning {_version()}")
+        print(f"pellm_lightning {import_module('pellm_lightning').__version__}")
         return 0
     if command not in MODULES and not command.startswith("-"):
         print(_unknown(command), file=sys.stderr)
         return 2
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as of `python -m`: a configuration may name classes of a script here
     # Options before the command are LightningCLI's, such as --config with a section for each command.
     module = import_module(f"pellm_lightning.cli.{MODULES.get(command, 'federated_cli')}")
     module.main(words)
@@ -78,9 +81,3 @@ def _unknown(command: str) -> str:
     close = difflib.get_close_matches(command, MODULES, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"pellm has no command {command!r}.{hint} All commands: pellm --help"
-
-
-def _version() -> str:
-    from pellm_lightning import __version__
-
-    return __version__

@@ -14,11 +14,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.aggregation.base import Aggregation
-from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.comm import Communicator, FederationError
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.tensors.deviation import Deviation
 
 T = TypeVar("T")
 

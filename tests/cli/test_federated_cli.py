@@ -26,8 +26,8 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Run the command line with the given words, in a new folder, with nothing on the terminal."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str, model: Any = LittleModule, **kwargs: Any) -> FederatedCLI:
-        monkeypatch.setattr(sys, "argv", ["federate", *words[:1], *QUIET, *words[1:]])
+    def run(*words: str, model: Any = LittleModule, quiet_after: int = 1, **kwargs: Any) -> FederatedCLI:
+        monkeypatch.setattr(sys, "argv", ["federate", *words[:quiet_after], *QUIET, *words[quiet_after:]])
         return FederatedCLI(model, LittleData, **kwargs)
 
     return run
@@ -280,6 +280,40 @@ def test_the_help_tells_every_option(command: Any, capsys: pytest.CaptureFixture
     assert "--federated.every_n_steps" in text
     assert "Instead, a round after every n optimizer steps" in text
     assert "Number of parties among the launched processes" in text
+
+
+def test_the_help_begins_with_what_is_ours(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("fit", "--help")
+    text = capsys.readouterr().out
+    usage, _, rest = text.partition("\n\n")
+    assert len(usage.splitlines()) < 3
+    options = [line.split()[0] for line in rest.splitlines() if line.startswith("  --")]
+    ours = [option for option in options if option.startswith("--federated.")]
+    assert len(ours) > 15
+    assert options.index(ours[-1]) < options.index("--trainer")
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "doctor"])
+def test_only_the_parser_of_the_command_that_runs_is_built(
+    command: Any, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    built: list[Any] = []
+    add = FederatedCLI.add_default_arguments_to_parser
+    monkeypatch.setattr(
+        FederatedCLI,
+        "add_default_arguments_to_parser",
+        lambda cli, parser: (built.append(parser), add(cli, parser)),
+    )
+    with pytest.raises(SystemExit):
+        command(verb, "--print_config")
+    assert len(built) == 1
+
+
+def test_a_configuration_before_the_command_has_a_section_for_each(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text("fit: {model: {lr: 0.5}}\ntest: {model: {lr: 0.3}}\n")
+    for verb, lr in (("fit", 0.5), ("test", 0.3)):
+        assert command("--config=all.yaml", verb, quiet_after=2).model.lr == lr
 
 
 def test_each_party_has_its_own_world_and_folder(command: Any, launched: Any, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """The entry point: one help, one dispatcher."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from run_records import federation
 
 from pellm_lightning import FederatedCLI, __version__
 from pellm_lightning.cli.main import MODULES, main
@@ -45,3 +48,58 @@ def test_the_words_of_the_process_are_the_default(
     monkeypatch.setattr(sys, "argv", ["pellm", "--version"])
     assert main() == 0
     assert capsys.readouterr().out == f"pellm_lightning {__version__}\n"
+
+
+# ---- what a command imports: of a process of its own
+
+HEAVY = ("torch", "lightning", "transformers", "peft")
+
+
+def imported_after(code: str, *words: str) -> set[str]:
+    """Return which of the heavy packages a process has imported after some code, run as ``pellm WORDS``."""
+    found = f"print(file=sys.stderr); print(*(n for n in {HEAVY} if n in sys.modules), file=sys.stderr)"
+    code = f"import atexit, sys\natexit.register(lambda: ({found.replace('; ', ', ')}))\n{code}"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+RUN = "from pellm_lightning.cli.main import main; sys.exit(main())"
+LIGHT = {
+    "help": ["--help"],
+    "wrong": ["fti"],
+    "version": ["--version"],
+    **{name: [name, "--help"] for name in MODULES if MODULES[name] != "federated_cli"},
+}
+
+
+@pytest.mark.parametrize("words", LIGHT.values(), ids=LIGHT)
+def test_what_trains_nothing_starts_without_torch(words: list[str]) -> None:
+    assert imported_after(RUN, *words) == set()
+
+
+def test_what_makes_files_runs_without_torch(tmp_path: Path) -> None:
+    assert imported_after(RUN, "certs", f"--directory={tmp_path}", "--names=a,rendezvous") == set()
+    assert (tmp_path / "a.pem").exists()
+    federation(tmp_path / "runs", ["a", "b"], 2)
+    assert imported_after(RUN, "report", str(tmp_path / "runs")) == set()
+    assert (tmp_path / "runs/report.html").exists()
+    assert imported_after(RUN, "rendezvous", "--listen=nowhere") == set()
+
+
+def test_what_is_imported_is_found() -> None:
+    assert imported_after("import torch, pellm_lightning; import peft") >= {"torch", "peft"}
+
+
+def test_a_public_name_brings_what_it_needs() -> None:
+    assert imported_after("import pellm_lightning; print(dir(pellm_lightning))") == set()
+    code = "import pellm_lightning; pellm_lightning.Federation"
+    assert imported_after(code) == {"torch"}
+
+
+def test_classes_of_a_script_in_this_folder_are_found(tmp_path: Path) -> None:
+    """The console script starts without the folder on the path, where ``python -m`` has it."""
+    (tmp_path / "own.py").write_text("from small_module import LittleModule\nclass Own(LittleModule): pass\n")
+    words = ["fit", "--model=own.Own", "--print_config"]
+    code = "import sys; sys.path.remove(''); " + RUN
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert "class_path: own.Own" in done.stdout, done.stderr
