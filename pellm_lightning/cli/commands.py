@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pellm_lightning.cli.new import new
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
@@ -90,10 +91,11 @@ def report(run_dir: Path, out: Path | None = None) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """Run ``rendezvous``, ``certs``, ``keys`` or ``report``; print errors without a traceback."""
+    """Run ``new``, ``rendezvous``, ``certs``, ``keys`` or ``report``; print errors without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command, *rest = words
     component: Any = {
+        "new": new,
         "rendezvous": rendezvous,
         "certs": certs,
         "keys": {"new": new_keys},
@@ -101,7 +103,7 @@ def main(words: Sequence[str]) -> None:
     }[command]
     try:
         auto_cli = _auto_cli()
-        auto_cli(component, args=rest, as_positional=command == "report", prog=f"pellm {command}")
+        auto_cli(component, args=rest, as_positional=command in ("new", "report"), prog=f"pellm {command}")
     except (ValueError, ImportError, OSError) as error:
         sys.exit(str(error))
 

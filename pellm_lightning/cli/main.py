@@ -19,6 +19,7 @@ COMMANDS = {
         "report": ("commands", "write one HTML page that shows a fit"),
     },
     "Set up": {
+        "new": ("commands", "write a script, a configuration and small data to start from"),
         "doctor": ("federated_cli", "check a launch before training, with all parties"),
         "rendezvous": ("commands", "host the rendezvous where separate jobs meet"),
         "certs": ("commands", "make TLS certificates for separate jobs"),
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_unknown(command), file=sys.stderr)
         return 2
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as of `python -m`: a configuration may name classes of a script here
+        sys.path.insert(0, os.getcwd())  # as by `python -m`, so that a configuration may name a script here
     # Options before the command are LightningCLI's, such as --config with a section for each command.
     module = import_module(f"pellm_lightning.cli.{MODULES.get(command, 'federated_cli')}")
     module.main(words)

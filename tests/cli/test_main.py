@@ -98,7 +98,7 @@ def test_a_public_name_brings_what_it_needs() -> None:
 
 def test_classes_of_a_script_in_this_folder_are_found(tmp_path: Path) -> None:
     """The console script starts without the folder on the path, where ``python -m`` has it."""
-    (tmp_path / "own.py").write_text("from small_module import LittleModule\nclass Own(LittleModule): pass\n")
+    (tmp_path / "own.py").write_text("import lightning.pytorch as pl\nclass Own(pl.LightningModule): pass\n")
     words = ["fit", "--model=own.Own", "--print_config"]
     code = "import sys; sys.path.remove(''); " + RUN
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
