@@ -86,20 +86,25 @@ def test_what_makes_files_runs_without_torch(tmp_path: Path) -> None:
     assert imported_after(RUN, "rendezvous", "--listen=nowhere") == set()
 
 
-def test_what_is_imported_is_found() -> None:
-    assert imported_after("import torch, pellm_lightning; import peft") >= {"torch", "peft"}
-
-
 def test_a_public_name_brings_what_it_needs() -> None:
     assert imported_after("import pellm_lightning; print(dir(pellm_lightning))") == set()
     code = "import pellm_lightning; pellm_lightning.Federation"
     assert imported_after(code) == {"torch"}
 
 
-def test_classes_of_a_script_in_this_folder_are_found(tmp_path: Path) -> None:
+# Lightning calls jsonargparse in a way that has gone out of use.
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_classes_of_a_script_in_this_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The console script starts without the folder on the path, where ``python -m`` has it."""
-    (tmp_path / "own.py").write_text("import lightning.pytorch as pl\nclass Own(pl.LightningModule): pass\n")
-    words = ["fit", "--model=own.Own", "--print_config"]
-    code = "import sys; sys.path.remove(''); " + RUN
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert "class_path: own.Own" in done.stdout, done.stderr
+    (tmp_path / "own_classes.py").write_text(
+        "import lightning.pytorch as pl\nclass Own(pl.LightningModule): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    monkeypatch.setattr(sys, "argv", ["pellm", "fit", "--model=own_classes.Own", "--print_config"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert "class_path: own_classes.Own" in capsys.readouterr().out
