@@ -60,7 +60,7 @@ def _suffix(case: Case) -> str:
 def _data(case: Case, party: int) -> str:
     """Return the content of a party's file: rows with a label, or instructions with their responses.
 
-    The parties have 48 and 32 of them, so that they weigh differently.
+    The parties have 96 and 64 of them, so that they weigh differently.
     """
     reports = [
         (f"The {side} {subject} of patient {patient} {finding}.", label)
@@ -78,7 +78,7 @@ def _data(case: Case, party: int) -> str:
 
 
 def _write_model(folder: Path) -> None:
-    """Write a language model of 27,000 random weights, which reads bytes: it trains in seconds, and offline.
+    """Write a language model of 19,000 random weights that reads bytes: it trains in seconds, and offline.
 
     Without transformers and torch, whose imports take longer than all else here.
     """
