@@ -1,19 +1,8 @@
-"""Entry point of ``python -m pellm_lightning``."""
+"""Entry point of ``python -m pellm_lightning``, which is ``pellm``."""
 
 import sys
 
-from pellm_lightning.cli import federated_cli
-
-
-def main() -> None:
-    """Run a command on results, or else what ``FederatedCLI`` runs."""
-    if sys.argv[1:2] and sys.argv[1] in ("export", "evaluate"):
-        from pellm_lightning.cli import results  # imports more than training needs
-
-        results.main(sys.argv[1:])
-    else:
-        federated_cli.main()
-
+from pellm_lightning.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,11 +2,11 @@
 
 from pellm_lightning.aggregation.base import Aggregation
 from pellm_lightning.aggregation.base_writing import ResidualMean, Stacking
-from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.aggregation.heterogeneous_rank import HeterogeneousRank
 from pellm_lightning.aggregation.lora import LoraModule, lora_modules
 from pellm_lightning.aggregation.low_rank import LowRankMean
 from pellm_lightning.aggregation.mean import Alternating, FrozenA, Mean, ShareA
+from pellm_lightning.tensors.deviation import Deviation
 
 __all__ = [
     "Aggregation",

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,23 +9,7 @@ from torch import Tensor
 from pellm_lightning.aggregation.base import Factors, Term
 from pellm_lightning.aggregation.factors import Stack
 from pellm_lightning.comm import Collectives
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """Relative deviation ``|sum(w_i s_i B_i A_i) - s B A| / |sum(w_i s_i B_i A_i)|``, Frobenius norms.
-
-    Example:
-        >>> Deviation(total=0.01, worst=0.05, worst_module="encoder.q_proj.default").total
-        0.01
-    """
-
-    total: float
-    """Deviation of all adapted modules together."""
-    worst: float
-    """Largest deviation of a module."""
-    worst_module: str
-    """Name of that module's pair."""
+from pellm_lightning.tensors.deviation import Deviation
 
 
 def stack_of(terms: Sequence[Term]) -> Stack:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pellm_lightning.cli import keys
+from pellm_lightning.cli.new import new
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
-
-COMMANDS = ("rendezvous", "keys", "report")
 
 NEEDS_JSONARGPARSE = "The command line needs the package jsonargparse: pip install 'pellm-lightning[cli]'."
 
@@ -56,14 +55,20 @@ def report(run_dir: Path, out: Path | None = None) -> None:
     print(page.write(run_dir, out))
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run one of ``COMMANDS``; print errors without a traceback, with exit code 1."""
+def main(words: Sequence[str]) -> None:
+    """Run ``new``, ``rendezvous``, ``certs``, ``keys`` or ``report``; print errors without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    words = sys.argv[1:] if words is None else list(words)
-    components: dict[str, Any] = {"rendezvous": rendezvous, "keys": keys.COMMANDS, "report": report}
+    command, *rest = words
+    component: Any = {
+        "new": new,
+        "rendezvous": rendezvous,
+        "certs": keys.certs,
+        "keys": {"new": keys.new, "sign": keys.sign},
+        "report": report,
+    }[command]
     try:
         auto_cli = _auto_cli()
-        auto_cli(components, args=words, as_positional=words[:1] == ["report"])
+        auto_cli(component, args=rest, as_positional=command in ("new", "report"), prog=f"pellm {command}")
     except (ValueError, ImportError, OSError) as error:
         sys.exit(str(error))
 

@@ -47,7 +47,7 @@ class Configured(FederatedCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        chosen = self._get(self.config_init, "trainer")
+        chosen = self.config_init["trainer"]
         return Trainer(
             **{name: chosen[name] for name in _KEPT},
             devices=1,

@@ -1,10 +1,10 @@
 """How good each adapter is for each party: a row per adapter, a column per party's held-out data."""
 
-import argparse
 import json
 import logging
 import math
 import os
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,33 +37,8 @@ Matrix: TypeAlias = dict[str, dict[str, list[float]]]
 """By metric, by adapter: the value on each party's data."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of ``evaluate``; what it leaves over is of module and data."""
-    made = argparse.ArgumentParser(
-        prog="python -m pellm_lightning evaluate",
-        description="Evaluate the base model and adapters on each party's held-out data, in this process.",
-        epilog="All else is as of `fit`: --config run.yaml, --data.batch_size 8, ... The data module must say"
-        " what each party's data are, by {party} in its paths or by asking the federation. Modules with a"
-        " test_step are tested, others validated.",
-        allow_abbrev=False,
-    )
-    made.add_argument(
-        "--adapters",
-        nargs="*",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="adapter folders; NAME={party} alone=runs/alone-{party}/adapter names one for each party",
-    )
-    made.add_argument("--parties", type=int, required=True, help="how many parties there are")
-    made.add_argument("--names", nargs="+", help="what the parties are called; default: their indices")
-    made.add_argument("--no-base", action="store_true", help="leave the base model out")
-    made.add_argument("--out", type=Path, help="write the numbers into this JSON file")
-    return made
-
-
-def main(words: Sequence[str]) -> None:
-    """Run ``python -m pellm_lightning evaluate``."""
-    options, rest = parser().parse_known_args(words)
+def main(options: Namespace, rest: Sequence[str]) -> None:
+    """Run ``pellm evaluate``."""
     names = options.names or [f"party {party}" for party in range(options.parties)]
     if len(names) != options.parties:
         raise ValueError(f"--names gives {len(names)} names for --parties {options.parties}.")

@@ -1,8 +1,8 @@
 """From a checkpoint of a federation to a folder that others can load."""
 
-import argparse
 import logging
 import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,33 +35,8 @@ from pellm_lightning.tensors.selection import named_as_in, plain_name
 log = logging.getLogger(__name__)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of ``export``; what it leaves over is of the module."""
-    made = argparse.ArgumentParser(
-        prog="python -m pellm_lightning export",
-        description="Make a PEFT adapter folder, or a merged model, of a checkpoint of a federated fit.",
-        epilog="All else is as of `fit` and tells how to build the module: --config run.yaml, --model.x ... "
-        "Checkpoints of a module that the command line has built need none of it.",
-        allow_abbrev=False,
-    )
-    made.add_argument("checkpoint", type=Path, help="written by Lightning in a federated fit, of any party")
-    made.add_argument("--out", type=Path, required=True, help="folder to make")
-    made.add_argument("--module", help="import path of the module's class, if a script has built it")
-    made.add_argument("--merged", action="store_true", help="write the whole model, adapter merged")
-    made.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="CLASS",
-        help="import path of a class that the hyperparameters in the checkpoint hold, to be built as it is",
-    )
-    made.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
-    return made
-
-
-def main(words: Sequence[str]) -> None:
-    """Run ``python -m pellm_lightning export``."""
-    options, rest = parser().parse_known_args(words)
+def main(options: Namespace, rest: Sequence[str]) -> None:
+    """Run ``pellm export``."""
     export(
         options.checkpoint,
         options.out,

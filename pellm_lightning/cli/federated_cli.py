@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +21,8 @@ from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import PartyEnvironment, set_rank_zero, shares_terminal, topology_of
+
+_USAGE = "%(prog)s [--config run.yaml] [--option value ...]"
 
 
 class FederatedCLI(LightningCLI):
@@ -39,6 +42,21 @@ class FederatedCLI(LightningCLI):
     failure: Exception | None = None
     """What the doctor's patient failed with as its classes were built."""
 
+    def __init__(
+        self,
+        model_class: Any = None,
+        datamodule_class: Any = None,
+        *,
+        args: ArgsType = None,
+        **settings: Any,
+    ) -> None:
+        words = sys.argv[1:] if args is None else args
+        every = self.subcommands()
+        if isinstance(words, list) and words and words[0] in every:
+            # To build a parser takes a second: only that of the command that runs is built.
+            vars(self)["subcommands"] = lambda: {words[0]: every[words[0]]}
+        super().__init__(model_class, datamodule_class, args=args, **settings)
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
@@ -52,7 +70,24 @@ class FederatedCLI(LightningCLI):
             raise ImportError(commands.NEEDS_JSONARGPARSE) from error
 
     @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        for command in self.subcommands():  # the usage that lists every option has 70 lines
+            subparser_kwargs.setdefault(command, {}).setdefault("usage", _USAGE)
+        # Lightning takes a subcommand's arguments from the Trainer's method of that name.
+        trainer_class = self.trainer_class
+        if add_subcommands and "doctor" in self.subcommands():
+            from lightning.pytorch.cli import class_from_function  # there with jsonargparse only
+
+            given = trainer_class if isinstance(trainer_class, type) else class_from_function(trainer_class)
+            self.trainer_class = type(given.__name__, (_OwnCommands, given), {})
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        self.trainer_class = trainer_class
+
+    @override
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Before Lightning's, so that the help of a command begins with what is added to them.
         parser.add_argument(
             "--num_parties",
             type=int | None,
@@ -60,6 +95,7 @@ class FederatedCLI(LightningCLI):
             help="Number of parties among the launched processes; null makes every process a party.",
         )
         parser.add_lightning_class_args(FederatedAveraging, "federated")
+        super().add_default_arguments_to_parser(parser)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -82,17 +118,23 @@ class FederatedCLI(LightningCLI):
             self.failure = error
 
     @override
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand == "doctor":
+            self._examine()
+            self.subcommand = None  # the Trainer cannot run it
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.save_config_callback is SaveConfigCallback:  # unless the user has given another, or none
             self.save_config_callback = SaveNumberedConfig
-        trainer_config = self._get(self.config_init, "trainer")
+        trainer_config = self._built["trainer"]
         plugins = trainer_config.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         environment = next((plugin for plugin in plugins if isinstance(plugin, PartyEnvironment)), None)
-        federated = self._get(self.config_init, "federated")
+        federated = self._built["federated"]
         if environment is None:
             # The processes of a separate job are one party.
-            num_parties = 1 if federated.jobs else self._get(self.config_init, "num_parties")
+            num_parties = 1 if federated.jobs else self._built["num_parties"]
             environment = PartyEnvironment(num_parties, federated.timeout_s)
             if launched():
                 kwargs["plugins"] = [*plugins, environment]
@@ -114,48 +156,24 @@ class FederatedCLI(LightningCLI):
                 isolation.silence(trainer)
         return trainer
 
-    @override
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        # Lightning takes a subcommand's arguments from the Trainer's method of that name.
-        trainer_class = self.trainer_class
-        from lightning.pytorch.cli import class_from_function  # there with jsonargparse only
+    @property
+    def _built(self) -> Any:
+        """The configuration with its classes built, of the command if there is one."""
+        return self.config_init.get(str(self.subcommand), self.config_init)
 
-        given = trainer_class if isinstance(trainer_class, type) else class_from_function(trainer_class)
-        self.trainer_class = type(given.__name__, (_OwnCommands, given), {})
-        try:
-            super()._add_subcommands(parser, **kwargs)
-        finally:
-            self.trainer_class = trainer_class
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == "doctor":
-            self._examine(
-                **{
-                    name: self.config[subcommand][name]
-                    for name in self._subcommand_method_arguments[subcommand]
-                }
-            )
-        else:
-            super()._run_subcommand(subcommand)
-
-    def _examine(self, wait_s: float) -> None:
+    def _examine(self) -> None:
         """Let the doctor look at what was built; exit with 1 if it finds an error."""
         from pellm_lightning.cli.doctor.command import examine
 
+        command = self.config["doctor"]
         if self.failure is None:
-            callback = self._get(self.config_init, "federated")
+            callback = self._built["federated"]
+            jobs, topology, quorum = callback.jobs, topology_of(self.trainer), callback.quorum
             rehearsal = Rehearsal(self.trainer, self.model, self.datamodule, callback)
-            healthy = examine(
-                callback.jobs, topology_of(self.trainer), rehearsal, wait_s=wait_s, quorum=callback.quorum
-            )
         else:
-            command = self.config["doctor"]
+            jobs, topology, rehearsal = _jobs(command), _topology(command), None
             quorum = (command.get("federated") or {}).get("quorum", "majority")
-            healthy = examine(
-                _jobs(command), _topology(command), None, self.failure, wait_s=wait_s, quorum=quorum
-            )
-        if not healthy:
+        if not examine(jobs, topology, rehearsal, self.failure, wait_s=command["wait_s"], quorum=quorum):
             sys.exit(1)
 
 
@@ -192,10 +210,9 @@ def _jobs(command: Any) -> SeparateJobs | None:
     return SeparateJobs.from_config(None if jobs is None else jobs.as_dict())
 
 
-def main() -> None:
-    """Run the command line: ``python -m pellm_lightning fit --config run.yaml``, or one of ``COMMANDS``."""
-    if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
-        commands.main()
-    else:
-        # The ready tasks configure their own optimizers, so the CLI needs not replace them.
-        FederatedCLI(auto_configure_optimizers=False)
+def main(words: Sequence[str]) -> None:
+    """Run ``fit``, ``validate``, ``test``, ``predict`` or ``doctor``."""
+    # The ready tasks configure their own optimizers, so the CLI needs not replace them. What the process was
+    # started with is left to LightningCLI, which warns of words that come from anywhere else.
+    args = None if list(words) == sys.argv[1:] else list(words)
+    FederatedCLI(auto_configure_optimizers=False, parser_kwargs={"prog": "pellm"}, args=args)

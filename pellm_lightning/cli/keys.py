@@ -1,4 +1,4 @@
-"""The command ``keys``: keys, requests and certificates of parties and rendezvous."""
+"""The commands ``keys`` and ``certs``: keys, requests and certificates of parties and rendezvous."""
 
 import logging
 from pathlib import Path
@@ -45,10 +45,10 @@ def sign(directory: Path, names: str, days: float = 365) -> None:
         print(f'"{name}": "{key}"')
 
 
-def trial(directory: Path, names: str, days: float = 365) -> None:
+def certs(directory: Path, names: str, days: float = 365) -> None:
     """Make all keys, the authority and all certificates on this host: for a trial only.
 
-    Here every private key was in one place. Between institutions each makes its own, by ``keys new``.
+    Here all private keys are in one place. Between institutions each makes its own, by ``keys new``.
 
     Args:
         directory: Folder for the files.
@@ -61,9 +61,6 @@ def trial(directory: Path, names: str, days: float = 365) -> None:
         log.info("made %s", make_ca(directory))
     for name in names_in(names):
         log.info("made %s", make_certificate(directory, name, days))
-
-
-COMMANDS = {"new": new, "sign": sign, "trial": trial}
 
 
 def names_in(text: str) -> list[str]:

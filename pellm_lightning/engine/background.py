@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.comm import FederationError
 from pellm_lightning.engine.coordination import Purpose
 from pellm_lightning.engine.global_state import GlobalState
 from pellm_lightning.engine.round import LocalInput, RoundRunner
 from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.tensors.deviation import Deviation
 
 T = TypeVar("T")
 

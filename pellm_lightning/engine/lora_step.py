@@ -10,10 +10,11 @@ from torch import Tensor
 from pellm_lightning.aggregation import gathering
 from pellm_lightning.aggregation.base import EVERYTHING, Factors, RoundContext, Term
 from pellm_lightning.aggregation.base_writing import write_residual_
-from pellm_lightning.aggregation.deviation import Deviation, deviation, squared_deviations
+from pellm_lightning.aggregation.deviation import deviation, squared_deviations
 from pellm_lightning.aggregation.lora import Pair, matrix
 from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.updates import UpdateReducer
+from pellm_lightning.tensors.deviation import Deviation
 
 
 @dataclass(frozen=True)

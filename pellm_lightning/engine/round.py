@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from pellm_lightning.aggregation.base import RoundContext
-from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.comm import Collectives, PartyLostError
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
@@ -23,6 +22,7 @@ from pellm_lightning.engine.participants import ParticipantFilter, Participants,
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.engine.state_transfer import send_state
 from pellm_lightning.engine.updates import ReducedFlags
+from pellm_lightning.tensors.deviation import Deviation
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pellm_lightning.aggregation.deviation import Deviation
+from pellm_lightning.tensors.deviation import Deviation
 
 
 @dataclass(frozen=True)

@@ -121,4 +121,6 @@ def _typed(command: Sequence[str]) -> str:
     program, *words = command or ("",)
     if re.search(r"pellm_lightning[/\\]__main__\.py$", program):
         return shlex.join(["python", "-m", "pellm_lightning", *words])
+    if Path(program).name == "pellm":
+        return shlex.join(["pellm", *words])
     return shlex.join([*(["python"] if program.endswith(".py") else []), program, *words])

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from certificates import files, tls_of
 
-from pellm_lightning.cli import commands, federated_cli
+from pellm_lightning.cli import commands
+from pellm_lightning.cli.main import main
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
 from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
 
@@ -39,10 +40,10 @@ def tls_words(name: str) -> list[str]:
 
 
 def test_trial_makes_the_authority_and_what_is_missing(tmp_path: Path) -> None:
-    commands.main(["keys", "trial", f"--directory={tmp_path}", "--names=rendezvous, clinic-a"])
+    commands.main(["certs", f"--directory={tmp_path}", "--names=rendezvous, clinic-a"])
     assert files(tmp_path, "clinic-a").name == "clinic-a"
     ca = (tmp_path / "ca.pem").read_bytes()
-    commands.main(["keys", "trial", f"--directory={tmp_path}", "--names=clinic-b", "--days=1"])
+    commands.main(["certs", f"--directory={tmp_path}", "--names=clinic-b", "--days=1"])
     assert (tmp_path / "ca.pem").read_bytes() == ca
     assert files(tmp_path, "clinic-b").name == "clinic-b"
 
@@ -86,7 +87,7 @@ def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_goes_wrong_is_told_in_words(tmp_path: Path) -> None:
-    words = ["keys", "trial", f"--directory={tmp_path}", "--names=a"]
+    words = ["certs", f"--directory={tmp_path}", "--names=a"]
     commands.main(words)
     with pytest.raises(SystemExit, match=r"a\.pem is there already and is not overwritten"):
         commands.main(words)
@@ -122,7 +123,7 @@ def test_the_rendezvous_serves_until_a_signal(number: int, monkeypatch: pytest.M
     ]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words])
     thread.start()
-    federated_cli.main()
+    assert main() == 0
     thread.join()
     assert answers == [b"1"]
 

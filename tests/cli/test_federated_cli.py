@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import CSVLogger
 from small_module import LittleData, LittleModule
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment, SeparateJobs
-from pellm_lightning.cli.federated_cli import main
 
 # Lightning calls jsonargparse in a way that has gone out of use.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -27,8 +26,8 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Run the command line with the given words, in a new folder, with nothing on the terminal."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str, model: Any = LittleModule, **kwargs: Any) -> FederatedCLI:
-        monkeypatch.setattr(sys, "argv", ["federate", *words[:1], *QUIET, *words[1:]])
+    def run(*words: str, model: Any = LittleModule, quiet_after: int = 1, **kwargs: Any) -> FederatedCLI:
+        monkeypatch.setattr(sys, "argv", ["federate", *words[:quiet_after], *QUIET, *words[quiet_after:]])
         return FederatedCLI(model, LittleData, **kwargs)
 
     return run
@@ -283,15 +282,38 @@ def test_the_help_tells_every_option(command: Any, capsys: pytest.CaptureFixture
     assert "Number of parties among the launched processes" in text
 
 
-def test_the_main_program_offers_the_verbs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["pellm_lightning", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
+def test_the_help_begins_with_what_is_ours(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("fit", "--help")
     text = capsys.readouterr().out
-    assert all(verb in text for verb in ("fit", "validate", "test", "predict"))
+    usage, _, rest = text.partition("\n\n")
+    assert len(usage.splitlines()) < 3
+    options = [line.split()[0] for line in rest.splitlines() if line.startswith("  --")]
+    ours = [option for option in options if option.startswith("--federated.")]
+    assert len(ours) > 15
+    assert options.index(ours[-1]) < options.index("--trainer")
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "doctor"])
+def test_only_the_parser_of_the_command_that_runs_is_built(
+    command: Any, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    built: list[Any] = []
+    add = FederatedCLI.add_default_arguments_to_parser
+    monkeypatch.setattr(
+        FederatedCLI,
+        "add_default_arguments_to_parser",
+        lambda cli, parser: (built.append(parser), add(cli, parser)),
+    )
+    with pytest.raises(SystemExit):
+        command(verb, "--print_config")
+    assert len(built) == 1
+
+
+def test_a_configuration_before_the_command_has_a_section_for_each(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text("fit: {model: {lr: 0.5}}\ntest: {model: {lr: 0.3}}\n")
+    for verb, lr in (("fit", 0.5), ("test", 0.3)):
+        assert command("--config=all.yaml", verb, quiet_after=2).model.lr == lr
 
 
 def test_each_party_has_its_own_world_and_folder(command: Any, launched: Any, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pellm_lightning import FederatedCLI, Parameters
-from pellm_lightning.__main__ import main
 from pellm_lightning.aggregation import Aggregation, ResidualMean, Stacking
 from pellm_lightning.cli import evaluate
 from pellm_lightning.cli.evaluate import BASE, matrix, named, standing_as
 from pellm_lightning.cli.export import export
+from pellm_lightning.cli.main import main
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.tasks import CausalLM, SaveAdapter, TextDataModule
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.report.record import RunRecord, Start, Validation
+from pellm_lightning.tensors.deviation import Deviation
 
 
 class Clocked(RunRecord):

@@ -32,7 +32,8 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, Federation
-from pellm_lightning.cli import commands, evaluate, export
+from pellm_lightning.cli import commands, results
+from pellm_lightning.cli.main import MODULES as COMMANDS
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 pytestmark = [
@@ -257,6 +258,8 @@ class Reader:
             check_install(words)
         elif program == "srun":
             self.type(words)
+        elif program == "pellm":
+            self.our_command(words)
         elif program == "torchrun":
             parser = get_args_parser()
             if "--virtual-local-rank" not in parser.format_help():  # torch 2.7 does not have it
@@ -286,12 +289,12 @@ class Reader:
     def our_command(self, words: list[str]) -> None:
         if words[0] == "keys":
             commands.main(words)
-        elif words[0] in commands.COMMANDS:
+        elif COMMANDS[words[0]] == "commands":
             with self.monkeypatch.context() as patch:
                 patch.setattr(commands, "_auto_cli", lambda: parse_only)
                 commands.main(words)
         elif words[0] in ("export", "evaluate"):
-            parser = {"export": export, "evaluate": evaluate}[words[0]].parser()
+            parser = {"export": results.export_parser, "evaluate": results.evaluate_parser}[words[0]]()
             _, rest = parser.parse_known_args(words[1:])
             if rest:
                 parsed(("fit", *rest))

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from pellm_lightning import Overlap
-from pellm_lightning.cli import federated_cli
+from pellm_lightning.cli.main import main
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.exchange import Quantized
 from pellm_lightning.privacy import GaussianMechanism
@@ -92,7 +92,7 @@ def test_config_parses(
         sys, "argv", ["pellm_lightning", "fit", "--config", str(EXAMPLES / config), "--print_config"]
     )
     with pytest.raises(SystemExit) as exited:
-        federated_cli.main()
+        main()
     assert exited.value.code == 0
     assert "pellm_lightning.tasks." in capsys.readouterr().out
 
@@ -105,7 +105,7 @@ def test_overlay_parses(
     words += ["--config", str(EXAMPLES / f"aggregation/{name}.yaml")]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", "fit", *words, "--print_config"])
     with pytest.raises(SystemExit) as exited:
-        federated_cli.main()
+        main()
     assert exited.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["federated"]["aggregation"]["class_path"] == f"pellm_lightning.aggregation.{RULES[name]}"
@@ -120,7 +120,7 @@ def test_parties_as_separate_jobs_parse(
     words = [word.replace("examples/", f"{EXAMPLES}/") for word in words]
     monkeypatch.setattr(sys, "argv", [name, *words, "--print_config"])
     with pytest.raises(SystemExit) as exited:
-        federated_cli.main()
+        main()
     assert exited.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)["federated"]
     jobs = SeparateJobs.from_config(printed["jobs"])
@@ -139,7 +139,7 @@ def laid_over(
         words = [word.replace("examples/", f"{EXAMPLES}/", 1) for word in words]
         monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, "--print_config"])
         with pytest.raises(SystemExit) as exited:
-            federated_cli.main()
+            main()
         assert exited.value.code == 0
         return yaml.safe_load(capsys.readouterr().out)["federated"]
 
@@ -472,5 +472,5 @@ def test_the_header_of_an_overlay_tells_how_to_test_its_result(
     quiet = ["--trainer.limit_test_batches=2", "--trainer.enable_progress_bar=false"]
     quiet += ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--seed_everything=false"]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words, *quiet])
-    federated_cli.main()
+    main()
     assert "test_accuracy" in capsys.readouterr().out

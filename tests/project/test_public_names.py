@@ -1,13 +1,18 @@
 """The public names, the callback's arguments, and the counts of the house."""
 
+import ast
+import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
+import pytest
 from paths import ROOT
 
 import pellm_lightning
-from pellm_lightning import FederatedAveraging
+from pellm_lightning import FederatedAveraging, comm
 
 NAMES = [
     "Aggregator",
@@ -50,6 +55,38 @@ ARGUMENTS = [
 def test_names_at_top_level() -> None:
     assert sorted(pellm_lightning.__all__) == sorted(NAMES)
     assert all(hasattr(pellm_lightning, name) for name in NAMES)
+    assert {*NAMES} <= {*dir(pellm_lightning)}
+
+
+@pytest.mark.parametrize("package", [pellm_lightning, comm])
+def test_a_name_is_imported_from_where_it_is_defined(package: ModuleType) -> None:
+    """What is told to type checkers is what a program gets."""
+    told = {
+        alias.name: statement.module
+        for block in ast.parse(Path(str(package.__file__)).read_text()).body
+        if isinstance(block, ast.If)
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    assert sorted(told) == sorted(package.__all__)
+    for name, module in told.items():
+        assert getattr(package, name) is getattr(importlib.import_module(str(module)), name)
+    with pytest.raises(AttributeError, match="has no attribute 'Averaging'"):
+        package.Averaging  # noqa: B018
+
+
+def test_the_trainer_is_wrapped_once_the_callback_is_used() -> None:
+    code = """
+from lightning.pytorch import Trainer
+plain = Trainer.fit
+import pellm_lightning
+assert Trainer.fit is plain
+pellm_lightning.{}
+assert Trainer.fit.__wrapped__ is plain
+"""
+    for name in ("FederatedAveraging", "FederatedCLI"):
+        subprocess.run([sys.executable, "-c", code.format(name)], check=True)
 
 
 def test_arguments_of_the_callback() -> None:

@@ -378,6 +378,21 @@ def test_pages_of_the_same_records_are_the_same_to_the_byte(tmp_path: Path) -> N
 # ---- the command
 
 
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (
+            ["/venv/lib/pellm_lightning/__main__.py", "fit", "--a=b c"],
+            "python -m pellm_lightning fit '--a=b c'",
+        ),
+        (["/venv/bin/pellm", "fit", "--config=run.yaml"], "pellm fit --config=run.yaml"),
+        (["train.py", "--steps=3"], "python train.py --steps=3"),
+    ],
+)
+def test_a_command_is_shown_as_typed(words: list[str], typed: str) -> None:
+    assert page._typed(words) == typed
+
+
 def test_the_command_writes_the_page_and_says_where(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

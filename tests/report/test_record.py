@@ -13,7 +13,6 @@ from party_threads import Classifier, ValidatedClassifier, data, fit_parties, qu
 from run_records import done, start
 
 from pellm_lightning import FederatedAveraging
-from pellm_lightning.aggregation.deviation import Deviation
 from pellm_lightning.report.record import (
     EventHeader,
     Round,
@@ -23,6 +22,7 @@ from pellm_lightning.report.record import (
     parse,
     parse_event,
 )
+from pellm_lightning.tensors.deviation import Deviation
 
 
 def fit(folder: Path, parties: int = 2, **arguments: Any) -> list[FederatedAveraging]:

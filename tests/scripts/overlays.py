@@ -3,7 +3,7 @@
 import os
 import sys
 
-from pellm_lightning.cli import federated_cli
+from pellm_lightning.cli.main import main
 
 examples, *names = sys.argv[1:]
 for name in names:
@@ -15,4 +15,4 @@ for name in names:
         *("--trainer.max_epochs=4", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"),
         f"--data.num_parties={os.environ['WORLD_SIZE']}",
     ]
-    federated_cli.main()
+    main()
