@@ -2,11 +2,12 @@
 
 import sys
 
-from pellm_lightning.cli import federated_cli
+from pellm_lightning.cli import errors, federated_cli, noise
 
 
 def main() -> None:
     """Run a command on results, or else what ``FederatedCLI`` runs."""
+    noise.quieten()
     if sys.argv[1:2] and sys.argv[1] in ("export", "evaluate"):
         from pellm_lightning.cli import results  # imports more than training needs
 
@@ -16,4 +17,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors.reported():
+        main()

@@ -65,8 +65,8 @@ from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import (
     Party,
     describe_device,
+    owns_terminal,
     set_rank_zero,
-    shares_terminal,
     topology_of,
 )
 from pellm_lightning.trainer.metrics import ValidationMetrics
@@ -315,7 +315,7 @@ class FederatedAveraging(Callback):
             # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do
             # not: their launcher's rank made them dummies until now.
             isolation.separate_files(trainer, self._topology.party)
-            if shares_terminal(self._topology):
+            if not owns_terminal(self._topology):
                 isolation.silence(trainer)
         if not self.parameters.save_frozen:
             pl_module.strict_loading = False
@@ -392,7 +392,15 @@ class FederatedAveraging(Callback):
             new_record(trainer, self._topology) if self.record else None,
         )
         if self._topology.is_leader:
-            self._reporter.start(pl_module, plan, shared, self.exchange, self.privacy, round=started.round)
+            self._reporter.start(
+                pl_module,
+                plan,
+                shared,
+                self.exchange,
+                self.privacy,
+                round=started.round,
+                written=self._written(trainer),
+            )
             if self._joined is not None:
                 self._reporter.show(self._joined.phases)
 
@@ -580,6 +588,15 @@ class FederatedAveraging(Callback):
             device = describe_device(trainer.strategy.root_device)
             arguments.devices(self._joined.gather_json("device", device))
         return list(self._joined.roster)
+
+    def _written(self, trainer: Trainer) -> dict[str, list[str]]:
+        """Return where the parties of a launch write, by name; of separate jobs where this one does."""
+        if self._joined is None or self._joined.may_lose_parties:
+            return {self._topology.name: isolation.written_paths(trainer)}
+        return {
+            name: list(spec["files"])
+            for name, spec in zip(self._joined.names, self._joined.party_specs(), strict=True)
+        }
 
     def _state_path(self, trainer: Trainer) -> str:
         root = isolation.below(trainer.default_root_dir, self._topology.party)

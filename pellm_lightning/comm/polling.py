@@ -1,7 +1,28 @@
-"""Polling: a client that waits inside a store notices nothing else."""
+"""Polling: a client that waits inside a store notices nothing else, and says nothing."""
 
 import time
 from collections.abc import Iterator
+
+
+class Reminder:
+    """Clock of a party that waits: due after ``first_s``, and then each minute.
+
+    Example:
+        >>> reminder = Reminder(first_s=0)
+        >>> reminder.due(), reminder.due()
+        (True, False)
+    """
+
+    def __init__(self, first_s: float = 5.0) -> None:
+        self._next = time.monotonic() + first_s
+
+    def due(self) -> bool:
+        """Whether it is time to say again for whom this party waits."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 60
+        return True
 
 
 def polls(seconds: float = float("inf")) -> Iterator[None]:

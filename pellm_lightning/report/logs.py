@@ -1,7 +1,10 @@
 """What a user reads while a fit runs: log lines, and metrics in Lightning's loggers and progress bar."""
 
 import logging
-from collections.abc import Collection, Mapping
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import TextIO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,31 +18,49 @@ from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.formatting import count, size
 from pellm_lightning.tensors.adapters import adapter_parameters
 from pellm_lightning.tensors.selection import plain_name, share_outside_adapter
-from pellm_lightning.trainer.isolation import written_paths
 
 log = logging.getLogger(__name__)
 
 _NOT_LOGGED = {"quorum", "last"}
 
 
+class _TerminalHandler(logging.Handler):
+    """Handler that writes to what stderr is now: a live view replaces it, to keep lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream: TextIO = sys.stderr
+        stream.write(self.format(record) + "\n")
+        stream.flush()
+
+
 def show_log_lines() -> None:
     """Show the package's lines as Lightning shows its own, unless the application set up logging itself."""
     package = logging.getLogger("pellm_lightning")
     if not package.handlers and not logging.getLogger().handlers:
-        package.addHandler(logging.StreamHandler())
+        package.addHandler(_TerminalHandler())
         package.setLevel(logging.INFO)
 
 
 def log_start(
-    trainer: Trainer,
     module: LightningModule,
     topology: Topology,
     plan: Plan,
     parameters: Mapping[str, nn.Parameter],
     exchange: Exchange,
     privacy: GaussianMechanism | None,
+    written: Mapping[str, Sequence[str]],
 ) -> None:
-    """Log which parameters will leave this party: users want to know whether it is the adapter only."""
+    """Log which parameters will leave a party, since users want to know whether it is the adapter only.
+
+    Args:
+        module: The module to train.
+        topology: Of this process.
+        plan: The aggregation applied to the parameters.
+        parameters: Those that take part in the rounds.
+        exchange: How they are sent.
+        privacy: The mechanism that makes them private.
+        written: Where parties write, as "host:path", by name.
+    """
     leaving = sum(p.numel() for p in parameters.values())
     total = sum(p.numel() for p in module.parameters())
     trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
@@ -60,8 +81,8 @@ def log_start(
         lines.append(f"updates are clipped and noisy: {privacy!r}")
     if local:
         lines.append(f"{count(len(local), 'trainable parameter')} of its own stay local: {_first(local)}")
-    if topology.party > 0:
-        lines += [f"writes to {path.partition(':')[2]}" for path in written_paths(trainer)]
+    if topology.num_parties > 1:
+        lines += _where_written(written)
     for line in lines:
         log.info("[party %s] %s", topology.name, line)
     outside = share_outside_adapter(parameters, adapter_parameters(module))
@@ -122,6 +143,19 @@ def show_on_bar(module: LightningModule, report: RoundReport) -> None:
     """Show the round and the global loss on the progress bar; Lightning allows that in some hooks only."""
     shown = {"round": float(report.round)} | ({} if report.loss is None else {"global_loss": report.loss})
     module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+
+
+def _where_written(written: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a line for all parties whose paths differ by ``party-<k>`` only."""
+    parties: dict[str, list[str]] = {}
+    for party, paths in written.items():
+        folders = (re.sub(r"\bparty-\d+\b", "party-<k>", path.partition(":")[2]) for path in paths)
+        parties.setdefault(", ".join(folders), []).append(party)
+    return [
+        (f"party {names[0]} writes" if len(names) == 1 else f"parties {', '.join(names)} write") + f" to {to}"
+        for to, names in parties.items()
+        if to
+    ]
 
 
 def _first(names: Collection[str]) -> str:

@@ -166,7 +166,8 @@ class Party:
         if error is not None:
             raise error
         if message is not None:
-            raise FederationError(f"The leader of party {self.topology.party} failed: {message}")
+            leader = f"the leader of party {self.topology.party}"
+            raise FederationError(f"{leader.capitalize()} failed: {message}", by=leader)
         return result  # type: ignore[return-value]
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -219,6 +220,11 @@ def set_rank_zero(rank_in_party: int) -> None:
 def shares_terminal(topology: Topology) -> bool:
     """Return whether several parties of one launcher share this host and its terminal."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > topology.party_size
+
+
+def owns_terminal(topology: Topology) -> bool:
+    """Return whether this process speaks on its terminal: of the parties that share one the first does."""
+    return not shares_terminal(topology) or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _fresh_prefix(topology: Topology) -> str:

@@ -39,7 +39,7 @@ from pellm_lightning.comm.elastic.commit import CommitProtocol, Decision
 from pellm_lightning.comm.elastic.connections import MemberConnections
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat, heartbeat_key
-from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol
+from pellm_lightning.comm.elastic.join_quorum import RESULT, QuorumDeadline, QuorumProtocol
 from pellm_lightning.comm.elastic.membership import Membership, check_roster
 from pellm_lightning.comm.elastic.peers import Peers
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
@@ -137,7 +137,8 @@ class ElasticFederation(Communicator):
             if not isinstance(error, UnreachableError | RestartedError):
                 raise
             raise PartyLostError(
-                f"Party {name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
+                f"Party {name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs. If the"
+                f" federation has ended meanwhile, {RESULT}"
             ) from error
         self._peers = Peers(self._heartbeat, name, self._incarnation)
         self._reachability = ReachabilityTracker(roster)
@@ -317,7 +318,8 @@ class ElasticFederation(Communicator):
     @override
     def mark_ended(self, version: Version) -> None:
         def claim() -> None:
-            self._register.claim(f"ended/{version.run_id}", version.round)
+            for run_id in (version.run_id, ""):  # a party that lost its state no longer knows of which run
+                self._register.claim(f"ended/{run_id}", version.round)
 
         self._try(claim)
 

@@ -35,6 +35,6 @@ def store_from_env(timeout_s: float) -> dist.Store:
         raise PartyLostError(
             f"Rank {os.environ.get('RANK')} could not reach the rendezvous at {address} within {timeout_s:g}"
             " s. Check that the host of rank 0 is up, that the port is open, and that MASTER_ADDR and"
-            " MASTER_PORT agree."
+            " MASTER_PORT agree. If the other parties have ended meanwhile, the result is in their run folders."
         ) from error
     return rendezvous[0]

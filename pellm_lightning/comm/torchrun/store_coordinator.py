@@ -3,13 +3,15 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
-from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.polling import Reminder, polls
 
 log = logging.getLogger(__name__)
 
@@ -138,13 +140,28 @@ class StoreCoordinator:
 
     def _wait_for(self, key: str, what: str) -> None:
         """Wait until every party has set ``key``; raise when one has left or the time is over."""
+        reminder = Reminder()
         for _ in polls(self.timeout_s):
             missing = self._missing(key)
             if not missing:
                 return
+            if reminder.due() and self._speaks(missing):
+                log.warning(
+                    "[party %d] waits for %s: %d of %d are here, up to %g s",
+                    self.party,
+                    _called(missing),
+                    self.num_parties - len(missing),
+                    self.num_parties,
+                    self.timeout_s,
+                )
             self.raise_if_left()
             self._interrupt()
-        raise self.timed_out(f"for party {', '.join(map(str, missing))} to {what}")
+        raise self.timed_out(f"for {_called(missing)} to {what}")
+
+    def _speaks(self, missing: Sequence[int]) -> bool:
+        """Whether this party tells for whom it and others wait, since they may share a terminal."""
+        first = next(party for party in range(self.num_parties) if party not in missing)
+        return self.party == first or os.environ.get("LOCAL_RANK") == "0"
 
     def _wait_to_leave(self, key: str) -> None:
         for _ in polls(_LEAVE_S):
@@ -164,6 +181,29 @@ class StoreCoordinator:
         return " and ".join(others) or "another party"
 
     @contextlib.contextmanager
+    def waiting(self, first_s: float = 60.0) -> Iterator[None]:
+        """Tell for whom this party waits while it is blocked in a collective; by then all have their turns."""
+        over = threading.Event()
+
+        def tell() -> None:
+            if over.wait(first_s):
+                return
+            while True:
+                late = [party for party, phase in self.phases().items() if phase != self.phase]
+                if late and self._speaks(late):
+                    log.warning("[party %d] waits for %s", self.party, self._elsewhere())
+                if over.wait(60):
+                    return
+
+        thread = threading.Thread(target=tell, name="waiting for parties", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
         try:
             yield
@@ -173,3 +213,7 @@ class StoreCoordinator:
                 f" ({error}). The process that hosts it, often party 0's or its launcher, has ended: look at"
                 " the end of its log."
             ) from error
+
+
+def _called(parties: Sequence[int]) -> str:
+    return f"part{'y' if len(parties) == 1 else 'ies'} {', '.join(map(str, parties))}"

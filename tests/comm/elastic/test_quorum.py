@@ -283,5 +283,7 @@ def test_who_is_late_for_the_end_is_told() -> None:
     joining.register.claim("ended/run", 5)
     with pytest.raises(FederationError, match="ended after 5 rounds while party a was away, which knows 3"):
         joining.join(OLD)
+    with pytest.raises(FederationError, match="the other parties have its result: the adapter and the last"):
+        joining.join(OLD)
     complete = replace(OLD, version=Version("run", 5, 9), intent="rest")
     assert members_of(joining.join(complete)) == ["a"]
