@@ -11,12 +11,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # commands that train nothing import neither torch nor Lightning, also to tell an error
-    from torch.distributed import Store
 
 MAX_LINES = 12
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -24,9 +19,6 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 _FILE_NAME = "error.log"
 _WIDTH = 110
-# What a party learns of another's failure comes seconds before that party has ended and told its own.
-_FIRST_HAND_S = 5.0
-_STORE_S = 5.0
 _BUILDING = "instantiate_classes"
 # Their ValueErrors and the like are about what the user has asked for; those of torch are about the code.
 _CHECK_ARGUMENTS = ("pellm_lightning", "lightning", "transformers", "peft", "datasets", "huggingface_hub")
@@ -76,9 +68,12 @@ def report(error: Exception) -> int:
     words = str(error) or type(error).__name__
     if not _is_a(error, "FederationError", "MisconfigurationException", "ValueError"):
         words = f"{type(error).__name__}: {words}"
+    if isinstance(error, FileNotFoundError):
+        words = f"{words.rstrip('.')}. A relative path is seen from {os.getcwd()}."
     more = "" if status == USAGE else "To see the traceback, add --debug."
     more = more if kept is None else f"The traceback is in {kept}."
-    second_hand = _is_a(error, "PartyLostError") or getattr(error, "by", None) is not None
+    lost = _is_a(error, "PartyLostError") and not getattr(error, "parties", ())
+    second_hand = lost or getattr(error, "by", None) is not None
     if is_expected(error) and not _Place.debug:
         tell(words, more, second_hand=second_hand)
     elif _claim(words, second_hand=second_hand):
@@ -115,9 +110,14 @@ def is_expected(error: BaseException) -> bool:
 
 
 def _is_usage(error: BaseException) -> bool:
-    """Whether it is about the value of an option: raised while the configured objects were built."""
+    """Whether it is about the value of an option, but no file: raised as the configured objects were built."""
     building = any(frame.name == _BUILDING for frame in traceback.extract_tb(error.__traceback__))
-    return building and _is_a(error, "ValueError", "TypeError", "MisconfigurationException")
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if not building or any(isinstance(cause, ImportError | OSError) for cause in causes):
+        return False
+    return _is_a(error, "ValueError", "TypeError", "MisconfigurationException")
 
 
 def _is_a(error: BaseException, *names: str) -> bool:
@@ -173,42 +173,14 @@ def _record(text: str) -> None:
             Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
-# ---- who tells it
-
-
 def _claim(words: str, *, second_hand: bool) -> bool:
     """Return whether this process is to tell an error; one of those that share a terminal is.
 
-    The first that claims it is, and of what others fail with, what is another error. Who knows of it second
-    hand waits for the party whose error it is.
+    Words that differ in the party, or in the order of a set, are the same error.
     """
-    store = _launch_store()
-    if store is None:
-        return True
-    from torch.distributed import DistError
-
-    from pellm_lightning.comm.polling import polls
-
-    key = f"pellm/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{os.environ.get('GROUP_RANK', 0)}"
-    try:
-        if second_hand and any(store.check([key]) for _ in polls(_FIRST_HAND_S)):
-            return False
-        error = hashlib.sha256(re.sub(r"(?i)\bparty[- ]\w+", "party", words).encode()).hexdigest()
-        mine = f"{os.environ['RANK']} {error}"
-        teller, _, told = store.compare_set(key, "", mine).decode().partition(" ")
-    except DistError:
-        return True  # the launcher has gone, and what nobody may have told is to be told
-    return teller == os.environ["RANK"] or (told != error and not second_hand)
-
-
-def _launch_store() -> "Store | None":
-    """Return torchrun's store, which outlives its processes; None if it is not there."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return None
-    from torch.distributed import DistError, TCPStore
+        return True
+    from pellm_lightning.comm.torchrun.store import is_first_to_tell
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_S))
-    except DistError:
-        return None
+    same = sorted(re.findall(r"\w+", re.sub(r"(?i)\b(party|rank)[- ]\w+", "", words)))
+    return is_first_to_tell(hashlib.sha256(" ".join(same).encode()).hexdigest(), second_hand=second_hand)

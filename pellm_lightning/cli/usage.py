@@ -65,9 +65,11 @@ def explained(message: str, parser: ArgumentParser | None = None) -> str:
         reasons = [reason for reason in reasons if not reason.startswith("expected ")]
         reasons.append(f"expected {' or '.join(expected)}")
     said = ": ".join(filter(None, [".".join(keys), "; ".join(reasons)]))
-    if value and len(value) <= _MAX_VALUE and not re.match(r"\w*[({]", value) and repr(value) not in said:
+    is_short = 0 < len(value) <= _MAX_VALUE and not re.match(r"\w*[({]", value)
+    if is_short and not re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said):
         said += f", got {value!r}"
-    return f"{said.rstrip('.')}.{_suggestion(message, value, parser)}"
+    end = "" if said.endswith(("?", ".")) else "."
+    return f"{said}{end}{_suggestion(message, value, parser)}"
 
 
 def _plain(reason: str) -> str:

@@ -21,7 +21,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_found("tokenizer", name)) from error
+        raise ValueError(_not_found("tokenizer", name, error)) from error
     end = tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.sep_token
     if end is None:
         raise ValueError(
@@ -54,7 +54,7 @@ def load_model(auto_class: Any, name: str, dtype: Dtype = "auto", **options: Any
     try:
         model: PreTrainedModel = auto_class.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_found("model", name)) from error
+        raise ValueError(_not_found("model", name, error)) from error
     return model
 
 
@@ -76,9 +76,9 @@ def _unpacked() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def _not_found(what: str, name: str) -> str:
+def _not_found(what: str, name: str, error: Exception) -> str:
     return (
         f"{what}={name!r} cannot be loaded: it should be a folder or a .gguf file (seen from {Path.cwd()}), "
         "or the id of a model on the hub, which has to be reachable or in the local cache. "
-        "The error above tells what was missing."
+        f"{str(error).splitlines()[0]:.200}"
     )

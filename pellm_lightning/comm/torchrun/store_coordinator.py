@@ -106,17 +106,20 @@ class StoreCoordinator:
                     raise PartyLostError(
                         f"Party {party} left the federation while {reason}. Party {self.party} also"
                         " stops, its parameters are those of the last completed round plus its own local"
-                        " steps. Fix the cause and resume all parties from their last checkpoints."
+                        " steps. Fix the cause and resume all parties from their last checkpoints.",
+                        parties=(str(party),),
+                        by=str(party),
                     ) from error
 
-    def timed_out(self, waiting: str = "") -> PartyLostError:
+    def timed_out(self, waiting: str = "", late: Sequence[int] = ()) -> PartyLostError:
         """Return the error of this party's timeout, and publish it: the late party shall find the reason."""
         reason = f"it waited {self.timeout_s:g} s {waiting or 'for ' + self._elsewhere()}"
         self.publish_reason(reason)
         return PartyLostError(
             f"Party {self.party} gave up while {self.phase}: {reason}. Look at the log of who is missing,"
             f" check that all {self.num_parties} parties run and reach the same rendezvous, or raise"
-            " timeout_s above the time by which the slowest party's local steps outlast the fastest's."
+            " timeout_s above the time by which the slowest party's local steps outlast the fastest's.",
+            parties=[str(party) for party in late or self._late()],
         )
 
     def leave_together(self) -> None:
@@ -156,7 +159,7 @@ class StoreCoordinator:
                 )
             self.raise_if_left()
             self._interrupt()
-        raise self.timed_out(f"for {_called(missing)} to {what}")
+        raise self.timed_out(f"for {_called(missing)} to {what}", missing)
 
     def _speaks(self, missing: Sequence[int]) -> bool:
         """Whether this party tells for whom it and others wait, since they may share a terminal."""
@@ -175,6 +178,9 @@ class StoreCoordinator:
     def _missing(self, key: str) -> list[int]:
         return [party for party in range(self.num_parties) if not self._store.check([key.format(party)])]
 
+    def _late(self) -> list[int]:
+        return [party for party, phase in self.phases().items() if phase != self.phase]
+
     def _elsewhere(self) -> str:
         """Return which parties do something else than this one, and what."""
         others = [f"party {party} ({phase})" for party, phase in self.phases().items() if phase != self.phase]
@@ -182,14 +188,14 @@ class StoreCoordinator:
 
     @contextlib.contextmanager
     def waiting(self, first_s: float = 60.0) -> Iterator[None]:
-        """Tell for whom this party waits while it is blocked in a collective; by then all have their turns."""
+        """Tell for whom this party waits while it is blocked in a collective."""
         over = threading.Event()
 
         def tell() -> None:
             if over.wait(first_s):
                 return
             while True:
-                late = [party for party, phase in self.phases().items() if phase != self.phase]
+                late = self._late()
                 if late and self._speaks(late):
                     log.warning("[party %d] waits for %s", self.party, self._elsewhere())
                 if over.wait(60):
