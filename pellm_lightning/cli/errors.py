@@ -110,7 +110,7 @@ def is_expected(error: BaseException) -> bool:
 
 
 def _is_usage(error: BaseException) -> bool:
-    """Whether it is about the value of an option, but no file: raised as the configured objects were built."""
+    """Whether it is about the value of an option, not a file: raised as the configured objects were built."""
     building = any(frame.name == _BUILDING for frame in traceback.extract_tb(error.__traceback__))
     causes = [error]
     while causes[-1].__cause__ is not None:

@@ -4,7 +4,6 @@ import logging
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from typing import TextIO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,21 +23,30 @@ log = logging.getLogger(__name__)
 _NOT_LOGGED = {"quorum", "last"}
 
 
-class _TerminalHandler(logging.Handler):
-    """Handler that writes to what stderr is now: a live view replaces it, to keep lines above itself."""
+class _Stderr:
+    """Stream to what stderr is now: a live view replaces it, to keep lines above itself."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        stream: TextIO = sys.stderr
-        stream.write(self.format(record) + "\n")
-        stream.flush()
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def show_log_lines() -> None:
     """Show the package's lines as Lightning shows its own, unless the application set up logging itself."""
     package = logging.getLogger("pellm_lightning")
     if not package.handlers and not logging.getLogger().handlers:
-        package.addHandler(_TerminalHandler())
+        package.addHandler(logging.StreamHandler(_Stderr()))
         package.setLevel(logging.INFO)
+
+
+def keep_above_live_view() -> None:
+    """Let Lightning's lines pass through stderr as it is now: a line below a live view would tear it."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler and handler.stream is sys.stderr:
+                handler.setStream(_Stderr())
 
 
 def log_start(

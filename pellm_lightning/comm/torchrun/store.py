@@ -1,6 +1,7 @@
 """Rendezvous store that torchrun, or the usual environment variables, provide."""
 
 import os
+import socket
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -59,11 +60,13 @@ def is_first_to_tell(error: str, *, second_hand: bool) -> bool:
     key = f"told/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{environ.get('GROUP_RANK', 0)}"
     try:
         address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        # A client of torch's that finds nobody prints thirty lines of its own.
+        socket.create_connection((address, port), _CONNECT_S).close()
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
         if second_hand and any(store.check([key]) for _ in polls(_FIRST_HAND_S)):
             return False
         mine = f"{environ['RANK']} {error}"
         teller, _, told = store.compare_set(key, "", mine).decode().partition(" ")
-    except dist.DistError:
+    except (dist.DistError, OSError):
         return True
     return teller == environ["RANK"] or (told != error and not second_hand)
