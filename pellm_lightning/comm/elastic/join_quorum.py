@@ -18,7 +18,7 @@ from pellm_lightning.comm.errors import (
     PartyLostError,
     TooFewPartiesError,
 )
-from pellm_lightning.comm.polling import Reminder, polls
+from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +181,7 @@ class QuorumProtocol:
 
     def deadline(self) -> "QuorumDeadline":
         """Return the deadline of joining one quorum."""
-        # In a round parties are late as a rule: each makes its own local steps.
-        reminder = Reminder() if not self.partners else Reminder(first_s=60)
+        reminder = Reminder(ROUND_S if self.partners else None)
         return QuorumDeadline(self._peers, self._name, self._roster, self._needed, self._membership, reminder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
-from pellm_lightning.comm.polling import Reminder, polls
+from pellm_lightning.comm.polling import EVERY_S, ROUND_S, Reminder, polls
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class StoreCoordinator:
         return " and ".join(others) or "another party"
 
     @contextlib.contextmanager
-    def waiting(self, first_s: float = 60.0) -> Iterator[None]:
+    def waiting(self, first_s: float = ROUND_S) -> Iterator[None]:
         """Tell for whom this party waits while it is blocked in a collective."""
         over = threading.Event()
 
@@ -198,7 +198,7 @@ class StoreCoordinator:
                 late = self._late()
                 if late and self._speaks(late):
                     log.warning("[party %d] waits for %s", self.party, self._elsewhere())
-                if over.wait(60):
+                if over.wait(EVERY_S):
                     return
 
         thread = threading.Thread(target=tell, name="waiting for parties", daemon=True)
@@ -222,4 +222,4 @@ class StoreCoordinator:
 
 
 def _called(parties: Sequence[int]) -> str:
-    return f"part{'y' if len(parties) == 1 else 'ies'} {', '.join(map(str, parties))}"
+    return f"party {', '.join(map(str, parties))}"

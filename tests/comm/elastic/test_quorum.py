@@ -9,7 +9,14 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.comm import FederationError, Membership, MismatchError, TooFewPartiesError, Version
+from pellm_lightning.comm import (
+    FederationError,
+    Membership,
+    MismatchError,
+    TooFewPartiesError,
+    Version,
+    polling,
+)
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, stage
@@ -218,6 +225,14 @@ def test_too_few_are_told_of_the_missing() -> None:
     with pytest.raises(TooFewPartiesError, match=r"for 2 of the 3 parties; missing: b \(dead\), c \(late\)"):
         joining.join(OLD)
     assert joining.register.read("view/1") == [None]
+
+
+def test_who_waits_says_for_whom(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polling, "FIRST_S", 0.0)
+    joining = Joining(alive="ac")
+    joining.write(c=NEW)
+    assert members_of(joining.join(NEW, nothing, nothing, lambda: joining.write(b=NEW, c=NEW))) != ["a"]
+    assert caplog.messages == ["[party a] waits for b: 2 of 3 are here, up to 9 s"], "once a minute"
 
 
 def test_one_that_differs_is_told_and_not_taken() -> None:
