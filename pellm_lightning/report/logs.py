@@ -154,15 +154,17 @@ def show_on_bar(module: LightningModule, report: RoundReport) -> None:
 
 
 def _where_written(written: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return a line for all parties whose paths differ by ``party-<k>`` only."""
-    parties: dict[str, list[str]] = {}
-    for party, paths in written.items():
-        folders = (re.sub(r"\bparty-\d+\b", "party-<k>", path.partition(":")[2]) for path in paths)
-        parties.setdefault(", ".join(folders), []).append(party)
+    """Return a line for each party that writes; one for all whose paths differ by ``party-<k>`` only."""
+    paths = {party: ", ".join(path.partition(":")[2] for path in named) for party, named in written.items()}
+    alike: dict[str, list[str]] = {}
+    for party, path in paths.items():
+        alike.setdefault(re.sub(r"\bparty-\d+\b", "party-<k>", path), []).append(party)
     return [
-        (f"party {names[0]} writes" if len(names) == 1 else f"parties {', '.join(names)} write") + f" to {to}"
-        for to, names in parties.items()
-        if to
+        f"parties {', '.join(parties)} write to {path}"
+        if len(parties) > 1
+        else f"party {parties[0]} writes to {paths[parties[0]]}"
+        for path, parties in alike.items()
+        if path
     ]
 
 
