@@ -93,8 +93,10 @@ def tell(words: str, more: str = "", *, second_hand: bool = False) -> None:
     if _claim(words, second_hand=second_hand):
         party = _party()
         text = f"[{party}] error: {words}" if party else f"error: {words}"
-        lines = _wrapped(text, MAX_LINES - bool(more)) + _wrapped(more, 1, cuts=False)
-        sys.stderr.write("\n".join(lines) + "\n")
+        lines, last = _wrapped(text), _wrapped(more)
+        most = MAX_LINES - len(last)
+        shown = lines if len(lines) <= most else [*lines[: most - 1], "  ..."]
+        sys.stderr.write("\n".join([*shown, *last]) + "\n")
         sys.stderr.flush()
         _record(text)
 
@@ -140,15 +142,13 @@ def _party() -> str | None:
     return f"party of rank {os.environ.get('RANK', 0)}"  # how many processes a party has is not known yet
 
 
-def _wrapped(text: str, most: int, *, cuts: bool = True) -> list[str]:
-    """Return lines no wider than the terminal, with the rest of a long text cut off."""
+def _wrapped(text: str) -> list[str]:
+    """Return lines no wider than the terminal, with words and paths whole."""
     width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
-    lines: list[str] = []
-    for line in filter(str.strip, text.splitlines()):
-        lines += textwrap.wrap(
-            line, width, break_long_words=False, break_on_hyphens=False, subsequent_indent="  "
-        )
-    return [*lines[: most - 1], "  ..."] if cuts and len(lines) > most else lines
+    wrapper = textwrap.TextWrapper(
+        width, break_long_words=False, break_on_hyphens=False, subsequent_indent="  "
+    )
+    return [wrapped for line in text.splitlines() for wrapped in wrapper.wrap(line)]
 
 
 def _keep_traceback(error: Exception) -> Path | None:

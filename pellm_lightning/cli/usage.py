@@ -85,7 +85,7 @@ def _plain(reason: str) -> str:
 def _suggestion(message: str, value: str, parser: ArgumentParser | None) -> str:
     """Return the sentence with the name that may have been meant; "" if none is close."""
     options = [option for action in parser._actions for option in action.option_strings] if parser else []
-    unknown = re.search(r"unrecognized arguments: (-\S+?)(?:[=\s]|$)", message)
+    unknown = re.search(r"nrecognized arguments: (-\S+?)(?:[=\s]|$)", message)
     if unknown:
         return did_you_mean(unknown[1], options)
     unknown = re.search(r"does not accept option '([^']+)'", message)

@@ -124,7 +124,7 @@ MISTAKES = {
     # ---- usage: nothing has been built
     "option": Mistake(
         ["--federated.evry_n_steps=2"],
-        ["unrecognized arguments: --federated.evry_n_steps=2", "Did you mean '--federated.every_n_steps'?"],
+        ["recognized arguments: --federated.evry_n_steps=2", "Did you mean '--federated.every_n_steps'?"],
         status=2,
     ),
     "yaml key": Mistake(
@@ -162,7 +162,7 @@ MISTAKES = {
     ),
     "callback": Mistake(["--trainer.callbacks+=EarlyStoping"], ["Did you mean 'EarlyStopping'?"], 2),
     "argument of a class": Mistake(["--data.sample=3"], ["sample", "Did you mean 'samples'?"], 2),
-    "required argument": Mistake([KEYS], ["arguments are required: signing_key, trusted_keys"], 2),
+    "required argument": Mistake([KEYS], ["SecureAggregation", "required", "trusted_keys"], 2),
     "range": Mistake(["--federated.every_n_steps=0"], ["every_n_steps=0 must be at least 1"], 2),
     "indivisible": Mistake(["--num_parties=3"], ["num_parties=3 does not divide the 2 launched process"], 2),
     "accelerator": Mistake(["--trainer.accelerator=gpuu"], ["invalid accelerator", "gpuu"], 2),
