@@ -31,7 +31,7 @@ from pellm_lightning.report.logs import show_log_lines
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 from pellm_lightning.trainer import isolation
-from pellm_lightning.trainer.environment import set_rank_zero, shares_terminal, topology_of
+from pellm_lightning.trainer.environment import owns_terminal, set_rank_zero, topology_of
 from pellm_lightning.trainer.pickling import own_state
 from pellm_lightning.trainer.resume import last_of_unfinished, precede_runs
 
@@ -246,7 +246,7 @@ class FederatedAveraging(Callback):
         # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do not:
         # their launcher's rank made them dummies until now.
         self._separate(trainer, self._topology)
-        if self._topology.party > 0 and shares_terminal(self._topology):
+        if self._topology.party > 0 and not owns_terminal(self._topology):
             isolation.silence(trainer)
         if not self.parameters.save_frozen:
             pl_module.strict_loading = False

@@ -305,10 +305,24 @@ class FederatedFit:
             quorum = int(started.settings["quorum"] or 1)
             warn_of_unequal_fits(topology.name, started.facts, factory.every_n_steps, quorum)
         self.reporter.start(
-            self._module, plan, shared, factory.exchange, factory.privacy, round=started.round
+            self._module,
+            plan,
+            shared,
+            factory.exchange,
+            factory.privacy,
+            round=started.round,
+            written=self._written(),
         )
         if self._communicator is not None:
             self.reporter.show(self._communicator.phases)
+
+    def _written(self) -> dict[str, list[str]]:
+        """Return where the parties of a launch write, by name; of separate jobs where this one does."""
+        joined = self._communicator
+        if joined is None or joined.may_lose_parties:
+            return {self.party.topology.name: isolation.written_paths(self._trainer)}
+        specs = zip(joined.names, joined.party_specs(), strict=True)
+        return {name: list(spec["files"]) for name, spec in specs}
 
     def _report_round(self, report: RoundReport, on_bar: bool) -> None:
         self.reporter.round(self._module, report, on_bar=on_bar)

@@ -13,14 +13,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
-from pellm_lightning.cli import commands
+from pellm_lightning.cli import commands, errors
 from pellm_lightning.cli.doctor.facts import Rehearsal
 from pellm_lightning.cli.saved_config import SaveNumberedConfig
+from pellm_lightning.cli.usage import NO_TYPE_FITS, CommandParser, explained
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched
 from pellm_lightning.trainer import isolation
-from pellm_lightning.trainer.environment import PartyEnvironment, set_rank_zero, shares_terminal, topology_of
+from pellm_lightning.trainer.environment import PartyEnvironment, owns_terminal, set_rank_zero, topology_of
 
 _USAGE = "%(prog)s [--config run.yaml] [--option value ...]"
 
@@ -64,6 +65,8 @@ class FederatedCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        if self.parser_class is LightningArgumentParser:  # unless the user has given another
+            self.parser_class = CommandParser
         try:
             return super().init_parser(**kwargs)
         except ModuleNotFoundError as error:
@@ -109,7 +112,12 @@ class FederatedCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         if self.subcommand != "doctor":
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                if NO_TYPE_FITS in str(error):
+                    raise ValueError(explained(str(error))) from error
+                raise
             return
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         try:
@@ -147,12 +155,16 @@ class FederatedCLI(LightningCLI):
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             if not any(isinstance(callback, ProgressBar) for callback in callbacks):
                 kwargs["callbacks"] = [*callbacks, *_live_view()]
+        errors.set_place(
+            f"party {topology.name}" if topology.num_parties > 1 else None,
+            kwargs.get("default_root_dir") or trainer_config.get("default_root_dir") or os.getcwd(),
+        )
         trainer = super().instantiate_trainer(**kwargs)
         if topology.num_parties > 1:
             # Before the fit: its first act is to create the loggers' files.
             isolation.separate_files(trainer, topology.party)
             set_rank_zero(topology.rank_in_party)
-            if topology.party > 0 and shares_terminal(topology):
+            if not owns_terminal(topology):
                 isolation.silence(trainer)
         return trainer
 

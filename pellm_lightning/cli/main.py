@@ -1,10 +1,12 @@
 """Entry point of the command line: ``pellm`` and ``python -m pellm_lightning``."""
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from pellm_lightning.cli import errors, noise
+from pellm_lightning.comm.errors import did_you_mean
 
 COMMANDS = {
     "Train (options and YAML as of LightningCLI)": {
@@ -50,7 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: The command and its arguments; None takes those of the process.
+
+    Raises:
+        SystemExit: If the command failed, which has been reported, or ended by itself.
     """
+    noise.quieten()
+    with errors.reported():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else "--help"
     if command in ("-h", "--help", "help"):
@@ -60,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pellm_lightning {import_module('pellm_lightning').__version__}")
         return 0
     if command not in MODULES and not command.startswith("-"):
-        print(_unknown(command), file=sys.stderr)
-        return 2
+        errors.tell(_unknown(command))
+        return errors.USAGE
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as by `python -m`, so that a configuration may name a script here
     # Options before the command are LightningCLI's, such as --config with a section for each command.
@@ -79,6 +90,4 @@ def help_text() -> str:
 
 
 def _unknown(command: str) -> str:
-    close = difflib.get_close_matches(command, MODULES, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"pellm has no command {command!r}.{hint} All commands: pellm --help"
+    return f"pellm has no command {command!r}.{did_you_mean(command, MODULES)} All commands: pellm --help"

@@ -1,6 +1,7 @@
 """Errors between parties. Every message names the party, the thing and the fix."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class FederationError(RuntimeError):
@@ -28,3 +29,14 @@ class PartyLostError(FederationError):
 
 class TooFewPartiesError(FederationError):
     """Fewer parties than the quorum have joined within the timeout."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence with the known name that is closest to one that is unknown; "" if none is close.
+
+    Example:
+        >>> did_you_mean("clinic-s", ["clinic-a", "hospital"])
+        " Did you mean 'clinic-a'?"
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,6 +1,7 @@
 """Progress bar of Lightning with a live view of the federation above it."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -9,14 +10,29 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console, RenderableType
+from rich.progress import Task, TextColumn
+from rich.text import Text
 from typing_extensions import override
 
+from pellm_lightning.report.logs import keep_above_live_view
 from pellm_lightning.report.run_view import RunView
-from pellm_lightning.report.view import view
+from pellm_lightning.report.view import last_phases, view
 from pellm_lightning.trainer.pickling import own_state
 
 _POLL_EVERY_S = 1.0
 _REFRESHES_PER_S = 10
+
+
+class _Description(TextColumn):
+    """Description of a bar; Lightning counts to the epoch -2 where there is no last one."""
+
+    def __init__(self) -> None:
+        super().__init__("[progress.description]{task.description}")
+
+    @override
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        return Text.from_markup(re.sub(r"/-\d+", "", text.markup))
 
 
 class FederationProgressBar(RichProgressBar):
@@ -65,12 +81,25 @@ class FederationProgressBar(RichProgressBar):
         self.quiet = not console.is_terminal or console.is_jupyter or bool(os.environ.get("CI"))
         if self.quiet:
             self.disable()
+        else:
+            keep_above_live_view()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self._first_step is None:  # it is slower than all others
             self._first_step = time.monotonic(), trainer.global_step
         super().on_train_batch_end(trainer, *args, **kwargs)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show how the federation has ended; the callback, which comes first, has left it."""
+        self._stop_polling()
+        if self._run is not None:
+            self._phases = last_phases(self._run, self._phases)
+
+    @override
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        return [_Description(), *super().configure_columns(trainer)[1:]]
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
@@ -81,6 +110,8 @@ class FederationProgressBar(RichProgressBar):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop_polling()
+        if self._run is not None:
+            self._phases = self._phases | {self._run.names[self._run.party]: "failed"}
         super().on_exception(trainer, pl_module, exception)
 
     @override

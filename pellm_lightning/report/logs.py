@@ -1,7 +1,9 @@
 """What a user reads while a fit runs: log lines, and metrics in Lightning's loggers and progress bar."""
 
 import logging
-from collections.abc import Collection, Mapping
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,12 +24,30 @@ log = logging.getLogger(__name__)
 _NOT_LOGGED = {"quorum", "last"}
 
 
+class _Stderr:
+    """Stream to what stderr is now: a live view replaces it, to keep lines above itself."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def show_log_lines() -> None:
     """Show the package's lines as Lightning shows its own, unless the application set up logging itself."""
     package = logging.getLogger("pellm_lightning")
     if not package.handlers and not logging.getLogger().handlers:
-        package.addHandler(logging.StreamHandler())
+        package.addHandler(logging.StreamHandler(_Stderr()))
         package.setLevel(logging.INFO)
+
+
+def keep_above_live_view() -> None:
+    """Let Lightning's lines pass through stderr as it is now: a line below a live view would tear it."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler and handler.stream is sys.stderr:
+                handler.setStream(_Stderr())
 
 
 def log_start(
@@ -37,9 +57,19 @@ def log_start(
     parameters: Mapping[str, nn.Parameter],
     exchange: Exchange,
     privacy: GaussianMechanism | None,
-    written: Collection[str],
+    written: Mapping[str, Sequence[str]],
 ) -> None:
-    """Log which parameters will leave this party: users want to know whether it is the adapter only."""
+    """Log which parameters will leave a party, since users want to know whether it is the adapter only.
+
+    Args:
+        start: Of the fit.
+        module: The module to train.
+        plan: The aggregation applied to the parameters.
+        parameters: Those that take part in the rounds.
+        exchange: How they are sent.
+        privacy: The mechanism that makes them private.
+        written: Where parties write, as "host:path", by name.
+    """
     trainable = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
     local = trainable - parameters.keys()
     lines = [
@@ -58,8 +88,8 @@ def log_start(
         lines.append(f"updates are clipped and noisy: {privacy!r}")
     if local:
         lines.append(f"{count(len(local), 'trainable parameter')} of its own stay local: {_first(local)}")
-    if start.party > 0:
-        lines += [f"writes to {path.partition(':')[2]}" for path in written]
+    if len(start.parties) > 1:
+        lines += _where_written(written)
     for line in lines:
         log.info("[party %s] %s", start.name, line)
     outside = share_outside_adapter(parameters, adapter_parameters(module))
@@ -120,6 +150,21 @@ def show_on_bar(module: LightningModule, report: RoundReport) -> None:
     """Show the round and the global loss on the progress bar; Lightning allows that in some hooks only."""
     shown = {"round": float(report.round)} | ({} if report.loss is None else {"global_loss": report.loss})
     module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+
+
+def _where_written(written: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a line for each party that writes; one for all whose paths differ by ``party-<k>`` only."""
+    paths = {party: ", ".join(path.partition(":")[2] for path in named) for party, named in written.items()}
+    alike: dict[str, list[str]] = {}
+    for party, path in paths.items():
+        alike.setdefault(re.sub(r"\bparty-\d+\b", "party-<k>", path), []).append(party)
+    return [
+        f"parties {', '.join(parties)} write to {path}"
+        if len(parties) > 1
+        else f"party {parties[0]} writes to {paths[parties[0]]}"
+        for path, parties in alike.items()
+        if path
+    ]
 
 
 def _first(names: Collection[str]) -> str:

@@ -1,6 +1,6 @@
 """The reporter of a fit: passes its rounds to log lines, loggers, the progress bar and the record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
@@ -15,7 +15,8 @@ from pellm_lightning.report.logs import log_round, log_start, publish, round_met
 from pellm_lightning.report.record import RunRecord, Start, Validation
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.report.run_view import LiveView, RunView
-from pellm_lightning.trainer.isolation import callbacks_of, written_paths
+from pellm_lightning.trainer.environment import owns_terminal
+from pellm_lightning.trainer.isolation import callbacks_of
 
 
 class Reporter:
@@ -24,7 +25,7 @@ class Reporter:
     Example::
 
         reporter = Reporter(trainer, topology, summary, rounds=[], record=RunRecord("rounds.jsonl"))
-        reporter.start(module, plan, parameters, Plain(), None, round=0)
+        reporter.start(module, plan, parameters, Plain(), None, round=0, written={})
         reporter.round(module, report, on_bar=True)
         reporter.end()
 
@@ -70,6 +71,7 @@ class Reporter:
         privacy: GaussianMechanism | None,
         *,
         round: int,
+        written: Mapping[str, Sequence[str]],
     ) -> None:
         """Report that the fit begins, and which parameters will leave this party; for its leader only.
 
@@ -80,6 +82,7 @@ class Reporter:
             exchange: How they are sent.
             privacy: The mechanism that makes them private.
             round: Index of the next round.
+            written: Where parties write, as "host:path", by name.
         """
         trainer, self._next_round = self._trainer, round
         start = Start(
@@ -98,7 +101,8 @@ class Reporter:
             settings=self.summary.settings,
             config=_config_of(trainer),
         )
-        log_start(start, module, plan, parameters, exchange, privacy, written_paths(trainer))
+        if owns_terminal(self._topology):
+            log_start(start, module, plan, parameters, exchange, privacy, written)
         if self._record is not None:
             self._record.start(start)
 
@@ -133,8 +137,10 @@ class Reporter:
 
     def _logs_rounds(self, bar: object) -> bool:
         """Whether each round is a line of this party's log."""
+        if not owns_terminal(self._topology):
+            return False  # that is party 0's, which shows the round
         if isinstance(bar, LiveView):
-            return bar.quiet  # else one is shown in this terminal, here or by party 0
+            return bar.quiet
         return bar is None or self._topology.party > 0
 
 

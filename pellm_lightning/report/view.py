@@ -32,6 +32,24 @@ def view(run: RunView, phases: Mapping[str, str], seconds_left: float | None) ->
     return Group(*lines, _parties(run, phases, report))
 
 
+def last_phases(run: RunView, phases: Mapping[str, str]) -> dict[str, str]:
+    """Return what each party has come to when the fit of this one is over.
+
+    Args:
+        run: The federation.
+        phases: What each party was last seen doing, by name.
+    """
+    last = run.rounds[-1].parties if run.rounds else ()
+    return {
+        name: "finished" if index in last and not _is_gone(phases.get(name, "")) else phases.get(name, "")
+        for index, name in enumerate(run.names)
+    }
+
+
+def _is_gone(phase: str) -> bool:
+    return phase.startswith(("left", "silent"))
+
+
 def spark(values: Sequence[float]) -> str:
     """Return a line of bars, one per value, the lowest the smallest."""
     finite = [value for value in values if math.isfinite(value)]

@@ -198,13 +198,13 @@ def _from_pretrained(what: str, auto_class: Any, name: str, folder: str, options
             ) from error
         if isinstance(error, ImportError):
             raise
-        raise ValueError(_not_found(what, name, revision)) from error
+        raise ValueError(_not_found(what, name, revision, text)) from error
 
 
-def _not_found(what: str, name: str, revision: str | None) -> str:
+def _not_found(what: str, name: str, revision: str | None, reason: str) -> str:
     at = "" if revision is None else f" at revision={revision!r}"
     return (
         f"{what}={name!r}{at} cannot be loaded: it should be a folder or a .gguf file (seen from"
         f" {Path.cwd()}), or the id of a model on the hub, which has to be reachable or in the local cache."
-        " The error above tells what was missing."
+        f" {reason.splitlines()[0]:.200}"
     )

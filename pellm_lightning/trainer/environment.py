@@ -168,8 +168,9 @@ class Party:
             except TooFewPartiesError as caught:
                 error, told = caught, TooFewPartiesError(str(caught))
             except Exception as caught:
-                leader = f"The leader of party {self.topology.party}"
-                error, told = caught, FederationError(f"{leader} failed: {type(caught).__name__}: {caught}")
+                leader = f"the leader of party {self.topology.party}"
+                text = f"{leader.capitalize()} failed: {type(caught).__name__}: {caught}"
+                error, told = caught, FederationError(text, by=leader)
         result, told = self._strategy.broadcast((result, told))
         if error is not None:
             raise error
@@ -227,6 +228,11 @@ def set_rank_zero(rank_in_party: int) -> None:
 def shares_terminal(topology: Topology) -> bool:
     """Return whether several parties of one launcher share this host and its terminal."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > topology.party_size
+
+
+def owns_terminal(topology: Topology) -> bool:
+    """Return whether this process speaks on its terminal: of the parties that share one the first does."""
+    return not shares_terminal(topology) or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _fresh_prefix(topology: Topology) -> str:

@@ -87,7 +87,8 @@ def silence(trainer: Trainer) -> None:
         trainer.progress_bar_callback.disable()
     trainer.callbacks = [c for c in callbacks_of(trainer) if not isinstance(c, ModelSummary)]  # type: ignore[attr-defined]
     for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logger.level, logging.WARNING))
 
 
 def _checkpoints(trainer: Trainer) -> list[Any]:

@@ -226,11 +226,11 @@ def _logits(module: LittleModule) -> tuple[torch.Tensor, torch.Tensor]:
     ("words", "message"),
     [
         (["--federated.evry_n_steps=2"], "--federated.evry_n_steps=2"),
-        (["--federated.weighting=sample"], 'Parser key "federated.weighting"'),
-        (["--federated.every_n_steps=two"], 'Parser key "federated.every_n_steps"'),
-        (["--federated.inner_optimizer_state=clear"], 'Parser key "federated.inner_optimizer_state"'),
-        (["--federated.outer_optimizer=Adm"], 'Parser key "federated.outer_optimizer"'),
-        (["--num_parties=two"], 'Parser key "num_parties"'),
+        (["--federated.weighting=sample"], "federated.weighting: "),
+        (["--federated.every_n_steps=two"], "federated.every_n_steps: "),
+        (["--federated.inner_optimizer_state=clear"], "federated.inner_optimizer_state: "),
+        (["--federated.outer_optimizer=Adm"], "federated.outer_optimizer: "),
+        (["--num_parties=two"], "num_parties: "),
     ],
 )
 def test_a_typo_names_the_option(

@@ -34,12 +34,14 @@ def test_a_wrong_command_is_corrected(word: str, meant: str, capsys: pytest.Capt
     assert main([word, "--config=run.yaml"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"pellm has no command '{word}'. Did you mean {meant}? All commands: pellm --help\n"
+    assert (
+        err == f"error: pellm has no command '{word}'. Did you mean '{meant}'? All commands: pellm --help\n"
+    )
 
 
 def test_a_word_like_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["xyzzy"]) == 2
-    assert capsys.readouterr().err == "pellm has no command 'xyzzy'. All commands: pellm --help\n"
+    assert capsys.readouterr().err == "error: pellm has no command 'xyzzy'. All commands: pellm --help\n"
 
 
 def test_the_words_of_the_process_are_the_default(

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from party_threads import Classifier, Rounds, data, fit_parties, quiet_trainer
 from torch import nn
 
-from pellm_lightning.report.logs import show_log_lines
+from pellm_lightning.report.logs import _where_written, show_log_lines
 
 
 def lines_of(caplog: pytest.LogCaptureFixture, party: int, level: int = logging.INFO) -> list[str]:
@@ -80,6 +80,15 @@ def test_heads_that_dwarf_the_adapter_are_warned_about(
     (line,) = lines_of(caplog, 0, logging.WARNING) or ["nothing"]
     assert ("75 % of what crosses each round" in line) == warned
     assert ("name them in `exclude` (they stay local) or freeze them" in line) == warned
+
+
+def test_where_parties_write_is_told_together() -> None:
+    folders = {"0": ["h:/run"], "1": ["h:/run/party-1/a", "h:/run/party-1/b"], "2": ["i:/run/party-2/a"]}
+    assert _where_written(folders | {"3": ["i:/run/party-3/a"], "4": []}) == [
+        "party 0 writes to /run",
+        "party 1 writes to /run/party-1/a, /run/party-1/b",
+        "parties 2, 3 write to /run/party-<k>/a",
+    ]
 
 
 def test_more_than_three_names_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

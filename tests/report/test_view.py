@@ -15,7 +15,7 @@ from rich.console import Console
 from pellm_lightning import RoundReport
 from pellm_lightning.report.bar import FederationProgressBar
 from pellm_lightning.report.run_view import RunView
-from pellm_lightning.report.view import clock, spark, view
+from pellm_lightning.report.view import clock, last_phases, spark, view
 
 
 def report(**changed: Any) -> RoundReport:
@@ -115,6 +115,13 @@ def test_what_another_party_says_does_not_move_the_cursor_nor_set_colours() -> N
     assert all(len(line) <= 80 for line in lines)
 
 
+def test_the_last_table_tells_who_has_finished() -> None:
+    run = RunView(0, ("berlin", "oslo", "rome"), [report(parties=(0, 2))], dict)
+    seen = {"berlin": "in round 6", "oslo": "silent for 9 s", "rome": "meeting for round 7"}
+    assert last_phases(run, seen) == {"berlin": "finished", "oslo": "silent for 9 s", "rome": "finished"}
+    assert last_phases(run, seen | {"rome": "left"})["rome"] == "left"
+
+
 def test_bars_and_clocks() -> None:
     assert spark([1.0, 2.0, float("nan"), 3.0]) == "▁▅ █"
     assert spark([2.0, 2.0]) == "▁▁"
@@ -156,6 +163,8 @@ def test_in_a_terminal_a_fit_shows_the_federation_above_the_bars(
     assert "federation of 1 party · " in text
     assert "3 rounds done" in text
     assert "Epoch 0" in text
+    assert "/-" not in text  # of max_epochs, which is not given
+    assert re.search(r"0 \(here\) +finished", text[text.rindex("3 rounds done") :])
     assert "global_loss" not in text  # it stands above the bar already
     assert not [r for r in caplog.records if "round 0: " in r.getMessage()]
     assert "federation view" not in [thread.name for thread in threading.enumerate()]
@@ -186,8 +195,11 @@ def test_the_view_ends_with_a_fit_that_fails(tmp_path: Path) -> None:
                 raise RuntimeError("the lights went out")
             return super().training_step(batch, batch_idx)
 
+    file = io.StringIO()
     with pytest.raises(RuntimeError, match="lights"):
-        fit_with_bar(tmp_path, Broken(), file=io.StringIO(), force_terminal=True)
+        fit_with_bar(tmp_path, Broken(), file=file, force_terminal=True, color_system=None)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert re.search(r"0 \(here\) +failed", text[text.rindex("federation of") :])
     assert "federation view" not in [thread.name for thread in threading.enumerate()]
 
 

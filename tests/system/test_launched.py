@@ -17,7 +17,7 @@ from fork_server import python
 from launch import process_environ, torchrun
 from lora_module import Tuned, assert_same
 from party_threads import Classifier, data, fit_parties, quiet_trainer
-from paths import SCRIPTS
+from paths import EXAMPLES, SCRIPTS
 
 from pellm_lightning import Overlap
 
@@ -343,18 +343,42 @@ def test_one_terminal_stays_readable(tmp_path: Path) -> None:
     assert count("Trainable params") == [1, 0], "one model summary"
     assert count("GPU available") == [1, 0]
     assert count("Epoch ") == [0, 0], "no bar where there is no terminal"
-    assert count("[party 0] round ") == [3, 0], "but a line a round"
-    # What party 1 says is marked as its own: what leaves it, where it writes, a line a round, and warnings.
+    assert count("] round ") == [3, 0], "but a line a round"
+    assert count("federation of 2 parties") == [1, 0]
+    assert count("[party 0] parties 0, 1 write to") == [1, 0]
+    assert count("Tip") == count("TPU") == [0, 0]
+    # What party 1 says, such as a warning, is marked as its own.
     said = [line for line in own[1] if line.strip() and ".py:" not in line]
     assert all(line.startswith(("[party 1]", "[rank: 1]")) for line in said), said
-    assert count("[party 1] federation of 2 parties") == [0, 1]
-    assert count("[party 1] writes to") == [0, 2]
-    assert count("[party 1] round ")[1] == 3
     for party in range(2):
         below = tmp_path / f"party-{party}" / "lightning_logs" / "version_0"
         assert (below / "config.yaml").is_file()
         assert list(below.glob("events.*"))
         assert list(below.glob("checkpoints/*.ckpt"))
+
+
+def test_an_example_says_little_before_its_first_round(tmp_path: Path, bert: str) -> None:
+    rows = [f"w{k} w{k % 7},{('1790-1860', '1861-1945', '1946-2026')[k % 3]},p" for k in range(90)]
+    (tmp_path / "table.csv").write_text("\n".join(["text,era,president", *rows]))
+    words = [
+        "-m", "pellm_lightning", "fit", f"--config={EXAMPLES / 'classification.yaml'}",
+        f"--model.model={bert}",
+        f"--data.tokenizer={bert}", "--data.files=table.csv", "--data.max_length=1", "--data.alpha=100",
+        "--trainer.max_epochs=1",
+    ]  # fmt: skip
+    done = torchrun(3, words, tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:]
+    before, _, after = done.stdout.partition("[party 0] round 0: 3 of 3 parties trained")
+    assert len(before.splitlines()) <= 15, before
+    assert after.count("] round ") == 0, "one line, not one for each party"
+    # Who takes part, what leaves, how much a round sends, by which rule, and where each party writes.
+    summary = re.compile(
+        r"\[party 0\] federation of 3 parties: [\d,]+ of [\d,]+ parameters leave a party \(.* %\),"
+        r" .*B per round\n"
+        r"(?:.*\n)*.*aggregated by LowRankMean.*\n"
+        r"\[party 0\] parties 0, 1, 2 write to .*/party-<k>/lightning_logs/version_0\n"
+    )
+    assert summary.search(before), before
 
 
 def _count(own: list[list[str]], text: str) -> list[int]:

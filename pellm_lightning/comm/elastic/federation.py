@@ -38,7 +38,7 @@ from pellm_lightning.comm.elastic.commit import CommitProtocol, Decision
 from pellm_lightning.comm.elastic.connections import MemberConnections
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat, heartbeat_key
-from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol
+from pellm_lightning.comm.elastic.join_quorum import RESULT, QuorumDeadline, QuorumProtocol
 from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_roster
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
@@ -150,6 +150,7 @@ class ElasticFederation(Communicator):
                 raise
             raise PartyLostError(
                 f"Party {self._name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
+                f" If the federation has ended meanwhile, {RESULT}"
             ) from error
 
     # ---- membership
@@ -305,7 +306,8 @@ class ElasticFederation(Communicator):
     @override
     def mark_ended(self, version: Version) -> None:
         def claim() -> None:
-            self._register.claim(f"ended/{version.run_id}", version.round)
+            for run_id in (version.run_id, ""):  # a party that lost its state no longer knows of which run
+                self._register.claim(f"ended/{run_id}", version.round)
 
         self._try(claim)
 

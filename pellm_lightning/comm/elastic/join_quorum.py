@@ -1,5 +1,6 @@
 """Quorum protocol: who continues together in a term, and how long the others are waited for."""
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,7 +18,15 @@ from pellm_lightning.comm.errors import (
     PartyLostError,
     TooFewPartiesError,
 )
-from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
+
+log = logging.getLogger(__name__)
+
+RESULT = (
+    "the other parties have its result: the adapter and the last checkpoint in their run folders are also"
+    " this party's. Copy them from there."
+)
+"""Where the result of a federation is that ended while a party was away."""
 
 
 class QuorumProtocol:
@@ -62,6 +71,7 @@ class QuorumProtocol:
                 return self._read(written, mine)
             if now != term:
                 return None
+            deadline.ended = mine.version is None and is_count(ended)
             entries = self._present(
                 term, dict(zip(self._me.roster, map(QuorumMember.from_json, members), strict=True))
             )
@@ -69,8 +79,8 @@ class QuorumProtocol:
                 if mine.version.round < ended:
                     raise FederationError(
                         f"The federation ended after {ended} rounds while party {self._me.name} was away,"
-                        f" which knows {mine.version.round}. The others have the result. To resume older"
-                        " checkpoints of all parties, restart the rendezvous."
+                        f" which knows {mine.version.round}; {RESULT} To resume older checkpoints of all"
+                        " parties instead, restart the rendezvous."
                     )
                 if mine.intent == "rest":
                     return QuorumView.of(term, mine.version.run_id, entries)  # it was late, but lacks nothing
@@ -159,7 +169,7 @@ class QuorumProtocol:
 
     def deadline(self) -> "QuorumDeadline":
         """Return the deadline of joining one quorum."""
-        return QuorumDeadline(self._peers, self._me)
+        return QuorumDeadline(self._peers, self._me, Reminder(ROUND_S if self.partners else None))
 
 
 class QuorumDeadline:
@@ -168,12 +178,15 @@ class QuorumDeadline:
     Args:
         peers: Who is alive.
         me: This party, and how long it waits for whom.
+        reminder: When to say for whom this party waits.
     """
 
-    def __init__(self, peers: Heartbeat, me: LocalParty) -> None:
-        self._peers, self._me, self._wait_s = peers, me, me.membership.wait_s
+    def __init__(self, peers: Heartbeat, me: LocalParty, reminder: Reminder) -> None:
+        self._peers, self._me, self._wait_s, self._reminder = peers, me, me.membership.wait_s, reminder
         self._started = self._had_quorum = self._reached_rendezvous = self._mismatched = time.monotonic()
         self._mismatch: FederationError | None = None
+        self.ended = False
+        """Whether a federation has ended at this rendezvous, while this party knows of none."""
 
     @property
     def waited_s(self) -> float:
@@ -209,6 +222,15 @@ class QuorumDeadline:
             TooFewPartiesError: If too few have been there for too long.
         """
         self._reached_rendezvous = time.monotonic()
+        if awaited and self._reminder.due():
+            log.warning(
+                "[party %s] waits for %s: %d of %d are here, up to %g s",
+                self._me.name,
+                ", ".join(awaited),
+                len(entries),
+                len(self._me.roster),
+                self._longest_s(entries),
+            )
         if len({*entries, *filter(self._peers.alive, awaited)}) >= self._me.quorum:
             self._had_quorum = time.monotonic()
         waited = time.monotonic() - self._had_quorum
@@ -218,14 +240,19 @@ class QuorumDeadline:
             raise TooFewPartiesError(
                 f"Party {self._me.name} has waited {waited:.0f} s (wait_s) for {self._me.quorum} of the"
                 f" {len(self._me.roster)} parties; missing: {fates}. Start them, or look at their logs, and"
-                " start this party again: the federation continues where it was.",
+                " start this party again: the federation continues where it was."
+                + (f" A federation has ended here; if it was this party's, {RESULT}" if self.ended else ""),
                 parties=tuple(missing),
             )
 
     def is_over(self, entries: Mapping[str, QuorumMember]) -> bool:
         """Tell whether those who have not joined are to be left out."""
+        return self.waited_s > self._longest_s(entries)
+
+    def _longest_s(self, entries: Mapping[str, QuorumMember]) -> float:
+        """Return for how long those who have not joined are waited for."""
         beginning = stage(entries, self._me.quorum) == "beginning"
-        return self.waited_s > (self._wait_s if beginning else self._me.membership.round_timeout_s)
+        return self._wait_s if beginning else self._me.membership.round_timeout_s
 
     def wait_for_rendezvous(self, error: UnreachableError) -> None:
         """Wait a moment for the rendezvous to come back.

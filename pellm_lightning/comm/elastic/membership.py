@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pellm_lightning.comm.errors import did_you_mean
 from pellm_lightning.comm.quorum import Quorum, resolve_quorum
 from pellm_lightning.comm.tls import check_name
 
@@ -91,4 +92,5 @@ def check_roster(name: str, roster: Sequence[str]) -> None:
     if name not in roster:
         raise ValueError(
             f"Party {name!r} is not in the roster ({', '.join(roster)}). Give all the same roster."
+            + did_you_mean(name, roster)
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.polling import Reminder, polls
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def connect_register(
         UnreachableError: If it cannot be reached within ``wait_s``.
     """
     unreachable: UnreachableError | None = None
+    reminder = Reminder(first_s=0)
     for _ in polls(wait_s):
         store = None
         try:
@@ -133,8 +134,8 @@ def connect_register(
             register.renew()
             return register
         except (dist.DistError, UnreachableError) as error:
-            if unreachable is None:
-                log.warning("[party %s] waits for the rendezvous: %s", name, error)
+            if reminder.due():
+                log.warning("[party %s] waits for the rendezvous, up to %g s: %s", name, wait_s, error)
             unreachable = UnreachableError(str(error))
             _close(store)
     raise unreachable or UnreachableError("no attempt was made")

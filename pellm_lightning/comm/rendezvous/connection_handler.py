@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -17,6 +18,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     LENGTH_BYTES,
     REFUSED,
     FrameError,
+    Op,
     length,
     pack,
     unpack,
@@ -40,6 +42,7 @@ _FRAME_S = 10.0
 # Larger frames are read and sent one at a time per session, so that the number of sessions bounds memory.
 _LARGE_BYTES = 64 << 10
 _LOG_REJECTED_S = 10.0
+_OWNER = re.compile(rb"(?:^|/)@([\w.-]{1,64})(?:/|$)")
 
 # What a connection raises that breaks, sends garbage or is too late.
 _BROKEN = (OSError, EOFError, FrameError)
@@ -62,6 +65,8 @@ class _Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     received_at: float = field(default_factory=time.monotonic)
+    party: str | None = None
+    """The party that its keys name, where no certificate does."""
 
     def cut(self) -> None:
         """Close at once; what waits for this connection gets an error of ``_BROKEN``."""
@@ -211,7 +216,7 @@ class ConnectionHandler:
             _make_room(session.connections, MAX_CONNECTIONS_PER_NAME)
         open_connections = [other for known in self._sessions.values() for other in known.connections]
         _make_room(open_connections, MAX_CONNECTIONS)
-        if not session.connections:
+        if not session.connections and session.name is not None:
             log.info("[%s] connected", session.label)
         session.connections.append(connection)
         self._sessions[session.label] = session
@@ -220,7 +225,9 @@ class ConnectionHandler:
         session.connections.remove(connection)
         if not session.connections:
             del self._sessions[session.label]
-            log.info("[%s] disconnected", session.label)
+        party, others = session.name or connection.party, session.connections
+        if party is not None and not any(session.name or other.party == party for other in others):
+            log.info("[%s] disconnected", party)
 
     async def _serve_requests(self, session: _Session, connection: _Connection) -> None:
         """Answer one request after the other; no local variable holds one while the next is waited for."""
@@ -238,9 +245,21 @@ class ConnectionHandler:
             raise ConnectionResetError("the connection was cut")
         op, fields = unpack(body)
         try:
-            return DONE, self._store.answer(op, fields, session.name)
+            answer = self._store.answer(op, fields, session.name)
+            if session.name is None and connection.party is None and op == Op.SET:
+                self._note_party(session, connection, fields[0] or b"")
+            return DONE, answer
         except RefusedError as error:
             return REFUSED, [str(error).encode()]
+
+    def _note_party(self, session: _Session, connection: _Connection, key: bytes) -> None:
+        """Note which party an unauthenticated connection is of, by the keys that it writes."""
+        owner = _OWNER.search(key)
+        if owner:
+            party = owner[1].decode()
+            if all(other.party != party for other in session.connections):
+                log.info("[%s] connected from %s", party, session.label)
+            connection.party = party
 
     def _log_rejected(self, host: str, error: BaseException) -> None:
         """Log rejected connections, but not each one: they must not fill the disk."""

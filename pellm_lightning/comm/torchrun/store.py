@@ -1,11 +1,17 @@
 """Rendezvous store that torchrun, or the usual environment variables, provide."""
 
 import os
+import socket
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
+from pellm_lightning.comm.polling import polls
+
+# A party learns of another's failure seconds before that one has ended and told it.
+_FIRST_HAND_S = 5.0
+_CONNECT_S = 5.0
 
 
 def launched() -> bool:
@@ -35,6 +41,32 @@ def store_from_env(timeout_s: float) -> dist.Store:
         raise PartyLostError(
             f"Rank {os.environ.get('RANK')} could not reach the rendezvous at {address} within {timeout_s:g}"
             " s. Check that the host of rank 0 is up, that the port is open, and that MASTER_ADDR and"
-            " MASTER_PORT agree."
+            " MASTER_PORT agree. If the other parties have ended meanwhile, they have the result."
         ) from error
     return rendezvous[0]
+
+
+def is_first_to_tell(error: str, *, second_hand: bool) -> bool:
+    """Return whether this process is to tell an error on the terminal that it shares with others of its host.
+
+    The first that asks is, and so is who fails with another error. Who knows of an error second hand waits
+    for the process whose own it is. Where torchrun hosts no store, or has ended, everybody is.
+
+    Args:
+        error: Digest of the error, the same at all processes that fail alike.
+        second_hand: Whether it is about the failure of another party.
+    """
+    environ = os.environ
+    key = f"told/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{environ.get('GROUP_RANK', 0)}"
+    try:
+        address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        # A client of torch's that finds nobody prints thirty lines of its own.
+        socket.create_connection((address, port), _CONNECT_S).close()
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
+        if second_hand and any(store.check([key]) for _ in polls(_FIRST_HAND_S)):
+            return False
+        mine = f"{environ['RANK']} {error}"
+        teller, _, told = store.compare_set(key, "", mine).decode().partition(" ")
+    except (dist.DistError, OSError):
+        return True
+    return teller == environ["RANK"] or (told != error and not second_hand)

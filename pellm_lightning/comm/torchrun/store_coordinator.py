@@ -3,13 +3,15 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
-from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.polling import EVERY_S, ROUND_S, Reminder, polls
 
 log = logging.getLogger(__name__)
 
@@ -104,17 +106,20 @@ class StoreCoordinator:
                     raise PartyLostError(
                         f"Party {party} left the federation while {reason}. Party {self.party} also"
                         " stops, its parameters are those of the last completed round plus its own local"
-                        " steps. Fix the cause and resume all parties from their last checkpoints."
+                        " steps. Fix the cause and resume all parties from their last checkpoints.",
+                        parties=(str(party),),
+                        by=str(party),
                     ) from error
 
-    def timed_out(self, waiting: str = "") -> PartyLostError:
+    def timed_out(self, waiting: str = "", late: Sequence[int] = ()) -> PartyLostError:
         """Return the error of this party's timeout, and publish it: the late party shall find the reason."""
         reason = f"it waited {self.timeout_s:g} s {waiting or 'for ' + self._elsewhere()}"
         self.publish_reason(reason)
         return PartyLostError(
             f"Party {self.party} gave up while {self.phase}: {reason}. Look at the log of who is missing,"
             f" check that all {self.num_parties} parties run and reach the same rendezvous, or raise"
-            " timeout_s above the time by which the slowest party's local steps outlast the fastest's."
+            " timeout_s above the time by which the slowest party's local steps outlast the fastest's.",
+            parties=[str(party) for party in late or self._late()],
         )
 
     def leave_together(self) -> None:
@@ -138,13 +143,28 @@ class StoreCoordinator:
 
     def _wait_for(self, key: str, what: str) -> None:
         """Wait until every party has set ``key``; raise when one has left or the time is over."""
+        reminder = Reminder()
         for _ in polls(self.timeout_s):
             missing = self._missing(key)
             if not missing:
                 return
+            if reminder.due() and self._speaks(missing):
+                log.warning(
+                    "[party %d] waits for %s: %d of %d are here, up to %g s",
+                    self.party,
+                    _called(missing),
+                    self.num_parties - len(missing),
+                    self.num_parties,
+                    self.timeout_s,
+                )
             self.raise_if_left()
             self._interrupt()
-        raise self.timed_out(f"for party {', '.join(map(str, missing))} to {what}")
+        raise self.timed_out(f"for {_called(missing)} to {what}", missing)
+
+    def _speaks(self, missing: Sequence[int]) -> bool:
+        """Whether this party tells for whom it and others wait, since they may share a terminal."""
+        first = next(party for party in range(self.num_parties) if party not in missing)
+        return self.party == first or os.environ.get("LOCAL_RANK") == "0"
 
     def _wait_to_leave(self, key: str) -> None:
         for _ in polls(_LEAVE_S):
@@ -158,10 +178,36 @@ class StoreCoordinator:
     def _missing(self, key: str) -> list[int]:
         return [party for party in range(self.num_parties) if not self._store.check([key.format(party)])]
 
+    def _late(self) -> list[int]:
+        return [party for party, phase in self.phases().items() if phase != self.phase]
+
     def _elsewhere(self) -> str:
         """Return which parties do something else than this one, and what."""
         others = [f"party {party} ({phase})" for party, phase in self.phases().items() if phase != self.phase]
         return " and ".join(others) or "another party"
+
+    @contextlib.contextmanager
+    def waiting(self, first_s: float = ROUND_S) -> Iterator[None]:
+        """Tell for whom this party waits while it is blocked in a collective."""
+        over = threading.Event()
+
+        def tell() -> None:
+            if over.wait(first_s):
+                return
+            while True:
+                late = self._late()
+                if late and self._speaks(late):
+                    log.warning("[party %d] waits for %s", self.party, self._elsewhere())
+                if over.wait(EVERY_S):
+                    return
+
+        thread = threading.Thread(target=tell, name="waiting for parties", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
@@ -173,3 +219,7 @@ class StoreCoordinator:
                 f" ({error}). The process that hosts it, often party 0's or its launcher, has ended: look at"
                 " the end of its log."
             ) from error
+
+
+def _called(parties: Sequence[int]) -> str:
+    return f"party {', '.join(map(str, parties))}"

@@ -823,6 +823,7 @@ def test_who_was_away_at_the_end_is_told(world: Callable[..., World], tmp_path: 
     error = back.join(5).error
     assert isinstance(error, FederationError)
     assert "The federation ended after 4 rounds while party p2 was away, which knows 2" in str(error)
+    assert "the adapter and the last checkpoint in their run folders are also this party's" in str(error)
 
 
 @pytest.mark.parametrize("victim", range(4))

@@ -9,7 +9,14 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.comm import FederationError, Membership, MismatchError, TooFewPartiesError, Version
+from pellm_lightning.comm import (
+    FederationError,
+    Membership,
+    MismatchError,
+    TooFewPartiesError,
+    Version,
+    polling,
+)
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol
 from pellm_lightning.comm.elastic.membership import LocalParty
@@ -220,6 +227,14 @@ def test_too_few_are_told_of_the_missing() -> None:
     assert joining.register.read("view/1") == [None]
 
 
+def test_who_waits_says_for_whom(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polling, "FIRST_S", 0.0)
+    joining = Joining(alive="ac")
+    joining.write(c=NEW)
+    assert members_of(joining.join(NEW, nothing, nothing, lambda: joining.write(b=NEW, c=NEW))) != ["a"]
+    assert caplog.messages == ["[party a] waits for b: 2 of 3 are here, up to 9 s"], "once a minute"
+
+
 def test_one_that_differs_is_told_and_not_taken() -> None:
     joining = Joining(members="abc")
     joining.write(b=OLD, c=OLD)
@@ -282,6 +297,8 @@ def test_who_is_late_for_the_end_is_told() -> None:
     joining = Joining(alive="a", members="abc")
     joining.register.claim("ended/run", 5)
     with pytest.raises(FederationError, match="ended after 5 rounds while party a was away, which knows 3"):
+        joining.join(OLD)
+    with pytest.raises(FederationError, match="the other parties have its result: the adapter and the last"):
         joining.join(OLD)
     complete = replace(OLD, version=Version("run", 5, 9), intent="rest")
     assert members_of(joining.join(complete)) == ["a"]

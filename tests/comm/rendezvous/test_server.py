@@ -549,3 +549,21 @@ def test_members_come_and_go_in_the_log(
     second.close()
     until(lambda: "[clinic-b] disconnected" in caplog.text)
     assert caplog.text.count("[clinic-b] connected") == caplog.text.count("[clinic-b] disconnected") == 1
+
+
+def test_parties_are_named_without_certificates_also(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with RendezvousServer("127.0.0.1", 0) as server:
+        stores = [RendezvousStore(server.address) for _ in range(3)]
+        for store, party in zip(stores, ("a", "a", "b"), strict=True):
+            store.set(f"life/at/@{party}", "here")
+            store.set(f"life/at/@{party}", "again")
+        for store in stores[1:]:
+            store.close()
+        until(lambda: "[b] disconnected" in caplog.text)
+        assert "[a] disconnected" not in caplog.text
+        stores[0].close()
+        until(lambda: "[a] disconnected" in caplog.text)
+    own = [message for message in caplog.messages if message.startswith("[")]
+    assert sorted(own[:2]) == ["[a] connected from 127.0.0.1", "[b] connected from 127.0.0.1"]
+    assert len(own) == 4

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from message_transcript import tapped
 from party_threads import in_threads, run_parties
 
 from pellm_lightning import Federation, FederationError
-from pellm_lightning.comm import MismatchError, PartyLostError
+from pellm_lightning.comm import MismatchError, PartyLostError, polling
 from pellm_lightning.comm.torchrun import federation, store_coordinator
 
 SOON_S = 8.0
@@ -653,3 +654,41 @@ def test_with_parties_that_have_not_come_nothing_is_exchanged() -> None:
     assert (unjoined.name, unjoined.num_parties, unjoined.place, unjoined.quorum) == ("b", 2, (1, 2), 2)
     with pytest.raises(RuntimeError):
         unjoined.all_reduce_(torch.zeros(1))
+
+
+# ---- who waits says for whom
+
+
+def test_the_first_that_is_here_says_who_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(polling, "FIRST_S", 0.1)
+    store = dist.HashStore()
+
+    def join(party: int) -> None:
+        time.sleep(0.6 if party == 0 else 0.0)
+        store_coordinator.StoreCoordinator(store, party, 3, timeout_s=30).wait_for_all()
+
+    in_threads([partial(join, party) for party in range(3)])
+    assert caplog.messages == ["[party 1] waits for party 0: 2 of 3 are here, up to 30 s"]
+
+
+def test_who_waits_in_a_collective_says_what_the_others_do(caplog: pytest.LogCaptureFixture) -> None:
+    store = dist.HashStore()
+    first, second = (store_coordinator.StoreCoordinator(store, party, 2, timeout_s=30) for party in (0, 1))
+    first.enter("meeting for round 3")
+    second.enter("training")
+    with first.waiting(first_s=0.01), second.waiting(first_s=30):
+        time.sleep(0.3)
+    assert caplog.messages == ["[party 0] waits for party 1 (training)"]
+
+
+def test_who_comes_when_the_others_have_ended_is_told_where_the_result_is() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 1, "WORLD_SIZE": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environ.items():
+            patch.setenv(name, str(value))
+        with pytest.raises(PartyLostError, match="have ended meanwhile, they have the result"):
+            Federation.from_env(timeout_s=0.2)

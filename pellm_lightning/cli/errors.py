@@ -1,0 +1,186 @@
+"""Errors of the command line: told once, in a few lines, by the party that knows; the traceback is kept."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+MAX_LINES = 12
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+"""Exit statuses: what was asked for cannot be read or is no value of its option; all else; Ctrl-C."""
+
+_FILE_NAME = "error.log"
+_WIDTH = 110
+_BUILDING = "instantiate_classes"
+# Their ValueErrors and the like are about what the user has asked for; those of torch are about the code.
+_CHECK_ARGUMENTS = ("pellm_lightning", "lightning", "transformers", "peft", "datasets", "huggingface_hub")
+
+
+class _Place:
+    """Place of this process's errors; known better as a command proceeds."""
+
+    party: str | None = None
+    """What party this is, as errors name it."""
+    folder: Path | None = None
+    """Folder of this party's run."""
+    debug: bool = False
+
+
+def set_place(party: str | None, folder: str) -> None:
+    """Set which party this process belongs to, None if there is one only, and where its run writes."""
+    _Place.party, _Place.folder = party, Path(folder)
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Run a command; what it raises is told to the user and becomes the exit status.
+
+    An expected error is a message of at most ``MAX_LINES`` lines. Its traceback is in ``error.log`` in the
+    party's run folder, or shown with ``--debug``, which is taken out of ``sys.argv``. Of the processes of a
+    launch that share a terminal, one tells: whose error it is first.
+
+    Raises:
+        SystemExit: If the command failed.
+    """
+    _Place.debug = "--debug" in sys.argv
+    if _Place.debug:
+        sys.argv.remove("--debug")
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        sys.exit(report(error))
+
+
+def report(error: Exception) -> int:
+    """Tell the user of an error, and torchrun, if it launched this process; return the exit status."""
+    status = USAGE if _is_usage(error) else FAILURE
+    kept = None if status == USAGE else _keep_traceback(error)
+    words = str(error) or type(error).__name__
+    if not _is_a(error, "FederationError", "MisconfigurationException", "ValueError"):
+        words = f"{type(error).__name__}: {words}"
+    if isinstance(error, FileNotFoundError):
+        words = f"{words.rstrip('.')}. A relative path is seen from {os.getcwd()}."
+    more = "" if status == USAGE else "To see the traceback, add --debug."
+    more = more if kept is None else f"The traceback is in {kept}."
+    lost = _is_a(error, "PartyLostError") and not getattr(error, "parties", ())
+    second_hand = lost or getattr(error, "by", None) is not None
+    if is_expected(error) and not _Place.debug:
+        tell(words, more, second_hand=second_hand)
+    elif _claim(words, second_hand=second_hand):
+        traceback.print_exception(error)
+        _record(words)
+    return status
+
+
+def tell(words: str, more: str = "", *, second_hand: bool = False) -> None:
+    """Write an error to the terminal, unless another process of this launch tells it there.
+
+    Args:
+        words: What was wrong, where, and what to do.
+        more: A last line, such as where to read more.
+        second_hand: Whether it is about the failure of another party, which tells it if it can.
+    """
+    if _claim(words, second_hand=second_hand):
+        party = _party()
+        text = f"[{party}] error: {words}" if party else f"error: {words}"
+        lines, last = _wrapped(text), _wrapped(more)
+        most = MAX_LINES - len(last)
+        shown = lines if len(lines) <= most else [*lines[: most - 1], "  ..."]
+        sys.stderr.write("\n".join([*shown, *last]) + "\n")
+        sys.stderr.flush()
+        _record(text)
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error tells the user all that is needed: what is wrong and what to do."""
+    if _is_a(error, "FederationError", "MisconfigurationException", "OSError", "ImportError"):
+        return True
+    return _is_usage(error) or (_is_a(error, "ValueError", "RuntimeError") and _checks_arguments(error))
+
+
+# ---- what an error is
+
+
+def _is_usage(error: BaseException) -> bool:
+    """Whether it is about the value of an option, not a file: raised as the configured objects were built."""
+    building = any(frame.name == _BUILDING for frame in traceback.extract_tb(error.__traceback__))
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if not building or any(isinstance(cause, ImportError | OSError) for cause in causes):
+        return False
+    return _is_a(error, "ValueError", "TypeError", "MisconfigurationException")
+
+
+def _is_a(error: BaseException, *names: str) -> bool:
+    return any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+def _checks_arguments(error: BaseException) -> bool:
+    """Whether a package raised it that checks what users ask for, not one that computes."""
+    frames = traceback.extract_tb(error.__traceback__)
+    parts = Path(frames[-1].filename).parts if frames else ()
+    return any(package in parts for package in _CHECK_ARGUMENTS)
+
+
+# ---- where it is told
+
+
+def _party() -> str | None:
+    if _Place.party is not None or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return _Place.party
+    return f"party of rank {os.environ.get('RANK', 0)}"  # how many processes a party has is not known yet
+
+
+def _wrapped(text: str) -> list[str]:
+    """Return lines no wider than the terminal, with words and paths whole."""
+    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
+    wrapper = textwrap.TextWrapper(
+        width, break_long_words=False, break_on_hyphens=False, subsequent_indent="  "
+    )
+    return [wrapped for line in text.splitlines() for wrapped in wrapper.wrap(line)]
+
+
+def _keep_traceback(error: Exception) -> Path | None:
+    """Write the traceback into the folder of the party's run; return the file, None if there is none."""
+    if _Place.folder is None or _Place.debug:
+        return None
+    path = _Place.folder / _FILE_NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:  # a full disk, perhaps what is to be told
+        return None
+    return path
+
+
+def _record(text: str) -> None:
+    """Write the error where torchrun looks for it, so that its summary shows it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+def _claim(words: str, *, second_hand: bool) -> bool:
+    """Return whether this process is to tell an error; one of those that share a terminal is.
+
+    Words that differ in the party, or in the order of a set, are the same error.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from pellm_lightning.comm.torchrun.store import is_first_to_tell
+
+    same = sorted(re.findall(r"\w+", re.sub(r"(?i)\b(party|rank)[- ]\w+", "", words)))
+    return is_first_to_tell(hashlib.sha256(" ".join(same).encode()).hexdigest(), second_hand=second_hand)
