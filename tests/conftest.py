@@ -117,12 +117,14 @@ def groups_are_taken_down_beside() -> Iterator[None]:
         thread.join()
 
 
-# By pytest, by older torch when it compiles, and by scikit-learn when it is imported.
+# By pytest, by older torch when it compiles, by scikit-learn when it is imported, and by our command line.
 _SET_BY_OTHERS = (
     "PYTEST_CURRENT_TEST",
     "TORCHINDUCTOR_CACHE_DIR",
     "KMP_DUPLICATE_LIB_OK",
     "KMP_INIT_AT_FORK",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS",
 )
 
 
