@@ -56,8 +56,9 @@ class Source:
         digest = hashlib.sha256(repr(self).encode())
         for name in self.names:
             path = Path(name)
-            for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []:
-                digest.update(_digest(file))
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    digest.update(_digest(file))
             if not path.exists():
                 digest.update(_commit(name, self.revision).encode())
         return digest.hexdigest()

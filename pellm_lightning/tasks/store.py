@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import random
 import shutil
 import tempfile
 import weakref
@@ -141,17 +142,19 @@ def stored_rows(source: Source, mapper: Mapper, folder: str, key: str) -> Iterat
 
 def streamed_rows(source: Source, mapper: Mapper, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
     """Yield the columns of each row that is not blank, shuffled by seed and epoch within a buffer."""
-    from datasets import IterableDataset
-
-    arguments = {"source": source, "mapper": mapper}
-    rows: Any = IterableDataset.from_generator(_read_rows, gen_kwargs=arguments)
-    rows = rows.shuffle(seed=seed, buffer_size=_AHEAD)
-    rows.set_epoch(epoch)
-    return (row for row in rows if not row["blank"])
-
-
-def _read_rows(source: Source, mapper: Mapper) -> Iterator[dict[str, Any]]:
-    return (mapper.stored(where, row) for where, row in source.rows(streaming=True))
+    generator, buffer = random.Random(f"{seed} {epoch}"), list[dict[str, Any]]()
+    for where, row in source.rows(streaming=True):
+        columns = mapper.stored(where, row)
+        if columns["blank"]:
+            continue
+        if len(buffer) < _AHEAD:
+            buffer.append(columns)
+            continue
+        index = generator.randrange(_AHEAD)
+        yield buffer[index]
+        buffer[index] = columns
+    generator.shuffle(buffer)
+    yield from buffer
 
 
 def digest(*parts: Any) -> str:
