@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,11 +174,6 @@ def _commit(name: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(name.partition(":")[0], revision=revision).sha)
     except Exception:  # offline or unknown: reading it says so
         return str(revision)
-
-
-def first_rows(rows: Iterable[tuple[str, Row]], number: int) -> list[tuple[str, Row]]:
-    """Return up to ``number`` rows."""
-    return [row for row, _ in zip(rows, range(number), strict=False)]
 
 
 def sources_of(names: Collection[str]) -> str:
