@@ -137,7 +137,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
     # Lines end at line feeds only: JSON strings may hold U+2028 and others that end lines elsewhere.
     for number, line in enumerate(_lines(path, "\n"), start=1):
         if line.strip():
-            yield number, _object(_parsed_line(line, number, path), f"{path}:{number}")
+            yield number, _fields(_parsed_line(line, number, path), f"{path}:{number}")
 
 
 def _parsed_line(line: str, number: int, path: Path) -> Any:
@@ -170,7 +170,7 @@ def _json_document(text: str, path: Path) -> Iterator[tuple[int, Row]]:
         where = f"{path}:{line}"
         try:
             value, end = json.JSONDecoder(object_pairs_hook=_pairs_at(where)).raw_decode(text, position)
-            yield line, _object(value, where)
+            yield line, _fields(value, where)
             position = _skip_blanks(text, end)
             if in_list:
                 position = _next_in_list(text, position)
@@ -208,7 +208,7 @@ def _skip_blanks(text: str, position: int) -> int:
     return position
 
 
-def _object(value: Any, where: str) -> Row:
+def _fields(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise ValueError(
             f'{where}: expected an object, found {type(value).__name__}. Write rows as {{"column": value}}.'

@@ -118,7 +118,7 @@ class TextDataModule(PartyDataModule["TextMapper"]):
     def _samples(self, records: Stored, source: str, is_split: bool = False) -> TextSamples:
         filled, blank = records.parted()
         tokens = filled.mapped(
-            encode_texts, _token_features(), self._folder(), self.num_proc, tokenizer=self.tokenizer
+            encode_texts, token_features(), self._folder(), self.num_proc, tokenizer=self.tokenizer
         )
         samples = TextSamples(tokens, self.block_size)
         check_not_empty(self._party(), source, samples, filled, is_split)
@@ -192,7 +192,8 @@ def encode_texts(batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokeni
     }  # fmt: skip
 
 
-def _token_features() -> Any:
+def token_features() -> Any:
+    """Return the type of each column of tokenized records."""
     from datasets import Features, Sequence, Value
 
     tokens, learned = Sequence(Value("int32")), Sequence(Value("bool"))

@@ -4,11 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pellm_lightning.tasks.samples import Padding, RowSamples, TextSamples, stream_samples, text_sample
+from pellm_lightning.tasks.text import token_features
 
 Encoded = tuple[list[int], list[bool], bool]
 
@@ -32,9 +33,7 @@ def samples_of(encoded: list[Encoded], block_size: int) -> TextSamples:
         }
         for tokens, learned, is_document in encoded
     ]
-    parts = [Dataset.from_list(rows[start : start + 3]) for start in range(0, len(rows), 3)]
-    from datasets import concatenate_datasets
-
+    parts = [Dataset.from_list(rows[i : i + 3], features=token_features()) for i in range(0, len(rows), 3)]
     return TextSamples(concatenate_datasets(parts), block_size)
 
 
