@@ -116,6 +116,7 @@ class RowMapper:
         Raises:
             ValueError: If it has no known columns, or content that nothing would see. Names the row.
         """
+        self._check_no_preference(where, row)
         found = self._found(where, row)
         filled = {part for part, column in found.items() if has_content(row[column])}
         if "messages" in filled:
@@ -150,7 +151,7 @@ class RowMapper:
         claimed, parts = set(), {}
         for part, name in self.columns.items():
             column = find_column(row, name, where)
-            if column is None and part != "completion":
+            if column is None and part in ("text", "prompt", "messages"):
                 raise ValueError(
                     f"{where}: has no column {name!r} (columns: {part}); it has {list(row)}. Correct"
                     " --data.columns, or the file."
@@ -184,14 +185,17 @@ class RowMapper:
             raise ValueError(f"{where}: has nothing under the key_column {self.key!r}; it has {list(row)}.")
         return column
 
-    def _unknown(self, where: str, row: Row) -> ValueError:
-        if {"chosen", "rejected"} <= {name.strip().casefold() for name in row}:
-            return ValueError(
+    def _check_no_preference(self, where: str, row: Row) -> None:
+        names = {name.strip().casefold() for name in row if has_content(row[name])}
+        if {"chosen", "rejected"} <= names and not is_ignored("rejected", self.ignored):
+            raise ValueError(
                 f"{where}: 'chosen' and 'rejected' are a preference pair. Fine-tuning learns one answer and"
                 " would never see the other; preferences need another loss (DPO, for example in TRL). To"
                 " learn the chosen answers alone, name them by columns: {completion: chosen} (or messages:"
                 " chosen) and leave the others out by ignore_columns: [rejected]."
             )
+
+    def _unknown(self, where: str, row: Row) -> ValueError:
         return ValueError(
             f"{where}: expected 'text', a 'prompt' with its 'completion', or 'messages'; found the columns"
             f" {sorted(row)}. {self.known} Name others by --data.columns, for example columns:"

@@ -74,7 +74,7 @@ class ClassificationDataModule(PartyDataModule["LabelledMapper"]):
         return (self.text_column, self.label_column, *([self.key_column] if self.key_column else []))
 
     def _mapper(self, argument: str) -> "LabelledMapper":
-        return LabelledMapper(self.text_column, self.label_column, self.key_column, self.ignore_columns)
+        return LabelledMapper(self.text_column, self.label_column, *self._key_of(argument))
 
     def _setup(self, stage: str) -> None:
         if self.labels is None:

@@ -204,6 +204,12 @@ class PartyDataModule(LightningDataModule, Generic[_Mapper]):
     def _columns(self) -> tuple[str, ...]:
         """Return the names of columns by which a table's delimiter is recognised."""
 
+    def _key_of(self, argument: str) -> tuple[str | None, tuple[str, ...]]:
+        """Return the column of the natural key, which only ``files`` needs, and the columns to ignore."""
+        if argument == "files" or self.key_column is None:
+            return self.key_column, self.ignore_columns
+        return None, (*self.ignore_columns, self.key_column)
+
     def _part(self, records: Stored) -> Stored:
         """Pick this party's part in a simulation."""
         assert self.num_parties is not None

@@ -76,8 +76,8 @@ class TextDataModule(PartyDataModule["TextMapper"]):
         self._mapper("files")  # raises for settings that contradict each other
 
     def _mapper(self, argument: str) -> "TextMapper":
-        answers = argument != "predict_files"
-        return TextMapper(self.format, self.columns, self.ignore_columns, self.key_column, answers)
+        key, ignored = self._key_of(argument)
+        return TextMapper(self.format, self.columns, ignored, key, argument != "predict_files")
 
     def _columns(self) -> tuple[str, ...]:
         return self._mapper("files").names

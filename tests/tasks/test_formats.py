@@ -139,6 +139,14 @@ def test_preference_pairs_are_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match=r"preference pair.*another loss.*completion: chosen.*\[rejected\]"):
         mapped(row)
     assert mapped(row, columns={"completion": "chosen"}, ignored=["rejected"]) == said("q", "good")
+    for more in ({"messages": TURNS}, {"completion": "good"}):
+        with pytest.raises(ValueError, match="preference pair"):
+            mapped({**row, **more})
+    implicit = {"chosen": TURNS, "rejected": TURNS[:2]}
+    with pytest.raises(ValueError, match="preference pair"):
+        mapped(implicit)
+    conversation = mapped(implicit, columns={"messages": "chosen"}, ignored=["rejected"])
+    assert conversation.messages == tuple(TURNS)
 
 
 @pytest.mark.parametrize("value", ["kept", 0, False, {"a": ["x"]}, [1]])

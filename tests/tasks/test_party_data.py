@@ -139,6 +139,18 @@ def test_texts_are_divided_also(partition: str, file: str, llama: str) -> None:
         assert not {word % 3 for word in parts[0]} & {word % 3 for word in parts[1]}
 
 
+def test_only_what_is_divided_needs_the_key(file: str, tmp_path: Path, llama: str) -> None:
+    with_key, without = tmp_path / "v.jsonl", tmp_path / "w.jsonl"
+    with_key.write_text('{"text": "w1", "label": "a", "site": "s9"}')
+    without.write_text('{"text": "w1", "label": "a"}')
+    options = {"partition": "key", "key_column": "site", "num_parties": 2, "party": 0}
+    for make in (texts, labelled):
+        for path in (with_key, without):
+            assert len(make(file, llama, val_files=str(path), **options).val_samples) == 1
+    with pytest.raises(ValueError, match=r"w\.jsonl:1: has nothing under"):
+        labelled(str(without), llama, **options)
+
+
 def test_who_holds_what_is_told_once_and_drawn(
     file: str, bert: str, caplog: pytest.LogCaptureFixture
 ) -> None:
