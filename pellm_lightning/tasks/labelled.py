@@ -17,7 +17,7 @@ from pellm_lightning.tasks.store import Stored, store
 from pellm_lightning.tasks.summary import labelled_line
 
 
-class ClassificationDataModule(PartyDataModule["LabelledMapper"]):
+class ClassificationDataModule(PartyDataModule):
     """Data module of a party's labelled texts, from the files and data sets of `TextDataModule`.
 
     A row has a text and a label; other non-empty columns are an error, unless in ``ignore_columns``. Rows

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -23,11 +23,10 @@ from pellm_lightning.trainer.environment import topology_of
 from pellm_lightning.trainer.isolation import below
 
 Files = str | list[str]
-_Mapper = TypeVar("_Mapper", bound=Mapper)
 _SPLITS = {"files": "train", "val_files": "validation", "test_files": "test", "predict_files": "test"}
 
 
-class PartyDataModule(LightningDataModule, Generic[_Mapper]):
+class PartyDataModule(LightningDataModule):
     """Base class of a party's data modules, on data sets of Hugging Face's ``datasets``.
 
     Args:
@@ -124,7 +123,7 @@ class PartyDataModule(LightningDataModule, Generic[_Mapper]):
     # ---- what a kind of data is
 
     @abstractmethod
-    def _mapper(self, argument: str) -> _Mapper:
+    def _mapper(self, argument: str) -> Mapper:
         """Return the mapper of an argument's rows."""
 
     @abstractmethod

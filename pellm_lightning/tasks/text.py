@@ -20,7 +20,7 @@ from pellm_lightning.tasks.store import Stored
 from pellm_lightning.tasks.summary import check_not_empty, text_line
 
 
-class TextDataModule(PartyDataModule["TextMapper"]):
+class TextDataModule(PartyDataModule):
     """Data module of a party's texts or conversations for a causal language model.
 
     Files are ``.txt`` (a document each), ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (perhaps with ``.gz``),
