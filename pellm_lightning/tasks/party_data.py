@@ -16,7 +16,7 @@ from pellm_lightning.tasks.loading import EpochSampler, ResumableLoader, Stream,
 from pellm_lightning.tasks.partition import Partition, check_num_parties, divide, label_table, plot_labels
 from pellm_lightning.tasks.pretrained import load_tokenizer
 from pellm_lightning.tasks.samples import Samples
-from pellm_lightning.tasks.source import Source, locate, sources_of
+from pellm_lightning.tasks.source import Source, locate
 from pellm_lightning.tasks.store import Mapper, Stored, quiet_datasets, store, streamed_rows, temporary_folder
 from pellm_lightning.tasks.summary import Summary
 from pellm_lightning.trainer.environment import topology_of
@@ -54,7 +54,7 @@ class PartyDataModule(LightningDataModule):
         num_proc: Number of processes that tokenize.
         cache_dir: Folder for the tokenized data, which also holds their texts; ``{party}`` as in files. By
             default ``party-<k>/data`` below the Trainer's ``default_root_dir``; without a Trainer a
-            temporary folder.
+            temporary folder, as where that is no local one.
     """
 
     _limit: str
@@ -109,14 +109,9 @@ class PartyDataModule(LightningDataModule):
         self.splits, self.revision, self.streaming = {**_SPLITS, **splits}, revision, streaming
         self.tokenizer_name, self.batch_size, self.val_fraction = tokenizer, batch_size, val_fraction
         self.ignore_columns = ignored_columns(ignore_columns)
-        self.num_parties, self.partition, self.alpha, self.key_column = (
-            num_parties,
-            partition,
-            alpha,
-            key_column,
-        )
-        self.party, self.seed, self.num_workers, self.num_proc = party, seed, num_workers, num_proc
-        self.cache_dir = cache_dir
+        self.num_parties, self.partition, self.alpha = num_parties, partition, alpha
+        self.key_column, self.party, self.seed = key_column, party, seed
+        self.num_workers, self.num_proc, self.cache_dir = num_workers, num_proc, cache_dir
         self._summary, self._parts = Summary(), ""
         self._temporary: str | None = None
 
@@ -187,8 +182,9 @@ class PartyDataModule(LightningDataModule):
             records = self._part(records)
         if all(records.column("blank")):
             raise ValueError(
-                f"Party {self._party()} has no text in {argument}: all there is in {sources_of(source.names)}"
-                " is blank. Write the files again, or name others."
+                f"Party {self._party()} has no text in {argument}: all there is in"
+                f" {', '.join(source.names[:3])}{', ...' if len(source.names) > 3 else ''} is blank."
+                " Write the files again, or name others."
             )
         return records
 
@@ -263,7 +259,7 @@ class PartyDataModule(LightningDataModule):
         """Return the folder of this party's own for what is made of its data."""
         if self.cache_dir is not None:
             folder = Path(self.cache_dir.replace("{party}", str(self._party())))
-        elif self.trainer is not None:
+        elif self.trainer is not None and "://" not in str(self.trainer.default_root_dir):
             folder = Path(below(self.trainer.default_root_dir, self._party()), "data")
         else:
             self._temporary = self._temporary or str(temporary_folder(self))

@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,9 +174,3 @@ def _commit(name: str, revision: str | None) -> str:
         return str(HfApi().dataset_info(name.partition(":")[0], revision=revision).sha)
     except Exception:  # offline or unknown: reading it says so
         return str(revision)
-
-
-def sources_of(names: Collection[str]) -> str:
-    """Return the first names, for a message."""
-    shown = list(names)[:3]
-    return ", ".join(shown) + (", ..." if len(names) > 3 else "")

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,15 @@ def test_the_folder_is_the_party_s_own(texts: Path, llama: str) -> None:
     assert list(folder.rglob("*.arrow"))
     del data
     assert not folder.exists(), "without a Trainer it is temporary"
+
+
+def test_a_remote_root_holds_no_copy(texts: Path, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts)
+    data = module(texts, llama, cache_dir=None)
+    data.trainer = SimpleNamespace(default_root_dir="s3://bucket/runs")
+    assert data._folder().is_dir()
+    assert texts not in data._folder().parents
+    assert not list(texts.glob("s3*"))
 
 
 def test_progress_bars_are_only_hidden_meanwhile() -> None:
