@@ -5,7 +5,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from pellm_lightning.tasks.delimited import same_column
+
+def same_column(name: str, other: str) -> bool:
+    """Return whether two column names are equal up to surrounding blanks and case."""
+    return name.strip().casefold() == other.strip().casefold()
 
 
 def ignored_columns(value: object) -> tuple[str, ...]:
@@ -83,39 +86,31 @@ def check_characters(value: str, column: str, where: str) -> None:
         )
 
 
-class UnusedColumns:
-    """Collector of unused columns with content, with their first occurrence.
+def check_used(
+    fields: Mapping[str, Any], used: Collection[str], ignored: Collection[str], where: str, known: str
+) -> None:
+    """Validate that a row has no content in a column that is neither used nor ignored.
 
     Args:
+        fields: The row.
+        used: Columns that are used.
         ignored: Columns that may be left out.
+        where: File and line.
+        known: Says which columns are used.
+
+    Raises:
+        ValueError: Names each column with its value.
     """
-
-    def __init__(self, ignored: Collection[str]) -> None:
-        self.ignored = ignored
-        self._first: dict[str, tuple[str, Any]] = {}
-
-    def add(self, fields: Mapping[str, Any], used: Collection[str], where: str) -> None:
-        """Collect a row's columns besides ``used``."""
-        for name, value in fields.items():
-            known = name in used or name in self._first or is_ignored(name, self.ignored)
-            if not known and has_content(value):
-                self._first[name] = (where, value)
-
-    def check(self, known: str) -> None:
-        """Raise if there are any.
-
-        Args:
-            known: Says which columns are used.
-
-        Raises:
-            ValueError: Names each column, with a value and its place.
-        """
-        if not self._first:
-            return
-        found = "; ".join(f"{where}: {name!r} holds {shown(v)}" for name, (where, v) in self._first.items())
-        names = ", ".join(json.dumps(name, ensure_ascii=False) for name in [*self.ignored, *self._first])
+    unused = [
+        name
+        for name, value in fields.items()
+        if name not in used and not is_ignored(name, ignored) and has_content(value)
+    ]
+    if unused:
+        found = "; ".join(f"{name!r} holds {shown(fields[name])}" for name in unused)
+        names = ", ".join(json.dumps(name, ensure_ascii=False) for name in [*ignored, *unused])
         raise ValueError(
-            f"{found}: nothing would see that. {known} If the model need not see it, leave it out by"
+            f"{where}: {found}: nothing would see that. {known} If the model need not see it, leave it out by"
             f" ignore_columns: [{names}] (--data.ignore_columns='[{names}]')."
         )
 

@@ -1,20 +1,31 @@
-"""Tokenization of documents, prompts and responses, equal in training, evaluation and prediction."""
+"""Tokenization of documents, prompts and conversations, equal in training, evaluation and prediction."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pellm_lightning.tasks.columns import shown
-from pellm_lightning.tasks.records import Record
+from pellm_lightning.tasks.formats import Message, Record, strings_in
+
+Tokens = tuple[list[int], list[bool]]
+"""Tokens, and which of them are learned."""
+_Segment = tuple[str | list[int], bool]
+"""A text, or the tokens of one, and whether it is learned."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_UNSHOWN = ("role", "name", "id", "type", "tool_call_id", "weight")
+"""Keys of a message that a template need not show."""
 
 
 class Encoder:
-    """Tokenizer wrapper for documents, prompts and responses with their special tokens.
+    """Tokenizer wrapper for records with their special tokens.
 
     What ``tokenizer("some text")`` begins with (for many models a beginning-of-sequence token), every
-    document and prompt begins with. Documents and responses end with the end-of-sequence token, also where
+    document and prompt begins with. Documents and completions end with the end-of-sequence token, also where
     the tokenizer does not add it. With a chat template a prompt is a conversation, whose special tokens are
-    the template's alone, as in ``apply_chat_template``.
+    the template's alone, as in ``apply_chat_template``; learned is what the assistant says.
 
     Args:
         tokenizer: Has an end-of-sequence token.
@@ -23,67 +34,152 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.before, self.after = special_tokens(tokenizer)
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default", "")
+        self.has_template = bool(template)
+        self.marks_answers = bool(_GENERATION.search(template or ""))
 
-    def documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize whole documents."""
-        return [[*self.before, *tokens, *self.after] for tokens in tokenize(texts, self.tokenizer)]
-
-    def exchange(self, record: Record) -> tuple[list[int], list[int]]:
-        """Tokenize a prompt and its response separately, so that no token spans both.
+    def encode(self, records: Sequence[Record]) -> list[Tokens]:
+        """Tokenize records. Segments are tokenized separately, so that no token spans prompt and answer.
 
         Raises:
             ValueError: If the chat template does not render them as they are. Names file and line.
         """
-        prompt = self._prompt_text(record)
-        if not self.tokenizer.chat_template:
-            response = [*tokenize([record.text], self.tokenizer)[0], *self.after]
-            return self._prompt(prompt), response
-        answered = [*_messages(record), {"role": "assistant", "content": record.text}]
-        whole = self._chat(answered, record)
-        if not whole.startswith(prompt):
+        return self._joined([self._segments(record) for record in records])
+
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        """Tokenize prompts without what follows, or texts to continue."""
+        return [tokens for tokens, _ in self._joined([self._prompt(record) for record in records])]
+
+    def _joined(self, records: Sequence[Sequence[_Segment]]) -> list[Tokens]:
+        texts = [part for segments in records for part, _ in segments if isinstance(part, str)]
+        tokenized = iter(tokenize(texts, self.tokenizer))
+        joined = []
+        for segments in records:
+            parts = [(next(tokenized) if isinstance(p, str) else p, learned) for p, learned in segments]
+            tokens = [token for part, _ in parts for token in part]
+            joined.append((tokens, [learned for part, learned in parts for _ in part]))
+        return joined
+
+    def _segments(self, record: Record) -> list[_Segment]:
+        if not record.messages:
+            return [(self.before, True), (record.text, True), (self.after, True)]
+        if not self.has_template:
+            prompt, answer = self._plain(record), record.messages[-1]["content"]
+            return [(self.before, False), (prompt, False), (answer, True), (self.after, True)]
+        return self._marked(record) if self.marks_answers else self._by_prefix(record)
+
+    def _prompt(self, record: Record) -> list[_Segment]:
+        if not record.messages:
+            return [(self.before, False), (record.text.rstrip(), False)]
+        if not self.has_template:
+            return [(self.before, False), (self._plain(record), False)]
+        messages = list(record.messages)
+        while messages and messages[-1]["role"] == "assistant":  # what would be the answer
+            messages.pop()
+        whole = self._checked(record, messages, add_generation_prompt=True)
+        if self.marks_answers:
+            return [(whole, False)]
+        segments, length = self._turns(record, messages, whole)
+        return [*segments, (whole[length:], False)]
+
+    def _plain(self, record: Record) -> str:
+        """Return the prompt without a template: a line of its own, unless blanks already part it."""
+        if record.is_chat:
             raise ValueError(
-                f"{_at(record)}the tokenizer's chat template renders a prompt differently once its response"
-                f" follows, so the two cannot be told apart. {_REMEDY}"
+                f"{record.where}: is a conversation, and the tokenizer has no chat template to write it by."
+                " Give one by --data.chat_template (a template, or the path of a .jinja file), or take the"
+                " tokenizer of an instruction-tuned model."
             )
-        text = whole.removeprefix(prompt)
-        _check_shown("response", record.text, text, record)
-        return self._prompt(prompt), tokenize([text], self.tokenizer)[0]
+        system = [m["content"] for m in record.messages if m["role"] == "system"]
+        prompt = next(m["content"] for m in record.messages if m["role"] == "user")
+        answer = record.messages[-1]["content"] if record.messages[-1]["role"] == "assistant" else ""
+        parted = prompt[-1:].isspace() or answer[:1].isspace()
+        return "\n\n".join([*system, prompt]) + ("" if parted else "\n")
 
-    def prompt(self, record: Record) -> list[int]:
-        """Tokenize a prompt without its response, or a text to continue."""
-        if record.prompt is not None:
-            return self._prompt(self._prompt_text(record))
-        return [*self.before, *tokenize([record.text.rstrip()], self.tokenizer)[0]]
+    # ---- by a chat template
 
-    def _prompt(self, text: str) -> list[int]:
-        tokens = tokenize([text], self.tokenizer)[0]
-        return tokens if self.tokenizer.chat_template else [*self.before, *tokens]
+    def _by_prefix(self, record: Record) -> list[_Segment]:
+        """Tell the assistant's turns apart by rendering the conversation up to each."""
+        messages = list(record.messages)
+        whole = self._checked(record, messages)
+        segments, length = self._turns(record, messages, whole)
+        return [*segments, (whole[length:], False)] if whole[length:] else segments
 
-    def _prompt_text(self, record: Record) -> str:
-        if not self.tokenizer.chat_template:
-            above = f"{record.system}\n\n" if record.system else ""
-            return f"{above}{record.prompt}\n"
-        text = self._chat(_messages(record), record, add_generation_prompt=True)
-        for message in _messages(record):
-            _check_shown(f"{message['role']} text", message["content"], text, record)
+    def _turns(self, record: Record, messages: list[Message], whole: str) -> tuple[list[_Segment], int]:
+        """Return the segments up to the last answer, and their number of characters."""
+        segments, text = list[_Segment](), ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or index < record.learned:
+                continue
+            prompt = self._rendered(record, messages[:index], add_generation_prompt=True)
+            answered = self._rendered(record, messages[: index + 1])
+            if not (prompt.startswith(text) and answered.startswith(prompt) and whole.startswith(answered)):
+                raise ValueError(
+                    f"{record.where}: the tokenizer's chat template renders a prompt differently once an"
+                    f" answer follows (message {index + 1}), so the two cannot be told apart. Mark the"
+                    f" answers by {{% generation %}} in the template. {_REMEDY}"
+                )
+            _check_shown(record, [message], answered[len(prompt) :])
+            segments += [(prompt[len(text) :], False), (answered[len(prompt) :], True)]
+            text = answered
+        return segments, len(text)
+
+    def _marked(self, record: Record) -> list[_Segment]:
+        """Tell the assistant's turns apart by the template's generation marks."""
+        messages = list(record.messages)
+        self._checked(record, messages)
+        tokens, learned = self._masked(record, messages)
+        if record.learned and any(m["role"] == "assistant" for m in messages[: record.learned]):
+            unlearned = sum(self._masked(record, messages[: record.learned])[1])
+            for index in [i for i, is_learned in enumerate(learned) if is_learned][:unlearned]:
+                learned[index] = False
+        if not any(learned):
+            raise ValueError(
+                f"{record.where}: the chat template's {{% generation %}} marks show no answer. They must"
+                " enclose what the assistant says; a slow tokenizer cannot tell where."
+            )
+        return [([token], is_learned) for token, is_learned in zip(tokens, learned, strict=True)]
+
+    def _masked(self, record: Record, messages: list[Message]) -> Tokens:
+        found = self._rendered(
+            record, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
+
+    def _checked(self, record: Record, messages: list[Message], **options: Any) -> str:
+        """Render a conversation, and validate that messages and tools are all shown."""
+        text: str = self._rendered(record, messages, **options)
+        _check_shown(record, messages, text)
+        names = [t.get("function", t).get("name", "") for t in record.tools if isinstance(t, dict)]
+        missing = [name for name in names if name not in text]
+        if missing:
+            raise ValueError(
+                f"{record.where}: the tokenizer's chat template does not show the tools {missing}. Give one"
+                " that does by --data.chat_template, or leave them out by ignore_columns: [tools]."
+            )
         return text
 
-    def _chat(
-        self, messages: list[dict[str, str]], record: Record, add_generation_prompt: bool = False
-    ) -> str:
+    def _rendered(self, record: Record, messages: list[Message], **options: Any) -> Any:
         from jinja2 import TemplateError  # transformers asks for it only where there is a template
 
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            return self.tokenizer.apply_chat_template(
+                messages, tools=list(record.tools) or None, **{"tokenize": False, **options}
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, KeyError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                f"{_at(record)}the tokenizer's chat template refuses messages of {roles}: {error}. {_REMEDY}"
+                f"{record.where}: the tokenizer's chat template refuses messages of {roles}: {error}."
+                f" {_REMEDY}"
             ) from error
-        assert isinstance(text, str)
-        return text
+
+
+_REMEDY = (
+    "Give another template by --data.chat_template ('' is none); if it is about a system text, join that with"
+    " the first message."
+)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -115,24 +211,18 @@ def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
-_REMEDY = (
-    "Change the template, or set it to None in the saved tokenizer; if it is about a system text, join that"
-    " with the instruction."
-)
-
-
-def _messages(record: Record) -> list[dict[str, str]]:
-    above = [{"role": "system", "content": record.system}] if record.system else []
-    return [*above, {"role": "user", "content": record.prompt or ""}]
-
-
-def _check_shown(what: str, content: str, text: str, record: Record) -> None:
-    if content.strip() not in text:
-        raise ValueError(
-            f"{_at(record)}the tokenizer's chat template does not show the {what} {shown(content)} as it is."
-            f" {_REMEDY}"
-        )
-
-
-def _at(record: Record) -> str:
-    return f"{record.where}: " if record.where else ""
+def _check_shown(record: Record, messages: Sequence[Message], text: str) -> None:
+    """Validate that a template has shown all that messages say."""
+    for message in messages:
+        said = [("content", message["content"])]
+        calls = message.get("tool_calls", [])
+        rest = {k: v for k, v in message.items() if k not in (*_UNSHOWN, "content", "tool_calls")}
+        # Arguments of a call are escaped in many ways; its name is not.
+        called = [name for name in strings_in(calls) if name[0] == "name"]
+        for key, content in [*said, *strings_in(rest), *called]:
+            if content.strip() not in text:
+                what = f"{message['role']} text" if key == "content" else f"{message['role']}'s {key}"
+                raise ValueError(
+                    f"{record.where}: the tokenizer's chat template does not show the {what}"
+                    f" {shown(content)} as it is. {_REMEDY}"
+                )

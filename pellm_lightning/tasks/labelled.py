@@ -1,58 +1,41 @@
 """Data module of labelled texts, of one party or partitioned over simulated parties."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from pellm_lightning.comm.topology import Topology
-from pellm_lightning.tasks.columns import ignored_columns, is_ignored
-from pellm_lightning.tasks.left_out import Note, Notes, counted
+from pellm_lightning.tasks.columns import check_used, find_column, has_content, is_ignored, shown, string_of
+from pellm_lightning.tasks.labels import Label, index_labels, label_name, label_names
 from pellm_lightning.tasks.limits import check_labels
-from pellm_lightning.tasks.partition import by_key, check_num_parties, dirichlet, iid
-from pellm_lightning.tasks.pretrained import load_tokenizer
-from pellm_lightning.tasks.rows import Label, Row, index_labels, label_names, read_rows
-from pellm_lightning.tasks.source import hold_out, party_files, shuffled
-from pellm_lightning.trainer.environment import topology_of
-
-Partition = Literal["iid", "dirichlet", "key"]
-Encoded = dict[str, Any]
-"""``input_ids`` and ``attention_mask``, lists of integers, and ``labels``, an integer."""
+from pellm_lightning.tasks.party_data import Files, PartyDataModule
+from pellm_lightning.tasks.samples import RowSamples
+from pellm_lightning.tasks.source import Row
+from pellm_lightning.tasks.store import Stored, store
+from pellm_lightning.tasks.summary import labelled_line
 
 
-class ClassificationDataModule(LightningDataModule):
-    """Data module of a party's labelled texts, from ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` files.
+class ClassificationDataModule(PartyDataModule):
+    """Data module of a party's labelled texts, from the files and data sets of `TextDataModule`.
 
     A row has a text and a label; other non-empty columns are an error, unless in ``ignore_columns``. Rows
     with blank texts are dropped, and texts longer than ``max_length`` truncated: each party logs their
-    numbers.
-
-    In every pattern ``{party}`` stands for the party's index, from 0. To simulate a federation from one data
-    set, set ``num_parties``: every party reads all ``files`` and takes its part. It must equal the number of
-    parties of the federation.
+    numbers in one table.
 
     Args:
-        files: Pattern of the training files.
+        files: Training data: glob patterns, folders of ``save_to_disk`` or hub ids (``owner/name``, or
+            ``owner/name:configuration``). ``{party}`` stands for the party's index, from 0.
         tokenizer: Hub id, local folder or GGUF file; usually that of the model.
         labels: The labels in the order of their indices. They must be equal at every party; only a
-            simulation may omit them, and uses the sorted labels of ``files``. 1, 1.0 and "1" are one label.
+            simulation may omit them, and uses the sorted labels of ``files``. 1, 1.0 and "1" are one label;
+            yes and no, which YAML reads as true and false, are also found as "yes" and "no".
         text_column: Column of the text.
         label_column: Column of the label.
         batch_size: Batch size of each process.
         max_length: Maximum number of tokens of a text, at most the model's positions.
-        val_fraction: Fraction of the party's samples to hold out for validation, without ``val_files``.
-        val_files: Pattern of the validation files; not partitioned.
-        test_files: Pattern of the test files; not partitioned.
-        num_parties: Number of simulated parties to partition ``files`` over.
-        partition: "iid", "dirichlet" (label skew) or "key" (natural partition).
-        alpha: Concentration of the Dirichlet distribution: smaller is more heterogeneous.
-        key_column: Column of the natural key.
-        ignore_columns: Columns to ignore, for example ``[id, source]``.
-        party: Index of the party; None takes it from the federation.
-        seed: Seed of partition, validation split and shuffling.
-        num_workers: Number of DataLoader workers.
+        options: Those of `PartyDataModule`.
 
     Example:
         >>> data = ClassificationDataModule(
@@ -60,183 +43,171 @@ class ClassificationDataModule(LightningDataModule):
         ... )
     """
 
+    _limit = "max_length"
+
     def __init__(
         self,
-        files: str,
+        files: Files,
         tokenizer: str,
         labels: Sequence[Label] | None = None,
         text_column: str = "text",
         label_column: str = "label",
         batch_size: int = 16,
         max_length: int = 128,
-        val_fraction: float = 0.1,
-        val_files: str | None = None,
-        test_files: str | None = None,
-        num_parties: int | None = None,
-        partition: Partition = "iid",
-        alpha: float = 0.5,
-        key_column: str | None = None,
-        ignore_columns: Sequence[str] = (),
-        party: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if labels is None and num_parties is None:
+        super().__init__(files, tokenizer, batch_size, **options)
+        if labels is None and self.num_parties is None:
             raise ValueError(
                 "labels is not given: parties that know only their own would number them differently. "
                 "List every label, in the same order at every party."
             )
-        if (partition == "key") != (key_column is not None):
-            raise ValueError(f"partition={partition!r} and key_column={key_column!r}: each needs the other.")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} should be at least 0 and below 1.")
-        self.files, self.val_files, self.test_files = files, val_files, test_files
-        self.tokenizer_name, self.max_length, self.batch_size = tokenizer, max_length, batch_size
         self.labels = None if labels is None else label_names(labels)
-        self.columns = (text_column, label_column, key_column)
-        self.ignore_columns = ignored_columns(ignore_columns)
-        ignored = [name for name in self.columns if name and is_ignored(name, self.ignore_columns)]
+        self.are_bools = any(isinstance(label, bool) for label in labels or ())
+        self.max_length = max_length
+        self.text_column, self.label_column = text_column, label_column
+        ignored = [name for name in self._columns() if is_ignored(name, self.ignore_columns)]
         if ignored:
-            raise ValueError(f"ignore_columns={list(ignore_columns)} names {ignored}, which are used.")
-        self.val_fraction = val_fraction
-        self.num_parties, self.partition, self.alpha = num_parties, partition, alpha
-        self.party, self.seed, self.num_workers = party, seed, num_workers
-        self._notes = Notes()
+            raise ValueError(f"ignore_columns={list(self.ignore_columns)} names {ignored}, which are used.")
 
-    def setup(self, stage: str) -> None:
-        """Read and tokenize what ``stage`` needs."""
-        self.tokenizer = load_tokenizer(self.tokenizer_name)
-        rows = self._rows(self.files) if self.labels is None or stage in ("fit", "validate") else []
-        self.label_names = sorted({row.label for row in rows}) if self.labels is None else self.labels
-        check_labels(self.label_names, getattr(self.trainer, "lightning_module", None))
-        if stage in ("fit", "validate"):
-            self._setup_fit(rows)
-        elif self.test_files is None:
-            raise ValueError("test_files is not given: name the files of this stage with --data.test_files.")
+    def _columns(self) -> tuple[str, ...]:
+        return (self.text_column, self.label_column, *([self.key_column] if self.key_column else []))
+
+    def _mapper(self, argument: str) -> "LabelledMapper":
+        return LabelledMapper(self.text_column, self.label_column, *self._key_of(argument))
+
+    def _setup(self, stage: str) -> None:
+        if self.labels is None:
+            every = store(self._source("files"), self._mapper("files"), self._folder())
+            self.label_names = sorted(set(every.column("label")))
         else:
-            rows = self._rows(self.test_files)
-            if stage == "predict":
-                _check_no_blank(rows)
-            self.test_samples = self._encode(rows, "test_files")
-        self._notes.log_at(self.trainer, self._party())
-
-    def _setup_fit(self, rows: list[Row]) -> None:
-        own, held_out, source = self._own(rows), list[Row](), "the validation split"
-        if self.val_files is not None:
-            held_out, source = self._rows(self.val_files), "val_files"
-        elif self.val_fraction > 0:
-            own, held_out = self._split(own)
-        self.train_samples = self._encode(own, "files")
-        self.val_samples = self._encode(held_out, source) if held_out else []
-
-    def _own(self, rows: list[Row]) -> list[Row]:
-        """Pick this party's part in a simulation."""
-        if self.num_parties is None:
-            return rows
-        check_num_parties(self.num_parties, self.party, self._topology())
-        parts = _divide(rows, self.num_parties, self.partition, self.alpha, self.seed)
-        return [rows[index] for index in parts[self._party()]]
-
-    def _split(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-        filled = [row for row in rows if row.text.strip()]
-        blank = [row for row in rows if not row.text.strip()]
-        whose = f"files={self.files!r} of party {self._party()}"
-        held_out = hold_out(len(filled), self.val_fraction, self.seed, whose)
-        kept = [row for index, row in enumerate(filled) if index not in held_out]
-        return kept + blank, [filled[index] for index in sorted(held_out)]
-
-    def _topology(self) -> Topology:
-        return Topology.from_env() if self.trainer is None else topology_of(self.trainer)
-
-    def _party(self) -> int:
-        return self._topology().party if self.party is None else self.party
-
-    def _rows(self, pattern: str) -> list[Row]:
-        files = party_files(pattern, self._party())
-        return [row for path in files for row in read_rows(path, *self.columns, self.ignore_columns)]
-
-    def _encode(self, rows: Sequence[Row], source: str) -> list[Encoded]:
-        """Tokenize the rows that have a text, and note what is left out or cut."""
-        filled = [row for row in rows if row.text.strip()]
-        if not filled:
-            raise ValueError(
-                f"Party {self._party()} has no text in {source}: {len(rows)} rows, all blank (the first:"
-                f" {rows[0].where if rows else 'none'}). Write the files again, or name others."
-            )
-        labels = index_labels(filled, self.label_names, self._party())
+            self.label_names = self.labels
         least = self.tokenizer.num_special_tokens_to_add() + 1
         if self.max_length < least:
             raise ValueError(
                 f"max_length={self.max_length} leaves no token of a text: the tokenizer adds {least - 1} of"
                 f" its own. Set it to {least} or more."
             )
-        texts = [row.text for row in filled]
-        whole = self.tokenizer(texts, verbose=False)["input_ids"]
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)
-        lost = [len(ids) - len(kept) for ids, kept in zip(whole, tokens["input_ids"], strict=True)]
-        self._note(source, rows, filled, lost)
-        return [
-            {"input_ids": ids, "attention_mask": mask, "labels": label}
-            for ids, mask, label in zip(tokens["input_ids"], tokens["attention_mask"], labels, strict=True)
-        ]
+        check_labels(self.label_names, getattr(self.trainer, "lightning_module", None))
+        super()._setup(stage)
 
-    def _note(self, source: str, rows: Sequence[Row], filled: Sequence[Row], lost: Sequence[int]) -> None:
-        parts = []
-        blank = [row for row in rows if not row.text.strip()]
-        if blank:
-            parts.append(f"{counted(len(blank), 'row')} left out as blank (the first: {blank[0].where})")
-        cut = [(row, tokens) for row, tokens in zip(filled, lost, strict=True) if tokens]
-        if cut:
-            most = self.max_length + max(lost)
-            parts.append(
-                f"{counted(len(cut), 'text')} cut, by {sum(lost)} tokens (the first: {cut[0][0].where});"
-                f" max_length={most} would keep each whole"
+    def _setup_predict(self) -> None:
+        records = self._records("test_files")
+        _, blank = records.parted()
+        if len(blank):
+            raise ValueError(
+                f"{blank.where(0)}: the text is blank. Write it, or take the row out of the file: predictions"
+                " are in the order of the rows."
             )
-        if parts:
-            self._notes.add(Note(f"{source}, at max_length={self.max_length}: {'; '.join(parts)}.", True))
+        self.test_samples = self._samples(records, "test_files")
 
-    def train_dataloader(self) -> DataLoader[Encoded]:
-        """Return shuffled batches, in a new order each epoch."""
-        return self._loader(self.train_samples, sampler=shuffled(self.train_samples, self.trainer, self.seed))
-
-    def val_dataloader(self) -> Sequence[DataLoader[Encoded]]:
-        """Return the held-out batches in their own order; nothing when nothing is held out."""
-        return [self._loader(self.val_samples)] if self.val_samples else []
-
-    def test_dataloader(self) -> DataLoader[Encoded]:
-        """Return the batches of ``test_files`` in their own order."""
-        return self._loader(self.test_samples)
-
-    def predict_dataloader(self) -> DataLoader[Encoded]:
-        """Return the batches of ``test_files`` in their own order."""
-        return self._loader(self.test_samples)
-
-    def _loader(self, samples: list[Encoded], **options: Any) -> DataLoader[Encoded]:
-        return DataLoader(
-            samples,  # type: ignore[arg-type]  # a list is all that a map-style dataset has to be
-            batch_size=self.batch_size,
-            collate_fn=DataCollatorWithPadding(self.tokenizer),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **options,
+    def _samples(self, records: Stored, source: str, is_split: bool = False) -> RowSamples:
+        """Tokenize the rows that have a text, and note what is left out or cut."""
+        filled, blank = records.parted()
+        names, where = filled.column("label"), filled.column("where")
+        labels = index_labels(names, self.label_names, self._party(), where, self.are_bools)
+        settings = {"tokenizer": self.tokenizer, "max_length": self.max_length}
+        index = dict(zip(names, labels, strict=True))
+        rows = filled.mapped(
+            encode_labelled, _features(), self._folder(), self.num_proc, index=index, **settings
         )
+        samples = RowSamples(rows.remove_columns("lost"))
+        lost, tokens = list(rows["lost"]), int(samples.lengths.sum())
+        self._summary.add(labelled_line(source, lost, filled, blank, self.max_length, tokens))
+        return samples
+
+    def _streamed(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        while batch := list(islice(rows, 64)):
+            names, where = ([row[name] for row in batch] for name in ("label", "where"))
+            labels = index_labels(names, self.label_names, self._party(), where, self.are_bools)
+            index = dict(zip(names, labels, strict=True))
+            texts = {"text": [row["text"] for row in batch], "label": names}
+            columns = encode_labelled(texts, self.tokenizer, self.max_length, index)
+            del columns["lost"]
+            yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+    def _collate(self) -> DataCollatorWithPadding:
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of ``test_files`` in their own order."""
+        return self._loader(self.test_samples)
 
 
-def _divide(
-    rows: Sequence[Row], num_parties: int, how: Partition, alpha: float, seed: int
-) -> list[list[int]]:
-    if how == "key":
-        return by_key([row.key for row in rows], num_parties)
-    if how == "dirichlet":
-        return dirichlet([row.label for row in rows], num_parties, alpha, seed)
-    return iid(len(rows), num_parties, seed)
+class LabelledMapper:
+    """Mapper of rows to stored texts, labels and keys.
+
+    Args:
+        text: Column of the text.
+        label: Column of the label.
+        key: Column of the natural key.
+        ignored: Columns that may be left out.
+    """
+
+    def __init__(self, text: str, label: str, key: str | None = None, ignored: Sequence[str] = ()) -> None:
+        self.text, self.label, self.key, self.ignored = text, label, key, tuple(ignored)
+
+    def stored(self, where: str, row: Row) -> dict[str, Any]:
+        """Return a row's columns.
+
+        Raises:
+            ValueError: Names the row and what to do.
+        """
+        wanted = [name for name in (self.text, self.label, self.key) if name]
+        columns = {name: _column(where, row, name) for name in wanted}
+        check_used(row, list(columns.values()), self.ignored, where, f"Used are {wanted}.")
+        text = string_of(row, columns[self.text], where)
+        label = label_name(_scalar(where, row, columns[self.label]))
+        key = str(_scalar(where, row, columns[self.key])) if self.key else ""
+        return {"text": text, "label": label, "key": key, "where": where, "blank": not text.strip()}
+
+    def features(self) -> Any:
+        """Return the type of each column."""
+        from datasets import Features, Value
+
+        names = ("label", "key", "where")
+        return Features({"text": Value("large_string"), **{name: Value("string") for name in names},
+                         "blank": Value("bool")})  # fmt: skip
 
 
-def _check_no_blank(rows: Sequence[Row]) -> None:
-    blank = next((row for row in rows if not row.text.strip()), None)
-    if blank is not None:
+def _column(where: str, row: Row, name: str) -> str:
+    column = find_column(row, name, where)
+    if column is None or row[column] is None:
         raise ValueError(
-            f"{blank.where}: the text is blank. Write it, or take the row out of the file: predictions are in"
-            " the order of the rows."
+            f"{where}: has nothing under {[name]}; it has {list(row)}. Name the columns by text_column,"
+            " label_column and key_column, or fill the row."
         )
+    return column
+
+
+def _scalar(where: str, row: Row, column: str) -> Label:
+    value = row[column]
+    if not has_content(value) or not isinstance(value, str | bool | int | float):
+        what = f"holds {shown(value)}, no single value" if has_content(value) else "is empty"
+        raise ValueError(f"{where}: {column!r} {what}. Fill it in, or take the row out of the file.")
+    return value
+
+
+def encode_labelled(
+    batch: Mapping[str, Sequence[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    index: Mapping[str, int],
+) -> dict[str, Any]:
+    """Tokenize a batch of stored texts, for ``datasets``."""
+    texts = list(batch["text"])
+    whole = tokenizer(texts, verbose=False)["input_ids"]
+    tokens = tokenizer(texts, truncation=True, max_length=max_length)
+    return {
+        "input_ids": tokens["input_ids"],
+        "attention_mask": tokens["attention_mask"],
+        "labels": [index[label] for label in batch["label"]],
+        "lost": [len(ids) - len(kept) for ids, kept in zip(whole, tokens["input_ids"], strict=True)],
+    }
+
+
+def _features() -> Any:
+    from datasets import Features, Sequence, Value
+
+    tokens, number = Sequence(Value("int64")), Value("int64")
+    return Features({"input_ids": tokens, "attention_mask": tokens, "labels": number, "lost": number})

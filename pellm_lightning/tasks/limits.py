@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 from pellm_lightning.tasks.columns import shown
-from pellm_lightning.tasks.samples import IGNORED, Sample
+from pellm_lightning.tasks.samples import IGNORED, Sample, Samples
 
 
 def num_positions(model: nn.Module) -> int | None:
@@ -49,7 +49,7 @@ def check_positions(model: nn.Module, name: str, module: LightningModule) -> Non
     if limit is None or argument is None:
         return
     sources = (getattr(data, f"{stage}_samples", ()) for stage in ("train", "val", "test"))
-    longest = max((len(sample["input_ids"]) for samples in sources for sample in samples), default=0)
+    longest = max((samples.longest for samples in sources if isinstance(samples, Samples)), default=0)
     if longest > limit:
         raise ValueError(
             f"{argument}={getattr(data, argument)} is too large: a sample has {longest} tokens, and"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from pellm_lightning.comm.topology import Topology
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Partition = Literal["iid", "dirichlet", "key"]
 
 
 def iid(num_samples: int, num_parties: int, seed: int = 0, min_per_party: int = 1) -> list[list[int]]:
@@ -86,6 +88,17 @@ def by_key(keys: Sequence[Hashable], parties: int | Mapping[Hashable, int]) -> l
             "Take fewer parties or a finer key."
         )
     return parts
+
+
+def divide(
+    groups: Sequence[Hashable], num_parties: int, how: Partition, alpha: float, seed: int
+) -> list[list[int]]:
+    """Partition by the labels or keys of samples; "iid" does not look at them."""
+    if how == "key":
+        return by_key(groups, num_parties)
+    if how == "dirichlet":
+        return dirichlet(groups, num_parties, alpha, seed)
+    return iid(len(groups), num_parties, seed)
 
 
 def check_num_parties(num_parties: int, party: int | None, topology: Topology) -> None:

@@ -1,105 +1,153 @@
-"""Reader of JSON, CSV and TSV files, with the line of each row."""
+"""Strict readers of text, JSON and table files: each row with the line on which it begins.
 
+``datasets`` reads these files by pandas and pyarrow, which drop or change rows without a word: "NA" becomes
+null, "007" the number 7, a timestamp a date, an unclosed quotation mark swallows lines, a duplicate key wins.
+"""
+
+import bz2
+import csv
+import gzip
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import lzma
+import re
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from pellm_lightning.tasks.delimited import delimited_rows
+from pellm_lightning.tasks.columns import same_column
 
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
-@dataclass(frozen=True)
-class FileRow:
-    """A row of a file by its columns; ``where`` is ``file:line``, of the line on which the row begins."""
-
-    where: str
-    fields: Mapping[str, Any]
-
-
-def read_text(path: Path) -> str:
-    """Read a file of UTF-8 text, with or without a byte order mark; line endings stay as they are.
-
-    Raises:
-        ValueError: Names the file, and the line of the first byte that is not UTF-8 text.
-    """
-    content = path.read_bytes()
-    for mark, encoding in _OTHER_MARKS.items():
-        if content.startswith(mark):
-            raise ValueError(f"{path}:1: the file is {encoding}, by its first bytes. {_convert(encoding)}")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # A byte order mark is not part of what the error counts in.
-        bad = error.object[error.start]
-        line = 1 + error.object.count(b"\n", 0, error.start)
-        raise ValueError(
-            f"{path}:{line}: is not UTF-8 text: byte 0x{bad:02x} ({error.reason}). Its encoding is not"
-            f" guessed. {_convert('CP1252')} CP1252 is what Windows often writes; name the file's own."
-        ) from error
-    if "\0" in text:
-        raise ValueError(
-            f"{path}:{1 + text.count(chr(10), 0, text.index(chr(0)))}: holds a NUL character, so it is"
-            f" damaged, or UTF-16 without a mark. {_convert('UTF-16LE')} If it is damaged, write it again."
-        )
-    return text
+Row = Mapping[str, Any]
+Fields = list[str]
+Lines = list[tuple[int, Fields]]
+"""Fields of each row, with the number of the line on which it begins."""
 
 
-def read_file(path: Path, suffixes: Sequence[str], columns: Sequence[str] = ()) -> list[FileRow]:
-    """Read the rows of a ``.jsonl``, ``.json``, ``.csv`` or ``.tsv`` file.
+def suffix_of(path: Path) -> str:
+    """Return a file's suffix, without that of its compression."""
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[tuple[str, Row]]:
+    """Read a file: ``.txt`` is one row with the column ``text``; the others have a row per object or line.
+
+    ``.jsonl``, ``.csv`` and ``.txt`` are read as far as they are asked for.
 
     Args:
-        path: The file.
-        suffixes: The suffixes that the caller can use, ``.txt`` perhaps among them.
-        columns: Columns that a table has to have, by which its delimiter is recognised.
+        path: The file, perhaps compressed (``.gz``, ``.bz2``, ``.xz``).
+        columns: Names that the header of a table may have, by which the delimiter is recognised.
+
+    Yields:
+        ``file:line``, and the row by its columns.
 
     Raises:
         ValueError: Names the file, the line, and what to do.
     """
-    check_suffix(path, suffixes)
-    text = read_text(path)
-    rows: Iterable[tuple[int, Mapping[str, Any]]]
-    if path.suffix == ".jsonl":
-        rows = _json_lines(text, path)
-    elif path.suffix == ".json":
-        rows = _json_document(text, path)
-    else:
-        rows = delimited_rows(text, path, columns)
-    found = [FileRow(f"{path}:{line}", fields) for line, fields in rows]
-    if not found:
-        what = "has no rows" if text.strip() else "is empty"
+    suffix, empty = suffix_of(path), True
+    for line, row in _rows(path, suffix, columns):
+        empty = False
+        yield f"{path}:{line}", row
+    if empty:
+        what = "has no rows" if any(line.strip() for line in _lines(path)) else "is empty"
         raise ValueError(f"{path}:1: the file {what}. Write it again, or take it out of the pattern.")
-    return found
 
 
-def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
-    """Validate a file's suffix.
+def _rows(path: Path, suffix: str, columns: Collection[str]) -> Iterable[tuple[int, Row]]:
+    if suffix == ".jsonl":
+        return _json_lines(path)
+    if suffix == ".csv":
+        return _table(_comma_lines(path, columns), path)
+    text = "".join(_lines(path))
+    if suffix == ".json":
+        return _json_document(text, path)
+    return _table(_tab_lines(text, path), path) if suffix == ".tsv" else [(1, {"text": text})]
 
-    Raises:
-        ValueError: Names the file and the suffixes that can be read.
+
+# ---- bytes to lines
+
+_OTHER_MARKS = {
+    # UTF-32 first: its little-endian mark begins with that of UTF-16.
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+
+
+def _lines(path: Path, newline: str = "") -> Iterator[str]:
+    r"""Yield the lines of a file of UTF-8 text, with or without a byte order mark, with their endings.
+
+    Args:
+        path: The file.
+        newline: "" ends lines as any system does, "\n" at a line feed only.
     """
-    if path.suffix not in suffixes:
-        raise ValueError(
-            f"{path}: cannot read {path.suffix or 'a file without a suffix'}. Use"
-            f" {', '.join(suffixes[:-1])} or {suffixes[-1]}."
-        )
+    try:
+        with _opened(path) as file:
+            lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+            for number, line in enumerate(lines, start=1):
+                if "\0" in line:
+                    raise ValueError(
+                        f"{path}:{number}: holds a NUL character, so it is damaged, or UTF-16 without a mark."
+                        f" {_convert('UTF-16LE')} If it is damaged, write it again."
+                    )
+                yield line
+    except UnicodeDecodeError as error:
+        raise _undecodable(path) from error
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: is no whole compressed file ({error}). Write or copy it again.") from error
 
 
-def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for the end of a line.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _opened(path: Path) -> BinaryIO:
+    file = cast(BinaryIO, _COMPRESSED.get(path.suffix, open)(path, "rb"))
+    start = file.read(4)
+    file.seek(0)
+    for mark, encoding in _OTHER_MARKS.items():
+        if start.startswith(mark):
+            file.close()
+            raise ValueError(f"{path}:1: the file is {encoding}, by its first bytes. {_convert(encoding)}")
+    return file
+
+
+def _undecodable(path: Path) -> ValueError:
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                return ValueError(
+                    f"{path}:{number}: is not UTF-8 text: byte 0x{error.object[error.start]:02x}"
+                    f" ({error.reason}). Its encoding is not guessed. {_convert('CP1252')} CP1252 is what"
+                    " Windows often writes; name the file's own."
+                )
+    return ValueError(f"{path}: is not UTF-8 text.")
+
+
+def _convert(encoding: str) -> str:
+    return f"Convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW."
+
+
+# ---- JSON
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    # Lines end at line feeds only: JSON strings may hold U+2028 and others that end lines elsewhere.
+    for number, line in enumerate(_lines(path, "\n"), start=1):
         if line.strip():
-            yield number, _fields_of(_parsed_line(line, number, text, path), f"{path}:{number}")
+            yield number, _fields(_parsed_line(line, number, path), f"{path}:{number}")
 
 
-def _parsed_line(line: str, number: int, text: str, path: Path) -> Any:
+def _parsed_line(line: str, number: int, path: Path) -> Any:
     where = f"{path}:{number}"
     try:
         # strict=False takes a tab within a string as it stands: on one line it has only one meaning.
         return json.loads(line, strict=False, object_pairs_hook=_pairs_at(where))
     except json.JSONDecodeError as error:
         cure = "Correct the line; JSONL holds one whole object on each line."
-        if _is_json(text):
+        if _is_json("".join(_lines(path))):
             cure = f"The file is one JSON document over several lines: rename it to {path.stem}.json."
         raise ValueError(f"{where}: is not JSON: {error.msg} (column {error.colno}). {cure}") from error
 
@@ -112,7 +160,7 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _json_document(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _json_document(text: str, path: Path) -> Iterator[tuple[int, Row]]:
     """Yield the objects of a list, or objects one after the other, as some programs write into ``.json``."""
     position, line, counted = _skip_blanks(text, 0), 1, 0
     in_list = text.startswith("[", position)
@@ -122,7 +170,7 @@ def _json_document(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, An
         where = f"{path}:{line}"
         try:
             value, end = json.JSONDecoder(object_pairs_hook=_pairs_at(where)).raw_decode(text, position)
-            yield line, _fields_of(value, where)
+            yield line, _fields(value, where)
             position = _skip_blanks(text, end)
             if in_list:
                 position = _next_in_list(text, position)
@@ -160,7 +208,7 @@ def _skip_blanks(text: str, position: int) -> int:
     return position
 
 
-def _fields_of(value: Any, where: str) -> Mapping[str, Any]:
+def _fields(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise ValueError(
             f'{where}: expected an object, found {type(value).__name__}. Write rows as {{"column": value}}.'
@@ -182,14 +230,110 @@ def _pairs_at(where: str) -> Any:
     return pairs
 
 
-_OTHER_MARKS = {
-    # UTF-32 first: its little-endian mark begins with that of UTF-16.
-    b"\xff\xfe\x00\x00": "UTF-32",
-    b"\x00\x00\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
+# ---- tables
 
 
-def _convert(encoding: str) -> str:
-    return f"Convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW."
+def _table(lines: Iterable[tuple[int, Fields]], path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield the rows below the header."""
+    rows = iter(lines)
+    start, header = next(rows, (1, []))
+    names = _names(header, f"{path}:{start}")
+    for line, fields in rows:
+        yield line, _row(names, fields, f"{path}:{line}")
+
+
+def _names(header: Fields, where: str) -> Fields:
+    names = [name.strip() for name in header]
+    while names and not names[-1]:  # a delimiter at the end of the line
+        names.pop()
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"{where}: the header has {twice} more than once, so one column would hide the other. Give each"
+            " column a name of its own; the first line must be the header."
+        )
+    return names
+
+
+def _row(names: Fields, fields: Fields, where: str) -> Row:
+    if len(fields) < len(names) or any(field.strip() for field in fields[len(names) :]):
+        raise ValueError(
+            f"{where}: the row has {len(fields)} fields, the header {len(names)} names ({', '.join(names)})."
+            " Quote a field that holds the delimiter, and fill in what is missing."
+        )
+    return dict(zip(names, fields, strict=False))
+
+
+def _comma_lines(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Fields]]:
+    """Parse quoted fields as RFC 4180 says, with a comma, a semicolon or a tab between them."""
+    header = next((line for line in _lines(path) if line.strip()), "")
+
+    def known(delimiter: str) -> int:
+        names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+        return sum(any(same_column(name, column) for column in columns) for name in names)
+
+    delimiter = max(",;\t", key=known)  # of equals the first
+    names = next(_quoted(_lines(path), path, delimiter), (0, []))[1]
+    # "text, label": blanks that belong to the delimiter throughout, as the header shows.
+    blanks = len(names) > 1 and all(name.startswith(" ") for name in names[1:])
+    return _quoted(_lines(path), path, delimiter, blanks)
+
+
+def _quoted(
+    lines: Iterable[str], path: Path, delimiter: str, skip_blanks: bool = False
+) -> Iterator[tuple[int, Fields]]:
+    # A field can be as long as the file; the limit is of the process, and raising it harms nobody.
+    csv.field_size_limit(2**31 - 1)
+    # strict: otherwise text after a closing mark joins the field, and an open field swallows the rest.
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=skip_blanks, strict=True)
+    start = 1
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                yield start, fields
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f'{path}:{start}: a quotation mark (") that begins a field in this row is not closed before line'
+            f" {reader.line_num} ends, or something follows where it closes ({error}). Close the field; write"
+            ' a mark within a quoted field twice ("").'
+        ) from error
+
+
+def _tab_lines(text: str, path: Path) -> Lines:
+    """Split lines at tabs; marks are text, unless the file evidently has quoted fields."""
+    plain = [
+        (number, line.removesuffix("\r").split("\t"))
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    marked = [(number, field) for number, fields in plain for field in fields if '"' in field]
+    if not marked:
+        return plain
+    if len({len(fields) for _, fields in plain}) > 1:
+        # A field that holds a tab or a line's end must be quoted; else some row lacks a field.
+        quoted = _parsed_tabs(text, path)
+        return plain if quoted is None else quoted
+    if not all(_QUOTED.fullmatch(field) for _, field in marked):
+        return plain  # whoever writes quoted fields quotes every one that holds a mark
+    needless = [number for number, field in marked if '"' not in field[1:-1]]
+    everywhere = all(not field or field.startswith('"') for _, fields in plain for field in fields)
+    if needless and not everywhere:
+        raise ValueError(
+            f"{path}:{needless[0]}: a field stands in quotation marks that may quote it or be part of its"
+            " text: other fields of the file are not quoted. If they quote, rename the file to .csv (its tabs"
+            " are recognised); if they are text, write the file as .jsonl."
+        )
+    return list(_quoted(io.StringIO(text, newline=""), path, "\t"))
+
+
+def _parsed_tabs(text: str, path: Path) -> Lines | None:
+    """Parse quoted fields; None unless that gives every row as many fields as the header."""
+    try:
+        rows = list(_quoted(io.StringIO(text, newline=""), path, "\t"))
+    except ValueError:
+        return None
+    return rows if len({len(fields) for _, fields in rows}) == 1 else None
+
+
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')

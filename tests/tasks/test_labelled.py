@@ -2,11 +2,14 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pellm_lightning.tasks import ClassificationDataModule
-from pellm_lightning.tasks.rows import Row, label_name, read_rows
+from pellm_lightning.tasks.labelled import LabelledMapper
+from pellm_lightning.tasks.labels import label_name
+from pellm_lightning.tasks.source import Source
 
 IGNORED: dict = {"ignore_columns": ["who"]}
 ROWS = [{"text": f"w{i}", "label": "ab"[i % 2], "who": f"person {i % 4}"} for i in range(24)]
@@ -19,6 +22,15 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+def read(
+    path: Path | str, text: str = "text", label: str = "label", key: str | None = None, ignored: Any = ()
+) -> list:
+    """The rows of a file, as they are stored."""
+    mapper = LabelledMapper(text, label, key, ignored)
+    rows = Source((str(path),), columns=(text, label)).rows()
+    return [{k: v for k, v in mapper.stored(*row).items() if k != "where"} for row in rows]
+
+
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
 def test_tables_and_jsonl_read_alike(suffix: str, delimiter: str, tmp_path: Path, file: str) -> None:
     path = tmp_path / f"all.{suffix}"
@@ -26,9 +38,9 @@ def test_tables_and_jsonl_read_alike(suffix: str, delimiter: str, tmp_path: Path
         writer = csv.DictWriter(stream, ROWS[0].keys(), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(ROWS)
-    rows = read_rows(path, "text", "label", "who")
-    assert rows == read_rows(Path(file), "text", "label", "who")
-    assert rows[5] == Row("w5", "b", "person 1")
+    rows = read(path, key="who")
+    assert rows == read(file, key="who")
+    assert rows[5] == {"text": "w5", "label": "b", "key": "person 1", "blank": False}
 
 
 def parties(file: str, llama: str, **options: object) -> list[ClassificationDataModule]:
@@ -87,10 +99,10 @@ def test_unknown_labels_and_columns_are_named(file: str, bert: str, tmp_path: Pa
         ClassificationDataModule(file, bert, labels=["a", "b"], label_column="topic").setup("fit")
     (tmp_path / "short.csv").write_text("text,label\nonly text\n")
     with pytest.raises(ValueError, match=r"short\.csv:2: the row has 1 fields, the header 2"):
-        read_rows(tmp_path / "short.csv", "text", "label")
+        read(tmp_path / "short.csv")
     (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": 1}\n[]\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: expected an object, found list"):
-        read_rows(tmp_path / "bad.jsonl", "text", "label")
+        read(tmp_path / "bad.jsonl")
 
 
 def test_settings_that_contradict_are_refused(file: str, bert: str) -> None:
@@ -126,6 +138,11 @@ def labels_of(file: str, bert: str, labels: list) -> list[int]:
         ("FALSE\nTRUE", ["false", "true"]),
         (" bad\ngood ", ["bad", " good"]),
         ("v1.0\n1.5", ["v1.0", 1.5]),
+        ("no\nYes", [False, True]),
+        ("off\non", [False, True]),
+        ("007\n7", ["007", 7]),
+        ("1e3\n1000", ["1e3", 1000]),
+        ("NA\nnan", ["NA", "nan"]),
     ],
 )
 def test_a_label_is_one_however_it_is_written(values: str, labels: list, tmp_path: Path, bert: str) -> None:
@@ -157,8 +174,8 @@ def test_labels_that_are_one_or_none_are_refused(tmp_path: Path, bert: str) -> N
 
 def test_a_third_column_is_refused_unless_it_is_ignored_or_the_key(file: str) -> None:
     with pytest.raises(ValueError, match=r"all\.jsonl:1: 'who' holds 'person 0'"):
-        read_rows(Path(file), "text", "label")
-    assert len(read_rows(Path(file), "text", "label", ignore_columns=["who"])) == 24
+        read(file)
+    assert len(read(file, ignored=["who"])) == 24
     with pytest.raises(ValueError, match="names \\['label'\\], which are used"):
         ClassificationDataModule(file, "t", labels=["a", "b"], ignore_columns=["label"])
     with pytest.raises(ValueError, match="must be a list of columns"):
@@ -174,7 +191,11 @@ def test_what_is_cut_or_blank_is_counted_once(
     data.setup("validate")
     assert [len(sample["input_ids"]) for sample in data.train_samples] == [3, 1, 3]
     (said,) = caplog.messages
-    assert "Party 3: files, at max_length=3: 1 row is left out as blank" in said
+    assert [line.split() for line in said.splitlines()[:2]] == [
+        ["Party", "3,", "max_length=3", "records", "samples", "tokens", "cut", "left", "out"],
+        ["files", "4", "3", "7", "2", "1"],  # 3, 1 and 3 tokens
+    ]
+    assert "files: 1 blank row is left out" in said
     assert f"{file}:3" in said
     # 5 + 4 tokens, of which 3 + 3 stay.
     assert f"2 texts are cut, by 3 tokens (the first: {file}:2); max_length=5" in said
@@ -183,7 +204,7 @@ def test_what_is_cut_or_blank_is_counted_once(
 def test_a_text_that_is_no_string_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "w1", "label": 0}\n{"text": {"a": "w"}, "label": 0}\n')
     with pytest.raises(ValueError, match=r"t\.jsonl:2: 'text' holds \{'a': 'w'\}, no string"):
-        read_rows(tmp_path / "t.jsonl", "text", "label")
+        read(tmp_path / "t.jsonl")
 
 
 def test_a_single_row_is_not_held_out(tmp_path: Path, bert: str) -> None:

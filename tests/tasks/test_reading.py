@@ -1,21 +1,25 @@
+import bz2
 import csv
+import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pellm_lightning.tasks.delimited import delimited_rows
-from pellm_lightning.tasks.reading import read_file, read_text
+from pellm_lightning.tasks.reading import read_rows
 
 TABLE = "text,label\n" + "".join(f"café {i},{'good' if i % 2 else 'bad'}\n" for i in range(5))
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def rows_of(path: Path, content: str | bytes) -> list[tuple[str, dict[str, str]]]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return [
-        (row.where.removeprefix(f"{path}:"), dict(row.fields))
-        for row in read_file(path, SUFFIXES, ["text", "label"] if path.suffix == ".csv" else [])
+        (where.removeprefix(f"{path}:"), dict(row))
+        for where, row in read_rows(path, ["text", "label"] if path.suffix == ".csv" else [])
     ]
 
 
@@ -74,8 +78,8 @@ def test_quotation_marks_in_a_tsv_are_text(tmp_path: Path) -> None:
     assert [fields["text"] for _, fields in rows_of(tmp_path / "a.tsv", content)] == texts
 
 
-def test_a_mark_before_a_tab_merges_no_rows() -> None:
-    rows = delimited_rows('text\tlabel\n"a\tbad\nb"\tgood\n', Path("a.tsv"))
+def test_a_mark_before_a_tab_merges_no_rows(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "a.tsv", 'text\tlabel\n"a\tbad\nb"\tgood\n')
     assert [fields["text"] for _, fields in rows] == ['"a', 'b"']
 
 
@@ -84,18 +88,17 @@ def test_a_quoted_tsv_is_read_as_it_was_written(quoting: int, tmp_path: Path) ->
     written = [("text", "label"), ('says "hi"', "bad"), ("two\nlines", "good"), ("a\ttab", "bad")]
     with (tmp_path / "a.tsv").open("w", newline="") as file:
         csv.writer(file, delimiter="\t", quoting=quoting).writerows(written)
-    rows = read_file(tmp_path / "a.tsv", SUFFIXES)
-    assert [tuple(row.fields.values()) for row in rows] == written[1:]
+    assert [tuple(row.values()) for _, row in read_rows(tmp_path / "a.tsv")] == written[1:]
 
 
-def test_marks_of_two_meanings_are_refused() -> None:
+def test_marks_of_two_meanings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.tsv:3: .*rename the file to \.csv"):
-        delimited_rows('text\tlabel\na\tbad\n"b"\tgood\n', Path("a.tsv"))
+        rows_of(tmp_path / "a.tsv", 'text\tlabel\na\tbad\n"b"\tgood\n')
 
 
-def test_a_tsv_row_without_a_field_is_named() -> None:
+def test_a_tsv_row_without_a_field_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.tsv:3: the row has 1 fields"):
-        delimited_rows("text\tlabel\na\tbad\nb\n", Path("a.tsv"))
+        rows_of(tmp_path / "a.tsv", "text\tlabel\na\tbad\nb\n")
 
 
 # ---- JSON
@@ -145,4 +148,83 @@ def test_json_that_would_lose_something_is_refused(
 def test_the_line_of_a_bad_byte_is_an_editor_s(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\nth\xffree")
     with pytest.raises(ValueError, match=r"a\.txt:3: is not UTF-8 text: byte 0xff"):
-        read_text(tmp_path / "a.txt")
+        list(read_rows(tmp_path / "a.txt"))
+
+
+# ---- properties
+
+Text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=12)
+
+
+@given(rows=st.lists(st.tuples(Text, Text), min_size=1, max_size=6), delimiter=st.sampled_from(",;\t"))
+def test_a_table_is_read_as_python_s_csv_reads_it(
+    rows: list[tuple[str, str]], delimiter: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    written = io.StringIO(newline="")
+    csv.writer(written, delimiter=delimiter).writerows([("text", "label"), *rows])
+    path = tmp_path_factory.getbasetemp() / "property.csv"
+    path.write_bytes(written.getvalue().encode())
+    expected = [row for row in rows if any(field.strip() for field in row)]
+    if not expected:
+        return
+    found = [tuple(row.values()) for _, row in read_rows(path, ["text", "label"])]
+    assert found == expected
+    assert (
+        found
+        == [
+            tuple(row)
+            for row in csv.reader(io.StringIO(written.getvalue(), newline=""), delimiter=delimiter)
+            if any(field.strip() for field in row)
+        ][1:]
+    )
+
+
+Json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | Text,
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(Text, parts, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(Text, Json, max_size=3), min_size=1, max_size=5),
+    suffix=st.sampled_from(["json", "jsonl"]),
+)
+def test_json_is_read_as_python_s_json_reads_it(
+    rows: list[dict], suffix: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"property.{suffix}"
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(json.dumps(rows) if suffix == "json" else lines, encoding="utf-8", newline="")
+    assert [row for _, row in read_rows(path)] == rows
+
+
+@pytest.mark.parametrize("value", ["NA", "nan", "null", "007", "1.0", "1e3", "2024-01-01", "True", " a "])
+def test_values_stay_as_they_are_written(value: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"text,label\n{value},{value}\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": value, "label": value}) + "\n")
+    for name in ("a.csv", "a.jsonl"):
+        ((_, row),) = read_rows(tmp_path / name, ["text"])
+        assert row == {"text": value, "label": value}
+
+
+# ---- compressed
+
+COMPRESSORS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_files_are_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.csv.{suffix}"
+    path.write_bytes(COMPRESSORS[suffix](TABLE.encode("utf-8-sig")))
+    rows = list(read_rows(path, ["text"]))
+    assert rows[1] == (f"{path}:3", {"text": "café 1", "label": "good"})
+    path.write_bytes(COMPRESSORS[suffix](TABLE.encode())[:-9])
+    with pytest.raises(ValueError, match=rf"a\.csv\.{suffix}: is no whole compressed file"):
+        list(read_rows(path, ["text"]))
+
+
+def test_a_bad_byte_in_a_compressed_file_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "caf\xe9"}\n'))
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz:2: is not UTF-8 text: byte 0xe9"):
+        list(read_rows(tmp_path / "a.jsonl.gz"))

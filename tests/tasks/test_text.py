@@ -6,7 +6,7 @@ import pytest
 
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.tasks import TextDataModule
-from pellm_lightning.tasks.source import shuffled
+from pellm_lightning.tasks.loading import EpochSampler
 
 
 def write_parties(folder: Path) -> str:
@@ -67,10 +67,11 @@ def test_an_epoch_has_its_own_order_and_always_the_same(tmp_path: Path, llama: s
 def test_the_processes_of_a_party_share_its_samples() -> None:
     samples = list(range(10))
     halves = [
-        list(shuffled(samples, SimpleNamespace(world_size=2, global_rank=rank), seed=0)) for rank in (0, 1)
+        list(EpochSampler(samples, SimpleNamespace(world_size=2, global_rank=rank), seed=0))
+        for rank in (0, 1)
     ]
     assert sorted(halves[0] + halves[1]) == samples
-    assert sorted(shuffled(samples, None, seed=0)) == samples
+    assert sorted(EpochSampler(samples, None, seed=0)) == samples
 
 
 def test_prompts_are_padded_on_the_left(tmp_path: Path, llama: str) -> None:
@@ -146,7 +147,11 @@ def test_what_is_left_out_or_cut_is_said_once(
     data.setup("validate")
     assert len(data.train_samples) == 2
     (said,) = caplog.messages
-    assert said.startswith("Party 1: files, at block_size=4: 1 blank record is left out")
+    assert [line.split() for line in said.splitlines()[:2]] == [
+        ["Party", "1,", "block_size=4", "records", "samples", "tokens", "cut", "left", "out"],
+        ["files", "5", "2", "7", "1", "3"],  # 4 and 3 tokens
+    ]
+    assert "\nfiles: 1 blank record is left out" in said
     assert "2 records are left out, whose prompt leaves no room for a response, 4 tokens" in said
     assert f"(the first: {file}:1)" in said
     # 1 + 5 tokens in a block of 4.
@@ -162,12 +167,12 @@ def test_only_the_first_process_of_a_party_speaks(
 ) -> None:
     for rank in range(2):
         monkeypatch.setattr(
-            "pellm_lightning.tasks.left_out.topology_of", lambda _, rank=rank: Topology(0, 1, rank, 2)
+            "pellm_lightning.tasks.summary.topology_of", lambda _, rank=rank: Topology(0, 1, rank, 2)
         )
         data = TextDataModule(
             write_records(tmp_path, ("w1", "w2 w3 w4 w5")), llama, party=0, block_size=4, val_fraction=0
         )
-        data.trainer = SimpleNamespace()
+        data.trainer = SimpleNamespace(default_root_dir=tmp_path)
         data.setup("fit")
     assert len(caplog.messages) == 1
 

@@ -64,7 +64,7 @@ def poisson(loader: Any) -> DataLoader[Any]:
     Raises:
         ValueError: If the loader does not return every record of a map-style dataset once per epoch.
     """
-    if type(loader) is not DataLoader:
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
             f"Records are sampled from one torch DataLoader, not from {type(loader).__name__}. Let"
             " train_dataloader return a single one."
