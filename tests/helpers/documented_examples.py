@@ -54,8 +54,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<eos>")
 
 
-def run(folder: Path, *command: str) -> None:
-    """Run a Python command in ``folder``; end all its processes if it takes too long."""
+def run(folder: Path, *command: str, timeout_s: float = 100) -> str:
+    """Run a Python command in ``folder``, and return its output; end all its processes if it takes too long."""
     process = subprocess.Popen(
         [python(), *command],
         cwd=folder,
@@ -66,11 +66,12 @@ def run(folder: Path, *command: str) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=timeout_s)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
+    return output
 
 
 def documented(config: str) -> str:

@@ -1,4 +1,4 @@
-"""Hosts of their own within one test: network namespaces, joined by lines that are slow, lossy or cut.
+"""Hosts of their own within one test: network namespaces, joined by lines that are slow, lossy, cut or filtered.
 
 Each line is a TUN device, whose packets a thread of the test carries. Namespaces have no names, and they and
 the devices belong to descriptors of this process, so nothing is left of a network when it ends, however it
@@ -18,18 +18,23 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import count, product
-from typing import Any
+from typing import Any, TypeAlias
 
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _PACKET_BYTES = 2048
 # A line holds no more than it carries in so many seconds; the rest is lost, as at a router.
 _QUEUE_S = 0.5
-_IPV4 = 4
+_IPV4, _TCP = 4, 6
 _DESTINATION = slice(16, 20)
+_SYN, _ACK = 0x02, 0x10
+
+
+Connection: TypeAlias = tuple[str, str, int]
+"""A connection by TCP: the host that opens it, the host where, and the port there."""
 
 
 class NoNetworkError(Exception):
@@ -63,12 +68,13 @@ class Network:
 
     Args:
         names: What the hosts are called.
+        addresses: The address of each host, in the same order; of its own choice if there are none.
 
     Raises:
         NoNetworkError: If the system does not let this process have one.
     """
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, addresses: Sequence[str] = ()) -> None:
         self.delay_s = 0.0
         """Seconds that a packet is under way, one way."""
         self.loss = 0.0
@@ -78,6 +84,10 @@ class Network:
         self.lost: Counter[str] = Counter()
         """Packets that did not arrive, by reason."""
         self.bytes_sent = 0
+        self.firewall: Collection[Connection] | None = None
+        """The connections that may be opened; None lets everything pass."""
+        self.opened: set[Connection] = set()
+        """What was opened, or tried."""
         self._cut: frozenset[tuple[str, str]] = frozenset()
         self._under_way: list[_Packet] = []
         self._numbers = count()
@@ -86,8 +96,9 @@ class Network:
         self._closing = False
         self.hosts: dict[str, Host] = {}
         try:
-            for number, name in enumerate(names, start=1):
-                self.hosts[name] = _host(f"10.77.0.{number}")
+            addresses = addresses or [f"10.77.0.{number}" for number in range(1, len(names) + 1)]
+            for name, address in zip(names, addresses, strict=True):
+                self.hosts[name] = _host(address)
         except BaseException:
             self._close_hosts()
             raise
@@ -135,7 +146,12 @@ class Network:
             return
         now = time.monotonic()
         begins = max(now, self._free[sender])
-        if (sender, receiver) in self._cut:
+        opens = _opened_port(packet)
+        if opens is not None:
+            self.opened.add((sender, receiver, opens))
+        if self.firewall is not None and not self._passes(sender, receiver, packet, opens):
+            self.lost["firewall"] += 1
+        elif (sender, receiver) in self._cut:
             self.lost["cut"] += 1
         elif self._random.random() < self.loss:
             self.lost["loss"] += 1
@@ -146,6 +162,15 @@ class Network:
             self._free[sender] = begins + 8 * len(packet) / self.bits_per_s
             due = self._free[sender] + self.delay_s
             heapq.heappush(self._under_way, _Packet(due, next(self._numbers), self.hosts[receiver], packet))
+
+    def _passes(self, sender: str, receiver: str, packet: bytes, opens: int | None) -> bool:
+        """Filter by state, as a firewall does: TCP that was opened with leave, and the answers to it."""
+        assert self.firewall is not None
+        if opens is not None:
+            return (sender, receiver, opens) in self.firewall
+        source, destination = _ports(packet)
+        own, answered = (sender, receiver, destination), (receiver, sender, source)
+        return packet[9] == _TCP and (own in self.firewall or answered in self.firewall)
 
     def _close_hosts(self) -> None:
         for host in self.hosts.values():
@@ -182,7 +207,13 @@ def _host(address: str) -> Host:
         host = Host(address, namespace, line)
         try:
             fcntl.ioctl(line, _TUNSETIFF, struct.pack("16sH22x", b"line", _IFF_TUN | _IFF_NO_PI))
-            for words in ("addr add {}/24 dev line", "link set line up", "link set lo up"):
+            commands = (
+                "addr add {}/32 dev line",
+                "link set line up",
+                "link set lo up",
+                "route add default dev line",
+            )
+            for words in commands:
                 command = ["ip", *words.format(address).split()]
                 subprocess.run(command, check=True, capture_output=True, text=True)
         except BaseException:
@@ -216,6 +247,20 @@ def in_thread(act: Callable[[], Any]) -> Any:
     if isinstance(results[0], BaseException):
         raise results[0]
     return results[0]
+
+
+def _ports(packet: bytes) -> tuple[int, int]:
+    """The port that a packet comes from, and that it goes to."""
+    start = 4 * (packet[0] & 15)
+    source, destination = struct.unpack("!HH", packet[start : start + 4])
+    return source, destination
+
+
+def _opened_port(packet: bytes) -> int | None:
+    """The port to which a packet opens a TCP connection, None if it opens none."""
+    if packet[9] != _TCP or packet[4 * (packet[0] & 15) + 13] & (_SYN | _ACK) != _SYN:
+        return None
+    return _ports(packet)[1]
 
 
 def _packets(line: int) -> list[bytes]:

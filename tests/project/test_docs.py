@@ -31,7 +31,7 @@ from small_module import LittleData
 from torch import nn
 from torch.distributed.run import get_args_parser
 
-from pellm_lightning import FederatedAveraging, FederatedCLI, Federation
+from pellm_lightning import FederatedAveraging, FederatedCLI, Federation, __version__
 from pellm_lightning.cli import commands, results
 from pellm_lightning.cli.main import MODULES as COMMANDS
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
@@ -53,6 +53,7 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 SHELL = ("console", "bash")
 KNOWN = (*SHELL, "python", "yaml", "diff", "json", "text")
 DIRECTIVES = ("{eval-rst}", "{toctree}", "{figure}", "{image}", "{note}", "{list-table}", "{math}")
+DIRECTIVES += ("{include}", "{literalinclude}")
 """Sphinx checks these: it builds the documents without a warning."""
 ADDRESSES = ("host-a", "10.8.0.1", "10.8.0.2")
 """Hosts of the documents; in a test they are this one."""
@@ -81,7 +82,7 @@ def test_text_is_no_code_that_escapes() -> None:
 
 def test_what_is_not_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     """Nobody but a reader of this list knows whether these are right."""
-    known = {"not run", "not fitted", "over", "parties", "rank"}
+    known = {"not run", "not fitted", "over", "parties", "rank", "at", "receives"}
     assert not [f"{block.name}: {block.marks}" for block in BLOCKS if block.marks.keys() - known]
     skipped = [block for block in BLOCKS if block.not_run is not None]
     assert not [block.name for block in skipped if len(block.not_run or "") < 10]
@@ -582,6 +583,10 @@ def test_links_between_files_lead_somewhere() -> None:
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
             if not re.match(r"[a-z]+:|#", link):
                 assert ((ROOT / page).parent / link.partition("#")[0]).exists(), f"{page} links to {link}"
+
+
+def test_the_citation_names_the_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
 
 
 def test_environment_variables_are_those_that_are_read() -> None:
