@@ -219,7 +219,8 @@ def _topology(command: Any) -> Topology:
 def _jobs(command: Any) -> SeparateJobs | None:
     """Return how this party joins separate jobs, before anything is built of the configuration."""
     jobs = (command.get("federated") or {}).get("jobs")
-    return SeparateJobs.from_config(None if jobs is None else jobs.as_dict())
+    # A file of its own leaves its path among the keys.
+    return SeparateJobs.from_config(None if jobs is None else jobs.clone(with_meta=False).as_dict())
 
 
 def main(words: Sequence[str]) -> None:

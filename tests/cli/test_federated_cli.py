@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from small_module import LittleData, LittleModule
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment, SeparateJobs
+from pellm_lightning.comm import PartyLostError
 
 # Lightning calls jsonargparse in a way that has gone out of use.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -201,6 +202,18 @@ def test_each_institution_keeps_its_own_file(
     jobs = SeparateJobs.from_config(printed)
     assert jobs is not None
     assert (jobs.name, list(jobs.roster), jobs.membership.wait_s) == ("b", ["a", "b"], 2.0)
+
+
+def test_a_fit_joins_as_its_institutions_file_says(command: Any, tmp_path: Path) -> None:
+    own = {
+        "rendezvous": "tcp://127.0.0.1:1",
+        "name": "a",
+        "roster": ["a", "b"],
+        "membership": {"wait_s": 0.1},
+    }
+    (tmp_path / "clinic-a.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(PartyLostError, match="Party a could not join"):  # nobody listens there
+        command("fit", "--federated.jobs=clinic-a.yaml")
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -55,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def run(folder: Path, *command: str, timeout_s: float = 100) -> str:
-    """Run a Python command in ``folder``, and return its output; end all its processes if it takes too long."""
+    """Run a Python command in ``folder``; return its output. End all its processes if it takes too long."""
     process = subprocess.Popen(
         [python(), *command],
         cwd=folder,

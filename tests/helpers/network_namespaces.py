@@ -1,4 +1,4 @@
-"""Hosts of their own within one test: network namespaces, joined by lines that are slow, lossy, cut or filtered.
+"""Hosts of their own within one test: network namespaces, by lines that are slow, lossy, cut or filtered.
 
 Each line is a TUN device, whose packets a thread of the test carries. Namespaces have no names, and they and
 the devices belong to descriptors of this process, so nothing is left of a network when it ends, however it

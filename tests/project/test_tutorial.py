@@ -29,7 +29,7 @@ def test_it_is_kept_without_outputs() -> None:
 
 
 def as_script(cells: list[str]) -> str:
-    """Write code cells as plain Python: files that they write, and commands of the shell, as IPython does these."""
+    """Write code cells as plain Python, with the files and the commands of the shell that IPython knows."""
     lines = ["import pathlib, subprocess, sys", f"sys.executable = {python()!r}"]
     for cell in cells:
         written = re.fullmatch(r"%%writefile (\S+)\n(.*)", cell, re.DOTALL)
