@@ -31,16 +31,13 @@ pytestmark = [
     pytest.mark.skipif(WHY_NONE is not None, reason=str(WHY_NONE)),
 ]
 A, B, RENDEZVOUS = "clinic-a", "clinic-b", "rendezvous"
-# What the page takes for granted: chains that drop.
-CHAINS = ["nft add table inet filter"] + [
-    command
-    for chain, passes in (("input", "ct state established accept"), ("output", "ct state established accept"))
-    for command in (
-        f"nft add chain inet filter {chain} '{{ type filter hook {chain} priority 0; policy drop; }}'",
-        f"nft add rule inet filter {chain} {passes}",
-        f"nft add rule inet filter {chain} {chain[:1]}if lo accept",
-    )
-]
+# What the page takes for granted: a chain that drops what was not opened.
+CHAIN = """
+nft add table inet filter
+nft add chain inet filter {0} '{{ type filter hook {0} priority 0; policy drop; }}'
+nft add rule inet filter {0} ct state established accept
+nft add rule inet filter {0} {0[0]}ifname lo accept
+"""
 # A fork enters the host before it runs anything of ours.
 ENTERS = """
 import runpy, sys
@@ -94,7 +91,7 @@ class Hospitals:
             f'python() {{ [ "$2" = pip ] || {python()} {self.enters} {entrance} "$@"; }}',
             'pellm() { python -m pellm_lightning "$@"; }',
             f"nft() {{ {real}; }}",
-            *(CHAINS if "nft " in block.text else ()),
+            *(CHAIN.format(chain) for chain in ("input", "output") if f" {chain} ip " in block.text),
             'nft() { echo "$@" >> rules; ' + real + "; }",
             script_of(block),
         ]
