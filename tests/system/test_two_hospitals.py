@@ -200,7 +200,7 @@ def test_two_administrators_follow_the_page(hospitals: Hospitals) -> None:
     hospitals.end(first, hospitals.start(B, fit))
     assert "no last checkpoint" in hospitals.log(B)
     assert next(r for r in hospitals.rounds(B) if r > reached) <= reached + 2
-    assert hospitals.rounds(A)[-1] == hospitals.rounds(B)[-1] == 400 / 20 - 1
+    assert all(hospitals.rounds(host)[-1] >= 400 / 20 - 1 for host in (A, B))
     adapters = [
         load_file(hospitals.homes[host] / f"adapter-{party}/adapter_model.safetensors")
         for party, host in enumerate((A, B))
