@@ -31,7 +31,11 @@ class Jobs:
     def callback(self, name: str, **arguments: Any) -> FederatedAveraging:
         return Connecting(
             lambda: ElasticFederation(
-                lambda: self.store, name, ROSTER, membership=Membership(**self.membership)
+                lambda: self.store,
+                name,
+                ROSTER,
+                quorum=arguments.get("quorum", "majority"),
+                membership=Membership(**self.membership),
             ),
             jobs=SeparateJobs("tcp://127.0.0.1:1", name, ROSTER, state_dir=str(self.tmp_path / name)),
             **({"every_n_steps": 2} | arguments),
