@@ -201,9 +201,10 @@ def test_two_administrators_follow_the_page(hospitals: Hospitals) -> None:
     assert "no last checkpoint" in hospitals.log(B)
     assert next(r for r in hospitals.rounds(B) if r > reached) <= reached + 2
     assert all(hospitals.rounds(host)[-1] >= 400 / 20 - 1 for host in (A, B))
+    folders = re.findall(r"`(party-\d/adapter-\d)`", (ROOT / PAGE).read_text())
     adapters = [
-        load_file(hospitals.homes[host] / f"adapter-{party}/adapter_model.safetensors")
-        for party, host in enumerate((A, B))
+        load_file(hospitals.homes[host] / folder / "adapter_model.safetensors")
+        for host, folder in zip((A, B), folders, strict=True)
     ]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
