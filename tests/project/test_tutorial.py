@@ -61,8 +61,9 @@ def test_it_runs(home: Path) -> None:
     together = [column(folder, "accuracy") for folder in parties]
     assert len(together[0]) == 4
     assert together == [together[0]] * 3, "all have the same adapter, and validate on the same texts"
-    weights = [column(folder, "federated/weight") for folder in parties]
-    assert len({of_party[0] for of_party in weights}) == 3, "each trains on texts of its own"
+    losses = [column(folder, "federated/local_loss") for folder in parties]
+    assert [len(of_party) for of_party in losses] == [80 / 5] * 3
+    assert len({of_party[0] for of_party in losses}) == 3, "each trains on texts of its own"
     table = dict(re.findall(r"^(federated|party \d alone) +([\d.]+)%$", output, re.MULTILINE))
     alone = {f"party {party} alone": column(runs / f"alone-{party}", "accuracy") for party in range(3)}
     for name, values in ({"federated": together[0]} | alone).items():
