@@ -77,6 +77,7 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.path.insert(0, os.getcwd())  # as by `python -m`, so that a configuration may name a script here
     # Options before the command are LightningCLI's, such as --config with a section for each command.
     module = import_module(f"pellm_lightning.cli.{MODULES.get(command, 'federated_cli')}")
+    noise.quieten_loggers()
     module.main(words)
     return 0
 

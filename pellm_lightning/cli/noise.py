@@ -25,20 +25,27 @@ def quieten() -> None:
     """Quieten third-party packages: in the first process of a host somewhat, in the others altogether.
 
     Errors are always shown. Warnings that are asked for by ``python -W`` are shown as asked. Call it before
-    these packages are imported, since some read what is set here only then.
+    these packages are imported, since some read what is set here only then; and ``quieten_loggers`` after.
     """
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not (first and sys.stderr.isatty()):
+    if not (_is_first() and sys.stderr.isatty()):
         _disable_progress_bars()
-    if not first:
+    if not _is_first():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in _PACKAGES if not first else ("bitsandbytes",):
+    if not sys.warnoptions:
+        _quieten_warnings(_is_first())
+
+
+def quieten_loggers() -> None:
+    """Quieten the loggers of packages that have been imported, which set their own levels at that."""
+    for name in ("bitsandbytes",) if _is_first() else _PACKAGES:
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").addFilter(_is_no_advertisement)
     logging.getLogger("transformers.modeling_utils").addFilter(_in_one_line)
-    if not sys.warnoptions:
-        _quieten_warnings(first)
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _disable_progress_bars() -> None:

@@ -140,9 +140,9 @@ class PartyDataModule(LightningDataModule):
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         with quiet_datasets():
             self._setup(stage)
-        held = "" if self._temporary else f"Cached, with the texts, in {self._folder()}."
         limit = f"{self._limit}={getattr(self, self._limit)}"
-        self._summary.log_at(self.trainer, self._party(), limit, self._parts, held)
+        kept = None if self._temporary else self._folder()
+        self._summary.log_at(self.trainer, self._party(), limit, kept, self._parts)
         self._parts = ""
 
     def _setup(self, stage: str) -> None:

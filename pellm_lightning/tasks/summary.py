@@ -3,13 +3,15 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import Trainer
 
+from pellm_lightning.comm.topology import Topology
 from pellm_lightning.tasks.samples import TextSamples
 from pellm_lightning.tasks.store import Stored
-from pellm_lightning.trainer.environment import topology_of
+from pellm_lightning.trainer.environment import shares_terminal, topology_of
 
 log = logging.getLogger(__name__)
 
@@ -52,22 +54,39 @@ class Summary:
             self._waiting.append(line)
             self._logged.add(line)
 
-    def log_at(self, trainer: Trainer | None, party: int, limit: str, *below: str) -> None:
-        """Log the added lines as one table.
+    def log_at(
+        self, trainer: Trainer | None, party: int, limit: str, folder: Path | None, parts: str
+    ) -> None:
+        """Log the added lines: as one table, or in one line if several parties share the terminal.
 
         Args:
             trainer: Tells which process of the party leads it.
             party: Index of the party.
             limit: The limit of a sample's length.
-            below: Lines below the table.
+            folder: Folder that keeps what is made of the data, and gets the table too; None if none is kept.
+            parts: Table of who holds what in a simulation.
         """
         waiting, self._waiting = self._waiting, []
+        topology = Topology() if trainer is None else topology_of(trainer)
         # Lightning's rank-zero functions mean rank 0 of the launch until the callback's setup, after this.
-        if waiting and (trainer is None or topology_of(trainer).is_leader):
-            is_loss = any(line.is_loss for line in waiting)
-            notes = [f"{line.source}: {line.note}" for line in waiting if line.note]
-            text = "\n".join([table(party, limit, waiting), *notes, *filter(None, below)])
-            log.log(logging.WARNING if is_loss else logging.INFO, "%s", text)
+        if not waiting or not topology.is_leader:
+            return
+        level = logging.WARNING if any(line.is_loss for line in waiting) else logging.INFO
+        notes = [f"{line.source}: {line.note}" for line in waiting if line.note]
+        text = "\n".join(filter(None, [table(party, limit, waiting), *notes, parts]))
+        if folder is not None:
+            (folder / "summary.txt").write_text(f"{text}\n", encoding="utf-8")
+        if folder is not None and shares_terminal(topology):
+            more = "More, and who holds what," if parts else "More"
+            text = f"[party {party}] {'; '.join(map(_short, waiting))}. {more} in {folder}/summary.txt."
+        elif folder is not None:
+            text += f"\nCached, with the texts, in {folder}."
+        log.log(level, "%s", text)
+
+
+def _short(line: Line) -> str:
+    lost = [f"{n:,} {what}" for n, what in ((line.cut, "cut"), (line.left_out, "left out")) if n]
+    return ", ".join([f"{line.source}: {line.records:,} records", f"{line.tokens:,} tokens", *lost])
 
 
 def table(party: int, limit: str, lines: Sequence[Line]) -> str:

@@ -23,9 +23,10 @@ SAY = """
 import logging
 import warnings
 
-from pellm_lightning.cli.noise import quieten
+from pellm_lightning.cli.noise import quieten, quieten_loggers
 
 quieten()
+quieten_loggers()
 logging.basicConfig()
 for name in ("peft.tuners", "lightning.fabric.utilities.seed", "pellm_lightning.engine", "my_project"):
     logging.getLogger(name).warning("%s speaks", name)
