@@ -162,7 +162,9 @@ MISTAKES = {
     ),
     "callback": Mistake(["--trainer.callbacks+=EarlyStoping"], ["Did you mean 'EarlyStopping'?"], 2),
     "argument of a class": Mistake(["--data.sample=3"], ["sample", "Did you mean 'samples'?"], 2),
-    "required argument": Mistake([KEYS], ["SecureAggregation", "required", "trusted_keys"], 2),
+    "required argument": Mistake(
+        ["--federated.privacy=GaussianMechanism"], ["GaussianMechanism", "required", "max_norm"], 2
+    ),
     "range": Mistake(["--federated.every_n_steps=0"], ["every_n_steps=0 must be at least 1"], 2),
     "indivisible": Mistake(["--num_parties=3"], ["num_parties=3 does not divide the 2 launched process"], 2),
     "accelerator": Mistake(["--trainer.accelerator=gpuu"], ["invalid accelerator", "gpuu"], 2),
@@ -202,13 +204,13 @@ MISTAKES = {
     "checkpoint": Mistake(["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt"]),
     "extra": Mistake(
         [KEYS, "--federated.exchange.signing_key=a.key", "--federated.exchange.trusted_keys=keys"],
-        ["pip install 'pellm-lightning[masked]'"],
+        ["pip install 'pellm-lightning[keys]'"],
         start=("without.py",),
         kept=False,
     ),
     "no key": Mistake(
         [KEYS, "--federated.exchange.signing_key=a.key", "--federated.exchange.trusted_keys=keys"],
-        ["trusted_keys='keys' holds no public keys", "the folder with all <name>.pub files"],
+        ["trusted_keys='keys' holds no public keys", "the folder with <name>.csr or <name>.pem"],
         2,
     ),
     # ---- the parties
