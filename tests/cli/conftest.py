@@ -1,5 +1,8 @@
 """What the commands on results are given: tiny models."""
 
+import os
+
+import pytest
 from tiny_language_models import (  # noqa: F401 - fixtures
     bert,
     llama,
@@ -8,3 +11,11 @@ from tiny_language_models import (  # noqa: F401 - fixtures
     quiet_trainer,
     tokenizer,
 )
+
+from pellm_lightning.cli import errors
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors are wrapped at the terminal's width, which under pytest-xdist is another one."""
+    monkeypatch.setattr(errors.shutil, "get_terminal_size", lambda *_: os.terminal_size((100, 24)))
