@@ -288,7 +288,7 @@ class Reader:
                 parse_as(self.folder / script, arguments)
 
     def our_command(self, words: list[str]) -> None:
-        if words[0] == "keys":
+        if words[0] in ("certs", "keys"):
             commands.main(words)
         elif COMMANDS[words[0]] == "commands":
             with self.monkeypatch.context() as patch:
