@@ -100,7 +100,8 @@ class LoraAggregator:
         results = combined.factors or [
             (self._mean(updates, p.pair.b), self._mean(updates, p.pair.a)) for p in pairs
         ]
-        squares = squared_deviations(pairs, results, terms, gathering.owned(len(pairs), self._federation))
+        unknown = [k for k in gathering.owned(len(pairs), self._federation) if k not in combined.squares]
+        squares = combined.squares | squared_deviations(pairs, results, terms, unknown)
         return LoraResult(deviation(pairs, squares, self._federation), None, replaced)
 
     def write_results_(self, updates: UpdateReducer, replaced: Mapping[str, Tensor], *, plain: bool) -> None:
