@@ -31,10 +31,9 @@ def to_owners(pairs: Sequence[Factors], context: RoundContext, parts: Parts) -> 
         parts: The factors that were trained in this round; the other equals the anchor's at every party.
     """
     federation = context.federation
-    mine = [
-        _packed(pairs[party :: federation.num_parties], parts, context)
-        for party in range(federation.num_parties)
-    ]
+    of_owners = [pairs[party :: federation.num_parties] for party in range(federation.num_parties)]
+    sizes = [_sizes(of_owner, parts, context)[federation.party] for of_owner in of_owners]
+    mine = _packed([pair for of_owner in of_owners for pair in of_owner], parts, context).split(sizes)
     indices = owned(len(pairs), federation)
     received = federation.all_to_all(mine, _sizes([pairs[k] for k in indices], parts, context))
     return _terms(pairs, indices, received, context, parts)

@@ -24,6 +24,7 @@ from pellm_lightning.aggregation.factorization import Factorization
 from pellm_lightning.aggregation.factors import LowRank, MeanFactors
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.comm import Collectives, FederationError
+from pellm_lightning.tensors.flat_buffer import is_finite
 
 Solver = Literal["power", "exact"]
 
@@ -223,7 +224,7 @@ def _finite(pairs: Sequence[Factors], results: list[tuple[Tensor, Tensor]]) -> l
 
 
 def _checked(pair: Factors, values: Tensor) -> Tensor:
-    if not torch.isfinite(values).all():
+    if not is_finite(values):
         raise FederationError(
             f"The products of {pair.pair.name!r} exceed float32, so they have no low-rank mean. No parameter"
             " was changed. Training diverges: lower the learning rate or clip gradients."

@@ -187,7 +187,7 @@ class Layout:
 
     def first_nonfinite(self) -> str | None:
         """Return the name of the first parameter with NaN or infinity, None if there is none."""
-        return next((name for name, p in self._parameters.items() if not _is_finite(p)), None)
+        return next((name for name, p in self._parameters.items() if not is_finite(p)), None)
 
     def _check_shapes(self) -> None:
         for name, parameter in self._parameters.items():
@@ -226,7 +226,8 @@ class Layout:
         self._buckets = _group(self._chunks)
 
 
-def _is_finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
+    """Return whether all values are finite, by their sum, which needs no mask of them."""
     # A finite sum implies finite values; an infinite one may be an overflow.
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
+from pellm_lightning.tensors.flat_buffer import is_finite
 from pellm_lightning.trainer.isolation import callbacks_of
 from pellm_lightning.trainer.pickling import own_state
 
@@ -286,4 +287,4 @@ def _will_skip(trainer: Trainer, optimizer: Optimizer) -> bool:
     if _scaler_of(trainer) is None:
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not all(bool(torch.isfinite(grad).all()) for grad in grads)
+    return not all(is_finite(grad) for grad in grads)
