@@ -56,31 +56,34 @@ def _projected(mean: Coordinates, target: Tensor) -> tuple[Coordinates, Tensor]:
     Each iteration projects it onto the constraint linearised at the last iterate: the multiplier X solves the
     Sylvester equation ``L L^T X + X K^T K = C``.
     """
-    mean_left, mean_right = mean
-    left, right = mean_left.clone(), mean_right.clone()
-    products = torch.diag_embed(target)
-    # The eigenvalues are at least 2 |target| but for a mean that cancels, where they are far smaller.
-    least = 2e-3 * target.abs().amin(dim=1)
+    found = mean[0].clone(), mean[1].clone()
     converged = torch.zeros(len(target), dtype=torch.bool)
     at = torch.arange(len(target))
+    product, (of_left, of_right) = torch.diag_embed(target), mean
+    left, right = mean
+    # The eigenvalues are at least 2 |target| but for a mean that cancels, where they are far smaller.
+    least = 2e-3 * target.abs().amin(dim=1)
     for _ in range(_PROJECTIONS):
-        of_left, of_right, product = mean_left[at], mean_right[at], products[at]
-        lam, p = torch.linalg.eigh(left[at] @ left[at].mT)
-        mu, q = torch.linalg.eigh(right[at].mT @ right[at])
+        lam, p = torch.linalg.eigh(left @ left.mT)
+        mu, q = torch.linalg.eigh(right.mT @ right)
         eigenvalues = lam[:, :, None] + mu[:, None, :]
-        floor = torch.maximum(least[at], NULL * eigenvalues.amax(dim=(1, 2)))
-        regular = eigenvalues.amin(dim=(1, 2)) > floor
-        residual = product + left[at] @ right[at] - of_left @ right[at] - left[at] @ of_right
+        smallest, largest = eigenvalues[:, 0, 0], eigenvalues[:, -1, -1]
+        regular = smallest > torch.maximum(least, NULL * largest)
+        residual = product + left @ right - of_left @ right - left @ of_right
         x = p @ ((p.mT @ residual @ q) / eigenvalues) @ q.mT
-        right[at] = of_right + left[at].mT @ x
-        left[at] = of_left + x @ right[at].mT
-        missed = (left[at] @ right[at] - product).norm(dim=(1, 2))
+        right = of_right + left.mT @ x
+        left = of_left + x @ right.mT
+        missed = (left @ right - product).norm(dim=(1, 2))
         done = regular & (missed <= 1e-13 * product.norm(dim=(1, 2)))
-        converged[at[done]] = True
-        at = at[regular & ~done & missed.isfinite()]
-        if not len(at):
+        found[0][at[done]], found[1][at[done]], converged[at[done]] = left[done], right[done], True
+        open_ = regular & ~done & missed.isfinite()
+        if not open_.any():
             break
-    return (left, right), converged
+        if not open_.all():
+            at, least = at[open_], least[open_]
+            product, of_left, of_right = product[open_], of_left[open_], of_right[open_]
+            left, right = left[open_], right[open_]
+    return found, converged
 
 
 def _rotated(mean: Coordinates, of: Coordinates) -> Coordinates:

@@ -257,7 +257,7 @@ def _fix_signs_(b: Tensor, a: Tensor, target: Tensor) -> None:
     a *= sign[:, None]
 
 
-def _blocks(parts: Sequence[Tensor], dim: int) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(parts: list[Tensor], dim: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield ranges of ``torch.cat(parts, 1 - dim)`` along ``dim`` in float64, in a buffer that is reused."""
     size = sum(part.shape[1 - dim] for part in parts)
     length = parts[0].shape[dim]
@@ -265,10 +265,5 @@ def _blocks(parts: Sequence[Tensor], dim: int) -> Iterator[tuple[slice, Tensor]]
     buffer = torch.empty((step, size) if dim == 0 else (size, step), dtype=torch.float64)
     for start in range(0, length, step):
         at = slice(start, min(start + step, length))
-        block = buffer.narrow(dim, 0, at.stop - start)
-        filled = 0
-        for part in parts:
-            width = part.shape[1 - dim]
-            block.narrow(1 - dim, filled, width).copy_(part.narrow(dim, start, at.stop - start))
-            filled += width
-        yield at, block
+        some = parts if step == length else [part.narrow(dim, start, at.stop - start) for part in parts]
+        yield at, torch.cat(some, 1 - dim, out=buffer.narrow(dim, 0, at.stop - start))

@@ -24,7 +24,7 @@ from pellm_lightning.aggregation.factorization import Factorization
 from pellm_lightning.aggregation.factors import LowRank, MeanFactors
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.comm import Collectives, FederationError
-from pellm_lightning.tensors.flat_buffer import is_finite
+from pellm_lightning.tensors.flat_buffer import are_finite, is_finite
 
 Solver = Literal["power", "exact"]
 
@@ -217,9 +217,10 @@ def _mean_factors(terms: Sequence[Term], low: LowRank) -> MeanFactors:
 
 
 def _finite(pairs: Sequence[Factors], results: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    for pair, both in zip(pairs, results, strict=True):
-        for factor in both:
-            _checked(pair, factor)
+    if not are_finite([factor for both in results for factor in both]):
+        for pair, both in zip(pairs, results, strict=True):
+            for factor in both:
+                _checked(pair, factor)
     return results
 
 
