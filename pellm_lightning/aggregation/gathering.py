@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pellm_lightning.aggregation.base import Factors, Part, Parts, RoundContext, Term
 from pellm_lightning.comm import Collectives
-from pellm_lightning.tensors.digest import bits_digest
+from pellm_lightning.tensors.portable import checksum
 
 
 def owned(num_pairs: int, federation: Collectives) -> list[int]:
@@ -82,21 +82,18 @@ def synchronize_(
     """Make tensors that every party computed redundantly bitwise equal at all parties, in place.
 
     Linear algebra in float64, rounded to float32, gives the same bits on nearly all processors and numbers of
-    threads. So the parties compare digests, and only where these differ party 0's tensor is broadcast.
+    threads. So the parties compare checksums, and only where these differ party 0's tensor is broadcast.
 
     Args:
         tensors: Results of the same computation, of equal shapes at all parties.
         federation: Collectives of the round's members.
         tolerance: Dtype to round to before comparison; smaller differences are kept. None: compare all bits.
     """
-    digests = torch.zeros(federation.num_parties, len(tensors), dtype=torch.int64)
-    # Digests are unsigned, int64 is signed.
-    mine = [
-        int(bits_digest(tensor if tolerance is None else tensor.to(tolerance)), 16) >> 1 for tensor in tensors
-    ]
-    digests[federation.party] = torch.tensor(mine, dtype=torch.int64)
-    federation.all_reduce_(digests)
-    for tensor, of_parties in zip(tensors, digests.T.tolist(), strict=True):
+    checksums = torch.zeros(federation.num_parties, len(tensors), dtype=torch.int64)
+    mine = [checksum([tensor if tolerance is None else tensor.to(tolerance)]) for tensor in tensors]
+    checksums[federation.party] = torch.tensor(mine, dtype=torch.int64)
+    federation.all_reduce_(checksums)
+    for tensor, of_parties in zip(tensors, checksums.T.tolist(), strict=True):
         if len(set(of_parties)) > 1:
             federation.broadcast_(tensor)
 
