@@ -105,6 +105,7 @@ class AuxiliaryValues:
         vector: Its vector by name of the parameters, float32, each of the parameter's shape.
 
     Example:
+        >>> import torch
         >>> AuxiliaryValues(effective_steps=2.0, vector={"w": torch.zeros(3)}).first_nonfinite() is None
         True
     """

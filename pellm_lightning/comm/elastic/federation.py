@@ -75,6 +75,7 @@ class ElasticFederation(Communicator):
         PartyLostError: If the rendezvous cannot be reached.
 
     Example:
+        >>> import torch
         >>> from torch.distributed import HashStore
         >>> store = HashStore()
         >>> federation = ElasticFederation(lambda: store, "a", ["a"])
