@@ -19,6 +19,7 @@ from processes import rows_of, timed
 
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.aggregation import Aggregation, Alternating, FrozenA, LowRankMean, Mean
+from pellm_lightning.aggregation.base import Term
 from pellm_lightning.aggregation.factors import (
     MeanFactors,
     Stack,
@@ -27,12 +28,15 @@ from pellm_lightning.aggregation.factors import (
     orthonormal,
     truncated_svd,
 )
+from pellm_lightning.aggregation.gram import Module, best_means
 
 # (m, n, r) of the adapted modules: query and value of SmolLM2-135M, and all linear layers of a 7B Llama, of
 # which four blocks are enough to see the ratio.
 SMALL = [(m, 576, 8) for _ in range(30) for m in (576, 192)]
 LARGE = [(m, n, 16) for _ in range(4) for m, n in [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]]
 CASES = {"60 modules, r=8, 1.5 MB": SMALL, "28 modules, r=16, 20 MB": LARGE}
+# All 32 blocks of a 7B Llama; the memory of seven rules at once is too much, so it is only made if asked for.
+WHOLE = {"224 modules, r=16, 160 MB": LARGE * 8}
 RULES: dict[str, Aggregation] = {
     "Mean, deviation not measured": Mean(measure_deviation=False),
     "Mean": Mean(measure_deviation=True),
@@ -48,21 +52,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parties", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--default", action="store_true", help="the default rule only, also for 224 modules")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        measure_rounds(arguments.repeats)
+        measure_rounds(arguments.repeats, default=arguments.default)
         return
+    options = ["--repeats", str(arguments.repeats), *(["--default"] if arguments.default else [])]
     print("\na round, median of one interleaved run, in units of Mean without its deviation\n")
     for parties in arguments.parties:
-        show(rows_of(__file__, parties, ["--repeats", str(arguments.repeats)]))
+        show(rows_of(__file__, parties, options))
     show_arithmetic()
 
 
-def measure_rounds(repeats: int) -> None:
+def measure_rounds(repeats: int, *, default: bool) -> None:
     dist.init_process_group("gloo")
     federation = Federation.from_env()
-    for case, modules in CASES.items():
-        sites = [Site(federation, name, modules) for name in RULES]
+    rules = ["Mean, deviation not measured", "LowRankMean exact"] if default else list(RULES)
+    for case, modules in (CASES | WHOLE if default else CASES).items():
+        sites = [Site(federation, name, modules) for name in rules]
+        for site in sites:
+            site.run()
+            site.seconds.clear()
         for site in sites * repeats:
             site.run()
         if federation.party == 0:
@@ -103,7 +113,7 @@ class Site:
 
 def show(rows: list[dict]) -> None:
     print("| adapter | parties | rule | ms | time | bytes sent |\n|---|---|---|---|---|---|")
-    for case in CASES:
+    for case in dict.fromkeys(row["case"] for row in rows):
         of_case = [row for row in rows if row["case"] == case]
         unit = of_case[0]
         for row in of_case:
@@ -122,12 +132,10 @@ def show_arithmetic(m: int = 4096, n: int = 4096, r: int = 16, parties: int = 4)
     ]
     own_b, own_a = (factor.double() for factor in each[0][1:])
 
+    module = Module([Term(w, 1.0, b, a) for w, b, a in each], 1.0, r)
+
     def exact() -> tuple[torch.Tensor, torch.Tensor]:
-        low = truncated_svd(Stack.of(each), r)
-        a = sum(w * a.double() @ low.v for w, _, a in each)
-        b = sum(w * low.u.T @ b.double() for w, b, _ in each)
-        squares = sum(w * float(b.double().square().sum() + a.double().square().sum()) for w, b, a in each)
-        return factorize(low, MeanFactors(a, b, squares), 1.0, r, "procrustes")
+        return best_means({0: module}, "procrustes")[0].factors
 
     def power() -> None:
         """One party's terms of each sum, and what all compute of the sums; here of its own."""
@@ -138,6 +146,7 @@ def show_arithmetic(m: int = 4096, n: int = 4096, r: int = 16, parties: int = 4)
     result = exact()
     acts: dict[str, Callable[[], object]] = {
         "LowRankMean exact, at the module's owner": exact,
+        "its fall-back, QR and SVD, alone": lambda: truncated_svd(Stack.of(each), r),
         "LowRankMean power, at each party": power,
         "deviation, at the module's owner": lambda: Stack.of(each).squared_norms(1.0, *result),
         "dense mean and SVD": lambda: torch.linalg.svd(sum(w * b @ a for w, b, a in each)),

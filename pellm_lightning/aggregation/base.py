@@ -1,7 +1,7 @@
 """The interface of aggregation rules, and the values that a round passes to them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from inspect import signature
 from typing import Literal, TypeAlias
@@ -102,10 +102,13 @@ class CombinedFactors:
             parts is the result.
         terms: The parties' factors, by index of the pairs that this party owns or of all; None if not
             gathered.
+        squares: Squared norms of the result's distance from the mean of the products, but for rounding, and
+            of that mean, by index of those owned pairs for which the rule knows them.
     """
 
     factors: list[tuple[Tensor, Tensor]] | None = None
     terms: dict[int, list[Term]] | None = None
+    squares: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 class Aggregation:

@@ -6,20 +6,11 @@ times its weight and scaling, represent the weighted mean of the parties' produc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-Factorization: TypeAlias = Literal["procrustes", "balanced", "svd"]
-
-# Relative variance of the parties' factors below which they count as equal, and are kept as they are.
-_AGREEMENT = 1e-10
-# Singular values below this fraction of the largest are rounding errors.
-_NULL = 1e-12
-# A null direction of the product keeps a row of A of this fraction of the usual length, so it can be trained.
-_NULL_ROW = 1e-2
-_PROJECTIONS = 100
+from pellm_lightning.aggregation.factorization import AGREEMENT, NULL, Factorization, diagonal, nearest
 
 
 @dataclass(frozen=True)
@@ -102,7 +93,7 @@ class MeanFactors:
     def agree(self) -> bool:
         """Whether the parties have equal factors, with negligible variance around the mean."""
         mean = float(self.a.square().sum() + self.b.square().sum())
-        return self.squares - mean <= _AGREEMENT * self.squares
+        return self.squares - mean <= AGREEMENT * self.squares
 
     def projected(self, low: LowRank) -> "MeanFactors":
         """Return the means projected onto the singular vectors."""
@@ -146,7 +137,7 @@ def from_range(p: Tensor, projected: Tensor) -> LowRank:
     return _signed(p @ ut.T, s, v)
 
 
-def fill_null_directions(low: LowRank, b: Tensor, a: Tensor, null: float = _NULL) -> LowRank:
+def fill_null_directions(low: LowRank, b: Tensor, a: Tensor, null: float = NULL) -> LowRank:
     """Replace the null directions of a product by directions of the factors b (m, r) and a (r, n).
 
     So a factorization leaves the factors unchanged where the product does not determine them.
@@ -186,72 +177,11 @@ def factorize(
             return mean.b, mean.a
         left, right = mean.b, mean.a
     elif mean is not None and factorization == "procrustes":
-        left, right = _nearest(mean.projected(low), target)
+        projected = mean.projected(low)
+        (left,), (right,) = nearest((projected.b[None], projected.a[None]), target[None])
     else:
-        left, right = _diagonal(target, rank, factorization)
+        (left,), (right,) = diagonal(target[None], rank, factorization)
     return low.u @ left, right @ low.v.T
-
-
-def _diagonal(target: Tensor, rank: int, factorization: Factorization) -> tuple[Tensor, Tensor]:
-    """Return diagonal L (k, r) and K (r, k), zero-padded where k < r."""
-    k = target.numel()
-    if factorization == "svd":
-        scale = torch.ones_like(target)
-    else:
-        root = target.abs().sqrt()
-        scale = root.clamp_min(_NULL_ROW * float(root[0]) or 1.0)
-    left, right = target.new_zeros(k, rank), target.new_zeros(rank, k)
-    left.diagonal().copy_(target / scale)
-    right.diagonal().copy_(scale)
-    return left, right
-
-
-def _nearest(mean: MeanFactors, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the L (k, r), K (r, k) with ``L K = diag(target)`` that are nearest to the mean's.
-
-    If the parties' factors are rotated against each other, the mean is short and the projection may not
-    converge; the fallback is the balanced factors, rotated towards the mean.
-    """
-    found = _rotated(mean, *_diagonal(target, mean.a.shape[0], "balanced"))
-    projected = _projected(mean, target)
-    if projected is not None and _distance(mean, *projected) <= _distance(mean, *found):
-        found = projected
-    return found
-
-
-def _projected(mean: MeanFactors, target: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Project the mean onto ``L K = diag(target)``; None if that does not converge.
-
-    Each iteration projects it onto the constraint linearised at the last iterate: the multiplier X solves the
-    Sylvester equation ``L L^T X + X K^T K = C``.
-    """
-    right, left = mean.a, mean.b
-    product = torch.diag(target)
-    # The eigenvalues are at least 2 |target| but for a mean that cancels, where they are far smaller.
-    least = 1e-3 * (target.abs()[:, None] + target.abs()[None, :])
-    for _ in range(_PROJECTIONS):
-        lam, p = torch.linalg.eigh(left @ left.T)
-        mu, q = torch.linalg.eigh(right.T @ right)
-        eigenvalues = lam[:, None] + mu[None, :]
-        if bool((eigenvalues <= torch.maximum(least.min(), _NULL * eigenvalues.max())).any()):
-            return None
-        residual = product + left @ right - mean.b @ right - left @ mean.a
-        x = p @ ((p.T @ residual @ q) / eigenvalues) @ q.T
-        right, left = mean.a + left.T @ x, mean.b + x @ right.T
-        if float((left @ right - product).norm()) <= 1e-13 * float(product.norm()):
-            return left, right
-    return None
-
-
-def _rotated(mean: MeanFactors, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate L (k, r) and K (r, k) towards the mean: orthogonal Procrustes (Schoenemann 1966)."""
-    u, _, vt = torch.linalg.svd(mean.a @ right.T + mean.b.T @ left)
-    rotation = u @ vt
-    return left @ rotation.T, rotation @ right
-
-
-def _distance(mean: MeanFactors, left: Tensor, right: Tensor) -> float:
-    return float((left - mean.b).square().sum() + (right - mean.a).square().sum())
 
 
 def _extended(basis: Tensor, rank: int, others: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pellm_lightning.aggregation.base import Factors, Part, Parts, RoundContext, Term
 from pellm_lightning.comm import Collectives
-from pellm_lightning.tensors.digest import bits_digest
+from pellm_lightning.tensors.portable import checksum
 
 
 def owned(num_pairs: int, federation: Collectives) -> list[int]:
@@ -31,10 +31,9 @@ def to_owners(pairs: Sequence[Factors], context: RoundContext, parts: Parts) -> 
         parts: The factors that were trained in this round; the other equals the anchor's at every party.
     """
     federation = context.federation
-    mine = [
-        _packed(pairs[party :: federation.num_parties], parts, context)
-        for party in range(federation.num_parties)
-    ]
+    of_owners = [pairs[party :: federation.num_parties] for party in range(federation.num_parties)]
+    sizes = [_sizes(of_owner, parts, context)[federation.party] for of_owner in of_owners]
+    mine = _packed([pair for of_owner in of_owners for pair in of_owner], parts, context).split(sizes)
     indices = owned(len(pairs), federation)
     received = federation.all_to_all(mine, _sizes([pairs[k] for k in indices], parts, context))
     return _terms(pairs, indices, received, context, parts)
@@ -83,21 +82,18 @@ def synchronize_(
     """Make tensors that every party computed redundantly bitwise equal at all parties, in place.
 
     Linear algebra in float64, rounded to float32, gives the same bits on nearly all processors and numbers of
-    threads. So the parties compare digests, and only where these differ party 0's tensor is broadcast.
+    threads. So the parties compare checksums, and only where these differ party 0's tensor is broadcast.
 
     Args:
         tensors: Results of the same computation, of equal shapes at all parties.
         federation: Collectives of the round's members.
         tolerance: Dtype to round to before comparison; smaller differences are kept. None: compare all bits.
     """
-    digests = torch.zeros(federation.num_parties, len(tensors), dtype=torch.int64)
-    # Digests are unsigned, int64 is signed.
-    mine = [
-        int(bits_digest(tensor if tolerance is None else tensor.to(tolerance)), 16) >> 1 for tensor in tensors
-    ]
-    digests[federation.party] = torch.tensor(mine, dtype=torch.int64)
-    federation.all_reduce_(digests)
-    for tensor, of_parties in zip(tensors, digests.T.tolist(), strict=True):
+    checksums = torch.zeros(federation.num_parties, len(tensors), dtype=torch.int64)
+    mine = [checksum([tensor if tolerance is None else tensor.to(tolerance)]) for tensor in tensors]
+    checksums[federation.party] = torch.tensor(mine, dtype=torch.int64)
+    federation.all_reduce_(checksums)
+    for tensor, of_parties in zip(tensors, checksums.T.tolist(), strict=True):
         if len(set(of_parties)) > 1:
             federation.broadcast_(tensor)
 
@@ -117,12 +113,11 @@ def _packed(pairs: Sequence[Factors], parts: Parts, context: RoundContext) -> Te
     if not context.share > 0:
         return torch.zeros(0)
     party, lossy = context.federation.party, context.federation.lossy
-    packed = []
+    packed, with_b, with_a = [], Part.B in parts, Part.A in parts
     for pair in pairs:
-        both = [(Part.B, pair.b), (Part.A, pair.a)]
         anchors = _anchors_of(pair, party) if lossy else (None, None)
-        for (part, factor), anchor in zip(both, anchors, strict=True):
-            if part in parts:
+        for sent, factor, anchor in zip((with_b, with_a), (pair.b, pair.a), anchors, strict=True):
+            if sent:
                 factor = factor.detach().to("cpu", torch.float32)
                 packed.append(factor if anchor is None else factor - anchor)
     return flat(packed)
@@ -141,10 +136,10 @@ def _shapes(pair: Factors, party: int) -> tuple[torch.Size, torch.Size]:
 
 def _sizes(pairs: Sequence[Factors], parts: Parts, context: RoundContext) -> list[int]:
     """Return how many numbers each party sends of some pairs."""
-    sizes = []
+    sizes, with_b, with_a = [], Part.B in parts, Part.A in parts
     for party, share in enumerate(context.shares):
         shapes = [_shapes(pair, party) for pair in pairs] if share > 0 else []
-        sizes.append(sum(b.numel() * (Part.B in parts) + a.numel() * (Part.A in parts) for b, a in shapes))
+        sizes.append(sum(b.numel() * with_b + a.numel() * with_a for b, a in shapes))
     return sizes
 
 
@@ -156,24 +151,21 @@ def _terms(
     parts: Parts,
 ) -> dict[int, list[Term]]:
     terms: dict[int, list[Term]] = {k: [] for k in indices}
+    with_b, with_a, lossy = Part.B in parts, Part.A in parts, context.federation.lossy
     for party, values in enumerate(received):
         if context.shares[party] == 0:
             continue
-        shapes = [_shapes(pairs[k], party) for k in indices]
-        sent = iter(
-            split(
-                values,
-                [shape for b, a in shapes for part, shape in ((Part.B, b), (Part.A, a)) if part in parts],
-            )
-        )
+        both = [_shapes(pairs[k], party) for k in indices]
+        shapes = [shape for b, a in both for crosses, shape in ((with_b, b), (with_a, a)) if crosses]
+        sent = iter(split(values, shapes))
         for k in indices:
             pair = pairs[k]
-            anchors = _anchors_of(pair, party) if context.federation.lossy else None
+            anchors = _anchors_of(pair, party) if lossy else None
             # The anchor rounded to the parameters' dtype, as the parties had it.
-            b = next(sent) if Part.B in parts else pair.anchor_b.to("cpu", pair.b.dtype)
-            a = next(sent) if Part.A in parts else pair.anchor_a.to("cpu", pair.a.dtype)
+            b = next(sent) if with_b else pair.anchor_b.to("cpu", pair.b.dtype)
+            a = next(sent) if with_a else pair.anchor_a.to("cpu", pair.a.dtype)
             if anchors is not None:
-                b = b + anchors[0] if Part.B in parts else b
-                a = a + anchors[1] if Part.A in parts else a
+                b = b + anchors[0] if with_b else b
+                a = a + anchors[1] if with_a else a
             terms[k].append(Term(context.shares[party], pair.scalings[party], b, a))
     return terms

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pellm_lightning.aggregation import factors, gathering
+from pellm_lightning.aggregation import factors, gathering, gram
 from pellm_lightning.aggregation.base import (
     EVERYTHING,
     FACTORS,
@@ -20,9 +20,11 @@ from pellm_lightning.aggregation.base import (
     Term,
 )
 from pellm_lightning.aggregation.deviation import stack_of
-from pellm_lightning.aggregation.factors import Factorization, LowRank, MeanFactors
+from pellm_lightning.aggregation.factorization import Factorization
+from pellm_lightning.aggregation.factors import LowRank, MeanFactors
 from pellm_lightning.aggregation.lora import LoraModule
 from pellm_lightning.comm import Collectives, FederationError
+from pellm_lightning.tensors.flat_buffer import are_finite, is_finite
 
 Solver = Literal["power", "exact"]
 
@@ -167,15 +169,20 @@ class LowRankMean(Aggregation):
 
     def _exact(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
         terms = gathering.to_owners(pairs, context, FACTORS)
-        results = {}
-        for k, pair_terms in terms.items():
-            pair = pairs[k]
+        best = gram.best_means(
+            {k: gram.Module(of, pairs[k].scaling, pairs[k].anchor_a.shape[0]) for k, of in terms.items()},
+            self.factorization,
+        )
+        results = {k: mean.factors for k, mean in best.items()}
+        for k in terms.keys() - best.keys():
+            pair, pair_terms = pairs[k], terms[k]
             low = factors.truncated_svd(stack_of(pair_terms), pair.anchor_a.shape[0])
             low = factors.fill_null_directions(low, pair.anchor_b.cpu(), pair.anchor_a.cpu())
             mean = _mean_factors(pair_terms, low) if _have_mean(pairs) else None
             results[k] = _factorize(pair, low, mean, self.factorization)
         combined = gathering.from_owners(pairs, results, context.federation)
-        return CombinedFactors(_finite(pairs, combined), terms)
+        known = {} if context.federation.lossy else {k: x.squares for k, x in best.items() if x.squares}
+        return CombinedFactors(_finite(pairs, combined), terms, known)
 
 
 def _factorize(
@@ -210,14 +217,15 @@ def _mean_factors(terms: Sequence[Term], low: LowRank) -> MeanFactors:
 
 
 def _finite(pairs: Sequence[Factors], results: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    for pair, both in zip(pairs, results, strict=True):
-        for factor in both:
-            _checked(pair, factor)
+    if not are_finite([factor for both in results for factor in both]):
+        for pair, both in zip(pairs, results, strict=True):
+            for factor in both:
+                _checked(pair, factor)
     return results
 
 
 def _checked(pair: Factors, values: Tensor) -> Tensor:
-    if not torch.isfinite(values).all():
+    if not is_finite(values):
         raise FederationError(
             f"The products of {pair.pair.name!r} exceed float32, so they have no low-rank mean. No parameter"
             " was changed. Training diverges: lower the learning rate or clip gradients."

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, SupportsIndex
 
+import torch
 from torch import Tensor
 
 from pellm_lightning.comm.tls import TLS
@@ -122,6 +123,19 @@ class Collectives(ABC):
         for party, of_party in enumerate(gathered):
             self.broadcast_(of_party, party)
         return gathered
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return flat tensors as one on the CPU: without a copy if they follow each other in one storage."""
+    first = parts[0].detach()
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    end = start
+    for part in parts:
+        follows = part.storage_offset() == end and part.untyped_storage().data_ptr() == storage
+        if part.device.type != "cpu" or not part.is_contiguous() or not follows:
+            return torch.cat([part.detach().to("cpu") for part in parts])
+        end += part.numel()
+    return first.as_strided((end - start,), (1,))
 
 
 @contextmanager

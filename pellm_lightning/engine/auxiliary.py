@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
+
+from pellm_lightning.tensors.flat_buffer import is_finite
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class AuxiliaryValues:
         vector: Its vector by name of the parameters, float32, each of the parameter's shape.
 
     Example:
+        >>> import torch
         >>> AuxiliaryValues(effective_steps=2.0, vector={"w": torch.zeros(3)}).first_nonfinite() is None
         True
     """
@@ -113,4 +115,4 @@ class AuxiliaryValues:
 
     def first_nonfinite(self) -> str | None:
         """Return the name of the first parameter whose part of the vector holds NaN or infinity."""
-        return next((name for name, part in self.vector.items() if not torch.isfinite(part).all()), None)
+        return next((name for name, part in self.vector.items() if not is_finite(part)), None)

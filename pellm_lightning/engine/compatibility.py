@@ -35,9 +35,9 @@ def schema(layout: Layout, plan: Plan) -> list[list[Any]]:
 
     The rank is the first dimension of factors A, and the second of B.
     """
-    ranks: dict[str, int] = {}
-    if plan.rule.ranks_may_differ:
-        ranks = dict.fromkeys(plan.named((Part.A,)), 0) | dict.fromkeys(plan.named((Part.B,)), 1)
+    if not plan.rule.ranks_may_differ:
+        return layout.schema
+    ranks = dict.fromkeys(plan.named((Part.A,)), 0) | dict.fromkeys(plan.named((Part.B,)), 1)
     return [
         [name, ["rank" if dim == ranks.get(name) else size for dim, size in enumerate(shape)], dtype]
         for name, shape, dtype in layout.schema

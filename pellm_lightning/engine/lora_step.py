@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pellm_lightning.aggregation import gathering
@@ -100,7 +101,8 @@ class LoraAggregator:
         results = combined.factors or [
             (self._mean(updates, p.pair.b), self._mean(updates, p.pair.a)) for p in pairs
         ]
-        squares = squared_deviations(pairs, results, terms, gathering.owned(len(pairs), self._federation))
+        unknown = [k for k in gathering.owned(len(pairs), self._federation) if k not in combined.squares]
+        squares = combined.squares | squared_deviations(pairs, results, terms, unknown)
         return LoraResult(deviation(pairs, squares, self._federation), None, replaced)
 
     def write_results_(self, updates: UpdateReducer, replaced: Mapping[str, Tensor], *, plain: bool) -> None:
@@ -113,15 +115,17 @@ class LoraAggregator:
                 as it is: a difference would round it, and add what the last anchor lost in the parameters'
                 dtype.
         """
-        layout = updates.layout
+        if not replaced:
+            return
+        steps = updates.layout.views(updates.pseudo_gradient)
+        if plain:
+            anchors = updates.layout.views(updates.global_)
+            torch._foreach_copy_([matrix(anchors[name]) for name in replaced], [*replaced.values()])
+            torch._foreach_zero_([steps[name] for name in replaced])
+            return
         for name, result in replaced.items():
-            anchor = matrix(layout.view(updates.global_, name))
-            step = matrix(layout.view(updates.pseudo_gradient, name))
-            if plain:
-                anchor.copy_(result)
-                step.zero_()
-            else:
-                step.copy_(self._anchor(updates, name) - result.to(step.device))
+            step = matrix(steps[name])
+            step.copy_(self._anchor(updates, name) - result.to(step.device))
 
     def write_base_(self, updates: UpdateReducer, terms: Mapping[int, Sequence[Term]]) -> Deviation:
         """Write into the frozen weights what the factors, as they are now, lack of the parties' mean."""
@@ -131,21 +135,21 @@ class LoraAggregator:
         return deviation(pairs, {k: squares[k] for k in owned}, self._federation)
 
     def _factors(self, updates: UpdateReducer) -> list[Factors]:
-        view, global_, names = updates.layout.view, updates.global_, set(updates.layout.names)
+        anchors = updates.layout.views(updates.global_)
         return [
             Factors(
                 pair=pair,
                 b=matrix(self._parameters[pair.b].detach()),
                 a=matrix(self._parameters[pair.a].detach()),
-                anchor_b=matrix(view(global_, pair.b)),
-                anchor_a=matrix(view(global_, pair.a)),
+                anchor_b=matrix(anchors[pair.b]),
+                anchor_a=matrix(anchors[pair.a]),
                 ranks=self._ranks(pair),
                 scalings=self._scalings(pair),
                 scaling=self._scaling(pair),
                 base=self._plan.module(pair).base,
             )
             for pair in self._plan.products
-            if pair.a in names
+            if pair.a in anchors
         ]
 
     def _mean(self, updates: UpdateReducer, name: str) -> Tensor:

@@ -104,12 +104,14 @@ class UpdateReducer:
             yield from self._carry(counting, averaged, contribution)
             *buckets, last = self.layout.buckets()
             for bucket in buckets:
-                squares.extend(self._pack(bucket, factor))
-                if self._crosses(bucket, averaged):
+                crosses = self._crosses(bucket, averaged)
+                squares.extend(self._pack(bucket, factor) if crosses else self._measure(bucket))
+                if crosses:
                     yield self._staging[bucket[0].start : bucket[-1].stop]
-            squares.extend(self._pack(last, factor))
+            crosses = self._crosses(last, averaged)
+            squares.extend(self._pack(last, factor) if crosses else self._measure(last))
             self._write_flags(flags, _norm(squares), bit, loss, share, effective_steps)
-            start = last[0].start if self._crosses(last, averaged) else self.layout.size
+            start = last[0].start if crosses else self.layout.size
             if self._exact:
                 yield self._staging[start:]
             else:
@@ -198,6 +200,11 @@ class UpdateReducer:
                 update.mul_(factor)
             else:
                 update.zero_()  # and not a product: 0 * nan is nan
+
+    def _measure(self, bucket: list[Chunk]) -> Iterator[float]:
+        """Yield the squared norms of an update that is not sent."""
+        for chunk in bucket:
+            yield _squared_norm(self._update(chunk, out=self._scratch2[: chunk.size]))
 
     def _update(self, chunk: Chunk, out: Tensor) -> Tensor:
         """Return the anchor minus the parameters."""

@@ -124,9 +124,9 @@ class Layout:
         _check(self._parameters)
         self.names = list(self._parameters)
         self._shapes = {name: list(p.shape) for name, p in self._parameters.items()}
-        sizes = [p.numel() for p in self._parameters.values()]
-        self._starts = dict(zip(self.names, accumulate(sizes, initial=0), strict=False))
-        self.size = sum(sizes)
+        self._sizes = [p.numel() for p in self._parameters.values()]
+        self._starts = dict(zip(self.names, accumulate(self._sizes, initial=0), strict=False))
+        self.size = sum(self._sizes)
         self.device = next(iter(self._parameters.values())).device
         self._lay_out()
 
@@ -150,7 +150,10 @@ class Layout:
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Return all parameters' parts of ``vector``, by name, as views."""
-        return {name: self.view(vector, name) for name in self.names}
+        parts = vector.split(self._sizes)
+        return {
+            name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
     def new_vector(self, extra: int = 0) -> Tensor:
         """Return a new float32 vector for all parameters, on their device, of shape (D + extra,)."""
@@ -187,7 +190,7 @@ class Layout:
 
     def first_nonfinite(self) -> str | None:
         """Return the name of the first parameter with NaN or infinity, None if there is none."""
-        return next((name for name, p in self._parameters.items() if not _is_finite(p)), None)
+        return next((name for name, p in self._parameters.items() if not is_finite(p)), None)
 
     def _check_shapes(self) -> None:
         for name, parameter in self._parameters.items():
@@ -226,9 +229,17 @@ class Layout:
         self._buckets = _group(self._chunks)
 
 
-def _is_finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
+    """Return whether all values are finite, by their sum, which needs no mask of them."""
     # A finite sum implies finite values; an infinite one may be an overflow.
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def are_finite(tensors: list[Tensor]) -> bool:
+    """Return whether all values of tensors on one device are finite, by their norms."""
+    if not tensors or bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all()):
+        return True
+    return all(map(is_finite, tensors))  # squares of finite values may overflow
 
 
 def _piece(parameter: Tensor, start: int, stop: int) -> Tensor | Strided:

@@ -26,7 +26,7 @@ from lora_oracles import (
 from torch import Tensor
 
 from pellm_lightning.aggregation import LowRankMean
-from pellm_lightning.aggregation.factors import Factorization
+from pellm_lightning.aggregation.factorization import Factorization
 from pellm_lightning.aggregation.low_rank import Solver
 
 SIZES: Sizes = {"k": (12, 10), "q": (9, 14)}

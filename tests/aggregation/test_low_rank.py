@@ -36,7 +36,7 @@ from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, FederationError
 from pellm_lightning.aggregation import LowRankMean, factors
-from pellm_lightning.aggregation.factors import Factorization
+from pellm_lightning.aggregation.factorization import Factorization
 from pellm_lightning.aggregation.low_rank import Solver
 
 SIZES: Sizes = {"k": (12, 10), "q": (9, 14)}

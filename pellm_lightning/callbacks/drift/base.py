@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from operator import is_
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
+from pellm_lightning.tensors.flat_buffer import is_finite
 from pellm_lightning.trainer.isolation import callbacks_of
 from pellm_lightning.trainer.pickling import own_state
 
@@ -38,7 +40,9 @@ class DriftCorrection(Callback, ABC):
     def __init__(self) -> None:
         # State of a fit, dropped at its end.
         self._parameters: dict[str, nn.Parameter] = {}
-        self._names: dict[nn.Parameter, str] = {}
+        self._names: dict[int, str] = {}  # by the parameter's id: the hash of a tensor is slow
+        # By the id of an optimizer's group: its parameters, the federated of them, and their names.
+        self._groups: dict[int, tuple[list[Tensor], list[Tensor], list[str]]] = {}
         # The party's control variate, kept from round to round, if the method has one.
         self._control: Named = {}
         # The state of a loaded checkpoint, or of the last fit.
@@ -67,8 +71,15 @@ class DriftCorrection(Callback, ABC):
     def _start(self, mean: Mapping[str, Tensor]) -> None:
         """Begin a round, with the anchor in the parameters and the mean of the parties' vectors."""
 
-    def _correct_(self, name: str, parameter: nn.Parameter, grad: Tensor, lr: float) -> None:
-        """Correct the gradient of a parameter in place."""
+    def _correct_(self, names: list[str], parameters: list[Tensor], grads: list[Tensor], lr: float) -> None:
+        """Correct the gradients of some parameters in place, all at once: at least one.
+
+        Args:
+            names: Names of the parameters.
+            parameters: The parameters, detached or under ``no_grad``.
+            grads: Their gradients.
+            lr: Learning rate of the step to come.
+        """
 
     def _stepped(self, optimizer: Optimizer) -> None:
         """Count an optimizer step, before it is made."""
@@ -104,7 +115,8 @@ class DriftCorrection(Callback, ABC):
             MisconfigurationException: If the checkpoint has no state of this correction.
         """
         self._parameters, self._control = dict(parameters), {}
-        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._groups = {}
         if resumed and not self._state:
             raise MisconfigurationException(
                 f"The checkpoint was saved without {self.auxiliary.method}, so its anchor is unknown. Resume"
@@ -138,7 +150,7 @@ class DriftCorrection(Callback, ABC):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Drop the state of an earlier fit, which may have failed."""
         if stage == "fit":
-            self._parameters, self._names, self._state = {}, {}, {}
+            self._parameters, self._names, self._groups, self._state = {}, {}, {}, {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,16 +170,20 @@ class DriftCorrection(Callback, ABC):
         if _will_skip(trainer, optimizer):
             return
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = self._names.get(parameter)
-                if name is None or parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
-                    raise MisconfigurationException(
-                        f"The gradient of {name!r} is sparse, and {self.auxiliary.method} would make it dense"
-                        " in every step. Build the layer with sparse=False."
-                    )
-                self._correct_(name, parameter, parameter.grad, float(group["lr"]))
+            parameters, names = self._federated(group)
+            grads = [parameter.grad for parameter in parameters]
+            trained = [grad for grad in grads if grad is not None]
+            if len(trained) < len(grads):
+                at = [i for i, grad in enumerate(grads) if grad is not None]
+                parameters, names = [parameters[i] for i in at], [names[i] for i in at]
+            sparse = next((name for name, g in zip(names, trained, strict=True) if g.is_sparse), None)
+            if sparse is not None:
+                raise MisconfigurationException(
+                    f"The gradient of {sparse!r} is sparse, and {self.auxiliary.method} would make it dense"
+                    " in every step. Build the layer with sparse=False."
+                )
+            if trained:
+                self._correct_(names, parameters, trained, float(group["lr"]))
         self._stepped(optimizer)
 
     @override
@@ -175,11 +191,11 @@ class DriftCorrection(Callback, ABC):
         """Drop every reference to the module."""
         if stage == "fit":
             self._state = self.state_dict()
-            self._parameters, self._names, self._control = {}, {}, {}
+            self._parameters, self._names, self._groups, self._control = {}, {}, {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle and copy the callback without the module."""
-        return own_state(self, _parameters={}, _names={})
+        return own_state(self, _parameters={}, _names={}, _groups={})
 
     # ---- checkpoints
 
@@ -194,6 +210,16 @@ class DriftCorrection(Callback, ABC):
         self._state = state_dict
 
     # ---- helpers of the methods
+
+    def _federated(self, group: Mapping[str, Any]) -> tuple[list[Tensor], list[str]]:
+        """Return the federated parameters of a group and their names, remembered until the group changes."""
+        parameters = group["params"]
+        seen, federated, names = self._groups.get(id(group), ([], [], []))
+        if len(seen) != len(parameters) or not all(map(is_, seen, parameters)):
+            federated = [p for p in parameters if id(p) in self._names]
+            names = [self._names[id(p)] for p in federated]
+            self._groups[id(group)] = [*parameters], federated, names
+        return federated, names
 
     def _anchor(self) -> Named:
         """Return copies of the parameters, in their own dtype."""
@@ -286,4 +312,4 @@ def _will_skip(trainer: Trainer, optimizer: Optimizer) -> bool:
     if _scaler_of(trainer) is None:
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not all(bool(torch.isfinite(grad).all()) for grad in grads)
+    return not all(is_finite(grad) for grad in grads)

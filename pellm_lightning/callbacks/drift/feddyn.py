@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.callbacks.drift.base import DriftCorrection, Named, check_coefficient, clones
@@ -58,8 +58,10 @@ class FedDyn(DriftCorrection):
             self._control = self._zeros()
 
     @override
-    def _correct_(self, name: str, parameter: nn.Parameter, grad: Tensor, lr: float) -> None:
-        grad.add_(parameter.detach() - self._anchors[name], alpha=self.alpha).sub_(self._control[name])
+    def _correct_(self, names: list[str], parameters: list[Tensor], grads: list[Tensor], lr: float) -> None:
+        away = torch._foreach_sub(parameters, [self._anchors[name] for name in names])
+        torch._foreach_add_(grads, away, alpha=self.alpha)
+        torch._foreach_sub_(grads, [self._control[name] for name in names])
 
     @override
     def _contribute(self) -> AuxiliaryValues:

@@ -1,6 +1,6 @@
 """FedNova, normalised averaging for parties with different numbers and sizes of local steps."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class FedNova(DriftCorrection):
                 f" {type(optimizer).__name__}, which rescales gradients. Use torch.optim.SGD, or"
                 " SCAFFOLD or FedDyn, which take any optimizer."
             )
-        groups = _federated_groups(optimizer, set(parameters.values()))
+        groups = _federated_groups(optimizer, {id(p) for p in parameters.values()})
         for setting in _SETTINGS:
             if len({float(group[setting]) for group in groups}) > 1:
                 raise MisconfigurationException(
@@ -109,5 +109,6 @@ class FedNova(DriftCorrection):
         self._effective_steps, self._velocity = saved["effective_steps"], saved["velocity"]
 
 
-def _federated_groups(optimizer: Optimizer, parameters: Any) -> list[dict[str, Any]]:
-    return [group for group in optimizer.param_groups if any(p in parameters for p in group["params"])]
+def _federated_groups(optimizer: Optimizer, ids: Collection[int]) -> list[dict[str, Any]]:
+    """Return the groups with a parameter whose id is among ``ids``."""
+    return [group for group in optimizer.param_groups if any(id(p) in ids for p in group["params"])]

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.callbacks.drift.base import DriftCorrection, Named, check_coefficient, clones
@@ -47,9 +48,10 @@ class FedProx(DriftCorrection):
         self._anchors = self._anchor()
 
     @override
-    def _correct_(self, name: str, parameter: nn.Parameter, grad: Tensor, lr: float) -> None:
+    def _correct_(self, names: list[str], parameters: list[Tensor], grads: list[Tensor], lr: float) -> None:
         if self.mu:  # -0.0 + 0.0 would change a bit
-            grad.add_(parameter.detach() - self._anchors[name], alpha=self.mu)
+            away = torch._foreach_sub(parameters, [self._anchors[name] for name in names])
+            torch._foreach_add_(grads, away, alpha=self.mu)
 
     @override
     def _method_state(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.callbacks.drift.base import DriftCorrection, Named, clones
@@ -55,10 +56,11 @@ class SCAFFOLD(DriftCorrection):
         self._rates = dict.fromkeys(self._parameters, 0.0)
 
     @override
-    def _correct_(self, name: str, parameter: nn.Parameter, grad: Tensor, lr: float) -> None:
-        self._gradients[name].add_(grad, alpha=lr)
-        self._rates[name] += lr
-        grad.add_(self._shift[name])
+    def _correct_(self, names: list[str], parameters: list[Tensor], grads: list[Tensor], lr: float) -> None:
+        torch._foreach_add_([self._gradients[name] for name in names], grads, alpha=lr)
+        torch._foreach_add_(grads, [self._shift[name] for name in names])
+        for name in names:
+            self._rates[name] += lr
 
     @override
     def _contribute(self) -> AuxiliaryValues:

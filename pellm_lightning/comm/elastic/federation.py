@@ -19,12 +19,11 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm.collectives import staged
+from pellm_lightning.comm.collectives import joined, staged
 from pellm_lightning.comm.communicator import (
     Communicator,
     Difference,
@@ -76,6 +75,7 @@ class ElasticFederation(Communicator):
         PartyLostError: If the rendezvous cannot be reached.
 
     Example:
+        >>> import torch
         >>> from torch.distributed import HashStore
         >>> store = HashStore()
         >>> federation = ElasticFederation(lambda: store, "a", ["a"])
@@ -334,7 +334,7 @@ class ElasticFederation(Communicator):
 
     @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        sent = torch.cat([part.detach().to("cpu") for part in parts])
+        sent = joined(parts)
         out = sent.new_empty(sum(sizes))
         self.bytes_sent += sent.nbytes - parts[self.party].nbytes
         with self._connections.exchanging() as mesh:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm.collectives import staged
+from pellm_lightning.comm.collectives import joined, staged
 from pellm_lightning.comm.communicator import (
     Communicator,
     Difference,
@@ -194,7 +194,7 @@ class Federation(Communicator):
 
     @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        sent = torch.cat([part.detach().to("cpu") for part in parts])
+        sent = joined(parts)
         out = sent.new_empty(sum(sizes))
         with self._translated():
             if self.num_parties > 1:
@@ -207,13 +207,18 @@ class Federation(Communicator):
 
     @override
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        if self.num_parties == 1 or len(set(sizes)) > 1:
+        if self.num_parties == 1:
             return super().all_gather(x, sizes)
         mine = x.detach().to("cpu").contiguous()
-        gathered = [torch.empty_like(mine) for _ in sizes]
+        out = mine.new_empty(sum(sizes))
+        gathered = list(out.split(list(sizes)))
         self.bytes_sent += mine.nbytes
         with self._translated():
-            self._lane().all_gather(gathered, mine).wait()
+            if len(set(sizes)) == 1:
+                self._lane().all_gather(gathered, mine).wait()
+            else:  # Gloo gathers equal sizes only, and broadcasts would wait for each other
+                copies = mine.repeat(len(sizes))
+                self._lane().all_to_all(out, copies, list(sizes), [len(mine)] * len(sizes)).wait()
         return gathered
 
     def _all_gather_bytes(self, mine: bytes) -> list[bytes]:
