@@ -141,7 +141,7 @@ class Parties:
                 pass
             federation.close()
         except SystemExit:
-            heart = federation._heartbeat
+            heart = federation._peers
             heart._stopping = True
             heart._wake.set()
             federation._connections.drop()
