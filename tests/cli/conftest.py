@@ -1,6 +1,7 @@
 """What the commands on results are given: tiny models."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from tiny_language_models import (  # noqa: F401 - fixtures
@@ -18,4 +19,5 @@ from pellm_lightning.cli import errors
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors are wrapped at the terminal's width, which under pytest-xdist is another one."""
-    monkeypatch.setattr(errors.shutil, "get_terminal_size", lambda *_: os.terminal_size((100, 24)))
+    size = SimpleNamespace(get_terminal_size=lambda *_: os.terminal_size((100, 24)))
+    monkeypatch.setattr(errors, "shutil", size)  # in that module only: pytest asks for it too
