@@ -17,6 +17,13 @@ from pellm_lightning.cli import errors
 
 
 @pytest.fixture(autouse=True)
+def place_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets which party it is, for the rest of the process."""
+    for name, value in (("party", None), ("folder", None), ("debug", False)):
+        monkeypatch.setattr(errors._Place, name, value)
+
+
+@pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors are wrapped at the terminal's width, which under pytest-xdist is another one."""
     size = SimpleNamespace(get_terminal_size=lambda *_: os.terminal_size((100, 24)))

@@ -149,8 +149,8 @@ class ElasticFederation(Communicator):
             if not isinstance(error, UnreachableError | RestartedError):
                 raise
             raise PartyLostError(
-                f"Party {self._name} could not join. {str(error).rstrip('.')}. See that the rendezvous runs."
-                f" If the federation has ended meanwhile, {RESULT}"
+                f"Party {self._name} could not join. {str(error).rstrip('.')}. If the federation has ended"
+                f" meanwhile, {RESULT}"
             ) from error
 
     # ---- membership
