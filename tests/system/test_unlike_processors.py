@@ -23,7 +23,7 @@ OLD = {
 MIDDLE = {"MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
 THIS = {"OMP_NUM_THREADS": "3"}
 
-pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def parties(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for party, settings in enumerate((THIS, OLD, middle))
     ]
     try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
+        said = [process.communicate(timeout=350)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
