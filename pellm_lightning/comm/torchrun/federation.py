@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class Federation(Communicator):
         """
         mine = json.dumps([intent, metadata], separators=(",", ":")).encode()
         try:
-            with self._coordinator.waiting() if self.num_parties > 1 else nullcontext():
+            with self._coordinator.waiting():
                 read = [json.loads(message) for message in self._all_gather_bytes(mine)]
             intents = {intent for intent, _ in read}
             joined = {name: dict(of_party) for name, (_, of_party) in zip(self.names, read, strict=True)}
@@ -263,6 +263,7 @@ class Federation(Communicator):
 
     def _disconnect(self) -> None:
         self._closed = True
+        self._coordinator.close()
         for lane in self._lanes:
             lane.abort()
         self._lanes = []

@@ -11,11 +11,12 @@ from typing import Any
 import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
-from pellm_lightning.comm.polling import EVERY_S, ROUND_S, Reminder, polls
+from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
 
 log = logging.getLogger(__name__)
 
 _LEAVE_S = 30.0
+_MONITOR_EVERY_S = 1.0
 
 
 class StoreCoordinator:
@@ -55,6 +56,9 @@ class StoreCoordinator:
         self._store = store
         self._gathers = 0
         self._last_key: str | None = None
+        self._monitor: threading.Thread | None = None
+        self._closed = threading.Event()
+        self._reminder: Reminder | None = None  # of the collective that this party is blocked in
 
     def enter(self, phase: str) -> None:
         """Publish what this party does from now on."""
@@ -148,7 +152,7 @@ class StoreCoordinator:
             missing = self._missing(key)
             if not missing:
                 return
-            if reminder.due() and self._speaks(missing):
+            if reminder.due() and self._reminds(missing):
                 log.warning(
                     "[party %d] waits for %s: %d of %d are here, up to %g s",
                     self.party,
@@ -161,8 +165,8 @@ class StoreCoordinator:
             self._interrupt()
         raise self.timed_out(f"for {_called(missing)} to {what}", missing)
 
-    def _speaks(self, missing: Sequence[int]) -> bool:
-        """Whether this party tells for whom it and others wait, since they may share a terminal."""
+    def _reminds(self, missing: Sequence[int]) -> bool:
+        """Whether this party logs for whom it and others wait, since they may share a terminal."""
         first = next(party for party in range(self.num_parties) if party not in missing)
         return self.party == first or os.environ.get("LOCAL_RANK") == "0"
 
@@ -188,26 +192,32 @@ class StoreCoordinator:
 
     @contextlib.contextmanager
     def waiting(self, first_s: float = ROUND_S) -> Iterator[None]:
-        """Tell for whom this party waits while it is blocked in a collective."""
-        over = threading.Event()
+        """Let a thread log for whom this party waits, if it is blocked in a collective for long.
 
-        def tell() -> None:
-            if over.wait(first_s):
-                return
-            while True:
-                late = self._late()
-                if late and self._speaks(late):
-                    log.warning("[party %d] waits for %s", self.party, self._elsewhere())
-                if over.wait(EVERY_S):
-                    return
-
-        thread = threading.Thread(target=tell, name="waiting for parties", daemon=True)
-        thread.start()
+        It is one thread for all rounds: to start one for each would take as long as a small round.
+        """
+        if self._monitor is None and self.num_parties > 1:
+            self._monitor = threading.Thread(target=self._remind, name="waiting for parties", daemon=True)
+            self._monitor.start()
+        self._reminder = Reminder(first_s)
         try:
             yield
         finally:
-            over.set()
-            thread.join()
+            self._reminder = None
+
+    def close(self) -> None:
+        """End the thread of ``waiting``."""
+        self._closed.set()
+
+    def _remind(self) -> None:
+        while not self._closed.wait(_MONITOR_EVERY_S):
+            reminder = self._reminder
+            if reminder is None or not reminder.due():
+                continue
+            with contextlib.suppress(dist.DistError):  # the collective will notice
+                late = self._late()
+                if late and self._reminds(late):
+                    log.warning("[party %d] waits for %s", self.party, self._elsewhere())
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:

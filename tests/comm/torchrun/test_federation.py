@@ -673,7 +673,10 @@ def test_the_first_that_is_here_says_who_is_missing(
     assert caplog.messages == ["[party 1] waits for party 0: 2 of 3 are here, up to 30 s"]
 
 
-def test_who_waits_in_a_collective_says_what_the_others_do(caplog: pytest.LogCaptureFixture) -> None:
+def test_who_waits_in_a_collective_says_what_the_others_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_coordinator, "_MONITOR_EVERY_S", 0.01)
     store = dist.HashStore()
     first, second = (store_coordinator.StoreCoordinator(store, party, 2, timeout_s=30) for party in (0, 1))
     first.enter("meeting for round 3")
@@ -681,6 +684,27 @@ def test_who_waits_in_a_collective_says_what_the_others_do(caplog: pytest.LogCap
     with first.waiting(first_s=0.01), second.waiting(first_s=30):
         time.sleep(0.3)
     assert caplog.messages == ["[party 0] waits for party 1 (training)"]
+    second.enter("meeting for round 4")
+    time.sleep(0.1)  # the first waits no more
+    assert len(caplog.messages) == 1
+    first.close()
+    second.close()
+
+
+def test_one_thread_watches_all_rounds_and_ends_with_the_federation() -> None:
+    def watching() -> int:
+        return sum(thread.name == "waiting for parties" for thread in threading.enumerate())
+
+    coordinator = store_coordinator.StoreCoordinator(dist.HashStore(), 0, 2, timeout_s=30)
+    before = watching()
+    for _ in range(3):
+        with coordinator.waiting():
+            assert watching() == before + 1
+    coordinator.close()
+    for _ in polling.polls(5):
+        if watching() == before:
+            break
+    assert watching() == before
 
 
 def test_who_comes_when_the_others_have_ended_is_told_where_the_result_is() -> None:
