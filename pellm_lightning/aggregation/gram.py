@@ -45,11 +45,6 @@ class Module:
         return tuple(term.a.shape[0] for term in self.terms)
 
     @property
-    def has_mean(self) -> bool:
-        """Whether the factors have a mean: all are of one shape and scaling."""
-        return len({*self.ranks}) == len({term.scaling for term in self.terms}) == 1
-
-    @property
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         """The factors (B, A) of each party."""
         return [(term.b, term.a) for term in self.terms]
@@ -80,29 +75,35 @@ def gram_matrices(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     return left, right
 
 
-def best_means(modules: Mapping[int, Module], factorization: Factorization) -> dict[int, BestMean]:
+def best_means(
+    modules: Mapping[int, Module], factorization: Factorization, *, have_mean: bool = True
+) -> dict[int, BestMean]:
     """Return the best low-rank means of the modules for which Gram matrices are accurate enough.
 
     Args:
         modules: Modules by any index.
         factorization: As in ``LowRankMean``; "procrustes" needs modules that have a mean.
+        have_mean: Whether the factors of each module have a mean: all parties' ranks and scalings are those
+            of the result, not only those of the parties that count.
     """
-    groups: dict[tuple[int, tuple[int, ...], bool], list[int]] = {}
+    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for k, module in modules.items():
         m, n = module.terms[0].b.shape[0], module.terms[0].a.shape[1]
-        if module.rank <= min(m, n):
-            groups.setdefault((module.rank, module.ranks, module.has_mean), []).append(k)
+        if module.rank <= min(m, n, sum(module.ranks)):  # else the mean has null directions
+            groups.setdefault((module.rank, module.ranks), []).append(k)
     found: dict[int, BestMean] = {}
-    for (_, ranks, _), indices in groups.items():
+    for (_, ranks), indices in groups.items():
         size = max(1, _BATCH // sum(ranks) ** 2)
         for start in range(0, len(indices), size):
             batch = indices[start : start + size]
-            means = _best_of_batch([modules[k] for k in batch], factorization)
+            means = _best_of_batch([modules[k] for k in batch], factorization, have_mean)
             found.update({k: mean for k, mean in zip(batch, means, strict=True) if mean is not None})
     return found
 
 
-def _best_of_batch(modules: Sequence[Module], factorization: Factorization) -> list[BestMean | None]:
+def _best_of_batch(
+    modules: Sequence[Module], factorization: Factorization, have_mean: bool
+) -> list[BestMean | None]:
     """Return the best means of modules that have ranks in common; None where Gram matrices are too coarse."""
     found: list[BestMean | None] = [None] * len(modules)
     stacks = _Stacks.of(modules)
@@ -113,9 +114,9 @@ def _best_of_batch(modules: Sequence[Module], factorization: Factorization) -> l
     svd, stacks = svd.select(at), stacks.select(at)
     target = svd.s / torch.tensor([[modules[k].scaling] for k in at], dtype=torch.float64)
     agree = torch.zeros(len(at), dtype=torch.bool)
-    if modules[0].has_mean:
+    if have_mean:
         mean, agree = stacks.mean_factors(svd), stacks.agree()
-    if factorization == "procrustes":
+    if have_mean and factorization == "procrustes":
         left, right = nearest(mean, target)
     else:
         left, right = diagonal(target, modules[0].rank, factorization)

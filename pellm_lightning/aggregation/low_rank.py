@@ -169,16 +169,18 @@ class LowRankMean(Aggregation):
 
     def _exact(self, pairs: Sequence[Factors], context: RoundContext) -> CombinedFactors:
         terms = gathering.to_owners(pairs, context, FACTORS)
+        have_mean = _have_mean(pairs)
         best = gram.best_means(
             {k: gram.Module(of, pairs[k].scaling, pairs[k].anchor_a.shape[0]) for k, of in terms.items()},
             self.factorization,
+            have_mean=have_mean,
         )
         results = {k: mean.factors for k, mean in best.items()}
         for k in terms.keys() - best.keys():
             pair, pair_terms = pairs[k], terms[k]
             low = factors.truncated_svd(stack_of(pair_terms), pair.anchor_a.shape[0])
             low = factors.fill_null_directions(low, pair.anchor_b.cpu(), pair.anchor_a.cpu())
-            mean = _mean_factors(pair_terms, low) if _have_mean(pairs) else None
+            mean = _mean_factors(pair_terms, low) if have_mean else None
             results[k] = _factorize(pair, low, mean, self.factorization)
         combined = gathering.from_owners(pairs, results, context.federation)
         known = {} if context.federation.lossy else {k: x.squares for k, x in best.items() if x.squares}
@@ -203,8 +205,10 @@ def _synchronized(found: Sequence[LowRank], federation: Collectives) -> list[Low
 
 
 def _have_mean(pairs: Sequence[Factors]) -> bool:
-    """Return whether all parties' factors have equal shape and scaling, so that they have a mean."""
-    return all(len({*pair.ranks}) == 1 and len({*pair.scalings}) == 1 for pair in pairs)
+    """Return whether the factors have a mean: all parties' ranks and scalings are those of the result."""
+    return all(
+        {*pair.ranks} == {pair.anchor_a.shape[0]} and {*pair.scalings} == {pair.scaling} for pair in pairs
+    )
 
 
 def _mean_factors(terms: Sequence[Term], low: LowRank) -> MeanFactors:

@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def report(run_dir: Path, out: Path | None = None) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """Run ``new``, ``rendezvous``, ``certs``, ``keys`` or ``report``; print errors without a traceback."""
+    """Run ``new``, ``rendezvous``, ``certs``, ``keys`` or ``report``."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     command, *rest = words
     component: Any = {
@@ -66,11 +65,8 @@ def main(words: Sequence[str]) -> None:
         "keys": {"new": keys.new, "sign": keys.sign},
         "report": report,
     }[command]
-    try:
-        auto_cli = _auto_cli()
-        auto_cli(component, args=rest, as_positional=command in ("new", "report"), prog=f"pellm {command}")
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(str(error))
+    auto_cli = _auto_cli()
+    auto_cli(component, args=rest, as_positional=command in ("new", "report"), prog=f"pellm {command}")
 
 
 def _auto_cli() -> Any:

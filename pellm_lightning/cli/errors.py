@@ -1,4 +1,4 @@
-"""Errors of the command line: told once, in a few lines, by the party that knows; the traceback is kept."""
+"""Errors of the command line: printed once, in a few lines, by the party that knows; the traceback is kept."""
 
 import contextlib
 import hashlib
@@ -21,11 +21,12 @@ _FILE_NAME = "error.log"
 _WIDTH = 110
 _BUILDING = "instantiate_classes"
 # Their ValueErrors and the like are about what the user has asked for; those of torch are about the code.
-_CHECK_ARGUMENTS = ("pellm_lightning", "lightning", "transformers", "peft", "datasets", "huggingface_hub")
+_OURS = "pellm_lightning"
+_CHECK_ARGUMENTS = (_OURS, "lightning", "transformers", "peft", "datasets", "huggingface_hub")
 
 
-class _Place:
-    """Place of this process's errors; known better as a command proceeds."""
+class _Process:
+    """Identity of this process in errors; known better as a command proceeds."""
 
     party: str | None = None
     """What party this is, as errors name it."""
@@ -36,22 +37,22 @@ class _Place:
 
 def set_place(party: str | None, folder: str) -> None:
     """Set which party this process belongs to, None if there is one only, and where its run writes."""
-    _Place.party, _Place.folder = party, Path(folder)
+    _Process.party, _Process.folder = party, Path(folder)
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Run a command; what it raises is told to the user and becomes the exit status.
+    """Run a command; what it raises is printed for the user and becomes the exit status.
 
     An expected error is a message of at most ``MAX_LINES`` lines. Its traceback is in ``error.log`` in the
     party's run folder, or shown with ``--debug``, which is taken out of ``sys.argv``. Of the processes of a
-    launch that share a terminal, one tells: whose error it is first.
+    launch that share a terminal, one prints it: the first whose own error it is.
 
     Raises:
         SystemExit: If the command failed.
     """
-    _Place.debug = "--debug" in sys.argv
-    if _Place.debug:
+    _Process.debug = "--debug" in sys.argv
+    if _Process.debug:
         sys.argv.remove("--debug")
     try:
         yield
@@ -62,43 +63,36 @@ def reported() -> Iterator[None]:
 
 
 def report(error: Exception) -> int:
-    """Tell the user of an error, and torchrun, if it launched this process; return the exit status."""
+    """Print an error for the user, and for torchrun, if that launched this process; return the exit status."""
     status = USAGE if _is_usage(error) else FAILURE
-    kept = None if status == USAGE else _keep_traceback(error)
     words = str(error) or type(error).__name__
-    if not _is_a(error, "FederationError", "MisconfigurationException", "ValueError"):
+    if not _is_a(error, "FederationError", "MisconfigurationException", "ValueError") and _raiser(error) != _OURS:
         words = f"{type(error).__name__}: {words}"
     if isinstance(error, FileNotFoundError):
         words = f"{words.rstrip('.')}. A relative path is seen from {os.getcwd()}."
-    more = "" if status == USAGE else "To see the traceback, add --debug."
-    more = more if kept is None else f"The traceback is in {kept}."
     lost = _is_a(error, "PartyLostError") and not getattr(error, "parties", ())
-    second_hand = lost or getattr(error, "by", None) is not None
-    if is_expected(error) and not _Place.debug:
-        tell(words, more, second_hand=second_hand)
-    elif _claim(words, second_hand=second_hand):
+    if not _claim(words, second_hand=lost or getattr(error, "by", None) is not None):
+        return status
+    if not is_expected(error) or _Process.debug:
         traceback.print_exception(error)
         _record(words)
+    elif status == USAGE:
+        _print(words)
+    else:
+        kept = _keep_traceback(error)
+        _print(words, "To see the traceback, add --debug." if kept is None else f"The traceback is in {kept}.")
     return status
 
 
-def tell(words: str, more: str = "", *, second_hand: bool = False) -> None:
-    """Write an error to the terminal, unless another process of this launch tells it there.
+def print_error(words: str, more: str = "") -> None:
+    """Print an error on the terminal, unless another process of this launch prints it there.
 
     Args:
         words: What was wrong, where, and what to do.
         more: A last line, such as where to read more.
-        second_hand: Whether it is about the failure of another party, which tells it if it can.
     """
-    if _claim(words, second_hand=second_hand):
-        party = _party()
-        text = f"[{party}] error: {words}" if party else f"error: {words}"
-        lines, last = _wrapped(text), _wrapped(more)
-        most = MAX_LINES - len(last)
-        shown = lines if len(lines) <= most else [*lines[: most - 1], "  ..."]
-        sys.stderr.write("\n".join([*shown, *last]) + "\n")
-        sys.stderr.flush()
-        _record(text)
+    if _claim(words, second_hand=False):
+        _print(words, more)
 
 
 def is_expected(error: BaseException) -> bool:
@@ -128,17 +122,21 @@ def _is_a(error: BaseException, *names: str) -> bool:
 
 def _checks_arguments(error: BaseException) -> bool:
     """Whether a package raised it that checks what users ask for, not one that computes."""
-    frames = traceback.extract_tb(error.__traceback__)
-    parts = Path(frames[-1].filename).parts if frames else ()
-    return any(package in parts for package in _CHECK_ARGUMENTS)
+    return _raiser(error) in _CHECK_ARGUMENTS
 
 
-# ---- where it is told
+def _raiser(error: BaseException) -> str:
+    """Return the package whose code raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+
+
+# ---- where it is printed
 
 
 def _party() -> str | None:
-    if _Place.party is not None or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return _Place.party
+    if _Process.party is not None or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return _Process.party
     return f"party of rank {os.environ.get('RANK', 0)}"  # how many processes a party has is not known yet
 
 
@@ -153,15 +151,26 @@ def _wrapped(text: str) -> list[str]:
 
 def _keep_traceback(error: Exception) -> Path | None:
     """Write the traceback into the folder of the party's run; return the file, None if there is none."""
-    if _Place.folder is None or _Place.debug:
+    if _Process.folder is None or _Process.debug:
         return None
-    path = _Place.folder / _FILE_NAME
+    path = _Process.folder / _FILE_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    except OSError:  # a full disk, perhaps what is to be told
+    except OSError:  # a full disk, perhaps what is to be printed
         return None
     return path
+
+
+def _print(words: str, more: str = "") -> None:
+    party = _party()
+    text = f"[{party}] error: {words}" if party else f"error: {words}"
+    lines, last = _wrapped(text), _wrapped(more)
+    most = MAX_LINES - len(last)
+    shown = lines if len(lines) <= most else [*lines[: most - 1], "  ..."]
+    sys.stderr.write("\n".join([*shown, *last]) + "\n")
+    sys.stderr.flush()
+    _record(text)
 
 
 def _record(text: str) -> None:
@@ -174,13 +183,13 @@ def _record(text: str) -> None:
 
 
 def _claim(words: str, *, second_hand: bool) -> bool:
-    """Return whether this process is to tell an error; one of those that share a terminal is.
+    """Return whether this process is to print an error; one of those that share a terminal is.
 
     Words that differ in the party, or in the order of a set, are the same error.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
-    from pellm_lightning.comm.torchrun.store import is_first_to_tell
+    from pellm_lightning.comm.torchrun.store import claim_error
 
     same = sorted(re.findall(r"\w+", re.sub(r"(?i)\b(party|rank)[- ]\w+", "", words)))
-    return is_first_to_tell(hashlib.sha256(" ".join(same).encode()).hexdigest(), second_hand=second_hand)
+    return claim_error(hashlib.sha256(" ".join(same).encode()).hexdigest(), second_hand=second_hand)

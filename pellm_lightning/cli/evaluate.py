@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
-from unittest.mock import patch
 
 import torch
 from lightning.pytorch import LightningModule
@@ -139,8 +138,16 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
 @contextmanager
 def standing_as(party: int, num_parties: int) -> Iterator[None]:
     """Let this process be a party for whoever asks; there is no launcher and no other process."""
-    with patch.dict(os.environ, {"RANK": str(party), "WORLD_SIZE": str(num_parties)}):
+    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    os.environ.update({"RANK": str(party), "WORLD_SIZE": str(num_parties)})
+    try:
         yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def table(rows: Mapping[str, Sequence[float]], parties: Sequence[str]) -> str:

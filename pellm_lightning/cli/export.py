@@ -96,12 +96,8 @@ def export(
     model = peft_model_in(given, "export")
     if merged:
         held = [model]
-        del (
-            module,
-            given,
-            saved,
-            model,
-        )  # a large model fits once: nothing may hold it when it is loaded again
+        # A large model fits once: nothing may hold it when it is loaded again.
+        del module, given, saved, model
         _write_merged(held, out, summary)
         return
     names = _federated(model, state)

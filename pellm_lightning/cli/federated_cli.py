@@ -56,6 +56,8 @@ class FederatedCLI(LightningCLI):
         if isinstance(words, list) and words and words[0] in every:
             # To build a parser takes a second: only that of the command that runs is built.
             vars(self)["subcommands"] = lambda: {words[0]: every[words[0]]}
+            given = settings.get("parser_kwargs") or {}
+            settings["parser_kwargs"] = {k: v for k, v in given.items() if k == words[0] or k not in every}
         super().__init__(model_class, datamodule_class, args=args, **settings)
 
     @staticmethod

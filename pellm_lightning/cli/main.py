@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from pellm_lightning import __version__
 from pellm_lightning.cli import errors, noise
 from pellm_lightning.comm.errors import did_you_mean
 
@@ -68,10 +69,10 @@ def _run(argv: Sequence[str] | None) -> int:
         print(help_text(), end="")
         return 0
     if command == "--version":
-        print(f"pellm_lightning {import_module('pellm_lightning').__version__}")
+        print(f"pellm_lightning {__version__}")
         return 0
     if command not in MODULES and not command.startswith("-"):
-        errors.tell(_unknown(command))
+        errors.print_error(_unknown(command))
         return errors.USAGE
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as by `python -m`, so that a configuration may name a script here

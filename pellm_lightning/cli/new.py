@@ -87,13 +87,12 @@ def _write_model(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    width, inner, layers = 32, 64, 1
+    width, inner, layer = 32, 64, "layers.0"
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (len(vocabulary), width), "norm": (width,)}
-    for layer in (f"layers.{index}" for index in range(layers)):
-        shapes |= {f"{layer}.self_attn.{name}_proj": (width, width) for name in "qkvo"}
-        shapes |= {f"{layer}.mlp.{name}_proj": (inner, width) for name in ("gate", "up")}
-        shapes |= {f"{layer}.mlp.down_proj": (width, inner)}
-        shapes |= {f"{layer}.{name}_layernorm": (width,) for name in ("input", "post_attention")}
+    shapes |= {f"{layer}.self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    shapes |= {f"{layer}.mlp.{name}_proj": (inner, width) for name in ("gate", "up")}
+    shapes |= {f"{layer}.mlp.down_proj": (width, inner)}
+    shapes |= {f"{layer}.{name}_layernorm": (width,) for name in ("input", "post_attention")}
     generator = np.random.default_rng(0)
     weights = {
         f"model.{name}.weight": np.ones(shape, np.float32)
@@ -107,7 +106,7 @@ def _write_model(folder: Path) -> None:
         "vocab_size": len(vocabulary),
         "hidden_size": width,
         "intermediate_size": inner,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "max_position_embeddings": 256,
         "tie_word_embeddings": True,

@@ -17,7 +17,7 @@ _PACKAGES = (
 )
 _ADVERTISEMENT = re.compile("💡 Tip|TPU available: False")
 # What packages tell one another of their next versions; no user of the command line has written it.
-_INTERNAL = r"(lightning|transformers|peft|torch|torchmetrics|datasets|huggingface_hub)\b"
+_INTERNAL = r"(lightning|transformers|peft|torch|torchmetrics|datasets|huggingface_hub|bitsandbytes|jsonargparse)\b"
 _NEEDLESS = "`loftq_config` specified but will be ignored"  # the default, given by name
 
 
@@ -51,13 +51,11 @@ def _is_first() -> bool:
 def _disable_progress_bars() -> None:
     for package in ("HUB", "DATASETS"):
         os.environ.setdefault(f"HF_{package}_DISABLE_PROGRESS_BARS", "1")
-    if "transformers.utils.logging" in sys.modules:  # it has read them already
-        sys.modules["transformers.utils.logging"].disable_progress_bar()
 
 
 def _quieten_warnings(first: bool) -> None:
     if not first:
-        warnings.filterwarnings("ignore", module=r"(?!pellm_lightning\b)")
+        warnings.filterwarnings("ignore", module=_INTERNAL)
     warnings.filterwarnings("ignore", _NEEDLESS)
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=_INTERNAL)

@@ -2,28 +2,22 @@
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def main(words: Sequence[str]) -> None:
-    """Run ``export`` or ``evaluate``; print errors without a traceback."""
+    """Run ``export`` or ``evaluate``."""
     command, *rest = words
     parser = {"export": export_parser, "evaluate": evaluate_parser}[command]()
     options, rest = parser.parse_known_args(rest)
-
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from pellm_lightning.cli import evaluate, export
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)  # they tell the devices for each of many runs
-    try:
-        {"export": export.main, "evaluate": evaluate.main}[command](options, rest)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        sys.exit(str(error))
+    {"export": export.main, "evaluate": evaluate.main}[command](options, rest)
 
 
 def export_parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ _MAX_VALUE = 60
 
 
 class CommandParser(LightningArgumentParser):
-    """Parser that tells an error in a few lines; torchrun's summary shows it.
+    """Parser that reports an error in a few lines; torchrun's summary shows it.
 
     Example:
         >>> parser = CommandParser(prog="pellm fit")
@@ -41,7 +41,7 @@ class CommandParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
-        errors.tell(explained(message, parser), f"All options: {prog} --help")
+        errors.print_error(explained(message, parser), f"All options: {prog} --help")
         sys.exit(errors.USAGE)
 
 
@@ -96,8 +96,8 @@ def _suggestion(message: str, value: str, parser: ArgumentParser | None) -> str:
         return did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2]))
     if "File does not exist" in message:
         path = Path(message.rpartition("'")[0].rpartition("'")[2])
-        beside = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
-        return did_you_mean(path.stem, (other.stem for other in beside))
+        siblings = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
+        return did_you_mean(path.stem, (other.stem for other in siblings))
     return _suggested_class(message) or did_you_mean(value, re.findall(r"'([^']+)'", _literals(message)))
 
 

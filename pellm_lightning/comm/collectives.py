@@ -125,8 +125,14 @@ class Collectives(ABC):
         return gathered
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return flat tensors as one on the CPU: without a copy if they follow each other in one storage."""
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Return flat tensors as one on the CPU: without a copy if they follow each other in one storage.
+
+    Example:
+        >>> whole = torch.arange(3.0)
+        >>> concatenated(whole.split([1, 2])).data_ptr() == whole.data_ptr()
+        True
+    """
     first = parts[0].detach()
     storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
     end = start

@@ -157,8 +157,8 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
         return public_key_of(found, path.stem)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} gives no public key: {error}. Put {path.name} there as its party has made it by `python"
-            " -m pellm_lightning keys new`."
+            f"{path} gives no public key: {error}. `pellm keys new` makes requests (.csr), `pellm keys"
+            " sign` certificates (.pem): put there what it has made."
         ) from error
 
 
@@ -198,7 +198,7 @@ def _check_signing(
             " first, with make_ca, or name the folder that holds them."
         ) from error
     if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
-        raise ValueError(f"{directory / 'ca.key'} is not the key of ca.pem beside it. Give the pair.")
+        raise ValueError(f"{directory / 'ca.key'} is not the key of ca.pem in the same folder. Give the pair.")
     return path, certificate, key
 
 

@@ -73,17 +73,17 @@ class TLS:
             raise ValueError(
                 f"The certificate {self.cert} is not accepted by the authority {self.ca}:"
                 f" {error.verify_message}. Take the certificate that this authority issued for this host,"
-                " check the host's clock, or have a new one signed: python -m pellm_lightning keys sign."
+                " check the host's clock, or have a new one signed: pellm keys sign."
             ) from error
         except ssl.SSLError as error:
             raise ValueError(
                 f"The certificate {self.cert} cannot be used for TLS 1.3: {error}. Have a new one"
-                " signed: python -m pellm_lightning keys sign."
+                " signed: pellm keys sign."
             ) from error
         if name is None:
             raise ValueError(
                 f"The subject of the certificate {self.cert} must have exactly one common name, the party's"
-                " name. Have a new one signed: python -m pellm_lightning keys sign."
+                " name. Have a new one signed: pellm keys sign."
             )
         return check_name(name)
 
@@ -145,7 +145,7 @@ def _read(path: str) -> bytes:
     except OSError as error:
         raise ValueError(
             f"TLS needs the file {path}, which cannot be read: {error.strerror}. Check the path and its"
-            " permissions; the files are made by python -m pellm_lightning keys."
+            " permissions; the files are made by pellm keys."
         ) from error
 
 

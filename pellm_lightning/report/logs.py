@@ -14,7 +14,7 @@ from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy import GaussianMechanism
-from pellm_lightning.report.formatting import count, size
+from pellm_lightning.report.formatting import count, parties, size
 from pellm_lightning.report.record import Start
 from pellm_lightning.tensors.adapters import adapter_parameters
 from pellm_lightning.tensors.selection import plain_name, share_outside_adapter
@@ -159,10 +159,10 @@ def _where_written(written: Mapping[str, Sequence[str]]) -> list[str]:
     for party, path in paths.items():
         alike.setdefault(re.sub(r"\bparty-\d+\b", "party-<k>", path), []).append(party)
     return [
-        f"parties {', '.join(parties)} write to {path}"
-        if len(parties) > 1
-        else f"party {parties[0]} writes to {paths[parties[0]]}"
-        for path, parties in alike.items()
+        f"{parties(named)} write to {path}"
+        if len(named) > 1
+        else f"party {named[0]} writes to {paths[named[0]]}"
+        for path, named in alike.items()
         if path
     ]
 

@@ -169,7 +169,7 @@ def test_by_sums_alone_it_is_the_dense_subspace_iteration_cut(
         st.tuples(st.integers(1, 5), st.sampled_from([0.25, 1.0, 3.0]), st.sampled_from([1.0, 3.0, 0.0])),
         min_size=2,
         max_size=4,
-    ).filter(lambda drawn: sum(weight > 0 for _, _, weight in drawn) > 1),
+    ).filter(lambda drawn: any(weight > 0 for _, _, weight in drawn)),
     st.integers(1, 7),
     st.integers(1, 7),
     st.sampled_from(["balanced", "svd"]),
@@ -193,6 +193,27 @@ def test_any_ranks_give_the_best_of_each(
         assert all(p.isfinite().all() for p in done.result.values())
         missed = np.linalg.norm(update(done.result, "q", scaling) - mean)
         assert missed == pytest.approx(cut(mean, rank), rel=1e-5, abs=1e-5 * largest)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scalings", "weights"),
+    [((2, 4), (2.0, 2.0), (1.0, 0.0)), ((2, 4), (2.0, 2.0), (0.0, 1.0)), ((3, 3), (2.0, 4.0), (0.0, 1.0))],
+)
+def test_if_one_party_counts_the_others_have_the_best_of_its_product(
+    ranks: tuple[int, int], scalings: tuple[float, float], weights: tuple[float, float]
+) -> None:
+    seen = run_rounds(
+        HeterogeneousRank(solver="exact"),
+        lambda party: adapter(party, {"q": (7, 6)}, ranks[party]),
+        drift(0.5),
+        weights=list(weights),
+        lora=lambda party: said({"q": scalings[party]}),
+    )
+    (counts,) = (party for party in range(2) if weights[party])
+    ((trained,),) = [seen[counts]]
+    product = update(trained.held, "q", scalings[counts])
+    for (done,), rank, scaling in zip(seen, ranks, scalings, strict=True):
+        assert away(update(done.result, "q", scaling), best(product, rank)) < 1e-5
 
 
 def test_one_rank_and_one_scaling_are_the_low_rank_mean() -> None:

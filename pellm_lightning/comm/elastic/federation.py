@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm.collectives import joined, staged
+from pellm_lightning.comm.collectives import concatenated, staged
 from pellm_lightning.comm.communicator import (
     Communicator,
     Difference,
@@ -334,7 +334,7 @@ class ElasticFederation(Communicator):
 
     @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        sent = joined(parts)
+        sent = concatenated(parts)
         out = sent.new_empty(sum(sizes))
         self.bytes_sent += sent.nbytes - parts[self.party].nbytes
         with self._connections.exchanging() as mesh:

@@ -222,20 +222,21 @@ class QuorumDeadline:
             TooFewPartiesError: If too few have been there for too long.
         """
         self._reached_rendezvous = time.monotonic()
-        if awaited and self._reminder.due():
+        enough = len({*entries, *filter(self._peers.alive, awaited)}) >= self._me.quorum
+        if enough:
+            self._had_quorum = time.monotonic()
+        missing = [name for name in self._me.roster if name not in entries]
+        if (awaited or not enough) and self._reminder.due():
             log.warning(
                 "[party %s] waits for %s: %d of %d are here, up to %g s",
                 self._me.name,
-                ", ".join(awaited),
+                ", ".join(awaited or missing),
                 len(entries),
                 len(self._me.roster),
-                self._longest_s(entries),
+                self._longest_s(entries) if enough else self._wait_s,
             )
-        if len({*entries, *filter(self._peers.alive, awaited)}) >= self._me.quorum:
-            self._had_quorum = time.monotonic()
         waited = time.monotonic() - self._had_quorum
         if waited > self._wait_s:
-            missing = [name for name in self._me.roster if name not in entries]
             fates = ", ".join(f"{name} ({self._peers.fate(name)})" for name in missing)
             raise TooFewPartiesError(
                 f"Party {self._me.name} has waited {waited:.0f} s (wait_s) for {self._me.quorum} of the"
@@ -266,4 +267,8 @@ class QuorumDeadline:
                 f"Party {self._me.name} has waited {waited:.0f} s (wait_s) for the rendezvous: {error}. Start"
                 " it again; the parties continue where they were."
             ) from error
+        if self._reminder.due():
+            log.warning(
+                "[party %s] waits for the rendezvous, up to %g s: %s", self._me.name, self._wait_s, error
+            )
         time.sleep(0.1)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm.collectives import joined, staged
+from pellm_lightning.comm.collectives import concatenated, staged
 from pellm_lightning.comm.communicator import (
     Communicator,
     Difference,
@@ -194,7 +194,7 @@ class Federation(Communicator):
 
     @override
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        sent = joined(parts)
+        sent = concatenated(parts)
         out = sent.new_empty(sum(sizes))
         with self._translated():
             if self.num_parties > 1:
@@ -228,11 +228,7 @@ class Federation(Communicator):
         while (known := len(gathered[0])) < longest:
             own = framed[known:longest].ljust(longest - known, b"\0")
             row = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-            rows = [torch.empty_like(row) for _ in gathered] if self.num_parties > 1 else [row]
-            if self.num_parties > 1:
-                with self._translated():
-                    self.bytes_sent += row.nbytes
-                    self._lane().all_gather(rows, row).wait()
+            rows = self.all_gather(row, [len(row)] * self.num_parties)
             gathered = [before + more.numpy().tobytes() for before, more in zip(gathered, rows, strict=True)]
             ends = [_LENGTH_BYTES + int.from_bytes(start[:_LENGTH_BYTES], "little") for start in gathered]
             if max(ends) > _MAX_METADATA_BYTES:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from pellm_lightning.comm.errors import PartyLostError
 from pellm_lightning.comm.polling import polls
 
-# A party learns of another's failure seconds before that one has ended and told it.
+# A party learns of another's failure seconds before that one has ended and reported it.
 _FIRST_HAND_S = 5.0
 _CONNECT_S = 5.0
 
@@ -46,8 +46,8 @@ def store_from_env(timeout_s: float) -> dist.Store:
     return rendezvous[0]
 
 
-def is_first_to_tell(error: str, *, second_hand: bool) -> bool:
-    """Return whether this process is to tell an error on the terminal that it shares with others of its host.
+def claim_error(error: str, *, second_hand: bool) -> bool:
+    """Claim an error for this process: return whether it is to print it on the terminal it shares with others.
 
     The first that asks is, and so is who fails with another error. Who knows of an error second hand waits
     for the process whose own it is. Where torchrun hosts no store, or has ended, everybody is.
@@ -57,7 +57,7 @@ def is_first_to_tell(error: str, *, second_hand: bool) -> bool:
         second_hand: Whether it is about the failure of another party.
     """
     environ = os.environ
-    key = f"told/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{environ.get('GROUP_RANK', 0)}"
+    key = f"error/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{environ.get('GROUP_RANK', 0)}"
     try:
         address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
         # A client of torch's that finds nobody prints thirty lines of its own.
@@ -66,7 +66,7 @@ def is_first_to_tell(error: str, *, second_hand: bool) -> bool:
         if second_hand and any(store.check([key]) for _ in polls(_FIRST_HAND_S)):
             return False
         mine = f"{environ['RANK']} {error}"
-        teller, _, told = store.compare_set(key, "", mine).decode().partition(" ")
+        claimer, _, claimed = store.compare_set(key, "", mine).decode().partition(" ")
     except (dist.DistError, OSError):
         return True
-    return teller == environ["RANK"] or (told != error and not second_hand)
+    return claimer == environ["RANK"] or (claimed != error and not second_hand)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -117,13 +117,14 @@ class StoreCoordinator:
 
     def timed_out(self, waiting: str = "", late: Sequence[int] = ()) -> PartyLostError:
         """Return the error of this party's timeout, and publish it: the late party shall find the reason."""
-        reason = f"it waited {self.timeout_s:g} s {waiting or 'for ' + self._elsewhere()}"
+        elsewhere = {} if waiting else self._late()
+        reason = f"it waited {self.timeout_s:g} s {waiting or 'for ' + _doing(elsewhere)}"
         self.publish_reason(reason)
         return PartyLostError(
             f"Party {self.party} gave up while {self.phase}: {reason}. Look at the log of who is missing,"
             f" check that all {self.num_parties} parties run and reach the same rendezvous, or raise"
             " timeout_s above the time by which the slowest party's local steps outlast the fastest's.",
-            parties=[str(party) for party in late or self._late()],
+            parties=[str(party) for party in late or elsewhere],
         )
 
     def leave_together(self) -> None:
@@ -165,7 +166,7 @@ class StoreCoordinator:
             self._interrupt()
         raise self.timed_out(f"for {_called(missing)} to {what}", missing)
 
-    def _reminds(self, missing: Sequence[int]) -> bool:
+    def _reminds(self, missing: Collection[int]) -> bool:
         """Whether this party logs for whom it and others wait, since they may share a terminal."""
         first = next(party for party in range(self.num_parties) if party not in missing)
         return self.party == first or os.environ.get("LOCAL_RANK") == "0"
@@ -182,13 +183,9 @@ class StoreCoordinator:
     def _missing(self, key: str) -> list[int]:
         return [party for party in range(self.num_parties) if not self._store.check([key.format(party)])]
 
-    def _late(self) -> list[int]:
-        return [party for party, phase in self.phases().items() if phase != self.phase]
-
-    def _elsewhere(self) -> str:
-        """Return which parties do something else than this one, and what."""
-        others = [f"party {party} ({phase})" for party, phase in self.phases().items() if phase != self.phase]
-        return " and ".join(others) or "another party"
+    def _late(self) -> dict[int, str]:
+        """Return what each party does that does something else than this one."""
+        return {party: phase for party, phase in self.phases().items() if phase != self.phase}
 
     @contextlib.contextmanager
     def waiting(self, first_s: float = ROUND_S) -> Iterator[None]:
@@ -208,6 +205,8 @@ class StoreCoordinator:
     def close(self) -> None:
         """End the thread of ``waiting``."""
         self._closed.set()
+        if self._monitor is not None:
+            self._monitor.join(_MONITOR_EVERY_S)  # it may be blocked in a store that is gone
 
     def _remind(self) -> None:
         while not self._closed.wait(_MONITOR_EVERY_S):
@@ -217,7 +216,7 @@ class StoreCoordinator:
             with contextlib.suppress(dist.DistError):  # the collective will notice
                 late = self._late()
                 if late and self._reminds(late):
-                    log.warning("[party %d] waits for %s", self.party, self._elsewhere())
+                    log.warning("[party %d] waits for %s", self.party, _doing(late))
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
@@ -229,6 +228,10 @@ class StoreCoordinator:
                 f" ({error}). The process that hosts it, often party 0's or its launcher, has ended: look at"
                 " the end of its log."
             ) from error
+
+
+def _doing(phases: Mapping[int, str]) -> str:
+    return " and ".join(f"party {party} ({phase})" for party, phase in phases.items()) or "another party"
 
 
 def _called(parties: Sequence[int]) -> str:

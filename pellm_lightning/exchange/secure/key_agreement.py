@@ -23,7 +23,7 @@ from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningK
 
 _PUBLIC_BYTES = 32
 _SIGNATURE_BYTES = 64
-_CONTEXT = "pellm-lightning/masked/1"
+_CONTEXT = "pellm-lightning/secure-aggregation/2"
 
 
 def agree(

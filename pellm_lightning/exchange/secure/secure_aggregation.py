@@ -24,7 +24,7 @@ class SecureAggregation(Exchange):
     uniformly random. The threat model and what is not hidden are in docs/secure_aggregation.md.
 
     Args:
-        signing_key: Path of this party's private key, as ``python -m pellm_lightning keys new`` creates it;
+        signing_key: Path of this party's private key, as ``pellm keys new`` creates it;
             "{party}" stands for the party's name. By default the key of ``jobs.tls``.
         trusted_keys: Public key of each party by its name, or the folder with ``<name>.csr`` or
             ``<name>.pem`` of all: these keys are pinned. By default each party shows its certificate, and
@@ -96,7 +96,7 @@ class SecureAggregation(Exchange):
         if missing:
             raise ValueError(
                 f"trusted_keys has no public key of party {', '.join(missing)}. The parties are"
-                f" {', '.join(federation.roster)}; create a key for each by `python -m pellm_lightning keys"
+                f" {', '.join(federation.roster)}; create a key for each by `pellm keys"
                 " new`."
             )
         self._credentials(federation)
@@ -160,5 +160,5 @@ class SecureAggregation(Exchange):
 def _missing(argument: str) -> ValueError:
     return ValueError(
         f"SecureAggregation has no {argument}, and there are no certificates of jobs.tls to take instead."
-        f" Make keys by `python -m pellm_lightning keys new`, and give {argument}, or jobs.tls."
+        f" Make keys by `pellm keys new`, and give {argument}, or jobs.tls."
     )

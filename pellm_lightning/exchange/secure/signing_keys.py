@@ -52,12 +52,12 @@ class SigningKey:
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
                 f"The signing key {str(path)!r} cannot be read: {error}. Create one by"
-                " `python -m pellm_lightning keys new`, and give each party its own."
+                " `pellm keys new`, and give each party its own."
             ) from error
         if not isinstance(key, Ed25519PrivateKey):
             raise ValueError(
                 f"The signing key {str(path)!r} is no Ed25519 key, but {type(key).__name__}. Create one by"
-                " `python -m pellm_lightning keys new`."
+                " `pellm keys new`."
             )
         self._key = key
 
@@ -159,7 +159,7 @@ class CertifiedKeys:
         except _MALFORMED as error:
             raise ValueError(
                 f"The certificate {tls.cert} cannot be used for secure aggregation: {error}. Make the key by"
-                " `python -m pellm_lightning keys new` and have it signed, or give signing_key and"
+                " `pellm keys new` and have it signed, or give signing_key and"
                 " trusted_keys."
             ) from error
         self.shown = (len(der).to_bytes(_LENGTH_BYTES, "big") + der).ljust(_CERTIFICATE_BYTES, b"\0")
@@ -220,7 +220,7 @@ def _keys_in(folder: Path) -> dict[str, str]:
         text = public_text(read_public_key(path))
         if texts.setdefault(path.stem, text) != text:
             raise ValueError(
-                f"{path} has another key than {path.stem}.csr beside it. Remove the one that is not in use."
+                f"{path} has another key than {path.stem}.csr in the same folder. Remove the one that is not in use."
             )
     return texts
 
@@ -233,5 +233,5 @@ def _parse_key(name: str, text: str) -> Ed25519PublicKey:
     except (ValueError, binascii.Error, AttributeError) as error:
         raise ValueError(
             f"The public key of party {name} is no key ({error}). Copy the line that"
-            " `python -m pellm_lightning keys new` printed, or pass the folder with <name>.csr of all."
+            " `pellm keys new` printed, or pass the folder with <name>.csr of all."
         ) from error

@@ -54,7 +54,7 @@ def test_shared_keys_are_x25519_and_hkdf_as_the_standards_have_them() -> None:
         bob: "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f",
     }
     shared = "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
-    expected = hkdf(bytes.fromhex(shared), b"transcript", b"pellm-lightning/masked/1|1|4", 16)
+    expected = hkdf(bytes.fromhex(shared), b"transcript", b"pellm-lightning/secure-aggregation/2|1|4", 16)
     for mine, other, one, two in ((alice, bob, 1, 4), (bob, alice, 4, 1)):
         fresh = X25519PrivateKey.from_private_bytes(bytes.fromhex(mine))
         assert fresh.public_key().public_bytes_raw().hex() == publics[mine]
