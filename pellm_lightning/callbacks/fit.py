@@ -89,7 +89,7 @@ class FederatedFit:
     # ---- before training
 
     def join(self, connect: Callable[[], Communicator]) -> None:
-        """Join the other parties, which say what this one is called.
+        """Join the other parties, and take this party's name from them.
 
         Args:
             connect: Joins them; called by the leader only.

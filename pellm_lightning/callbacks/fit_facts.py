@@ -98,7 +98,7 @@ def warn_of_unequal_fits(
 
     Args:
         party: Name of this party.
-        facts: What each party has told of its fit, by its name; ``asdict`` of ``FitFacts``.
+        facts: Facts of each party's fit, by its name; ``asdict`` of ``FitFacts``.
         every_n_steps: The schedule of rounds, None if rounds do not go by steps.
         quorum: Parties that a round needs.
     """

@@ -42,8 +42,8 @@ class Schedule:
         return since.epoch_ends and (since.epoch + 1) % self.n == 0 and since.steps > 0
 
     def shared_by(self, fragments: int) -> "Schedule":
-        """Return the schedule by which each fragment has a round once in n; epochs are not divided."""
-        return self if self.unit == "epochs" else Schedule(self.unit, self.n / fragments)
+        """Return the schedule by which each fragment has a round once in n."""
+        return Schedule(self.unit, self.n / fragments)
 
 
 ARGUMENTS = ("every_n_epochs", "every_n_steps", "every_n_seconds")

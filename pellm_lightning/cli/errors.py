@@ -1,4 +1,4 @@
-"""Errors of the command line: printed once, in a few lines, by the party that knows; the traceback is kept."""
+"""Errors of the command line: printed once, in a few lines, by the party that knows."""
 
 import contextlib
 import hashlib
@@ -63,10 +63,12 @@ def reported() -> Iterator[None]:
 
 
 def report(error: Exception) -> int:
-    """Print an error for the user, and for torchrun, if that launched this process; return the exit status."""
+    """Print an error for the user, and for torchrun if it launched this process; return the status."""
     status = USAGE if _is_usage(error) else FAILURE
     words = str(error) or type(error).__name__
-    if not _is_a(error, "FederationError", "MisconfigurationException", "ValueError") and _raiser(error) != _OURS:
+    if not _is_a(error, "FederationError", "MisconfigurationException", "ValueError") and (
+        _raiser(error) != _OURS
+    ):
         words = f"{type(error).__name__}: {words}"
     if isinstance(error, FileNotFoundError):
         words = f"{words.rstrip('.')}. A relative path is seen from {os.getcwd()}."
@@ -80,7 +82,8 @@ def report(error: Exception) -> int:
         _print(words)
     else:
         kept = _keep_traceback(error)
-        _print(words, "To see the traceback, add --debug." if kept is None else f"The traceback is in {kept}.")
+        more = "To see the traceback, add --debug." if kept is None else f"The traceback is in {kept}."
+        _print(words, more)
     return status
 
 

@@ -17,7 +17,9 @@ _PACKAGES = (
 )
 _ADVERTISEMENT = re.compile("💡 Tip|TPU available: False")
 # What packages tell one another of their next versions; no user of the command line has written it.
-_INTERNAL = r"(lightning|transformers|peft|torch|torchmetrics|datasets|huggingface_hub|bitsandbytes|jsonargparse)\b"
+_INTERNAL = (
+    r"(lightning|transformers|peft|torch|torchmetrics|datasets|huggingface_hub|bitsandbytes|jsonargparse)\b"
+)
 _NEEDLESS = "`loftq_config` specified but will be ignored"  # the default, given by name
 
 

@@ -198,7 +198,7 @@ def _check_signing(
             " first, with make_ca, or name the folder that holds them."
         ) from error
     if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
-        raise ValueError(f"{directory / 'ca.key'} is not the key of ca.pem in the same folder. Give the pair.")
+        raise ValueError(f"{directory / 'ca.key'} is not the key of the ca.pem there. Give the pair.")
     return path, certificate, key
 
 

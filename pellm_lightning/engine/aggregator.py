@@ -264,7 +264,9 @@ class Aggregator:
         """
         self._check_step(weight, contribution)
         local = LocalInput(weight, loss, contribution, steps_left)
-        report = (self._background or self._rounds).run(Purpose.ROUND, local)
+        if self._background is not None:
+            return self._background.step(local)
+        report = self._rounds.run(Purpose.ROUND, local)
         if report is None:
             raise FederationError(f"Party {self.federation.name} came to a round, but none was run.")
         return report
@@ -297,9 +299,11 @@ class Aggregator:
         parameters.
         """
         self._check_started()
-        rounds = self._background or self._rounds
-        while (report := rounds.run(Purpose.DONE, LocalInput())) is not None:
-            yield report
+        if self._background is not None:
+            yield from self._background.drain()
+        else:
+            while (report := self._rounds.run(Purpose.DONE, LocalInput())) is not None:
+                yield report
         self._coordinator.finished(self._global_state.version)
 
     def mean(self, values: Mapping[str, tuple[float, float]]) -> dict[str, float]:

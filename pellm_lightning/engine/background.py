@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from threading import Thread
@@ -102,18 +102,20 @@ class BackgroundRounds:
         self._put_written(mix=0 if last or was_excluded else self._mix)
         return replace(report, stalled_seconds=self._stalled + time.perf_counter() - begun)
 
-    def run(self, purpose: Purpose, local: LocalInput) -> RoundReport | None:
-        """Take part in a round and wait for it, as ``RoundRunner.run``; its result is taken as it is."""
-        if purpose is Purpose.ROUND:
-            self.begin(local)
-            return self.apply(last=True)
+    def step(self, local: LocalInput) -> RoundReport:
+        """Run a round and wait for it; its result is taken as it is."""
+        self.begin(local)
+        return self.apply(last=True)
+
+    def drain(self) -> Iterator[RoundReport]:
+        """Take part in the others' rounds with weight 0, as ``Aggregator.drain``."""
         self._check_applied()
         self._staging.take()
         self._staging.wait()
-        report = self._rounds.run(purpose, local)
-        if report is not None:
+        while (report := self._rounds.run(Purpose.DONE, LocalInput())) is not None:
             self._put_written(mix=0)
-        return report
+            self._staging.wait()
+            yield report
 
     def wait(self, *, again: bool = False) -> None:
         """Return when no round is running any more; raise what it failed with, once or ``again``."""

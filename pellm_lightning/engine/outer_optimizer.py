@@ -110,7 +110,7 @@ def make_prototype(factory: OptimizerFactory) -> torch.optim.Optimizer:
     return optimizer
 
 
-class Schedule:
+class OuterSchedule:
     """Learning-rate schedule of the outer optimizer: a torch scheduler, stepped once a round.
 
     Its state is how often it was stepped. To restore it the scheduler is made anew and stepped as often,
@@ -233,7 +233,7 @@ def describe_schedule(optimizer: OptimizerFactory, scheduler: SchedulerFactory |
         return None
     scheduled = make_prototype(optimizer)
     before = _settings(scheduled)
-    schedule = Schedule(scheduler, scheduled)
+    schedule = OuterSchedule(scheduler, scheduled)
     name, after = type(schedule.scheduler).__name__, _settings(scheduled)
     changed = next((key for key in before if key != "lr" and after[key] != before[key]), None)
     if changed is not None:

@@ -290,7 +290,7 @@ class RoundRunner:
         return self._filter.round_context(sums, weights, local.weight, self._state.round)
 
     def _note_release(self, shares: RoundContext) -> None:
-        """Count the noisy release that an open sum is; of a secure one ``_reveal`` is told."""
+        """Count the noisy release that an open sum is; that of a secure sum is counted by ``_reveal``."""
         if shares.num_participants and not self._context.exchange.is_secure:
             self._release()
 

@@ -57,7 +57,7 @@ class UpdateReducer:
         self._carrying = None if self.carried is None else layout.new_vector()
         self._parameter = nn.Parameter(layout.pack_(vector))
         self.optimizer = context.outer_optimizer([self._parameter])
-        self.schedule = outer_optimizer.Schedule(context.outer_scheduler, self.optimizer)
+        self.schedule = outer_optimizer.OuterSchedule(context.outer_scheduler, self.optimizer)
         # The flags follow the vector: one for each party, the clipping bit, the loss with its weight, the
         # weight, and the effective steps if updates are rescaled.
         self._rescales = auxiliary is not None and auxiliary.rescales

@@ -15,9 +15,9 @@ from pellm_lightning.tasks.columns import (
     shown,
     string_of,
 )
+from pellm_lightning.tasks.reading import Row
 
 Format = Literal["auto", "text", "prompt-completion", "messages", "alpaca", "dolly", "sharegpt"]
-Row = Mapping[str, Any]
 Message = dict[str, Any]
 
 _EXTRAS = {"system": ("system",), "tools": ("tools",)}

@@ -11,8 +11,8 @@ from pellm_lightning.tasks.columns import check_used, find_column, has_content, 
 from pellm_lightning.tasks.labels import Label, index_labels, label_name, label_names
 from pellm_lightning.tasks.limits import check_labels
 from pellm_lightning.tasks.party_data import Files, PartyDataModule
+from pellm_lightning.tasks.reading import Row
 from pellm_lightning.tasks.samples import RowSamples
-from pellm_lightning.tasks.source import Row
 from pellm_lightning.tasks.store import Stored, store
 from pellm_lightning.tasks.summary import labelled_line
 
@@ -93,34 +93,27 @@ class ClassificationDataModule(PartyDataModule):
 
     def _setup_predict(self) -> None:
         records = self._records("test_files")
-        _, blank = records.parted()
-        if len(blank):
-            raise ValueError(
-                f"{blank.where(0)}: the text is blank. Write it, or take the row out of the file: predictions"
-                " are in the order of the rows."
-            )
+        records.check_filled("text")
         self.test_samples = self._samples(records, "test_files")
 
     def _samples(self, records: Stored, source: str, is_split: bool = False) -> RowSamples:
         """Tokenize the rows that have a text, and note what is left out or cut."""
         filled, blank = records.parted()
         names, where = filled.column("label"), filled.column("where")
-        labels = index_labels(names, self.label_names, self._party(), where, self.are_bools)
+        index = index_labels(names, self.label_names, self._party(), where, self.are_bools)
         settings = {"tokenizer": self.tokenizer, "max_length": self.max_length}
-        index = dict(zip(names, labels, strict=True))
         rows = filled.mapped(
             encode_labelled, _features(), self._folder(), self.num_proc, index=index, **settings
         )
         samples = RowSamples(rows.remove_columns("lost"))
-        lost, tokens = list(rows["lost"]), int(samples.lengths.sum())
+        lost, tokens = rows.data.column("lost").to_pylist(), int(samples.lengths.sum())
         self._summary.add(labelled_line(source, lost, filled, blank, self.max_length, tokens))
         return samples
 
     def _streamed(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         while batch := list(islice(rows, 64)):
             names, where = ([row[name] for row in batch] for name in ("label", "where"))
-            labels = index_labels(names, self.label_names, self._party(), where, self.are_bools)
-            index = dict(zip(names, labels, strict=True))
+            index = index_labels(names, self.label_names, self._party(), where, self.are_bools)
             texts = {"text": [row["text"] for row in batch], "label": names}
             columns = encode_labelled(texts, self.tokenizer, self.max_length, index)
             del columns["lost"]

@@ -47,8 +47,8 @@ def label_names(labels: object) -> list[str]:
 
 def index_labels(
     labels: Sequence[str], names: Sequence[str], party: int, places: Sequence[str], are_bools: bool = False
-) -> list[int]:
-    """Return the index of each label.
+) -> dict[str, int]:
+    """Return the index of each label, by the label.
 
     Args:
         labels: The label of each row.
@@ -74,4 +74,4 @@ def index_labels(
             f"Party {party} has the labels {sorted(unknown)}, which are not among {list(names)} (first:"
             f" {first}). Add them to labels, at every party, or correct the rows."
         )
-    return found
+    return dict(zip(labels, found, strict=True))

@@ -1,7 +1,7 @@
 """Loaders of a party's samples, which a resumed fit continues where the checkpoint was written."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
@@ -78,7 +78,7 @@ class Stream(IterableDataset[Any]):
 
     Args:
         read: Yields the samples of an epoch.
-        trainer: Tells the epoch, and which process of the party this is.
+        trainer: Source of the epoch, and of which process of the party this is.
     """
 
     def __init__(self, read: Callable[[int], Iterator[Any]], trainer: Trainer | None) -> None:
@@ -89,7 +89,14 @@ class Stream(IterableDataset[Any]):
         if self.trainer is not None:
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             self.place.enter(progress.processed)
-        return islice(self._own(self.read(self.place.epoch)), self.place.skipped, None)
+        samples = self._own(self.read(self.place.epoch))
+        first = next(samples, None)
+        if first is None:  # with max_steps Lightning would begin one empty epoch after the other
+            raise ValueError(
+                "The stream of files has no sample for this process: its rows are blank or too long, or fewer"
+                " than the processes of the party. Give more text, or a larger block_size."
+            )
+        return islice(chain([first], samples), self.place.skipped, None)
 
     def _own(self, samples: Iterator[Any]) -> Iterator[Any]:
         """Give each process of the party its share, as many to each."""

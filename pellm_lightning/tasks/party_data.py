@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -14,7 +14,7 @@ from pellm_lightning.comm.topology import Topology
 from pellm_lightning.tasks.columns import ignored_columns
 from pellm_lightning.tasks.loading import EpochSampler, ResumableLoader, Stream, hold_out
 from pellm_lightning.tasks.partition import Partition, check_num_parties, divide, label_table, plot_labels
-from pellm_lightning.tasks.pretrained import load_tokenizer
+from pellm_lightning.tasks.pretrained import Pretrained, load_tokenizer
 from pellm_lightning.tasks.samples import Samples
 from pellm_lightning.tasks.source import Source, locate
 from pellm_lightning.tasks.store import Mapper, Stored, quiet_datasets, store, streamed_rows, temporary_folder
@@ -93,6 +93,8 @@ class PartyDataModule(LightningDataModule):
             raise ValueError(f"val_fraction={val_fraction} should be at least 0 and below 1.")
         if (partition in self._keyed) != (key_column is not None):
             raise ValueError(f"partition={partition!r} and key_column={key_column!r}: each needs the other.")
+        if partition not in get_args(Partition):
+            raise ValueError(f"partition={partition!r} must be one of {', '.join(get_args(Partition))}.")
         if streaming and (num_parties is not None or num_workers or (val_files is None and val_fraction)):
             raise ValueError(
                 f"streaming=True with num_parties={num_parties}, num_workers={num_workers},"
@@ -137,7 +139,7 @@ class PartyDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what ``stage`` (fit, validate, test or predict) needs of this party's data."""
-        self.tokenizer = load_tokenizer(self.tokenizer_name)
+        self.tokenizer = self._load_tokenizer()
         with quiet_datasets():
             self._setup(stage)
         limit = f"{self._limit}={getattr(self, self._limit)}"
@@ -248,6 +250,13 @@ class PartyDataModule(LightningDataModule):
         kept = [row for row in range(len(filled)) if row not in held_out]
         rows = np.sort(np.concatenate([filled.rows[kept], blank.rows]))
         return Stored(records.data, records.key, rows), filled.take(sorted(held_out))
+
+    def _load_tokenizer(self) -> Any:
+        """Load the tokenizer: as the model loads its own, with its revision and code, if that is the one."""
+        model = getattr(getattr(self.trainer, "lightning_module", None), "pretrained", None)
+        if isinstance(model, Pretrained) and model.name == self.tokenizer_name:
+            return model.tokenizer()
+        return load_tokenizer(self.tokenizer_name)
 
     def _topology(self) -> Topology:
         return Topology.from_env() if self.trainer is None else topology_of(self.trainer)

@@ -1,6 +1,6 @@
 """Strict readers of text, JSON and table files: each row with the line on which it begins.
 
-``datasets`` reads these files by pandas and pyarrow, which drop or change rows without a word: "NA" becomes
+``datasets`` reads these files by pandas and pyarrow, which drop or change rows silently: "NA" becomes
 null, "007" the number 7, a timestamp a date, an unclosed quotation mark swallows lines, a duplicate key wins.
 """
 
@@ -97,7 +97,9 @@ def _lines(path: Path, newline: str = "") -> Iterator[str]:
                 yield line
     except UnicodeDecodeError as error:
         raise _undecodable(path) from error
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; those of codecs have none
+            raise
         raise ValueError(f"{path}: is no whole compressed file ({error}). Write or copy it again.") from error
 
 

@@ -79,13 +79,13 @@ class TextSamples(Samples):
 
     def __init__(self, tokens: Any, block_size: int) -> None:
         self.tokens, self.block_size = tokens, block_size
-        is_document = np.array(tokens["is_document"], dtype=bool)
+        is_document = tokens.data.column("is_document").to_numpy().astype(bool)
         lengths = _lengths(tokens, "input_ids")
         self.is_document, self.lengths = is_document, lengths
         self.stream = int(lengths[is_document].sum())
         self.blocks = self.stream // block_size
         self.starts = np.cumsum(np.where(is_document, lengths, 0))
-        self.first = first = np.array(tokens["first"], dtype=np.int64)
+        self.first = first = tokens.data.column("first").to_numpy().astype(np.int64)
         # The first token of a sample is never predicted.
         self.learnable = ~is_document & (first < np.minimum(lengths, block_size))
         self.singles = np.flatnonzero(self.learnable)
@@ -163,10 +163,11 @@ def stream_samples(
     for tokens, learned, is_document in encoded:
         if is_document:
             carried.extend(tokens)
-            while len(carried) >= block_size:
-                block = torch.tensor(carried[:block_size], dtype=torch.int64)
-                del carried[:block_size]
+            whole = len(carried) // block_size * block_size
+            for start in range(0, whole, block_size):
+                block = torch.tensor(carried[start : start + block_size], dtype=torch.int64)
                 yield {"input_ids": block, "labels": block}
+            del carried[:whole]
         elif any(learned[1:block_size]):
             yield text_sample(tokens, learned, block_size)
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pellm_lightning.tasks.reading import SUFFIXES, read_rows, suffix_of
+from pellm_lightning.tasks.reading import SUFFIXES, Row, read_rows, suffix_of
 
 _ARROW = {".parquet": "parquet", ".arrow": "arrow"}
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,6 @@ def _commit(name: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().dataset_info(name.partition(":")[0], revision=revision).sha)
+        return str(HfApi().dataset_info(name.partition(":")[0], revision=revision, timeout=10).sha)
     except Exception:  # offline or unknown: reading it says so
         return str(revision)

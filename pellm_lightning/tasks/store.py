@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from pellm_lightning.tasks.source import Row, Source
+from pellm_lightning.tasks.reading import Row
+from pellm_lightning.tasks.source import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,6 +75,19 @@ class Stored:
         """Return the rows with content, and the blank ones."""
         blank = np.array(self.column("blank"), dtype=bool)
         return self.take(np.flatnonzero(~blank)), self.take(np.flatnonzero(blank))
+
+    def check_filled(self, noun: str) -> None:
+        """Check that no row is blank.
+
+        Raises:
+            ValueError: Names the first that is, as a ``noun``.
+        """
+        _, blank = self.parted()
+        if len(blank):
+            raise ValueError(
+                f"{blank.where(0)}: the {noun} is blank. Write it, or take the row out of the file:"
+                " predictions are in the order of the rows."
+            )
 
     def where(self, position: int) -> str:
         """Return file and line of a row."""

@@ -46,13 +46,13 @@ class Summary:
 
     def __init__(self) -> None:
         self._waiting: list[Line] = []
-        self._logged: set[Line] = set()
+        self._logged: dict[Line, None] = {}
 
     def add(self, line: Line) -> None:
         """Add a line, unless it was logged before."""
         if line not in self._logged:
             self._waiting.append(line)
-            self._logged.add(line)
+            self._logged[line] = None
 
     def log_at(
         self, trainer: Trainer | None, party: int, limit: str, folder: Path | None, parts: str
@@ -72,16 +72,21 @@ class Summary:
         if not waiting or not topology.is_leader:
             return
         level = logging.WARNING if any(line.is_loss for line in waiting) else logging.INFO
-        notes = [f"{line.source}: {line.note}" for line in waiting if line.note]
-        text = "\n".join(filter(None, [table(party, limit, waiting), *notes, parts]))
+        text = _text(party, limit, waiting, parts)
         if folder is not None:
-            (folder / "summary.txt").write_text(f"{text}\n", encoding="utf-8")
+            file = folder / f"summary-{party}.txt"
+            file.write_text(f"{_text(party, limit, list(self._logged), parts)}\n", encoding="utf-8")
         if folder is not None and shares_terminal(topology):
             more = "More, and who holds what," if parts else "More"
-            text = f"[party {party}] {'; '.join(map(_short, waiting))}. {more} in {folder}/summary.txt."
+            text = f"[party {party}] {'; '.join(map(_short, waiting))}. {more} in {file}."
         elif folder is not None:
             text += f"\nCached, with the texts, in {folder}."
         log.log(level, "%s", text)
+
+
+def _text(party: int, limit: str, lines: Sequence[Line], parts: str) -> str:
+    notes = [f"{line.source}: {line.note}" for line in lines if line.note]
+    return "\n".join(filter(None, [table(party, limit, lines), *notes, parts]))
 
 
 def _short(line: Line) -> str:

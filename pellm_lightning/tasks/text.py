@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from pellm_lightning.tasks.encoding import Encoder, end_of
 from pellm_lightning.tasks.formats import Format, Record, RowMapper
 from pellm_lightning.tasks.party_data import Files, PartyDataModule
+from pellm_lightning.tasks.reading import Row
 from pellm_lightning.tasks.samples import Padding, Sample, TextSamples, stream_samples
-from pellm_lightning.tasks.source import Row
 from pellm_lightning.tasks.store import Stored
 from pellm_lightning.tasks.summary import check_not_empty, text_line
 
@@ -31,7 +31,8 @@ class TextDataModule(PartyDataModule):
     including the end of sequence, and split into blocks. Of the others only completions and what the
     assistant says have labels.
 
-    Each party logs one table: records, samples, tokens, what was cut and what was left out.
+    Each party logs one table, except of a stream: records, samples, tokens, what was cut and what was left
+    out.
 
     Args:
         files: Training data: glob patterns, folders of ``save_to_disk`` or hub ids (``owner/name``, or
@@ -89,12 +90,7 @@ class TextDataModule(PartyDataModule):
 
     def _setup_predict(self) -> None:
         records = self._records("predict_files")
-        _, blank = records.parted()
-        if len(blank):
-            raise ValueError(
-                f"{blank.where(0)}: the prompt is blank, so there is nothing to continue. Write one, or take"
-                " the row out of the file: predictions are in the order of the rows."
-            )
+        records.check_filled("prompt")
         prompts = [load_record(row) for row in records.data]
         tokens = Encoder(self.tokenizer).prompts(prompts)
         self.predict_samples = [{"input_ids": torch.tensor(ids, dtype=torch.int64)} for ids in tokens]

@@ -161,21 +161,21 @@ class Party:
             return act(*args, **kwargs)
         result: T | None = None
         error: Exception | None = None
-        told: FederationError | None = None
+        for_others: FederationError | None = None
         if self.topology.is_leader:
             try:
                 result = act(*args, **kwargs)
             except TooFewPartiesError as caught:
-                error, told = caught, TooFewPartiesError(str(caught))
+                error, for_others = caught, TooFewPartiesError(str(caught))
             except Exception as caught:
                 leader = f"the leader of party {self.topology.party}"
                 text = f"{leader.capitalize()} failed: {type(caught).__name__}: {caught}"
-                error, told = caught, FederationError(text, by=leader)
-        result, told = self._strategy.broadcast((result, told))
+                error, for_others = caught, FederationError(text, by=leader)
+        result, for_others = self._strategy.broadcast((result, for_others))
         if error is not None:
             raise error
-        if told is not None:
-            raise told
+        if for_others is not None:
+            raise for_others
         return result  # type: ignore[return-value]
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -231,7 +231,7 @@ def shares_terminal(topology: Topology) -> bool:
 
 
 def owns_terminal(topology: Topology) -> bool:
-    """Return whether this process speaks on its terminal: of the parties that share one the first does."""
+    """Return whether this process writes to its terminal: of the parties that share one, the first does."""
     return not shares_terminal(topology) or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 

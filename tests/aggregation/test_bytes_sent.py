@@ -41,7 +41,7 @@ HEAD_SIZE = 3 * 4
 # A header's slot, and flags: four float32 numbers, and one of each party.
 WORDS = SLOT_BYTES + 4 * (N + 4)
 MEAN = WORDS + 4 * (FACTORS_A + FACTORS_B + HEAD_SIZE)
-# Of the power iteration each module's two r x r matrices and a norm, and each party's digests: of each
+# Of the power iteration each module's two r x r matrices and a norm, and each party's checksums: of each
 # module's columns, of its decomposition, and of the result.
 SMALL = 8 * len(SIZES) * (2 * RANK**2 + 1) + 8 * N * (2 * len(SIZES) + 1)
 

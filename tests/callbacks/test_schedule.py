@@ -89,4 +89,3 @@ def test_seconds_end_with_the_batch_in_which_they_are_over() -> None:
 def test_fragments_share_steps_and_seconds() -> None:
     assert Schedule("steps", 100).shared_by(4) == Schedule("steps", 25)
     assert Schedule("seconds", 10.0).shared_by(4) == Schedule("seconds", 2.5)
-    assert Schedule("epochs", 2).shared_by(1) == Schedule("epochs", 2)

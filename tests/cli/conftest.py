@@ -1,4 +1,4 @@
-"""What the commands on results are given: tiny models."""
+"""Tiny models, and what a command leaves in its process."""
 
 import os
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from pellm_lightning.cli import errors
 def place_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command sets which party it is, for the rest of the process."""
     for name, value in (("party", None), ("folder", None), ("debug", False)):
-        monkeypatch.setattr(errors._Place, name, value)
+        monkeypatch.setattr(errors._Process, name, value)
 
 
 @pytest.fixture(autouse=True)

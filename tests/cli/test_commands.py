@@ -51,7 +51,7 @@ def test_trial_makes_the_authority_and_what_is_missing(tmp_path: Path) -> None:
 def test_sign_prints_what_the_party_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands.main(["keys", "new", f"--directory={tmp_path}", "--names=clinic-a,clinic-b"])
     of_parties = yaml.safe_load(capsys.readouterr().out)
-    with pytest.raises(SystemExit, match=r"clinic-c\.csr gives no public key"):
+    with pytest.raises(ValueError, match=r"clinic-c\.csr gives no public key"):
         commands.main(["keys", "sign", f"--directory={tmp_path}", "--names=clinic-a,clinic-c"])
     assert not (tmp_path / "ca.pem").exists(), "nothing is made if one request is not there"
     commands.main(["keys", "sign", f"--directory={tmp_path}", "--names=clinic-a,clinic-b", "--days=1"])
@@ -71,9 +71,9 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
         assert SigningKey(private).public_key == public
         assert f"made {private}; keep it secret" in caplog.text
     assert TrustedKeys(printed).fingerprint == TrustedKeys(tmp_path / "new").fingerprint
-    with pytest.raises(SystemExit, match=r"clinic-a\.key is there already and is not overwritten"):
+    with pytest.raises(FileExistsError, match=r"clinic-a\.key is there already and is not overwritten"):
         commands.main(["keys", "new", f"--directory={tmp_path / 'new'}", "--names=clinic-a"])
-    with pytest.raises(SystemExit, match="name"):
+    with pytest.raises(ValueError, match="name"):
         commands.main(["keys", "new", f"--directory={tmp_path}", "--names=../a"])
 
 
@@ -82,22 +82,22 @@ def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(SystemExit, match=r"pip install 'pellm-lightning\[keys\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'pellm-lightning\[keys\]'"):
         commands.main(["keys", "new", f"--directory={tmp_path}", "--names=a"])
 
 
 def test_what_goes_wrong_is_told_in_words(tmp_path: Path) -> None:
     words = ["certs", f"--directory={tmp_path}", "--names=a"]
     commands.main(words)
-    with pytest.raises(SystemExit, match=r"a\.pem is there already and is not overwritten"):
+    with pytest.raises(FileExistsError, match=r"a\.pem is there already and is not overwritten"):
         commands.main(words)
-    with pytest.raises(SystemExit, match="'nowhere' is no address"):
+    with pytest.raises(ValueError, match="'nowhere' is no address"):
         commands.main(["rendezvous", "--listen=nowhere"])
-    with pytest.raises(SystemExit, match="without a roster"):
+    with pytest.raises(ValueError, match="without a roster"):
         commands.main(["rendezvous", "--listen=127.0.0.1:1", *tls_words("rendezvous")])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"--listen=127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(SystemExit, match=r"cannot listen on 127.*: Address already in use\. Stop what"):
+        with pytest.raises(ValueError, match=r"cannot listen on 127.*: Address already in use\. Stop what"):
             commands.main(["rendezvous", listen])
 
 

@@ -10,16 +10,13 @@ import torch
 
 from pellm_lightning import MismatchError, PartyLostError
 from pellm_lightning.cli import errors
-from pellm_lightning.comm.torchrun.store import is_first_to_tell
+from pellm_lightning.comm.torchrun.store import claim_error
 
 
 @pytest.fixture(autouse=True)
 def patch(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pellm", "fit"])
-        for name in ("party", "folder", "debug"):
-            patch.setattr(errors._Place, name, None)
-        patch.setenv("COLUMNS", "100")
         patch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
         yield patch
 
@@ -107,4 +104,4 @@ def test_one_process_of_a_launch_tells(
 def test_without_a_store_everybody_tells(patch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         patch.setenv(name, value)
-    assert is_first_to_tell("digest", second_hand=True)
+    assert claim_error("digest", second_hand=True)

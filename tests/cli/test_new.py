@@ -109,7 +109,7 @@ def test_the_model_reads_and_answers(case: str, tmp_path: Path) -> None:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "run.yaml").write_text("mine")
-    with pytest.raises(SystemExit, match=r"has run\.yaml already, and nothing is overwritten"):
+    with pytest.raises(ValueError, match=r"has run\.yaml already, and nothing is overwritten"):
         main(["new", str(tmp_path)])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "notes.txt": "mine",

@@ -280,7 +280,7 @@ def test_what_cannot_be_exported_is_refused(
     (tmp_path / "full" / "file").write_text("mine")
     words = ["pellm_lightning", "export", str(checkpoint), f"--out={tmp_path}/full", f"--module={CLASS}"]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match=r"full is not empty\. Name another folder, or add --overwrite"):
+    with pytest.raises(ValueError, match=r"full is not empty\. Name another folder, or add --overwrite"):
         main()
     monkeypatch.setattr(sys, "argv", [*words, "--overwrite"])
     main()

@@ -381,7 +381,9 @@ def test_resuming_is_exact(recipe: str, schedule: str | None) -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_restored_schedule_is_where_it_was(steps: int, name: str) -> None:
     one, other = (SGD([nn.Parameter(torch.zeros(1))], lr=0.7) for _ in range(2))
-    schedule, restored = (outer_optimizer.Schedule(SCHEDULES[name], optimizer) for optimizer in (one, other))
+    schedule, restored = (
+        outer_optimizer.OuterSchedule(SCHEDULES[name], optimizer) for optimizer in (one, other)
+    )
     for _ in range(steps):
         schedule.step()
     for _ in range(3):

@@ -61,3 +61,4 @@ def test_a_round_is_ten_frames_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {stack[0] for stack in stacks} == {f"federated_averaging.{HOOK}"}
     for stack in stacks:
         assert len(stack) <= 10, " > ".join(stack)
+    assert max(map(len, stacks)) == 10, "docs/architecture.md names the number"

@@ -345,7 +345,7 @@ def test_one_terminal_stays_readable(tmp_path: Path) -> None:
     assert count("Epoch ") == [0, 0], "no bar where there is no terminal"
     assert count("] round ") == [3, 0], "but a line a round"
     assert count("federation of 2 parties") == [1, 0]
-    assert count("[party 0] parties 0, 1 write to") == [1, 0]
+    assert count("[party 0] parties 0 and 1 write to") == [1, 0]
     assert count("Tip") == count("TPU") == [0, 0]
     # What party 1 says, such as a warning, is marked as its own.
     said = [line for line in own[1] if line.strip() and ".py:" not in line]
@@ -376,7 +376,7 @@ def test_an_example_says_little_before_its_first_round(tmp_path: Path, bert: str
         r"\[party 0\] federation of 3 parties: [\d,]+ of [\d,]+ parameters leave a party \(.* %\),"
         r" .*B per round\n"
         r"(?:.*\n)*.*aggregated by LowRankMean.*\n"
-        r"\[party 0\] parties 0, 1, 2 write to .*/party-<k>/lightning_logs/version_0\n"
+        r"\[party 0\] parties 0, 1 and 2 write to .*/party-<k>/lightning_logs/version_0\n"
     )
     assert summary.search(before), before
 

@@ -409,3 +409,20 @@ def test_unknown_settings_are_refused(build: Callable[..., Any], given: Any, say
 def test_gguf_files_are_refused() -> None:
     with pytest.raises(ValueError, match=r"quantization='nf4'.*GGUF file 'a/b.gguf'.*save_pretrained"):
         CausalLM("a/b.gguf", lora(), quantization="nf4")
+
+
+@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.09), ("fp4", 0.12), ("int8", 0.009)])
+def test_the_errors_of_layers_are_those_of_the_page(kind: str, error: float) -> None:
+    from bitsandbytes import nn as quantised
+
+    generator = torch.Generator().manual_seed(0)
+    weights, inputs = (torch.randn(rows, 1024, generator=generator) for rows in (512, 64))
+    if kind == "int8":
+        layer: Any = quantised.Linear8bitLt(1024, 512, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.weight = quantised.Int8Params(weights.clone(), requires_grad=False, has_fp16_weights=False)
+        inputs = inputs.bfloat16()
+    else:
+        layer = quantised.Linear4bit(1024, 512, bias=False, quant_type=kind, compute_dtype=torch.float32)
+        layer.weight = quantised.Params4bit(weights.clone(), requires_grad=False, quant_type=kind)
+    found, wanted = layer.to("cpu")(inputs).float(), inputs.float() @ weights.T
+    assert float((found - wanted).norm() / wanted.norm()) == pytest.approx(error, rel=0.1)

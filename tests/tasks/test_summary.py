@@ -56,9 +56,9 @@ def test_of_parties_that_share_a_terminal_each_has_a_line_and_the_table_in_its_f
 ) -> None:
     assert logged(caplog, monkeypatch, tmp_path, parts, shared=True) == (
         "[party 1] files: 1,200 records, 9,000 tokens, 7 cut, 10 left out; val_files: 5 records, 40 tokens."
-        f" {more} in {tmp_path}/summary.txt."
+        f" {more} in {tmp_path}/summary-1.txt."
     )
-    assert (tmp_path / "summary.txt").read_text() == "\n".join(filter(None, [TABLE, parts])) + "\n"
+    assert (tmp_path / "summary-1.txt").read_text() == "\n".join(filter(None, [TABLE, parts])) + "\n"
 
 
 def test_without_a_folder_the_table_is_shown_whatever_the_terminal(

@@ -134,6 +134,16 @@ def test_a_terminal_is_shared_by_parties_of_one_launcher(
     assert not environment.shares_terminal(Topology(0, 1, 0, size))
 
 
+def test_of_the_parties_that_share_a_terminal_the_first_of_each_host_owns_it(launched: Any) -> None:
+    owners = []
+    for party in range(4):
+        launched(party, 4, 2)
+        owners.append(environment.owns_terminal(Topology(party, 4, 0, 1)))
+    assert owners == [True, False, True, False]
+    launched(1, 2)
+    assert environment.owns_terminal(Topology(0, 1, 1, 2)), "of one party alone"
+
+
 def test_rank_zero_means_the_partys(launched: Any) -> None:
     before = utils_rank_zero_only.rank
     try:

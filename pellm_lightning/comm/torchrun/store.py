@@ -47,7 +47,7 @@ def store_from_env(timeout_s: float) -> dist.Store:
 
 
 def claim_error(error: str, *, second_hand: bool) -> bool:
-    """Claim an error for this process: return whether it is to print it on the terminal it shares with others.
+    """Claim an error: return whether this process is to print it on the terminal that it shares with others.
 
     The first that asks is, and so is who fails with another error. Who knows of an error second hand waits
     for the process whose own it is. Where torchrun hosts no store, or has ended, everybody is.

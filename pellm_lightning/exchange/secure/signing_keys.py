@@ -220,7 +220,7 @@ def _keys_in(folder: Path) -> dict[str, str]:
         text = public_text(read_public_key(path))
         if texts.setdefault(path.stem, text) != text:
             raise ValueError(
-                f"{path} has another key than {path.stem}.csr in the same folder. Remove the one that is not in use."
+                f"{path} has another key than the {path.stem}.csr there. Remove the one that is not in use."
             )
     return texts
 
