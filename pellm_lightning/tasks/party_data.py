@@ -223,7 +223,7 @@ class PartyDataModule(LightningDataModule):
         return divide(groups, self.num_parties, self.partition, self.alpha, self.seed)
 
     def _groups(self, records: Stored) -> list[str]:
-        """Return what the parties' parts are told apart by: labels, or else keys."""
+        """Return what the parties' parts are grouped by: labels, or else keys."""
         names = [name for name in ("label", "key") if name in records.data.column_names]
         return [name or "records" for name in records.column(names[0])]
 

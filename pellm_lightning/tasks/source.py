@@ -50,7 +50,7 @@ class Source:
     def stamp(self) -> str:
         """Return a digest of all that the rows depend on, so that nothing stale is taken from a cache.
 
-        Data sets of the hub are told apart by commit, which is asked for here.
+        Data sets of the hub are identified by commit, which is asked for here.
         """
         digest = hashlib.sha256(repr(self).encode())
         for name in self.names:

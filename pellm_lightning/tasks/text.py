@@ -41,7 +41,7 @@ class TextDataModule(PartyDataModule):
         batch_size: Batch size of each process.
         block_size: Tokens of a block, at most the model's positions; longer samples are truncated.
         predict_files: Files with prompts; their completions are ignored.
-        format: Format of the rows; "auto" tells it by the columns.
+        format: Format of the rows; "auto" detects it from the columns.
         columns: Names of columns, for example ``{prompt: question, completion: answer}``.
         chat_template: Template of conversations, or path of a ``.jinja`` file, instead of the tokenizer's;
             ``""`` writes prompt and completion as they are.

@@ -106,11 +106,12 @@ def test_the_model_reads_and_answers(case: str, tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) < 20_000
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "run.yaml").write_text("mine")
-    with pytest.raises(ValueError, match=r"has run\.yaml already, and nothing is overwritten"):
+    with pytest.raises(SystemExit):
         main(["new", str(tmp_path)])
+    assert re.search(r"has run\.yaml already,\s+and nothing is overwritten", capsys.readouterr().err)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "notes.txt": "mine",
         "run.yaml": "mine",

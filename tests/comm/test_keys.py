@@ -137,7 +137,7 @@ def test_arguments_of_certificates_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="days=0 must be positive"):
         make_certificate(tmp_path, "a", days=0)
     (tmp_path / "ca.key").write_bytes((authority() / "ca.key").read_bytes())
-    with pytest.raises(ValueError, match=r"is not the key of ca\.pem"):
+    with pytest.raises(ValueError, match=r"is not the key of the ca\.pem"):
         make_certificate(tmp_path, "a")
 
 

@@ -35,7 +35,7 @@ def own_imports(tree: ast.AST) -> Iterator[str]:
     """The package's modules that are imported, by their dotted name below the package."""
     for name in imported(tree):
         first, _, rest = name.partition(".")
-        if first == "pellm_lightning":
+        if first == "pellm_lightning" and rest != "__version__":
             while rest and rest not in MODULES:
                 rest = rest.rpartition(".")[0]
             yield rest

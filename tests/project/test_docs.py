@@ -534,6 +534,8 @@ def test_the_drawings_are_drawn() -> None:
 
 # ---- words
 
+TEST = r"\btest_(?!(?:step|files)\b)\w+(?:\.py)?"  # a hook of Lightning, an argument of the data modules
+
 
 def test_guides_are_short() -> None:
     """Proofs, measurements and long tables belong in docs/depth."""
@@ -548,7 +550,7 @@ def test_running_text_names_no_tests() -> None:
     """Tests stand as evidence in tables of the in-depth pages only."""
     for page in PAGES:
         for line in (ROOT / page).read_text().splitlines():
-            named = re.search(r"\btest_(?!step\b)\w+", line)  # test_step is a hook of Lightning
+            named = re.search(TEST, line)
             evidence = page.startswith("docs/depth/") and line.startswith("|")
             assert not named or evidence or page in ("CHANGELOG.md", "CONTRIBUTING.md"), f"{page}: {line}"
 
@@ -570,7 +572,7 @@ def test_names_of_tests_and_files_are_true() -> None:
     }
     for page in [page for page in PAGES if page != "CHANGELOG.md"]:
         text = (ROOT / page).read_text()
-        named = re.findall(r"\btest_\w+(?:\.py)?", text)
+        named = re.findall(TEST, text)
         assert not [name for name in named if name not in tests], page
         for path in re.findall(r"`((?:examples|benchmarks|tests|docs)/[\w./-]+\.\w+)`", text):
             assert (ROOT / path).exists(), f"{page} names {path}"

@@ -406,7 +406,7 @@ def test_the_command_writes_the_page_and_says_where(
 
 
 def test_the_command_says_what_makes_a_record(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no rounds\.jsonl in .*record=True"):
+    with pytest.raises(ValueError, match=r"no rounds\.jsonl in .*record=True"):
         commands.main(["report", str(tmp_path)])
 
 
@@ -415,7 +415,7 @@ def test_the_command_names_what_to_install(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(sys.modules["pellm_lightning.report"], name.rpartition(".")[2])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match=r"matplotlib: pip install 'pellm-lightning\[plots\]'"):
+    with pytest.raises(ImportError, match=r"matplotlib: pip install 'pellm-lightning\[plots\]'"):
         commands.main(["report", str(tmp_path)])
 
 

@@ -87,7 +87,7 @@ def test_where_parties_write_is_told_together() -> None:
     assert _where_written(folders | {"3": ["i:/run/party-3/a"], "4": []}) == [
         "party 0 writes to /run",
         "party 1 writes to /run/party-1/a, /run/party-1/b",
-        "parties 2, 3 write to /run/party-<k>/a",
+        "parties 2 and 3 write to /run/party-<k>/a",
     ]
 
 

@@ -93,7 +93,7 @@ def test_a_chat_template_is_given_as_text_or_file(tmp_path: Path, llama: str) ->
     (tmp_path / "chat.jinja").write_text(template)
     file = str(tmp_path / "q.jsonl")
     for given in (template, str(tmp_path / "chat.jinja")):
-        data = texts(file, llama, chat_template=given + "" if "{" not in given else given, block_size=9)
+        data = texts(file, llama, chat_template=given, block_size=9)
         assert data.tokenizer.chat_template == template
         # user : w1 | assistant : w2, of which the generation prompt is no part here
         assert data.train_samples[0]["input_ids"].tolist() == [32, 34, 3, 33, 34, 4]

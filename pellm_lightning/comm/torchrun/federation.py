@@ -223,12 +223,17 @@ class Federation(Communicator):
 
     def _all_gather_bytes(self, mine: bytes) -> list[bytes]:
         """Return every party's bytes, which may differ in length."""
+        if self.num_parties == 1:
+            return [mine]
         framed = len(mine).to_bytes(_LENGTH_BYTES, "little") + mine
         gathered, longest = [b""] * self.num_parties, SLOT_BYTES
         while (known := len(gathered[0])) < longest:
             own = framed[known:longest].ljust(longest - known, b"\0")
             row = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-            rows = self.all_gather(row, [len(row)] * self.num_parties)
+            rows = [torch.empty_like(row) for _ in self.names]
+            self.bytes_sent += len(row)
+            with self._translated():
+                self._lane().all_gather(rows, row).wait()
             gathered = [before + more.numpy().tobytes() for before, more in zip(gathered, rows, strict=True)]
             ends = [_LENGTH_BYTES + int.from_bytes(start[:_LENGTH_BYTES], "little") for start in gathered]
             if max(ends) > _MAX_METADATA_BYTES:

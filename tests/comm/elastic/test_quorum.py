@@ -17,6 +17,7 @@ from pellm_lightning.comm import (
     Version,
     polling,
 )
+from pellm_lightning.comm.elastic import join_quorum
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol
 from pellm_lightning.comm.elastic.membership import LocalParty
@@ -233,6 +234,23 @@ def test_who_waits_says_for_whom(caplog: pytest.LogCaptureFixture, monkeypatch: 
     joining.write(c=NEW)
     assert members_of(joining.join(NEW, nothing, nothing, lambda: joining.write(b=NEW, c=NEW))) != ["a"]
     assert caplog.messages == ["[party a] waits for b: 2 of 3 are here, up to 9 s"], "once a minute"
+
+
+def test_below_a_quorum_a_party_says_for_whom_it_waits(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join_quorum, "ROUND_S", 0.0)
+    joining = Joining(alive="a", members="abc", wait_s=0.03, round_timeout_s=9)
+    with pytest.raises(TooFewPartiesError, match=r"missing: b \(dead\), c \(dead\)"):
+        joining.join(OLD)
+    assert caplog.messages == ["[party a] waits for b, c: 1 of 3 are here, up to 0.03 s"]
+
+
+def test_who_begins_where_a_federation_has_ended_learns_where_the_result_is() -> None:
+    joining = Joining(alive="a", wait_s=0.03, round_timeout_s=0.01)
+    joining.register.claim("ended/", 7)
+    with pytest.raises(TooFewPartiesError, match=r"A federation has ended here; if it was this party's, the"):
+        joining.join(NEW)
 
 
 def test_one_that_differs_is_told_and_not_taken() -> None:

@@ -20,6 +20,7 @@ from pellm_lightning import Federation, FederationError
 from pellm_lightning.comm.keys import make_ca, make_certificate
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.exchange import SecureAggregation
+from pellm_lightning.exchange.secure import signing_keys
 from pellm_lightning.exchange.secure.key_agreement import agree, all_gather_bytes, shared_key
 from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 
@@ -300,12 +301,20 @@ def _another(name: str) -> TLS:
     return files(make_certificate(folder, name).parent, name)
 
 
-def test_an_expired_certificate_is_refused_in_the_middle_of_a_run(tmp_path: Path) -> None:
+class _InFiveDays(signing_keys.datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> "signing_keys.datetime":
+        return signing_keys.datetime.fromtimestamp(super().now(tz).timestamp() + 5 * 86400, tz)
+
+
+def test_an_expired_certificate_is_refused_in_the_middle_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_ca(tmp_path)
-    for name, days in (("0", 1.0), ("1", 3 / 86400), ("2", 1.0)):
+    for name, days in (("0", 9.0), ("1", 1.0), ("2", 9.0)):
         make_certificate(tmp_path, name, days)
     of_parties = [files(tmp_path, str(party)) for party in range(N)]
-    time.sleep(3.2)
+    monkeypatch.setattr(signing_keys, "datetime", _InFiveDays)
     said = refused(lambda f: certified(f, of_parties[f.party]))
     assert all("certificate of party 1 is not accepted: it is good from" in words for words in said), said
 

@@ -79,7 +79,7 @@ def test_a_folder_with_two_keys_of_one_party_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csr").unlink()
     (tmp_path / "a.key").unlink()
     make_key(tmp_path, "a")
-    with pytest.raises(ValueError, match=r"a\.pem has another key than a\.csr"):
+    with pytest.raises(ValueError, match=r"a\.pem has another key than the a\.csr"):
         TrustedKeys(tmp_path)
 
 
