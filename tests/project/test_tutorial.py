@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def as_script(cells: list[str]) -> str:
     return "\n".join(lines)
 
 
-def test_cells_become_what_ipython_makes_of_them(tmp_path: Path) -> None:
+def test_cells_become_what_ipython_makes_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", sys.executable)  # the script sets another
     file = tmp_path / "written.txt"
     cells = [f"%%writefile {file}\nfirst\n!second", f"for n in range(2):\n    !echo {{n}}! >> {file}"]
     exec(as_script(cells), {})
