@@ -15,16 +15,19 @@ def process_environ() -> dict[str, str]:
 
 
 def torchrun(
-    processes: int, words: Sequence[str], cwd: Path, options: Sequence[str] = ()
+    processes: int, words: Sequence[str], cwd: Path, options: Sequence[str] = (), program: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Launch ``words`` (a script and its arguments) in so many processes; return code and output."""
+    """Launch ``words`` (a script and its arguments) in so many processes; return code and output.
+
+    ``program`` is a Python that has imported nothing yet, where that matters.
+    """
     return subprocess.run(
         [
-            *(python(), "-m", "torch.distributed.run", "--standalone"),
+            *(program or python(), "-m", "torch.distributed.run", "--standalone"),
             *(f"--nproc-per-node={processes}", *options, *words),
         ],
         cwd=cwd,
-        env=process_environ() | {"COLUMNS": "200"},
+        env=process_environ() | {"COLUMNS": "200"} | ({"PYTHON_EXEC": program} if program else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

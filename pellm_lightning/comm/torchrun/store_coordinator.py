@@ -194,8 +194,9 @@ class StoreCoordinator:
         It is one thread for all rounds: to start one for each would take as long as a small round.
         """
         if self._monitor is None and self.num_parties > 1:
-            self._monitor = threading.Thread(target=self._remind, name="waiting for parties", daemon=True)
-            self._monitor.start()
+            monitor = threading.Thread(target=self._remind, name="waiting for parties", daemon=True)
+            monitor.start()
+            self._monitor = monitor  # only now, since another thread may close what it finds here
         self._reminder = Reminder(first_s)
         try:
             yield
