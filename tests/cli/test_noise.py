@@ -28,7 +28,8 @@ from pellm_lightning.cli.noise import quieten, quieten_loggers
 quieten()
 quieten_loggers()
 logging.basicConfig()
-for name in ("peft.tuners", "lightning.fabric.utilities.seed", "pellm_lightning.engine", "my_project"):
+names = ("peft.tuners", "lightning.fabric.utilities.seed", "pellm_lightning.engine", "my_project")
+for name in (*names, "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).warning("%s speaks", name)
     logging.getLogger(name).error("%s fails", name)
 for module in ("transformers.x", "pellm_lightning.x"):
@@ -51,6 +52,9 @@ def test_others_than_the_first_show_errors_and_our_own_warnings() -> None:
         assert f"{name} fails" in second
     for name in ("pellm_lightning.engine", "my_project"):
         assert f"{name} speaks" in second
+    for process in (first, second):
+        assert "bitsandbytes.backends.cpu.ops speaks" not in process  # PEFT imports it for everybody
+        assert "bitsandbytes.backends.cpu.ops fails" in process
     assert "transformers.x warns" in first
     assert "transformers.x warns" not in second
     assert "pellm_lightning.x warns" in second

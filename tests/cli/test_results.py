@@ -57,7 +57,7 @@ def configured(folder: Path, texts: Path, llama: str, **trainer: Any) -> Path:
         "seed_everything": False,
         "model": {"class_path": CLASS, "init_args": {"model": llama, "peft": peft}},
         "data": {"class_path": "pellm_lightning.tasks.TextDataModule", "init_args": data},
-        "trainer": {"accelerator": "cpu", **trainer},
+        "trainer": {"accelerator": "cpu", "default_root_dir": str(folder / "run"), **trainer},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(written))
@@ -319,6 +319,7 @@ def test_the_matrix_is_that_of_a_plain_loop(
     words = ["evaluate", f"--config={config}", "--parties=2", "--names", "east", "west"]
     words += ["--adapters", f"federated={adapter}", f"--out={tmp_path}/deep/matrix.json"]
     monkeypatch.setattr(sys, "argv", ["pellm_lightning", *words])
+    monkeypatch.chdir(tmp_path)
     main()
     written = json.loads((tmp_path / "deep" / "matrix.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(llama)
