@@ -1,8 +1,10 @@
 """Lay out what the demo needs in a run directory: the base model, and each party's private texts."""
 
 import argparse
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 ERAS = {"1790-1860": range(1790, 1861), "1861-1945": range(1861, 1946), "1946-2026": range(1946, 2027)}
 """What each party holds: the messages of these years."""
@@ -42,14 +44,17 @@ def unpack_model(folder: Path) -> None:
     if (folder / "model.safetensors").exists():
         print(f"  {folder} is there already")
         return
-    from transformers import AutoModelForCausalLM  # only now: the demo reads the names above at once
+    import gguf  # only now: the demo reads the names above at once
+    from transformers import AutoModelForCausalLM
 
     from pellm_lightning.tasks.pretrained import load_model, load_tokenizer
 
-    gguf = gguf_file()
-    print(f"  {gguf.name} -> {folder}", flush=True)
-    load_model(AutoModelForCausalLM, str(gguf)).save_pretrained(folder)
-    load_tokenizer(str(gguf)).save_pretrained(folder)
+    file = gguf_file()
+    print(f"  {file.name} -> {folder}", flush=True)
+    # transformers parses the file for the configuration, the weights and the tokenizer, for seconds each.
+    with patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)):
+        load_model(AutoModelForCausalLM, str(file)).save_pretrained(folder)
+        load_tokenizer(str(file)).save_pretrained(folder)
 
 
 def gguf_file() -> Path:

@@ -78,13 +78,18 @@ def run(folder: str, words: list[str]) -> None:
         answers = line.makefile("rb")
         pid = int(answers.readline())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, lambda number, _: os.kill(pid, number))
+            signal.signal(number, lambda number, _: _pass_on(pid, number))
         code = int(answers.readline() or 1)
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def _pass_on(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended, which is about to be read
+        os.kill(pid, number)
 
 
 # ---- what is forked from
