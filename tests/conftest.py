@@ -6,6 +6,7 @@ or whose parties give each other up after tenths of a second, run with nothing b
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import queue
@@ -29,6 +30,8 @@ from pellm_lightning.tensors import flat_buffer
 # A busy processor makes an example slow and no wrong: tests have a timeout, examples have none of their own.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+gc.disable()  # imports and 6,000 tests are no garbage, but make every collection slow: until tests run
 
 TESTS = Path(__file__).parent
 # Besides all tests of separate jobs as threads, the fixture ``world``.
@@ -62,6 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     alone = {item.path for item in items if item.get_closest_marker("alone")}
     launched = {item.path for item in items if item.get_closest_marker("torchrun")}
     items.sort(key=lambda item: (item.path in alone, item.path not in launched))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collect garbage from here on, but only what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which must not count the waiting

@@ -50,14 +50,14 @@ class Demo:
 
     def run(self) -> None:
         """Go through all stages."""
-        print("Three parties fine-tune one language model: about 4 minutes on two free cores.")
+        print("Three parties fine-tune one language model: about 5 minutes on two free cores.")
         with self.stage("1/4 Unpack the model and write each party's texts", about_s=20):
             wait({"prepare.py": self.start(prepare)})
         with self.stage("2/4 Train each party alone, the three side by side", about_s=80):
             self.train_alone()
         with self.stage("3/4 Train the three parties federated", about_s=95):
             self.train_federated()
-        with self.stage("4/4 Evaluate the base model and every adapter on every era", about_s=60):
+        with self.stage("4/4 Evaluate the base model and every adapter on every era", about_s=70):
             self.evaluate()
 
     def train_alone(self) -> None:
@@ -115,7 +115,10 @@ def wait(processes: dict[str, BaseProcess]) -> None:
         if process.exitcode:
             for other in processes.values():
                 other.terminate()
-            raise SystemExit(f"Stopped: {name} failed. What it says is above, or in {FOLDER}/*.log.")
+            raise SystemExit(
+                f"Stopped: {name} ended with status {process.exitcode}."
+                f" What it says is above, or in {FOLDER}/*.log."
+            )
 
 
 # ---- what the processes run

@@ -44,7 +44,10 @@ def unpack_model(folder: Path) -> None:
     if (folder / "model.safetensors").exists():
         print(f"  {folder} is there already")
         return
-    import gguf  # only now: the demo reads the names above at once
+    from pellm_lightning.cli import noise
+
+    noise.quieten()  # before these are imported; and only now, since the demo reads the names above at once
+    import gguf
     from transformers import AutoModelForCausalLM
 
     from pellm_lightning.tasks.pretrained import load_model, load_tokenizer
