@@ -88,6 +88,8 @@ class Aggregator:
         quorum: Parties that must have trained in a round for it to move the global parameters: more than half
             of all ("majority"), or a number. With fewer, all go back to the last result of a quorum; if the
             others are through, or it happens twice in a row, that is the end (``RoundReport.last``).
+        max_share: Cap on a party's share of the weights, above 0 and at most 1: what exceeds it does not
+            count. None for none.
         state_dir: Where a party of separate jobs keeps the global state through a restart; None keeps it in
             memory only.
 
@@ -129,6 +131,7 @@ class Aggregator:
         overlap: Overlap | None = None,
         on_nonfinite: OnNonfinite = "exclude",
         quorum: Quorum = "majority",
+        max_share: float | None = None,
         state_dir: str | Path | None = None,
     ) -> None:
         self.federation = federation
@@ -147,6 +150,7 @@ class Aggregator:
             outer_scheduler=outer_scheduler,
             on_nonfinite=on_nonfinite,
             quorum=quorum,
+            max_share=max_share,
             overlap=overlap,
             config=config or {},
         )
