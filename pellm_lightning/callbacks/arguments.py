@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.engine.outer_optimizer import (
     OptimizerFactory,
     SchedulerFactory,
@@ -31,16 +30,6 @@ from pellm_lightning.tensors.frozen_state import quantization_state
 from pellm_lightning.trainer.isolation import callbacks_of
 
 log = logging.getLogger(__name__)
-
-
-def weighting(value: object) -> None:
-    """Check the argument of that name."""
-    if isinstance(value, str):
-        one_of("weighting", value, ("samples", "uniform"))
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_WEIGHT:
-        raise ValueError(
-            f"weighting={value!r} must be 'samples', 'uniform' or a number of 0 to {MAX_WEIGHT:g} (2^53)."
-        )
 
 
 def privacy(mechanism: object, weighting: object) -> None:

@@ -122,7 +122,7 @@ class FederatedFit:
         )
         if not factory.parameters.save_frozen:
             arguments.checkpoints(trainer)
-        self._shares_loss = not arguments.protects_records(trainer, factory.weighting)
+        self._shares_loss = not arguments.protects_records(trainer, factory.weight_by)
 
     def check_module(self) -> None:
         """Refuse what the aggregation cannot handle; the module has its adapter by now.
