@@ -3,10 +3,10 @@
     python benchmarks/robust.py                  # the table of attacks, about ten minutes
     python benchmarks/robust.py --rules Median   # some of its columns
 
-Ten classes of points, fifteen rounds of ten local steps; a network with a frozen base, LoRA pairs on two layers
-and a trained head. The parties are threads over real Gloo, one is an attacker. What is shown is the accuracy of
-the honest parties on points that nobody trained on, the mean of the seeds. `--write` puts the tables into
-`docs/depth/robust.md`.
+Ten classes of points, fifteen rounds of ten local steps; a network with a frozen base, LoRA pairs on two
+layers and a trained head. The parties are threads over real Gloo, one of five is an attacker. Shown is
+the accuracy of the honest on points that nobody trained on, the mean of the seeds. `--write` puts the table
+into `docs/depth/robust.md`.
 """
 
 import argparse

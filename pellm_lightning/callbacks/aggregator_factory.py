@@ -55,6 +55,11 @@ class AggregatorFactory:
         return Weighting.of(self.weighting).by
 
     @property
+    def max_share(self) -> float | None:
+        """Cap on a party's share of the weights; None for none."""
+        return Weighting.of(self.weighting).max_share
+
+    @property
     def schedule(self) -> Schedule:
         """Schedule of the rounds of any fragment."""
         whole = schedule(self.every_n_epochs, self.every_n_steps, self.every_n_seconds)
@@ -128,7 +133,7 @@ class AggregatorFactory:
             overlap=self.overlap,
             on_nonfinite=self.on_nonfinite,
             quorum=self.quorum,
-            max_share=Weighting.of(self.weighting).max_share,
+            max_share=self.max_share,
             state_dir=state_dir,
         )
 

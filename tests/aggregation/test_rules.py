@@ -30,12 +30,16 @@ from pellm_lightning.aggregation import (
     Aggregation,
     Alternating,
     FrozenA,
+    GeometricMedian,
     HeterogeneousRank,
     LowRankMean,
     Mean,
+    Median,
+    NormBound,
     ResidualMean,
     ShareA,
     Stacking,
+    TrimmedMean,
     base_writing,
     factors,
 )
@@ -61,7 +65,13 @@ PLAIN: dict[str, Aggregation] = {
     "ResidualMean": ResidualMean(),
     "HeterogeneousRank, zero_pad": HeterogeneousRank("zero_pad"),
 }
-RULES = PLAIN | LOW_RANK | OTHER_COORDINATES | {"Stacking": Stacking()}
+ROBUST: dict[str, Aggregation] = {
+    "NormBound": NormBound(),
+    "GeometricMedian": GeometricMedian(mixing=1),
+    "Median": Median(),
+    "TrimmedMean": TrimmedMean(),
+}
+RULES = PLAIN | LOW_RANK | OTHER_COORDINATES | ROBUST | {"Stacking": Stacking()}
 DECOMPOSING = [*LOW_RANK.values(), *OTHER_COORDINATES.values()]
 """They end in QR and SVD."""
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
