@@ -2,6 +2,7 @@
 
     python benchmarks/robust.py                  # the table of attacks, about ten minutes
     python benchmarks/robust.py --rules Median   # some of its columns
+    python benchmarks/robust.py --cost           # rounds without an attacker, in units of `Mean`
 
 Ten classes of points, fifteen rounds of ten local steps; a network with a frozen base, LoRA pairs on two
 layers and a trained head. The parties are threads over real Gloo, one of five is an attacker. Shown is
@@ -10,7 +11,9 @@ into `docs/depth/robust.md`.
 """
 
 import argparse
+import json
 import math
+import os
 import re
 import statistics
 import threading
@@ -19,7 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import aggregation as costs
 import torch
+import torch.distributed as dist
+from processes import rows_of
 from torch import Tensor, nn
 from torch.distributed import HashStore
 
@@ -149,16 +155,17 @@ class Attack:
         flipped: bool = False,
         weight: float = SAMPLES,
         attackers: int = 1,
+        parties: int = 5,
         skew: bool = False,
     ) -> None:
         self.send, self.flipped, self.weight = send, flipped, weight
-        self.attackers, self.skew = attackers, skew
-        self.parties = 7 if attackers > 1 else 5
+        self.attackers, self.parties, self.skew = attackers, parties, skew
 
 
 ATTACKS = {
     "no attack": Attack(attackers=0),
     "no attack, labels by Dirichlet(0.5)": Attack(attackers=0, skew=True),
+    "no attack, seven parties": Attack(attackers=0, parties=7),
     "flipped labels": Attack(flipped=True),
     "flipped labels, weight 1e9": Attack(flipped=True, weight=1e9),
     "sign flip x10": Attack(partial(scaled, -10.0)),
@@ -169,7 +176,7 @@ ATTACKS = {
     "3e38": Attack(partial(filled, 3e38)),
     "LoRA gauge": Attack(regauged),
     "LoRA gauge, flipped labels": Attack(regauged, flipped=True),
-    "2 of 7 collude: flipped labels x5": Attack(partial(scaled, 5.0), flipped=True, attackers=2),
+    "2 of 7 collude: flipped labels x5": Attack(partial(scaled, 5.0), flipped=True, attackers=2, parties=7),
 }
 
 
@@ -222,6 +229,32 @@ def _percent(value: float) -> str:
     return "diverges" if math.isnan(value) else f"{100 * value:.1f}"
 
 
+# ---- what the rules cost without an attacker
+
+
+def measure_cost(repeats: int) -> None:
+    """Time rounds of one party of five, each a process, interleaved, and print the medians as JSON."""
+    dist.init_process_group("gloo")
+    federation = Federation.from_env()
+    unit = "Mean, deviation not measured"
+    robust = {name: make(1)[0] for name, make in RULES.items() if name != "`LowRankMean`, cap"}
+    costs.RULES.update(robust)
+    rules = [unit, *list(robust)[1:]]
+    for case, modules in costs.CASES.items():
+        sites = [costs.Site(federation, name, modules) for name in rules]
+        for site in sites:
+            site.run()
+            site.seconds.clear()
+        for site in sites * repeats:
+            site.run()
+        for site in sites if federation.party == 0 else []:
+            row = {"case": case, "parties": federation.num_parties, "rule": site.name.replace(", cap", "")}
+            row |= {"ms": 1e3 * statistics.median(site.seconds), "bytes": site.bytes_sent}
+            print(json.dumps(row), flush=True)
+    federation.close()
+    dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -229,8 +262,19 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=[], help="parts of names of rules")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.cost and "RANK" in os.environ:
+        measure_cost(arguments.repeats)
+    elif arguments.cost:
+        costs.show(rows_of(__file__, 5, ["--cost", "--repeats", str(arguments.repeats)]))
+    else:
+        show_attacks(arguments)
+
+
+def show_attacks(arguments: argparse.Namespace) -> None:
     rules = [rule for rule in RULES if not arguments.rules or any(part in rule for part in arguments.rules)]
     made = table(rules, arguments.seeds)
     if arguments.write:

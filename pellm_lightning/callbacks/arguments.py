@@ -17,6 +17,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from pellm_lightning.aggregation import Aggregation, Krum
+from pellm_lightning.aggregation.robust import RobustRule
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.outer_optimizer import (
@@ -38,6 +40,16 @@ def privacy(mechanism: object, weighting: object) -> None:
         raise ValueError(
             f"weighting={weighting!r} does not go with differential privacy: a weight would be a factor of"
             " what one party can change. Set weighting='uniform'."
+        )
+
+
+def warn_of_uncapped(rule: Aggregation | None, by: object, max_share: float | None) -> None:
+    """Warn that a robust rule respects weights, which are only what parties say."""
+    if isinstance(rule, RobustRule) and not isinstance(rule, Krum) and by != "uniform" and max_share is None:
+        log.warning(
+            "%r respects weights, and a party may claim any: whoever claims most of the weight decides. Cap"
+            " shares by weighting=Weighting(max_share=0.4), or use weighting='uniform'.",
+            rule,
         )
 
 

@@ -75,7 +75,8 @@ class FederatedAveraging(Callback):
             counted. Its epochs are rounds.
         inner_optimizer_state: "keep" lets the local optimizers keep their moments after a round,
             "reset" clears them.
-        on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
+        on_nonfinite: A party whose parameters hold NaN or infinity, or whose update has a thousand times the
+            median norm of the others', is left out of the round, takes over its
             result and clears its local optimizers ("exclude"), or all parties stop with an error ("raise").
         quorum: Parties that must have trained in a round for it to move the global parameters: more than half
             of all ("majority"), or a number. When fewer still train, the federation ends for all with the

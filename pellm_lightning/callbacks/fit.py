@@ -310,6 +310,7 @@ class FederatedFit:
         if topology.party == 0:
             quorum = int(started.settings["quorum"] or 1)
             warn_of_unequal_fits(topology.name, started.facts, factory.every_n_steps, quorum)
+            arguments.warn_of_uncapped(factory.aggregation, factory.weight_by, factory.max_share)
         self.reporter.start(
             self._module,
             plan,

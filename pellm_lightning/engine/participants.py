@@ -372,7 +372,7 @@ def _why_idle(header: Header, excluded: bool) -> str | None:
     if header.purpose is Purpose.DONE:
         return "has made all its steps"
     if excluded or not header.fine:
-        return "holds NaN or infinity"
+        return "holds NaN or infinity" + ("" if not header.fine else ", or sent an absurdly large update")
     return "has just come (back)" if header.behind or header.purpose is Purpose.JOIN else None
 
 

@@ -1,5 +1,6 @@
 """RobustReducer: a round under a robust rule, all-to-all of updates, the rule, all-gather of its result."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +17,8 @@ from pellm_lightning.comm import Collectives
 from pellm_lightning.comm.collectives import concatenated
 from pellm_lightning.engine.lora_step import LoraAggregator, LoraResult
 from pellm_lightning.engine.updates import UpdateReducer
+
+log = logging.getLogger(__name__)
 
 # Numbers of an update converted to float64 at a time, so that they stay in the cache.
 _BLOCK = 1 << 14
@@ -34,6 +37,7 @@ class RobustReducer:
 
     def __init__(self, rule: WeighingRule | CoordinatewiseRule) -> None:
         self._rule = rule
+        self._warned = False
 
     def reduce_(
         self, updates: UpdateReducer, lora: LoraAggregator | None, counting: RoundContext
@@ -45,6 +49,7 @@ class RobustReducer:
             and the results for LoRA pairs, if the rule combines their products.
         """
         federation, rule = counting.federation, self._rule
+        self._warn_of_few(counting)
         values = updates.sent(counting)
         rows = _received(values, counting)
         shares = torch.tensor([share for share in counting.shares if share > 0], dtype=torch.float64)
@@ -68,6 +73,19 @@ class RobustReducer:
             return result, None
         combined = nearest_to_anchors(pairs, _weighted_modules(modules, weights), federation)
         return result, lora.result(updates, pairs, combined, counting)
+
+    def _warn_of_few(self, counting: RoundContext) -> None:
+        count, needed = counting.num_participants, self._rule.min_parties
+        if not self._warned and count < needed and counting.federation.num_parties > 1:
+            self._warned = True
+            log.warning(
+                "[party %s] Round %d: %d parties count, and %r protects %d or more.",
+                counting.federation.name,
+                counting.round,
+                count,
+                self._rule,
+                needed,
+            )
 
 
 # ---- of the flat vector

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.aggregation.robust import RobustRule
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
@@ -83,6 +84,8 @@ def log_start(
     ]
     if plan.pairs:
         lines.append(f"{len(plan.pairs)} LoRA modules, aggregated by {plan.rule!r}")
+    elif isinstance(plan.rule, RobustRule):
+        lines.append(f"they are aggregated by {plan.rule!r}")
     if exchange.is_secure:
         lines.append(f"the other parties see sums over all only: {exchange!r}")
     if exchange.supports in ("rounded", "sparse"):

@@ -9,6 +9,7 @@ from party_threads import Classifier, data, fit_parties, quiet_trainer
 from secure_exchange import masked
 
 from pellm_lightning import RoundReport, Weighting
+from pellm_lightning.aggregation import Median
 
 
 def lines(caplog: pytest.LogCaptureFixture, party: int = 0) -> list[str]:
@@ -75,3 +76,13 @@ def test_a_party_alone_decides_alone(tmp_path: Path, caplog: pytest.LogCaptureFi
     caplog.set_level(logging.INFO, "pellm_lightning")
     federate(tmp_path, [8])
     assert "share" not in caplog.text
+
+
+def test_a_robust_rule_without_a_cap_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "pellm_lightning")
+    federate(tmp_path, [4, 4, 4], aggregation=Median())
+    assert caplog.text.count("respects weights, and a party may claim any") == 1
+    assert "they are aggregated by Median(frozen_a=False, mixing=0)" in lines(caplog)
+    caplog.clear()
+    federate(tmp_path, [4, 4, 4], aggregation=Median(), weighting=Weighting(max_share=0.4))
+    assert "a party may claim any" not in caplog.text
