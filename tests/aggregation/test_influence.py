@@ -149,6 +149,21 @@ def test_mixing_takes_the_mean_of_the_nearest(seed: int, n: int, f: int) -> None
         torch.testing.assert_close(found[i], expected)
 
 
+def test_long_vectors_are_combined_block_by_block() -> None:
+    x = random(1, 5, 40_000).float()
+    for shares in (equal(5), shares_of(2, 5)):
+        whole = influence.weighted_median(x, shares), influence.trimmed_mean(x, shares, 1)
+        for start in (0, 16_000, 39_000):
+            part = x[:, start : start + 1000]
+            torch.testing.assert_close(
+                whole[0][start : start + 1000], influence.weighted_median(part, shares)
+            )
+            torch.testing.assert_close(
+                whole[1][start : start + 1000], influence.trimmed_mean(part, shares, 1)
+            )
+    np.testing.assert_array_equal(influence.weighted_median(x, equal(5)), np.median(x.numpy(), axis=0))
+
+
 # ---- properties
 
 WEIGHING = [

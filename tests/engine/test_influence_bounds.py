@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from job_threads import Life, die
 from lora_oracles import bits, name_a, name_b, random
 from manual_rounds import started
 from party_threads import refusals, run_parties
+from round_history import SIZE
 from secure_exchange import masked
 from torch import Tensor
 
@@ -286,6 +289,46 @@ def started_from(
     aggregator.load_state_dict(state)
     aggregator.start()
     return aggregator
+
+
+def test_masked_lora_updates_are_bound_factor_by_factor() -> None:
+    def act(federation: Federation) -> list[float]:
+        tensors = parameters()
+        aggregator = started(federation, tensors, aggregation=NormBound(), exchange=masked())
+        moved = []
+        for number, scale in enumerate([0.1, 50.0]):
+            before = {name: p.clone() for name, p in tensors.items()}
+            learn(tensors, federation.party, number, scale if federation.party == 1 else 0.1)
+            report = aggregator.step(1.0)
+            assert report.deviation is None
+            moved.append(math.sqrt(sum(float((tensors[k] - before[k]).square().sum()) for k in tensors)))
+        return moved
+
+    first, *others = run_parties(4, act)
+    assert all(other == first for other in others)
+    assert first[1] < 1.5 * first[0], "fifty times as much of one party moves them no further"
+
+
+def test_separate_jobs_keep_their_bounds_when_one_is_lost(tmp_path: Path, world: Any) -> None:
+    made = world(4, rounds=5, quorum=3, state_dir=tmp_path)
+
+    def learns(life: Life) -> None:
+        assert life.aggregator is not None
+        far = 1000.0 if life.index == 1 and life.aggregator.round >= 2 else 1.0
+        life.w.copy_(life.aggregator.global_vector + far)
+
+    arguments: Any = {"aggregation": NormBound(), "exchange": masked(), "max_share": 0.4, "train": learns}
+    made.start("p0", "p1", "p2", weight=1.0, **arguments)
+    made.start("p3", weight=1.0, faults={"voting@2": die}, **arguments)
+    made.join()
+    assert [life.error for life in made.lives] == [None] * 4
+    alive = made.lives[:3]
+    assert all(torch.equal(life.w, alive[0].w) for life in alive)
+    begin = torch.randn(SIZE, generator=torch.Generator().manual_seed(77))
+    # The round that p3 left was lost, since its sum was revealed; in the others all move by 1, and from the
+    # third on party 1 by 1000, of which the bound leaves little more.
+    moved = float((alive[0].w - begin).mean())
+    assert 4 < moved < 6
 
 
 def test_mixing_is_refused_where_sums_are_masked() -> None:
