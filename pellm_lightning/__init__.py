@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
     from pellm_lightning.callbacks.parameters import Parameters
+    from pellm_lightning.callbacks.weighting import Weighting
     from pellm_lightning.cli.federated_cli import FederatedCLI
     from pellm_lightning.comm.elastic.membership import Membership
     from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
@@ -40,6 +41,7 @@ _MODULES = {
     "RoundReport": "engine.round_report",
     "SeparateJobs": "comm.elastic.separate_jobs",
     "TooFewPartiesError": "comm.errors",
+    "Weighting": "callbacks.weighting",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "RoundReport",
     "SeparateJobs",
     "TooFewPartiesError",
+    "Weighting",
 ]
 
 

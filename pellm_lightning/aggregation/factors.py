@@ -80,7 +80,7 @@ class MeanFactors:
     Args:
         a: ``sum_i w_i A_i V``, (r, k).
         b: ``U^T sum_i w_i B_i``, (k, r).
-        squares: ``sum_i w_i (|A_i|^2 + |B_i|^2)``.
+        squares: ``sum_i w_i (|A_i|^2 + |B_i|^2)``; NaN for other factors than a mean, which never agree.
         whole: Whether ``a`` and ``b`` are not projected.
     """
 

@@ -33,11 +33,13 @@ class Module:
         terms: The parties' factors, with shares and scalings.
         scaling: Scaling of the result.
         rank: Rank of the result.
+        grams: The ``gram_matrices`` of the factors, if they are known.
     """
 
     terms: Sequence[Term]
     scaling: float
     rank: int
+    grams: tuple[Tensor, Tensor] | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -75,8 +77,25 @@ def gram_matrices(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     return left, right
 
 
+def product_gram(module: Module) -> Tensor:
+    """Return the inner products ``<s_i B_i A_i, s_j B_j A_j>``, (n, n) float64, of terms of equal ranks.
+
+    ``tr((B_j^T B_i) (A_i A_j^T))`` is the sum of the entries of a block of ``B^T B * A A^T``; it is the same
+    for all factors of the same products.
+    """
+    left, right = module.grams or gram_matrices(module.factors)
+    n = len(module.terms)
+    scalings = torch.tensor([term.scaling for term in module.terms], dtype=torch.float64)
+    sums = (left * right).reshape(n, module.rank, n, module.rank).sum(dim=(1, 3))
+    return scalings[:, None] * sums * scalings
+
+
 def best_means(
-    modules: Mapping[int, Module], factorization: Factorization, *, have_mean: bool = True
+    modules: Mapping[int, Module],
+    factorization: Factorization,
+    *,
+    have_mean: bool = True,
+    center: int | None = None,
 ) -> dict[int, BestMean]:
     """Return the best low-rank means of the modules for which Gram matrices are accurate enough.
 
@@ -85,6 +104,7 @@ def best_means(
         factorization: As in ``LowRankMean``; "procrustes" needs modules that have a mean.
         have_mean: Whether the factors of each module have a mean: all parties' ranks and scalings are those
             of the result, not only those of the parties that count.
+        center: Index of the term whose factors "procrustes" stays near to; None for the mean of all.
     """
     groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for k, module in modules.items():
@@ -96,17 +116,17 @@ def best_means(
         size = max(1, _BATCH // sum(ranks) ** 2)
         for start in range(0, len(indices), size):
             batch = indices[start : start + size]
-            means = _best_of_batch([modules[k] for k in batch], factorization, have_mean)
+            means = _best_of_batch([modules[k] for k in batch], factorization, have_mean, center)
             found.update({k: mean for k, mean in zip(batch, means, strict=True) if mean is not None})
     return found
 
 
 def _best_of_batch(
-    modules: Sequence[Module], factorization: Factorization, have_mean: bool
+    modules: Sequence[Module], factorization: Factorization, have_mean: bool, center: int | None
 ) -> list[BestMean | None]:
     """Return the best means of modules that have ranks in common; None where Gram matrices are too coarse."""
     found: list[BestMean | None] = [None] * len(modules)
-    stacks = _Stacks.of(modules)
+    stacks = _Stacks.of(modules, center)
     svd, accurate = stacks.decompose(modules[0].rank)
     (at,) = accurate.nonzero(as_tuple=True)
     if not len(at):
@@ -115,7 +135,8 @@ def _best_of_batch(
     target = svd.s / torch.tensor([[modules[k].scaling] for k in at], dtype=torch.float64)
     agree = torch.zeros(len(at), dtype=torch.bool)
     if have_mean:
-        mean, agree = stacks.mean_factors(svd), stacks.agree()
+        mean = stacks.mean_factors(svd)
+        agree = stacks.agree() if center is None else agree
     if have_mean and factorization == "procrustes":
         left, right = nearest(mean, target)
     else:
@@ -162,7 +183,7 @@ class _Stacks:
     Args:
         b: Gram matrices of ``[B_1, B_2, ...]``, (modules, R, R).
         a: Gram matrices of ``[A_1; A_2; ...]``, (modules, R, R).
-        shares: The parties' shares, one for each of their ranks, (modules, R).
+        shares: The parties' shares in the mean factors, one for each of their ranks, (modules, R).
         coefficients: The shares times the parties' scalings, (modules, R).
         ranks: The parties' ranks.
     """
@@ -174,19 +195,23 @@ class _Stacks:
     ranks: tuple[int, ...]
 
     @classmethod
-    def of(cls, modules: Sequence[Module]) -> "_Stacks":
-        grams = [gram_matrices(module.factors) for module in modules]
+    def of(cls, modules: Sequence[Module], center: int | None) -> "_Stacks":
+        grams = [module.grams or gram_matrices(module.factors) for module in modules]
         ranks = modules[0].ranks
         repeats = torch.tensor(ranks)
         shares = torch.tensor([[t.share for t in module.terms] for module in modules], dtype=torch.float64)
         scalings = torch.tensor(
             [[t.scaling for t in module.terms] for module in modules], dtype=torch.float64
         )
+        coefficients = shares * scalings
+        if center is not None:
+            shares = torch.zeros_like(shares)
+            shares[:, center] = 1
         return cls(
             torch.stack([b for b, _ in grams]),
             torch.stack([a for _, a in grams]),
             shares.repeat_interleave(repeats, dim=1),
-            (shares * scalings).repeat_interleave(repeats, dim=1),
+            coefficients.repeat_interleave(repeats, dim=1),
             ranks,
         )
 

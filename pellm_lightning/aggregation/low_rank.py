@@ -1,6 +1,7 @@
 """Aggregation by the best low-rank approximation of the mean of the products."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -185,6 +186,46 @@ class LowRankMean(Aggregation):
         combined = gathering.from_owners(pairs, results, context.federation)
         known = {} if context.federation.lossy else {k: x.squares for k, x in best.items() if x.squares}
         return CombinedFactors(_finite(pairs, combined), terms, known)
+
+
+def nearest_to_anchors(
+    pairs: Sequence[Factors], modules: Mapping[int, gram.Module], federation: Collectives
+) -> CombinedFactors:
+    """Return the best factors of weighted products, chosen nearest to the anchors, whatever the parties'.
+
+    Args:
+        pairs: All pairs.
+        modules: Those that this party owns, by index; the last term of each is the anchor.
+        federation: Collectives of the round's members.
+    """
+    terms = {k: list(module.terms) for k, module in modules.items()}
+    results = {k: same for k, of_pair in terms.items() if (same := _in_common(of_pair)) is not None}
+    center = max((len(of_pair) for of_pair in terms.values()), default=1) - 1
+    others = {k: module for k, module in modules.items() if k not in results}
+    best = gram.best_means(others, "procrustes", center=center)
+    results |= {k: mean.factors for k, mean in best.items()}
+    for k in terms.keys() - results.keys():
+        b, a = terms[k][-1].b.double(), terms[k][-1].a.double()
+        low = factors.truncated_svd(stack_of(terms[k]), modules[k].rank)
+        low = factors.fill_null_directions(low, b, a)
+        of_a, of_b, _ = factors.terms_of_means(b, a, low)
+        near = MeanFactors(of_a, of_b, math.nan, factors.exceeds_full_rank(low, a))
+        results[k] = _factorize(pairs[k], low, near, "procrustes")
+    combined = gathering.from_owners(pairs, results, federation)
+    known = {} if federation.lossy else {k: x.squares for k, x in best.items() if x.squares}
+    return CombinedFactors(_finite(pairs, combined), terms, known)
+
+
+def _in_common(terms: Sequence[Term]) -> tuple[Tensor, Tensor] | None:
+    """Return the parties' factors if they are the same to the bit and are the result; None if not."""
+    first, *others, anchor = terms
+    alike = all(_equal(first, other) for other in others)
+    is_whole = abs(anchor.share) < 1e-9 or _equal(first, anchor)
+    return (first.b.float(), first.a.float()) if alike and is_whole else None
+
+
+def _equal(term: Term, other: Term) -> bool:
+    return torch.equal(term.b, other.b) and torch.equal(term.a, other.a)
 
 
 def _factorize(

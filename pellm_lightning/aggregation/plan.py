@@ -10,6 +10,7 @@ from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, C
 from pellm_lightning.aggregation.lora import LoraModule, Pair, find_pairs
 from pellm_lightning.aggregation.low_rank import LowRankMean
 from pellm_lightning.aggregation.mean import Mean
+from pellm_lightning.aggregation.robust import NormBound, RobustRule, SenderNormBound
 
 
 class Plan:
@@ -38,6 +39,8 @@ class Plan:
     ) -> None:
         names = sorted(names)
         self.rule: Aggregation = _default(capabilities) if rule is None else rule
+        if capabilities == "sums" and isinstance(rule, NormBound) and not rule.mixing:
+            self.rule = SenderNormBound(rule.factor)
         _check_requirement(self.rule, capabilities)
         self.modules = dict(modules or {})
         pairs = find_pairs(names)
@@ -56,7 +59,7 @@ class Plan:
         self._part = dict.fromkeys(names, Part.OTHER)
         for pair in self.pairs:
             self._part |= {pair.a: Part.A, pair.b: Part.B}
-        if not self.pairs and not isinstance(rule, Mean | None):
+        if not self.pairs and not isinstance(rule, Mean | RobustRule | None):
             raise ValueError(
                 f"{self.rule!r} found no LoRA pair (...lora_A.<adapter>.weight with its lora_B) among the"
                 f" {len(names)} trainable parameters{f', such as {names[0]!r}' if names else ''}. Use Mean()"
@@ -114,6 +117,16 @@ def _default(capabilities: Capability) -> Aggregation:
 
 
 def _check_requirement(rule: Aggregation, capabilities: Capability) -> None:
+    if isinstance(rule, RobustRule) and capabilities not in ("parties", "rounded"):
+        why = {
+            "sums": "and secure aggregation reveals sums only. Use NormBound(), with which each party bounds"
+            " its own update",
+            "means": "and differential privacy bounds and hides these already, while drift corrections send"
+            " more than updates. Use Mean(), whose influence privacy's clipping bounds",
+            "sparse": "and exchange.TopK(...) sends a small part of each, of which the rest looks like zero."
+            " Use exchange.Quantized(...) or Cast(...)",
+        }[capabilities]
+        raise ValueError(f"{rule!r} compares the parties' single updates, {why}, or exchange.Plain().")
     if capabilities == "sums" and rule.requires == "parties":
         raise ValueError(
             f"{rule!r} needs single parties' factors, and secure aggregation reveals sums only. Use Mean(),"

@@ -15,6 +15,7 @@ from pellm_lightning.callbacks.drift.base import DriftCorrection, check_optimize
 from pellm_lightning.callbacks.parameters import Parameters
 from pellm_lightning.callbacks.schedule import ARGUMENTS, Schedule, schedule
 from pellm_lightning.callbacks.weight_averaging import agreed
+from pellm_lightning.callbacks.weighting import Measure, Weighting
 from pellm_lightning.comm import Communicator, Quorum
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
@@ -46,7 +47,17 @@ class AggregatorFactory:
     every_n_epochs: int | None
     every_n_steps: int | None
     every_n_seconds: float | None
-    weighting: Literal["samples", "uniform"] | float
+    weighting: Measure | Weighting
+
+    @property
+    def weight_by(self) -> Measure:
+        """What the parties count by."""
+        return Weighting.of(self.weighting).by
+
+    @property
+    def max_share(self) -> float | None:
+        """Cap on a party's share of the weights; None for none."""
+        return Weighting.of(self.weighting).max_share
 
     @property
     def schedule(self) -> Schedule:
@@ -113,7 +124,7 @@ class AggregatorFactory:
             adapters=adapter_configs(module),
             config={
                 **{name: getattr(self, name) for name in ARGUMENTS},
-                "weighting": self.weighting if isinstance(self.weighting, str) else "a number",
+                "weighting": self.weight_by if isinstance(self.weight_by, str) else "a number",
                 "inner_optimizer_state": self.inner_optimizer_state,
                 "weight averaging": agreed(trainer),
             },
@@ -122,6 +133,7 @@ class AggregatorFactory:
             overlap=self.overlap,
             on_nonfinite=self.on_nonfinite,
             quorum=self.quorum,
+            max_share=self.max_share,
             state_dir=state_dir,
         )
 

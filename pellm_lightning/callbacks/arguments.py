@@ -17,9 +17,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from pellm_lightning.aggregation import Aggregation, Krum
+from pellm_lightning.aggregation.robust import RobustRule
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.engine.outer_optimizer import (
     OptimizerFactory,
     SchedulerFactory,
@@ -33,22 +34,22 @@ from pellm_lightning.trainer.isolation import callbacks_of
 log = logging.getLogger(__name__)
 
 
-def weighting(value: object) -> None:
-    """Check the argument of that name."""
-    if isinstance(value, str):
-        one_of("weighting", value, ("samples", "uniform"))
-    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_WEIGHT:
-        raise ValueError(
-            f"weighting={value!r} must be 'samples', 'uniform' or a number of 0 to {MAX_WEIGHT:g} (2^53)."
-        )
-
-
 def privacy(mechanism: object, weighting: object) -> None:
     """Check the argument of that name."""
     if mechanism is not None and weighting != "uniform":
         raise ValueError(
             f"weighting={weighting!r} does not go with differential privacy: a weight would be a factor of"
             " what one party can change. Set weighting='uniform'."
+        )
+
+
+def warn_of_uncapped(rule: Aggregation | None, by: object, max_share: float | None) -> None:
+    """Warn that a robust rule respects weights, which are only what parties say."""
+    if isinstance(rule, RobustRule) and not isinstance(rule, Krum) and by != "uniform" and max_share is None:
+        log.warning(
+            "%r respects weights, and a party may claim any: whoever claims most of the weight decides. Cap"
+            " shares by weighting=Weighting(max_share=0.4), or use weighting='uniform'.",
+            rule,
         )
 
 

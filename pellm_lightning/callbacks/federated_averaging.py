@@ -16,6 +16,7 @@ from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
 from pellm_lightning.callbacks.fit import FederatedFit, state_dir, stopped_path
 from pellm_lightning.callbacks.parameters import Parameters
 from pellm_lightning.callbacks.schedule import schedule
+from pellm_lightning.callbacks.weighting import Weighting
 from pellm_lightning.comm import Communicator, Federation, Quorum, check_quorum
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
@@ -54,6 +55,7 @@ class FederatedAveraging(Callback):
             last exchange: all parties come at about the same time, however many steps each has made.
         weighting: How much a party counts: "samples" by the training samples it consumed since the last
             round, all its processes together; "uniform" all alike; a number is this party's own fixed weight.
+            ``Weighting`` also caps the share of each party.
         aggregation: What is computed from the parties' parameters, from ``pellm_lightning.aggregation``.
             Default: ``LowRankMean()`` for LoRA, the weighted mean for all else.
         exchange: How values are summed over the parties, from ``pellm_lightning.exchange``: ``Plain()``,
@@ -73,7 +75,8 @@ class FederatedAveraging(Callback):
             counted. Its epochs are rounds.
         inner_optimizer_state: "keep" lets the local optimizers keep their moments after a round,
             "reset" clears them.
-        on_nonfinite: A party whose parameters hold NaN or infinity is left out of the round, takes over its
+        on_nonfinite: A party whose parameters hold NaN or infinity, or whose update has a thousand times the
+            median norm of the others', is left out of the round, takes over its
             result and clears its local optimizers ("exclude"), or all parties stop with an error ("raise").
         quorum: Parties that must have trained in a round for it to move the global parameters: more than half
             of all ("majority"), or a number. When fewer still train, the federation ends for all with the
@@ -102,7 +105,7 @@ class FederatedAveraging(Callback):
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         every_n_seconds: float | None = None,
-        weighting: Literal["samples", "uniform"] | float = "samples",
+        weighting: Literal["samples", "uniform"] | float | Weighting = "samples",
         aggregation: Aggregation | None = None,
         exchange: Exchange | None = None,
         privacy: GaussianMechanism | None = None,
@@ -126,8 +129,7 @@ class FederatedAveraging(Callback):
         ):
             arguments.instance_of(name, value, kind)
         schedule(every_n_epochs, every_n_steps, every_n_seconds)
-        arguments.weighting(weighting)
-        arguments.privacy(privacy, weighting)
+        arguments.privacy(privacy, Weighting.of(weighting).by)
         arguments.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
         arguments.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
         check_quorum(quorum)

@@ -13,7 +13,12 @@ from torch import nn
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
-from pellm_lightning.callbacks.fit_facts import FitFacts, warn_of_unequal_fits
+from pellm_lightning.callbacks.fit_facts import (
+    FitFacts,
+    expected_shares,
+    expected_weight,
+    warn_of_unequal_fits,
+)
 from pellm_lightning.callbacks.fit_loop import FederatedLoop, Started
 from pellm_lightning.callbacks.trainable import CURE, TrainableSet
 from pellm_lightning.callbacks.weight_averaging import (
@@ -122,7 +127,7 @@ class FederatedFit:
         )
         if not factory.parameters.save_frozen:
             arguments.checkpoints(trainer)
-        self._shares_loss = not arguments.protects_records(trainer, factory.weighting)
+        self._shares_loss = not arguments.protects_records(trainer, factory.weight_by)
 
     def check_module(self) -> None:
         """Refuse what the aggregation cannot handle; the module has its adapter by now.
@@ -268,6 +273,7 @@ class FederatedFit:
         if self._communicator is None:
             raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
         trainer, factory = self._trainer, self._factory
+        weight = expected_weight(trainer, factory.weight_by, factory.schedule, self.party.topology.party_size)
         shares_steps = self._shares_loss and not factory.exchange.is_secure and factory.privacy is None
         return factory.make(
             self._communicator,
@@ -276,7 +282,7 @@ class FederatedFit:
             trainable,
             plan,
             self._auxiliary,
-            facts=asdict(FitFacts.of(trainer, self.validation.names, shares_steps=shares_steps)),
+            facts=asdict(FitFacts.of(trainer, self.validation.names, weight, shares_steps=shares_steps)),
             state_dir=state_dir(trainer, self.party.topology.party, self._jobs),
         )
 
@@ -304,6 +310,7 @@ class FederatedFit:
         if topology.party == 0:
             quorum = int(started.settings["quorum"] or 1)
             warn_of_unequal_fits(topology.name, started.facts, factory.every_n_steps, quorum)
+            arguments.warn_of_uncapped(factory.aggregation, factory.weight_by, factory.max_share)
         self.reporter.start(
             self._module,
             plan,
@@ -312,6 +319,7 @@ class FederatedFit:
             factory.privacy,
             round=started.round,
             written=self._written(),
+            shares=expected_shares(started.facts, factory.max_share),
         )
         if self._communicator is not None:
             self.reporter.show(self._communicator.phases)

@@ -8,8 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from pellm_lightning.aggregation.influence import capped
+from pellm_lightning.callbacks.schedule import Schedule
+from pellm_lightning.callbacks.weighting import Measure
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.trainer.isolation import callbacks_of
+from pellm_lightning.trainer.samples import samples_from
 
 _PREFIX = "federated/"
 # What each round gives, and no validation.
@@ -25,6 +29,7 @@ class FitFacts:
     Args:
         steps_per_epoch: Optimizer steps of an epoch; None if unknown, or not to be told.
         steps: Optimizer steps of the whole fit; None as above.
+        weight: Weight that the party will have in a round; None as above.
         validates: Whether the fit validates at all.
         metrics: Names of what its validation logs, as the sanity check has shown; None if that is unknown.
         monitors: Class name and metric of what monitors a federated metric of its validation.
@@ -32,23 +37,28 @@ class FitFacts:
 
     steps_per_epoch: int | None = None
     steps: int | None = None
+    weight: float | None = None
     validates: bool = True
     metrics: list[str] | None = None
     monitors: list[list[str]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, trainer: Trainer, metrics: Sequence[str] | None, *, shares_steps: bool) -> "FitFacts":
+    def of(
+        cls, trainer: Trainer, metrics: Sequence[str] | None, weight: float, *, shares_steps: bool
+    ) -> "FitFacts":
         """Return the facts of a fit that is about to train.
 
         Args:
             trainer: What the fit is run by.
             metrics: What the sanity check has logged; None if there was none.
+            weight: As from ``expected_weight``.
             shares_steps: Whether the others may know how many steps there are, which tells how many samples.
         """
         per_epoch, steps = steps_per_epoch(trainer), planned_steps(trainer)
         return cls(
             steps_per_epoch=int(per_epoch) if shares_steps and math.isfinite(per_epoch) else None,
             steps=int(steps) if shares_steps and math.isfinite(steps) else None,
+            weight=weight if shares_steps and math.isfinite(weight) else None,
             validates=trainer.enable_validation and sum(trainer.num_val_batches) > 0,
             metrics=None if metrics is None else list(metrics),
             monitors=[list(pair) for pair in _monitors(trainer)],
@@ -63,6 +73,7 @@ class FitFacts:
         metrics, monitors = value["metrics"], value["monitors"]
         readable = (
             all(number is None or (type(number) is int and number >= 0) for number in numbers)
+            and (value["weight"] is None or (_is_number(value["weight"]) and value["weight"] >= 0))
             and isinstance(value["validates"], bool)
             and (metrics is None or (isinstance(metrics, list) and _are_texts(metrics)))
             and isinstance(monitors, list)
@@ -89,6 +100,41 @@ def planned_steps(trainer: Trainer) -> float:
         by_epochs = max_epochs * steps_per_epoch(trainer)
         planned = max_steps if math.isnan(by_epochs) else min(max_steps, by_epochs)
     return planned if math.isfinite(planned) else math.nan
+
+
+def expected_weight(trainer: Trainer, by: Measure, schedule: Schedule, processes: int) -> float:
+    """Return a party's weight in a round, before the first; NaN if nobody knows.
+
+    Args:
+        trainer: What the fit is run by.
+        by: What the parties count by.
+        schedule: When a round is due.
+        processes: Processes of the party.
+    """
+    if by != "samples":
+        return 1.0 if isinstance(by, str) else float(by)
+    batches, per_epoch = trainer.num_training_batches, steps_per_epoch(trainer)
+    first = samples_from(trainer.train_dataloader, 0)
+    if not (math.isfinite(per_epoch) and per_epoch) or first is None or schedule.unit == "seconds":
+        return math.nan
+    last = samples_from(trainer.train_dataloader, int(batches) - 1) or first
+    samples = processes * (first * (batches - 1) + last)
+    return samples * schedule.n / (per_epoch if schedule.unit == "steps" else 1)
+
+
+def expected_shares(facts: Mapping[str, Any], max_share: float | None) -> dict[str, float]:
+    """Return each party's share of the weights, by its name; empty if one is unknown.
+
+    Args:
+        facts: As in ``warn_of_unequal_fits``.
+        max_share: Cap on the shares; None for none.
+    """
+    weights = [FitFacts.from_json(told).weight for told in facts.values()]
+    known = [weight for weight in weights if weight is not None]
+    if len(known) < len(weights) or not sum(known):
+        return {}
+    known = known if max_share is None else capped(known, max_share)
+    return {name: weight / sum(known) for name, weight in zip(facts, known, strict=True)}
 
 
 def warn_of_unequal_fits(
@@ -174,6 +220,10 @@ def _monitors(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
 def _by_party(values: Mapping[str, int]) -> str:
     return ", ".join(f"{value} (party {name})" for name, value in values.items())
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _are_texts(values: Sequence[Any]) -> bool:

@@ -104,7 +104,7 @@ class FederatedLoop:
         self._party = party
         self._plan = plan
         self._trainable = trainable
-        self._weighting = factory.weighting
+        self._weighting = factory.weight_by
         self._overlap = factory.overlap
         self._schedule = factory.schedule
         self._resets_inner = factory.inner_optimizer_state == "reset"

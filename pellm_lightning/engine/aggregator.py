@@ -83,11 +83,14 @@ class Aggregator:
         overlap: Lets rounds run in the background, between ``begin`` and ``apply``, with copies of the
             parameters in CPU memory, or exchange a fragment of them at a time, each with an outer optimizer
             state of its own; None for neither.
-        on_nonfinite: What to do when a party's parameters hold NaN or infinity: leave it out of the round
+        on_nonfinite: What to do when a party's parameters hold NaN or infinity, or its update has a thousand
+            times the median norm of the others': leave it out of the round
             and give it the result, or raise at every party.
         quorum: Parties that must have trained in a round for it to move the global parameters: more than half
             of all ("majority"), or a number. With fewer, all go back to the last result of a quorum; if the
             others are through, or it happens twice in a row, that is the end (``RoundReport.last``).
+        max_share: Cap on a party's share of the weights, above 0 and at most 1: what exceeds it does not
+            count. None for none.
         state_dir: Where a party of separate jobs keeps the global state through a restart; None keeps it in
             memory only.
 
@@ -129,6 +132,7 @@ class Aggregator:
         overlap: Overlap | None = None,
         on_nonfinite: OnNonfinite = "exclude",
         quorum: Quorum = "majority",
+        max_share: float | None = None,
         state_dir: str | Path | None = None,
     ) -> None:
         self.federation = federation
@@ -147,6 +151,7 @@ class Aggregator:
             outer_scheduler=outer_scheduler,
             on_nonfinite=on_nonfinite,
             quorum=quorum,
+            max_share=max_share,
             overlap=overlap,
             config=config or {},
         )

@@ -7,11 +7,13 @@ from typing import Any, Literal, TypeAlias
 
 from pellm_lightning.aggregation.base import Aggregation, Capability
 from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.aggregation.robust import RobustRule, SenderNormBound
 from pellm_lightning.comm import Communicator, Quorum, resolve_quorum
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
 from pellm_lightning.engine.overlap import Overlap
+from pellm_lightning.engine.sender_bounds import SenderBounds
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy.mechanism import GaussianMechanism
 from pellm_lightning.privacy.processor import DPProcessor
@@ -44,6 +46,8 @@ class EngineContext:
     on_nonfinite: OnNonfinite = "exclude"
     quorum: int = 1
     """Parties that must have trained in a round for it to move anything."""
+    max_share: float | None = None
+    """Cap on a party's share of the weights; None for none."""
     fragments: int = 1
     settings: Settings = field(default_factory=dict)
     """What all parties must agree on, by name."""
@@ -54,6 +58,13 @@ class EngineContext:
         return max(
             self.exchange.min_participants, 1 if self.privacy is None else self.privacy.min_participants
         )
+
+    def new_sender_bounds(self) -> SenderBounds | None:
+        """Return the bounds that a party applies to what it sends itself; None where the others can."""
+        norm_factor = self.plan.rule.factor if isinstance(self.plan.rule, SenderNormBound) else None
+        if not self.exchange.is_secure or (norm_factor is None and self.max_share is None):
+            return None
+        return SenderBounds(norm_factor, self.max_share)
 
     @property
     def shares_figures(self) -> bool:
@@ -72,6 +83,7 @@ def make_context(
     outer_scheduler: SchedulerFactory | None,
     on_nonfinite: OnNonfinite,
     quorum: Quorum,
+    max_share: float | None,
     overlap: Overlap,
     config: Settings,
 ) -> EngineContext:
@@ -86,6 +98,7 @@ def make_context(
     measures = _measures(plan.rule, exchange, private=privacy is not None)
     _check_privacy(privacy, exchange)
     _check_federation(federation, plan.rule, needed)
+    _check_robust(plan.rule, federation.max_parties, max_share)
     _warn_of_unmanaged(federation, plan)
     outer.check(plan.rule, optimizer, scheduled=scheduled)
     # One subtraction then, which has the same bits at all parties; more is compared.
@@ -97,6 +110,7 @@ def make_context(
     settings: dict[str, Any] = {
         "on_nonfinite": on_nonfinite,
         "quorum": needed,
+        "max_share": max_share,
         "fragments": overlap.fragments,
         "overlap": repr(overlap) if overlap.in_background else None,
         "outer_optimizer": outer.describe(optimizer),
@@ -119,6 +133,7 @@ def make_context(
         measures_deviation=measures,
         on_nonfinite=on_nonfinite,
         quorum=needed,
+        max_share=max_share,
         fragments=overlap.fragments,
         settings=settings | dict(config),
     )
@@ -185,6 +200,17 @@ def _check_federation(federation: Communicator, rule: Aggregation, quorum: int) 
         raise ValueError(
             f"The federation lets {federation.quorum} of its {federation.max_parties} parties meet, but a"
             f" round would need quorum={quorum}. Give both the same quorum."
+        )
+
+
+def _check_robust(rule: Aggregation, max_parties: int, max_share: float | None) -> None:
+    """Refuse a robust rule that would protect nobody; a party alone may try its script."""
+    if max_share is not None and not 0 < max_share <= 1:
+        raise ValueError(f"max_share={max_share!r} must be above 0 and at most 1.")
+    if isinstance(rule, RobustRule) and 1 < max_parties < rule.min_parties:
+        raise ValueError(
+            f"{rule!r} protects {rule.min_parties} parties or more, and these are {max_parties}. Expect fewer"
+            " malicious parties, or use Mean(), which leaves out what is not finite."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pellm_lightning.aggregation import gathering
-from pellm_lightning.aggregation.base import EVERYTHING, Factors, RoundContext, Term
+from pellm_lightning.aggregation.base import EVERYTHING, CombinedFactors, Factors, RoundContext, Term
 from pellm_lightning.aggregation.base_writing import write_residual_
 from pellm_lightning.aggregation.deviation import deviation, squared_deviations
 from pellm_lightning.aggregation.lora import Pair, matrix
@@ -84,9 +84,18 @@ class LoraAggregator:
 
     def combine(self, updates: UpdateReducer, counting: RoundContext) -> LoraResult:
         """Combine the pairs of a fragment by the rule, and measure the result; nothing is written yet."""
+        pairs = self.factors(updates)
+        return self.result(updates, pairs, self._plan.rule.combine(pairs, counting), counting)
+
+    def result(
+        self,
+        updates: UpdateReducer,
+        pairs: Sequence[Factors],
+        combined: CombinedFactors,
+        counting: RoundContext,
+    ) -> LoraResult:
+        """Measure what was combined of a fragment's pairs."""
         rule = self._plan.rule
-        pairs = self._factors(updates)
-        combined = rule.combine(pairs, counting)
         replaced: dict[str, Tensor] = {}
         if combined.factors is not None:
             for pair, (b, a) in zip(pairs, combined.factors, strict=True):
@@ -129,12 +138,13 @@ class LoraAggregator:
 
     def write_base_(self, updates: UpdateReducer, terms: Mapping[int, Sequence[Term]]) -> Deviation:
         """Write into the frozen weights what the factors, as they are now, lack of the parties' mean."""
-        pairs = self._factors(updates)
+        pairs = self.factors(updates)
         squares = write_residual_(pairs, terms, self._federation)
         owned = gathering.owned(len(pairs), self._federation)
         return deviation(pairs, {k: squares[k] for k in owned}, self._federation)
 
-    def _factors(self, updates: UpdateReducer) -> list[Factors]:
+    def factors(self, updates: UpdateReducer) -> list[Factors]:
+        """Return the pairs of a fragment, with this party's factors."""
         anchors = updates.layout.views(updates.global_)
         return [
             Factors(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from pellm_lightning.aggregation import influence
 from pellm_lightning.aggregation.base import RoundContext
 from pellm_lightning.comm import Collectives, FederationError, MismatchError
 from pellm_lightning.engine.context import EngineContext
@@ -25,7 +26,7 @@ class Participants:
         weights: Weight of each party that meets, in their order; 0 for who does not count. Where the exchange
             hides weights, 1 for who counts.
         trained: Who has trained, by index, whatever its weight.
-        excluded: Whose values are not finite, by index.
+        excluded: Whose values are not finite, or absurdly large, by index.
 
     Example:
         >>> Participants(weights=[8.0, 0.0, 4.0], trained=[0, 2], excluded=[1])
@@ -51,6 +52,8 @@ class ParticipantFilter:
         self._on_nonfinite = context.on_nonfinite
         self._min_participants = context.min_participants
         self._fragments = context.fragments
+        self._max_share = context.max_share
+        self._warned_of_share = False
         self.quorum = context.quorum
 
     def select(
@@ -71,37 +74,50 @@ class ParticipantFilter:
         said = self._weights(headers, round)
         excluded = [party for party, header in enumerate(headers) if not header.fine]
         if excluded:
-            said = self._without(excluded, said, round, first_nonfinite())
+            said = self._without(excluded, said, self._nonfinite(excluded, round, first_nonfinite()))
         weights = self._sendable(headers, said, round)
         trained = self._trained(headers, said, weights, excluded)
         return Participants(self._allowed(weights, trained, round, failed), trained, excluded)
 
     def exclude(
-        self, selected: Participants, fine: Sequence[bool], round: int, first: Callable[[], str | None]
+        self,
+        selected: Participants,
+        fine: Sequence[bool],
+        round: int,
+        first: Callable[[], str | None],
+        norms: Sequence[float] = (),
     ) -> Participants:
-        """Return the participants without those whose values have turned out not to be finite.
+        """Return the participants without those whose values have turned out not to be finite, or absurd.
 
         Args:
             selected: As selected by the headers.
             fine: Party by party, whether all its values were finite.
             round: The round.
             first: As in ``select``.
+            norms: Party by party, the norm of its update; empty where these are hidden.
 
         Raises:
             FederationError: If ``on_nonfinite="raise"`` applies, nobody is left, or the exchange is secure.
         """
         weights = selected.weights
         late = [party for party, is_fine in enumerate(fine) if not is_fine and weights[party] > 0]
-        if selected.excluded or not late:
+        judged = [party for party, weight in enumerate(weights) if norms and weight > 0 and party not in late]
+        absurd = [judged[k] for k in influence.absurd([norms[party] for party in judged])]
+        if not late and not absurd:
             return selected
-        weights = self._without(late, weights, round, first())
+        if late:
+            weights = self._without(late, weights, self._nonfinite(late, round, first()))
+        if absurd:
+            weights = self._without(absurd, weights, self._absurd(absurd, round, norms))
+        late = sorted([*late, *absurd])
         if self._is_secure:  # the difference of two sums would be what was left out
             raise FederationError(
                 f"Round {round}: an update of party {self._federation.called(late)} exceeds"
                 " float32. No parameter was changed. Lower that party's learning rate."
             )
         trained = [party for party in selected.trained if party not in late]
-        return Participants(self._in_quorum(weights, trained), trained, late)
+        excluded = sorted([*selected.excluded, *late])
+        return Participants(self._in_quorum(weights, trained), trained, excluded)
 
     # ---- the single rules
 
@@ -129,21 +145,30 @@ class ParticipantFilter:
             )
         return weights
 
-    def _without(
-        self, excluded: Sequence[int], weights: Sequence[float], round: int, first: str | None
-    ) -> list[float]:
-        """Return the weights without those whose values are not finite.
+    def _nonfinite(self, excluded: Sequence[int], round: int, first: str | None) -> str:
+        """Return what is wrong with parties whose values are not finite."""
+        who, here = self._federation.called(excluded), ""
+        if self._federation.party in excluded:
+            here = " Here an update exceeds float32."
+            if first:
+                here = f" Here the first such parameter is {first!r}."
+        return f"Round {round}: the parameters of party {who} hold NaN or infinity.{here}"
+
+    def _absurd(self, excluded: Sequence[int], round: int, norms: Sequence[float]) -> str:
+        """Return what is wrong with parties whose updates are out of all proportion."""
+        sizes = ", ".join(f"{norms[party]:.3g}" for party in excluded)
+        return (
+            f"Round {round}: the update of party {self._federation.called(excluded)} has norm {sizes},"
+            f" {influence.ABSURD:g} times the median of the others' or more."
+        )
+
+    def _without(self, excluded: Sequence[int], weights: Sequence[float], message: str) -> list[float]:
+        """Return the weights without those of which ``message`` says what is wrong.
 
         Raises:
             FederationError: If ``on_nonfinite="raise"`` applies, or nobody is left.
         """
-        federation, here = self._federation, ""
-        if federation.party in excluded:
-            here = " Here an update exceeds float32."
-            if first:
-                here = f" Here the first such parameter is {first!r}."
-        who = federation.called(excluded)
-        message = f"Round {round}: the parameters of party {who} hold NaN or infinity.{here}"
+        federation = self._federation
         rest = [0.0 if party in excluded else weight for party, weight in enumerate(weights)]
         cure = " Lower that party's learning rate, clip its gradients, or look at its data."
         if self._on_nonfinite == "raise" or sum(rest) == 0:
@@ -214,8 +239,12 @@ class ParticipantFilter:
         return self._in_quorum(weights, trained)
 
     def _in_quorum(self, weights: Sequence[float], trained: Sequence[int]) -> list[float]:
-        """Return the weights; all 0 if fewer than a quorum have trained."""
-        return list(weights) if len(trained) >= self.quorum else [0.0] * len(weights)
+        """Return the weights, capped; all 0 if fewer than a quorum have trained."""
+        if len(trained) < self.quorum:
+            return [0.0] * len(weights)
+        if self._max_share is None or self._is_secure:  # who hides its weight caps it itself
+            return list(weights)
+        return influence.capped(weights, self._max_share)
 
     # ---- shares
 
@@ -343,7 +372,7 @@ def _why_idle(header: Header, excluded: bool) -> str | None:
     if header.purpose is Purpose.DONE:
         return "has made all its steps"
     if excluded or not header.fine:
-        return "holds NaN or infinity"
+        return "holds NaN or infinity" + ("" if not header.fine else ", or sent an absurdly large update")
     return "has just come (back)" if header.behind or header.purpose is Purpose.JOIN else None
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pellm_lightning.aggregation.base import RoundContext
+from pellm_lightning.aggregation.robust import CoordinatewiseRule, WeighingRule
 from pellm_lightning.comm import Collectives, PartyLostError
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
@@ -19,6 +20,7 @@ from pellm_lightning.engine.coordination import Coordinator, Header, Purpose
 from pellm_lightning.engine.global_state import GlobalState
 from pellm_lightning.engine.lora_step import LoraResult
 from pellm_lightning.engine.participants import ParticipantFilter, Participants, Shortage
+from pellm_lightning.engine.robust import RobustReducer
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.engine.state_transfer import send_state
 from pellm_lightning.engine.updates import ReducedFlags
@@ -58,6 +60,8 @@ class ReduceResult:
     total_weight: float
     lora: LoraResult | None
     """Results for the LoRA factors; None without any, or if nobody counted."""
+    influence: Sequence[float]
+    """Weight of each member's update in the result; empty where it is hidden, or has none."""
 
 
 class RoundRunner:
@@ -75,6 +79,8 @@ class RoundRunner:
         self._coordinator = coordinator
         self._state = state
         self._filter = ParticipantFilter(context)
+        rule = context.plan.rule
+        self._robust = RobustReducer(rule) if isinstance(rule, WeighingRule | CoordinatewiseRule) else None
         self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
 
@@ -173,7 +179,9 @@ class RoundRunner:
         shares = self._round_context(local, sums, participants.weights)
         self._note_release(shares)
         update_norm, flags = updates.average(shares, local.loss, local.contribution)
-        participants = self._filter.exclude(selected, flags.fine, self._state.round, first_nonfinite)
+        participants = self._filter.exclude(
+            selected, flags.fine, self._state.round, first_nonfinite, flags.norms
+        )
         if participants is not selected:
             shares = self._round_context(local, sums, participants.weights)
             if shares.num_participants:
@@ -185,15 +193,20 @@ class RoundRunner:
         if self._context.exchange.is_secure and shares.num_participants:
             shares, total_weight = self._filter.normalized(shares, flags.total_weight), flags.total_weight
             updates.divide_(total_weight)
+            if updates.bounds is not None:
+                updates.bounds.end_round(total_weight, flags.mean_norm)
         if shares.num_participants:
             updates.apply_auxiliary_(shares, flags.effective_steps)
         if privacy is not None:
             released = self._releases - released_before
             privacy.end_round(failed + released, flags.clipping_bit if released else None)
+        influence: Sequence[float] = () if self._context.exchange.is_secure else shares.shares
         lora = None
-        if state.lora is not None and shares.num_participants and state.lora.has_pairs(updates):
+        if self._robust is not None and shares.num_participants:
+            influence, lora = self._robust.reduce_(updates, state.lora, shares)
+        elif state.lora is not None and shares.num_participants and state.lora.has_pairs(updates):
             lora = state.lora.combine(updates, shares)
-        return ReduceResult(participants, shares, flags, update_norm, total_weight, lora)
+        return ReduceResult(participants, shares, flags, update_norm, total_weight, lora, influence)
 
     def _end_round(self, headers: list[Header], local: LocalInput, reduced: ReduceResult) -> RoundReport:
         """Apply what was received, and advance to the next round."""
@@ -257,7 +270,7 @@ class RoundRunner:
             trained_parties=len(participants.trained),
             quorum=context.quorum,
             total_weight=reduced.total_weight,
-            weight=local.weight if counted else 0.0,
+            weight=self._own_weight(local, reduced) if counted else 0.0,
             excluded=tuple(self.federation.members[party] for party in participants.excluded),
             loss=reduced.flags.loss,
             update_norm=reduced.update_norm,
@@ -267,9 +280,17 @@ class RoundRunner:
             last=self._filter.is_last(headers, self._state.round, shortage),
             local_loss=local.loss,
             weights=() if context.exchange.is_secure else tuple(participants.weights),
+            influence=tuple(reduced.influence),
             losses=tuple(_finite(h.loss) for h in headers) if context.shares_figures else (),
             distances=tuple(_finite(h.distance) for h in headers) if context.shares_figures else (),
         )
+
+    def _own_weight(self, local: LocalInput, reduced: ReduceResult) -> float:
+        """Return the weight that this party had, which may be capped."""
+        if not self._context.exchange.is_secure:
+            return reduced.participants.weights[self.federation.party]
+        capped = self._context.max_share is not None
+        return reduced.shares.shares[self.federation.party] * reduced.total_weight if capped else local.weight
 
     # ---- sums
 
@@ -287,7 +308,10 @@ class RoundRunner:
         feedback = self._state.updates.error_feedback
         if feedback is not None:
             feedback.begin(self._state.round, [weight > 0 for weight in weights])
-        return self._filter.round_context(sums, weights, local.weight, self._state.round)
+        weight, bounds = local.weight, self._state.updates.bounds
+        if bounds is not None and weights[sums.party]:
+            weight = bounds.weight(weight, sum(weight > 0 for weight in weights))
+        return self._filter.round_context(sums, weights, weight, self._state.round)
 
     def _note_release(self, shares: RoundContext) -> None:
         """Count the noisy release that an open sum is; that of a secure sum is counted by ``_reveal``."""

@@ -36,7 +36,8 @@ class RoundReport:
     weight: float
     """This party's weight, 0 if it did not count."""
     excluded: tuple[int, ...]
-    """Parties left out because their parameters held NaN or infinity; they have received the result."""
+    """Parties left out because their parameters held NaN or infinity, or their update was a thousand times as
+    large as the others'; they have received the result."""
     loss: float | None
     """Mean of the parties' local training losses, weighted; None if no party gave one."""
     seconds: float = 0.0
@@ -69,6 +70,9 @@ class RoundReport:
     """Mean training loss of this party alone."""
     weights: tuple[float, ...] = ()
     """Of each party that took part, 0 if it did not count; empty where the exchange hides them."""
+    influence: tuple[float, ...] = ()
+    """Weight of each such party's update in the result, of sum 1 or less: its share of the weights, or what a
+    robust rule has made of it; empty where the exchange hides it, or a rule combines single numbers."""
     losses: tuple[float | None, ...] = ()
     """Mean training loss of each party that took part; empty where the exchange hides it, or with privacy."""
     distances: tuple[float | None, ...] = ()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pellm_lightning.aggregation.base import Parts, RoundContext
+from pellm_lightning.aggregation.robust import RobustRule
 from pellm_lightning.engine import outer_optimizer
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.context import EngineContext
@@ -18,6 +19,9 @@ from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors import portable
 from pellm_lightning.tensors.flat_buffer import Chunk, Layout
 
+_LARGEST = torch.finfo(torch.float32).max
+_SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class ReducedFlags:
@@ -25,6 +29,8 @@ class ReducedFlags:
 
     fine: list[bool]
     """Party by party, whether all its values are finite."""
+    norms: list[float]
+    """Party by party, the 2-norm of its update; empty where it must not be told."""
     total_weight: float
     """Sum of the weights as they were summed: 1, or where the exchange hides them, that of the parties'."""
     clipping_bit: float
@@ -33,6 +39,8 @@ class ReducedFlags:
     """Mean of the parties' training losses, weighted; None if no party gave one."""
     effective_steps: float
     """Mean of the parties' effective steps, weighted; 0 if updates are not rescaled."""
+    mean_norm: float
+    """Mean of the parties' norms, weighted, as they report them; 0 unless senders bound them."""
 
 
 class UpdateReducer:
@@ -51,6 +59,8 @@ class UpdateReducer:
         # If the exchange rounds float32, the flags cross apart, in float64.
         self._exact = context.exchange.exact
         self._private = context.privacy
+        self._tells_norms = context.shares_figures
+        self._is_robust = isinstance(context.plan.rule, RobustRule)
         self._auxiliary = auxiliary = context.auxiliary
         self.carried = layout.new_vector() if auxiliary is not None and auxiliary.vector else None
         """Mean of the parties' vectors of the last round in which each part crossed, (D,) float32."""
@@ -61,7 +71,10 @@ class UpdateReducer:
         # The flags follow the vector: one for each party, the clipping bit, the loss with its weight, the
         # weight, and the effective steps if updates are rescaled.
         self._rescales = auxiliary is not None and auxiliary.rescales
-        self._staging = layout.new_vector(extra=self._federation.max_parties + 4 + self._rescales)
+        self.bounds = context.new_sender_bounds()
+        """Bounds that this party applies to what it sends itself; None without."""
+        extra = 4 + self._rescales + (self.bounds is not None)
+        self._staging = layout.new_vector(extra=self._federation.max_parties + extra)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
         self.error_feedback = context.exchange.new_error_feedback(self.pseudo_gradient)
@@ -84,6 +97,7 @@ class UpdateReducer:
     ) -> tuple[float, ReducedFlags]:
         """Sum the parties' ``share * (anchor - x)``; return the norm of this party's update, and the flags.
 
+        Under a robust rule only the flags are summed, and the vector holds this party's own ``anchor - x``.
         Parts that the rule does not average are not sent, and are zero in the vector. The flags are sent with
         the last bucket, when each party has seen all its values.
         """
@@ -97,8 +111,15 @@ class UpdateReducer:
             bit = self._prepare_privacy(self._private, averaged, counting.num_participants)
             loss = None
         squares: list[float] = []
+        reported = 0.0
         effective_steps = 0.0 if contribution is None else contribution.effective_steps
         factor = share if not self._rescales else share / effective_steps if effective_steps else 0.0
+        if self._is_robust:
+            factor = float(share > 0)
+        if self.bounds is not None and share:
+            norm = self._norm_of(averaged)
+            factor *= self.bounds.scale(norm)
+            reported = self.bounds.reported(norm)
 
         def packed() -> Iterator[Tensor]:
             yield from self._carry(counting, averaged, contribution)
@@ -110,7 +131,7 @@ class UpdateReducer:
                     yield self._staging[bucket[0].start : bucket[-1].stop]
             crosses = self._crosses(last, averaged)
             squares.extend(self._pack(last, factor) if crosses else self._measure(last))
-            self._write_flags(flags, _norm(squares), bit, loss, share, effective_steps)
+            self._write_flags(flags, _norm(squares), bit, loss, share, effective_steps, reported)
             start = last[0].start if crosses else self.layout.size
             if self._exact:
                 yield self._staging[start:]
@@ -118,8 +139,18 @@ class UpdateReducer:
                 yield self._staging[start : self.layout.size]
                 yield flags
 
-        counting.federation.all_reduce_each_(packed())
+        if self._is_robust:  # single updates are sent only once all are known to be finite
+            for _ in packed():
+                pass
+            counting.federation.all_reduce_each_([flags])
+        else:
+            counting.federation.all_reduce_each_(packed())
         return _norm(squares), self._read_flags(flags)
+
+    def sent(self, counting: RoundContext) -> Tensor:
+        """Return those numbers of this party's update that a round sends; they follow each other."""
+        ranges = [*self._crossed(counting)]
+        return self._staging[ranges[0].start : ranges[-1].stop] if ranges else self._staging[:0]
 
     def drop_(self) -> None:
         """Discard what was summed, so that the next step moves nothing."""
@@ -178,10 +209,14 @@ class UpdateReducer:
 
     def _prepare_privacy(self, private: DPProcessor, averaged: Parts, counting: int) -> float:
         """Choose the clipping factor and noise of the update; return the noisy clipping bit."""
-        crossing = [chunk for bucket in self._crossing(averaged) for chunk in bucket]
-        norm = _norm([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
+        norm = self._norm_of(averaged)
         private.prepare(norm, counting)
         return private.noisy_bit(norm, counting)
+
+    def _norm_of(self, averaged: Parts) -> float:
+        """Return the norm of what this party will send of its update."""
+        crossing = [chunk for bucket in self._crossing(averaged) for chunk in bucket]
+        return _norm([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
 
     def _crosses(self, bucket: list[Chunk], averaged: Parts) -> bool:
         """Tell whether a bucket's part is averaged; if not, nothing moves there."""
@@ -219,12 +254,16 @@ class UpdateReducer:
         loss: float | None,
         share: float,
         effective_steps: float,
+        reported_norm: float,
     ) -> None:
         """Write this party's flags: whether its values are finite, and its share of the mean loss."""
-        fine = math.isfinite(update_norm)
+        # 0 says that something is not finite, or beyond float32.
+        vote = float(update_norm <= _LARGEST)
+        if vote and self._tells_norms:
+            vote = max(update_norm, _SMALLEST)
         known = loss if share > 0 and loss is not None and math.isfinite(loss) else None
         mine = [
-            float(party == self._federation.party and fine) for party in range(self._federation.max_parties)
+            vote if party == self._federation.party else 0.0 for party in range(self._federation.max_parties)
         ]
         of_loss = [0.0, 0.0] if known is None else [share * known, share]
         numbers = [
@@ -233,20 +272,24 @@ class UpdateReducer:
             *of_loss,
             share,
             *([share * effective_steps] if self._rescales else []),
+            *([share * reported_norm] if self.bounds is not None else []),
         ]
         flags.copy_(torch.tensor(numbers, dtype=flags.dtype))
 
     def _read_flags(self, flags: Tensor) -> ReducedFlags:
         numbers = flags.tolist()
+        norm = numbers.pop() if self.bounds is not None else 0.0
         effective_steps = numbers.pop() if self._rescales else 0.0
         *fine, bit, loss, share, total = numbers
         met = fine[: self._federation.num_parties]
         return ReducedFlags(
-            fine=[vote == 1.0 for vote in met],
+            fine=[0 < vote < math.inf for vote in met],
+            norms=met if self._tells_norms else [],
             total_weight=total,
             clipping_bit=bit / total if total else 0.0,
             loss=loss / share if share else None,
             effective_steps=effective_steps / total if total else 0.0,
+            mean_norm=norm / total if total else 0.0,
         )
 
     # ---- the step
@@ -311,6 +354,7 @@ class UpdateReducer:
             "outer_optimizer": self.optimizer.state_dict(),
             "outer_scheduler": self.schedule.state,
             "carried": self.carried,
+            "bounds": None if self.bounds is None else self.bounds.state(),
         }
 
     def restore(self, state: Mapping[str, Any], vector: Tensor) -> None:
@@ -323,6 +367,8 @@ class UpdateReducer:
         self.schedule.restore(state.get("outer_scheduler"), state["outer_optimizer"])
         if self.carried is not None:
             self.carried.copy_(state["carried"])
+        if self.bounds is not None and state.get("bounds"):
+            self.bounds.restore(state["bounds"])
         self.global_.copy_(vector)
         # A copy, since the optimizer works in the very tensors that it is given.
         self.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from pellm_lightning.aggregation.plan import Plan
+from pellm_lightning.aggregation.robust import RobustRule
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
@@ -22,6 +23,9 @@ from pellm_lightning.tensors.selection import plain_name, share_outside_adapter
 log = logging.getLogger(__name__)
 
 _NOT_LOGGED = {"quorum", "last"}
+# From this share of the weights on, a party decides nearly alone.
+_DOMINATES = 0.9
+_MAX_SHARES = 8
 
 
 class _Stderr:
@@ -80,6 +84,8 @@ def log_start(
     ]
     if plan.pairs:
         lines.append(f"{len(plan.pairs)} LoRA modules, aggregated by {plan.rule!r}")
+    elif isinstance(plan.rule, RobustRule):
+        lines.append(f"they are aggregated by {plan.rule!r}")
     if exchange.is_secure:
         lines.append(f"the other parties see sums over all only: {exchange!r}")
     if exchange.supports in ("rounded", "sparse"):
@@ -106,7 +112,7 @@ def log_start(
 def log_round(topology: Topology, report: RoundReport) -> None:
     """Log one line about a round."""
     log.info(
-        "[party %s] round %d: %s%d of %d parties trained, loss %s, weight %g of %g, %s in %.2f s%s",
+        "[party %s] round %d: %s%d of %d parties trained, loss %s, weight %g of %g%s, %s in %.2f s%s",
         topology.name,
         report.round,
         "moved nothing, " if report.trained_parties < report.quorum else "",
@@ -115,10 +121,37 @@ def log_round(topology: Topology, report: RoundReport) -> None:
         "unknown" if report.loss is None else f"{report.loss:.4f}",
         report.weight,
         report.total_weight,
+        _shares_of(report),
         size(report.bytes_sent),
         report.seconds,
         "" if report.deviation is None else f", deviation {report.deviation.total:.2g}",
     )
+
+
+def log_shares(topology: Topology, shares: Mapping[str, float]) -> None:
+    """Log each party's share of the weights as expected before the first round, unless all are equal."""
+    if len({*shares.values()}) < 2:
+        return
+    largest = sorted(shares.items(), key=lambda share: -share[1])
+    named = ", ".join(f"party {name} {_percent(share)}" for name, share in largest[:_MAX_SHARES])
+    more = f" and {len(largest) - _MAX_SHARES} smaller" if len(largest) > _MAX_SHARES else ""
+    log.info("[party %s] shares of the weights, as expected: %s%s", topology.name, named, more)
+    name, share = largest[0]
+    if share > _DOMINATES:
+        log.warning("[party %s] Party %s will have %s", topology.name, name, _dominates(share))
+
+
+def warn_of_share(topology: Topology, names: Sequence[str], report: RoundReport) -> bool:
+    """Warn if one of several parties has nearly all of the weights of a round; return whether it has."""
+    if report.active_parties < 2 or not report.weights:
+        return False
+    weight, party = max(zip(report.weights, report.parties, strict=True))
+    share = weight / report.total_weight
+    if share <= _DOMINATES:
+        return False
+    message = "[party %s] Round %d: party %s has %s"
+    log.warning(message, topology.name, report.round, names[party], _dominates(share))
+    return True
 
 
 def round_metrics(report: RoundReport) -> dict[str, float]:
@@ -170,3 +203,21 @@ def _where_written(written: Mapping[str, Sequence[str]]) -> list[str]:
 def _first(names: Collection[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(sorted(names)[:3]) + more
+
+
+def _shares_of(report: RoundReport) -> str:
+    """Return the parties' shares of a round's weights, where they differ and are few enough for a line."""
+    if not report.total_weight or len({*report.weights}) < 2 or len(report.weights) > _MAX_SHARES:
+        return ""
+    return f" (shares {', '.join(_percent(weight / report.total_weight) for weight in report.weights)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _dominates(share: float) -> str:
+    return (
+        f"{_percent(share)} of the weights, so its data decide nearly alone. If that is not intended, cap it"
+        " by weighting=Weighting(max_share=0.5), or use weighting='uniform'."
+    )

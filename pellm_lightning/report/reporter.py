@@ -11,7 +11,15 @@ from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.privacy import GaussianMechanism
-from pellm_lightning.report.logs import log_round, log_start, publish, round_metrics, show_on_bar
+from pellm_lightning.report.logs import (
+    log_round,
+    log_shares,
+    log_start,
+    publish,
+    round_metrics,
+    show_on_bar,
+    warn_of_share,
+)
 from pellm_lightning.report.record import RunRecord, Start, Validation
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.report.run_view import LiveView, RunView
@@ -51,6 +59,7 @@ class Reporter:
         self._rounds = rounds
         self._record = record if topology.is_leader else None
         self._next_round = 0
+        self._warned_of_share = False
 
     def show(self, phases: Callable[[], dict[str, str]]) -> None:
         """Let the progress bar show the federation, if it can.
@@ -72,6 +81,7 @@ class Reporter:
         *,
         round: int,
         written: Mapping[str, Sequence[str]],
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         """Report that the fit begins, and which parameters will leave this party; for its leader only.
 
@@ -83,6 +93,7 @@ class Reporter:
             privacy: The mechanism that makes them private.
             round: Index of the next round.
             written: Where parties write, as "host:path", by name.
+            shares: The parties' shares of the weights as expected, by name; empty or None if unknown.
         """
         trainer, self._next_round = self._trainer, round
         start = Start(
@@ -103,6 +114,7 @@ class Reporter:
         )
         if owns_terminal(self._topology):
             log_start(start, module, plan, parameters, exchange, privacy, written)
+            log_shares(self._topology, shares or {})
         if self._record is not None:
             self._record.start(start)
 
@@ -117,6 +129,8 @@ class Reporter:
             show_on_bar(module, report)
         if self._topology.is_leader and self._logs_rounds(bar):
             log_round(self._topology, report)
+        if owns_terminal(self._topology) and not self._warned_of_share:
+            self._warned_of_share = warn_of_share(self._topology, self.summary.parties, report)
         if self._record is not None:
             self._record.round(report, step=trainer.global_step, epoch=trainer.current_epoch)
 

@@ -141,7 +141,7 @@ def _weight(report: RoundReport, index: int, place: int | None) -> Text:
     if place is None:
         return Text("missing", style="red")
     if index in report.excluded:
-        return Text("NaN, left out", style="red")
+        return Text("left out", style="red")
     share = report.weights[place] / report.total_weight if report.total_weight else 0.0
     return Text(f"{100 * share:.0f} %")
 

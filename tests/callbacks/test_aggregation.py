@@ -27,12 +27,16 @@ from pellm_lightning.aggregation import (
     Aggregation,
     Alternating,
     FrozenA,
+    GeometricMedian,
     HeterogeneousRank,
     LowRankMean,
     Mean,
+    Median,
+    NormBound,
     ResidualMean,
     ShareA,
     Stacking,
+    TrimmedMean,
 )
 from pellm_lightning.tasks import SaveAdapter
 
@@ -58,6 +62,12 @@ RULES: dict[str, Aggregation | None] = {
     "HeterogeneousRank": HeterogeneousRank(solver="power"),
     "HeterogeneousRank, padded": HeterogeneousRank("zero_pad"),
 }
+ROBUST: dict[str, Aggregation] = {
+    "NormBound": NormBound(),
+    "GeometricMedian": GeometricMedian(),
+    "Median, frozen A": Median(frozen_a=True),
+    "TrimmedMean, mixing": TrimmedMean(mixing=1),
+}
 BASE_WRITING = ("ResidualMean", "Stacking")
 
 # ---- every rule
@@ -71,7 +81,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tu
     def train(name: str) -> list[tuple[Tuned, Rounds]]:
         def fit(party: int, federated: Any) -> tuple[Tuned, Rounds]:
             module, logger = Tuned(party), Rounds()
-            trainer = quiet_trainer(root, [federated(aggregation=RULES[name])], max_epochs=6, logger=logger)
+            trainer = quiet_trainer(
+                root, [federated(aggregation=(RULES | ROBUST)[name])], max_epochs=6, logger=logger
+            )
             trainer.fit(module, data((12, 4, 20)[party], seed=party))
             return module, logger
 
@@ -81,7 +93,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[tu
     return train
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, *ROBUST])
 def test_every_rule_trains(trained: Any, name: str) -> None:
     for _, logger in trained(name):
         losses = [done["loss"] for done in logger.rounds]
@@ -89,7 +101,7 @@ def test_every_rule_trains(trained: Any, name: str) -> None:
         assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, *ROBUST])
 def test_parties_end_with_what_they_share(trained: Any, name: str) -> None:
     (first, _), *others = trained(name)
     start = Tuned(0)

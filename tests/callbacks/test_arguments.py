@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from party_threads import Classifier, ValidatedClassifier, data, dataset, fit_parties, quiet_trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pellm_lightning import FederatedAveraging, Overlap, Parameters, SeparateJobs
+from pellm_lightning import FederatedAveraging, Overlap, Parameters, SeparateJobs, Weighting
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.comm.topology import Topology
 
@@ -294,3 +294,22 @@ def test_a_checkpoint_of_trainables_must_match() -> None:
         arguments.trainable_checkpoint(module, {}, left_out)
     with pytest.raises(ValueError, match=r"holds the unknown parameter 'lora' \(1 in all\)"):
         arguments.trainable_checkpoint(module, trainable | {"lora": torch.zeros(1)}, left_out)
+
+
+@pytest.mark.parametrize("by", ["samples", "uniform", 0, 2, 0.25])
+@pytest.mark.parametrize("max_share", [None, 0.3, 1])
+def test_good_weightings_with_a_cap(by: Any, max_share: float | None) -> None:
+    weighting = Weighting(by, max_share)
+    assert FederatedAveraging(weighting=weighting).weighting == weighting
+
+
+@pytest.mark.parametrize("max_share", [0, -0.1, 1.01, math.nan, True, "0.3"])
+def test_a_cap_is_a_share(max_share: Any) -> None:
+    with pytest.raises(ValueError, match=r"max_share=.* must be above 0 and at most 1"):
+        Weighting("samples", max_share)
+
+
+@pytest.mark.parametrize("by", ["sample", -1, math.nan, True, None, Weighting()])
+def test_a_weighting_is_one_of_its_kinds(by: Any) -> None:
+    with pytest.raises(ValueError, match=r"weighting=.* must be"):
+        Weighting(by)

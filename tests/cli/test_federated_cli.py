@@ -153,6 +153,17 @@ def test_a_compressed_exchange_by_yaml(command: Any, tmp_path: Path) -> None:
     command("fit", "--federated.exchange=Cast")
 
 
+def test_a_cap_on_shares_is_set_on_the_command_line(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("fit", "--federated.weighting.max_share=0.3", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["federated"]["weighting"] == {
+        "by": "samples",
+        "max_share": 0.3,
+    }
+    with pytest.raises(ValueError, match=r"max_share=3\.0 must be above 0 and at most 1"):
+        command("fit", "--federated.weighting.max_share=3")
+
+
 def test_the_printed_configuration_runs_again(
     command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,7 +55,9 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         torch.testing.assert_close(payload[:size], share * (starts[0] - ends[party]), rtol=1e-6, atol=1e-6)
         assert share or bits(payload[:size]) == bytes(4 * size)
         ballot = payload[size:]
-        votes = [1.0 if other == party else 0.0 for other in range(num_parties)]
+        # That all its values are finite is told by the norm of its update.
+        norm = float((starts[0] - ends[party]).norm())
+        votes = [norm if other == party else 0.0 for other in range(num_parties)]
         assert ballot.tolist() == pytest.approx([*votes, 0.0, 0.5 * share, share, share])
         # Bytes are those handed over, no more and no fewer.
         assert in_all == sum(m.values.nbytes for m in sent)

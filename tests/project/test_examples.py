@@ -159,6 +159,12 @@ def test_compression_is_laid_over_a_configuration(laid_over: Callable[[str], Any
     assert Quantized(**printed["init_args"]).error_feedback
 
 
+def test_a_robust_rule_and_a_cap_are_laid_over_a_configuration(laid_over: Callable[[str], Any]) -> None:
+    printed = laid_over("robust/norm_bound.yaml")
+    assert printed["aggregation"]["class_path"] == "pellm_lightning.aggregation.NormBound"
+    assert printed["weighting"] == {"by": "samples", "max_share": 0.4}
+
+
 def test_overlap_is_laid_over_a_configuration(laid_over: Callable[[str], Any]) -> None:
     printed = laid_over("overlap/overlap.yaml")
     assert Overlap(**printed["overlap"]) == Overlap(5, 0.5)
@@ -174,6 +180,7 @@ def test_every_example_is_listed_with_its_command() -> None:
         "overlap/overlap.yaml",
         "privacy/masked.yaml",
         "privacy/party_level.yaml",
+        "robust/norm_bound.yaml",
         *(f"aggregation/{name}.yaml" for name in OVERLAYS),
     ]
     for config in (*CONFIGS, *overlays):

@@ -30,6 +30,7 @@ NAMES = [
     "SeparateJobs",
     "TLS",
     "TooFewPartiesError",
+    "Weighting",
 ]
 ARGUMENTS = [
     "every_n_epochs",

@@ -103,7 +103,7 @@ def test_who_is_missing_and_who_was_left_out_is_seen() -> None:
     assert lines[0] == "federation of 3 parties · 7 rounds done · 1 of 3 trained, below quorum 2"
     assert lines[4].split() == ["berlin", "(here)", "100", "%", "1.5", "-"]
     assert lines[5].split() == ["oslo", "missing", "-", "-"]
-    assert lines[6].split() == ["rome", "NaN,", "left", "out", "-", "-"]
+    assert lines[6].split() == ["rome", "left", "out", "-", "-"]
 
 
 def test_what_another_party_says_does_not_move_the_cursor_nor_set_colours() -> None:
