@@ -20,8 +20,8 @@ from pellm_lightning.engine.global_state import GlobalState
 from pellm_lightning.engine.lora_step import LoraResult
 from pellm_lightning.engine.participants import ParticipantFilter, Participants, Shortage
 from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.engine.shared_updates import ReducedFlags
 from pellm_lightning.engine.state_transfer import send_state
-from pellm_lightning.engine.updates import ReducedFlags
 from pellm_lightning.tensors.deviation import Deviation
 
 
@@ -116,6 +116,8 @@ class RoundRunner:
     def _header(self, purpose: Purpose, local: LocalInput) -> Header:
         """Return what this party says of itself as it meets the others."""
         state, weight, fine = self._state, local.weight, True
+        if weight > 0:
+            fine = state.updates.prepare(local.loss)
         is_secure = self._context.exchange.is_secure
         if is_secure:  # NaN has no place in a secure sum, so it must be known before
             state.read_()

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +12,12 @@ from pellm_lightning.aggregation.base import Parts, RoundContext
 from pellm_lightning.engine import outer_optimizer
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.context import EngineContext
+from pellm_lightning.engine.shared_updates import ReducedFlags, SharedUpdates, flags_size
+from pellm_lightning.exchange import Plain
 from pellm_lightning.privacy.clipping import squared_norm
 from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors import portable
-from pellm_lightning.tensors.flat_buffer import Chunk, Layout
-
-
-@dataclass(frozen=True)
-class ReducedFlags:
-    """Flags and figures that the parties sum behind their updates, once each has seen all its values."""
-
-    fine: list[bool]
-    """Party by party, whether all its values are finite."""
-    total_weight: float
-    """Sum of the weights as they were summed: 1, or where the exchange hides them, that of the parties'."""
-    clipping_bit: float
-    """Mean of the parties' clipping bits; 0 without adaptive clipping."""
-    loss: float | None
-    """Mean of the parties' training losses, weighted; None if no party gave one."""
-    effective_steps: float
-    """Mean of the parties' effective steps, weighted; 0 if updates are not rescaled."""
+from pellm_lightning.tensors.flat_buffer import Chunk, Layout, norm_of, sum_of_squares
 
 
 class UpdateReducer:
@@ -46,6 +31,7 @@ class UpdateReducer:
 
     def __init__(self, context: EngineContext, layout: Layout, vector: Tensor) -> None:
         self.layout = layout
+        self._context = context
         self._plan = context.plan
         self._federation = context.federation
         # If the exchange rounds float32, the flags cross apart, in float64.
@@ -61,9 +47,10 @@ class UpdateReducer:
         # The flags follow the vector: one for each party, the clipping bit, the loss with its weight, the
         # weight, and the effective steps if updates are rescaled.
         self._rescales = auxiliary is not None and auxiliary.rescales
-        self._staging = layout.new_vector(extra=self._federation.max_parties + 4 + self._rescales)
+        self._staging = layout.new_vector(extra=flags_size(self._federation.max_parties) + self._rescales)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
+        self._shared: SharedUpdates | None = None
         self.error_feedback = context.exchange.new_error_feedback(self.pseudo_gradient)
         """What lossy compression has removed so far, to be sent later; None without."""
 
@@ -77,6 +64,34 @@ class UpdateReducer:
         """Gradient for the outer optimizer: after ``average`` the mean of ``anchor - x``, (D,) float32."""
         return self._staging[: self.layout.size]
 
+    # ---- shared memory
+
+    def share_memory(self) -> None:
+        """Let rounds work in memory that the parties share, if they can; every party must call it.
+
+        The global vector is then there also, and all parties must hold the same.
+        """
+        if self._shared is not None or not self._is_plain:
+            return
+        size_bytes = SharedUpdates.size_bytes(self.layout, self._federation.num_parties)
+        memory = self._federation.share_memory(size_bytes, willing=self.layout.device.type == "cpu")
+        if memory is None:
+            return
+        self._shared = SharedUpdates(self._federation, self._plan, self.layout, memory, self.global_)
+        self._parameter.set_(self._shared.global_)
+        self._staging = self.layout.new_vector(extra=0)[:0]
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether a round is one sum of updates and one subtraction: so at all parties or at none."""
+        context = self._context
+        extras = context.privacy or context.auxiliary or context.plan.products
+        return type(context.exchange) is Plain and context.is_plain_averaging and not extras
+
+    def prepare(self, loss: float | None) -> bool:
+        """Do what can be done before the parties meet; return whether the update is finite, if known yet."""
+        return self._shared is None or self._shared.pack(loss)
+
     # ---- the mean of the updates
 
     def average(
@@ -87,6 +102,8 @@ class UpdateReducer:
         Parts that the rule does not average are not sent, and are zero in the vector. The flags are sent with
         the last bucket, when each party has seen all its values.
         """
+        if self._shared is not None:
+            return self._shared.average(counting)
         share = counting.share
         averaged = self._plan.rule.averaged(counting.round, counting.num_participants)
         flags = self._staging[self.layout.size :]
@@ -110,7 +127,7 @@ class UpdateReducer:
                     yield self._staging[bucket[0].start : bucket[-1].stop]
             crosses = self._crosses(last, averaged)
             squares.extend(self._pack(last, factor) if crosses else self._measure(last))
-            self._write_flags(flags, _norm(squares), bit, loss, share, effective_steps)
+            self._write_flags(flags, norm_of(squares), bit, loss, share, effective_steps)
             start = last[0].start if crosses else self.layout.size
             if self._exact:
                 yield self._staging[start:]
@@ -119,7 +136,7 @@ class UpdateReducer:
                 yield flags
 
         counting.federation.all_reduce_each_(packed())
-        return _norm(squares), self._read_flags(flags)
+        return norm_of(squares), self._read_flags(flags)
 
     def drop_(self) -> None:
         """Discard what was summed, so that the next step moves nothing."""
@@ -179,7 +196,7 @@ class UpdateReducer:
     def _prepare_privacy(self, private: DPProcessor, averaged: Parts, counting: int) -> float:
         """Choose the clipping factor and noise of the update; return the noisy clipping bit."""
         crossing = [chunk for bucket in self._crossing(averaged) for chunk in bucket]
-        norm = _norm([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
+        norm = norm_of([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
         private.prepare(norm, counting)
         return private.noisy_bit(norm, counting)
 
@@ -193,7 +210,7 @@ class UpdateReducer:
     def _pack(self, bucket: list[Chunk], factor: float) -> Iterator[float]:
         for chunk in bucket:
             update = self._update(chunk, out=self._staging[chunk.start : chunk.stop])
-            yield _squared_norm(update)
+            yield sum_of_squares(update)
             if factor > 0:
                 if self._private is not None:
                     self._private.privatize_(update)
@@ -204,7 +221,7 @@ class UpdateReducer:
     def _measure(self, bucket: list[Chunk]) -> Iterator[float]:
         """Yield the squared norms of an update that is not sent."""
         for chunk in bucket:
-            yield _squared_norm(self._update(chunk, out=self._scratch2[: chunk.size]))
+            yield sum_of_squares(self._update(chunk, out=self._scratch2[: chunk.size]))
 
     def _update(self, chunk: Chunk, out: Tensor) -> Tensor:
         """Return the anchor minus the parameters."""
@@ -266,6 +283,10 @@ class UpdateReducer:
             moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers,
                 and so does the learning rate.
         """
+        if self._shared is not None:
+            distance = self._shared.write_()
+            self._parameter.set_(self._shared.global_)
+            return distance
         plain = outer_optimizer.is_plain_sgd(self.optimizer)
         squares: list[float] = []
         for chunk in self.layout.chunks():
@@ -277,7 +298,7 @@ class UpdateReducer:
                 mean = self._scratch2[: chunk.size]
                 torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
             away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
-            squares.append(_squared_norm(away))
+            squares.append(sum_of_squares(away))
             if plain:  # bit for bit what SGD(lr=1) does
                 values = global_.sub_(pseudo_gradient) if chunk.rounds else global_
                 if writes:
@@ -289,7 +310,7 @@ class UpdateReducer:
                 self.write_()
         if moves:
             self.schedule.step()
-        return _norm(squares)
+        return norm_of(squares)
 
     def _step(self) -> None:
         self._parameter.grad = self.pseudo_gradient
@@ -341,13 +362,3 @@ class UpdateReducer:
                 f" vector than {method} keeps. Resume with the drift correction of the checkpoint, or begin"
                 " anew from its weights."
             )
-
-
-def _norm(squares: list[float]) -> float:
-    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
-
-
-def _squared_norm(values: Tensor) -> float:
-    squared = float(torch.dot(values, values))
-    # Squares of large finite values overflow float32; those of infinite ones float64 also.
-    return squared if math.isfinite(squared) else float(values.double().square().sum())

@@ -242,6 +242,18 @@ def are_finite(tensors: list[Tensor]) -> bool:
     return all(map(is_finite, tensors))  # squares of finite values may overflow
 
 
+def sum_of_squares(chunk: Tensor) -> float:
+    """Return the sum of squares of a chunk, summed in float32; not finite if a value is not."""
+    squares = float(torch.dot(chunk, chunk))
+    # Squares of large finite values overflow float32; those of infinite ones float64 also.
+    return squares if math.isfinite(squares) else float(chunk.double().square().sum())
+
+
+def norm_of(sums: Sequence[float]) -> float:
+    """Return the 2-norm of a vector by its chunks' sums of squares; NaN if a value is not finite."""
+    return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.nan
+
+
 def _piece(parameter: Tensor, start: int, stop: int) -> Tensor | Strided:
     return parameter.view(-1)[start:stop] if parameter.is_contiguous() else Strided(parameter, start, stop)
 
