@@ -79,21 +79,25 @@ class SharedUpdates:
         self._norm = norm_of([self._subtract(chunk, update[chunk.start : chunk.stop]) for chunk in chunks])
         return math.isfinite(self._norm)
 
-    def average(self, counting: RoundContext) -> tuple[float, ReducedFlags]:
-        """Compute this party's part of the next global vector; return its update's norm, and the flags.
+    def combine(self, counting: RoundContext) -> tuple[float, ReducedFlags, list[Tensor]]:
+        """Compute this party's part of the next global vector, if it moves.
 
         A party of weight 0 has packed nothing: what it learned since the last round is nobody's business.
+
+        Returns:
+            The norm of this party's update, the flags, and what the others have seen of it.
         """
         own, self._norm = self._norm, None
         if own is None:
             chunks = self._layout.chunks()
             own = norm_of([self._subtract(chunk, self._scratch2[: chunk.size]) for chunk in chunks])
-        self._moved = counting.num_participants > 0
+        party, self._moved = self._federation.party, counting.num_participants > 0
         if self._moved:
             for at, averaged in self._own_ranges(counting):
                 self._step(at, counting, averaged=averaged)
-            self._federation.barrier([self._updates[counting.federation.party]] if counting.share else [])
-        return own, ReducedFlags([True] * len(counting.shares), loss=self._mean_loss(counting))
+        flags = ReducedFlags([True] * len(counting.shares), loss=self._mean_loss(counting))
+        shown = [self._updates[party], self._losses[party : party + 1]] if counting.share else []
+        return own, flags, shown
 
     def write_(self) -> float:
         """Advance to the next global vector, and write it; return the parameters' distance from the mean."""

@@ -103,7 +103,9 @@ class UpdateReducer:
         the last bucket, when each party has seen all its values.
         """
         if self._shared is not None:
-            return self._shared.average(counting)
+            norm, reduced, shown = self._shared.combine(counting)
+            self._federation.barrier(shown)  # behind this the others pack what they bring to the next round
+            return norm, reduced
         share = counting.share
         averaged = self._plan.rule.averaged(counting.round, counting.num_participants)
         flags = self._staging[self.layout.size :]

@@ -73,6 +73,7 @@ class GlooGroup(Lane):
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
+        self.rank = rank
         # The group keeps no reference to a store subclass written in Python, so we do.
         self._store = store
         # torch's stubs do not know the collectives of this class.

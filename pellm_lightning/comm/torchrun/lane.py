@@ -24,6 +24,9 @@ class Lane(ABC):
     Each raises RuntimeError, at once or in ``wait()``, if a party is lost or late.
     """
 
+    rank: int
+    """This party."""
+
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> Pending:
         """Start to sum a tensor in place."""

@@ -45,13 +45,13 @@ class SharedMemoryLane(Lane):
 
     def __init__(self, sockets: HostSockets, memory: Tensor) -> None:
         self._sockets = sockets
-        self._rank, self._size = sockets.rank, sockets.size
+        self.rank, self._size = sockets.rank, sockets.size
         self._slots = memory.view(_NUM_SLOTS, self._size, -1)
         self._turn = 0
 
     @override
     def all_reduce(self, tensor: Tensor) -> Pending:
-        values, rank, size = tensor.detach().view(-1), self._rank, self._size
+        values, rank, size = tensor.detach().view(-1), self.rank, self._size
         chunk = ring.chunk_size(len(values), values.itemsize, size)
         chunks = [values[party * chunk : (party + 1) * chunk] for party in range(size)]
         for places in self._places(chunk, values, parts=size):
@@ -71,10 +71,10 @@ class SharedMemoryLane(Lane):
         values = tensor.detach().view(-1)
         for places in self._places(len(values), values):
             slots = self._next_slots(values, places)[source]
-            if source == self._rank:
+            if source == self.rank:
                 _copy_each(slots, [values[places]])
             self._meet("broadcast", values)
-            if source != self._rank:
+            if source != self.rank:
                 _copy_each([values[places]], slots)
         return Done()
 
@@ -82,7 +82,7 @@ class SharedMemoryLane(Lane):
     def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
         for places in self._places(len(tensor), tensor):
             slots = self._next_slots(tensor, places)
-            _copy_each(slots[self._rank], [tensor[places]])
+            _copy_each(slots[self.rank], [tensor[places]])
             self._meet("all_gather", tensor)
             _copy_each([values[places] for values in gathered], slots[:, 0])
         return Done()
@@ -94,9 +94,9 @@ class SharedMemoryLane(Lane):
         longest = max(map(int, self._exchange(str(max(*sizes, *out_sizes)))))
         for places in self._places(longest, tensor, parts=self._size):
             slots = self._next_slots(tensor, places, parts=self._size)  # by sender and receiver
-            _copy_each(slots[self._rank], [part[places] for part in sent])
+            _copy_each(slots[self.rank], [part[places] for part in sent])
             self._exchange("all_to_all")
-            _copy_each([part[places] for part in received], slots[:, self._rank])
+            _copy_each([part[places] for part in received], slots[:, self.rank])
         return Done()
 
     @override
