@@ -126,11 +126,11 @@ class RoundRunner:
             fine = fine and local.contribution.first_nonfinite() is None
         if is_secure:
             weight = float(weight > 0 and fine)
-        header = Header(purpose, state.round, weight, fine, self._tag, self._exposed, self._releases)
+        said = purpose, state.round, weight, fine, self._tag, self._exposed, self._releases
         if not self._context.shares_figures:
-            return header
+            return Header(*said)
         loss = math.nan if local.loss is None else local.loss
-        return replace(header, loss=loss, distance=state.distance, steps_left=local.steps_left)
+        return Header(*said, loss, state.distance, local.steps_left)
 
     @contextmanager
     def _attempt(self, headers: list[Header]) -> Iterator[None]:

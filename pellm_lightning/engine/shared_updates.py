@@ -10,7 +10,7 @@ from torch import Tensor
 from pellm_lightning.aggregation.base import RoundContext
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.comm import Communicator, ring
-from pellm_lightning.tensors.flat_buffer import Chunk, Layout, norm_of, sum_of_squares
+from pellm_lightning.tensors.flat_buffer import Chunk, Layout, Strided, norm_of, sum_of_squares
 
 # Rows of the memory begin at multiples of so many scalars, a cache line; a loss of two ends each.
 _ALIGNMENT, _LOSS = 16, 2
@@ -52,69 +52,68 @@ class SharedUpdates:
     def __init__(
         self, federation: Communicator, plan: Plan, layout: Layout, memory: Tensor, vector: Tensor
     ) -> None:
-        self._federation = federation
+        self._federation, self._party = federation, federation.party
         self._plan = plan
         self._layout = layout
-        rows = memory.view(torch.float32).view(federation.num_parties + 2, -1)
-        self.global_, self._next, *self._updates = rows[:, : layout.size]
-        self._losses = rows[2:].view(torch.float64)[:, -1]
+        size, parties = layout.size, federation.num_parties
+        rows = memory.view(torch.float32).view(parties + 2, -1)
+        self.global_, self._next, *self._updates = rows[:, :size]
+        behind = rows[2:].view(torch.float64)[:, -1 - parties :]
+        # By party its loss, and of its chunk the squared distance of each party from the mean.
+        self._losses, self._squares = behind[:, 0], behind[:, 1:]
         self._scratch, self._scratch2 = layout.new_scratch(), layout.new_scratch()
-        self._norm: float | None = None
-        self._moved = False
-        if federation.party == 0:
+        self._norm: float | None = None  # of this party's update in this round
+        self._counts = self._moves = False
+        self._chunks: list[Chunk] = []
+        self._pieces: dict[int, list[Tensor]] = {}
+        if self._party == 0:
             self.global_.copy_(vector)
         federation.barrier()
 
     @staticmethod
     def size_bytes(layout: Layout, num_parties: int) -> int:
         """Return the bytes of memory that the parties need together."""
-        row = _ALIGNMENT * math.ceil((layout.size + _LOSS) / _ALIGNMENT)
+        row = _ALIGNMENT * math.ceil((layout.size + 2 * (1 + num_parties)) / _ALIGNMENT)
         return 4 * row * (num_parties + 2)
 
     def pack(self, loss: float | None) -> bool:
         """Write this party's update and loss for the others; return whether all values are finite."""
-        party = self._federation.party
-        self._losses[party] = math.nan if loss is None else loss
-        update, chunks = self._updates[party], self._layout.chunks()
+        self._losses[self._party] = math.nan if loss is None else loss
+        update, chunks = self._updates[self._party], self._layout.chunks()
         self._norm = norm_of([self._subtract(chunk, update[chunk.start : chunk.stop]) for chunk in chunks])
         return math.isfinite(self._norm)
 
     def combine(self, counting: RoundContext) -> tuple[float, ReducedFlags, list[Tensor]]:
-        """Compute this party's part of the next global vector, if it moves.
-
-        A party of weight 0 has packed nothing: what it learned since the last round is nobody's business.
+        """Compute this party's part of the next global vector.
 
         Returns:
-            The norm of this party's update, the flags, and what the others have seen of it.
+            The norm of this party's update, the flags, and what the others see of it.
         """
-        own, self._norm = self._norm, None
-        if own is None:
+        self._counts, self._moves = counting.share > 0, counting.num_participants > 0
+        if self._norm is None:  # of weight 0 it has packed nothing, since nobody is to see it
             chunks = self._layout.chunks()
-            own = norm_of([self._subtract(chunk, self._scratch2[: chunk.size]) for chunk in chunks])
-        party, self._moved = self._federation.party, counting.num_participants > 0
-        if self._moved:
-            for at, averaged in self._own_ranges(counting):
-                self._step(at, counting, averaged=averaged)
+            self._norm = norm_of([self._subtract(chunk, self._scratch2[: chunk.size]) for chunk in chunks])
+        if self._moves:
+            squares = [self._step(at, counting, averaged=averaged) for at, averaged in self._ranges(counting)]
+            totals = [math.fsum(of_party) for of_party in zip(*squares, strict=True)]
+            self._squares[self._party] = torch.tensor(totals or [0.0], dtype=torch.float64)
         flags = ReducedFlags([True] * len(counting.shares), loss=self._mean_loss(counting))
-        shown = [self._updates[party], self._losses[party : party + 1]] if counting.share else []
-        return own, flags, shown
+        shown = [self._updates[self._party], self._losses[self._party, None]] if self._counts else []
+        return self._norm, flags, shown
 
     def write_(self) -> float:
         """Advance to the next global vector, and write it; return the parameters' distance from the mean."""
-        squares = []
-        after = self._next if self._moved else self.global_
-        for chunk in self._layout.chunks():
-            at = slice(chunk.start, chunk.stop)
-            mean = after[at]
-            if chunk.rounds:  # the mean of what the parties held has not the digits that they cannot hold
-                step = torch.sub(self.global_[at], mean, out=self._scratch2[: chunk.size])
-                mean = step.neg_().add_(self._anchor(chunk))
-            away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
-            squares.append(sum_of_squares(away))
-            chunk.scatter_(after[at])
-        if self._moved:
+        distance, self._norm = self._distance(), None
+        if self._moves:
             self.global_, self._next = self._next, self.global_
-        return norm_of(squares)
+        pieces, values = self._views(self.global_)
+        flat = [piece for piece in pieces if isinstance(piece, Tensor)]
+        if len(flat) == len(values):
+            torch._foreach_copy_(flat, values)  # one call, where one for each tensor would take longer
+        else:
+            for piece, value in zip(pieces, values, strict=True):
+                piece.copy_(value)
+        return distance
 
     # ---- parts
 
@@ -126,7 +125,7 @@ class SharedUpdates:
         """Write the update of a chunk, and return the sum of its squares."""
         return sum_of_squares(chunk.subtracted_from(self._anchor(chunk), out=out))
 
-    def _own_ranges(self, counting: RoundContext) -> Iterator[tuple[slice, bool]]:
+    def _ranges(self, counting: RoundContext) -> Iterator[tuple[slice, bool]]:
         """Yield the ranges of the vector that this party computes, and whether each is averaged.
 
         They are its chunks of what would be the messages over Gloo, of which the last has the flags.
@@ -137,26 +136,30 @@ class SharedUpdates:
             start, stop = bucket[0].start, bucket[-1].stop
             crosses = averaged.issuperset(self._plan.groups[bucket[0].group])
             flags = flags_size(self._federation.max_parties) if bucket is buckets[-1] else 0
-            chunk = ring.chunk_of(self._federation.party, stop - start + flags, 4, parties)
+            chunk = ring.chunk_of(self._party, stop - start + flags, 4, parties)
             first, end = start + chunk.start, min(start + chunk.stop, stop)
             for at in range(first, end, len(self._scratch)):
                 yield slice(at, min(at + len(self._scratch), end)), crosses
 
-    def _step(self, at: slice, counting: RoundContext, *, averaged: bool) -> None:
-        """Compute a range of the next global vector."""
-        size = at.stop - at.start
+    def _step(self, at: slice, counting: RoundContext, *, averaged: bool) -> list[float]:
+        """Compute a range of the next global vector; return the squared distances there, by party."""
+        shares, size = counting.shares, at.stop - at.start
         mean, part = self._scratch[:size], self._scratch2[:size]
-        if not averaged:
-            self._next[at].copy_(self.global_[at])
-            return
-        order = ring.order(self._federation.party, self._federation.num_parties)
-        first, *others = (party for party in order if counting.shares[party])
-        torch.mul(self._updates[first][at], counting.shares[first], out=mean)
-        for party in others:
-            mean.add_(torch.mul(self._updates[party][at], counting.shares[party], out=part))
-        if 1 + len(others) < len(order):
-            mean.add_(0.0)  # what those would have sent who do not count: it turns -0 into 0
+        updates = [update[at] for update in self._updates]
+        order = [party for party in ring.order(self._party, len(shares)) if shares[party]]
+        if averaged:
+            torch.mul(updates[order[0]], shares[order[0]], out=mean)
+            for party in order[1:]:
+                mean.add_(torch.mul(updates[party], shares[party], out=part))
+            if len(order) < len(shares):
+                mean.add_(0.0)  # what the others would have sent: it turns -0 into 0
+        else:
+            mean.zero_()
         torch.sub(self.global_[at], mean, out=self._next[at])
+        return [
+            sum_of_squares(torch.sub(update, mean, out=part)) if share else 0.0
+            for update, share in zip(updates, shares, strict=True)
+        ]
 
     def _mean_loss(self, counting: RoundContext) -> float | None:
         known = [
@@ -166,6 +169,30 @@ class SharedUpdates:
         ]
         total = math.fsum(share for share, _ in known)
         return math.fsum(share * loss for share, loss in known) / total if total else None
+
+    def _distance(self) -> float:
+        """Return the distance of this party's parameters from the parties' mean."""
+        if not self._moves:
+            return math.nan if self._norm is None else self._norm
+        if self._counts:
+            return norm_of(self._squares[:, self._party].tolist())
+        squares = []
+        for chunk in self._layout.chunks():
+            at = slice(chunk.start, chunk.stop)
+            step = torch.sub(self.global_[at], self._next[at], out=self._scratch2[: chunk.size])
+            mean = torch.sub(self._anchor(chunk), step, out=step)
+            squares.append(sum_of_squares(chunk.subtracted_from(mean, out=self._scratch[: chunk.size])))
+        return norm_of(squares)
+
+    def _views(self, vector: Tensor) -> tuple[list[Tensor | Strided], list[Tensor]]:
+        """Return all pieces of the parameters, and those of a vector, which are made once."""
+        chunks = self._layout.chunks()
+        if chunks is not self._chunks:
+            self._chunks, self._pieces = chunks, {}
+        if vector.data_ptr() not in self._pieces:
+            parts = [chunk.split(vector[chunk.start : chunk.stop]) for chunk in chunks]
+            self._pieces[vector.data_ptr()] = [piece for of_chunk in parts for piece in of_chunk]
+        return [piece for chunk in chunks for piece in chunk.pieces], self._pieces[vector.data_ptr()]
 
 
 def flags_size(max_parties: int) -> int:

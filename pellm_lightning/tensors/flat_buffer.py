@@ -76,9 +76,13 @@ class Chunk:
         flat = self._flat()
         return torch.sub(values, flat[0] if len(flat) == 1 else torch.cat(flat, out=out), out=out)
 
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Return the parts of a vector of the chunk's size that belong to the pieces."""
+        return list(values.split(self._sizes))
+
     def scatter_(self, values: Tensor) -> None:
         """Write a float32 vector of the chunk's size into the parameters, in place, cast to their dtype."""
-        for piece, part in zip(self.pieces, values.split(self._sizes), strict=True):
+        for piece, part in zip(self.pieces, self.split(values), strict=True):
             piece.copy_(part)
 
     def as_written(self, values: Tensor, scratch: Tensor) -> Tensor:

@@ -70,10 +70,11 @@ def test_a_party_that_dies_before_it_has_written_its_part(monkeypatch: pytest.Mo
     armed = threading.local()
     step = SharedUpdates._step
 
-    def failing(self: SharedUpdates, *arguments: Any, **keywords: Any) -> None:
-        step(self, *arguments, **keywords)
+    def failing(self: SharedUpdates, *arguments: Any, **keywords: Any) -> Any:
+        squares = step(self, *arguments, **keywords)
         if armed.yes:
             raise OSError("power cut")
+        return squares
 
     monkeypatch.setattr(SharedUpdates, "_step", failing)
     assert_that_a_round_fails_whole(armed)

@@ -53,13 +53,19 @@ def tapped(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     for lane in (GlooGroup, SharedMemoryLane):
         for name, collective in _COLLECTIVES.items():
             monkeypatch.setattr(lane, name, _noting(getattr(lane, name), collective, messages))
-    barrier = Federation.barrier
+    exchange, barrier = SharedMemoryLane.all_gather_bytes, Federation.barrier
+
+    def noting_exchange(self: SharedMemoryLane, message: bytes, size: int) -> list[bytes]:
+        values = torch.tensor(list(message.ljust(size, b"\0")), dtype=torch.uint8)
+        messages.append(Message(self.rank, id(self), "allgather", True, values))
+        return exchange(self, message, size)
 
     def noting_barrier(self: Federation, written: Sequence[torch.Tensor] = ()) -> None:
         for values in written:
             messages.append(Message(self.party, 0, "shared memory", True, values.detach().clone()))
         barrier(self, written)
 
+    monkeypatch.setattr(SharedMemoryLane, "all_gather_bytes", noting_exchange)
     monkeypatch.setattr(Federation, "barrier", noting_barrier)
     return messages
 

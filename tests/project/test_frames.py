@@ -56,7 +56,7 @@ def test_a_round_is_ten_frames_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         self._group = Measured(self._group, stacks)
 
     monkeypatch.setattr(GlooGroup, "__init__", build_measured)
-    for name in ("all_gather", "all_reduce", "barrier"):
+    for name in ("all_gather_bytes", "all_reduce", "barrier"):
         method = getattr(SharedMemoryLane, name)
         monkeypatch.setattr(SharedMemoryLane, name, measured(method, stacks))
 
@@ -67,7 +67,7 @@ def test_a_round_is_ten_frames_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fit_parties(2, fit)
     # Two parties, two epochs of a round each: headers are gathered, then updates are summed.
     assert len(stacks) == 2 * 2 * 2
-    last = {"gloo.all_gather", "gloo.all_reduce"}
+    last = {"gloo.all_gather_bytes", "gloo.all_reduce"}
     if lane == "shared memory":  # where the stack is taken before the method that is the collective itself
         last = {"federation._all_gather_bytes", "federation.barrier"}
     assert {stack[-1] for stack in stacks} == last

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
@@ -256,20 +255,17 @@ class Federation(Communicator):
         if self.num_parties == 1:
             return [mine]
         framed = len(mine).to_bytes(_LENGTH_BYTES, "little") + mine
-        gathered, longest = [b""] * self.num_parties, SLOT_BYTES
-        while (known := len(gathered[0])) < longest:
-            own = framed[known:longest].ljust(longest - known, b"\0")
-            row = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-            rows = [torch.empty_like(row) for _ in self.names]
-            self.bytes_sent += len(row)
+        gathered, known, longest = [b""] * self.num_parties, 0, SLOT_BYTES
+        while known < longest:
+            self.bytes_sent += longest - known
             with self._translated():
-                self._lane().all_gather(rows, row).wait()
-            gathered = [before + more.numpy().tobytes() for before, more in zip(gathered, rows, strict=True)]
+                more = self._lane().all_gather_bytes(framed[known:longest], longest - known)
+            gathered = [before + after for before, after in zip(gathered, more, strict=True)]
             ends = [_LENGTH_BYTES + int.from_bytes(start[:_LENGTH_BYTES], "little") for start in gathered]
             if max(ends) > _MAX_METADATA_BYTES:
                 raise ValueError(f"it has {max(ends)} bytes, more than {_MAX_METADATA_BYTES}")
-            longest = max(SLOT_BYTES, *ends)
-        return [row[_LENGTH_BYTES:end] for row, end in zip(gathered, ends, strict=True)]
+            known, longest = longest, max(SLOT_BYTES, *ends)
+        return [message[_LENGTH_BYTES:end] for message, end in zip(gathered, ends, strict=True)]
 
     # ---- joining and leaving
 

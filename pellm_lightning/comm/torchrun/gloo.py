@@ -9,6 +9,7 @@ import threading
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
@@ -73,7 +74,7 @@ class GlooGroup(Lane):
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
-        self.rank = rank
+        self.rank, self._size = rank, size
         # The group keeps no reference to a store subclass written in Python, so we do.
         self._store = store
         # torch's stubs do not know the collectives of this class.
@@ -102,6 +103,15 @@ class GlooGroup(Lane):
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
         with self._starting:
             return self._noted(self._joined.alltoall_base(out, tensor, out_sizes, sizes))
+
+    @override
+    def all_gather_bytes(self, message: bytes, size: int) -> list[bytes]:
+        row = torch.frombuffer(bytearray(message.ljust(size, b"\0")), dtype=torch.uint8)
+        rows = [torch.empty_like(row) for _ in range(self._size)]
+        with self._starting:
+            pending = self._noted(self._joined.allgather([rows], [row]))
+        pending.wait()
+        return [row.numpy().tobytes() for row in rows]
 
     @override
     def abort(self) -> None:

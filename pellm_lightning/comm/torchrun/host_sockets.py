@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 _CONNECT_S = 10.0
-_MESSAGE_BYTES = 1 << 15
+MESSAGE_BYTES = 1 << 15
+"""Longest message of an exchange."""
 _CREDENTIALS = struct.Struct("3i")  # process, user and group, as SO_PEERCRED gives them
 Gather: TypeAlias = Callable[[str, object], list[Any]]
 
@@ -87,7 +88,7 @@ class HostSockets:
         peer = self._peers[party]
         peer.settimeout(self._timeout_s)
         try:
-            _, descriptors, _, _ = socket.recv_fds(peer, _MESSAGE_BYTES, 1)
+            _, descriptors, _, _ = socket.recv_fds(peer, MESSAGE_BYTES, 1)
         finally:
             peer.settimeout(None)
         if not descriptors:
@@ -140,7 +141,7 @@ class HostSockets:
         """Return a message that has arrived, None if there is none."""
         for _ in range(2):
             try:
-                return self._peers[party].recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT) or None
+                return self._peers[party].recv(MESSAGE_BYTES, socket.MSG_DONTWAIT) or None
             except ConnectionResetError:  # it has gone, but its message may be behind this
                 continue
             except OSError:
@@ -215,7 +216,7 @@ def _accept(listener: socket.socket) -> tuple[int, socket.socket]:
     peer, _ = listener.accept()
     peer.settimeout(_CONNECT_S)
     _check_user(peer)
-    party = int(peer.recv(_MESSAGE_BYTES))
+    party = int(peer.recv(MESSAGE_BYTES))
     peer.settimeout(None)
     return party, peer
 

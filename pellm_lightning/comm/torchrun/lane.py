@@ -43,6 +43,10 @@ class Lane(ABC):
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
         """Start to send each party its part of ``tensor``, flat, and to fill ``out`` by theirs."""
 
+    @abstractmethod
+    def all_gather_bytes(self, message: bytes, size: int) -> list[bytes]:
+        """Return the parties' messages, each of up to ``size`` bytes, in order; zeros may follow them."""
+
     def share(self, size_bytes: int, *, willing: bool) -> Tensor | None:
         """Return zeroed memory that all parties have mapped, (size_bytes,) uint8; None if they cannot.
 

@@ -45,13 +45,13 @@ class SharedMemoryLane(Lane):
 
     def __init__(self, sockets: HostSockets, memory: Tensor) -> None:
         self._sockets = sockets
-        self.rank, self._size = sockets.rank, sockets.size
-        self._slots = memory.view(_NUM_SLOTS, self._size, -1)
+        self.rank, self.size = sockets.rank, sockets.size
+        self._slots = memory.view(_NUM_SLOTS, self.size, -1)
         self._turn = 0
 
     @override
     def all_reduce(self, tensor: Tensor) -> Pending:
-        values, rank, size = tensor.detach().view(-1), self.rank, self._size
+        values, rank, size = tensor.detach().view(-1), self.rank, self.size
         chunk = ring.chunk_size(len(values), values.itemsize, size)
         chunks = [values[party * chunk : (party + 1) * chunk] for party in range(size)]
         for places in self._places(chunk, values, parts=size):
@@ -92,12 +92,21 @@ class SharedMemoryLane(Lane):
         sent, received = tensor.split(sizes), out.split(out_sizes)
         # No party knows how much the others send each other.
         longest = max(map(int, self._exchange(str(max(*sizes, *out_sizes)))))
-        for places in self._places(longest, tensor, parts=self._size):
-            slots = self._next_slots(tensor, places, parts=self._size)  # by sender and receiver
+        for places in self._places(longest, tensor, parts=self.size):
+            slots = self._next_slots(tensor, places, parts=self.size)  # by sender and receiver
             _copy_each(slots[self.rank], [part[places] for part in sent])
             self._exchange("all_to_all")
             _copy_each([part[places] for part in received], slots[:, self.rank])
         return Done()
+
+    @override
+    def all_gather_bytes(self, message: bytes, size: int) -> list[bytes]:
+        at_once = host_sockets.MESSAGE_BYTES - 1
+        gathered = [b""] * self.size
+        for start in range(0, size, at_once):  # it begins with a byte, since no message may be empty
+            pieces = self._sockets.exchange(b":" + message[start : start + at_once])
+            gathered = [before + piece[1:] for before, piece in zip(gathered, pieces, strict=True)]
+        return gathered
 
     @override
     def share(self, size_bytes: int, *, willing: bool) -> Tensor | None:
