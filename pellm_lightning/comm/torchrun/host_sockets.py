@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 _CONNECT_S = 10.0
+# A party that has left when all had come to it is no loss: what they sent to others arrives within this.
+_LEFT_S = 0.5
+_LATE = "Timed out waiting for other parties of this host"
 MESSAGE_BYTES = 1 << 15
 """Longest message of an exchange."""
 _CREDENTIALS = struct.Struct("3i")  # process, user and group, as SO_PEERCRED gives them
@@ -58,19 +61,20 @@ class HostSockets:
         received = {self.rank: message}
         deadline = time.monotonic() + self._timeout_s
         poll, party_of = self._watch()
+        gone = None
         while len(received) < self.size:
             ready = poll.poll(1e3 * max(deadline - time.monotonic(), 0))
             if not ready:
-                raise RuntimeError("Timed out waiting for other parties of this host")
-            for fd, _ in ready:
-                party = party_of[fd]
-                answer = None if party in received else self._receive(party)
-                if answer is None:
-                    self._collect(received, gone=party)
-                    break
-                received[party] = answer
-                # It may be one barrier ahead already: only its end matters now.
-                poll.modify(self._peers[party].fileno(), 0)
+                raise RuntimeError(_closed_by(gone) if gone is not None else _LATE)
+            for descriptor, _ in ready:
+                party = party_of[descriptor]
+                if party not in received:
+                    received[party] = self._receive(party)
+                    # It may be one barrier ahead already: only its end matters now.
+                    poll.modify(self._peers[party].fileno(), 0)
+                else:  # it has gone: either all have come to it, whose messages are here soon, or never will
+                    gone, deadline = party, min(deadline, time.monotonic() + _LEFT_S)
+                    poll.unregister(descriptor)
         return [received[party] for party in range(self.size)]
 
     def send_descriptor(self, descriptor: int) -> None:
@@ -124,29 +128,21 @@ class HostSockets:
                     party_of[descriptor] = party
         return poll, party_of
 
-    def _collect(self, received: dict[int, bytes], gone: int) -> None:
-        """Take what has arrived although a party has gone since.
+    def _receive(self, party: int) -> bytes:
+        """Return a message that has arrived.
 
         Raises:
-            RuntimeError: If something is missing.
+            RuntimeError: If there is none, since the party has gone.
         """
-        for party in self._peers.keys() - received.keys():
-            answer = self._receive(party)
-            if answer is not None:
-                received[party] = answer
-        if len(received) < self.size:
-            raise RuntimeError(f"Connection closed by party {gone}")
-
-    def _receive(self, party: int) -> bytes | None:
-        """Return a message that has arrived, None if there is none."""
-        for _ in range(2):
+        message = b""
+        with contextlib.suppress(OSError):
             try:
-                return self._peers[party].recv(MESSAGE_BYTES, socket.MSG_DONTWAIT) or None
+                message = self._peers[party].recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
             except ConnectionResetError:  # it has gone, but its message may be behind this
-                continue
-            except OSError:
-                break
-        return None
+                message = self._peers[party].recv(MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        if not message:
+            raise RuntimeError(_closed_by(party))
+        return message
 
 
 def connect(rank: int, size: int, timeout_s: float, gather: Gather, *, wanted: bool) -> HostSockets | str:
@@ -159,7 +155,7 @@ def connect(rank: int, size: int, timeout_s: float, gather: Gather, *, wanted: b
         gather: Publishes a JSON value, and returns all parties' in order.
         wanted: Whether this party wants it.
     """
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as opened, contextlib.ExitStack() as connected:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) if wanted and _supported() else None
         name = f"pellm-{secrets.token_hex(16)}"
         if listener is not None:
@@ -176,19 +172,22 @@ def connect(rank: int, size: int, timeout_s: float, gather: Gather, *, wanted: b
         failure = None
         try:
             for party in range(rank):
-                peers[party] = _dial(offers[party][1], rank)
+                peers[party] = connected.enter_context(_dial(offers[party][1], rank))
             while len(peers) < size - 1:
                 party, peer = _accept(listener)
-                peers[party] = peer
+                peers[party] = connected.enter_context(peer)
         except (OSError, ValueError) as error:
             failure = f"party {rank}: {error}"
         failures = gather("host connections", failure)
         first = next(filter(None, failures), None)
         if first is not None:
-            for peer in peers.values():
-                peer.close()
             return str(first)
+        connected.pop_all()
         return HostSockets(rank, peers, timeout_s)
+
+
+def _closed_by(party: int) -> str:
+    return f"Connection closed by party {party}"
 
 
 def _supported() -> bool:
@@ -203,21 +202,27 @@ def _host() -> list[object]:
 
 
 def _dial(name: str, rank: int) -> socket.socket:
-    peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    peer.settimeout(_CONNECT_S)
-    peer.connect(f"\0{name}")
-    _check_user(peer)
-    peer.send(str(rank).encode())
-    peer.settimeout(None)
+    """Return a connection to the party that listens at an abstract name."""
+    with contextlib.ExitStack() as opened:
+        peer = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        peer.settimeout(_CONNECT_S)
+        peer.connect(f"\0{name}")
+        _check_user(peer)
+        peer.send(str(rank).encode())
+        peer.settimeout(None)
+        opened.pop_all()
     return peer
 
 
 def _accept(listener: socket.socket) -> tuple[int, socket.socket]:
-    peer, _ = listener.accept()
-    peer.settimeout(_CONNECT_S)
-    _check_user(peer)
-    party = int(peer.recv(MESSAGE_BYTES))
-    peer.settimeout(None)
+    """Return who has connected, and the connection."""
+    with contextlib.ExitStack() as opened:
+        peer = opened.enter_context(listener.accept()[0])
+        peer.settimeout(_CONNECT_S)
+        _check_user(peer)
+        party = int(peer.recv(MESSAGE_BYTES))
+        peer.settimeout(None)
+        opened.pop_all()
     return party, peer
 
 

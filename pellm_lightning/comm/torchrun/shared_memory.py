@@ -1,5 +1,6 @@
 """Lane of parties that share a host: they add each other's values where they lie, in shared memory."""
 
+import contextlib
 import logging
 import mmap
 import os
@@ -171,10 +172,12 @@ def open_lane(
     if not isinstance(sockets, HostSockets):
         log.debug("[party %d] exchanges over Gloo: %s", rank, sockets)
         return None
-    memory = _allocated(sockets, _NUM_SLOTS * size * _SLOT_BYTES)
-    if memory is None:
-        sockets.close()
-        return None
+    with contextlib.ExitStack() as opened:
+        opened.callback(sockets.close)
+        memory = _allocated(sockets, _NUM_SLOTS * size * _SLOT_BYTES)
+        if memory is None:
+            return None
+        opened.pop_all()
     return SharedMemoryLane(sockets, memory)
 
 
