@@ -1,6 +1,7 @@
 """Lane of parties that share a host: they add each other's values where they lie, in shared memory."""
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -13,6 +14,7 @@ from typing_extensions import override
 from pellm_lightning.comm import ring
 from pellm_lightning.comm.errors import MismatchError
 from pellm_lightning.comm.torchrun import host_sockets
+from pellm_lightning.comm.torchrun.free_memory import free_bytes
 from pellm_lightning.comm.torchrun.host_sockets import Gather, HostSockets
 from pellm_lightning.comm.torchrun.lane import Lane, Pending
 
@@ -184,8 +186,8 @@ def open_lane(
 def _allocated(sockets: HostSockets, size_bytes: int) -> Tensor | None:
     """Return zeroed memory that all parties have mapped, None if one of them could not; the same at all.
 
-    It has no name, so that nothing is left of it however the parties end. It is reserved at once: to write
-    to memory that is not there would kill a party.
+    It has no name, so that nothing is left of it however the parties end. It is reserved at once, if so much
+    is free: to reserve or to write to memory that is not there would kill a party.
 
     Raises:
         RuntimeError: If a party is lost or late.
@@ -215,6 +217,9 @@ def _map_created(sockets: HostSockets, size_bytes: int) -> Tensor:
     """Create memory, and give it to the other parties; or tell them that there is none."""
     descriptor = None
     try:
+        free = free_bytes()
+        if size_bytes > free:
+            raise OSError(errno.ENOMEM, f"{free // 1_000_000} MB are free")
         descriptor = os.memfd_create("pellm")
         os.ftruncate(descriptor, size_bytes)
         os.posix_fallocate(descriptor, 0, size_bytes)
