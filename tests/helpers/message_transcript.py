@@ -53,19 +53,14 @@ def tapped(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
     for lane in (GlooGroup, SharedMemoryLane):
         for name, collective in _COLLECTIVES.items():
             monkeypatch.setattr(lane, name, _noting(getattr(lane, name), collective, messages))
-    exchange, barrier = SharedMemoryLane.all_gather_bytes, Federation.barrier
-
-    def noting_exchange(self: SharedMemoryLane, message: bytes, size: int) -> list[bytes]:
-        values = torch.tensor(list(message.ljust(size, b"\0")), dtype=torch.uint8)
-        messages.append(Message(self.rank, id(self), "allgather", True, values))
-        return exchange(self, message, size)
+        monkeypatch.setattr(lane, "all_gather_bytes", _noting_bytes(lane.all_gather_bytes, messages))
+    barrier = Federation.barrier
 
     def noting_barrier(self: Federation, written: Sequence[torch.Tensor] = ()) -> None:
         for values in written:
             messages.append(Message(self.party, 0, "shared memory", True, values.detach().clone()))
         barrier(self, written)
 
-    monkeypatch.setattr(SharedMemoryLane, "all_gather_bytes", noting_exchange)
     monkeypatch.setattr(Federation, "barrier", noting_barrier)
     return messages
 
@@ -81,6 +76,17 @@ def _noting(call: Callable[..., Any], collective: str, messages: list[Message]) 
                 values, sent = leaf.detach().clone(), own and index >= into
                 messages.append(Message(lane.rank, id(lane), collective, sent, values))
         return call(lane, *arguments)
+
+    return noting
+
+
+def _noting_bytes(call: Callable[..., list[bytes]], messages: list[Message]) -> Callable[..., list[bytes]]:
+    """Return a lane's method that notes the metadata it is given, as long as it counts."""
+
+    def noting(lane: Any, message: bytes, size: int) -> list[bytes]:
+        values = torch.tensor(list(message.ljust(size, b"\0")), dtype=torch.uint8)
+        messages.append(Message(lane.rank, id(lane), "metadata", True, values))
+        return call(lane, message, size)
 
     return noting
 
