@@ -25,6 +25,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.connectors import data_connector
 
 from pellm_lightning.comm.torchrun.gloo import GlooGroup
+from pellm_lightning.comm.torchrun.shared_memory import SWITCH
 from pellm_lightning.tensors import flat_buffer
 
 # A busy processor makes an example slow and no wrong: tests have a timeout, examples have none of their own.
@@ -203,6 +204,27 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut vectors of a few dozen scalars as those of millions are."""
     monkeypatch.setattr(flat_buffer, "_CHUNK", 8)
     monkeypatch.setattr(flat_buffer, "_BUCKET", 24)
+
+
+@pytest.fixture(params=["shared memory", "gloo"])
+def lane(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Let parties of one launch exchange in shared memory, as they do on one host, then over Gloo."""
+    with _lane(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def over_gloo() -> Iterator[None]:
+    """Let parties of one launch exchange as they do on several hosts."""
+    with _lane("gloo"):
+        yield
+
+
+@contextlib.contextmanager
+def _lane(lane: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:  # ends before the test for leaks
+        patch.setenv(SWITCH, str(int(lane == "shared memory")))
+        yield
 
 
 @pytest.fixture

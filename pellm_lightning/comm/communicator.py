@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from torch import Tensor
+
 from pellm_lightning.comm.collectives import Collectives
 
 Intent = Literal["exchange", "metadata", "rest"]
@@ -136,6 +138,31 @@ class Communicator(Collectives):
         Raises:
             MismatchError: If this party differs from the others in what all must share.
             FederationError: If too few parties join for too long, or one was lost and that shall stop all.
+        """
+
+    # ---- memory that the parties share, where they are of one host
+
+    def share_memory(self, size_bytes: int, *, willing: bool = True) -> Tensor | None:
+        """Return zeroed memory that all parties have mapped, (size_bytes,) uint8; None if one cannot.
+
+        Every party must call it, and all get memory or none does.
+
+        Args:
+            size_bytes: Size; the same at all parties.
+            willing: Whether this party wants it.
+        """
+        return None
+
+    def barrier(self, written: Sequence[Tensor] = ()) -> None:
+        """Wait until all parties are here: what they have written into shared memory can be read then.
+
+        Other collectives, and ``join_quorum``, are such a barrier as well.
+
+        Args:
+            written: What this party has written there for the others, to be counted as sent.
+
+        Raises:
+            PartyLostError: If a party is lost or too late.
         """
 
     @abstractmethod

@@ -402,6 +402,7 @@ class Aggregator:
         if state.loaded is None:
             state.begin(version=None)
             state.write_()
+        state.share_memory()
         self.federation.enter("training")
         return state.loaded is None
 

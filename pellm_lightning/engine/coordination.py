@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -75,15 +75,22 @@ class Header:
 
     def to_metadata(self) -> dict[str, Any]:
         """Return what ``from_metadata`` reads, but ``behind``."""
-        said = asdict(self) | {"purpose": int(self.purpose), "exposed": list(self.exposed)}
-        del said["behind"]
-        for name in ("loss", "distance", "steps_left"):  # JSON has no NaN
-            said[name] = said[name] if math.isfinite(said[name]) else None
-        return said
+        said = {
+            "purpose": int(self.purpose),
+            "round": self.round,
+            "weight": self.weight,
+            "fine": self.fine,
+            "tag": self.tag,
+            "exposed": list(self.exposed),
+            "releases": self.releases,
+        }
+        figures = {"loss": self.loss, "distance": self.distance, "steps_left": self.steps_left}
+        # JSON has no NaN.
+        return said | {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
     @classmethod
-    def from_metadata(cls, name: str, metadata: Mapping[str, Any]) -> "Header":
-        """Return the header of party ``name``, which may have sent anything.
+    def from_metadata(cls, name: str, metadata: Mapping[str, Any], *, behind: bool = False) -> "Header":
+        """Return the header of party ``name``, which may have sent anything, and may lack the newest state.
 
         Raises:
             FederationError: If it is malformed.
@@ -113,7 +120,7 @@ class Header:
             )
         fine = metadata.get("fine", True) is True
         names = tuple(map(str, exposed))
-        return cls(Purpose(purpose), round, weight, fine, tag, names, releases, loss, distance, left)
+        return cls(Purpose(purpose), round, weight, fine, tag, names, releases, loss, distance, left, behind)
 
 
 class Coordinator:
@@ -180,7 +187,7 @@ class Coordinator:
             if self._state_dir is not None:
                 self._state_dir.reserve(joined.attempt)  # before any member can make its result durable
             headers = [
-                replace(Header.from_metadata(name, said), behind=name in joined.behind)
+                Header.from_metadata(name, said, behind=name in joined.behind)
                 for name, said in joined.metadata.items()
             ]
             if all(header.purpose is not Purpose.METRICS for header in headers):

@@ -109,6 +109,17 @@ class GlobalState:
         """The reducer of the fragment that the next round exchanges."""
         return self.fragments[self.fragment]
 
+    @property
+    def vector(self) -> Tensor:
+        """The global vector, (D,) float32."""
+        return self._vector if len(self.fragments) > 1 else self.updates.global_
+
+    def share_memory(self) -> None:
+        """Let rounds work in memory that the parties share, if they can; every party must call it."""
+        if len(self.fragments) == 1:  # else the vector would lie in pieces
+            self.updates.share_memory()
+            self._vector = self.updates.global_
+
     def begin(self, version: Version | None) -> None:
         """Take the parameters of one party for the global ones; the first version is made of them."""
         self._broadcast_vector()
@@ -211,7 +222,7 @@ class GlobalState:
         parts = [plan.named(parts) for parts in plan.groups]
         fragments = [set(names) for names in fragments_of(tensors, self._context.fragments)]
         self.layout = Layout(tensors, [names & part for names in fragments for part in parts])
-        self.vector = self.layout.new_vector()
+        self._vector = self.layout.new_vector()
         layouts = [self.layout]
         if len(fragments) > 1:
             layouts = [
@@ -219,8 +230,8 @@ class GlobalState:
                 for names in fragments
             ]
         starts = accumulate((layout.size for layout in layouts), initial=0)
-        self.fragments = [
-            UpdateReducer(self._context, layout, self.vector[start:stop])
+        self.fragments: list[UpdateReducer] = [
+            UpdateReducer(self._context, layout, self._vector[start:stop])
             for layout, (start, stop) in zip(layouts, pairwise(starts), strict=True)
         ]
 

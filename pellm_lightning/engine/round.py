@@ -22,8 +22,8 @@ from pellm_lightning.engine.lora_step import LoraResult
 from pellm_lightning.engine.participants import ParticipantFilter, Participants, Shortage
 from pellm_lightning.engine.robust import RobustReducer
 from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.engine.shared_updates import ReducedFlags
 from pellm_lightning.engine.state_transfer import send_state
-from pellm_lightning.engine.updates import ReducedFlags
 from pellm_lightning.tensors.deviation import Deviation
 
 
@@ -122,6 +122,8 @@ class RoundRunner:
     def _header(self, purpose: Purpose, local: LocalInput) -> Header:
         """Return what this party says of itself as it meets the others."""
         state, weight, fine = self._state, local.weight, True
+        if weight > 0:
+            fine = state.updates.prepare(local.loss)
         is_secure = self._context.exchange.is_secure
         if is_secure:  # NaN has no place in a secure sum, so it must be known before
             state.read_()
@@ -130,11 +132,11 @@ class RoundRunner:
             fine = fine and local.contribution.first_nonfinite() is None
         if is_secure:
             weight = float(weight > 0 and fine)
-        header = Header(purpose, state.round, weight, fine, self._tag, self._exposed, self._releases)
+        said = purpose, state.round, weight, fine, self._tag, self._exposed, self._releases
         if not self._context.shares_figures:
-            return header
+            return Header(*said)
         loss = math.nan if local.loss is None else local.loss
-        return replace(header, loss=loss, distance=state.distance, steps_left=local.steps_left)
+        return Header(*said, loss, state.distance, local.steps_left)
 
     @contextmanager
     def _attempt(self, headers: list[Header]) -> Iterator[None]:

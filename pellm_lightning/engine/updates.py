@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,33 +13,15 @@ from pellm_lightning.aggregation.robust import RobustRule
 from pellm_lightning.engine import outer_optimizer
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.context import EngineContext
+from pellm_lightning.engine.shared_updates import ReducedFlags, SharedUpdates, flags_size
+from pellm_lightning.exchange import Plain
 from pellm_lightning.privacy.clipping import squared_norm
 from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors import portable
-from pellm_lightning.tensors.flat_buffer import Chunk, Layout
+from pellm_lightning.tensors.flat_buffer import Chunk, Layout, norm_of, sum_of_squares
 
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True)
-class ReducedFlags:
-    """Flags and figures that the parties sum behind their updates, once each has seen all its values."""
-
-    fine: list[bool]
-    """Party by party, whether all its values are finite."""
-    norms: list[float]
-    """Party by party, the 2-norm of its update; empty where it must not be told."""
-    total_weight: float
-    """Sum of the weights as they were summed: 1, or where the exchange hides them, that of the parties'."""
-    clipping_bit: float
-    """Mean of the parties' clipping bits; 0 without adaptive clipping."""
-    loss: float | None
-    """Mean of the parties' training losses, weighted; None if no party gave one."""
-    effective_steps: float
-    """Mean of the parties' effective steps, weighted; 0 if updates are not rescaled."""
-    mean_norm: float
-    """Mean of the parties' norms, weighted, as they report them; 0 unless senders bound them."""
 
 
 class UpdateReducer:
@@ -54,6 +35,7 @@ class UpdateReducer:
 
     def __init__(self, context: EngineContext, layout: Layout, vector: Tensor) -> None:
         self.layout = layout
+        self._context = context
         self._plan = context.plan
         self._federation = context.federation
         # If the exchange rounds float32, the flags cross apart, in float64.
@@ -73,10 +55,11 @@ class UpdateReducer:
         self._rescales = auxiliary is not None and auxiliary.rescales
         self.bounds = context.new_sender_bounds()
         """Bounds that this party applies to what it sends itself; None without."""
-        extra = 4 + self._rescales + (self.bounds is not None)
-        self._staging = layout.new_vector(extra=self._federation.max_parties + extra)
+        extra = flags_size(self._federation.max_parties) + self._rescales + (self.bounds is not None)
+        self._staging = layout.new_vector(extra=extra)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
+        self._shared: SharedUpdates | None = None
         self.error_feedback = context.exchange.new_error_feedback(self.pseudo_gradient)
         """What lossy compression has removed so far, to be sent later; None without."""
 
@@ -90,6 +73,35 @@ class UpdateReducer:
         """Gradient for the outer optimizer: after ``average`` the mean of ``anchor - x``, (D,) float32."""
         return self._staging[: self.layout.size]
 
+    # ---- shared memory
+
+    def share_memory(self) -> None:
+        """Let rounds work in memory that the parties share, if they can; every party must call it.
+
+        The global vector is then there also, and all parties must hold the same.
+        """
+        if self._shared is not None or not self._is_plain:
+            return
+        size_bytes = SharedUpdates.size_bytes(self.layout, self._federation.num_parties)
+        memory = self._federation.share_memory(size_bytes, willing=self.layout.device.type == "cpu")
+        if memory is None:
+            return
+        self._shared = SharedUpdates(self._federation, self._plan, self.layout, memory, self.global_)
+        self._parameter.set_(self._shared.global_)
+        self._staging = self.layout.new_vector(extra=0)[:0]
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether a round is one sum of updates and one subtraction: so at all parties or at none."""
+        context = self._context
+        extras = context.privacy or context.auxiliary or context.plan.products
+        own = self._is_robust or self.bounds is not None
+        return type(context.exchange) is Plain and context.is_plain_averaging and not (extras or own)
+
+    def prepare(self, loss: float | None) -> bool:
+        """Do what can be done before the parties meet; return whether the update is finite, if known yet."""
+        return self._shared is None or self._shared.pack(loss)
+
     # ---- the mean of the updates
 
     def average(
@@ -101,6 +113,10 @@ class UpdateReducer:
         Parts that the rule does not average are not sent, and are zero in the vector. The flags are sent with
         the last bucket, when each party has seen all its values.
         """
+        if self._shared is not None:
+            norm, reduced, shown = self._shared.combine(counting)
+            self._federation.barrier(shown)  # behind this the others pack what they bring to the next round
+            return norm, reduced
         share = counting.share
         averaged = self._plan.rule.averaged(counting.round, counting.num_participants)
         flags = self._staging[self.layout.size :]
@@ -131,7 +147,7 @@ class UpdateReducer:
                     yield self._staging[bucket[0].start : bucket[-1].stop]
             crosses = self._crosses(last, averaged)
             squares.extend(self._pack(last, factor) if crosses else self._measure(last))
-            self._write_flags(flags, _norm(squares), bit, loss, share, effective_steps, reported)
+            self._write_flags(flags, norm_of(squares), bit, loss, share, effective_steps, reported)
             start = last[0].start if crosses else self.layout.size
             if self._exact:
                 yield self._staging[start:]
@@ -145,7 +161,7 @@ class UpdateReducer:
             counting.federation.all_reduce_each_([flags])
         else:
             counting.federation.all_reduce_each_(packed())
-        return _norm(squares), self._read_flags(flags)
+        return norm_of(squares), self._read_flags(flags)
 
     def sent(self, counting: RoundContext) -> Tensor:
         """Return those numbers of this party's update that a round sends; they follow each other."""
@@ -216,7 +232,7 @@ class UpdateReducer:
     def _norm_of(self, averaged: Parts) -> float:
         """Return the norm of what this party will send of its update."""
         crossing = [chunk for bucket in self._crossing(averaged) for chunk in bucket]
-        return _norm([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
+        return norm_of([squared_norm(self._update(c, out=self._scratch2[: c.size])) for c in crossing])
 
     def _crosses(self, bucket: list[Chunk], averaged: Parts) -> bool:
         """Tell whether a bucket's part is averaged; if not, nothing moves there."""
@@ -228,7 +244,7 @@ class UpdateReducer:
     def _pack(self, bucket: list[Chunk], factor: float) -> Iterator[float]:
         for chunk in bucket:
             update = self._update(chunk, out=self._staging[chunk.start : chunk.stop])
-            yield _squared_norm(update)
+            yield sum_of_squares(update)
             if factor > 0:
                 if self._private is not None:
                     self._private.privatize_(update)
@@ -239,7 +255,7 @@ class UpdateReducer:
     def _measure(self, bucket: list[Chunk]) -> Iterator[float]:
         """Yield the squared norms of an update that is not sent."""
         for chunk in bucket:
-            yield _squared_norm(self._update(chunk, out=self._scratch2[: chunk.size]))
+            yield sum_of_squares(self._update(chunk, out=self._scratch2[: chunk.size]))
 
     def _update(self, chunk: Chunk, out: Tensor) -> Tensor:
         """Return the anchor minus the parameters."""
@@ -309,6 +325,10 @@ class UpdateReducer:
             moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers,
                 and so does the learning rate.
         """
+        if self._shared is not None:
+            distance = self._shared.write_()
+            self._parameter.set_(self._shared.global_)
+            return distance
         plain = outer_optimizer.is_plain_sgd(self.optimizer)
         squares: list[float] = []
         for chunk in self.layout.chunks():
@@ -320,7 +340,7 @@ class UpdateReducer:
                 mean = self._scratch2[: chunk.size]
                 torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
             away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
-            squares.append(_squared_norm(away))
+            squares.append(sum_of_squares(away))
             if plain:  # bit for bit what SGD(lr=1) does
                 values = global_.sub_(pseudo_gradient) if chunk.rounds else global_
                 if writes:
@@ -332,7 +352,7 @@ class UpdateReducer:
                 self.write_()
         if moves:
             self.schedule.step()
-        return _norm(squares)
+        return norm_of(squares)
 
     def _step(self) -> None:
         self._parameter.grad = self.pseudo_gradient
@@ -387,13 +407,3 @@ class UpdateReducer:
                 f" vector than {method} keeps. Resume with the drift correction of the checkpoint, or begin"
                 " anew from its weights."
             )
-
-
-def _norm(squares: list[float]) -> float:
-    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
-
-
-def _squared_norm(values: Tensor) -> float:
-    squared = float(torch.dot(values, values))
-    # Squares of large finite values overflow float32; those of infinite ones float64 also.
-    return squared if math.isfinite(squared) else float(values.double().square().sum())

@@ -76,9 +76,13 @@ class Chunk:
         flat = self._flat()
         return torch.sub(values, flat[0] if len(flat) == 1 else torch.cat(flat, out=out), out=out)
 
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Return the parts of a vector of the chunk's size that belong to the pieces."""
+        return list(values.split(self._sizes))
+
     def scatter_(self, values: Tensor) -> None:
         """Write a float32 vector of the chunk's size into the parameters, in place, cast to their dtype."""
-        for piece, part in zip(self.pieces, values.split(self._sizes), strict=True):
+        for piece, part in zip(self.pieces, self.split(values), strict=True):
             piece.copy_(part)
 
     def as_written(self, values: Tensor, scratch: Tensor) -> Tensor:
@@ -240,6 +244,18 @@ def are_finite(tensors: list[Tensor]) -> bool:
     if not tensors or bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all()):
         return True
     return all(map(is_finite, tensors))  # squares of finite values may overflow
+
+
+def sum_of_squares(chunk: Tensor) -> float:
+    """Return the sum of squares of a chunk, summed in float32; not finite if a value is not."""
+    squares = float(torch.dot(chunk, chunk))
+    # Squares of large finite values overflow float32; those of infinite ones float64 also.
+    return squares if math.isfinite(squares) else float(chunk.double().square().sum())
+
+
+def norm_of(sums: Sequence[float]) -> float:
+    """Return the 2-norm of a vector by its chunks' sums of squares; NaN if a value is not finite."""
+    return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.nan
 
 
 def _piece(parameter: Tensor, start: int, stop: int) -> Tensor | Strided:

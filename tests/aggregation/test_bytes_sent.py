@@ -66,7 +66,7 @@ SENT: dict[str, tuple[Aggregation, list[int]]] = {
 
 
 @pytest.mark.parametrize("case", SENT)
-def test_a_round_sends_what_its_rule_needs(case: str) -> None:
+def test_a_round_sends_what_its_rule_needs(case: str, over_gloo: None) -> None:
     rule, expected = SENT[case]
     for of_party in rounds_of(measuring(rule, False), rounds=2):
         assert [done.report.bytes_sent for done in of_party] == expected

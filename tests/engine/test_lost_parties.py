@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pellm_lightning import Aggregator, Federation, RoundReport
 from pellm_lightning.comm import MismatchError, PartyLostError
+from pellm_lightning.engine.shared_updates import SharedUpdates
 
 
 def test_a_party_that_dies_between_two_rounds() -> None:
@@ -45,7 +46,7 @@ def test_a_party_that_dies_between_two_rounds() -> None:
 
 @pytest.mark.parametrize("handed_over", [0, 2])
 def test_a_party_that_dies_in_the_middle_of_a_round(
-    handed_over: int, monkeypatch: pytest.MonkeyPatch, small_pieces: None
+    handed_over: int, monkeypatch: pytest.MonkeyPatch, small_pieces: None, over_gloo: None
 ) -> None:
     # It has met the others, and dies when so many buckets of its parameters are on their way.
     armed = threading.local()
@@ -61,7 +62,25 @@ def test_a_party_that_dies_in_the_middle_of_a_round(
         add_up(self, cut_short())
 
     monkeypatch.setattr(Federation, "all_reduce_each_", failing)
+    assert_that_a_round_fails_whole(armed)
 
+
+def test_a_party_that_dies_before_it_has_written_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It has met the others, and dies with its part of the next global vector half done.
+    armed = threading.local()
+    step = SharedUpdates._step
+
+    def failing(self: SharedUpdates, *arguments: Any, **keywords: Any) -> Any:
+        squares = step(self, *arguments, **keywords)
+        if armed.yes:
+            raise OSError("power cut")
+        return squares
+
+    monkeypatch.setattr(SharedUpdates, "_step", failing)
+    assert_that_a_round_fails_whole(armed)
+
+
+def assert_that_a_round_fails_whole(armed: threading.local) -> None:
     def act(federation: Federation) -> None:
         armed.yes = False
         w = torch.zeros(100)

@@ -14,7 +14,9 @@ from torch import Tensor
 from pellm_lightning import Federation, RoundReport
 
 
-def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> None:
+def test_a_transcript_of_all_that_leaves(
+    monkeypatch: pytest.MonkeyPatch, small_pieces: None, lane: str
+) -> None:
     messages = tapped(monkeypatch)
     store = NotedStore()
     secret = torch.tensor([1234.5, 2345.5, 3456.5, 4567.5])
@@ -39,6 +41,7 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         sent = [m for m in messages if m.party == party and m.sent]
         synchronised = [m.values for m in sent if m.collective == "broadcast"]
         header, *summed = [m for m in sent if m.collective != "broadcast"]
+        assert all((m.collective == "shared memory") == (lane != "gloo") for m in summed)
         # The first synchronisation: party 0's trainable parameters; nothing of the others.
         assert len(synchronised) == (1 if party == 0 else 0)
         assert all(torch.equal(values, starts[0]) for values in synchronised)
@@ -49,16 +52,24 @@ def test_a_transcript_of_all_that_leaves(monkeypatch: pytest.MonkeyPatch, small_
         facts = {"purpose": 1, "round": 0, "weight": weights[party], "fine": True, "loss": 0.5}
         unknown = {"exposed": [], "releases": 0, "distance": None, "steps_left": None}
         assert (intent, len(tag), metadata) == ("exchange", 16, facts | unknown)
-        payload = torch.cat([m.values for m in summed])
-        share = weights[party] / sum(weights)
-        # anchor - x times the share, which is party 0's start minus the own end; exact zeros at weight 0.
-        torch.testing.assert_close(payload[:size], share * (starts[0] - ends[party]), rtol=1e-6, atol=1e-6)
-        assert share or bits(payload[:size]) == bytes(4 * size)
-        ballot = payload[size:]
-        # That all its values are finite is told by the norm of its update.
-        norm = float((starts[0] - ends[party]).norm())
-        votes = [norm if other == party else 0.0 for other in range(num_parties)]
-        assert ballot.tolist() == pytest.approx([*votes, 0.0, 0.5 * share, share, share])
+        update, share = starts[0] - ends[party], weights[party] / sum(weights)
+        norm = float(update.norm())
+        if lane == "gloo":
+            payload = torch.cat([m.values for m in summed])
+            # anchor - x times the share, which is party 0's start minus the own end; exact zeros at weight 0.
+            torch.testing.assert_close(payload[:size], share * update, rtol=1e-6, atol=1e-6)
+            assert share or bits(payload[:size]) == bytes(4 * size)
+            ballot = payload[size:]
+            # That all its values are finite is told by the norm of its update.
+            votes = [norm if other == party else 0.0 for other in range(num_parties)]
+            assert ballot.tolist() == pytest.approx([*votes, 0.0, 0.5 * share, share, share])
+        elif share:
+            # anchor - x, the loss and the norm; the header has told by which share the others multiply them.
+            shown, loss, told = (m.values for m in summed)
+            assert bits(shown) == bits(update)
+            assert (loss.tolist(), told.tolist()) == ([0.5], pytest.approx([norm]))
+        else:
+            assert not summed
         # Bytes are those handed over, no more and no fewer.
         assert in_all == sum(m.values.nbytes for m in sent)
         assert report.bytes_sent == in_all - first_sync, "the report must count all that its round has sent"
@@ -76,7 +87,8 @@ def check_words(store: NotedStore, tensors: Iterable[Tensor]) -> None:
         assert not any(np.float32(value).tobytes() in word for word in words)
 
 
-def test_a_second_exchange_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_exchange_is_counted_too(monkeypatch: pytest.MonkeyPatch, over_gloo: None) -> None:
+    # In shared memory a party knows before it sends anything that it holds NaN.
     messages = tapped(monkeypatch)
 
     def act(federation: Federation) -> tuple[RoundReport, RoundReport]:

@@ -1,7 +1,7 @@
-"""A transcript of what leaves a party: tensors handed to torch's Gloo group, words put into the store."""
+"""A transcript of what leaves a party: tensors given to a lane or shown, words put into the store."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,19 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from pellm_lightning import Federation
 from pellm_lightning.comm.torchrun.federation import SLOT_BYTES
 from pellm_lightning.comm.torchrun.gloo import GlooGroup
+from pellm_lightning.comm.torchrun.shared_memory import SharedMemoryLane
 
 
 @dataclass(frozen=True)
 class Message:
-    """One tensor handed to the group, as it was at that moment."""
+    """One tensor handed to a lane, or written for all to see, as it was at that moment."""
 
     party: int
     lane: int
-    """Tells the group it went through from the others."""
+    """Tells the lane it went through from the others; 0 of one that lies in shared memory."""
     collective: str
     sent: bool
     """False for a buffer that is only received into."""
@@ -36,36 +38,57 @@ def metadata_of(message: Message) -> Any:
     return json.loads(mine[4 : 4 + int.from_bytes(mine[:4], "little")])
 
 
-class Tap:
-    """Stands before a ProcessGroupGloo and notes every tensor of every call, whatever the collective."""
-
-    def __init__(self, group: Any, party: int, messages: list[Message]) -> None:
-        self._group, self._party, self._messages = group, party, messages
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            own = not (name == "broadcast" and arguments[1] != self._party)
-            into = len(tree_leaves(arguments[0])) if name == "allgather" else 0
-            for index, leaf in enumerate(tree_leaves(arguments)):
-                if isinstance(leaf, torch.Tensor):
-                    values, sent = leaf.detach().clone(), own and index >= into
-                    self._messages.append(Message(self._party, id(self._group), name, sent, values))
-            return getattr(self._group, name)(*arguments)
-
-        return call
+# What torch's Gloo groups call the collectives of a lane.
+_COLLECTIVES = {
+    "all_reduce": "allreduce",
+    "broadcast": "broadcast",
+    "all_gather": "allgather",
+    "all_to_all": "alltoall_base",
+}
 
 
 def tapped(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
-    """Tap every Gloo group built from now on; the list fills as the parties talk."""
+    """Tap all lanes, and what is written into shared memory; the list fills as the parties talk."""
     messages: list[Message] = []
-    build = GlooGroup.__init__
+    for lane in (GlooGroup, SharedMemoryLane):
+        for name, collective in _COLLECTIVES.items():
+            monkeypatch.setattr(lane, name, _noting(getattr(lane, name), collective, messages))
+        monkeypatch.setattr(lane, "all_gather_bytes", _noting_bytes(lane.all_gather_bytes, messages))
+    barrier = Federation.barrier
 
-    def build_tapped(self: GlooGroup, store: dist.Store, rank: int, *arguments: Any) -> None:
-        build(self, store, rank, *arguments)
-        self._group = Tap(self._group, rank, messages)
+    def noting_barrier(self: Federation, written: Sequence[torch.Tensor] = ()) -> None:
+        for values in written:
+            messages.append(Message(self.party, 0, "shared memory", True, values.detach().clone()))
+        barrier(self, written)
 
-    monkeypatch.setattr(GlooGroup, "__init__", build_tapped)
+    monkeypatch.setattr(Federation, "barrier", noting_barrier)
     return messages
+
+
+def _noting(call: Callable[..., Any], collective: str, messages: list[Message]) -> Callable[..., Any]:
+    """Return a lane's method that notes every tensor it is given."""
+
+    def noting(lane: Any, *arguments: Any) -> Any:
+        own = not (collective == "broadcast" and arguments[1] != lane.rank)
+        into = len(arguments[0]) if collective == "allgather" else 0
+        for index, leaf in enumerate(tree_leaves(arguments)):
+            if isinstance(leaf, torch.Tensor):
+                values, sent = leaf.detach().clone(), own and index >= into
+                messages.append(Message(lane.rank, id(lane), collective, sent, values))
+        return call(lane, *arguments)
+
+    return noting
+
+
+def _noting_bytes(call: Callable[..., list[bytes]], messages: list[Message]) -> Callable[..., list[bytes]]:
+    """Return a lane's method that notes the metadata it is given, as long as it counts."""
+
+    def noting(lane: Any, message: bytes, size: int) -> list[bytes]:
+        values = torch.tensor(list(message.ljust(size, b"\0")), dtype=torch.uint8)
+        messages.append(Message(lane.rank, id(lane), "metadata", True, values))
+        return call(lane, message, size)
+
+    return noting
 
 
 class NotedStore(dist.Store):

@@ -1,4 +1,4 @@
-"""N parties as N threads of one process: real Gloo over one HashStore, no launcher."""
+"""N parties as N threads of one process: one HashStore, real shared memory or real Gloo, no launcher."""
 
 import threading
 from collections.abc import Callable, Sequence

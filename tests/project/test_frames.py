@@ -10,6 +10,7 @@ from package_imports import PACKAGE
 from party_threads import Classifier, data, fit_parties, quiet_trainer
 
 from pellm_lightning.comm.torchrun.gloo import GlooGroup
+from pellm_lightning.comm.torchrun.shared_memory import SharedMemoryLane
 
 HOOK = "on_train_batch_end"
 
@@ -25,6 +26,17 @@ def frames_since_hook() -> list[str]:
     return found[names.index(HOOK) :: -1] if HOOK in names else []
 
 
+def measured(call: Callable[..., Any], stacks: list[list[str]]) -> Callable[..., Any]:
+    """Return a method that keeps the stack of each call that a hook has led to."""
+
+    def kept(*arguments: Any) -> Any:
+        if stack := frames_since_hook():
+            stacks.append(stack)
+        return call(*arguments)
+
+    return kept
+
+
 class Measured:
     """Stands before a ProcessGroupGloo and keeps the stack of each collective that a hook has led to."""
 
@@ -32,15 +44,10 @@ class Measured:
         self._group, self._stacks = group, stacks
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            if stack := frames_since_hook():
-                self._stacks.append(stack)
-            return getattr(self._group, name)(*arguments)
-
-        return call
+        return measured(getattr(self._group, name), self._stacks)
 
 
-def test_a_round_is_ten_frames_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_is_ten_frames_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lane: str) -> None:
     stacks: list[list[str]] = []
     build = GlooGroup.__init__
 
@@ -49,6 +56,9 @@ def test_a_round_is_ten_frames_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         self._group = Measured(self._group, stacks)
 
     monkeypatch.setattr(GlooGroup, "__init__", build_measured)
+    for name in ("all_gather_bytes", "all_reduce", "barrier"):
+        method = getattr(SharedMemoryLane, name)
+        monkeypatch.setattr(SharedMemoryLane, name, measured(method, stacks))
 
     def fit(party: int, federated: Any) -> None:
         trainer = quiet_trainer(tmp_path, [federated(every_n_steps=2)])
@@ -57,8 +67,12 @@ def test_a_round_is_ten_frames_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fit_parties(2, fit)
     # Two parties, two epochs of a round each: headers are gathered, then updates are summed.
     assert len(stacks) == 2 * 2 * 2
-    assert {stack[-1] for stack in stacks} == {"gloo.all_gather", "gloo.all_reduce"}
+    last = {"gloo.all_gather_bytes", "gloo.all_reduce"}
+    if lane == "shared memory":  # where the stack is taken before the method that is the collective itself
+        last = {"federation._all_gather_bytes", "federation.barrier"}
+    assert {stack[-1] for stack in stacks} == last
     assert {stack[0] for stack in stacks} == {f"federated_averaging.{HOOK}"}
+    depth = 10 if lane == "gloo" else 9
     for stack in stacks:
-        assert len(stack) <= 10, " > ".join(stack)
-    assert max(map(len, stacks)) == 10, "docs/architecture.md names the number"
+        assert len(stack) <= depth, " > ".join(stack)
+    assert max(map(len, stacks)) == depth, "docs/architecture.md names the number"

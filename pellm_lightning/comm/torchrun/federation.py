@@ -1,4 +1,7 @@
-"""Communicator of parties that are started together, by torchrun or as threads: over a store and Gloo."""
+"""Communicator of parties that are started together, by torchrun or as threads.
+
+They meet at a store, and exchange in shared memory if they share a host, over Gloo if not.
+"""
 
 import json
 import re
@@ -7,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
@@ -26,13 +28,16 @@ from pellm_lightning.comm.communicator import (
 from pellm_lightning.comm.errors import FederationError, PartyLostError
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup, Pending
+from pellm_lightning.comm.torchrun import shared_memory as shared
+from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup, check_transport
+from pellm_lightning.comm.torchrun.lane import Lane, Pending
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
 
 # One Gloo group leaves cores idle while it waits for the network; two reduced in 0.78-0.9x of the time.
 _NUM_LANES = 2
-# Below this a second lane costs more latency than it gains.
+# Below this a second lane costs more latency than it gains. In shared memory tensors are cut alike, so that
+# their sums have the same bits.
 _SPLIT_BYTES = 4 << 20
 # Metadata of a round, which has some 200 bytes, takes one gather; what does not fit takes a second.
 SLOT_BYTES = 512
@@ -52,6 +57,8 @@ class Federation(Communicator):
         num_parties: Number of parties.
         timeout_s: Seconds a party may be late, at joining and at each exchange. It must be longer than the
             time by which the slowest party's local steps outlast the fastest's.
+        shared_memory: Whether parties that share a host exchange in its memory: if all want it and can. The
+            environment variable ``PELLM_SHARED_MEMORY=0`` at one of them switches it off also.
 
     Raises:
         ValueError: If ``party``, ``num_parties`` or ``timeout_s`` is out of range.
@@ -65,7 +72,15 @@ class Federation(Communicator):
         >>> federation.close()
     """
 
-    def __init__(self, store: dist.Store, party: int, num_parties: int, *, timeout_s: float = 1800) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        party: int,
+        num_parties: int,
+        *,
+        timeout_s: float = 1800,
+        shared_memory: bool = True,
+    ) -> None:
         if num_parties < 1 or not 0 <= party < num_parties:
             raise ValueError(f"party={party} must lie in 0..{num_parties - 1} for num_parties={num_parties}.")
         if not timeout_s > 0:
@@ -83,9 +98,9 @@ class Federation(Communicator):
         )
         self._specs: list[PartySpec] = []
         self._closed = False
-        self._lanes: list[GlooGroup] = []
+        self._lanes: list[Lane] = []
         if num_parties > 1:
-            self._join()
+            self._join(shared_memory)
 
     @classmethod
     def from_env(cls, num_parties: int | None = None, *, timeout_s: float = 1800) -> "Federation":
@@ -177,7 +192,7 @@ class Federation(Communicator):
                 if self.num_parties > 1:
                     copy = tensor.detach().to("cpu")
                     self.bytes_sent += copy.nbytes
-                    under_way.append((tensor, copy, self._lane(index % _NUM_LANES).all_reduce(copy)))
+                    under_way.append((tensor, copy, self._lane(index).all_reduce(copy)))
         for tensor, copy, pending in under_way:
             with self._translated():
                 pending.wait()
@@ -221,25 +236,36 @@ class Federation(Communicator):
                 self._lane().all_to_all(out, copies, list(sizes), [len(mine)] * len(sizes)).wait()
         return gathered
 
+    @override
+    def share_memory(self, size_bytes: int, *, willing: bool = True) -> Tensor | None:
+        if self.num_parties == 1:
+            return None
+        with self._translated():
+            return self._lane().share(size_bytes, willing=willing)
+
+    @override
+    def barrier(self, written: Sequence[Tensor] = ()) -> None:
+        self.bytes_sent += sum(tensor.nbytes for tensor in written)
+        with self._translated():
+            if self.num_parties > 1:
+                self._lane().barrier()
+
     def _all_gather_bytes(self, mine: bytes) -> list[bytes]:
         """Return every party's bytes, which may differ in length."""
         if self.num_parties == 1:
             return [mine]
         framed = len(mine).to_bytes(_LENGTH_BYTES, "little") + mine
-        gathered, longest = [b""] * self.num_parties, SLOT_BYTES
-        while (known := len(gathered[0])) < longest:
-            own = framed[known:longest].ljust(longest - known, b"\0")
-            row = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-            rows = [torch.empty_like(row) for _ in self.names]
-            self.bytes_sent += len(row)
+        gathered, known, longest = [b""] * self.num_parties, 0, SLOT_BYTES
+        while known < longest:
+            self.bytes_sent += longest - known
             with self._translated():
-                self._lane().all_gather(rows, row).wait()
-            gathered = [before + more.numpy().tobytes() for before, more in zip(gathered, rows, strict=True)]
+                more = self._lane().all_gather_bytes(framed[known:longest], longest - known)
+            gathered = [before + after for before, after in zip(gathered, more, strict=True)]
             ends = [_LENGTH_BYTES + int.from_bytes(start[:_LENGTH_BYTES], "little") for start in gathered]
             if max(ends) > _MAX_METADATA_BYTES:
                 raise ValueError(f"it has {max(ends)} bytes, more than {_MAX_METADATA_BYTES}")
-            longest = max(SLOT_BYTES, *ends)
-        return [row[_LENGTH_BYTES:end] for row, end in zip(gathered, ends, strict=True)]
+            known, longest = longest, max(SLOT_BYTES, *ends)
+        return [message[_LENGTH_BYTES:end] for message, end in zip(gathered, ends, strict=True)]
 
     # ---- joining and leaving
 
@@ -255,12 +281,17 @@ class Federation(Communicator):
             self._coordinator.publish_reason(reason)
         self._disconnect()
 
-    def _join(self) -> None:
+    def _join(self, shared_memory: bool) -> None:
+        check_transport()
         self._coordinator.wait_for_all()
         with self._translated():
-            for lane in range(_NUM_LANES):
-                store = dist.PrefixStore(f"lane{lane}", self._store)
-                self._lanes.append(GlooGroup(store, self.party, self.num_parties, self.timeout_s))
+            place = self.party, self.num_parties, self.timeout_s
+            lane = shared.open_lane(*place, self._coordinator.gather_json, wanted=shared_memory)
+            if lane is not None:
+                self._lanes = [lane]
+                return
+            for index in range(_NUM_LANES):
+                self._lanes.append(GlooGroup(dist.PrefixStore(f"lane{index}", self._store), *place))
 
     def _disconnect(self) -> None:
         self._closed = True
@@ -269,11 +300,11 @@ class Federation(Communicator):
             lane.abort()
         self._lanes = []
 
-    def _lane(self, lane: int = 0) -> GlooGroup:
+    def _lane(self, index: int = 0) -> Lane:
         lanes = self._lanes
         if not lanes:
             raise RuntimeError(LEFT)
-        return lanes[lane]
+        return lanes[index % len(lanes)]
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -284,6 +315,9 @@ class Federation(Communicator):
             )
         try:
             yield
+        except FederationError:
+            self._disconnect()
+            raise
         except RuntimeError as error:
             late = self._coordinator.timed_out() if "imed out" in str(error) else None
             # A broken group stays broken, and its neighbours notice only when this party disconnects.

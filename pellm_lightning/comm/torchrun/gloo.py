@@ -9,12 +9,28 @@ import threading
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from pellm_lightning.comm.errors import FederationError
+from pellm_lightning.comm.torchrun.lane import Lane
 
 LEFT = "this party has left the group"
+
+
+def check_transport() -> None:
+    """Refuse a setting of the environment that promises what there is not.
+
+    Raises:
+        FederationError: If it asks for TLS.
+    """
+    if os.environ.get("GLOO_DEVICE_TRANSPORT", "").upper() == "TCP_TLS":
+        raise FederationError(
+            "GLOO_DEVICE_TRANSPORT=TCP_TLS asks Gloo for TLS, which torch's released builds do not have."
+            " Unset it and run the parties as separate jobs with tls=TLS(...), or inside a VPN."
+        )
 
 
 class Pending:
@@ -47,7 +63,7 @@ class Pending:
         self._work = None
 
 
-class GlooGroup:
+class GlooGroup(Lane):
     """One Gloo group over a store.
 
     Args:
@@ -55,17 +71,10 @@ class GlooGroup:
         rank: This party.
         size: Number of parties.
         timeout_s: Seconds a member may be late for a collective.
-
-    Raises:
-        FederationError: If the environment asks for a TLS that is not there.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:
-        if os.environ.get("GLOO_DEVICE_TRANSPORT", "").upper() == "TCP_TLS":
-            raise FederationError(
-                "GLOO_DEVICE_TRANSPORT=TCP_TLS asks Gloo for TLS, which torch's released builds do not have."
-                " Unset it and run the parties as separate jobs with tls=TLS(...), or inside a VPN."
-            )
+        self.rank, self._size = rank, size
         # The group keeps no reference to a store subclass written in Python, so we do.
         self._store = store
         # torch's stubs do not know the collectives of this class.
@@ -75,28 +84,37 @@ class GlooGroup:
         # that is broken already, it would hold the connections open until the timeout.
         self._starting = threading.Lock()
 
+    @override
     def all_reduce(self, tensor: Tensor) -> Pending:
-        """Start to sum a contiguous CPU tensor in place over the group."""
         with self._starting:
             return self._noted(self._joined.allreduce([tensor]))
 
+    @override
     def broadcast(self, tensor: Tensor, source: int) -> Pending:
-        """Start to overwrite a contiguous CPU tensor by the one of party ``source``."""
         with self._starting:
             return self._noted(self._joined.broadcast(tensor, source))
 
+    @override
     def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
-        """Start to fill ``gathered`` by the ranks' ``tensor``, contiguous CPU tensors of one size."""
         with self._starting:
             return self._noted(self._joined.allgather([gathered], [tensor]))
 
+    @override
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
-        """Start to send each rank its part of ``tensor``, flat on the CPU, and to fill ``out`` by theirs."""
         with self._starting:
             return self._noted(self._joined.alltoall_base(out, tensor, out_sizes, sizes))
 
+    @override
+    def all_gather_bytes(self, message: bytes, size: int) -> list[bytes]:
+        row = torch.frombuffer(bytearray(message.ljust(size, b"\0")), dtype=torch.uint8)
+        rows = [torch.empty_like(row) for _ in range(self._size)]
+        with self._starting:
+            pending = self._noted(self._joined.allgather([rows], [row]))
+        pending.wait()
+        return [row.numpy().tobytes() for row in rows]
+
+    @override
     def abort(self) -> None:
-        """Break all connections, so that whoever waits for this party notices at once."""
         with self._starting:
             group, self._group = self._group, None
             if group is not None:

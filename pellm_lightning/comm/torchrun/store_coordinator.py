@@ -16,7 +16,8 @@ from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
 log = logging.getLogger(__name__)
 
 _LEAVE_S = 30.0
-_MONITOR_EVERY_S = 1.0
+_MONITOR_EVERY_S = 0.25
+_JOIN_S = 1.0
 
 
 class StoreCoordinator:
@@ -56,15 +57,18 @@ class StoreCoordinator:
         self._store = store
         self._gathers = 0
         self._last_key: str | None = None
+        self._published: str | None = None
         self._monitor: threading.Thread | None = None
         self._closed = threading.Event()
         self._reminder: Reminder | None = None  # of the collective that this party is blocked in
 
     def enter(self, phase: str) -> None:
-        """Publish what this party does from now on."""
+        """Publish what this party does from now on; others see it a moment later.
+
+        A thread does it: to write to the store takes as long as the sums of a small round.
+        """
         self.phase = phase
-        with self._reached():
-            self._store.set(f"at/{self.party}", phase)
+        self._start_monitor()
 
     def wait_for_all(self) -> None:
         """Announce this party, and wait until all have done so: a barrier.
@@ -189,14 +193,8 @@ class StoreCoordinator:
 
     @contextlib.contextmanager
     def waiting(self, first_s: float = ROUND_S) -> Iterator[None]:
-        """Let a thread log for whom this party waits, if it is blocked in a collective for long.
-
-        It is one thread for all rounds: to start one for each would take as long as a small round.
-        """
-        if self._monitor is None and self.num_parties > 1:
-            monitor = threading.Thread(target=self._remind, name="waiting for parties", daemon=True)
-            monitor.start()
-            self._monitor = monitor  # only now, since another thread may close what it finds here
+        """Let a thread log for whom this party waits, if it is blocked in a collective for long."""
+        self._start_monitor()
         self._reminder = Reminder(first_s)
         try:
             yield
@@ -204,20 +202,37 @@ class StoreCoordinator:
             self._reminder = None
 
     def close(self) -> None:
-        """End the thread of ``waiting``."""
+        """End the thread of ``enter`` and ``waiting``."""
         self._closed.set()
         if self._monitor is not None:
-            self._monitor.join(_MONITOR_EVERY_S)  # it may be blocked in a store that is gone
+            self._monitor.join(_JOIN_S)  # it may be blocked in a store that is gone
+
+    def _start_monitor(self) -> None:
+        """Start the thread; one for all rounds, since to start it takes as long as a small round."""
+        if self._monitor is None and self.num_parties > 1 and not self._closed.is_set():
+            monitor = threading.Thread(target=self._watch, name="waiting for parties", daemon=True)
+            monitor.start()
+            self._monitor = monitor  # only now, since another thread may close what it finds here
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_MONITOR_EVERY_S):
+            with contextlib.suppress(dist.DistError):  # who needs the store will notice
+                self._publish_phase()
+                self._remind()
+
+    def _publish_phase(self) -> None:
+        phase = self.phase
+        if phase != self._published:
+            self._store.set(f"at/{self.party}", phase)
+            self._published = phase
 
     def _remind(self) -> None:
-        while not self._closed.wait(_MONITOR_EVERY_S):
-            reminder = self._reminder
-            if reminder is None or not reminder.due():
-                continue
-            with contextlib.suppress(dist.DistError):  # the collective will notice
-                late = self._late()
-                if late and self._reminds(late):
-                    log.warning("[party %d] waits for %s", self.party, _doing(late))
+        reminder = self._reminder
+        if reminder is None or not reminder.due():
+            return
+        late = self._late()
+        if late and self._reminds(late):
+            log.warning("[party %d] waits for %s", self.party, _doing(late))
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:

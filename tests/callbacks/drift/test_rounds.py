@@ -38,7 +38,7 @@ def test_masked_sums_hide_what_crosses_beside(tmp_path: Path, name: str) -> None
     np.testing.assert_allclose(train(tmp_path, ALL[name], 4, exchange=masked()), plain, rtol=1e-4, atol=1e-4)
 
 
-def test_what_crosses_is_a_vector_or_a_number(tmp_path: Path) -> None:
+def test_what_crosses_is_a_vector_or_a_number(tmp_path: Path, over_gloo: None) -> None:
     """The head has 51 parameters, 4 bytes each; N parties send 2 (N - 1) / N of what they sum."""
 
     def fit(correction: Callable[[], Callback] | None, party: int, federated: Any) -> list[float]:

@@ -22,6 +22,9 @@ SOON_S = 8.0
 """Far below the parties' timeout of 20 s, far above what a loaded machine needs."""
 
 
+pytestmark = pytest.mark.usefixtures("lane")
+
+
 def integers(size: int, party: int) -> torch.Tensor:
     """Small whole numbers, whose sums are exact in float32 in any order."""
     return torch.arange(size, dtype=torch.float32).remainder(97) * (party + 1)
@@ -53,7 +56,9 @@ def test_all_reduce_keeps_dtype_and_shape(dtype: torch.dtype) -> None:
         assert torch.equal(result, torch.full((2, 3), 6, dtype=dtype))
 
 
-def test_all_reduce_of_a_large_tensor_is_split_and_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_reduce_of_a_large_tensor_is_split_and_whole_again(
+    monkeypatch: pytest.MonkeyPatch, lane: str
+) -> None:
     monkeypatch.setattr(federation, "_SPLIT_BYTES", 1024)
     messages = tapped(monkeypatch)
     results = run_parties(2, lambda federation: federation.all_reduce_(integers(1001, federation.party)))
@@ -61,7 +66,8 @@ def test_all_reduce_of_a_large_tensor_is_split_and_whole_again(monkeypatch: pyte
         assert torch.equal(result, integers(1001, 0) * 3)
     mine = [message for message in messages if message.party == 0]
     assert [message.values.numel() for message in mine] == [501, 500]
-    assert len({message.lane for message in mine}) == 2, "one group leaves cores idle"
+    lanes = len({message.lane for message in mine})
+    assert lanes == (2 if lane == "gloo" else 1), "one group leaves cores idle"
 
 
 def test_all_reduce_of_views_and_leaves() -> None:
