@@ -457,7 +457,7 @@ def test_who_slept_finds_itself_outside_and_comes_back(world: Callable[..., Worl
 def test_who_slept_through_many_epochs(world: Callable[..., World]) -> None:
     w = world(3, rounds=MANY)
     w.start("p0", "p1", pace_s=0.005)
-    w.start("p2", faults={"plan:before@3": sleeps(3 * TTL_S)})
+    w.start("p2", faults={"view:before@3": sleeps(3 * TTL_S)})
     w.until(lambda: w.reached > 30)
     before = w.reached
     began = time.monotonic()
@@ -473,8 +473,8 @@ POINTS = [
     "training@2",
     "member:before@2",
     "member:after@2",
-    "plan:before@2",
-    "plan:after@2",
+    "view:before@2",
+    "view:after@2",
     "forming@0",
     "forming@2",
     "exchanging@2",
@@ -495,7 +495,7 @@ def test_killed_at(world: Callable[..., World], tmp_path: Path, point: str) -> N
     w = world(3, rounds=MANY, state_dir=state_dir, wait_s=20.0, heartbeat_ttl_s=BRIEF_S)
     w.start("p0", "p2", pace_s=0.03)
     (killed,) = w.start("p1", pace_s=0.03, faults={point: die})
-    # Only whoever is first writes plan or decision.
+    # Only whoever is first writes view or decision.
     w.until(lambda: killed.dead or (w.reached > 3 and ":" in point and killed.faults.clear() is None))
     killed.join() if killed.dead else None
     if killed.dead:

@@ -441,7 +441,7 @@ def liar() -> Iterator[Any]:
     ("hello", "said"),
     [
         (b"SSH-2.0-OpenSSH_9.2p1\r\n", "sends something else than hello"),
-        (HELLO[:-1] + b"\x07", "has version 7, not 1"),
+        (HELLO[:-1] + b"\x07", "has version 7, not 2"),
     ],
 )
 def test_another_service_is_recognized(hello: bytes, said: str) -> None:
