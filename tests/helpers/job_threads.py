@@ -18,7 +18,7 @@ from torch import Tensor
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import TLS, ElasticFederation, FederationError, Membership, Quorum
 from pellm_lightning.comm.polling import polls
-from pellm_lightning.comm.rendezvous.frames import Op, pack_body, unpack
+from pellm_lightning.comm.rendezvous.frames import Op, pack_body
 from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
 
 TTL_S = 0.4
@@ -106,7 +106,11 @@ class TransactingClient(Client):
         for op, fields in requests:
             self._passes("before", op.name.lower(), fields[0].decode())
         packed = [pack_body(op, fields) for op, fields in requests]
-        answers = [unpack(answer or b"")[1] for answer in self._answer(Op.TRANSACT, packed)]
+        fields_left, answers = self._answer(Op.TRANSACT, packed), []
+        while fields_left:
+            count = 1 + int(fields_left[0] or b"")
+            answers.append(fields_left[1:count])
+            fields_left = fields_left[count:]
         for op, fields in requests[: len(answers)]:
             self._passes("after", op.name.lower(), fields[0].decode())
         return [

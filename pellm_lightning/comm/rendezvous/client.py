@@ -21,7 +21,6 @@ from pellm_lightning.comm.rendezvous.frames import (
     check_value,
     pack,
     pack_body,
-    unpack,
 )
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
 from pellm_lightning.comm.tls import TLS
@@ -113,18 +112,21 @@ class RendezvousStore(PollingStore):
             requests: Each an ``Op`` and its fields as bytes: EXPECT, SET, COMPARE_SET, DELETE or MULTI_GET,
                 whose answer may lack values that did not fit into a frame.
         """
-        answers = self._ask(Op.TRANSACT, *(pack_body(op, fields) for op, fields in requests))
-        try:
-            found = [unpack(answer or b"")[1] for answer in answers]
-        except FrameError as error:
-            raise self._no_rendezvous(str(error)) from error
-        ended = bool(found) and requests[len(found) - 1][0] == Op.EXPECT
-        if len(found) > len(requests) or (len(found) < len(requests) and not ended):
+        fields = self._ask(Op.TRANSACT, *(pack_body(op, given) for op, given in requests))
+        answers: list[list[bytes | None]] = []
+        while fields and len(answers) < len(requests):
+            count = self._number(fields[:1])
+            if not 0 <= count < len(fields):
+                raise self._no_rendezvous("an answer of the wrong length")
+            answers.append(fields[1 : 1 + count])
+            fields = fields[1 + count :]
+        ended = len(answers) == len(requests) or (answers and requests[len(answers) - 1][0] == Op.EXPECT)
+        if fields or not ended:
             raise self._no_rendezvous("an answer of the wrong length")
-        for (op, _), answer in zip(requests, found, strict=False):
+        for (op, _), answer in zip(requests, answers, strict=False):
             if op in (Op.EXPECT, Op.COMPARE_SET):
                 self._only(answer)
-        return found
+        return answers
 
     def await_change(self, known: Mapping[str, bytes | None], seconds: float) -> list[bytes | None]:
         """Return the values of keys as soon as one is not as it was known, or the time is over.

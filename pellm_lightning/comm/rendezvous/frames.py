@@ -58,7 +58,7 @@ def pack(tag: int, fields: Sequence[bytes | None]) -> bytes:
 
 
 def pack_body(tag: int, fields: Sequence[bytes | None]) -> bytes:
-    """Return what follows a frame's length; in a TRANSACT each field is one, and in its answer."""
+    """Return what follows a frame's length; each field of a TRANSACT is one."""
     parts = [bytes([tag])]
     for field in fields:
         parts.append(_LENGTH.pack(_MISSING if field is None else len(field)))

@@ -5,14 +5,13 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from pellm_lightning.comm.rendezvous.frames import (
-    DONE,
     LENGTH_BYTES,
+    MAX_FIELDS,
     MAX_FRAME_BYTES,
     FrameError,
     Op,
     check_key,
     check_value,
-    pack_body,
     unpack,
 )
 
@@ -44,6 +43,9 @@ class KeyValueStore:
     having read it. Everybody may read everything.
     """
 
+    TRANSACTED = (Op.EXPECT, Op.SET, Op.COMPARE_SET, Op.DELETE, Op.MULTI_GET)
+    """What a transaction can be made of: nothing that does harm if it is done twice, as an answer may be lost."""
+
     def __init__(self) -> None:
         self._values: dict[bytes, bytes] = {}
         self._size_bytes = 0
@@ -59,7 +61,8 @@ class KeyValueStore:
         none. ADD (key, decimal number): the sum. DELETE (key): "1" if it was there, else "0". CHECK (keys):
         "1" or "0" each. MULTI_GET (keys): the values, None where missing, of as many of the first keys as fit
         into a frame. NUM_KEYS: a decimal number. EXPECT (key, value): the value now stored, empty if there is
-        none. TRANSACT (requests): the answers, up to and including that of the first EXPECT of another value.
+        none. TRANSACT (requests): the answers, up to and including that of the first EXPECT of another value,
+        each as the number of its fields and the fields.
         AWAIT (milliseconds, and for each key the key and its last known value): the values, None where
         missing; the connection handler has waited before.
 
@@ -95,22 +98,24 @@ class KeyValueStore:
         self, requests: Sequence[tuple[int, list[bytes | None]]], who: str | None
     ) -> list[bytes | None]:
         """Process requests in order; all of their changes are made, or none."""
-        if any(op not in _IN_TRANSACTIONS for op, _ in requests):
+        if any(op not in self.TRANSACTED for op, _ in requests):
             raise FrameError("a request that cannot be part of a transaction")
+        if sum(1 + len(fields) for _, fields in requests) > MAX_FIELDS:
+            raise FrameError("a transaction of too many fields")
         checked = [(Op(op), _checked(op, fields, who)) for op, fields in requests]
         before = {given[0]: self._values.get(given[0]) for op, given in checked if op in _WRITES}
         answers: list[bytes | None] = []
         left_bytes = MAX_FRAME_BYTES - 1
         try:
             for op, given in checked:
-                left_bytes -= LENGTH_BYTES + 1
+                left_bytes -= LENGTH_BYTES + 4
                 answer = (
                     self._multi_get(given, left_bytes) if op == Op.MULTI_GET else _METHODS[op](self, given)
                 )
                 left_bytes -= sum(LENGTH_BYTES + len(value or b"") for value in answer)
                 if left_bytes < 0:
                     raise RefusedError("The values that a transaction answers do not fit into a frame.")
-                answers.append(pack_body(DONE, answer))
+                answers += [b"%d" % len(answer), *answer]  # the store's own values, which cost no memory
                 if op == Op.EXPECT and answer != [given[1]]:
                     break
         except RefusedError:
@@ -213,8 +218,6 @@ _METHODS: dict[Op, Callable[[KeyValueStore, list[bytes]], list[bytes | None]]] =
     Op.EXPECT: KeyValueStore._expect,
 }
 _WRITES = (Op.SET, Op.COMPARE_SET, Op.ADD, Op.DELETE)
-# Those that do no harm if they are done twice, since an answer may be lost.
-_IN_TRANSACTIONS = (Op.EXPECT, Op.SET, Op.COMPARE_SET, Op.DELETE, Op.MULTI_GET)
 
 
 def awaited(fields: Sequence[bytes | None]) -> tuple[float, dict[bytes, bytes | None]]:
