@@ -69,8 +69,10 @@ class CommitProtocol:
                 raise RestartedError  # this party has missed the decision: it is in doubt
             digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)}
             verdict = self._verdict(view, digests)
-            if verdict and isinstance(decision := self._register.claim(key, verdict), dict):
-                return decision
+            if verdict:
+                decision = self._decide(view, verdict)
+                if isinstance(decision, dict):
+                    return decision
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 break
@@ -79,6 +81,11 @@ class CommitProtocol:
                 now, decision, *votes = self._register.read(*_keys(view))
         late = [name for name, digest in digests.items() if digest is None]
         return self.abort(view, f"party {', '.join(late)} did not vote in time", late, self._me.name)
+
+    def _decide(self, view: QuorumView, verdict: Decision) -> Any:
+        """Write a decision, and end the term, in one trip; return the decision that stands."""
+        deciding: list[Action] = [Swap(decision_key(view), None, verdict), *self.ending(view)]
+        return self._register.transact(deciding)[0][0]
 
     def abort(
         self, view: QuorumView, reason: str, blamed: list[str] | None = None, by: str | None = None

@@ -122,7 +122,8 @@ class ElasticFederation(Communicator):
         self._last_term = ("", 0)
         self._next_term = ("", 0)
         self._ended: QuorumView | None = None
-        """The view whose term the next quorum ends, in the trip with which this party joins it."""
+        """The last view that was decided. If whoever decided has died before it ended the term, the next
+        quorum does, in the trip with which this party joins it."""
         self._closed = False
         host, _, port = listen.rpartition(":")
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
@@ -415,7 +416,7 @@ class ElasticFederation(Communicator):
         self._next_term = self._register.life, view.term + 1
         self._accept(view)
         if not view.exchanges:
-            self._ended = view
+            self._commit_protocol.end(view)
         elif not self._connected_to(view):
             return None
         return view

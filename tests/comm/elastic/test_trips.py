@@ -42,7 +42,11 @@ def address() -> Iterator[str]:
 
 
 def trips(
-    address: str, parties: int, train: Callable[[int, int], None] = lambda *_: None
+    address: str,
+    parties: int,
+    train: Callable[[int, int], None] = lambda *_: None,
+    *,
+    size: int = 10,
 ) -> tuple[list[list[Op]], list[list[list[Op]]]]:
     """Run rounds; return each party's trips to join, and those of each of its rounds, without heartbeats."""
     roster = [f"p{i}" for i in range(parties)]
@@ -60,7 +64,7 @@ def trips(
         # Heartbeats are so rare that none falls into the rounds.
         membership = Membership(heartbeat_ttl_s=60, wait_s=30)
         federation = ElasticFederation(connect, roster[index], roster, membership=membership)
-        w = torch.zeros(10)
+        w = torch.zeros(size)
         aggregator = Aggregator(federation, {"w": w})
         aggregator.start()
         joins[index] = [op for client in clients for op in client]
@@ -102,3 +106,17 @@ def test_who_waits_for_a_slow_party_asks_seldom(address: str) -> None:
     assert len(rounds[0][3]) <= MOST_PER_ROUND
     looks = slow_s / Membership(heartbeat_ttl_s=60).patience_s
     assert MOST_PER_ROUND < len(rounds[1][3]) <= MOST_PER_ROUND + 2 * looks
+
+
+def test_a_decided_term_has_ended_for_those_who_come_next(address: str) -> None:
+    """Another federation at the same rendezvous, of other parameters, finds no view of the last one."""
+    for size in (10, 11):
+        trips(address, 2, size=size)
+    with RendezvousServer("127.0.0.1", 0) as server:
+        trips(server.address, 2)
+        store = RendezvousStore(server.address)
+        life = store.get("life").decode()
+        term = int(store.get(f"{life}/term"))
+        assert store.try_get(f"{life}/view/{term}") is None
+        assert store.try_get(f"{life}/view/{term - 1}") is not None
+        store.close()
