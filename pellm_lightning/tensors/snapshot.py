@@ -192,7 +192,7 @@ class SnapshotDir:
 
     @contextmanager
     def _replaced(self, target: Path, partial: str) -> Iterator[BinaryIO]:
-        """Replace a file atomically and durably by the one that is written in the block; it may hold old bytes."""
+        """Replace a file atomically and durably by the one written in the block, which may hold old bytes."""
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / partial
         with open(path, "rb+" if path.exists() else "wb") as file:

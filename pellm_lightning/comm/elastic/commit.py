@@ -44,9 +44,7 @@ class CommitProtocol:
         vote = {"term": view.term, "incarnation": self._me.incarnation, "digest": digest}
         return self._register.transact([Write(f"vote/@{self._me.name}", vote)], _keys(view))[1]
 
-    def await_decision(
-        self, view: QuorumView, timeout_s: float, found: list[Any] | None = None
-    ) -> Decision:
+    def await_decision(self, view: QuorumView, timeout_s: float, found: list[Any] | None = None) -> Decision:
         """Return the decision on a view, which this party helps to make.
 
         Whoever votes last sees all votes, and decides; the others wait at the rendezvous for that. So it is

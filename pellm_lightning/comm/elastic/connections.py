@@ -29,9 +29,7 @@ class MemberConnections:
             mesh.all_reduce(x)
     """
 
-    def __init__(
-        self, listener: Listener, me: LocalParty, peers: Heartbeat, tls: TLS | None
-    ) -> None:
+    def __init__(self, listener: Listener, me: LocalParty, peers: Heartbeat, tls: TLS | None) -> None:
         self._listener, self._me, self._peers, self._tls = listener, me, peers, tls
         self._mesh: Mesh | None = None
         self._view: QuorumView | None = None

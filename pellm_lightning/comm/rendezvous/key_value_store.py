@@ -44,7 +44,7 @@ class KeyValueStore:
     """
 
     TRANSACTED = (Op.EXPECT, Op.SET, Op.COMPARE_SET, Op.DELETE, Op.MULTI_GET)
-    """What a transaction can be made of: nothing that does harm if it is done twice, as an answer may be lost."""
+    """What a transaction is made of: nothing that does harm if it is done twice, as an answer may be lost."""
 
     def __init__(self) -> None:
         self._values: dict[bytes, bytes] = {}
@@ -170,9 +170,7 @@ class KeyValueStore:
     def _check(self, fields: list[bytes]) -> list[bytes | None]:
         return [b"1" if key in self._values else b"0" for key in fields]
 
-    def _multi_get(
-        self, fields: list[bytes], left_bytes: int = MAX_FRAME_BYTES - 1
-    ) -> list[bytes | None]:
+    def _multi_get(self, fields: list[bytes], left_bytes: int = MAX_FRAME_BYTES - 1) -> list[bytes | None]:
         found: list[bytes | None] = []
         for key in fields:
             value = self._values.get(key)

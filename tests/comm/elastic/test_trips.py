@@ -1,7 +1,6 @@
 """Trips to the rendezvous: a few per party and round, and to join, however many parties there are."""
 
 import threading
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial

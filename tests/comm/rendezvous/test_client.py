@@ -127,7 +127,7 @@ def test_a_transaction_is_one_trip(store: RendezvousStore) -> None:
     )
     assert answers == [[], [b"2"], [b"2", None], [b"2"]]
     assert store.transact([(frames.Op.DELETE, [key])]) == [[b"1"]]
-    with pytest.raises(FederationError, match="refuses: There|refuses: The key"):
+    with pytest.raises(FederationError, match="refuses: The key"):
         store.transact([(frames.Op.SET, [b"k" * 600, b""])])
     assert store.num_keys() >= 0, "the connection is as good as before"
 
@@ -169,7 +169,9 @@ def test_an_interrupted_wait_leaves_no_answer_behind(store: RendezvousStore) -> 
     assert store.delete_key("@clinic-a/a")
 
 
-@pytest.mark.parametrize("answer", [[], [b"2", b"x"], [b"x"], [b"0", b"0"], [b"1", None], [b"-1", b"1", b"1"]])
+@pytest.mark.parametrize(
+    "answer", [[], [b"2", b"x"], [b"x"], [b"0", b"0"], [b"1", None], [b"-1", b"1", b"1"]]
+)
 def test_an_answer_to_a_transaction_is_checked(liar: Any, answer: list[bytes | None]) -> None:
     server, answers = liar
     store = RendezvousStore(server.address, retry_s=1)

@@ -241,9 +241,7 @@ def test_a_transaction_is_done_in_order() -> None:
 def test_a_transaction_ends_at_what_was_not_expected() -> None:
     kept = KeyValueStore()
     kept.answer(Op.SET, [b"life", b"2"], None)
-    requests = transaction(
-        (Op.SET, [b"before", b""]), (Op.EXPECT, [b"life", b"1"]), (Op.SET, [b"a", b"1"])
-    )
+    requests = transaction((Op.SET, [b"before", b""]), (Op.EXPECT, [b"life", b"1"]), (Op.SET, [b"a", b"1"]))
     assert kept.answer(Op.TRANSACT, requests, None) == [b"0", b"1", b"2"]
     assert kept.answer(Op.CHECK, [b"before", b"a"], None) == [b"1", b"0"]
 
@@ -315,9 +313,7 @@ def waiting(key: bytes, known: bytes | None, seconds: float) -> bytes:
 
 
 @pytest.mark.parametrize("known", [None, b"old"])
-def test_who_waits_is_answered_when_something_changes(
-    either: RendezvousServer, known: bytes | None
-) -> None:
+def test_who_waits_is_answered_when_something_changes(either: RendezvousServer, known: bytes | None) -> None:
     client = client_of(either)
     client.delete_key("@clinic-a/x") if known is None else client.set("@clinic-a/x", known)
     with raw(either, name="clinic-b") as sock:
