@@ -122,8 +122,7 @@ class ElasticFederation(Communicator):
         self._last_term = ("", 0)
         self._next_term = ("", 0)
         self._ended: QuorumView | None = None
-        """The last view that was decided. If whoever decided has died before it ended the term, the next
-        quorum does, in the trip with which this party joins it."""
+        """The last view that was committed; the next quorum ends its term, if whoever decided could not."""
         self._closed = False
         host, _, port = listen.rpartition(":")
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
@@ -284,10 +283,7 @@ class ElasticFederation(Communicator):
             found = self._commit_protocol.vote(view, digest)
             decision = self._commit_protocol.await_decision(view, self.timeout_s, found)
         except (RestartedError, UnreachableError):
-            log.warning(
-                "[party %s] the rendezvous went away after the vote on the round; its result stands",
-                self._name,
-            )
+            log.warning("[party %s] the rendezvous went away after the vote; its result stands", self._name)
             self._connections.drop()
             return
         if "abort" in decision:
@@ -423,14 +419,14 @@ class ElasticFederation(Communicator):
 
     def _ending(self) -> list[Action]:
         """Return what ends the last term, unless another party has done so."""
-        lasting = self._ended is not None and self._last_term[0] == self._register.life
-        return self._commit_protocol.ending(self._ended) if self._ended and lasting else []
+        if self._ended is None or self._last_term[0] != self._register.life:
+            return []
+        return self._commit_protocol.ending(self._ended)
 
     def _entry(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumMember:
         """Return the message with which this party joins the present term."""
         life, term = self._next_term
-        if life != self._register.life:
-            term = self._register.claim("term", 1)
+        term = term if life == self._register.life else self._register.claim("term", 1)
         if not is_count(term):
             raise FederationError(
                 f"Party {self._name} finds {term!r:.100} where the number of the term must be. Use this"

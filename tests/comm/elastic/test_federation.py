@@ -63,8 +63,9 @@ def nesterov(parameters: Any) -> torch.optim.Optimizer:
 # ---- nobody is lost
 
 
-def test_rounds_equal_their_replay(world: Callable[..., World]) -> None:
-    w = world(4, rounds=6)
+@pytest.mark.parametrize("transacts", [True, False])
+def test_rounds_equal_their_replay(world: Callable[..., World], transacts: bool) -> None:
+    w = world(4, rounds=6, transacts=transacts)
     w.start("p0", "p1", "p2")
     w.start("p3", weight=0.0)
     w.join()
@@ -602,7 +603,7 @@ class Twist:
         return changed
 
 
-KINDS = ["member", "view", "vote", "decision", "at", "party_spec", "term", "ended"]
+KINDS = ["member", "view", "vote", "decision", "at", "party_spec", "term", "ended", "owner"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -770,10 +771,12 @@ def test_a_rendezvous_that_is_lost_again_at_once_is_waited_for(world: Callable[.
     w.judged()
 
 
-@pytest.mark.parametrize("seed", range(1))
-def test_random_faults_at_random_points(world: Callable[..., World], tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "transacts"), [(0, True), (0, False)])
+def test_random_faults_at_random_points(
+    world: Callable[..., World], tmp_path: Path, seed: int, transacts: bool
+) -> None:
     dice = Random(seed)
-    w = world(4, rounds=MANY, state_dir=tmp_path, wait_s=20.0)
+    w = world(4, rounds=MANY, state_dir=tmp_path, wait_s=20.0, transacts=transacts)
     w.start(pace_s=0.01)
     acts: list[Act] = [die, die, sleeps(1.5 * TTL_S), sleeps(0.3), loses_rendezvous, without_rendezvous(0.4)]
     points = [point.partition("@")[0] for point in POINTS] + ["keeping", "handing", "receiving", "transfer"]
