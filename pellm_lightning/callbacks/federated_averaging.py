@@ -268,16 +268,19 @@ class FederatedAveraging(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the gradients of parameters frozen in this round, before they are clipped or applied."""
-        self._running.check_trainable(everything=False)
-        self._running.loop.drop_gradients()
+        running = self._running
+        running.check_trainable(everything=False)
+        running.loop.drop_gradients()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the batch; run the round that is due, before Lightning validates and saves."""
-        self._running.check_trainable(everything=trainer.is_last_batch)
-        self._running.loop.after_batch(outputs, batch, batch_idx)
+        running = self._running
+        if trainer.is_last_batch:
+            running.check_trainable(everything=True)
+        running.loop.after_batch(outputs, batch, batch_idx)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -167,6 +167,7 @@ class FederatedFit:
             trainable,
             shares_loss=self._shares_loss,
             drift=self._drift,
+            on_due=lambda: self.check_trainable(everything=False),
             on_round=self._report_round,
             stopped_path=stopped_path(trainer, topology.party, self._jobs),
         )

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
@@ -43,6 +44,13 @@ class LocalProgress:
     """Training loss times samples, summed; a tensor, so that no step waits for the device."""
     loss_samples: int = 0
     """Samples behind ``loss_sum``."""
+
+    def add_loss(self, loss: Tensor, samples: int, weight: int) -> None:
+        """Add a batch's loss times a weight; one operation takes half as long as a product and a sum."""
+        if not isinstance(self.loss_sum, Tensor):
+            self.loss_sum = torch.tensor(self.loss_sum, device=loss.device)
+        self.loss_sum.add_(loss.detach().view(()), alpha=weight)
+        self.loss_samples += samples
 
 
 class LocalResult(NamedTuple):
@@ -83,6 +91,7 @@ class FederatedLoop:
         trainable: The parameters that may federate, by name.
         shares_loss: Whether other parties may know the training loss.
         drift: Drift correction of local gradients, if any.
+        on_due: Called when a round is due after a batch, before this party takes part.
         on_round: Called with the report of each round, and whether the progress bar should show it.
         stopped_path: Path of a checkpoint if the party has to stop below a quorum.
     """
@@ -97,6 +106,7 @@ class FederatedLoop:
         *,
         shares_loss: bool,
         drift: DriftCorrection | None,
+        on_due: Callable[[], None],
         on_round: Callable[[RoundReport, bool], None],
         stopped_path: str,
     ) -> None:
@@ -110,7 +120,7 @@ class FederatedLoop:
         self._resets_inner = factory.inner_optimizer_state == "reset"
         self._shares_loss = shares_loss
         self._drift = drift
-        self._on_round = on_round
+        self._on_due, self._on_round = on_due, on_round
         self._stopped_path = stopped_path
         self._shared = {name: trainable[name] for name in sorted(plan.shared)}
         groups = fragments_of(self._shared, self._overlap.fragments)
@@ -177,6 +187,7 @@ class FederatedLoop:
         if self._may_apply():
             self._apply(on_bar=True)
         if self._is_due(epoch_ends=self._trainer.is_last_batch):
+            self._on_due()
             if not self._overlap.in_background:
                 self._run_round()
             else:
@@ -246,9 +257,7 @@ class FederatedLoop:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             # Lightning passes the loss divided by the number of batches that it accumulates (which is 1
             # with manual optimization).
-            weight = samples * self._trainer.accumulate_grad_batches
-            self._progress.loss_sum = self._progress.loss_sum + loss.detach().float() * weight
-            self._progress.loss_samples += samples
+            self._progress.add_loss(loss, samples, samples * self._trainer.accumulate_grad_batches)
 
     def _is_due(self, *, epoch_ends: bool) -> bool:
         clock = Clock(

@@ -30,6 +30,8 @@ class TrainableSet:
         self._include, self._exclude = include, exclude
         self._known = {id(p) for p in module.parameters() if p.requires_grad}
         self._frozen = list(self._others(module))
+        self._group_sizes: list[int] | None = None
+        self._in_optimizers: list[nn.Parameter] = []
 
     def check(self, trainer: Trainer, module: LightningModule, *, everything: bool) -> None:
         """Refuse a parameter that was frozen, or not there, and is now trained.
@@ -42,6 +44,8 @@ class TrainableSet:
         Raises:
             MisconfigurationException: If there is one.
         """
+        if not everything and not self._may_train(trainer):
+            return
         others = list(self._others(module)) if everything else self._frozen
         unfrozen = [(name, p) for name, p in others if p.requires_grad]
         if not unfrozen:
@@ -55,6 +59,19 @@ class TrainableSet:
                 " parties agreed on what they share: no round would average it, and it would differ at each"
                 f" party. {CURE} Or let it stay at home by exclude=[{names[0]!r}]."
             )
+
+    def _may_train(self, trainer: Trainer) -> bool:
+        """Tell whether what was frozen may be trained now: it is in an optimizer, and requires a gradient.
+
+        Of a frozen base's many parameters few or none are in an optimizer, so few are looked at each step.
+        """
+        groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        sizes = [len(group) for group in groups]
+        if sizes != self._group_sizes:
+            known = {id(p) for group in groups for p in group}
+            self._group_sizes = sizes
+            self._in_optimizers = [p for _, p in self._frozen if id(p) in known]
+        return any(p.requires_grad for p in self._in_optimizers)
 
     def _others(self, module: LightningModule) -> list[tuple[str, nn.Parameter]]:
         """Return what would federate if it had been trainable at the start, by name."""

@@ -30,18 +30,24 @@ def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: str(tensor_digest(tensor)) for name, tensor in frozen.items()}
 
 
-def schema(layout: Layout, plan: Plan) -> list[list[Any]]:
-    """Return name, shape and dtype of each parameter, without the ranks where they may differ.
+def schema(layout: Layout, plan: Plan) -> list[list[str]]:
+    """Return the names of the parameters, and in the same order what each is, without ranks that may differ.
 
-    The rank is the first dimension of factors A, and the second of B.
+    The rank is the first dimension of factors A, and the second of B. What a parameter is is a text: with ten
+    thousand lists in their place Python's garbage collector takes longer than all else.
     """
-    if not plan.rule.ranks_may_differ:
-        return layout.schema
-    ranks = dict.fromkeys(plan.named((Part.A,)), 0) | dict.fromkeys(plan.named((Part.B,)), 1)
-    return [
-        [name, ["rank" if dim == ranks.get(name) else size for dim, size in enumerate(shape)], dtype]
-        for name, shape, dtype in layout.schema
+    ranks: dict[str, int] = {}
+    if plan.rule.ranks_may_differ:
+        ranks = dict.fromkeys(plan.named((Part.A,)), 0) | dict.fromkeys(plan.named((Part.B,)), 1)
+    kinds = [
+        f"{dtype} of shape {_without_rank(shape, ranks[name]) if name in ranks else shape}"
+        for dtype, (name, shape) in zip(layout.dtypes, layout.shapes.items(), strict=True)
     ]
+    return [layout.names, kinds]
+
+
+def _without_rank(shape: Sequence[int], dim: int) -> list[int | str]:
+    return ["rank" if at == dim else size for at, size in enumerate(shape)]
 
 
 def first_difference(party_specs: Sequence[PartySpec], names: Sequence[str] | None = None) -> str | None:
@@ -87,8 +93,7 @@ def _protocol(base: str, party: str, first: PartySpec, other: PartySpec) -> Iter
 
 
 def _schema(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
-    ours = {name: (shape, dtype) for name, shape, dtype in first["schema"]}
-    theirs = {name: (shape, dtype) for name, shape, dtype in other["schema"]}
+    ours, theirs = (dict(zip(*spec["schema"], strict=True)) for spec in (first, other))
     for name in sorted(ours.keys() ^ theirs.keys()):
         has, lacks = (base, party) if name in ours else (party, base)
         yield (
@@ -97,13 +102,11 @@ def _schema(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterat
             " and the same include and exclude patterns."
         )
     for name in sorted(ours.keys() & theirs.keys()):
-        shape, dtype = ours[name]
-        if theirs[name] != (shape, dtype):
-            their_shape, their_dtype = theirs[name]
+        if theirs[name] != ours[name]:
             yield (
-                f"Parameter {name!r} is {dtype} of shape {shape} at party {base} but {their_dtype} of shape"
-                f" {their_shape} at party {party}. Use the same model, PEFT configuration (rank!) and"
-                f" precision at both.{_of_eva(first)}"
+                f"Parameter {name!r} is {ours[name]} at party {base} but {theirs[name]} at party {party}. Use"
+                " the same model, PEFT configuration (rank!) and precision at both."
+                f"{_of_eva(first)}"
             )
 
 

@@ -216,8 +216,9 @@ class Coordinator:
         Raises:
             PartyLostError: If it does not; nothing may be kept of it.
         """
-        kept = self._state_dir
-        self._communicator.commit(snapshot.digest(state) if kept is None else kept.keep(round, state))
+        if self._state_dir is not None:
+            self._state_dir.keep(round, state)
+        self._communicator.commit(snapshot.digest(state))
 
     def restored(self) -> dict[str, Any] | None:
         """Return the state that this party made durable before it was restarted, None if there is none."""

@@ -7,7 +7,6 @@ packing takes as long as the network, so each pass over main memory counts.
 import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,11 +134,9 @@ class Layout:
         self._lay_out()
 
     @property
-    def schema(self) -> list[list[Any]]:
-        """Name, shape and dtype of each parameter, in the vector's order, as JSON-ready lists."""
-        return [
-            [name, list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self._parameters.items()
-        ]
+    def dtypes(self) -> list[str]:
+        """Dtype of each parameter, such as ``"float32"``, in the vector's order."""
+        return [str(p.dtype).removeprefix("torch.") for p in self._parameters.values()]
 
     @property
     def shapes(self) -> dict[str, list[int]]:

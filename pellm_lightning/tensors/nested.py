@@ -4,9 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
+from torch import Tensor
+
 
 def leaves(value: Any) -> Iterator[Any]:
     """Yield the leaves of nested mappings, lists, tuples and dataclasses, in order."""
+    if isinstance(value, Tensor):  # most are, and the other questions take longer
+        yield value
+        return
     if isinstance(value, Mapping):
         items: Any = value.values()
     elif isinstance(value, list | tuple):

@@ -11,13 +11,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pellm_lightning.tensors.digest import bits_digest
 
 # Dtypes by safetensors' names.
 _DTYPES = {
@@ -39,6 +43,9 @@ _MAX_HEADER = 100_000_000
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 _KEPT = 2
 _ATTEMPTS = "attempts"
+_RECYCLED = "recycled.partial"
+# As long as the one that takes its place.
+_NO_DIGEST = "0" * 64
 # Attempt numbers reserved at a time.
 _BLOCK = 1000
 
@@ -49,7 +56,8 @@ class DamagedError(ValueError):
 
 def pack(state: Mapping[str, Any]) -> memoryview:
     """Serialize a state of tensors, numbers, strings, lists and dictionaries."""
-    tensors, metadata = _split(state)
+    tensors, structure = _split(state)
+    metadata = {"structure": structure, "digest": _digest(structure, tensors)}
     parts = [np.frombuffer(_header(tensors, metadata), np.uint8), *map(_bytes_of, tensors.values())]
     packed = np.empty(sum(part.nbytes for part in parts), np.uint8)
     np.concatenate(parts, out=packed)
@@ -77,8 +85,15 @@ def unpack(packed: bytes | memoryview) -> dict[str, Any]:
 
 
 def digest(state: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a state, 64 hex digits."""
-    return _split(state)[1]["digest"]
+    """Return a digest of a state, by which parties compare theirs; fast, since large tensors are summed.
+
+    It tells accidental differences apart, as ``bits_digest`` does; what is on disk has a SHA-256.
+    """
+    tensors, structure = _split(state)
+    digest = hashlib.sha256(structure.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {bits_digest(tensor)}".encode())
+    return digest.hexdigest()
 
 
 class SnapshotDir:
@@ -89,7 +104,7 @@ class SnapshotDir:
 
     Example:
         >>> snapshots = SnapshotDir("state")
-        >>> checksum = snapshots.keep(7, {"round": 7, "global": torch.zeros(3)})
+        >>> snapshots.keep(7, {"round": 7, "global": torch.zeros(3)})
         >>> snapshots.newest()["round"]
         7
     """
@@ -98,20 +113,29 @@ class SnapshotDir:
         self.path = Path(path)
         self._reserved: int | None = None
 
-    def keep(self, round: int, state: Mapping[str, Any]) -> str:
-        """Write a snapshot durably, to survive a power failure; return its digest."""
-        tensors, metadata = _split(state)
+    def keep(self, round: int, state: Mapping[str, Any]) -> None:
+        """Write a snapshot durably, to survive a power failure.
 
-        def write(partial: Path) -> None:
-            with partial.open("wb") as file:
-                file.write(_header(tensors, metadata))
-                for tensor in tensors.values():
-                    file.write(_bytes_of(tensor).data)
+        Its SHA-256 is computed while the disk writes the tensors; it is in the header, which is written last.
+        The oldest file is overwritten: that costs half of what the pages of a new one do.
+        """
+        tensors, structure = _split(state)
 
-        self._replace(self._file(round), write)
+        def written(file: BinaryIO) -> None:
+            file.write(_header(tensors, {"structure": structure, "digest": _NO_DIGEST}))
+            for tensor in tensors.values():
+                file.write(_bytes_of(tensor).data)
+            file.truncate()
+            _sync(file)
+
+        with self._replaced(self._file(round), _RECYCLED) as file, ThreadPoolExecutor(1) as disk:
+            on_disk = disk.submit(written, file)
+            digest = _digest(structure, tensors)
+            on_disk.result()
+            file.seek(0)
+            file.write(_header(tensors, {"structure": structure, "digest": digest}))
         for old in self._rounds()[:-_KEPT]:
-            self._file(old).unlink()
-        return metadata["digest"]
+            self._file(old).replace(self.path / _RECYCLED)
 
     def reserve(self, attempt: int) -> None:
         """Record durably that this party may take part in an attempt of this number.
@@ -120,8 +144,9 @@ class SnapshotDir:
         few rounds wait for the disk twice.
         """
         if attempt > self.reserved():
-            content = str(attempt + _BLOCK)
-            self._replace(self.path / _ATTEMPTS, lambda partial: partial.write_text(content))
+            with self._replaced(self.path / _ATTEMPTS, f"{_ATTEMPTS}.partial") as file:
+                file.write(str(attempt + _BLOCK).encode())
+                file.truncate()
             self._reserved = attempt + _BLOCK
 
     def reserved(self) -> int:
@@ -161,17 +186,19 @@ class SnapshotDir:
         """Remove all snapshots, at the end of the federation."""
         for round in self._rounds():
             self._file(round).unlink()
-        (self.path / _ATTEMPTS).unlink(missing_ok=True)
+        for name in (_ATTEMPTS, _RECYCLED):
+            (self.path / name).unlink(missing_ok=True)
         self._reserved = 0
 
-    def _replace(self, target: Path, write: Callable[[Path], object]) -> None:
-        """Replace a file atomically and durably."""
+    @contextmanager
+    def _replaced(self, target: Path, partial: str) -> Iterator[BinaryIO]:
+        """Replace a file atomically and durably by the one written in the block, which may hold old bytes."""
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(target)
+        path = self.path / partial
+        with open(path, "rb+" if path.exists() else "wb") as file:
+            yield file
+            _sync(file)
+        path.replace(target)
         _sync_directory(self.path)
 
     def _file(self, round: int) -> Path:
@@ -196,11 +223,11 @@ def _load(path: Path) -> dict[str, Any]:
     return unpack(np.fromfile(path, np.uint8).data)
 
 
-def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split a state into tensors by name and the file's metadata, which holds all else."""
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """Split a state into tensors by name and its structure, which holds all else, as JSON."""
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_structure(state, tensors))
-    return tensors, {"structure": structure, "digest": _digest(structure, tensors)}
+    return tensors, structure
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -279,6 +306,11 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_join(item, tensors) for item in value]
     return value
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:

@@ -54,7 +54,7 @@ def shown(**changes: Any) -> dict[str, Any]:
     """A passport."""
     return {
         "protocol": PROTOCOL,
-        "schema": [["w", [2, 3], "float32"], ["v", [4], "float32"]],
+        "schema": [["w", "v"], ["float32 of shape [2, 3]", "float32 of shape [4]"]],
         "lora": {},
         "ranks_may_differ": False,
         "config": {"exchange": "Plain()", "every_n_steps": 5},
@@ -120,12 +120,12 @@ OTHER_SETTINGS = shown(config={"exchange": "Cast('bfloat16')", "every_n_steps": 
 ODD = {
     "a different seed": ({"base": {"x": "12", "y": "99"}}, "base model", "first tensor that differs is 'y'"),
     "another shape": (
-        {"schema": [["w", [2, 9], "float32"], ["v", [4], "float32"]]},
+        {"schema": [["w", "v"], ["float32 of shape [2, 9]", "float32 of shape [4]"]]},
         "parameters",
         r"'w' is float32 of shape \[2, 3\] at party a but float32 of shape \[2, 9\]",
     ),
     "a parameter less": (
-        {"schema": [["w", [2, 3], "float32"]]},
+        {"schema": [["w"], ["float32 of shape [2, 3]"]]},
         "parameters",
         "Party a trains parameter 'v'",
     ),
@@ -239,7 +239,7 @@ def test_what_is_wrong_is_found_and_nothing_else(name: str) -> None:
 
 
 def test_all_differences_are_told_not_only_the_first() -> None:
-    schema = [[f"w{i}", [1], "float32"] for i in range(3)]
+    schema = [[f"w{i}" for i in range(3)], ["float32 of shape [1]"] * 3]
     others = {"config": OTHER_SETTINGS["config"], "base": {"x": "0", "y": "0"}, "schema": schema}
     told = [
         (finding.topic, finding.says)

@@ -15,12 +15,14 @@ from pellm_lightning.engine.compatibility import (
 )
 from pellm_lightning.tensors.digest import bits_digest
 
+PLAIN_KINDS = ["float32 of shape [2, 3]", "bfloat16 of shape [4]"]
+
 
 def party_spec(**changes: Any) -> PartySpec:
     """A passport as it arrives: through JSON."""
     plain = {
         "protocol": PROTOCOL,
-        "schema": [["a", [2, 3], "float32"], ["b", [4], "bfloat16"]],
+        "schema": [["a", "b"], PLAIN_KINDS],
         "lora": {"q.default": [8, 2.0]},
         "ranks_may_differ": False,
         "adapters": {},
@@ -63,19 +65,19 @@ def test_files_of_its_own_are_no_difference() -> None:
     [
         ({"protocol": PROTOCOL + 1}, ["Party 2", f"version {PROTOCOL + 1}", "party 0", "Install"]),
         (
-            {"schema": [["a", [2, 3], "float32"]]},
+            {"schema": [["a"], ["float32 of shape [2, 3]"]]},
             ["Party 0 trains parameter 'b', party 2 does not", "2 parameters at party 0, 1 at party 2"],
         ),
         (
-            {"schema": [["a", [2, 3], "float32"], ["b", [4], "bfloat16"], ["c", [1], "float32"]]},
+            {"schema": [["a", "b", "c"], [*PLAIN_KINDS, "float32 of shape [1]"]]},
             ["Party 2 trains parameter 'c', party 0 does not"],
         ),
         (
-            {"schema": [["a", [3, 2], "float32"], ["b", [4], "bfloat16"]]},
+            {"schema": [["a", "b"], ["float32 of shape [3, 2]", "bfloat16 of shape [4]"]]},
             ["'a' is float32 of shape [2, 3] at party 0", "float32 of shape [3, 2] at party 2"],
         ),
         (
-            {"schema": [["a", [2, 3], "float32"], ["b", [4], "float16"]]},
+            {"schema": [["a", "b"], ["float32 of shape [2, 3]", "float16 of shape [4]"]]},
             ["'b' is bfloat16 of shape [4] at party 0", "float16 of shape [4] at party 2", "precision"],
         ),
         (
@@ -112,7 +114,7 @@ def test_no_two_parties_write_the_same_file(pair: tuple[int, int]) -> None:
 
 def test_the_cause_is_named_before_its_consequence() -> None:
     # Another LoRA rank makes the schema differ; that the base differs, too, is not what must be mended first.
-    odd = party_spec(schema=[["a", [4, 3], "float32"]], base={}, round=1, files=["x"])
+    odd = party_spec(schema=[["a"], ["float32 of shape [4, 3]"]], base={}, round=1, files=["x"])
     assert "Party 0 trains parameter 'b'" in str(first_difference([party_spec(files=["x"]), odd]))
 
 
@@ -137,16 +139,18 @@ def test_scalings_may_differ_where_ranks_may() -> None:
 
 def test_a_scaling_that_differs_is_told_after_the_schema() -> None:
     # A rank that differs makes the scaling differ, too; the rank is what must be mended.
-    odd = party_spec(schema=[["a", [4, 3], "float32"], ["b", [4], "bfloat16"]], lora={"q.default": [4, 4.0]})
+    schema = [["a", "b"], ["float32 of shape [4, 3]", "bfloat16 of shape [4]"]]
+    odd = party_spec(schema=schema, lora={"q.default": [4, 4.0]})
     assert "'a' is float32 of shape [2, 3]" in str(first_difference([party_spec(), odd]))
 
 
 def test_another_aggregation_is_told_before_the_schema_that_it_makes_differ() -> None:
     config = {"every_n_epochs": 1, "weighting": "samples"}
     ours = party_spec(
-        config=config | {"aggregation": "HeterogeneousRank()"}, schema=[["a", ["rank", 3], "float32"]]
+        config=config | {"aggregation": "HeterogeneousRank()"},
+        schema=[["a"], ["float32 of shape ['rank', 3]"]],
     )
-    odd = party_spec(config=config | {"aggregation": "Mean()"}, schema=[["a", [2, 3], "float32"]])
+    odd = party_spec(config=config | {"aggregation": "Mean()"}, schema=[["a"], ["float32 of shape [2, 3]"]])
     assert "aggregation='HeterogeneousRank()', party 1 has" in str(first_difference([ours, odd]))
 
 
@@ -217,7 +221,7 @@ def test_an_adapter_that_one_party_alone_has_is_told_by_its_parameters() -> None
 
 def test_a_rank_by_own_data_is_told_of() -> None:
     eva = {"adapters": {"default": LORA | {"init_lora_weights": "eva"}}}
-    odd = party_spec(schema=[["a", [4, 3], "float32"], ["b", [4], "bfloat16"]], **eva)
+    odd = party_spec(schema=[["a", "b"], ["float32 of shape [4, 3]", "bfloat16 of shape [4]"]], **eva)
     message = str(first_difference([party_spec(**eva), odd]))
     assert "'a' is float32 of shape [2, 3]" in message
     assert "rho=1.0" in message

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import TLS, ElasticFederation, FederationError, Membership, Quorum
-from pellm_lightning.comm.rendezvous.frames import Op
+from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.rendezvous.frames import Op, pack_body
 from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
 
 TTL_S = 0.4
@@ -82,16 +83,48 @@ class Client:
 
     def _ask(self, op: Op, *words: str) -> list[bytes | None]:
         self._passes("before", op.name.lower(), words[0])
+        answer = self._answer(op, [word.encode() for word in words])
+        self._passes("after", op.name.lower(), words[0])
+        return answer
+
+    def _answer(self, op: Op, fields: Sequence[bytes | None]) -> list[bytes | None]:
         if self._rendezvous.away:
             raise dist.DistNetworkError("the rendezvous is away")
         try:
             with self._rendezvous.lock:
-                answer = self._rendezvous.table.answer(op, [word.encode() for word in words], self._name)
+                answer = self._rendezvous.table.answer(op, fields, self._name)
         except RefusedError as error:
             raise FederationError(f"refused: {error}") from error
         self.asked += 1
-        self._passes("after", op.name.lower(), words[0])
         return answer
+
+
+class TransactingClient(Client):
+    """One that has transactions, as that of the real rendezvous; each of their requests passes the points."""
+
+    def transact(self, requests: Sequence[tuple[Op, Sequence[bytes]]]) -> list[list[bytes | None]]:
+        for op, fields in requests:
+            self._passes("before", op.name.lower(), fields[0].decode())
+        packed = [pack_body(op, fields) for op, fields in requests]
+        fields_left, answers = self._answer(Op.TRANSACT, packed), []
+        while fields_left:
+            count = 1 + int(fields_left[0] or b"")
+            answers.append(fields_left[1:count])
+            fields_left = fields_left[count:]
+        for op, fields in requests[: len(answers)]:
+            self._passes("after", op.name.lower(), fields[0].decode())
+        return [
+            [self._twist(key.decode(), value) for key, value in zip(fields, answer, strict=False)]
+            for (_, fields), answer in zip(requests, answers, strict=False)
+        ]
+
+    def await_change(self, known: Mapping[str, bytes | None], seconds: float) -> list[bytes | None]:
+        for _ in polls(seconds):
+            fields = [b"0", *(field for key, value in known.items() for field in (key.encode(), value))]
+            values = self._answer(Op.AWAIT, fields)
+            if values != [*known.values()]:
+                break
+        return [self._twist(key, value) for key, value in zip(known, values, strict=True)]
 
 
 Act = Callable[["Life"], None]
@@ -180,13 +213,14 @@ class Life:
 
     def _connect(self) -> Any:
         self._clients += 1
+        client = TransactingClient if self.world.transacts else Client
         if self._clients == 1:
-            return Client(self.world.rendezvous, self.name, self._passes, self.twist)
+            return client(self.world.rendezvous, self.name, self._passes, self.twist)
 
         def beats(*_: str) -> None:
             self._awake.wait()  # its heart stands still while it sleeps
 
-        return Client(self.world.rendezvous, self.name, beats, self.twist)
+        return client(self.world.rendezvous, self.name, beats, self.twist)
 
     def _run(self) -> None:
         try:
@@ -306,9 +340,10 @@ class World:
         state_dir: Path | None = None,
         quorum: Quorum = "majority",
         tls: Callable[[str], TLS] | None = None,
+        transacts: bool = True,
         **membership: Any,
     ) -> None:
-        self.tls = tls
+        self.tls, self.transacts = tls, transacts
         self.roster = [f"p{i}" for i in range(parties)]
         self.rounds = rounds
         self.state_dir = state_dir

@@ -135,7 +135,7 @@ class Rehearsal:
                 Federation.unjoined(names, party, tls), self.trainer, self.module, parameters
             )
             party_spec = aggregator.party_spec()
-            leaving = [parameters[name] for name, *_ in party_spec["schema"]]
+            leaving = [parameters[name] for name in party_spec["schema"][0]]
             known |= {
                 "size_bytes": aggregator.size_bytes,
                 "parameters": sum(p.numel() for p in leaving),

@@ -1,13 +1,21 @@
 """Commit protocol: votes, the one decision on each attempt, and the step to the next term."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumView
-from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, RestartedError
-from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.elastic.register import (
+    KEPT_TERMS,
+    Action,
+    Delete,
+    Register,
+    RestartedError,
+    Swap,
+    Write,
+)
 
 Decision = dict[str, Any]
 
@@ -24,28 +32,35 @@ class CommitProtocol:
 
     Example::
 
-        protocol.vote(view, digest)
-        decision = protocol.await_decision(view, timeout_s=60)
+        found = protocol.vote(view, digest)
+        decision = protocol.await_decision(view, timeout_s=60, found=found)
     """
 
     def __init__(self, register: Register, peers: Heartbeat, me: LocalParty) -> None:
         self._register, self._peers, self._me = register, peers, me
 
-    def vote(self, view: QuorumView, digest: str) -> None:
-        """Vote for a result."""
+    def vote(self, view: QuorumView, digest: str) -> list[Any]:
+        """Vote for a result; return what ``await_decision`` takes for ``found``."""
         vote = {"term": view.term, "incarnation": self._me.incarnation, "digest": digest}
-        self._register.write(f"vote/@{self._me.name}", vote)
+        return self._register.transact([Write(f"vote/@{self._me.name}", vote)], _keys(view))[1]
 
-    def await_decision(self, view: QuorumView, timeout_s: float) -> Decision:
+    def await_decision(self, view: QuorumView, timeout_s: float, found: list[Any] | None = None) -> Decision:
         """Return the decision on a view, which this party helps to make.
+
+        Whoever votes last sees all votes, and decides; the others wait at the rendezvous for that. So it is
+        two trips for each, however many they are.
+
+        Args:
+            view: The view.
+            timeout_s: How long to wait for the votes.
+            found: What was read with this party's vote.
 
         Raises:
             RestartedError: If it cannot be known any more.
         """
-        key = _key(view)
-        vote_keys = [f"vote/@{name}" for name in view.members]
-        for _ in polls(timeout_s):
-            now, decision, *votes = self._register.read("term", key, *vote_keys)
+        key, deadline = decision_key(view), time.monotonic() + timeout_s
+        now, decision, *votes = self._register.read(*_keys(view)) if found is None else found
+        while True:
             if isinstance(decision, dict):
                 return decision
             if not isinstance(now, int) or now > view.term + KEPT_TERMS:
@@ -53,9 +68,22 @@ class CommitProtocol:
             digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)}
             verdict = self._verdict(view, digests)
             if verdict:
-                self._register.claim(key, verdict)
+                decision = self._decide(view, verdict)
+                if isinstance(decision, dict):
+                    return decision
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                break
+            now, decision = self._register.wait(min(self._me.membership.patience_s, left_s), "term", key)
+            if not isinstance(decision, dict):
+                now, decision, *votes = self._register.read(*_keys(view))
         late = [name for name, digest in digests.items() if digest is None]
         return self.abort(view, f"party {', '.join(late)} did not vote in time", late, self._me.name)
+
+    def _decide(self, view: QuorumView, verdict: Decision) -> Any:
+        """Write a decision, and end the term, in one trip; return the decision that stands."""
+        deciding: list[Action] = [Swap(decision_key(view), None, verdict), *self.ending(view)]
+        return self._register.transact(deciding)[0][0]
 
     def abort(
         self, view: QuorumView, reason: str, blamed: list[str] | None = None, by: str | None = None
@@ -69,35 +97,45 @@ class CommitProtocol:
             by: The party that could not reach them.
         """
         verdict = {"abort": reason, "blamed": blamed or [], "by": by}
-        decision = self._register.claim(_key(view), verdict)
+        decision = self._register.claim(decision_key(view), verdict)
         return decision if isinstance(decision, dict) else verdict
 
     def read_decision(self, view: QuorumView) -> Decision | None:
         """Return the decision if there is one."""
-        (decision,) = self._register.read(_key(view))
+        (decision,) = self._register.read(decision_key(view))
         return decision if isinstance(decision, dict) else None
 
     def await_end(self, view: QuorumView, poll_s: float, interrupt: Callable[[], None]) -> None:
         """Wait until a term is over that continues without this party; end it if its members are dead."""
         while view.exchanges:
-            for _ in polls(poll_s):
+            deadline = time.monotonic() + poll_s
+            now, decision = self._register.read("term", decision_key(view))
+            while decision is None and now == view.term:
                 interrupt()
-                now, decision = self._register.read("term", _key(view))
-                if decision is not None or now != view.term:
-                    self.end(view)
-                    return
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    break
+                patience_s = min(self._me.membership.patience_s, left_s)
+                now, decision = self._register.wait(patience_s, "term", decision_key(view))
+            else:
+                break
             dead = self._peers.dead(view)
             if dead:
                 self.abort(view, self._lost(dead[0]))
         self.end(view)
 
-    def end(self, view: QuorumView) -> None:
-        """Advance to the next term, unless another party has done so."""
-        self._register.swap("term", view.term, view.term + 1)
+    def end(self, view: QuorumView) -> Any:
+        """Advance to the next term, unless another party has done so; return the term that is now."""
+        return self._register.transact(self.ending(view))[0][0]
+
+    def ending(self, view: QuorumView) -> list[Action]:
+        """Return what advances to the next term, and removes what is old."""
+        actions: list[Action] = [Swap("term", view.term, view.term + 1)]
         if self._me.name in view.entries and view.members[view.term % len(view.members)] == self._me.name:
             # Twice, by two members: the first may have died instead.
             for old in (view.term - KEPT_TERMS, view.term - 2 * KEPT_TERMS - 1):
-                self._register.delete(f"view/{old}", f"decision/{old}")
+                actions += [Delete(f"view/{old}"), Delete(f"decision/{old}")] if old > 0 else []
+        return actions
 
     def _verdict(self, view: QuorumView, digests: Mapping[str, str | None]) -> Decision | None:
         if None not in digests.values():
@@ -111,8 +149,13 @@ class CommitProtocol:
         return f"party {name} was lost: {self._peers.fate(name)}"
 
 
-def _key(view: QuorumView) -> str:
+def decision_key(view: QuorumView) -> str:
+    """Return the key of the decision on a view."""
     return f"decision/{view.term}"
+
+
+def _keys(view: QuorumView) -> list[str]:
+    return ["term", decision_key(view), *(f"vote/@{name}" for name in view.members)]
 
 
 def _vote(value: Any, view: QuorumView, name: str) -> str | None:

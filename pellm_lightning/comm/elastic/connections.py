@@ -1,20 +1,16 @@
 """Connections between the members of a quorum, and the failures that end an exchange over them."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 
-from pellm_lightning.comm.elastic.commit import CommitProtocol
+from pellm_lightning.comm.elastic.commit import decision_key
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumView
-from pellm_lightning.comm.elastic.register import RestartedError, UnreachableError
+from pellm_lightning.comm.elastic.register import RestartedError
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener, Mesh
 from pellm_lightning.comm.tls import TLS
-
-# Seconds between reads of whether another member has aborted the attempt.
-_POLL_S = 0.5
 
 
 class MemberConnections:
@@ -23,38 +19,32 @@ class MemberConnections:
     Args:
         listener: Accepts the other members' connections.
         me: This party.
-        peers: Who is alive.
-        commit_protocol: Tells whether another member has aborted the attempt.
+        peers: Who is alive, and whether another member has aborted the attempt.
         tls: This party's certificate, and the authority that must have signed the others'.
 
     Example::
 
-        connections.connect(view)
+        connections.connect(view, life)
         with connections.exchanging() as mesh:
             mesh.all_reduce(x)
     """
 
-    def __init__(
-        self,
-        listener: Listener,
-        me: LocalParty,
-        peers: Heartbeat,
-        commit_protocol: CommitProtocol,
-        tls: TLS | None,
-    ) -> None:
-        self._listener, self._me, self._tls = listener, me, tls
-        self._peers, self._commit_protocol = peers, commit_protocol
+    def __init__(self, listener: Listener, me: LocalParty, peers: Heartbeat, tls: TLS | None) -> None:
+        self._listener, self._me, self._peers, self._tls = listener, me, peers, tls
         self._mesh: Mesh | None = None
         self._view: QuorumView | None = None
-        self._polled = 0.0
 
     @property
     def group(self) -> str:
         """Name of the connections that are open, empty if none are."""
         return self._view.group if self._view and self._mesh else ""
 
-    def connect(self, view: QuorumView) -> None:
+    def connect(self, view: QuorumView, life: str) -> None:
         """Connect the members of a view, unless they are connected.
+
+        Args:
+            view: The view.
+            life: The life of the rendezvous in which its decision will be made.
 
         Raises:
             PartyLostError: If a member cannot be reached.
@@ -64,6 +54,7 @@ class MemberConnections:
         if not kept:
             self.drop()
         self._view = view
+        self._peers.watch(decision_key(view), life)
         if not kept:
             self._mesh = Mesh(
                 self._listener,
@@ -103,19 +94,15 @@ class MemberConnections:
         self._peers.check_not_replaced()
         if self._view is None:
             return
-        if time.monotonic() - self._polled > _POLL_S:
-            self._polled = time.monotonic()
-            self._raise_if_aborted(self._view)
+        self._raise_if_aborted()
         dead = self._peers.dead(self._view)
         if dead:
             raise PartyLostError(f"Party {dead[0]} was lost: {self._peers.fate(dead[0])}", parties=dead)
 
-    def _raise_if_aborted(self, view: QuorumView) -> None:
+    def _raise_if_aborted(self) -> None:
         try:
-            decision = self._commit_protocol.read_decision(view)
+            decision = self._peers.watched()
         except RestartedError as error:
             raise PartyLostError("The rendezvous was restarted: nobody can vote on this attempt.") from error
-        except UnreachableError:
-            return  # the exchange needs no rendezvous
-        if decision is not None:
+        if isinstance(decision, dict):
             raise PartyLostError(f"Another party has aborted: {decision.get('abort')}")

@@ -36,13 +36,16 @@ from pellm_lightning.comm.communicator import (
 from pellm_lightning.comm.elastic.commit import CommitProtocol, Decision
 from pellm_lightning.comm.elastic.connections import MemberConnections
 from pellm_lightning.comm.elastic.handshake import SpecExchange
-from pellm_lightning.comm.elastic.heartbeat import Heartbeat, heartbeat_key
+from pellm_lightning.comm.elastic.heartbeat import Heartbeat
 from pellm_lightning.comm.elastic.join_quorum import RESULT, QuorumDeadline, QuorumProtocol
 from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_roster
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import (
+    Action,
+    Fence,
     Register,
+    ReplacedError,
     RestartedError,
     UnreachableError,
     connect_register,
@@ -117,6 +120,9 @@ class ElasticFederation(Communicator):
         self._view: QuorumView | None = None
         self._resting: set[str] = set()
         self._last_term = ("", 0)
+        self._next_term = ("", 0)
+        self._ended: QuorumView | None = None
+        """The last view that was committed; the next quorum ends its term, if whoever decided could not."""
         self._closed = False
         host, _, port = listen.rpartition(":")
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
@@ -131,9 +137,7 @@ class ElasticFederation(Communicator):
             self._register, self._peers, self._specs, self._reachability, self._me
         )
         self._quorum_protocol.interrupt = self._check_waiting
-        self._connections = MemberConnections(
-            self._listener, self._me, self._peers, self._commit_protocol, tls
-        )
+        self._connections = MemberConnections(self._listener, self._me, self._peers, tls)
 
     def _connect(self, connect: Callable[[], dist.Store], prefix: str) -> Heartbeat:
         """Connect to the rendezvous, and begin this party's heartbeat on a connection of its own."""
@@ -141,7 +145,9 @@ class ElasticFederation(Communicator):
             for _ in range(2):
                 register = connect_register(connect, self.membership.wait_s, self._name, prefix)
                 self._registers.append(register)
-            return Heartbeat(self._registers[1], self._me, self._phase)
+            heartbeat = Heartbeat(self._registers[1], self._me, self._phase)
+            self._registers[0].fence(Fence(self._name, self._me.incarnation))
+            return heartbeat
         except BaseException as error:
             self._listener.close()
             for register in self._registers:
@@ -208,24 +214,24 @@ class ElasticFederation(Communicator):
         # If the rendezvous is away, the first quorum publishes it again.
         with contextlib.suppress(RestartedError, UnreachableError):
             self._specs.publish()
-            for name in self.roster:
-                if name != self._name and self._peers.alive(name):
-                    known[name] = self._specs.of(name, self._peers.incarnation(name))
+            others = [name for name in self.roster if name != self._name and self._peers.alive(name)]
+            specs = self._specs.of([(name, self._peers.incarnation(name)) for name in others])
+            known = dict(zip(others, specs, strict=True))
         known[self._name] = spec
         return {name: found for name in self.roster if (found := known.get(name)) is not None}
 
     @override
     def party_specs(self) -> list[PartySpec]:
-        return [self._spec_of(name, entry) for name, entry in self._current_view.entries.items()]
-
-    def _spec_of(self, name: str, entry: QuorumMember) -> PartySpec:
+        entries = self._current_view.entries
         try:
-            found = self._specs.of(name, entry.incarnation)
+            found = self._specs.of([(name, entry.incarnation) for name, entry in entries.items()])
         except (RestartedError, UnreachableError) as error:
             raise PartyLostError("The rendezvous went away in the round.") from error
-        if found is None:
+        specs = [spec for spec in found if spec is not None]
+        if len(specs) < len(found):
+            name = self.names[found.index(None)]
             raise PartyLostError(f"Party {name} was restarted meanwhile.", parties=(name,))
-        return found
+        return specs
 
     @override
     def gather_json(self, key: str, value: object) -> list[Any]:
@@ -238,12 +244,15 @@ class ElasticFederation(Communicator):
     @override
     def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
         deadline = self._quorum_protocol.deadline()
+        restarted = False
         while True:
             try:
-                if self._register.renew():
+                if restarted and self._register.renew():
                     log.warning("[party %s] the rendezvous was restarted; the parties join again", self._name)
+                restarted = False
                 view = self._join_term(intent, version, metadata, deadline)
             except RestartedError:
+                restarted = True
                 continue
             except UnreachableError as error:
                 self.interrupt()
@@ -265,18 +274,16 @@ class ElasticFederation(Communicator):
         or will learn of it as the newest version.
         """
         view = self._current_view
+        self._peers.check_not_replaced()
         try:
-            self._peers.check_not_replaced(*self._register.read(heartbeat_key(self._name)))
-        except (RestartedError, UnreachableError) as error:
-            raise PartyLostError("The rendezvous went away before the vote.") from error
+            self._peers.watched()
+        except RestartedError as error:
+            raise PartyLostError("The rendezvous was restarted before the vote.") from error
         try:
-            self._commit_protocol.vote(view, digest)
-            decision = self._commit_protocol.await_decision(view, self.timeout_s)
+            found = self._commit_protocol.vote(view, digest)
+            decision = self._commit_protocol.await_decision(view, self.timeout_s, found)
         except (RestartedError, UnreachableError):
-            log.warning(
-                "[party %s] the rendezvous went away after the vote on the round; its result stands",
-                self._name,
-            )
+            log.warning("[party %s] the rendezvous went away after the vote; its result stands", self._name)
             self._connections.drop()
             return
         if "abort" in decision:
@@ -288,7 +295,7 @@ class ElasticFederation(Communicator):
                 " parameter was changed. Install the same versions of torch and pellm-lightning at all."
             )
         self._reachability.connected(view.members)
-        self._try(lambda: self._commit_protocol.end(view))
+        self._ended = view
 
     @override
     def abort_attempt(self, error: Exception) -> bool:
@@ -370,7 +377,7 @@ class ElasticFederation(Communicator):
         self._connections.drop()
         self._peers.stop(reason=reason)
         if not self._peers.is_replaced:
-            own = [f"{key}/@{self._name}" for key in ("member", "vote", "party_spec")]
+            own = [f"{key}/@{self._name}" for key in ("member", "vote", "party_spec", "owner")]
             self._try(lambda: self._register.delete(*own))
         self._listener.close()
         for register in self._registers:
@@ -384,9 +391,11 @@ class ElasticFederation(Communicator):
         """Join the present term; return its view, or None if it continued without this party."""
         if self._closed:
             raise FederationError(f"Party {self._name} has left this federation. Join it again.")
-        entry = self._entry(intent, version, metadata)  # first, since it finds out who was replaced
+        self._peers.check_not_replaced()
+        entry = self._entry(intent, version, metadata)
         self._specs.publish()
-        view = self._quorum_protocol.join(entry, deadline)
+        view = self._quorum_protocol.join(entry, deadline, self._ending())
+        self._next_term = ("", 0)
         if view is None:
             return None
         self._attempt = max(self._attempt, view.attempt)
@@ -400,6 +409,7 @@ class ElasticFederation(Communicator):
             self._commit_protocol.end(view)
             return None
         self._last_term = self._register.life, view.term
+        self._next_term = self._register.life, view.term + 1
         self._accept(view)
         if not view.exchanges:
             self._commit_protocol.end(view)
@@ -407,11 +417,16 @@ class ElasticFederation(Communicator):
             return None
         return view
 
+    def _ending(self) -> list[Action]:
+        """Return what ends the last term, unless another party has done so."""
+        if self._ended is None or self._last_term[0] != self._register.life:
+            return []
+        return self._commit_protocol.ending(self._ended)
+
     def _entry(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumMember:
         """Return the message with which this party joins the present term."""
-        term, heartbeat = self._register.read("term", heartbeat_key(self._name))
-        self._peers.check_not_replaced(heartbeat)
-        term = self._register.claim("term", 1) if term is None else term
+        life, term = self._next_term
+        term = term if life == self._register.life else self._register.claim("term", 1)
         if not is_count(term):
             raise FederationError(
                 f"Party {self._name} finds {term!r:.100} where the number of the term must be. Use this"
@@ -460,7 +475,7 @@ class ElasticFederation(Communicator):
     def _connected_to(self, view: QuorumView) -> bool:
         """Connect the members, if they are not; return whether that worked."""
         try:
-            self._connections.connect(view)
+            self._connections.connect(view, self._register.life)
         except (PartyLostError, MismatchError) as error:
             self.abort_attempt(error)
             return False
@@ -481,5 +496,5 @@ class ElasticFederation(Communicator):
         """Do what the next quorum would make good anyway, if the rendezvous can be reached."""
         try:
             act()
-        except UnreachableError as error:
+        except (UnreachableError, RestartedError, ReplacedError) as error:
             log.debug("[party %s] %s", self._name, error)

@@ -1,6 +1,6 @@
 """Handshake: the specs that parties publish before their first quorum, and the check that they agree."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pellm_lightning.comm.communicator import Difference, PartySpec
 from pellm_lightning.comm.elastic.membership import LocalParty
@@ -35,17 +35,20 @@ class SpecExchange:
             self._register.write(_key(self._me.name), value)
             self._published_in = self._register.life
 
-    def of(self, name: str, incarnation: str) -> PartySpec | None:
-        """Return the spec of a process, None if another one has taken its place."""
-        if (name, incarnation) not in self._known:
-            (value,) = self._register.read(_key(name))
+    def of(self, processes: Sequence[tuple[str, str]]) -> list[PartySpec | None]:
+        """Return the specs of processes (party and incarnation), None where another has taken its place.
+
+        All that are not known yet are read in one trip.
+        """
+        new = [process for process in processes if process not in self._known]
+        values = self._register.read(*(_key(name) for name, _ in new)) if new else []
+        for (name, incarnation), value in zip(new, values, strict=True):
             if not isinstance(value, dict) or value.get("incarnation") != incarnation:
-                return None
-            if not isinstance(value.get("party_spec"), dict):
-                return None
-            self._known = {key: value for key, value in self._known.items() if key[0] != name}
-            self._known[name, incarnation] = value["party_spec"]
-        return self._known[name, incarnation]
+                continue
+            if isinstance(value.get("party_spec"), dict):
+                self._known = {key: value for key, value in self._known.items() if key[0] != name}
+                self._known[name, incarnation] = value["party_spec"]
+        return [self._known.get(process) for process in processes]
 
     def check_alike(self, entries: Mapping[str, QuorumMember], mine: QuorumMember) -> None:
         """Raise the difference between this party and the first member that does not agree with it.
@@ -55,7 +58,7 @@ class SpecExchange:
         """
         for name, entry in entries.items():
             if entry.digest != mine.digest:
-                other = self.of(name, entry.incarnation)
+                (other,) = self.of([(name, entry.incarnation)])
                 difference = other and self._difference([other, self._spec], [name, self._me.name])
                 raise MismatchError(
                     difference or f"Parties {name} and {self._me.name} are configured differently."

@@ -11,7 +11,15 @@ from typing import Any
 
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView
-from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
+from pellm_lightning.comm.elastic.register import (
+    Delete,
+    Fence,
+    Register,
+    ReplacedError,
+    RestartedError,
+    UnreachableError,
+    Write,
+)
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.polling import polls
 
@@ -33,6 +41,9 @@ class Heartbeat:
     ``membership.heartbeat_ttl_s`` of the watcher's own monotonic clock. Each process behind a name is another
     incarnation of its party.
 
+    A heartbeat is one trip to the rendezvous: it is written, and those of the others are read. It also reads
+    what the main thread has no time to look at during an exchange (``watch``).
+
     Args:
         register: A register over a client of its own.
         me: This party.
@@ -47,20 +58,21 @@ class Heartbeat:
     def __init__(self, register: Register, me: LocalParty, phase: str) -> None:
         self._register = register
         self._name, self._incarnation = me.name, me.incarnation
+        self._fence = Fence(me.name, me.incarnation)
         self._others = [other for other in me.roster if other != me.name]
         self._status: dict[str, Any] = {"incarnation": me.incarnation, "member": False, "phase": phase}
         self._ttl_s = me.membership.heartbeat_ttl_s
         self._beats = 0
         self._last: dict[str, _Beat] = {}
         self._incarnations: set[str] = set()
+        self._watched: tuple[str, str] = ("", "")
+        self._found: Any = None
         self._lock = threading.Lock()
         self._stopping = False
         self._wake = threading.Event()
         self.is_replaced = False
         """Whether another process has taken this one's place; then it writes nothing any more."""
-        with contextlib.suppress(UnreachableError, RestartedError):  # the thread tries again
-            self._take_name()
-            self._round_trip()  # so that the first poll knows who is alive
+        self._join(me.membership.wait_s)
         self._thread = threading.Thread(target=self._run, name=f"heartbeat-{me.name}", daemon=True)
         self._thread.start()
 
@@ -79,28 +91,36 @@ class Heartbeat:
 
     # ---- this process
 
-    def check_not_replaced(self, heartbeat: Any = None) -> None:
+    def check_not_replaced(self) -> None:
         """Raise if another process has taken this one's place; there must never be two.
 
-        Args:
-            heartbeat: The one that stands under this party's name, if it was just read.
-
         Raises:
-            FederationError: If it is another process'.
+            ReplacedError: If one has.
         """
-        if self._is_foreign(heartbeat):
-            self.is_replaced = True
         if self.is_replaced:
-            raise FederationError(
-                f"Another process has taken the place of party {self._name} while this one sent no"
-                " heartbeat; this one stops. Give every party a name of its own, and start each once."
-            )
+            self._fence.check(None)
 
     def _is_foreign(self, beat: Any) -> bool:
         """Tell whether a heartbeat under this party's name is that of another process."""
         return isinstance(beat, dict) and beat.get("incarnation", self._incarnation) != self._incarnation
 
     # ---- the others
+
+    def watch(self, key: str, life: str) -> None:
+        """Read this key with every heartbeat from now on, in this life of the store; ``""`` ends it."""
+        with self._lock:
+            self._watched, self._found = (key, life), None
+
+    def watched(self) -> Any:
+        """Return what the last heartbeat has read under the watched key, None for nothing.
+
+        Raises:
+            RestartedError: If the store has begun another life than the one it was to be read in.
+        """
+        with self._lock:
+            if self._watched[0] and self._watched[1] != self._register.life:
+                raise RestartedError
+            return self._found
 
     def note_incarnations(self, entries: Mapping[str, QuorumMember]) -> None:
         """Note processes that are known otherwise, before their first heartbeat was seen."""
@@ -175,13 +195,27 @@ class Heartbeat:
         self._thread.join()
         if self.is_replaced:
             return
+        key = heartbeat_key(self._name)
         try:
-            if reason is None:
-                self._register.delete(heartbeat_key(self._name))
-            else:
-                self._register.write(heartbeat_key(self._name), {"left": reason})
-        except UnreachableError:
+            self._register.transact([Delete(key) if reason is None else Write(key, {"left": reason})])
+        except (UnreachableError, RestartedError, ReplacedError):
             log.debug("[party %s] left, but the rendezvous cannot be told", self._name)
+
+    def _join(self, wait_s: float) -> None:
+        """Take the name, and send the first heartbeat, so that the first poll knows who is alive."""
+        away = UnreachableError("no attempt was made")
+        for _ in polls(wait_s):
+            try:
+                self._take_name()
+                self._register.fence(self._fence)
+                self._round_trip()
+                return
+            except RestartedError:
+                with contextlib.suppress(UnreachableError):
+                    self._register.renew()
+            except UnreachableError as error:
+                away = error
+        raise away
 
     def _take_name(self) -> None:
         """Claim the name, or raise if another process under it is alive: its heartbeat changes meanwhile.
@@ -190,15 +224,15 @@ class Heartbeat:
         overwrite the other's values.
         """
         key, mine = heartbeat_key(self._name), self._status | {"beat": 0}
-        before = self._register.claim(key, mine)
-        if before == mine:
-            return
+        before, owner = self._register.read(key, self._fence.key)
         for _ in polls(self._ttl_s / 2 if self._is_foreign(before) else 0.0):
             (now,) = self._register.read(key)
             if now != before:
                 break
         now = self._register.swap(key, before, mine)
-        if now != before and self._is_foreign(now):
+        if self._is_foreign(now) or (
+            self._register.swap(self._fence.key, owner, self._incarnation) != self._incarnation
+        ):
             raise FederationError(
                 f"A process that runs as party {self._name} is there already. Give every party a name of"
                 " its own, and start each once. One that hangs must be ended first."
@@ -214,28 +248,40 @@ class Heartbeat:
             # A party that was suspended, or had no rendezvous, has not watched: nobody else died of that.
             missed = time.monotonic() - watched > self._ttl_s / 2
             try:
-                self._round_trip()
-            except (UnreachableError, RestartedError):
-                missed = True
+                missed |= not self._beat()
+            except ReplacedError:
+                self.is_replaced = True
+                return
             if missed:
                 self._reset(alive)
             watched, alive = time.monotonic(), self._alive()
 
+    def _beat(self) -> bool:
+        """Send a heartbeat, also to a rendezvous that was restarted; return whether that worked."""
+        for _ in range(2):
+            try:
+                self._round_trip()
+                return True
+            except RestartedError:
+                with contextlib.suppress(UnreachableError):
+                    if self._register.renew():
+                        log.info("[party %s] the rendezvous was restarted", self._name)
+            except UnreachableError:
+                break
+        return False
+
     def _round_trip(self) -> None:
         """Send a heartbeat and read those of the others."""
-        if self._register.renew():
-            log.info("[party %s] the rendezvous was restarted", self._name)
-        own, *others = self._register.read(*map(heartbeat_key, [self._name, *self._others]))
-        if self._beats and self._is_foreign(own):
-            self.is_replaced = True
-            return
         self._beats += 1
         with self._lock:
-            mine = self._status | {"beat": self._beats}
-        self._register.write(heartbeat_key(self._name), mine)
+            mine, (watched, life) = self._status | {"beat": self._beats}, self._watched
+        keys = [*map(heartbeat_key, self._others), *([watched] if watched else [])]
+        _, values = self._register.transact([Write(heartbeat_key(self._name), mine)], keys)
         now = time.monotonic()
         with self._lock:
-            for party, status in zip(self._others, others, strict=True):
+            if watched and (watched, life) == self._watched:
+                self._found = values[-1]
+            for party, status in zip(self._others, values, strict=False):
                 self._observe(party, status, now)
 
     def _observe(self, party: str, status: Any, now: float) -> None:

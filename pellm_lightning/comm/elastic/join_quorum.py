@@ -11,14 +11,20 @@ from pellm_lightning.comm.elastic.heartbeat import Heartbeat
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count, stage
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
-from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, UnreachableError
+from pellm_lightning.comm.elastic.register import (
+    KEPT_TERMS,
+    Action,
+    Register,
+    UnreachableError,
+    Write,
+)
 from pellm_lightning.comm.errors import (
     FederationError,
     MismatchError,
     PartyLostError,
     TooFewPartiesError,
 )
-from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
+from pellm_lightning.comm.polling import ROUND_S, Reminder
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +37,9 @@ RESULT = (
 
 class QuorumProtocol:
     """Waits for the parties and writes the quorum view of a term, unless another party is quicker.
+
+    Whoever joins last sees all that have joined, and writes the view; the others wait at the rendezvous for
+    that. So it is two trips for each, however many they are. In between each looks now and then who is alive.
 
     Args:
         register: Where members and views are written.
@@ -54,45 +63,76 @@ class QuorumProtocol:
         """Members of the last view."""
         self.interrupt: Callable[[], None] = lambda: None
         """Called repeatedly while waiting; what it raises ends the waiting."""
+        self._last: tuple[str, int] = ("", 0)
+        """Life and term of the last view that was read."""
 
-    def join(self, mine: QuorumMember, deadline: "QuorumDeadline") -> QuorumView | None:
-        """Join the quorum of a term; return its view as soon as there is one, None if the term is over."""
-        self._register.write(f"member/@{self._me.name}", mine.to_json())
+    def join(
+        self, mine: QuorumMember, deadline: "QuorumDeadline", before: Sequence[Action] = ()
+    ) -> QuorumView | None:
+        """Join the quorum of a term; return its view as soon as there is one, None if the term is over.
+
+        Args:
+            mine: What this party joins with.
+            deadline: How long it waits for whom.
+            before: What is to be written before that, in the same trip.
+        """
+        term, key = mine.term, f"view/{mine.term}"
+        end = f"ended/{mine.version.run_id if mine.version else ''}"
+        keys = ["term", key, end, *(f"member/@{name}" for name in self._me.roster)]
+        joining = [*before, Write(f"member/@{self._me.name}", mine.to_json())]
+        now, written, ended, *members = self._register.transact(joining, keys)[1]
         deadline.restart()
-        term = mine.term
-        for _ in polls():
+        while True:
             self.interrupt()
-            keys = [f"member/@{name}" for name in self._me.roster]
-            end = f"ended/{mine.version.run_id if mine.version else ''}"
-            now, written, ended, *members = self._register.read("term", f"view/{term}", end, *keys)
             if isinstance(now, int) and now > term + KEPT_TERMS:
                 return None  # this party was suspended; what it would find or write there is stale
             if written is not None:
                 return self._read(written, mine)
             if now != term:
                 return None
-            deadline.ended = mine.version is None and is_count(ended)
             entries = self._present(
                 term, dict(zip(self._me.roster, map(QuorumMember.from_json, members), strict=True))
             )
-            if mine.version and is_count(ended) and len(entries) == 1:
-                if mine.version.round < ended:
-                    raise FederationError(
-                        f"The federation ended after {ended} rounds while party {self._me.name} was away,"
-                        f" which knows {mine.version.round}; {RESULT} To resume older checkpoints of all"
-                        " parties instead, restart the rendezvous."
-                    )
-                if mine.intent == "rest":
-                    return QuorumView.of(term, mine.version.run_id, entries)  # it was late, but lacks nothing
+            alone = self._alone(entries, mine, ended, deadline)
+            if alone is not None:
+                return alone
             ready = self._ready(entries, mine, deadline)
             if ready:
                 new = f"{self._register.life}/{term}/{secrets.token_hex(4)}"
                 view = QuorumView.of(term, new, ready, self._last_attempt(term))
-                self._register.claim(f"view/{term}", view.to_json())
-        raise AssertionError("polls without end have ended")
+                written = self._register.claim(key, view.to_json())
+                continue
+            now, written = self._register.wait(self._me.membership.patience_s, "term", key)
+            if written is None and now == term:
+                now, written, ended, *members = self._register.read(*keys)
+
+    def _alone(
+        self,
+        entries: Mapping[str, QuorumMember],
+        mine: QuorumMember,
+        ended: Any,
+        deadline: "QuorumDeadline",
+    ) -> QuorumView | None:
+        """Return the view of a party that comes after the end of its federation, and lacks nothing.
+
+        Raises:
+            FederationError: If it lacks the result.
+        """
+        deadline.ended = mine.version is None and is_count(ended)
+        if not mine.version or not is_count(ended) or len(entries) > 1:
+            return None
+        if mine.version.round < ended:
+            raise FederationError(
+                f"The federation ended after {ended} rounds while party {self._me.name} was away, which knows"
+                f" {mine.version.round}; {RESULT} To resume older checkpoints of all parties instead, restart"
+                " the rendezvous."
+            )
+        return QuorumView.of(mine.term, mine.version.run_id, entries) if mine.intent == "rest" else None
 
     def _last_attempt(self, term: int) -> int:
         """Return the number of the attempt before, which perhaps none of those who continue still knows."""
+        if self._last == (self._register.life, term - 1):
+            return 0  # this party does
         (last,) = self._register.read(f"view/{term - 1}")
         attempt = last.get("attempt") if isinstance(last, dict) else None
         return attempt if is_count(attempt) else 0
@@ -107,6 +147,7 @@ class QuorumProtocol:
                 f"Party {self._me.name} cannot read what another party has written as the view of term"
                 f" {term}. Install the same version of pellm-lightning, and give the same roster, at all."
             )
+        self._last = self._register.life, term
         return view
 
     def _present(self, term: int, entries: Mapping[str, QuorumMember | None]) -> dict[str, QuorumMember]:

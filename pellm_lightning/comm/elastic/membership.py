@@ -46,6 +46,11 @@ class Membership:
         if self.on_party_loss not in ("continue", "stop"):
             raise ValueError(f"on_party_loss={self.on_party_loss!r} must be 'continue' or 'stop'.")
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds that a request waits at the rendezvous, until this party looks at who is alive."""
+        return min(0.5, self.heartbeat_ttl_s / 10)
+
     def quorum(self, quorum: Quorum, roster: Collection[str]) -> int:
         """Return how many parties of a roster must join a quorum.
 

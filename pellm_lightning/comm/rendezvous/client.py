@@ -3,7 +3,7 @@
 import math
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from typing_extensions import override
@@ -20,6 +20,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     check_key,
     check_value,
     pack,
+    pack_body,
 )
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
 from pellm_lightning.comm.tls import TLS
@@ -102,12 +103,51 @@ class RendezvousStore(PollingStore):
     def num_keys(self) -> int:
         return self._number(self._ask(Op.NUM_KEYS))
 
+    def transact(self, requests: Sequence[tuple[Op, Sequence[bytes]]]) -> list[list[bytes | None]]:
+        """Make requests in one trip, all of them or none; return their answers.
+
+        An ``EXPECT`` of another value ends it; what follows is not done, and has no answer.
+
+        Args:
+            requests: Each an ``Op`` and its fields as bytes: EXPECT, SET, COMPARE_SET, DELETE or MULTI_GET,
+                whose answer may lack values that did not fit into a frame.
+        """
+        fields = self._ask(Op.TRANSACT, *(pack_body(op, given) for op, given in requests))
+        answers: list[list[bytes | None]] = []
+        while fields and len(answers) < len(requests):
+            count = self._number(fields[:1])
+            if not 0 <= count < len(fields):
+                raise self._no_rendezvous("an answer of the wrong length")
+            answers.append(fields[1 : 1 + count])
+            fields = fields[1 + count :]
+        ended = len(answers) == len(requests) or (answers and requests[len(answers) - 1][0] == Op.EXPECT)
+        if fields or not ended:
+            raise self._no_rendezvous("an answer of the wrong length")
+        for (op, _), answer in zip(requests, answers, strict=False):
+            if op in (Op.EXPECT, Op.COMPARE_SET):
+                self._only(answer)
+        return answers
+
+    def await_change(self, known: Mapping[str, bytes | None], seconds: float) -> list[bytes | None]:
+        """Return the values of keys as soon as one is not as it was known, or the time is over.
+
+        Args:
+            known: The last known value of each key, None for none.
+            seconds: How long to wait at most; the server, too, has a limit.
+        """
+        seconds = min(seconds, self._retry_s / 4)  # a server that is silent for longer is out of reach
+        fields = [field for key, value in known.items() for field in (_key(key), value)]
+        values = self._ask(Op.AWAIT, b"%d" % (1000 * seconds), *fields)
+        if len(values) != len(known):
+            raise self._no_rendezvous("an answer of the wrong length")
+        return values
+
     @override
     def close(self) -> None:
         self._closed = True
         self._disconnect()
 
-    def _ask(self, op: Op, *fields: bytes, repeats: float = math.inf) -> list[bytes | None]:
+    def _ask(self, op: Op, *fields: bytes | None, repeats: float = math.inf) -> list[bytes | None]:
         """Return the answer's fields; retry what may have been received, ``repeats`` times at most."""
         request = pack(op, fields)
         until = time.monotonic() + self._retry_s
@@ -130,6 +170,11 @@ class RendezvousStore(PollingStore):
                 except FrameError as error:
                     self._disconnect()
                     raise self._no_rendezvous(str(error)) from error
+                except FederationError:  # the answer is complete, or there is no connection
+                    raise
+                except BaseException:
+                    self._disconnect()  # an answer that comes later must not be taken for the next one's
+                    raise
         raise self._out_of_reach(failure) from failure
 
     def _connected(self, until: float) -> Channel:

@@ -23,7 +23,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     pack,
     unpack,
 )
-from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
+from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError, awaited
 from pellm_lightning.comm.sockets import configure, oldest_of_largest_host
 from pellm_lightning.comm.tls import peer_name
 
@@ -39,6 +39,8 @@ MAX_CONNECTIONS_PER_NAME = 8
 _HELLO_S = 5.0
 # The rest of a frame follows its first byte, and an answer is read, at the speed of the link.
 _FRAME_S = 10.0
+# The longest that a request waits for a change.
+_MAX_AWAIT_S = 30.0
 # Larger frames are read and sent one at a time per session, so that the number of sessions bounds memory.
 _LARGE_BYTES = 64 << 10
 _LOG_REJECTED_S = 10.0
@@ -67,10 +69,13 @@ class _Connection:
     received_at: float = field(default_factory=time.monotonic)
     party: str | None = None
     """The party that its keys name, where no certificate does."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when what its request waits for has changed, or it was cut."""
 
     def cut(self) -> None:
         """Close at once; what waits for this connection gets an error of ``_BROKEN``."""
         self.writer.transport.abort()
+        self.changed.set()
 
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
@@ -233,28 +238,45 @@ class ConnectionHandler:
         """Answer one request after the other; no local variable holds one while the next is waited for."""
         while True:
             await _send(
-                session, connection, *self._answer(session, connection, await _body(session, connection))
+                session,
+                connection,
+                *await self._answer(session, connection, await _body(session, connection)),
             )
             await asyncio.sleep(0)  # others' turn, even if the next request is here already
 
-    def _answer(
+    async def _answer(
         self, session: _Session, connection: _Connection, body: bytes
     ) -> tuple[int, list[bytes | None]]:
-        if connection.writer.is_closing():
-            # What was buffered before the cut will be sent again: an addition must not count twice.
-            raise ConnectionResetError("the connection was cut")
         op, fields = unpack(body)
         try:
+            if op == Op.AWAIT:
+                await self._await_change(connection, fields)
+            if connection.writer.is_closing():
+                # What was buffered before the cut will be sent again: an addition must not count twice.
+                raise ConnectionResetError("the connection was cut")
             answer = self._store.answer(op, fields, session.name)
-            if session.name is None and connection.party is None and op == Op.SET:
-                self._note_party(session, connection, fields[0] or b"")
+            if session.name is None and connection.party is None:
+                self._note_party(session, connection, op, fields)
             return DONE, answer
         except RefusedError as error:
             return REFUSED, [str(error).encode()]
 
-    def _note_party(self, session: _Session, connection: _Connection, key: bytes) -> None:
+    async def _await_change(self, connection: _Connection, fields: list[bytes | None]) -> None:
+        """Wait until a value is another than the client knows, its time is over, or it was cut."""
+        seconds, known = awaited(fields)
+        connection.changed.clear()
+        with self._store.watching(known, connection.changed.set):
+            if self._store.is_as(known) and not connection.writer.is_closing():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(connection.changed.wait(), min(seconds, _MAX_AWAIT_S))
+
+    def _note_party(
+        self, session: _Session, connection: _Connection, op: int, fields: list[bytes | None]
+    ) -> None:
         """Note which party an unauthenticated connection is of, by the keys that it writes."""
-        owner = _OWNER.search(key)
+        requests = [unpack(field or b"") for field in fields] if op == Op.TRANSACT else [(op, fields)]
+        written = [of_request[0] for op, of_request in requests if op == Op.SET]
+        owner = _OWNER.search(next(iter(written), None) or b"")
         if owner:
             party = owner[1].decode()
             if all(other.party != party for other in session.connections):

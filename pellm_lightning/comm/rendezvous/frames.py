@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
-VERSION = 1
+VERSION = 2
 HELLO = b"pellm-rv" + VERSION.to_bytes(2, "big")
 
 # A key is a path of a few names of up to 63 characters.
@@ -33,7 +33,7 @@ LENGTH_BYTES = _LENGTH.size
 
 
 class Op(IntEnum):
-    """Requests to a rendezvous; none of them waits."""
+    """Requests to a rendezvous; only AWAIT waits, for a time that the server bounds."""
 
     SET = 1
     COMPARE_SET = 2
@@ -42,6 +42,9 @@ class Op(IntEnum):
     CHECK = 5
     MULTI_GET = 6
     NUM_KEYS = 7
+    EXPECT = 8
+    TRANSACT = 9
+    AWAIT = 10
 
 
 class FrameError(Exception):
@@ -50,12 +53,18 @@ class FrameError(Exception):
 
 def pack(tag: int, fields: Sequence[bytes | None]) -> bytes:
     """Return the frame of a tag and its fields, ready to send."""
+    body = pack_body(tag, fields)
+    return _LENGTH.pack(len(body)) + body
+
+
+def pack_body(tag: int, fields: Sequence[bytes | None]) -> bytes:
+    """Return what follows a frame's length; each field of a TRANSACT is one."""
     parts = [bytes([tag])]
     for field in fields:
         parts.append(_LENGTH.pack(_MISSING if field is None else len(field)))
         if field is not None:
             parts.append(field)
-    return _LENGTH.pack(sum(map(len, parts))) + b"".join(parts)
+    return b"".join(parts)
 
 
 def length(head: bytes) -> int:
@@ -76,6 +85,8 @@ def unpack(body: bytes) -> tuple[int, list[bytes | None]]:
     Raises:
         FrameError: If the fields do not fill the body exactly, or are too many.
     """
+    if not body:
+        raise FrameError("no tag")
     fields: list[bytes | None] = []
     at = 1
     while at < len(body):

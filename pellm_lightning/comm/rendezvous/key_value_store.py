@@ -1,24 +1,31 @@
 """Key-value store of a rendezvous: its values, write permissions and limits. No sockets here."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from pellm_lightning.comm.rendezvous.frames import (
+    LENGTH_BYTES,
+    MAX_FIELDS,
     MAX_FRAME_BYTES,
     FrameError,
     Op,
     check_key,
     check_value,
+    unpack,
 )
 
 # A round of 24 parties leaves about a hundred keys, which are deleted two rounds later.
 MAX_KEYS = 20_000
 # What the host of a rendezvous can spare; it keeps everything in memory.
 MAX_BYTES = 256 << 20
+# A request is kept in memory while it waits, so it must be small.
+MAX_AWAIT_BYTES = 64 << 10
 
 _INT64 = range(-(2**63), 2**63)
 _NUMBER = re.compile(rb"-?[0-9]{1,19}")
-_FIELDS = {Op.SET: 2, Op.COMPARE_SET: 3, Op.ADD: 2, Op.DELETE: 1, Op.NUM_KEYS: 0}
+_MILLISECONDS = re.compile(rb"[0-9]{1,9}")
+_FIELDS = {Op.SET: 2, Op.COMPARE_SET: 3, Op.ADD: 2, Op.DELETE: 1, Op.NUM_KEYS: 0, Op.EXPECT: 2}
 
 
 class RefusedError(Exception):
@@ -36,9 +43,13 @@ class KeyValueStore:
     having read it. Everybody may read everything.
     """
 
+    TRANSACTED = (Op.EXPECT, Op.SET, Op.COMPARE_SET, Op.DELETE, Op.MULTI_GET)
+    """What a transaction is made of: nothing that does harm if it is done twice, as an answer may be lost."""
+
     def __init__(self) -> None:
         self._values: dict[bytes, bytes] = {}
         self._size_bytes = 0
+        self._watches: dict[bytes, dict[Callable[[], None], None]] = {}
 
     def __len__(self) -> int:
         return len(self._values)
@@ -49,25 +60,79 @@ class KeyValueStore:
         SET (key, value): none. COMPARE_SET (key, expected, desired): the value now stored, empty if there is
         none. ADD (key, decimal number): the sum. DELETE (key): "1" if it was there, else "0". CHECK (keys):
         "1" or "0" each. MULTI_GET (keys): the values, None where missing, of as many of the first keys as fit
-        into a frame. NUM_KEYS: a decimal number.
+        into a frame. NUM_KEYS: a decimal number. EXPECT (key, value): the value now stored, empty if there is
+        none. TRANSACT (requests): the answers, up to and including that of the first EXPECT of another value,
+        each as the number of its fields and the fields.
+        AWAIT (milliseconds, and for each key the key and its last known value): the values, None where
+        missing; the connection handler has waited before.
 
         Raises:
             RefusedError: If it is not allowed or over a limit; nothing is changed then.
             FrameError: If it is no request of this protocol.
         """
-        given = [field for field in fields if field is not None]
-        if op not in _METHODS or len(given) != len(fields) or len(given) != _FIELDS.get(Op(op), len(given)):
-            raise FrameError(f"no request: {op} with {len(fields)} fields")
-        try:
-            for key in given if op in (Op.CHECK, Op.MULTI_GET) else given[:1]:
-                check_key(key)
-            for value in given[1:] if op in (Op.SET, Op.COMPARE_SET) else ():
-                check_value(given[0], value)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
-        if op in _WRITES and who is not None:
-            _check_writer(Op(op), given[0], who)
+        if op == Op.TRANSACT:
+            return self._transact([unpack(field or b"") for field in fields], who)
+        if op == Op.AWAIT:
+            return [self._values.get(key) for key in awaited(fields)[1]]
+        given = _checked(op, fields, who)
         return _METHODS[Op(op)](self, given)
+
+    def is_as(self, known: Mapping[bytes, bytes | None]) -> bool:
+        """Tell whether all of these keys still have the values that a client knows, None for none."""
+        return all(self._values.get(key) == value for key, value in known.items())
+
+    @contextlib.contextmanager
+    def watching(self, keys: Collection[bytes], changed: Callable[[], None]) -> Iterator[None]:
+        """Call ``changed`` whenever one of the keys is written or deleted within the block."""
+        for key in keys:
+            self._watches.setdefault(key, {})[changed] = None
+        try:
+            yield
+        finally:
+            for key in keys:
+                del self._watches[key][changed]
+                if not self._watches[key]:
+                    del self._watches[key]
+
+    def _transact(
+        self, requests: Sequence[tuple[int, list[bytes | None]]], who: str | None
+    ) -> list[bytes | None]:
+        """Process requests in order; all of their changes are made, or none."""
+        if any(op not in self.TRANSACTED for op, _ in requests):
+            raise FrameError("a request that cannot be part of a transaction")
+        if sum(1 + len(fields) for _, fields in requests) > MAX_FIELDS:
+            raise FrameError("a transaction of too many fields")
+        checked = [(Op(op), _checked(op, fields, who)) for op, fields in requests]
+        before = {given[0]: self._values.get(given[0]) for op, given in checked if op in _WRITES}
+        answers: list[bytes | None] = []
+        left_bytes = MAX_FRAME_BYTES - 1
+        try:
+            for op, given in checked:
+                left_bytes -= LENGTH_BYTES + 4
+                answer = (
+                    self._multi_get(given, left_bytes) if op == Op.MULTI_GET else _METHODS[op](self, given)
+                )
+                left_bytes -= sum(LENGTH_BYTES + len(value or b"") for value in answer)
+                if left_bytes < 0:
+                    raise RefusedError("The values that a transaction answers do not fit into a frame.")
+                answers += [b"%d" % len(answer), *answer]  # the store's own values, which cost no memory
+                if op == Op.EXPECT and answer != [given[1]]:
+                    break
+        except RefusedError:
+            self._restore(before)
+            raise
+        return answers
+
+    def _restore(self, before: Mapping[bytes, bytes | None]) -> None:
+        """Undo what a refused transaction has changed."""
+        for key in before:
+            self._delete([key])
+        for key, value in before.items():
+            if value is not None:
+                self._put(key, value)
+
+    def _expect(self, fields: list[bytes]) -> list[bytes | None]:
+        return [self._values.get(fields[0], b"")]
 
     def _set(self, fields: list[bytes]) -> list[bytes | None]:
         self._store(*fields)
@@ -99,17 +164,17 @@ class KeyValueStore:
         if value is None:
             return [b"0"]
         self._size_bytes -= len(fields[0]) + len(value)
+        self._notify(fields[0])
         return [b"1"]
 
     def _check(self, fields: list[bytes]) -> list[bytes | None]:
         return [b"1" if key in self._values else b"0" for key in fields]
 
-    def _multi_get(self, fields: list[bytes]) -> list[bytes | None]:
+    def _multi_get(self, fields: list[bytes], left_bytes: int = MAX_FRAME_BYTES - 1) -> list[bytes | None]:
         found: list[bytes | None] = []
-        left_bytes = MAX_FRAME_BYTES - 1
         for key in fields:
             value = self._values.get(key)
-            left_bytes -= 4 + len(value or b"")
+            left_bytes -= LENGTH_BYTES + len(value or b"")
             if left_bytes < 0:
                 break
             found.append(value)
@@ -127,8 +192,17 @@ class KeyValueStore:
         # What makes it smaller is allowed even when it is full.
         if size_bytes > max(MAX_BYTES, self._size_bytes):
             raise RefusedError(f"The {MAX_BYTES >> 20} MiB of this rendezvous are used up. Delete old keys.")
+        self._put(key, value)
+
+    def _put(self, key: bytes, value: bytes) -> None:
+        old = self._values.get(key)
+        self._size_bytes += len(value) + (len(key) if old is None else -len(old))
         self._values[key] = value
-        self._size_bytes = size_bytes
+        self._notify(key)
+
+    def _notify(self, key: bytes) -> None:
+        for changed in tuple(self._watches.get(key, ())):
+            changed()
 
 
 _METHODS: dict[Op, Callable[[KeyValueStore, list[bytes]], list[bytes | None]]] = {
@@ -139,8 +213,47 @@ _METHODS: dict[Op, Callable[[KeyValueStore, list[bytes]], list[bytes | None]]] =
     Op.CHECK: KeyValueStore._check,
     Op.MULTI_GET: KeyValueStore._multi_get,
     Op.NUM_KEYS: KeyValueStore._num_keys,
+    Op.EXPECT: KeyValueStore._expect,
 }
 _WRITES = (Op.SET, Op.COMPARE_SET, Op.ADD, Op.DELETE)
+
+
+def awaited(fields: Sequence[bytes | None]) -> tuple[float, dict[bytes, bytes | None]]:
+    """Return the seconds of an AWAIT, and the value that its sender knows of each key.
+
+    Raises:
+        FrameError: If it is no such request.
+        RefusedError: If it is too large, or a key is.
+    """
+    milliseconds, *pairs = fields or [None]
+    keys = [key for key in pairs[::2] if key is not None]
+    if len(pairs) != 2 * len(keys) or not keys or not _MILLISECONDS.fullmatch(milliseconds or b""):
+        raise FrameError(f"no request to wait: {len(fields)} fields")
+    if sum(len(field or b"") for field in pairs) > MAX_AWAIT_BYTES:
+        raise RefusedError(f"A request that waits has {MAX_AWAIT_BYTES} bytes at most. Wait for fewer keys.")
+    try:
+        for key in keys:
+            check_key(key)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    return int(milliseconds or b"0") / 1000, dict(zip(keys, pairs[1::2], strict=True))
+
+
+def _checked(op: int, fields: Sequence[bytes | None], who: str | None) -> list[bytes]:
+    """Return the fields of a valid request that its sender may make."""
+    given = [field for field in fields if field is not None]
+    if op not in _METHODS or len(given) != len(fields) or len(given) != _FIELDS.get(Op(op), len(given)):
+        raise FrameError(f"no request: {op} with {len(fields)} fields")
+    try:
+        for key in given if op in (Op.CHECK, Op.MULTI_GET) else given[:1]:
+            check_key(key)
+        for value in given[1:] if op in (Op.SET, Op.COMPARE_SET, Op.EXPECT) else ():
+            check_value(given[0], value)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    if op in _WRITES and who is not None:
+        _check_writer(Op(op), given[0], who)
+    return given
 
 
 def _check_writer(op: Op, key: bytes, who: str) -> None:

@@ -1,4 +1,4 @@
-"""Base of our stores: they wait by polling, and no request waits at the server."""
+"""Base of our stores, whose ``get`` and ``wait`` poll: none of torch's requests waits at the server."""
 
 import threading
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Rendezvous server: a small key-value store where parties find each other and agree. No tensors, no files.
 
-No request waits: a party that waits for a key polls. So a request is done or refused at once, and losing the
-server loses nothing that the parties do not write again.
+A request is done or refused at once; only one that waits for a change is answered later, within seconds. So
+losing the server loses nothing that the parties do not write again.
 """
 
 import logging

@@ -63,8 +63,9 @@ def nesterov(parameters: Any) -> torch.optim.Optimizer:
 # ---- nobody is lost
 
 
-def test_rounds_equal_their_replay(world: Callable[..., World]) -> None:
-    w = world(4, rounds=6)
+@pytest.mark.parametrize("transacts", [True, False])
+def test_rounds_equal_their_replay(world: Callable[..., World], transacts: bool) -> None:
+    w = world(4, rounds=6, transacts=transacts)
     w.start("p0", "p1", "p2")
     w.start("p3", weight=0.0)
     w.join()
@@ -457,7 +458,7 @@ def test_who_slept_finds_itself_outside_and_comes_back(world: Callable[..., Worl
 def test_who_slept_through_many_epochs(world: Callable[..., World]) -> None:
     w = world(3, rounds=MANY)
     w.start("p0", "p1", pace_s=0.005)
-    w.start("p2", faults={"plan:before@3": sleeps(3 * TTL_S)})
+    w.start("p2", faults={"view:before@3": sleeps(3 * TTL_S)})
     w.until(lambda: w.reached > 30)
     before = w.reached
     began = time.monotonic()
@@ -473,8 +474,8 @@ POINTS = [
     "training@2",
     "member:before@2",
     "member:after@2",
-    "plan:before@2",
-    "plan:after@2",
+    "view:before@2",
+    "view:after@2",
     "forming@0",
     "forming@2",
     "exchanging@2",
@@ -495,7 +496,7 @@ def test_killed_at(world: Callable[..., World], tmp_path: Path, point: str) -> N
     w = world(3, rounds=MANY, state_dir=state_dir, wait_s=20.0, heartbeat_ttl_s=BRIEF_S)
     w.start("p0", "p2", pace_s=0.03)
     (killed,) = w.start("p1", pace_s=0.03, faults={point: die})
-    # Only whoever is first writes plan or decision.
+    # Only whoever is first writes view or decision.
     w.until(lambda: killed.dead or (w.reached > 3 and ":" in point and killed.faults.clear() is None))
     killed.join() if killed.dead else None
     if killed.dead:
@@ -602,7 +603,7 @@ class Twist:
         return changed
 
 
-KINDS = ["member", "view", "vote", "decision", "at", "party_spec", "term", "ended"]
+KINDS = ["member", "view", "vote", "decision", "at", "party_spec", "term", "ended", "owner"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -770,10 +771,12 @@ def test_a_rendezvous_that_is_lost_again_at_once_is_waited_for(world: Callable[.
     w.judged()
 
 
-@pytest.mark.parametrize("seed", range(1))
-def test_random_faults_at_random_points(world: Callable[..., World], tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "transacts"), [(0, True), (0, False)])
+def test_random_faults_at_random_points(
+    world: Callable[..., World], tmp_path: Path, seed: int, transacts: bool
+) -> None:
     dice = Random(seed)
-    w = world(4, rounds=MANY, state_dir=tmp_path, wait_s=20.0)
+    w = world(4, rounds=MANY, state_dir=tmp_path, wait_s=20.0, transacts=transacts)
     w.start(pace_s=0.01)
     acts: list[Act] = [die, die, sleeps(1.5 * TTL_S), sleeps(0.3), loses_rendezvous, without_rendezvous(0.4)]
     points = [point.partition("@")[0] for point in POINTS] + ["keeping", "handing", "receiving", "transfer"]

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -110,6 +112,76 @@ def test_more_than_fits_into_one_answer(store: RendezvousStore) -> None:
     assert not store.check(many)
     assert store.check(["@clinic-a/large"] * 2500)
     assert store.delete_key("@clinic-a/large")
+
+
+def test_a_transaction_is_one_trip(store: RendezvousStore) -> None:
+    key = b"@clinic-a/t"
+    answers = store.transact(
+        [
+            (frames.Op.SET, [key, b"1"]),
+            (frames.Op.COMPARE_SET, [key, b"1", b"2"]),
+            (frames.Op.MULTI_GET, [key, b"none"]),
+            (frames.Op.EXPECT, [key, b"1"]),
+            (frames.Op.DELETE, [key]),
+        ]
+    )
+    assert answers == [[], [b"2"], [b"2", None], [b"2"]]
+    assert store.transact([(frames.Op.DELETE, [key])]) == [[b"1"]]
+    with pytest.raises(FederationError, match="refuses: The key"):
+        store.transact([(frames.Op.SET, [b"k" * 600, b""])])
+    assert store.num_keys() >= 0, "the connection is as good as before"
+
+
+def test_who_waits_is_woken_by_another_client(store: RendezvousStore) -> None:
+    store.delete_key("@clinic-a/w")
+    with contextlib.closing(store.clone()) as other:
+        timer = threading.Timer(0.2, lambda: store.set("@clinic-a/w", "now"))
+        timer.start()
+        began = time.monotonic()
+        assert other.await_change({"@clinic-a/w": None, "none": None}, 2) == [b"now", None]
+        assert 0.1 < time.monotonic() - began < 1.5
+        assert other.await_change({"@clinic-a/w": b"now"}, 0.1) == [b"now"]
+        assert other.await_change({"@clinic-a/w": b"then"}, 2) == [b"now"]
+        timer.join()
+    store.delete_key("@clinic-a/w")
+
+
+class InterruptedError_(BaseException):
+    """What a signal handler raises."""
+
+
+def test_an_interrupted_wait_leaves_no_answer_behind(store: RendezvousStore) -> None:
+    def interrupt(*_: Any) -> None:
+        raise InterruptedError_
+
+    store.set("@clinic-a/a", "1")
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+        began = time.monotonic()
+        with pytest.raises(InterruptedError_):
+            store.await_change({"none": None}, 1.2)
+        assert time.monotonic() - began < 1.0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    time.sleep(1.2)  # by now the answer to the wait would be there
+    assert store.get("@clinic-a/a") == b"1"
+    assert store.delete_key("@clinic-a/a")
+
+
+@pytest.mark.parametrize(
+    "answer", [[], [b"2", b"x"], [b"x"], [b"0", b"0"], [b"1", None], [b"-1", b"1", b"1"]]
+)
+def test_an_answer_to_a_transaction_is_checked(liar: Any, answer: list[bytes | None]) -> None:
+    server, answers = liar
+    store = RendezvousStore(server.address, retry_s=1)
+    answers[:] = [pack(DONE, answer)]
+    try:
+        with pytest.raises(FederationError, match="is not this federation's rendezvous"):
+            store.transact([(frames.Op.COMPARE_SET, [b"a", b"", b"1"])])
+    finally:
+        answers.clear()
+        store.close()
 
 
 def test_limits_are_told_before_anything_is_sent(store: RendezvousStore) -> None:
@@ -414,6 +486,8 @@ def test_a_lying_server_harms_nobody(liar: Any, answer: bytes) -> None:
         lambda: store.add("x", 1),
         lambda: store.delete_key("x"),
         store.num_keys,
+        lambda: store.await_change({"x": None}, 0.01),
+        lambda: store.transact([(frames.Op.EXPECT, [b"x", b""]), (frames.Op.MULTI_GET, [b"x"])]),
     ):
         with contextlib.suppress(FederationError, dist.DistNetworkError):
             act()
@@ -441,7 +515,7 @@ def liar() -> Iterator[Any]:
     ("hello", "said"),
     [
         (b"SSH-2.0-OpenSSH_9.2p1\r\n", "sends something else than hello"),
-        (HELLO[:-1] + b"\x07", "has version 7, not 1"),
+        (HELLO[:-1] + b"\x07", "has version 7, not 2"),
     ],
 )
 def test_another_service_is_recognized(hello: bytes, said: str) -> None:

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from pellm_lightning.comm import FederationError
 from pellm_lightning.comm.rendezvous import connection_handler, frames, key_value_store
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
-from pellm_lightning.comm.rendezvous.frames import HELLO, FrameError, Op, length, pack, unpack
+from pellm_lightning.comm.rendezvous.frames import (
+    HELLO,
+    FrameError,
+    Op,
+    length,
+    pack,
+    pack_body,
+    unpack,
+)
 from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
@@ -207,6 +215,160 @@ def test_who_may_do_what(op: Op, key: str) -> None:
             kept.answer(op, [key.encode(), *more], "clinic-a")
         assert len(kept) == 0
     kept.answer(op, [key.encode(), *more], None)
+
+
+# ---- transactions
+
+
+def transaction(*requests: tuple[Op, list[bytes]]) -> list[bytes]:
+    return [pack_body(op, fields) for op, fields in requests]
+
+
+def test_a_transaction_is_done_in_order() -> None:
+    kept = KeyValueStore()
+    requests = transaction(
+        (Op.EXPECT, [b"a", b""]),
+        (Op.SET, [b"a", b"1"]),
+        (Op.EXPECT, [b"a", b"1"]),
+        (Op.COMPARE_SET, [b"b", b"", b"2"]),
+        (Op.DELETE, [b"a"]),
+        (Op.MULTI_GET, [b"a", b"b"]),
+    )
+    answer = kept.answer(Op.TRANSACT, requests, None)
+    assert answer == [b"1", b"", b"0", b"1", b"1", b"1", b"2", b"1", b"1", b"2", None, b"2"]
+
+
+def test_a_transaction_ends_at_what_was_not_expected() -> None:
+    kept = KeyValueStore()
+    kept.answer(Op.SET, [b"life", b"2"], None)
+    requests = transaction((Op.SET, [b"before", b""]), (Op.EXPECT, [b"life", b"1"]), (Op.SET, [b"a", b"1"]))
+    assert kept.answer(Op.TRANSACT, requests, None) == [b"0", b"1", b"2"]
+    assert kept.answer(Op.CHECK, [b"before", b"a"], None) == [b"1", b"0"]
+
+
+@pytest.mark.parametrize(("op", "key"), [right for right in RIGHTS if right[0] in KeyValueStore.TRANSACTED])
+def test_in_a_transaction_each_may_do_what_it_may_do_alone(op: Op, key: str) -> None:
+    more = {Op.SET: [b"1"], Op.COMPARE_SET: [b"", b"1"]}.get(op, [])
+    kept = KeyValueStore()
+    requests = transaction((Op.SET, [b"at/@clinic-a", b"here"]), (op, [key.encode(), *more]))
+    if RIGHTS[op, key]:
+        kept.answer(Op.TRANSACT, requests, "clinic-a")
+        return
+    with pytest.raises(RefusedError, match="clinic-a"):
+        kept.answer(Op.TRANSACT, requests, "clinic-a")
+    assert len(kept) == 0, "a refused transaction was half done"
+
+
+def test_a_transaction_over_a_limit_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeyValueStore()
+    for key, value in ((b"old", b"1"), (b"gone", b"2"), (b"more", b"3")):
+        kept.answer(Op.SET, [key, value], None)
+    monkeypatch.setattr(key_value_store, "MAX_KEYS", 4)
+    before, size_bytes = dict(kept._values), kept._size_bytes
+    requests = [(Op.SET, [b"old", b"new"]), (Op.DELETE, [b"gone"]), (Op.SET, [b"one", b""])]
+    refused = [(Op.SET, [b"two", b""]), (Op.SET, [b"three", b""])]
+    with pytest.raises(RefusedError, match="There are 4 keys already"):
+        kept.answer(Op.TRANSACT, transaction(*requests, *refused), None)
+    assert (kept._values, kept._size_bytes) == (before, size_bytes)
+    kept.answer(Op.TRANSACT, transaction(*requests, refused[0]), None)
+    assert sorted(kept._values) == [b"more", b"old", b"one", b"two"]
+
+
+def test_what_cannot_be_part_of_a_transaction_is_no_request() -> None:
+    for request in (
+        (Op.ADD, [b"n", b"1"]),  # an answer that is lost would count it twice
+        (Op.TRANSACT, []),
+        (Op.AWAIT, [b"1", b"a", b""]),
+        (99, [b"a"]),
+        (Op.SET, [b"a"]),
+        (Op.MULTI_GET, [b"a"] * frames.MAX_FIELDS),
+    ):
+        kept = KeyValueStore()
+        with pytest.raises(FrameError):
+            kept.answer(Op.TRANSACT, [pack_body(Op.SET, [b"a", b"1"]), pack_body(*request)], None)
+        assert len(kept) == 0
+    for body in (b"", None, b"\1\0\0"):
+        with pytest.raises(FrameError):
+            KeyValueStore().answer(Op.TRANSACT, [body], None)
+
+
+def test_answers_of_a_transaction_fit_into_a_frame() -> None:
+    kept = KeyValueStore()
+    kept.answer(Op.SET, [b"large", bytes(frames.MAX_VALUE_BYTES)], None)
+    get = (Op.MULTI_GET, [b"large"] * 3)
+    answer = kept.answer(Op.TRANSACT, transaction((Op.EXPECT, [b"none", b""]), get), None)
+    assert answer[2] == b"2", "the client asks for the rest"
+    assert length(pack(0, answer)[:4])
+    swap = (Op.COMPARE_SET, [b"large", b"", b""])
+    with pytest.raises(RefusedError, match="do not fit into a frame"):
+        kept.answer(Op.TRANSACT, transaction((Op.SET, [b"a", b""]), swap, swap, swap), None)
+    assert len(kept) == 1
+
+
+# ---- waiting
+
+
+def waiting(key: bytes, known: bytes | None, seconds: float) -> bytes:
+    return pack(Op.AWAIT, [b"%d" % (1000 * seconds), key, known])
+
+
+@pytest.mark.parametrize("known", [None, b"old"])
+def test_who_waits_is_answered_when_something_changes(either: RendezvousServer, known: bytes | None) -> None:
+    client = client_of(either)
+    client.delete_key("@clinic-a/x") if known is None else client.set("@clinic-a/x", known)
+    with raw(either, name="clinic-b") as sock:
+        assert sock.recv(100) == HELLO
+        sock.sendall(waiting(b"@clinic-a/x", known, 20))
+        sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            sock.recv(100)
+        began = time.monotonic()
+        client.set("@clinic-a/x", "new")
+        sock.settimeout(5)
+        assert sock.recv(100) == pack(0, [b"new"])
+        assert time.monotonic() - began < SOON_S
+        sock.sendall(waiting(b"@clinic-a/x", known, 20))  # what has changed before is answered at once
+        assert sock.recv(100) == pack(0, [b"new"])
+    client.delete_key("@clinic-a/x")
+
+
+def test_a_wait_ends_with_its_time(either: RendezvousServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_handler, "_MAX_AWAIT_S", 0.2)
+    client = client_of(either)
+    with raw(either, name="clinic-b") as sock:
+        assert sock.recv(100) == HELLO
+        for seconds in (0, 0.1, 1000):
+            sock.sendall(waiting(b"nothing", None, seconds))
+            assert not client.check(["x"]), "the others are served"
+            assert sock.recv(100) == pack(0, [None])
+
+
+def test_who_waits_and_is_cut_is_forgotten(plain: RendezvousServer) -> None:
+    socks = [raw(plain) for _ in range(3)]
+    for sock in socks:
+        assert sock.recv(100) == HELLO
+        sock.sendall(waiting(b"nothing", None, 25))
+    until(lambda: len(plain._handler._store._watches.get(b"nothing", ())) == 3)
+    for session in plain._handler._sessions.values():
+        for connection in session.connections:
+            plain._handler._loop.call_soon_threadsafe(connection.cut)  # type: ignore[union-attr]
+    until(lambda: not plain._handler._store._watches)
+    for sock in socks:
+        assert ended(sock) == b""
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [[], [b"1"], [b"1", b"a"], [b"1", None, b""], [b"x", b"a", b""], [None, b"a", b""], [b"-1", b"a", b""]],
+)
+def test_what_is_no_request_to_wait_is_no_frame(request_: list[bytes | None]) -> None:
+    with pytest.raises(FrameError):
+        KeyValueStore().answer(Op.AWAIT, request_, None)
+
+
+def test_a_request_that_waits_is_small() -> None:
+    with pytest.raises(RefusedError, match="has 65536 bytes at most"):
+        KeyValueStore().answer(Op.AWAIT, [b"1", b"a", bytes(64 << 10)], None)
 
 
 def test_the_server_knows_who_writes(encrypted: RendezvousServer) -> None:
@@ -407,6 +569,8 @@ REQUESTS = [
     pack(Op.ADD, [b"@clinic-a/n", b"5"]),
     pack(Op.DELETE, [b"@clinic-a/n"]),
     pack(Op.MULTI_GET, [b"@clinic-a/n", b"y"]),
+    pack(Op.TRANSACT, transaction((Op.EXPECT, [b"y", b""]), (Op.SET, [b"@clinic-a/n", b"1"]))),
+    pack(Op.AWAIT, [b"1", b"@clinic-a/n", None, b"y", b"z"]),
 ]
 
 
