@@ -13,13 +13,13 @@ FLOORS = [
     {"comm", "privacy", "tensors"},
     {"aggregation", "exchange", "trainer"},
     {"engine"},
-    {"report"},
-    {"callbacks"},
+    {"loop", "report"},
+    {"callbacks", "integrations"},
     {"tasks"},
     {"cli"},
     {"__main__"},
 ]
-WITHOUT_LIGHTNING = {"tensors", "comm", "privacy", "exchange", "aggregation", "engine"}
+WITHOUT_LIGHTNING = {"tensors", "comm", "privacy", "exchange", "aggregation", "engine", "loop"}
 MAY_IMPORT_C10D = {"comm", "trainer.environment"}
 
 

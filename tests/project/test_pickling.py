@@ -80,7 +80,7 @@ ALSO = {
     "pellm_lightning.report.bar": ("FederationProgressBar",),
     "pellm_lightning.report.record": ("RunRecord",),
     "pellm_lightning.report.run_summary": ("RunSummary",),
-    "pellm_lightning.callbacks.schedule": ("schedule",),
+    "pellm_lightning.loop.schedule": ("schedule",),
     "pellm_lightning.comm.topology": ("Topology",),
     "pellm_lightning.comm.elastic.separate_jobs": ("SeparateJobs",),
 }
