@@ -187,9 +187,7 @@ class FederatedLoop:
         """
         if self._party is not None:
             return
-        given = self._communicator
-        parties = None if given is None else given.num_parties
-        topology = launch_topology(self._jobs, parties)
+        topology = self._launched()
         party = Party(topology, self._device)
 
         def as_leader() -> Topology:
@@ -329,6 +327,13 @@ class FederatedLoop:
 
     # ---- small parts
 
+    def _launched(self) -> Topology:
+        given = self._communicator
+        return launch_topology(self._jobs, None if given is None else given.num_parties)
+
+    def _owns_terminal(self) -> bool:
+        return owns_terminal(self._joined.topology)
+
     @property
     def _joined(self) -> Party:
         if self._party is None:
@@ -419,7 +424,7 @@ class FederatedLoop:
             settings=started.settings,
             config=None,
         )
-        if owns_terminal(topology):
+        if self._owns_terminal():
             log_start(start, module, plan, shared, factory.exchange, factory.privacy, {})
         if self._records:
             self._record = RunRecord(self._path(FILE_NAME))
@@ -429,7 +434,7 @@ class FederatedLoop:
         self.rounds.append(report)
         if self.summary is not None:
             self.summary.count(report)
-        if self._joined.topology.is_leader and owns_terminal(self._joined.topology):
+        if self._joined.topology.is_leader and self._owns_terminal():
             log_round(self._joined.topology, report)
         if self._record is not None:
             self._record.round(report, step=self._local.step, epoch=self._local.epoch)
