@@ -36,6 +36,8 @@ STATE_FILE = "federation.pt"
 """Name of the federated state in each of the Trainer's checkpoints."""
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_hidden: dict[str, str] = {}
+"""Variables of the launcher that accelerate must not see."""
 # What evaluate() returns besides metrics of the model.
 _SPEEDS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 
@@ -46,10 +48,10 @@ class FederatedCallback(TrainerCallback):
     Make it **before** ``TrainingArguments``: it joins by the launcher's variables, then hides them, since
     accelerate would make one world of all parties, in which gradients cross at every step.
 
-    Rounds come before the Trainer evaluates and saves. Its checkpoints get ``federation.pt`` and lie, like
-    all that it writes, in ``party-<k>`` below ``output_dir``; ``train(resume_from_checkpoint=True)`` goes on
-    exactly there. Each evaluation's metrics are averaged: ``metric_for_best_model="federated/loss"`` selects the
-    best model, and stops early, by the mean over all parties. For that it must stand before
+    Rounds come before the Trainer evaluates and saves. All that it writes lies in ``party-<k>`` below
+    ``output_dir``, and ``train(resume_from_checkpoint=True)`` continues there exactly. Each evaluation's
+    metrics are averaged: with ``metric_for_best_model="federated/loss"`` the best model is selected, and
+    training stopped early, by the mean over all parties. For that the callback must stand before
     ``EarlyStoppingCallback``; ``attach(trainer)`` puts it there, and sends the rounds to the loggers.
 
     Args:
@@ -97,6 +99,8 @@ class FederatedCallback(TrainerCallback):
             self.topology = Topology(*communicator.place, label=communicator.name)
             self._shows = True
             return
+        if self._jobs is None:
+            os.environ.update(_hidden)  # of a callback before this one
         self.topology = self._join_as_launched(num_parties)
         self._shows = owns_terminal(self.topology)
         if self.topology.is_leader:
@@ -422,6 +426,7 @@ class _PartyLoop(FederatedLoop):
 
 def _show_as_party(topology: Topology) -> None:
     """Let accelerate see the party's processes only."""
+    _hidden.update({name: os.environ[name] for name in _LAUNCHED if name in os.environ})
     if topology.party_size == 1:
         for name in _LAUNCHED:
             os.environ.pop(name, None)
