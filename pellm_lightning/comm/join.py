@@ -43,6 +43,11 @@ def join(topology: Topology, jobs: SeparateJobs | None, *, quorum: Quorum, timeo
     return Federation(store, topology.party, topology.num_parties, timeout_s=timeout_s)
 
 
+def group_size() -> int:
+    """Return the number of processes of torch's default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def launch_topology(jobs: SeparateJobs | None, num_parties: int | None = None) -> Topology:
     """Return party and rank of this process, where torch's default process group, if any, is the party.
 
@@ -54,7 +59,8 @@ def launch_topology(jobs: SeparateJobs | None, num_parties: int | None = None) -
     Raises:
         FederationError: If the default process group spans more than one party.
     """
-    size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    size = group_size()
+    rank = dist.get_rank() if dist.is_initialized() else 0
     if jobs is not None:
         topology = replace(jobs.topology(), rank_in_party=rank, party_size=size)
     else:

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -19,7 +18,7 @@ from typing_extensions import Self, override
 
 from pellm_lightning.comm import Communicator, FederationError
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
-from pellm_lightning.comm.join import join, launch_topology
+from pellm_lightning.comm.join import group_size, join, launch_topology
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.integrations.federated_loop import FederatedLoop
@@ -238,9 +237,9 @@ class FederatedCallback(TrainerCallback):
     def _join_as_launched(self, num_parties: int | None) -> Topology:
         if self._jobs is not None:
             return self._jobs.topology()
-        if dist.is_initialized() and num_parties is None and dist.get_world_size() > 1:
+        if num_parties is None and group_size() > 1:
             raise FederationError(
-                f"torch's default process group spans {dist.get_world_size()} processes already, so gradients"
+                f"torch's default process group spans {group_size()} processes already, so gradients"
                 " would cross between parties. Make FederatedCallback before TrainingArguments, which start"
                 " that group; for parties of several processes also give num_parties."
             )
