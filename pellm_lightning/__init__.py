@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
-    from pellm_lightning.callbacks.parameters import Parameters
-    from pellm_lightning.callbacks.weighting import Weighting
     from pellm_lightning.cli.federated_cli import FederatedCLI
     from pellm_lightning.comm.elastic.membership import Membership
     from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
     from pellm_lightning.engine.aggregator import Aggregator
     from pellm_lightning.engine.overlap import Overlap
     from pellm_lightning.engine.round_report import RoundReport
+    from pellm_lightning.integrations.federated_loop import FederatedLoop
+    from pellm_lightning.loop.parameters import Parameters
     from pellm_lightning.trainer.environment import PartyEnvironment
 
 __version__ = "0.1.0"
@@ -30,18 +30,19 @@ _MODULES = {
     "Aggregator": "engine.aggregator",
     "FederatedAveraging": "callbacks.federated_averaging",
     "FederatedCLI": "cli.federated_cli",
+    "FederatedLoop": "integrations.federated_loop",
     "Federation": "comm.torchrun.federation",
     "FederationError": "comm.errors",
     "Membership": "comm.elastic.membership",
     "MismatchError": "comm.errors",
     "Overlap": "engine.overlap",
-    "Parameters": "callbacks.parameters",
+    "Parameters": "loop.parameters",
     "PartyEnvironment": "trainer.environment",
     "PartyLostError": "comm.errors",
     "RoundReport": "engine.round_report",
     "SeparateJobs": "comm.elastic.separate_jobs",
     "TooFewPartiesError": "comm.errors",
-    "Weighting": "callbacks.weighting",
+    "Weighting": "loop.weighting",
 }
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Aggregator",
     "FederatedAveraging",
     "FederatedCLI",
+    "FederatedLoop",
     "Federation",
     "FederationError",
     "Membership",

@@ -1,4 +1,4 @@
-"""Checks of the callback's arguments, of the Trainer and of checkpoints, with errors that say what to do."""
+"""Checks of the Trainer and of checkpoints, with errors that say what to do."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -17,46 +17,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pellm_lightning.aggregation import Aggregation, Krum
-from pellm_lightning.aggregation.robust import RobustRule
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.engine.outer_optimizer import (
-    OptimizerFactory,
-    SchedulerFactory,
-    describe_schedule,
-    make_prototype,
-)
-from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.tensors.frozen_state import quantization_state
 from pellm_lightning.trainer.isolation import callbacks_of
 
 log = logging.getLogger(__name__)
-
-
-def privacy(mechanism: object, weighting: object) -> None:
-    """Check the argument of that name."""
-    if mechanism is not None and weighting != "uniform":
-        raise ValueError(
-            f"weighting={weighting!r} does not go with differential privacy: a weight would be a factor of"
-            " what one party can change. Set weighting='uniform'."
-        )
-
-
-def warn_of_uncapped(rule: Aggregation | None, by: object, max_share: float | None) -> None:
-    """Warn that a robust rule respects weights, which are only what parties say."""
-    if isinstance(rule, RobustRule) and not isinstance(rule, Krum) and by != "uniform" and max_share is None:
-        log.warning(
-            "%r respects weights, and a party may claim any: whoever claims most of the weight decides. Cap"
-            " shares by weighting=Weighting(max_share=0.4), or use weighting='uniform'.",
-            rule,
-        )
-
-
-def outer(optimizer: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
-    """Check the outer optimizer and its schedule."""
-    make_prototype(optimizer)
-    describe_schedule(optimizer, scheduler)
 
 
 def protects_records(trainer: Trainer, weighting: object) -> bool:
@@ -74,42 +40,6 @@ def protects_records(trainer: Trainer, weighting: object) -> bool:
             " not cover. Validate on data that may be seen, or set limit_val_batches=0."
         )
     return True
-
-
-def one_of(name: str, value: object, choices: Sequence[str]) -> None:
-    """Check an argument that has few choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
-
-
-def same_fragments(saved: int, fragments: int) -> None:
-    """Check that a checkpoint is of as many fragments."""
-    if saved != fragments:
-        raise MisconfigurationException(
-            f"The checkpoint's federated state is of fragments={saved}, now it is fragments={fragments}."
-            " Resume with the fragments of the checkpoint, or begin anew from its weights."
-        )
-
-
-def can_apply(under_way_since: int | None, overlap: Overlap) -> None:
-    """Check that a round that was under way when a checkpoint was saved can land."""
-    if under_way_since is not None and not overlap.in_background:
-        raise MisconfigurationException(
-            f"The checkpoint was saved while a round was under way, begun at step {under_way_since}. Resume"
-            " with the overlap of the checkpoint; a checkpoint of another step may be resumed without."
-        )
-
-
-def instance_of(name: str, value: object, kind: type) -> None:
-    """Check an argument that is an object of a class, or None."""
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name}={value!r:.200} must be of the class {kind.__name__}, or left out.")
-
-
-def seconds(name: str, value: float) -> None:
-    """Check an argument that is a time span."""
-    if not value > 0:
-        raise ValueError(f"{name}={value} must be positive, in seconds.")
 
 
 def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
@@ -203,16 +133,6 @@ def optimizers(trainer: Trainer, parameters: Mapping[str, nn.Parameter]) -> None
             f"{len(idle)} federated parameter(s) are in no optimizer, the first is {idle[0]!r}: they cross"
             " each round but nothing trains them. Give them to configure_optimizers, freeze them, or name"
             " them in `exclude`."
-        )
-
-
-def own_checkpoint(saved_by: int, party: int) -> None:
-    """Check that a party resumes what it saved itself: optimizer state and counts are no other party's."""
-    if saved_by != party:
-        raise MisconfigurationException(
-            f"Party {party} resumes a checkpoint that party {saved_by} has saved: the state of its optimizer"
-            " and what it counted since the last round belong to that party. Give each party its own, as in"
-            f" ckpt_path='.../party-{party}/...'; on the command line {{party}} stands for the index."
         )
 
 

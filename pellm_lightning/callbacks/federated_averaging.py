@@ -11,22 +11,20 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from pellm_lightning.aggregation import Aggregation
-from pellm_lightning.callbacks import arguments
-from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
+from pellm_lightning.callbacks import arguments as checks
 from pellm_lightning.callbacks.fit import FederatedFit, state_dir, stopped_path
-from pellm_lightning.callbacks.parameters import Parameters
-from pellm_lightning.callbacks.schedule import schedule
-from pellm_lightning.callbacks.weighting import Weighting
-from pellm_lightning.comm import Communicator, Federation, Quorum, check_quorum
+from pellm_lightning.comm import Communicator, Quorum
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
+from pellm_lightning.comm.join import join
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.comm.torchrun.store import launched, store_from_env
 from pellm_lightning.engine import outer_optimizer
-from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
-from pellm_lightning.exchange.base import as_exchange
+from pellm_lightning.loop import arguments
+from pellm_lightning.loop.aggregator_factory import AggregatorFactory
+from pellm_lightning.loop.parameters import Parameters
+from pellm_lightning.loop.weighting import Weighting
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.logs import show_log_lines
 from pellm_lightning.report.run_summary import RunSummary
@@ -120,38 +118,25 @@ class FederatedAveraging(Callback):
         record: bool = True,
         jobs: SeparateJobs | None = None,
     ) -> None:
-        for name, value, kind in (
-            ("aggregation", aggregation, Aggregation),
-            ("privacy", privacy, GaussianMechanism),
-            ("overlap", overlap, Overlap),
-            ("parameters", parameters, Parameters),
-            ("jobs", jobs, SeparateJobs),
-        ):
-            arguments.instance_of(name, value, kind)
-        schedule(every_n_epochs, every_n_steps, every_n_seconds)
-        arguments.privacy(privacy, Weighting.of(weighting).by)
-        arguments.one_of("inner_optimizer_state", inner_optimizer_state, ("keep", "reset"))
-        arguments.one_of("on_nonfinite", on_nonfinite, ("exclude", "raise"))
-        check_quorum(quorum)
         arguments.seconds("timeout_s", timeout_s)
-        arguments.outer(outer_optimizer, outer_scheduler)
+        arguments.instance_of("jobs", jobs, SeparateJobs)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
         self.weighting = weighting
         self.aggregation = aggregation
-        self.exchange: Exchange = as_exchange(exchange)
+        self.exchange: Exchange = exchange  # type: ignore[assignment]  # what is left out, the factory gives
         self.privacy = privacy
-        self.overlap = overlap or Overlap()
-        self.overlap.check_schedule(every_n_steps, every_n_seconds)
-        self.parameters = parameters or Parameters()
-        self.outer_optimizer = without_parser(outer_optimizer)
-        self.outer_scheduler = without_parser(outer_scheduler)
+        self.overlap: Overlap = overlap  # type: ignore[assignment]
+        self.parameters: Parameters = parameters  # type: ignore[assignment]
+        self.outer_optimizer = outer_optimizer
+        self.outer_scheduler = outer_scheduler
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
         self.quorum = quorum
         self.timeout_s = timeout_s
         self.record = record
+        vars(self).update(vars(self.factory))
         self.jobs = SeparateJobs.from_env() if jobs is None else jobs
         """How this party joins separate jobs; None if all parties come from one launch."""
         if self.jobs is not None:
@@ -200,19 +185,7 @@ class FederatedAveraging(Callback):
         Raises:
             PartyLostError: If the rendezvous or a party cannot be reached.
         """
-        if self.jobs is not None:
-            return self.jobs.join(self.quorum)
-        topology = self._topology
-        if not launched():
-            log.warning(
-                "[party 0] No launcher found, so this is a federation of one party. To federate N parties on"
-                " this host run `torchrun --nproc-per-node N your_script.py`%s.",
-                f"; the {topology.party_size} processes of this Trainer are that one party"
-                if topology.party_size > 1
-                else "",
-            )
-        store = store_from_env(self.timeout_s)
-        return Federation(store, topology.party, topology.num_parties, timeout_s=self.timeout_s)
+        return join(self._topology, self.jobs, quorum=self.quorum, timeout_s=self.timeout_s)
 
     # ---- hooks, in the order in which they run
 
@@ -244,7 +217,7 @@ class FederatedAveraging(Callback):
             isolation.put_first(trainer, self)
             self._topology = self._fit.party.topology
         else:
-            arguments.only_one(trainer, self)
+            checks.only_one(trainer, self)
         # Party 0 keeps the user's paths, since its loggers' files exist already. Those of the others do not:
         # their launcher's rank made them dummies until now.
         self._separate(trainer, self._topology)
@@ -280,7 +253,8 @@ class FederatedAveraging(Callback):
         running = self._running
         if trainer.is_last_batch:
             running.check_trainable(everything=True)
-        running.loop.after_batch(outputs, batch, batch_idx)
+        loop = running.after_batch(outputs, batch, batch_idx)
+        loop.after_batch(epoch_ends=trainer.is_last_batch)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -366,7 +340,7 @@ class FederatedAveraging(Callback):
         """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
         if not self.parameters.save_frozen:
             state_dict = named_as_in(pl_module, checkpoint["state_dict"])
-            arguments.trainable_checkpoint(pl_module, state_dict, self._unsaved(pl_module))
+            checks.trainable_checkpoint(pl_module, state_dict, self._unsaved(pl_module))
 
     # ---- small parts
 

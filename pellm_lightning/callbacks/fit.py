@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -12,15 +13,14 @@ from torch import nn
 
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
-from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
+from pellm_lightning.callbacks.drift.base import check_optimizers, drift_correction
 from pellm_lightning.callbacks.fit_facts import (
     FitFacts,
     expected_shares,
     expected_weight,
     warn_of_unequal_fits,
 )
-from pellm_lightning.callbacks.fit_loop import FederatedLoop, Started
-from pellm_lightning.callbacks.trainable import CURE, TrainableSet
+from pellm_lightning.callbacks.lightning_training import LightningTraining, make_aggregator
 from pellm_lightning.callbacks.weight_averaging import (
     begin_averaging,
     check_averaging,
@@ -29,14 +29,19 @@ from pellm_lightning.callbacks.weight_averaging import (
 )
 from pellm_lightning.comm import Communicator, FederationError
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
+from pellm_lightning.comm.party import Party
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.loop.aggregator_factory import AggregatorFactory
+from pellm_lightning.loop.arguments import warn_of_uncapped
+from pellm_lightning.loop.round_loop import RoundLoop, Started
+from pellm_lightning.loop.trainable import CURE, TrainableSet
 from pellm_lightning.report.record import FILE_NAME, RunRecord
 from pellm_lightning.report.reporter import Reporter
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.trainer import isolation
-from pellm_lightning.trainer.environment import Party, describe_device
+from pellm_lightning.trainer.environment import describe_device
 from pellm_lightning.trainer.metrics import ValidationMetrics
 
 log = logging.getLogger(__name__)
@@ -67,18 +72,19 @@ class FederatedFit:
         self._jobs = jobs
         self._trainer = trainer
         self._module = module
-        self.party = Party(topology, trainer.strategy)
+        self.party = Party(topology, trainer.strategy.root_device)
         self.validation = ValidationMetrics()
-        self._drift = factory.drift_correction(trainer, module)
+        self._drift = drift_correction(factory, trainer, module)
         self._auxiliary = None if self._drift is None else self._drift.auxiliary
         self._communicator: Communicator | None = None  # on the leader
         self._shares_loss = True
         self._trainable: TrainableSet | None = None
-        self._loop: FederatedLoop | None = None
+        self._local: LightningTraining | None = None
+        self._loop: RoundLoop | None = None
         self._reporter: Reporter | None = None
 
     @property
-    def loop(self) -> FederatedLoop:
+    def loop(self) -> RoundLoop:
         """The loop of rounds, once training has started."""
         if self._loop is None:
             raise RuntimeError("A party takes part in rounds only while it trains.")
@@ -107,7 +113,7 @@ class FederatedFit:
         if self._communicator is not None:
             known, joined = self.party.topology, self._communicator
             topology = Topology(*joined.place, known.rank_in_party, known.party_size, label=joined.name)
-            self.party = Party(topology, self._trainer.strategy)
+            self.party = Party(topology, self._trainer.strategy.root_device)
             joined.interrupt = self._raise_if_terminated
 
     def check_trainer(self, callback: Callback) -> None:
@@ -159,8 +165,11 @@ class FederatedFit:
         shared = {name: trainable[name] for name in sorted(plan.shared)}
         self._check_optimizers(plan, shared)
         self._trainable = TrainableSet(self._module, factory.parameters.include, factory.parameters.exclude)
-        self._loop = FederatedLoop(
-            trainer,
+        stopped = stopped_path(trainer, topology.party, self._jobs)
+        warns = factory.weight_by == "samples"
+        self._local = LightningTraining(trainer, topology.name, stopped, warns=warns)
+        self._loop = RoundLoop(
+            self._local,
             self.party,
             factory,
             plan,
@@ -169,8 +178,11 @@ class FederatedFit:
             drift=self._drift,
             on_due=lambda: self.check_trainable(everything=False),
             on_round=self._report_round,
-            stopped_path=stopped_path(trainer, topology.party, self._jobs),
+            stopped_path=stopped,
         )
+        if state:
+            with _misconfigured():
+                self._loop.check_resumed(state)
         started = self._loop.start(lambda: self._make_aggregator(trainable, plan), state)
         if started.overwritten:
             begin_averaging(trainer, self._module)
@@ -183,10 +195,17 @@ class FederatedFit:
 
     # ---- during training
 
+    def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> RoundLoop:
+        """Count a batch; return the loop, of which a round may be due."""
+        if self._local is not None:
+            self.loop.count(*self._local.counted(outputs, batch, batch_idx))
+        return self.loop
+
     def check_trainable(self, *, everything: bool) -> None:
         """Refuse a parameter that trains although the parties have not agreed on it."""
-        if self._trainable is not None:
-            self._trainable.check(self._trainer, self._module, everything=everything)
+        if self._trainable is not None and self._local is not None:
+            with _misconfigured():
+                self._trainable.check(self._local, self._module, everything=everything)
 
     def start_validation(self) -> None:
         """Close the round first if training is over; remember which metrics are older than now."""
@@ -237,7 +256,6 @@ class FederatedFit:
         summary = {} if self._reporter is None else asdict(self._reporter.summary)
         # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
         return {
-            "party": self.party.topology.party,
             **state,
             "summary": summary,
             "directory": os.getcwd(),
@@ -258,17 +276,15 @@ class FederatedFit:
             raise MisconfigurationException(f"Party {self.party.topology.name}: {error}{cure}") from error
 
     def _plan(self, parameters: Mapping[str, nn.Parameter]) -> Plan:
-        try:
+        with _misconfigured(f"Party {self.party.topology.name}: "):
             return self._factory.plan(self._module, parameters, self._auxiliary)
-        except ValueError as error:
-            raise MisconfigurationException(f"Party {self.party.topology.name}: {error}") from error
 
     def _check_optimizers(self, plan: Plan, shared: Mapping[str, nn.Parameter]) -> None:
         check_coordinates(self._trainer, plan)
         for_good = plan.named(plan.rule.frozen_parts(0) & plan.rule.frozen_parts(1))
         trained = {name: shared[name] for name in sorted(shared.keys() - for_good)}
         arguments.optimizers(self._trainer, trained)
-        self._factory.check_optimizers(self._trainer, self._drift, shared)
+        check_optimizers(self._factory, self._trainer, self._drift, shared)
 
     def _make_aggregator(self, trainable: Mapping[str, nn.Parameter], plan: Plan) -> Aggregator:
         if self._communicator is None:
@@ -276,7 +292,8 @@ class FederatedFit:
         trainer, factory = self._trainer, self._factory
         weight = expected_weight(trainer, factory.weight_by, factory.schedule, self.party.topology.party_size)
         shares_steps = self._shares_loss and not factory.exchange.is_secure and factory.privacy is None
-        return factory.make(
+        return make_aggregator(
+            factory,
             self._communicator,
             trainer,
             self._module,
@@ -311,7 +328,7 @@ class FederatedFit:
         if topology.party == 0:
             quorum = int(started.settings["quorum"] or 1)
             warn_of_unequal_fits(topology.name, started.facts, factory.every_n_steps, quorum)
-            arguments.warn_of_uncapped(factory.aggregation, factory.weight_by, factory.max_share)
+            warn_of_uncapped(factory.aggregation, factory.weight_by, factory.max_share)
         self.reporter.start(
             self._module,
             plan,
@@ -335,6 +352,15 @@ class FederatedFit:
 
     def _report_round(self, report: RoundReport, on_bar: bool) -> None:
         self.reporter.round(self._module, report, on_bar=on_bar)
+
+
+@contextmanager
+def _misconfigured(who: str = "") -> Iterator[None]:
+    """Raise Lightning's error for settings that do not go together."""
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(f"{who}{error}") from error
 
 
 def state_dir(trainer: Trainer, party: int, jobs: SeparateJobs | None) -> str:

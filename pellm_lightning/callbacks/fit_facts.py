@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from pellm_lightning.aggregation.influence import capped
-from pellm_lightning.callbacks.schedule import Schedule
-from pellm_lightning.callbacks.weighting import Measure
 from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.loop.schedule import Schedule
+from pellm_lightning.loop.weighting import Measure
 from pellm_lightning.trainer.isolation import callbacks_of
 from pellm_lightning.trainer.samples import samples_from
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.callbacks.schedule import Schedule
+from pellm_lightning.loop.schedule import Schedule
 from pellm_lightning.trainer.isolation import callbacks_of
 
 # Steps and epochs for which a callback is asked whether it would be updated then.

@@ -56,7 +56,7 @@ def keep_above_live_view() -> None:
 
 def log_start(
     start: Start,
-    module: LightningModule,
+    module: nn.Module,
     plan: Plan,
     parameters: Mapping[str, nn.Parameter],
     exchange: Exchange,

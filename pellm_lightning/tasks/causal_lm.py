@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pellm_lightning.callbacks.arguments import one_of
 from pellm_lightning.engine.optim import without_parser
+from pellm_lightning.loop.arguments import one_of
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
 from pellm_lightning.tasks.limits import check_length, check_positions, check_prompts, data_of, num_positions
 from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable

@@ -3,30 +3,24 @@
 import atexit
 import logging
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
-from torch import Tensor
 from typing_extensions import override
 
-from pellm_lightning.comm import FederationError, TooFewPartiesError
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.trainer.isolation import callbacks_of
 
 log = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class PartyEnvironment(ClusterEnvironment):
@@ -136,61 +130,6 @@ class PartyEnvironment(ClusterEnvironment):
         )
         # Exiting with a live group sometimes aborts the process, and torchrun then kills the others.
         atexit.register(_destroy_party_group)
-
-
-class Party:
-    """Processes of one party: the leader communicates with other parties on behalf of all.
-
-    Args:
-        topology: Party and rank of this process.
-        strategy: The Trainer's strategy, whose world is the party.
-    """
-
-    def __init__(self, topology: Topology, strategy: Strategy) -> None:
-        self.topology = topology
-        self._strategy = strategy
-
-    def on_leader(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call ``act`` in the leader; return its result, or raise its error, in all processes of the party.
-
-        Raises:
-            TooFewPartiesError: In all processes, if ``act`` raises it: each can then save what it has.
-            FederationError: In the others, if ``act`` raises another error.
-        """
-        if self.topology.party_size == 1:
-            return act(*args, **kwargs)
-        result: T | None = None
-        error: Exception | None = None
-        for_others: FederationError | None = None
-        if self.topology.is_leader:
-            try:
-                result = act(*args, **kwargs)
-            except TooFewPartiesError as caught:
-                error, for_others = caught, TooFewPartiesError(str(caught))
-            except Exception as caught:
-                leader = f"the leader of party {self.topology.party}"
-                text = f"{leader.capitalize()} failed: {type(caught).__name__}: {caught}"
-                error, for_others = caught, FederationError(text, by=leader)
-        result, for_others = self._strategy.broadcast((result, for_others))
-        if error is not None:
-            raise error
-        if for_others is not None:
-            raise for_others
-        return result  # type: ignore[return-value]
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sum each value over the party's processes."""
-        if self.topology.party_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self._strategy.root_device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def broadcast_(self, x: Tensor) -> Tensor:
-        """Broadcast the leader's ``x``, in place."""
-        if self.topology.party_size > 1:
-            dist.broadcast(x, 0)
-        return x
 
 
 def topology_of(trainer: Trainer) -> Topology:

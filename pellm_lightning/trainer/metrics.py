@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from pellm_lightning.trainer.environment import Party
+from pellm_lightning.comm.party import Party
 from pellm_lightning.trainer.samples import SampleCounter
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from pellm_lightning.comm.party import signature
 from pellm_lightning.tensors.snapshot import SnapshotDir
 from pellm_lightning.trainer.isolation import checkpoint_dirs
 
@@ -80,16 +81,6 @@ def unused_checkpoint_error(path: str, *, party: str, round: int) -> Misconfigur
         f" {path} of it. Its steps, epochs and optimizer state would be lost. Resume by trainer.fit(...,"
         f" ckpt_path='last'), or ckpt_path={path!r}. To start from scratch, move the checkpoint away."
     )
-
-
-def signature(run_id: str | None, party: int) -> str | None:
-    """Return the mark of a party's checkpoints in a federation of separate jobs; None in one launch.
-
-    Args:
-        run_id: Identifier of the federation, constant over restarts of its parties.
-        party: Index of the party.
-    """
-    return None if not run_id else f"party {party} of {run_id}"
 
 
 def newest_signed(trainer: Trainer, signature: str, stopped: str) -> str | None:

@@ -210,6 +210,16 @@ def test_federated_script(home: Path) -> None:
     assert metrics(parties[0], "train_loss") != metrics(parties[1], "train_loss"), "each reads its own text"
 
 
+@pytest.mark.torchrun
+def test_federated_transformers_script(home: Path) -> None:
+    torchrun(home, 2, str(EXAMPLES / "trainer_federated.py"), "--output=runs/trainer")
+    parties = [home / f"runs/trainer/party-{party}" for party in range(2)]
+    assert_same(*(adapter(party, home / "runs/examples/smollm2") for party in parties))
+    for party in parties:
+        events = [json.loads(line)["event"] for line in (party / "rounds.jsonl").read_text().splitlines()]
+        assert events == ["start", "round", "end"]
+
+
 def head_and_factors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "lightning_logs/version_0/adapter/adapter_model.safetensors")
 

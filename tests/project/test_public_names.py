@@ -18,6 +18,7 @@ NAMES = [
     "Aggregator",
     "FederatedAveraging",
     "FederatedCLI",
+    "FederatedLoop",
     "Federation",
     "FederationError",
     "Membership",

@@ -1,10 +1,8 @@
 """The party as Lightning's whole world."""
 
 import logging
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +13,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from party_threads import Classifier, data, quiet_trainer
 
-from pellm_lightning import FederatedAveraging, FederationError, PartyEnvironment, TooFewPartiesError
+from pellm_lightning import FederatedAveraging, PartyEnvironment
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.trainer import environment
-from pellm_lightning.trainer.environment import Party
 
 
 @pytest.fixture
@@ -157,70 +154,6 @@ def test_rank_zero_means_the_partys(launched: Any) -> None:
 
 def test_a_cpu_is_shared_without_a_word() -> None:
     assert environment.describe_device(torch.device("cpu")) is None
-
-
-# ---- the party's processes
-
-
-class Heard:
-    """A strategy that broadcasts what the speaker said, or keeps what this process says as the speaker."""
-
-    def __init__(self, said: Any = None) -> None:
-        self.said = said
-
-    def broadcast(self, value: Any) -> Any:
-        self.said = value if self.said is None else self.said
-        return self.said
-
-
-SPEAKER, FOLLOWER = Topology(1, 2, 0, 2), Topology(1, 2, 1, 2)
-
-
-def test_a_party_of_one_acts_without_a_broadcast() -> None:
-    party = Party(Topology(), SimpleNamespace())  # type: ignore[arg-type]
-    assert party.on_leader(lambda: 7) == 7
-    assert party.sum([1.0, 2.5]) == [1.0, 2.5]
-    vector = torch.ones(2)
-    assert party.broadcast_(vector) is vector
-
-
-def test_the_speaker_acts_and_all_get_the_result() -> None:
-    heard: Any = Heard()
-    assert Party(SPEAKER, heard).on_leader(lambda: {"round": 3}) == {"round": 3}
-    follower: Any = Heard(heard.said)
-    assert Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts")) == {"round": 3}
-
-
-def test_an_error_of_the_speaker_is_raised_by_all() -> None:
-    def fail() -> None:
-        raise ArithmeticError("broken")
-
-    heard: Any = Heard()
-    with pytest.raises(ArithmeticError, match="broken"):
-        Party(SPEAKER, heard).on_leader(fail)
-    follower: Any = Heard(heard.said)
-    with pytest.raises(FederationError, match="The leader of party 1 failed: ArithmeticError: broken"):
-        Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts"))
-
-
-def test_too_few_parties_are_the_same_error_in_all_processes() -> None:
-    def fail() -> None:
-        raise TooFewPartiesError("1 of 3 came", parties=("b", "c"))
-
-    heard: Any = Heard()
-    with pytest.raises(TooFewPartiesError, match=r"^1 of 3 came$"):
-        Party(SPEAKER, heard).on_leader(fail)
-    follower: Any = Heard(pickle.loads(pickle.dumps(heard.said)))  # as between processes
-    with pytest.raises(TooFewPartiesError, match=r"^1 of 3 came$"):
-        Party(FOLLOWER, follower).on_leader(lambda: pytest.fail("only the speaker acts"))
-
-
-def test_arguments_are_those_of_the_leader() -> None:
-    party = Party(Topology(), SimpleNamespace())  # type: ignore[arg-type]
-    assert party.on_leader(divmod, 7, 2) == (3, 1)
-    heard: Any = Heard()
-    assert Party(SPEAKER, heard).on_leader(int, "11", base=2) == 3
-    assert Party(FOLLOWER, Heard(heard.said)).on_leader(int, None, base=2) == 3  # type: ignore[arg-type]
 
 
 # ---- no launcher

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pellm_lightning.comm.party import Party
 from pellm_lightning.comm.topology import Topology
-from pellm_lightning.trainer.environment import Party
 from pellm_lightning.trainer.metrics import ValidationMetrics
 
-ALONE: Any = Party(Topology(), SimpleNamespace())  # type: ignore[arg-type]
+ALONE = Party(Topology())
 
 
 class TwoProcesses:

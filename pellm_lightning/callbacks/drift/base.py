@@ -15,6 +15,8 @@ from typing_extensions import override
 
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms, AuxiliaryValues
+from pellm_lightning.engine.outer_optimizer import is_plain_averaging
+from pellm_lightning.loop.aggregator_factory import AggregatorFactory
 from pellm_lightning.tensors.flat_buffer import is_finite
 from pellm_lightning.trainer.isolation import callbacks_of
 from pellm_lightning.trainer.pickling import own_state
@@ -234,7 +236,7 @@ class DriftCorrection(Callback, ABC):
         return {name: saved[name].to(p.device, copy=True) for name, p in self._parameters.items()}
 
 
-def drift_correction_of(trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
+def _only_correction(trainer: Trainer, module: LightningModule) -> DriftCorrection | None:
     """Return the Trainer's drift correction, if it has one.
 
     Raises:
@@ -249,6 +251,54 @@ def drift_correction_of(trainer: Trainer, module: LightningModule) -> DriftCorre
     for correction in found:
         _check_trainer(trainer, module, correction)
     return found[0] if found else None
+
+
+def drift_correction(
+    factory: AggregatorFactory, trainer: Trainer, module: LightningModule
+) -> DriftCorrection | None:
+    """Return the Trainer's drift correction, None without.
+
+    Args:
+        factory: The arguments of ``FederatedAveraging``.
+        trainer: The Trainer.
+        module: The module that it trains.
+
+    Raises:
+        MisconfigurationException: If it does not go with the other arguments.
+    """
+    drift = _only_correction(trainer, module)
+    if drift is None:
+        return None
+    if factory.is_staggered:
+        raise MisconfigurationException(
+            f"{drift.auxiliary.method} corrects each local step by what the last round gave for all"
+            " parameters, which with an overlap or fragments is not there yet. Leave out one of them."
+        )
+    optimizer = factory.outer_optimizer([nn.Parameter(torch.zeros(1))])
+    plain = is_plain_averaging(optimizer, scheduled=factory.outer_scheduler is not None)
+    try:
+        drift.auxiliary.check(private=factory.privacy is not None, plain=plain)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    return drift
+
+
+def check_optimizers(
+    factory: AggregatorFactory,
+    trainer: Trainer,
+    drift: DriftCorrection | None,
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
+    """Refuse local optimizers with which a drift correction would be wrong.
+
+    Raises:
+        MisconfigurationException: If one is such.
+    """
+    if drift is None:
+        return
+    for optimizer in trainer.optimizers:
+        _check_optimizer(trainer, optimizer, drift)
+        drift.check(optimizer, parameters, resets=factory.inner_optimizer_state == "reset")
 
 
 def clones(tensors: Mapping[str, Tensor]) -> Named:
@@ -284,7 +334,7 @@ def _check_trainer(trainer: Trainer, module: LightningModule, correction: DriftC
             )
 
 
-def check_optimizer(trainer: Trainer, optimizer: Optimizer, correction: DriftCorrection) -> None:
+def _check_optimizer(trainer: Trainer, optimizer: Optimizer, correction: DriftCorrection) -> None:
     """Validate that drift corrections support a local optimizer.
 
     Raises:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from pellm_lightning.callbacks.lightning_training import rehearse
 from pellm_lightning.cli.doctor import show
 from pellm_lightning.cli.doctor.checks import Finding, Seen, findings
 from pellm_lightning.cli.doctor.facts import (
@@ -248,8 +249,8 @@ def measure(federation: Communicator, rehearsal: Rehearsal | None, *, patience_s
     copies = {} if rehearsal is None else rehearsal.copies()
     aggregator = None
     if rehearsal is not None:
-        aggregator = rehearsal.callback.factory.rehearsal(
-            federation, rehearsal.trainer, rehearsal.module, copies
+        aggregator = rehearse(
+            rehearsal.callback.factory, federation, rehearsal.trainer, rehearsal.module, copies
         )
     if federation.may_lose_parties:
         if aggregator is not None:  # before all meet: who is slow would be taken for another

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
+from pellm_lightning.callbacks.lightning_training import rehearse
 from pellm_lightning.comm import Federation
 from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.report.record import parse, versions
@@ -131,8 +132,12 @@ class Rehearsal:
             self._prepare_data(doubts)
             self._build()
             parameters = self.callback.parameters.select(self.module)
-            aggregator = self.callback.factory.rehearsal(
-                Federation.unjoined(names, party, tls), self.trainer, self.module, parameters
+            aggregator = rehearse(
+                self.callback.factory,
+                Federation.unjoined(names, party, tls),
+                self.trainer,
+                self.module,
+                parameters,
             )
             party_spec = aggregator.party_spec()
             leaving = [parameters[name] for name in party_spec["schema"][0]]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pellm_lightning.callbacks.schedule import Clock, Schedule, schedule
+from pellm_lightning.loop.schedule import Clock, Schedule, schedule
 
 
 def rounds_of(plan: Schedule, epochs: int, steps_per_batch: list[int]) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The federated loop of one fit: when a round is due, what a party contributes, what the result changes."""
+"""RoundLoop: when a round is due, what a party contributes, what the result changes."""
 
 import logging
 import time
@@ -9,25 +9,20 @@ from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.callbacks import arguments
-from pellm_lightning.callbacks.aggregator_factory import AggregatorFactory
-from pellm_lightning.callbacks.drift.base import DriftCorrection
-from pellm_lightning.callbacks.fit_facts import planned_steps
-from pellm_lightning.callbacks.schedule import Clock
 from pellm_lightning.comm import TooFewPartiesError
+from pellm_lightning.comm.party import Party, signature
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.fragments import FragmentCursor, fragments_of
 from pellm_lightning.engine.round_report import RoundReport
+from pellm_lightning.loop.aggregator_factory import AggregatorFactory
+from pellm_lightning.loop.local_training import LocalCorrection, LocalTraining
+from pellm_lightning.loop.schedule import Clock
 from pellm_lightning.tensors.flat_buffer import Layout
-from pellm_lightning.trainer import resume
-from pellm_lightning.trainer.environment import Party
 from pellm_lightning.trainer.file_names import unused
-from pellm_lightning.trainer.samples import SampleCounter
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +32,7 @@ class LocalProgress:
     """Progress of this process since the last round."""
 
     step: int = 0
-    """``trainer.global_step`` at the last round."""
+    """Optimizer steps of the training at the last round."""
     samples: int = 0
     """Training samples consumed."""
     loss_sum: Tensor | float = 0.0
@@ -80,11 +75,11 @@ class Started(NamedTuple):
     """Facts of each party's fit, by party name."""
 
 
-class FederatedLoop:
-    """Loop of rounds within one fit, in each process of a party; the callback's hooks drive it.
+class RoundLoop:
+    """Loop of rounds within one party's training, in each of its processes; who runs the training drives it.
 
     Args:
-        trainer: The Trainer of the fit.
+        local: The training loop.
         party: This party's processes. Only the leader communicates with other parties.
         factory: The callback's arguments.
         plan: The aggregation, applied to the module's parameters.
@@ -98,19 +93,19 @@ class FederatedLoop:
 
     def __init__(
         self,
-        trainer: Trainer,
+        local: LocalTraining,
         party: Party,
         factory: AggregatorFactory,
         plan: Plan,
         trainable: Mapping[str, nn.Parameter],
         *,
         shares_loss: bool,
-        drift: DriftCorrection | None,
+        drift: LocalCorrection | None,
         on_due: Callable[[], None],
         on_round: Callable[[RoundReport, bool], None],
         stopped_path: str,
     ) -> None:
-        self._trainer = trainer
+        self._local = local
         self._party = party
         self._plan = plan
         self._trainable = trainable
@@ -128,9 +123,8 @@ class FederatedLoop:
         self._frozen: list[nn.Parameter] = []
         self._aggregator: Aggregator | None = None  # on the leader
         self._remaining: Iterator[RoundReport] = iter(())
-        self._progress = LocalProgress(trainer.global_step)
-        self._samples = SampleCounter(warns=self._weighting == "samples")
-        self._cursor = FragmentCursor.from_step(self._overlap.fragments, trainer.global_step)
+        self._progress = LocalProgress(local.step)
+        self._cursor = FragmentCursor.from_step(self._overlap.fragments, local.step)
         self._pending_since: int | None = None  # step at which the round in the background began
         self._last_round_at = 0.0  # by the clock of time.monotonic
 
@@ -148,7 +142,7 @@ class FederatedLoop:
         started = self._party.on_leader(lambda: self._start_on_leader(make, state))
         if started.overwritten:  # resumed in the middle of a round, each process has its own already
             self._broadcast_in_party()
-            step, self._pending_since = self._trainer.global_step, None
+            step, self._pending_since = self._local.step, None
             self._progress = LocalProgress(step)
             self._cursor = FragmentCursor.from_step(len(self._fragments), step, started.round)
         if self._drift is not None:
@@ -158,17 +152,45 @@ class FederatedLoop:
         self._last_round_at = time.monotonic()
         return started
 
+    def check_resumed(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state of another party, or one that does not go with the overlap.
+
+        Raises:
+            ValueError: If it is such.
+        """
+        party = self._party.topology.party
+        if state["party"] != party:
+            raise ValueError(
+                f"Party {party} resumes a checkpoint that party {state['party']} has saved: the state of its"
+                " optimizer and what it counted since the last round belong to that party. Give each party"
+                " its own, as in ckpt_path='.../party-{party}/...'; on the command line {party} stands for"
+                " the index."
+            )
+        saved, fragments = len(state["cursor"]["steps"]), self._overlap.fragments
+        if saved != fragments:
+            raise ValueError(
+                f"The checkpoint's federated state is of fragments={saved}, now it is fragments={fragments}."
+                " Resume with the fragments of the checkpoint, or begin anew from its weights."
+            )
+        begun = state["under_way_since"]
+        if begun is not None and not self._overlap.in_background:
+            raise ValueError(
+                f"The checkpoint was saved while a round was under way, begun at step {begun}. Resume with"
+                " the overlap of the checkpoint; a checkpoint of another step may be resumed without."
+            )
+
     def state(self) -> dict[str, Any]:
         """Return what ``start`` needs to resume exactly, even within a round; on the leader only."""
         aggregator = self._leading.state_dict()  # waits for the round under way, which may fail only now
         party = self._party.topology.party
         lost = self._pending_since is not None and self._leading.background.failed
         return {
+            "party": party,
             "aggregator": aggregator,
             "progress": asdict(self._progress) | {"loss_sum": float(self._progress.loss_sum)},
             "cursor": asdict(self._cursor),
             "under_way_since": None if lost else self._pending_since,
-            "signature": resume.signature(self._leading.run_id, party),
+            "signature": signature(self._leading.run_id, party),
         }
 
     # ---- during training
@@ -181,12 +203,23 @@ class FederatedLoop:
         for parameter in self._frozen:
             parameter.grad = None
 
-    def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the batch; run the round if it is due."""
-        self._count(outputs, batch, batch_idx)
+    def count(self, samples: int, loss: Tensor | None, parts: int = 1) -> None:
+        """Count samples that were trained on, and their mean loss if it is known.
+
+        Args:
+            samples: How many.
+            loss: Their mean loss, or a part of it, as trainers divide it that accumulate gradients.
+            parts: Of how many the loss is one.
+        """
+        self._progress.samples += samples
+        if loss is not None:
+            self._progress.add_loss(loss, samples, samples * parts)
+
+    def after_batch(self, *, epoch_ends: bool) -> None:
+        """Run the round if it is due."""
         if self._may_apply():
             self._apply(on_bar=True)
-        if self._is_due(epoch_ends=self._trainer.is_last_batch):
+        if self._is_due(epoch_ends=epoch_ends):
             self._on_due()
             if not self._overlap.in_background:
                 self._run_round()
@@ -205,7 +238,7 @@ class FederatedLoop:
 
     def close_round(self) -> None:
         """Run the last, incomplete round of each fragment; all parties end with the same parameters."""
-        while self._cursor.is_behind(self._trainer.global_step):
+        while self._cursor.is_behind(self._local.step):
             self._run_round(on_bar=False)
         self._apply(on_bar=False)
 
@@ -226,44 +259,19 @@ class FederatedLoop:
     def _start_on_leader(self, make: Callable[[], Aggregator], state: Mapping[str, Any]) -> Started:
         aggregator = self._aggregator = make()
         if state:
-            arguments.own_checkpoint(state["party"], self._party.topology.party)
-            arguments.same_fragments(len(self._cursor.steps), self._overlap.fragments)
-            arguments.can_apply(self._pending_since, self._overlap)
             aggregator.load_state_dict(state["aggregator"])
         overwritten = aggregator.start()
-        if not state:
-            self._check_no_unused_checkpoint(aggregator)
+        mark = signature(aggregator.run_id, self._party.topology.party)
+        if mark is not None and not state:
+            self._local.check_new_start(mark, aggregator.round)
         self._remaining = aggregator.drain()
         return Started(overwritten, aggregator.round, dict(aggregator.settings), aggregator.facts())
 
-    def _check_no_unused_checkpoint(self, aggregator: Aggregator) -> None:
-        """Refuse to start anew in a federation in which this party has trained and saved before."""
-        signature = resume.signature(aggregator.run_id, self._party.topology.party)
-        if signature is not None:
-            path = resume.newest_signed(self._trainer, signature, self._stopped_path)
-            if path is not None:
-                raise resume.unused_checkpoint_error(
-                    path, party=self._party.topology.name, round=aggregator.round
-                )
-
-    def _count(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        module = self._trainer.lightning_module
-        # Lightning skips the step if the batch or the loss is None; manual optimization need not return any.
-        if loss is None and (batch is None or module.automatic_optimization):
-            return
-        samples = self._samples.count(batch, self._trainer.train_dataloader, batch_idx)
-        self._progress.samples += samples
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            # Lightning passes the loss divided by the number of batches that it accumulates (which is 1
-            # with manual optimization).
-            self._progress.add_loss(loss, samples, samples * self._trainer.accumulate_grad_batches)
-
     def _is_due(self, *, epoch_ends: bool) -> bool:
         clock = Clock(
-            steps=self._trainer.global_step - self._progress.step,
+            steps=self._local.step - self._progress.step,
             seconds=time.monotonic() - self._last_round_at,
-            epoch=self._trainer.current_epoch,
+            epoch=self._local.epoch,
             epoch_ends=epoch_ends,
         )
         if self._schedule.unit == "seconds":
@@ -279,7 +287,7 @@ class FederatedLoop:
             report = self._party.on_leader(
                 Aggregator.step, self._leading, weight, loss, contribution, steps_left=local.steps_left
             )
-        self._progress = LocalProgress(self._trainer.global_step)
+        self._progress = LocalProgress(self._local.step)
         self._cursor = local.cursor.aligned(report.round + 1)
         self._last_round_at = time.monotonic()
         self._finish_round(report, on_bar=on_bar)
@@ -291,8 +299,8 @@ class FederatedLoop:
         self._party.on_leader(
             Aggregator.begin, self._leading, local.weight, local.loss, steps_left=local.steps_left
         )
-        self._progress, self._cursor = LocalProgress(self._trainer.global_step), local.cursor
-        self._pending_since = self._trainer.global_step
+        self._progress, self._cursor = LocalProgress(self._local.step), local.cursor
+        self._pending_since = self._local.step
         if self._may_apply():
             self._apply(on_bar=True)
 
@@ -302,13 +310,13 @@ class FederatedLoop:
             return False
         alone = self._party.topology.party_size == 1  # else all processes of the party must decide alike
         failed = alone and self._leading.background.failed
-        return failed or self._trainer.global_step - self._pending_since >= self._overlap.delay_steps
+        return failed or self._local.step - self._pending_since >= self._overlap.delay_steps
 
     def _apply(self, *, on_bar: bool) -> None:
         """Wait for the round in the background, if there is one, and apply its result."""
         if self._pending_since is None:
             return
-        last = self._trainer.global_step == self._pending_since  # nothing was learned since to be mixed
+        last = self._local.step == self._pending_since  # nothing was learned since to be mixed
         with self._saved_below_quorum():
             try:
                 report = self._party.on_leader(Aggregator.apply, self._leading, last=last)
@@ -327,12 +335,12 @@ class FederatedLoop:
         samples, loss_sum, loss_samples = self._party.sum(
             [progress.samples, float(progress.loss_sum), progress.loss_samples]
         )
-        cursor = self._cursor.advanced(samples, self._trainer.global_step)
+        cursor = self._cursor.advanced(samples, self._local.step)
         samples += self._cursor.samples[self._cursor.next]
         weight = {"samples": samples, "uniform": 1.0}.get(str(self._weighting), self._weighting)
         loss = loss_sum / loss_samples if loss_samples and self._shares_loss else None
         auxiliary = AuxiliaryValues() if self._drift is None else self._drift.contribution()
-        steps_left = planned_steps(self._trainer) - self._trainer.global_step
+        steps_left = self._local.planned_steps - self._local.step
         return LocalResult(float(weight), loss, auxiliary, cursor, steps_left)
 
     @contextmanager
@@ -342,7 +350,7 @@ class FederatedLoop:
             yield
         except TooFewPartiesError as error:
             path = self._party.on_leader(unused, self._stopped_path)
-            self._trainer.save_checkpoint(path)
+            self._local.save(path)
             raise TooFewPartiesError(
                 f"{error} Its own steps since the last round are in {path}; resume it from there."
             ) from error
@@ -356,18 +364,18 @@ class FederatedLoop:
             self._drift.end_round(self._carried(), counted=report.weight > 0)
         # What made parameters NaN has made the moments NaN as well, and the next step would bring it back.
         if self._resets_inner or self._party.topology.party in report.excluded:
-            for optimizer in self._trainer.optimizers:
+            for optimizer in self._local.optimizers:
                 optimizer.state.clear()
         # Moments in coordinates that are no more.
         basis_changed = self._plan.named(self._plan.rule.basis_changed(report.active_parties))
         if report.weight:  # else the party may have taken over more than the round's fragment
             basis_changed &= self._fragments[report.round % self._overlap.fragments]
         for parameter in [self._trainable[name] for name in sorted(basis_changed)]:
-            for optimizer in self._trainer.optimizers:
+            for optimizer in self._local.optimizers:
                 optimizer.state.pop(parameter, None)
         self._freeze_parts(report.round + 1)
         if report.last:
-            self._trainer.should_stop = True
+            self._local.stop()
         self._on_round(report, on_bar)
 
     def _broadcast_in_party(self) -> None:

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from pellm_lightning.loop.local_training import LocalTraining
 from pellm_lightning.tensors.selection import is_federated, plain_name
 
 CURE = (
@@ -26,46 +25,46 @@ class TrainableSet:
         exclude: As of ``parameters.select``: what it matches may become trainable, and stays at home.
     """
 
-    def __init__(self, module: LightningModule, include: Sequence[str], exclude: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
         self._include, self._exclude = include, exclude
         self._known = {id(p) for p in module.parameters() if p.requires_grad}
         self._frozen = list(self._others(module))
         self._group_sizes: list[int] | None = None
         self._in_optimizers: list[nn.Parameter] = []
 
-    def check(self, trainer: Trainer, module: LightningModule, *, everything: bool) -> None:
+    def check(self, local: LocalTraining, module: nn.Module, *, everything: bool) -> None:
         """Refuse a parameter that was frozen, or not there, and is now trained.
 
         Args:
-            trainer: Its optimizers say what is trained.
+            local: Its optimizers say what is trained.
             module: The module as it is now.
             everything: Whether to look for parameters that were not there, which takes longer.
 
         Raises:
-            MisconfigurationException: If there is one.
+            ValueError: If there is one.
         """
-        if not everything and not self._may_train(trainer):
+        if not everything and not self._may_train(local):
             return
         others = list(self._others(module)) if everything else self._frozen
         unfrozen = [(name, p) for name, p in others if p.requires_grad]
         if not unfrozen:
             return
-        trained = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        trained = {id(p) for o in local.optimizers for group in o.param_groups for p in group["params"]}
         names = [name for name, p in unfrozen if id(p) in trained]
         if names:
-            raise MisconfigurationException(
+            raise ValueError(
                 f"The parameter {names[0]!r} ({len(names)} in all) trains since epoch"
-                f" {trainer.current_epoch}, step {trainer.global_step}, but was not trainable when the"
+                f" {local.epoch}, step {local.step}, but was not trainable when the"
                 " parties agreed on what they share: no round would average it, and it would differ at each"
                 f" party. {CURE} Or let it stay at home by exclude=[{names[0]!r}]."
             )
 
-    def _may_train(self, trainer: Trainer) -> bool:
+    def _may_train(self, local: LocalTraining) -> bool:
         """Tell whether what was frozen may be trained now: it is in an optimizer, and requires a gradient.
 
         Of a frozen base's many parameters few or none are in an optimizer, so few are looked at each step.
         """
-        groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        groups = [group["params"] for optimizer in local.optimizers for group in optimizer.param_groups]
         sizes = [len(group) for group in groups]
         if sizes != self._group_sizes:
             known = {id(p) for group in groups for p in group}
@@ -73,7 +72,7 @@ class TrainableSet:
             self._in_optimizers = [p for _, p in self._frozen if id(p) in known]
         return any(p.requires_grad for p in self._in_optimizers)
 
-    def _others(self, module: LightningModule) -> list[tuple[str, nn.Parameter]]:
+    def _others(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Return what would federate if it had been trainable at the start, by name."""
         named = ((plain_name(name), p) for name, p in module.named_parameters() if id(p) not in self._known)
         return [(name, p) for name, p in named if is_federated(name, self._include, self._exclude)]
