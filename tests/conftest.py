@@ -44,6 +44,7 @@ _ALONE = {
     "comm/mesh/test_mesh.py",
     "comm/rendezvous/test_client.py",
     "comm/rendezvous/test_server.py",
+    "comm/torchrun/test_shared_memory.py",
     "engine/test_overlap.py",
     "engine/test_round_report.py",
     "exchange/secure/test_separate_jobs.py",

@@ -65,6 +65,7 @@ class Federation(Communicator):
         PartyLostError: If a party does not join within ``timeout_s``.
 
     Example:
+        >>> import torch
         >>> from torch.distributed import HashStore
         >>> federation = Federation(HashStore(), party=0, num_parties=1)
         >>> federation.all_reduce_(torch.ones(2))
