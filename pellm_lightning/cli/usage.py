@@ -60,6 +60,8 @@ def explained(message: str, parser: ArgumentParser | None = None) -> str:
     reasons = [" ".join(part.split()) for part in re.split(r"\n\s*- ", "\n" + text.strip())]
     reasons = [reason for reason in reasons if reason and not any(idle in reason for idle in _IDLE)]
     reasons = list(dict.fromkeys(map(_plain, reasons))) or [" ".join(text.split())]
+    if "Literal[" in text and "." not in value:  # one of few words was meant, and no class
+        reasons = [reason for reason in reasons if not reason.startswith("there is no class")]
     expected = [reason.removeprefix("expected ") for reason in reasons if reason.startswith("expected ")]
     if len(expected) > 1:
         reasons = [reason for reason in reasons if not reason.startswith("expected ")]
