@@ -1,4 +1,4 @@
-"""How long a whole round of separate jobs takes, against a round of parties from one launch.
+"""How long a whole round of separate jobs takes, against a round of parties from one launch over Gloo.
 
 Run `python benchmarks/separate_jobs.py`. It starts N processes by torchrun for N = 2 and 4, and a rendezvous,
 and prints a table. All take turns within one run, so that a busy machine slows all of them alike; compare
@@ -39,6 +39,7 @@ def main() -> None:
     if "RANK" in os.environ:
         measure(Path(arguments.folder), arguments.repeats)
         return
+    os.environ["PELLM_SHARED_MEMORY"] = "0"  # jobs on hosts of their own share none either
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_ca(folder)
