@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pellm_lightning.engine.round_report import RoundReport
     from pellm_lightning.integrations.federated_loop import FederatedLoop
     from pellm_lightning.loop.parameters import Parameters
+    from pellm_lightning.loop.weighting import Weighting
     from pellm_lightning.trainer.environment import PartyEnvironment
 
 __version__ = "0.1.0"

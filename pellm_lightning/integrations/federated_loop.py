@@ -237,6 +237,7 @@ class FederatedLoop:
             FederationError: As ``Aggregator.step``.
         """
         self._own.steps += 1
+        self._check_trainable(everything=False)
         self._running.count(samples, loss)
         self.after_batch(epoch_ends=False)
 
