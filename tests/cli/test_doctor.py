@@ -366,7 +366,7 @@ def test_only_what_leaves_a_party_is_counted(tmp_path: Path) -> None:
     assert f": {2 * 8 + 2 * 16} of {sum(p.numel() for p in Tuned(0).parameters())} leave" in told
 
 
-def test_a_drift_correction_s_vector_crosses_too(tmp_path: Path) -> None:
+def test_a_drift_correction_s_vector_crosses_too(tmp_path: Path, over_gloo: None) -> None:
     plain = visits(lambda index: rehearsal(tmp_path, index), parties=2)[0].measured["0"]
     both = visits(lambda index: rehearsal(tmp_path, index, callbacks=(SCAFFOLD(),)), parties=2)[0].measured[
         "0"
