@@ -129,6 +129,21 @@ def tasks(folder: Path) -> None:
     assert "that" in data.tokenizer.decode(data.train_samples[0]["input_ids"])
 
 
+def hf(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    from pellm_lightning.integrations.transformers import FederatedCallback
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+    )
+    federated = FederatedCallback(every_n_steps=1)
+    args = TrainingArguments(str(folder), use_cpu=True, max_steps=2, save_strategy="no", report_to=[])
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(32, (4, 8))]
+    Trainer(LlamaForCausalLM(config), args, train_dataset=rows, callbacks=[federated]).train()
+    assert len(federated.rounds) == 2
+
+
 def quantization(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
