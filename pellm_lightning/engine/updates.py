@@ -88,7 +88,7 @@ class UpdateReducer:
             return
         self._shared = SharedUpdates(self._federation, self._plan, self.layout, memory, self.global_)
         self._parameter.set_(self._shared.global_)
-        self._staging = self.layout.new_vector(extra=0)[:0]
+        self._staging = self._staging.new_empty(0)
 
     @property
     def _is_plain(self) -> bool:
