@@ -43,7 +43,8 @@ class LocalProgress:
     def add_loss(self, loss: Tensor, samples: int, weight: int) -> None:
         """Add a batch's loss times a weight; one operation takes half as long as a product and a sum."""
         if not isinstance(self.loss_sum, Tensor):
-            self.loss_sum = torch.tensor(self.loss_sum, device=loss.device)
+            # Whatever the default dtype is: true half precisions change it.
+            self.loss_sum = torch.tensor(self.loss_sum, dtype=torch.float32, device=loss.device)
         self.loss_sum.add_(loss.detach().view(()), alpha=weight)
         self.loss_samples += samples
 
@@ -163,7 +164,7 @@ class RoundLoop:
             raise ValueError(
                 f"Party {party} resumes a checkpoint that party {state['party']} has saved: the state of its"
                 " optimizer and what it counted since the last round belong to that party. Give each party"
-                " its own, as in ckpt_path='.../party-{party}/...'; on the command line {party} stands for"
+                f" its own, as in ckpt_path='.../party-{party}/...'; on the command line {{party}} stands for"
                 " the index."
             )
         saved, fragments = len(state["cursor"]["steps"]), self._overlap.fragments

@@ -944,10 +944,26 @@ def test_a_command_line_names_the_rule(command: Any, name: str) -> None:
     assert callback.state_dict()["aggregator"]["round"] == 2
 
 
+ROBUST = {"GeometricMedian", "Krum", "Median", "MultiKrum", "NormBound", "TrimmedMean"}
+"""Rules that one party alone cannot train by."""
+
+
 def test_every_rule_has_a_command() -> None:
     public = [getattr(aggregation, name) for name in aggregation.__all__]
     rules = {rule.__name__ for rule in public if isinstance(rule, type) and issubclass(rule, Aggregation)}
-    assert rules - {"Aggregation"} <= COMMANDS.keys()
+    assert rules - {"Aggregation"} - ROBUST <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(ROBUST))
+def test_a_command_line_names_a_robust_rule(
+    command: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command(PATH + name, SETTING + "mixing=1", "--print_config")
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["federated"]["aggregation"]
+    assert printed["class_path"] == f"pellm_lightning.aggregation.{name}"
+    assert printed["init_args"]["mixing"] == 1
 
 
 def test_a_yaml_names_the_rule_and_prints_it_again(
