@@ -13,6 +13,8 @@ from torch import Tensor
 
 # An update is absurd if its norm is so many times the median of the others': local steps differ by less.
 ABSURD = 1000.0
+# An update of a smaller norm is not left out, whatever the others' are.
+HARMLESS = 1e-3
 _MAX_STEPS = 1000
 _CONVERGED = 1e-13
 # Norms above so many median norms would cost the digits in which the others differ.
@@ -51,13 +53,13 @@ def capped(weights: Sequence[float], max_share: float) -> list[float]:
 def absurd(norms: Sequence[float]) -> list[int]:
     """Return the indices of updates whose norm is a thousand times the median of the others', or more.
 
-    With fewer than three updates there is no median of others that could judge: nobody is absurd then, nor if
-    most others did not move.
+    With fewer than three updates there is no median of others that could judge: nobody is absurd then. Nor is
+    a norm below ``HARMLESS``: updates of parties that have converged are rounding, and so are their ratios.
     """
     if len(norms) < 3:
         return []
     others = [median([*norms[:index], *norms[index + 1 :]]) for index in range(len(norms))]
-    return [index for index, norm in enumerate(norms) if others[index] > 0 and norm >= ABSURD * others[index]]
+    return [k for k, norm in enumerate(norms) if norm >= max(HARMLESS, ABSURD * others[k]) and others[k] > 0]
 
 
 # ---- of whole updates

@@ -266,6 +266,11 @@ def test_who_has_fewer_than_two_others_or_unmoved_ones_is_not_judged() -> None:
     assert influence.absurd([0.0, 0.0, 1e30]) == []
 
 
+def test_parties_that_have_converged_differ_by_rounding_and_none_is_absurd() -> None:
+    assert influence.absurd([1e-10, 1e-10, 1.8e-7]) == []
+    assert influence.absurd([1e-10, 1e-10, 1e-3]) == [2]
+
+
 @given(norms=st.lists(st.floats(0, 1e30), min_size=3, max_size=9))
 def test_more_than_half_are_never_absurd(norms: list[float]) -> None:
     found = influence.absurd(norms)
