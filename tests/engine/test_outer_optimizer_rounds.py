@@ -206,7 +206,7 @@ def test_only_what_parties_compute_themselves_is_compared(outer: Factory, words:
         return aggregator.step(1.0).bytes_sent
 
     # A header's slot; 40 float32, then two flags, the clipping bit, the loss with
-    # its weight, and the weight; and a checksum of each party. What is shown in memory has a loss of 8 bytes
-    # instead of the flags.
-    behind = 4 * 6 if lane == "gloo" or words else 8
+    # its weight, and the weight; and a checksum of each party. What is shown in memory has a loss and a
+    # norm of 8 bytes each instead of the flags.
+    behind = 4 * 6 if lane == "gloo" or words else 2 * 8
     assert run_parties(2, act) == [SLOT_BYTES + 4 * 40 + behind + 2 * 8 * words] * 2

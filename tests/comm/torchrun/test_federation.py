@@ -687,6 +687,7 @@ def test_who_waits_in_a_collective_says_what_the_others_do(
     first, second = (store_coordinator.StoreCoordinator(store, party, 2, timeout_s=30) for party in (0, 1))
     first.enter("meeting for round 3")
     second.enter("training")
+    time.sleep(0.1)  # their threads publish it
     with first.waiting(first_s=0.01), second.waiting(first_s=30):
         time.sleep(0.3)
     assert caplog.messages == ["[party 0] waits for party 1 (training)"]
