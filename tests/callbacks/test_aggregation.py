@@ -944,17 +944,17 @@ def test_a_command_line_names_the_rule(command: Any, name: str) -> None:
     assert callback.state_dict()["aggregator"]["round"] == 2
 
 
-ROBUST = {"GeometricMedian", "Krum", "Median", "MultiKrum", "NormBound", "TrimmedMean"}
+NEEDS_OTHERS = {"GeometricMedian", "Krum", "Median", "MultiKrum", "NormBound", "TrimmedMean"}
 """Rules that one party alone cannot train by."""
 
 
 def test_every_rule_has_a_command() -> None:
     public = [getattr(aggregation, name) for name in aggregation.__all__]
     rules = {rule.__name__ for rule in public if isinstance(rule, type) and issubclass(rule, Aggregation)}
-    assert rules - {"Aggregation"} - ROBUST <= COMMANDS.keys()
+    assert rules - {"Aggregation"} - NEEDS_OTHERS <= COMMANDS.keys()
 
 
-@pytest.mark.parametrize("name", sorted(ROBUST))
+@pytest.mark.parametrize("name", sorted(NEEDS_OTHERS))
 def test_a_command_line_names_a_robust_rule(
     command: Any, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
