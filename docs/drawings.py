@@ -116,7 +116,7 @@ def parties() -> str:
         line((154, 94), (178, 94)),
         line((302, 94), (326, 94)),
         line((92, 130), (92, 144), (388, 144), (388, 130)),
-        text(240, 160, "sums over Gloo", "small"),
+        text(240, 160, "in memory or over Gloo", "small"),
         text(16, 200, "Separate jobs: if one fails, the others continue", "strong", "start"),
         box(160, 216, 160, 46, "rendezvous", "sees no parameter", kind="", small=True),
     ]

@@ -45,7 +45,8 @@ def capped(weights: Sequence[float], max_share: float) -> list[float]:
     if len(ordered) * max_share > 1:
         for count, largest in enumerate(ordered):  # how many weights are above the cap
             cap = max_share * math.fsum(ordered[count:]) / (1 - max_share * count)
-            if cap >= largest:
+            if cap >= largest or max_share * (count + 1) >= 1:  # so many at the cap have all of the sum
+                cap = max(cap, largest)
                 break
     return [min(weight, cap) for weight in weights]
 

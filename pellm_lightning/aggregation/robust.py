@@ -77,6 +77,8 @@ class WeighingRule(RobustRule):
 
     def influence(self, gram: Tensor, shares: Tensor) -> Tensor:
         """Return the weights u_i (n,) of the updates, mixed before if asked for; 0 if not finite."""
+        gram = gram.clone()
+        gram.diagonal().clamp_min_(0)  # differences of products of almost equal factors round below
         fine = gram.diagonal().isfinite()
         result = torch.zeros_like(shares)
         if not fine.any():

@@ -83,8 +83,8 @@ class Aggregator:
         overlap: Lets rounds run in the background, between ``begin`` and ``apply``, with copies of the
             parameters in CPU memory, or exchange a fragment of them at a time, each with an outer optimizer
             state of its own; None for neither.
-        on_nonfinite: What to do when a party's parameters hold NaN or infinity, or its update has a thousand
-            times the median norm of the others': leave it out of the round
+        on_nonfinite: What to do when a party's parameters hold NaN or infinity, or its update is absurd, as
+            ``aggregation.influence.absurd`` says, where the exchange shows norms: leave it out of the round
             and give it the result, or raise at every party.
         quorum: Parties that must have trained in a round for it to move the global parameters: more than half
             of all ("majority"), or a number. With fewer, all go back to the last result of a quorum; if the

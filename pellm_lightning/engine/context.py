@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from pellm_lightning.aggregation.base import Aggregation, Capability
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.aggregation.robust import RobustRule, SenderNormBound
+from pellm_lightning.aggregation.robust import CoordinatewiseRule, SenderNormBound, WeighingRule
 from pellm_lightning.comm import Communicator, Quorum, resolve_quorum
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
@@ -59,10 +59,18 @@ class EngineContext:
             self.exchange.min_participants, 1 if self.privacy is None else self.privacy.min_participants
         )
 
+    @property
+    def robust_rule(self) -> WeighingRule | CoordinatewiseRule | None:
+        """The rule, if it needs the parties' single updates."""
+        rule = self.plan.rule
+        return rule if isinstance(rule, WeighingRule | CoordinatewiseRule) else None
+
     def new_sender_bounds(self) -> SenderBounds | None:
         """Return the bounds that a party applies to what it sends itself; None where the others can."""
         norm_factor = self.plan.rule.factor if isinstance(self.plan.rule, SenderNormBound) else None
-        if not self.exchange.is_secure or (norm_factor is None and self.max_share is None):
+        # With differential privacy all weights are equal, and a norm would be told without noise.
+        wanted = norm_factor is not None or self.max_share is not None
+        if not self.exchange.is_secure or self.privacy is not None or not wanted:
             return None
         return SenderBounds(norm_factor, self.max_share)
 
@@ -207,7 +215,7 @@ def _check_robust(rule: Aggregation, max_parties: int, max_share: float | None) 
     """Refuse a robust rule that would protect nobody; a party alone may try its script."""
     if max_share is not None and not 0 < max_share <= 1:
         raise ValueError(f"max_share={max_share!r} must be above 0 and at most 1.")
-    if isinstance(rule, RobustRule) and 1 < max_parties < rule.min_parties:
+    if isinstance(rule, WeighingRule | CoordinatewiseRule) and 1 < max_parties < rule.min_parties:
         raise ValueError(
             f"{rule!r} protects {rule.min_parties} parties or more, and these are {max_parties}. Expect fewer"
             " malicious parties, or use Mean(), which leaves out what is not finite."

@@ -53,7 +53,6 @@ class ParticipantFilter:
         self._min_participants = context.min_participants
         self._fragments = context.fragments
         self._max_share = context.max_share
-        self._warned_of_share = False
         self.quorum = context.quorum
 
     def select(
@@ -372,7 +371,7 @@ def _why_idle(header: Header, excluded: bool) -> str | None:
     if header.purpose is Purpose.DONE:
         return "has made all its steps"
     if excluded or not header.fine:
-        return "holds NaN or infinity" + ("" if not header.fine else ", or sent an absurdly large update")
+        return "holds NaN or infinity" + (" or sent an absurdly large update" if header.fine else "")
     return "has just come (back)" if header.behind or header.purpose is Purpose.JOIN else None
 
 

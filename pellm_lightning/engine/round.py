@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from pellm_lightning.aggregation.base import RoundContext
-from pellm_lightning.aggregation.robust import CoordinatewiseRule, WeighingRule
 from pellm_lightning.comm import Collectives, PartyLostError
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
@@ -79,8 +78,7 @@ class RoundRunner:
         self._coordinator = coordinator
         self._state = state
         self._filter = ParticipantFilter(context)
-        rule = context.plan.rule
-        self._robust = RobustReducer(rule) if isinstance(rule, WeighingRule | CoordinatewiseRule) else None
+        self._robust = None if context.robust_rule is None else RobustReducer(context.robust_rule)
         self._tag = secrets.token_hex(8)
         self._exposed: tuple[str, ...] = ()
 
@@ -311,8 +309,8 @@ class RoundRunner:
         if feedback is not None:
             feedback.begin(self._state.round, [weight > 0 for weight in weights])
         weight, bounds = local.weight, self._state.updates.bounds
-        if bounds is not None and weights[sums.party]:
-            weight = bounds.weight(weight, sum(weight > 0 for weight in weights))
+        if bounds is not None:
+            weight = bounds.weight(weight if weights[sums.party] else 0.0, sum(w > 0 for w in weights))
         return self._filter.round_context(sums, weights, weight, self._state.round)
 
     def _note_release(self, shares: RoundContext) -> None:

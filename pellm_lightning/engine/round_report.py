@@ -36,8 +36,8 @@ class RoundReport:
     weight: float
     """This party's weight, 0 if it did not count."""
     excluded: tuple[int, ...]
-    """Parties left out because their parameters held NaN or infinity, or their update was a thousand times as
-    large as the others'; they have received the result."""
+    """Parties left out because their parameters held NaN or infinity, or their update was absurd (as
+    ``aggregation.influence.absurd`` says); they have received the result."""
     loss: float | None
     """Mean of the parties' local training losses, weighted; None if no party gave one."""
     seconds: float = 0.0

@@ -37,8 +37,9 @@ class SenderBounds:
         """Return this party's weight, capped by what the others had in the round before."""
         capped = weight
         if self.max_share is not None and self._total_weight is not None:
-            share = max(self.max_share, 1 / num_participants)  # fewer parties cannot all stay below
-            others = self._total_weight - self._own_weight
+            share = max(self.max_share, 1 / max(num_participants, 1))  # fewer parties cannot all stay below
+            # Of a sum that this party cannot have been in, all is the others'.
+            others = self._total_weight - (self._own_weight if self._own_weight < self._total_weight else 0.0)
             if share < 1 and others > 0:
                 capped = min(weight, others * share / (1 - share))
         self._pending_weight = capped
@@ -65,5 +66,8 @@ class SenderBounds:
         return {"total_weight": self._total_weight, "mean_norm": self._mean_norm}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Load a state; this party's own weight of that round stays what it is known to be."""
+        """Load a state; of another round than the last this party does not know its own weight."""
+        if state["total_weight"] != self._total_weight:
+            self._own_weight = 0.0
+        self._pending_weight = 0.0
         self._total_weight, self._mean_norm = state["total_weight"], state["mean_norm"]

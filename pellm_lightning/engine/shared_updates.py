@@ -16,7 +16,8 @@ from pellm_lightning.tensors.flat_buffer import Chunk, Layout, Strided, norm_of,
 _ALIGNMENT = 16
 # Figures of float64, so of two scalars, that end each row besides one for each party: a loss and a norm.
 _FIGURES = 2
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max
+"""Norm above which an update is not finite, as it is sent."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class SharedUpdates:
         # By party its loss, its norm, and of its chunk the squared distance of each party from the mean.
         self._losses, self._norms, self._squares = behind[:, 0], behind[:, 1], behind[:, _FIGURES:]
         self._scratch, self._scratch2 = layout.new_scratch(), layout.new_scratch()
-        self._norm: float | None = None  # of this party's update in this round
-        self._counts = self._moves = False
+        self._norm = math.nan  # of this party's update in this round
+        self._counts = False
         self._chunks: list[Chunk] = []
         self._pieces: dict[int, list[Tensor]] = {}
         if self._party == 0:
@@ -87,9 +88,9 @@ class SharedUpdates:
         """Write this party's update, norm and loss for the others; return whether it is within float32."""
         self._losses[self._party] = math.nan if loss is None else loss
         update, chunks = self._updates[self._party], self._layout.chunks()
-        self._norm = norm_of([self._subtract(chunk, update[chunk.start : chunk.stop]) for chunk in chunks])
-        self._norms[self._party] = self._norm
-        return self._norm <= _LARGEST
+        norm = norm_of([self._subtract(chunk, update[chunk.start : chunk.stop]) for chunk in chunks])
+        self._norms[self._party] = norm
+        return norm <= LARGEST
 
     def combine(self, counting: RoundContext) -> tuple[float, ReducedFlags, list[Tensor]]:
         """Compute this party's part of the next global vector.
@@ -97,11 +98,11 @@ class SharedUpdates:
         Returns:
             The norm of this party's update, the flags, and what the others see of it.
         """
-        self._counts, self._moves = counting.share > 0, counting.num_participants > 0
-        if self._norm is None:  # of weight 0 it has packed nothing, since nobody is to see it
+        self._counts, self._norm = counting.share > 0, float(self._norms[self._party])
+        if not self._counts:  # perhaps it has packed nothing, since nobody is to see it
             chunks = self._layout.chunks()
             self._norm = norm_of([self._subtract(chunk, self._scratch2[: chunk.size]) for chunk in chunks])
-        if self._moves:
+        if counting.num_participants:
             squares = [self._step(at, counting, averaged=averaged) for at, averaged in self._ranges(counting)]
             totals = [math.fsum(of_party) for of_party in zip(*squares, strict=True)]
             self._squares[self._party] = torch.tensor(totals or [0.0], dtype=torch.float64)
@@ -113,10 +114,14 @@ class SharedUpdates:
         shown = [self._updates[self._party], *figures] if self._counts else []
         return self._norm, flags, shown
 
-    def write_(self) -> float:
-        """Advance to the next global vector, and write it; return the parameters' distance from the mean."""
-        distance, self._norm = self._distance(), None
-        if self._moves:
+    def write_(self, *, moves: bool) -> float:
+        """Write the global vector; return the parameters' distance from the mean.
+
+        Args:
+            moves: Whether to advance to the next one first: not if nobody counts after all.
+        """
+        distance = self._distance() if moves else self._norm
+        if moves:
             self.global_, self._next = self._next, self.global_
         pieces, values = self._views(self.global_)
         flat = [piece for piece in pieces if isinstance(piece, Tensor)]
@@ -184,8 +189,6 @@ class SharedUpdates:
 
     def _distance(self) -> float:
         """Return the distance of this party's parameters from the parties' mean."""
-        if not self._moves:
-            return math.nan if self._norm is None else self._norm
         if self._counts:
             return norm_of(self._squares[:, self._party].tolist())
         squares = []

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from pellm_lightning.aggregation.base import Parts, RoundContext
-from pellm_lightning.aggregation.robust import RobustRule
 from pellm_lightning.engine import outer_optimizer
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.context import EngineContext
-from pellm_lightning.engine.shared_updates import ReducedFlags, SharedUpdates, flags_size
+from pellm_lightning.engine.shared_updates import LARGEST, ReducedFlags, SharedUpdates, flags_size
 from pellm_lightning.exchange import Plain
 from pellm_lightning.privacy.clipping import squared_norm
 from pellm_lightning.privacy.processor import DPProcessor
 from pellm_lightning.tensors import portable
 from pellm_lightning.tensors.flat_buffer import Chunk, Layout, norm_of, sum_of_squares
 
-_LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -42,7 +40,7 @@ class UpdateReducer:
         self._exact = context.exchange.exact
         self._private = context.privacy
         self._tells_norms = context.shares_figures
-        self._is_robust = isinstance(context.plan.rule, RobustRule)
+        self._is_robust = context.robust_rule is not None
         self._auxiliary = auxiliary = context.auxiliary
         self.carried = layout.new_vector() if auxiliary is not None and auxiliary.vector else None
         """Mean of the parties' vectors of the last round in which each part crossed, (D,) float32."""
@@ -55,7 +53,8 @@ class UpdateReducer:
         self._rescales = auxiliary is not None and auxiliary.rescales
         self.bounds = context.new_sender_bounds()
         """Bounds that this party applies to what it sends itself; None without."""
-        extra = flags_size(self._federation.max_parties) + self._rescales + (self.bounds is not None)
+        self._reports_norm = self.bounds is not None and self.bounds.norm_factor is not None
+        extra = flags_size(self._federation.max_parties) + self._rescales + self._reports_norm
         self._staging = layout.new_vector(extra=extra)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
@@ -132,7 +131,7 @@ class UpdateReducer:
         factor = share if not self._rescales else share / effective_steps if effective_steps else 0.0
         if self._is_robust:
             factor = float(share > 0)
-        if self.bounds is not None and share:
+        if self.bounds is not None and self._reports_norm and share:
             norm = self._norm_of(averaged)
             factor *= self.bounds.scale(norm)
             reported = self.bounds.reported(norm)
@@ -274,9 +273,9 @@ class UpdateReducer:
     ) -> None:
         """Write this party's flags: whether its values are finite, and its share of the mean loss."""
         # 0 says that something is not finite, or beyond float32.
-        vote = float(update_norm <= _LARGEST)
+        vote = float(update_norm <= LARGEST)
         if vote and self._tells_norms:
-            vote = max(update_norm, _SMALLEST)
+            vote = max(update_norm, _SMALLEST)  # read as 0 again
         known = loss if share > 0 and loss is not None and math.isfinite(loss) else None
         mine = [
             vote if party == self._federation.party else 0.0 for party in range(self._federation.max_parties)
@@ -288,19 +287,19 @@ class UpdateReducer:
             *of_loss,
             share,
             *([share * effective_steps] if self._rescales else []),
-            *([share * reported_norm] if self.bounds is not None else []),
+            *([share * reported_norm] if self._reports_norm else []),
         ]
         flags.copy_(torch.tensor(numbers, dtype=flags.dtype))
 
     def _read_flags(self, flags: Tensor) -> ReducedFlags:
         numbers = flags.tolist()
-        norm = numbers.pop() if self.bounds is not None else 0.0
+        norm = numbers.pop() if self._reports_norm else 0.0
         effective_steps = numbers.pop() if self._rescales else 0.0
         *fine, bit, loss, share, total = numbers
         met = fine[: self._federation.num_parties]
         return ReducedFlags(
             fine=[0 < vote < math.inf for vote in met],
-            norms=met if self._tells_norms else [],
+            norms=[0.0 if norm <= _SMALLEST else norm for norm in met] if self._tells_norms else [],
             total_weight=total,
             clipping_bit=bit / total if total else 0.0,
             loss=loss / share if share else None,
@@ -326,7 +325,7 @@ class UpdateReducer:
                 and so does the learning rate.
         """
         if self._shared is not None:
-            distance = self._shared.write_()
+            distance = self._shared.write_(moves=moves)
             self._parameter.set_(self._shared.global_)
             return distance
         plain = outer_optimizer.is_plain_sgd(self.optimizer)

@@ -27,7 +27,7 @@ EXAMPLES = torch.tensor([3, 1, 4, 1, 5, 9, 2], dtype=torch.float64)
 SHARES = EXAMPLES / EXAMPLES.sum()
 EQUAL = torch.full((7,), 1 / 7, dtype=torch.float64)
 weights_of_parties = st.lists(
-    st.sampled_from([0.0, 0.5, 1.0, 3.0, 300.0, 1e9]) | st.floats(1e-3, 1e12), max_size=9
+    st.sampled_from([0.0, 1e-20, 0.5, 1.0, 3.0, 300.0, 1e9]) | st.floats(1e-3, 1e12), max_size=9
 )
 
 
@@ -250,6 +250,16 @@ def test_caps_step_by_step() -> None:
     assert influence.capped([10, 10, 1], 0.4) == pytest.approx([2, 2, 1])
     # What has been capped stays so without the third: C = 0.5 (C + 2), 2.
     assert influence.capped([2.0, 2.0, 0.0], 0.6) == [2.0, 2.0, 0.0]
+
+
+def test_a_party_that_hardly_moved_has_a_place_among_the_others() -> None:
+    """What rounding makes of its inner product with itself may be below 0."""
+    gram = gram_of(random(3, 5))
+    gram[4], gram[:, 4] = 0.0, 0.0
+    gram[4, 4] = -1e-18
+    for rule in (GeometricMedian(), GeometricMedian(mixing=1), NormBound(), Krum(), MultiKrum()):
+        assert rule.influence(gram, equal(5)).isfinite().all()
+    assert gram[4, 4] == -1e-18, "the argument is left alone"
 
 
 # ---- absurd norms

@@ -318,8 +318,6 @@ def test_compressed_values_give_nearly_the_same(rule: Aggregation, exchange: Any
 @pytest.mark.parametrize("rule", [GeometricMedian(), Median(), Krum(mixing=1)], ids=repr)
 def test_fragments_are_judged_one_by_one(rule: Aggregation) -> None:
     done = rounds_of(rule, [1, 3, 0, 2, 1], rounds=4, overlap=Overlap(fragments=2))
-    for parties in zip(*done, strict=True):
-        assert len({bits(party.result) for party in parties[:1]}) == 1
     last = [party[-1] for party in done]
     assert last[0].report.round == 3
     # After the last round of each fragment all hold the same there; the other fragment has moved on since.
@@ -411,7 +409,7 @@ def test_too_few_parties_to_protect_any_are_refused(rule: Aggregation, parties: 
         Aggregator(federation, start(0), aggregation=rule, lora=LORA)
 
     for message in refusals(run_parties(parties, act, may_fail=True), ValueError):
-        assert f"protects {parties + 1} parties or more, and these are {parties}" in message or parties == 4
+        assert f"protects {parties + 1} parties or more, and these are {parties}" in message
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,38 @@ def test_a_round_below_quorum_puts_all_back() -> None:
     assert shared[0][1][0].distance == gloo[0][1][0].distance == math.sqrt(30)
 
 
+def test_a_round_that_an_absurd_update_leaves_below_quorum_puts_all_back() -> None:
+    """Known only after the sums: what has been computed must not be written."""
+
+    def act(federation: Federation) -> tuple[bytes, RoundReport]:
+        w = torch.zeros(30)
+        aggregator = started(federation, {"w": w}, quorum=3)
+        w += [1.0, 2.0, 1e20][federation.party]
+        report = aggregator.step(1)
+        assert bits(w) == bytes(4 * 30), "as before the round"
+        return bits(w), report
+
+    shared, gloo = on_both(3, act)
+    assert [result[0] for result in shared] == [result[0] for result in gloo]
+    for (_, report), (_, other) in zip(shared, gloo, strict=True):
+        assert (report.excluded, report.active_parties) == ((2,), 0)
+        assert_alike(report, other)
+
+
+@pytest.mark.parametrize("learns", [0, 1, 2])
+def test_who_learns_beside_parties_that_do_not_is_not_absurd(learns: int) -> None:
+    def act(federation: Federation) -> tuple[bytes, RoundReport]:
+        w = torch.zeros(30)
+        aggregator = started(federation, {"w": w})
+        w += float(federation.party == learns)
+        report = aggregator.step(1)
+        return bits(w), report
+
+    shared, gloo = on_both(3, act)
+    assert {bits_ for bits_, _ in (*shared, *gloo)} == {bits(torch.full((30,), 1 / 3))}
+    assert all(report.excluded == () for _, report in (*shared, *gloo))
+
+
 class Nothing(Mean):
     """A rule that averages no part in its odd rounds."""
 
