@@ -1,6 +1,7 @@
 """GlobalState: counters, global vector, outer optimizers and privacy budget, as one party holds them."""
 
 import copy
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pellm_lightning.aggregation.heterogeneous_rank import PaddedFactors
 from pellm_lightning.comm import MismatchError, Version
+from pellm_lightning.comm.evidence.certificate import RoundStatement
 from pellm_lightning.engine import state_transfer
 from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.fragments import fragments_of
@@ -35,6 +37,7 @@ class Counters:
         distance: 2-norm of the parameters minus the result, in the last round.
         unwritten: Fragments whose parameters are still to be written.
         loaded: The state that this party has resumed from; None if it begins.
+        statement: What was stated of the last round, where parties leave evidence.
 
     Example:
         >>> Counters(short_rounds=(0,)).round
@@ -47,6 +50,7 @@ class Counters:
     distance: float = math.nan
     unwritten: frozenset[int] = frozenset()
     loaded: Mapping[str, Any] | None = None
+    statement: RoundStatement | None = None
 
 
 class GlobalState:
@@ -93,6 +97,11 @@ class GlobalState:
     def loaded(self) -> Mapping[str, Any] | None:
         """The state that this party has resumed from; None if it begins."""
         return self._counters.loaded
+
+    @property
+    def statement(self) -> RoundStatement | None:
+        """What was stated of the last round, where parties leave evidence; None before the first."""
+        return self._counters.statement
 
     @property
     def fragment(self) -> int:
@@ -149,6 +158,10 @@ class GlobalState:
             distance=distance,
             unwritten=before.unwritten if written else before.unwritten | {fragment},
         )
+
+    def note_statement(self, statement: RoundStatement | None) -> None:
+        """Take note of what is stated of the round that has just ended."""
+        self._counters = replace(self._counters, statement=statement)
 
     # ---- the parameters
 
@@ -260,6 +273,7 @@ class GlobalState:
             "global": self.vector,
             "fragments": [updates.state() for updates in self.fragments],
             "privacy": None if privacy is None else privacy.state_dict(),
+            "statement": None if counters.statement is None else counters.statement.text,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,6 +317,7 @@ class GlobalState:
         return True
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
+        statement = state.get("statement")
         if len(state["short_rounds"]) != len(self.fragments):
             raise ValueError(
                 f"The saved federated state is of {len(state['short_rounds'])} fragments, these are"
@@ -313,6 +328,7 @@ class GlobalState:
             round=state["round"],
             version=Version(*state["version"]) if state.get("version") else None,
             short_rounds=tuple(state["short_rounds"]),
+            statement=RoundStatement.from_json(json.loads(statement)) if statement else None,
         )
 
     def _restore(self, state: Mapping[str, Any]) -> None:

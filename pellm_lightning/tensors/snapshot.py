@@ -58,7 +58,7 @@ def pack(state: Mapping[str, Any]) -> memoryview:
     """Serialize a state of tensors, numbers, strings, lists and dictionaries."""
     tensors, structure = _split(state)
     metadata = {"structure": structure, "digest": _digest(structure, tensors)}
-    parts = [np.frombuffer(_header(tensors, metadata), np.uint8), *map(_bytes_of, tensors.values())]
+    parts = [np.frombuffer(_header(tensors, metadata), np.uint8), *map(bytes_of, tensors.values())]
     packed = np.empty(sum(part.nbytes for part in parts), np.uint8)
     np.concatenate(parts, out=packed)
     return packed.data
@@ -124,7 +124,7 @@ class SnapshotDir:
         def written(file: BinaryIO) -> None:
             file.write(_header(tensors, {"structure": structure, "digest": _NO_DIGEST}))
             for tensor in tensors.values():
-                file.write(_bytes_of(tensor).data)
+                file.write(bytes_of(tensor).data)
             file.truncate()
             _sync(file)
 
@@ -262,13 +262,18 @@ def _read(packed: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
         if begin != end or min(shape, default=0) < 0 or stop - begin != size or stop > len(data):
             raise DamagedError(f"{name!r:.100} has invalid offsets")
         tensors[name], end = torch.empty(shape, dtype=dtype), stop
-        np.copyto(_bytes_of(tensors[name]), data[begin:stop])
+        np.copyto(bytes_of(tensors[name]), data[begin:stop])
     if end != len(data):
         raise DamagedError("it is longer than its tensors")
     return tensors, metadata
 
 
-def _bytes_of(tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+def dtype_code(dtype: str) -> str:
+    """Return safetensors' name of a dtype, given torch's, such as "float32"."""
+    return _CODES[getattr(torch, dtype)]
+
+
+def bytes_of(tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     """Return a contiguous tensor's memory as bytes."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
@@ -277,7 +282,7 @@ def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(structure.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor).data)
+        digest.update(bytes_of(tensor).data)
     return digest.hexdigest()
 
 

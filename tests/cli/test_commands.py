@@ -18,7 +18,7 @@ from certificates import files, tls_of
 from pellm_lightning.cli import commands
 from pellm_lightning.cli.main import main
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
-from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
+from pellm_lightning.comm.signing_keys import SigningKey, TrustedKeys
 
 
 @pytest.fixture(autouse=True)

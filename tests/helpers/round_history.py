@@ -117,11 +117,12 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
         seen["stage"] = "settled"
         return decision
 
-    def settles(*arguments: Any) -> None:
+    def settles(*arguments: Any) -> Any:
         seen["stage"] = "in doubt"
         keep(entry_of(aggregator, seen["weights"], "made"))
-        commit(*arguments)
+        signatures = commit(*arguments)
         keep(entry_of(aggregator, seen["weights"], seen["stage"]))
+        return signatures
 
     aggregator._rounds._prepare = prepares  # type: ignore[method-assign]
     aggregator._rounds._round_context = counts  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """Commit protocol: votes, the one decision on each attempt, and the step to the next term."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat
@@ -39,9 +39,16 @@ class CommitProtocol:
     def __init__(self, register: Register, peers: Heartbeat, me: LocalParty) -> None:
         self._register, self._peers, self._me = register, peers, me
 
-    def vote(self, view: QuorumView, digest: str) -> list[Any]:
-        """Vote for a result; return what ``await_decision`` takes for ``found``."""
+    def vote(self, view: QuorumView, digest: str, signature: str = "") -> list[Any]:
+        """Vote for a result; return what ``await_decision`` takes for ``found``.
+
+        Args:
+            view: The view.
+            digest: Of the result.
+            signature: This party's of the round, which the decision passes on; empty for none.
+        """
         vote = {"term": view.term, "incarnation": self._me.incarnation, "digest": digest}
+        vote |= {"signature": signature} if signature else {}
         return self._register.transact([Write(f"vote/@{self._me.name}", vote)], _keys(view))[1]
 
     def await_decision(self, view: QuorumView, timeout_s: float, found: list[Any] | None = None) -> Decision:
@@ -68,6 +75,7 @@ class CommitProtocol:
             digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)}
             verdict = self._verdict(view, digests)
             if verdict:
+                verdict |= _signatures(verdict, view, votes)
                 decision = self._decide(view, verdict)
                 if isinstance(decision, dict):
                     return decision
@@ -156,6 +164,16 @@ def decision_key(view: QuorumView) -> str:
 
 def _keys(view: QuorumView) -> list[str]:
     return ["term", decision_key(view), *(f"vote/@{name}" for name in view.members)]
+
+
+def _signatures(verdict: Decision, view: QuorumView, votes: Sequence[Any]) -> dict[str, dict[str, str]]:
+    """Return what a decision to commit passes on: the signatures of those who voted for it, by name."""
+    signed = {
+        name: str(vote["signature"])
+        for name, vote in zip(view.members, votes, strict=True)
+        if isinstance(vote, dict) and "signature" in vote and _vote(vote, view, name) == verdict.get("commit")
+    }
+    return {"signatures": signed} if signed else {}
 
 
 def _vote(value: Any, view: QuorumView, name: str) -> str | None:

@@ -16,7 +16,7 @@ docs/reliability.md.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -50,6 +50,7 @@ from pellm_lightning.comm.elastic.register import (
     UnreachableError,
     connect_register,
 )
+from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener
 from pellm_lightning.comm.quorum import Quorum
@@ -133,8 +134,9 @@ class ElasticFederation(Communicator):
         self._reachability = ReachabilityTracker(roster)
         self._specs = SpecExchange(self._register, self._me)
         self._commit_protocol = CommitProtocol(self._register, self._peers, self._me)
+        self._revoked = RevokedMembers(name, tls)
         self._quorum_protocol = QuorumProtocol(
-            self._register, self._peers, self._specs, self._reachability, self._me
+            self._register, self._peers, self._specs, self._reachability, self._me, self._revoked
         )
         self._quorum_protocol.interrupt = self._check_waiting
         self._connections = MemberConnections(self._listener, self._me, self._peers, tls)
@@ -267,7 +269,7 @@ class ElasticFederation(Communicator):
         return Version(view.run_id, round, view.attempt)
 
     @override
-    def commit(self, digest: str) -> None:
+    def commit(self, digest: str, signature: str = "") -> Mapping[str, Any]:
         """Vote for the result that this party has made durable; return once it is committed.
 
         If the rendezvous is lost after the vote, the result stands: the others have made the same durable,
@@ -280,12 +282,12 @@ class ElasticFederation(Communicator):
         except RestartedError as error:
             raise PartyLostError("The rendezvous was restarted before the vote.") from error
         try:
-            found = self._commit_protocol.vote(view, digest)
+            found = self._commit_protocol.vote(view, digest, signature)
             decision = self._commit_protocol.await_decision(view, self.timeout_s, found)
         except (RestartedError, UnreachableError):
             log.warning("[party %s] the rendezvous went away after the vote; its result stands", self._name)
             self._connections.drop()
-            return
+            return {}
         if "abort" in decision:
             self._try(lambda: self._note_abort(view, decision))
             raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
@@ -296,6 +298,8 @@ class ElasticFederation(Communicator):
             )
         self._reachability.connected(view.members)
         self._ended = view
+        signatures = decision.get("signatures")
+        return signatures if isinstance(signatures, dict) else {}
 
     @override
     def abort_attempt(self, error: Exception) -> bool:
@@ -392,6 +396,8 @@ class ElasticFederation(Communicator):
         if self._closed:
             raise FederationError(f"Party {self._name} has left this federation. Join it again.")
         self._peers.check_not_replaced()
+        if self._revoked.has_changed():
+            self._connections.drop()  # new ones are made with those alone whose certificates still count
         entry = self._entry(intent, version, metadata)
         self._specs.publish()
         view = self._quorum_protocol.join(entry, deadline, self._ending())
@@ -402,6 +408,11 @@ class ElasticFederation(Communicator):
         self._peers.note_incarnations(view.entries)
         if not view.includes(self._name, self._me.incarnation):
             self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
+            return None
+        self._revoked.take(view.entries.values())
+        if len(self._revoked.without(view.entries)) < len(view.entries):
+            self._commit_protocol.abort(view, "a member's certificate is revoked")
+            self._commit_protocol.end(view)
             return None
         if self._last_term == (self._register.life, view.term):
             # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
@@ -444,6 +455,8 @@ class ElasticFederation(Communicator):
             group=self._connections.group,
             member=self._view is not None,
             metadata=metadata,
+            serial=self._revoked.serial,
+            revoked=self._revoked.list,
         )
 
     def _accept(self, view: QuorumView) -> None:

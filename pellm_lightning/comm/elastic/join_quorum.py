@@ -18,6 +18,7 @@ from pellm_lightning.comm.elastic.register import (
     UnreachableError,
     Write,
 )
+from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
 from pellm_lightning.comm.errors import (
     FederationError,
     MismatchError,
@@ -47,6 +48,7 @@ class QuorumProtocol:
         specs: The parties' specs.
         reachability: Who cannot reach whom.
         me: This party, and how long it waits for whom.
+        revoked: Whose certificates are revoked.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class QuorumProtocol:
         specs: SpecExchange,
         reachability: ReachabilityTracker,
         me: LocalParty,
+        revoked: RevokedMembers | None = None,
     ) -> None:
+        self._revoked = revoked or RevokedMembers(me.name, None)
         self._register, self._peers, self._specs = register, peers, specs
         self._reachability, self._me = reachability, me
         self.partners: Collection[str] = ()
@@ -154,7 +158,9 @@ class QuorumProtocol:
         """Return those who have joined this term and are still alive."""
         joined = {name: entry for name, entry in entries.items() if entry is not None and entry.term == term}
         self._peers.note_incarnations(joined)
-        return {name: entry for name, entry in joined.items() if self._peers.runs(name, entry.incarnation)}
+        alive = {name: entry for name, entry in joined.items() if self._peers.runs(name, entry.incarnation)}
+        self._revoked.take(alive.values())
+        return self._revoked.without(alive)
 
     def _ready(
         self, entries: dict[str, QuorumMember], mine: QuorumMember, deadline: "QuorumDeadline"
@@ -187,7 +193,7 @@ class QuorumProtocol:
 
     def _awaited(self, entries: Mapping[str, QuorumMember], deadline: "QuorumDeadline") -> list[str]:
         """Return those who have not joined yet, but are expected to."""
-        missing = [name for name in self._me.roster if name not in entries]
+        missing = [name for name in self._me.roster if name not in entries and name not in self._revoked]
         current = stage(entries, self._me.quorum)
         if current == "beginning":
             return missing

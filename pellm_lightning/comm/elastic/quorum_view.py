@@ -11,6 +11,8 @@ from pellm_lightning.comm.sockets import split_address
 _INTENTS = ("exchange", "metadata", "rest")
 # Longer than any name, address or digest.
 _MAX_TEXT = 256
+# Of a revocation list with about a thousand entries.
+_MAX_LIST = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class QuorumMember:
     member: bool
     """Whether this process has been part of a quorum before."""
     metadata: Metadata
+    serial: str = ""
+    """Serial number of its certificate, in hexadecimal digits; empty without TLS."""
+    revoked: str = ""
+    """The newest revocation list that it knows, PEM; empty for none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
@@ -53,7 +59,7 @@ class QuorumMember:
         """Return what a peer wrote, or None if it is malformed."""
         if not isinstance(value, dict) or value.keys() != cls.__annotations__.keys():
             return None
-        texts = [value[key] for key in ("incarnation", "address", "digest", "run_id", "group")]
+        texts = [value[key] for key in ("incarnation", "address", "digest", "run_id", "group", "serial")]
         numbers = [value["term"], value["attempt"]]
         version = value["version"]
         if (
@@ -64,6 +70,7 @@ class QuorumMember:
             or value["intent"] not in _INTENTS
             or not isinstance(value["member"], bool)
             or not isinstance(value["metadata"], dict)
+            or not _is_text(value["revoked"], _MAX_LIST)
         ):
             return None
         return cls(**value | {"version": Version(*version) if version else None})
@@ -186,8 +193,8 @@ def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_TEXT
+def _is_text(value: Any, most: int = _MAX_TEXT) -> bool:
+    return isinstance(value, str) and len(value) <= most
 
 
 def _is_address(value: str) -> bool:

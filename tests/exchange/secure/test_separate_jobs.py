@@ -23,9 +23,9 @@ from secure_exchange import keys, masked, signing_key_of
 from torch import Tensor
 
 from pellm_lightning import FederationError
+from pellm_lightning.comm.signing_keys import TrustedKeys
 from pellm_lightning.exchange import SecureAggregation
 from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, FixedPoint, KeyStream
-from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
 
 DIGITS = 24
 BALLOT = 3
