@@ -136,7 +136,7 @@ def test_who_comes_back_gets_what_it_has_missed_only(
 
 
 def test_what_was_voted_as_the_rendezvous_died_is_signed_later(world: Callable[..., World]) -> None:
-    """Nobody learns the decision on a round, and its result stands; the next meeting brings the signatures."""
+    """Nobody learns the decision on a round, and its result stands; the next meeting brings signatures."""
     w = world(rounds=5)
     faults = {"vote:after@3": loses_rendezvous}
     w.start("p0", "p1")

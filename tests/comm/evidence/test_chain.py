@@ -1,4 +1,4 @@
-"""Chains of round certificates: a good one holds; whatever is changed, left out or added is refused in words."""
+"""Chains of round certificates: a good one holds; what is changed, left out or added is refused in words."""
 
 import json
 from collections.abc import Callable
@@ -257,7 +257,7 @@ def test_a_certificate_of_another_key_does_not_make_a_key_a_partys(certified: tu
 def test_signatures_of_a_revoked_certificate_are_refused(certified: tuple[Path, Chain]) -> None:
     folder, chain = certified
     revoke(folder, ["b"])
-    with pytest.raises(EvidenceError, match="key of 'b' is not accepted.*the authority has revoked it"):
+    with pytest.raises(EvidenceError, match=r"key of 'b' is not accepted.*the authority has revoked it"):
         verify(chain, authorities(folder))
 
 
