@@ -320,7 +320,7 @@ class EvidenceKeeper:
         try:
             newer = Chain.parse(data.decode())
             chain = newer
-            if newer.certificates and newer.certificates[0].statement.round > 0:
+            if not newer.certificates or newer.certificates[0].statement.previous is not None:
                 kept = self._store.read()
                 before = [c for c in kept.certificates if c.statement.round < held[0]]
                 chain = Chain(
@@ -328,7 +328,8 @@ class EvidenceKeeper:
                     newer.identities | kept.identities,
                     [*before, *newer.certificates],
                 )
-            verify(chain, None if self._signer is None else self._signer.trust)
+            first = chain.certificates[0].statement.round if chain.certificates else 0
+            verify(chain, None if self._signer is None else self._signer.trust, first)
             if statement is None or chain.head != statement.hash:
                 raise EvidenceError(
                     "it does not end with the round of the state that this party has received"

@@ -122,12 +122,13 @@ class Chain:
             raise EvidenceError("it holds no terms, no identity and no round")
 
 
-def verify(chain: Chain, trust: Trust | None = None) -> None:
+def verify(chain: Chain, trust: Trust | None = None, first: int = 0) -> None:
     """Verify a chain: every link, every signature, and a quorum of them for each round.
 
     Args:
         chain: The chain.
         trust: Whose keys are trusted; None takes each party's key from the chain itself.
+        first: The round with which it begins.
 
     Raises:
         EvidenceError: If anything does not hold; the message names round and party.
@@ -135,7 +136,7 @@ def verify(chain: Chain, trust: Trust | None = None) -> None:
     accepted: set[str] = set()
     before: RoundStatement | None = None
     for certificate in chain.certificates:
-        _check_link(certificate.statement, before)
+        _check_link(certificate.statement, before, first)
         terms = chain.terms.get(certificate.statement.terms)
         if terms is None:
             raise EvidenceError(
@@ -210,9 +211,9 @@ def is_signed(statement: str, signature: bytes, identity: Identity) -> bool:
     return is_signature(identity.name, identity.key, signature, identity.message(statement))
 
 
-def _check_link(statement: RoundStatement, before: RoundStatement | None) -> None:
-    """Raise unless a statement follows another one."""
-    expected = 0 if before is None else before.round + 1
+def _check_link(statement: RoundStatement, before: RoundStatement | None, first: int) -> None:
+    """Raise unless a statement follows another one, or is the first."""
+    expected = first if before is None else before.round + 1
     if statement.round > expected:
         last = statement.round - 1
         gone = f"round {last} is" if last == expected else f"rounds {expected} to {last} are"
