@@ -62,7 +62,7 @@ class EvidenceKeeper:
         self._store = CertificateStore(directory if self.is_on else None)
         self._saved = Chain()
         self._signers: dict[str, Identity] = {}
-        self._refused: dict[str, str] = {}
+        self._shown: dict[str, Any] = {}
         if self._signer is not None:
             self._signers[federation.name] = self._signer.identity
         self._base = ""
@@ -114,8 +114,9 @@ class EvidenceKeeper:
         if not self._store.pending:
             return
         for name, header in headers.items():
-            signatures = header.evidence.get("signatures")
-            for certificate in self._store.pending if isinstance(signatures, dict) else ():
+            shown = header.evidence.get("signatures")
+            signatures = shown if isinstance(shown, dict) else {}
+            for certificate in self._store.pending:
                 value = signatures.get(certificate.statement.hash)
                 if isinstance(value, str) and name not in certificate.signatures:
                     self._take(certificate, name, value)
@@ -255,22 +256,19 @@ class EvidenceKeeper:
     def _learn(self, headers: Mapping[str, Header], identities: Sequence[Any]) -> None:
         """Note as whom the members sign, as far as their keys are trusted."""
         for name, shown in zip(headers, identities, strict=True):
-            if self._signer is None or shown is None:
+            if self._signer is None or shown is None or shown == self._shown.get(name):
                 continue
+            self._shown[name] = shown
+            self._signers.pop(name, None)
             try:
                 identity = Identity.from_json(shown)
-                why = (
-                    refused(identity, self._signer.trust)
-                    if identity.name == name
-                    else "it is another party's"
-                )
+                why = refused(identity, self._signer.trust)
+                why = why if identity.name == name else "it is another party's"
             except EvidenceError as error:
                 why = str(error)
             if why is None:
                 self._signers[name] = identity
-            elif self._refused.get(name) != why:
-                self._signers.pop(name, None)
-                self._refused[name] = why
+            else:
                 log.warning(
                     "[party %s] The signatures of party %s do not count: its key is not accepted (%s).",
                     self._federation.name,

@@ -168,10 +168,12 @@ def _keys(view: QuorumView) -> list[str]:
 
 def _signatures(verdict: Decision, view: QuorumView, votes: Sequence[Any]) -> dict[str, dict[str, str]]:
     """Return what a decision to commit passes on: the signatures of those who voted for it, by name."""
+    if "commit" not in verdict:
+        return {}
     signed = {
         name: str(vote["signature"])
         for name, vote in zip(view.members, votes, strict=True)
-        if isinstance(vote, dict) and "signature" in vote and _vote(vote, view, name) == verdict.get("commit")
+        if _vote(vote, view, name) == verdict["commit"] and "signature" in vote
     }
     return {"signatures": signed} if signed else {}
 

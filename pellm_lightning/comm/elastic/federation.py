@@ -14,7 +14,6 @@ lost. The scheme is that of an atomic commitment over single-decree registers; t
 docs/reliability.md.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -212,28 +211,13 @@ class ElasticFederation(Communicator):
         """Publish this party's spec; return it and those of the parties that are alive."""
         self._digest = digest
         self._specs.set(spec, difference)
-        known: dict[str, PartySpec | None] = {}
-        # If the rendezvous is away, the first quorum publishes it again.
-        with contextlib.suppress(RestartedError, UnreachableError):
-            self._specs.publish()
-            others = [name for name in self.roster if name != self._name and self._peers.alive(name)]
-            specs = self._specs.of([(name, self._peers.incarnation(name)) for name in others])
-            known = dict(zip(others, specs, strict=True))
-        known[self._name] = spec
-        return {name: found for name in self.roster if (found := known.get(name)) is not None}
+        others = [name for name in self.roster if name != self._name and self._peers.alive(name)]
+        known = self._specs.known([(name, self._peers.incarnation(name)) for name in others])
+        return {name: known[name] for name in self.roster if name in known}
 
     @override
     def party_specs(self) -> list[PartySpec]:
-        entries = self._current_view.entries
-        try:
-            found = self._specs.of([(name, entry.incarnation) for name, entry in entries.items()])
-        except (RestartedError, UnreachableError) as error:
-            raise PartyLostError("The rendezvous went away in the round.") from error
-        specs = [spec for spec in found if spec is not None]
-        if len(specs) < len(found):
-            name = self.names[found.index(None)]
-            raise PartyLostError(f"Party {name} was restarted meanwhile.", parties=(name,))
-        return specs
+        return self._specs.of_members(self._current_view.entries)
 
     @override
     def gather_json(self, key: str, value: object) -> list[Any]:
@@ -409,8 +393,7 @@ class ElasticFederation(Communicator):
         if not view.includes(self._name, self._me.incarnation):
             self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
             return None
-        self._revoked.take(view.entries.values())
-        if len(self._revoked.without(view.entries)) < len(view.entries):
+        if not self._revoked.accepts(view.entries):
             self._commit_protocol.abort(view, "a member's certificate is revoked")
             self._commit_protocol.end(view)
             return None
@@ -456,7 +439,7 @@ class ElasticFederation(Communicator):
             member=self._view is not None,
             metadata=metadata,
             serial=self._revoked.serial,
-            revoked=self._revoked.list,
+            revoked=self._revoked.pem,
         )
 
     def _accept(self, view: QuorumView) -> None:

@@ -36,7 +36,7 @@ class RevokedMembers:
         return "" if self._tls is None else f"{self._tls.serial:x}"
 
     @property
-    def list(self) -> str:
+    def pem(self) -> str:
         """The newest list, as this party shows it; empty if there is none."""
         newest = None if self._file is None else self._file.newest
         return "" if newest is None else newest.pem.decode()
@@ -64,7 +64,7 @@ class RevokedMembers:
         """
         if self._file is None or self._tls is None:
             return
-        for text in {entry.revoked for entry in entries} - {"", self.list}:
+        for text in {entry.revoked for entry in entries} - {"", self.pem}:
             try:
                 if self._file.take(text.encode()):
                     log.warning("[party %s] received revocation list %d", self._name, self.number)
@@ -78,6 +78,15 @@ class RevokedMembers:
                 f"The certificate of party {self._name} was revoked by the federation's authority, so the"
                 " others continue without it. Ask the administrator; with a new one the party can come back."
             )
+
+    def accepts(self, entries: Mapping[str, QuorumMember]) -> bool:
+        """Tell whether no member's certificate is revoked, as these members know.
+
+        Raises:
+            FederationError: If this party's own one is.
+        """
+        self.take(entries.values())
+        return len(self.without(entries)) == len(entries)
 
     def without(self, entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
         """Return those who have joined with a certificate that is not revoked."""
