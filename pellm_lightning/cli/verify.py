@@ -111,7 +111,7 @@ def _check_adapter(folder: Path, chain: Chain) -> str:
     try:
         found = parameters_digest(parts())
     except ValueError as error:
-        raise EvidenceError(str(error)) from error
+        raise EvidenceError(str(error).rstrip(".")) from error
     if found != last.result:
         raise EvidenceError(
             f"the adapter is not the result of round {last.round}, whose digest is {last.result[:16]}...:"
@@ -154,7 +154,7 @@ def _parts_in(file: Path) -> "Iterator[Part]":
     try:
         yield from parts_in(file)
     except ValueError as error:
-        raise EvidenceError(str(error)) from error
+        raise EvidenceError(str(error).rstrip(".")) from error
 
 
 # ---- what it says

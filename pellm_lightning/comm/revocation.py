@@ -120,7 +120,7 @@ class RevocationFile:
         if self.newest is not None:
             with contextlib.suppress(OSError):
                 replace_file(self.path, self.newest.pem)
-            self._seen = None
+            self.problem, self._seen = "", None
 
 
 def replace_file(path: Path, data: bytes) -> None:

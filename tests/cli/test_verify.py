@@ -93,7 +93,7 @@ def test_another_adapter_is_refused(exported: Callable[..., tuple[Path, Parties]
         EvidenceError, match="the 2 tensors of the adapter are not the 3 that the parties trained"
     ):
         verified(folder)
-    path.write_bytes(good[:200])
+    path.write_bytes(good[:-20])
     with pytest.raises(EvidenceError, match="is cut off in"):
         verified(folder)
     path.write_bytes(b"no tensors")
@@ -168,6 +168,6 @@ def test_a_refusal_is_an_exit_status(
     with pytest.raises(SystemExit) as exited:
         main(["verify", str(folder)])
     assert exited.value.code in (1, 2)
-    said = capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
     assert "does not hold: round 0: the signature of 'a' does not fit" in said
     assert "Do not rely on this adapter" in said

@@ -114,6 +114,7 @@ def test_half_a_list_changes_nothing_in_a_run(office: Path, content: bytes) -> N
     assert own.revocations is not None
     assert own.revocations.problem
     own.revocations.keep()
+    assert own.revoked == before
     assert own.revocations.problem == ""
 
 

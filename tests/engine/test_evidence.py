@@ -195,7 +195,7 @@ def test_a_member_that_signs_something_else_does_not_count(
 
 
 def test_pinned_keys_of_secure_aggregation_sign_and_hide_weights(world: Callable[..., World]) -> None:
-    w = world(rounds=2, tls=None)
+    w = world(rounds=2, tls=None, quorum=3)
     w.start(exchange=masked())
     w.join()
     pinned = {name: text for name, text in TrustedKeys(keys())._texts.items() if name in w.roster}
@@ -207,7 +207,7 @@ def test_pinned_keys_of_secure_aggregation_sign_and_hide_weights(world: Callable
 
 
 def test_epsilon_is_stated(world: Callable[..., World]) -> None:
-    privacy = GaussianMechanism(noise_multiplier=1.0, max_norm=1.0, delta=1e-5)
+    privacy = GaussianMechanism(noise_multiplier=1.0, max_norm=1.0, delta=1e-5, distributed=False)
     w = world(rounds=2)
     w.start(privacy=privacy, weight=1.0)
     w.join()

@@ -44,7 +44,6 @@ from pellm_lightning.comm.elastic.register import (
     Action,
     Fence,
     Register,
-    ReplacedError,
     RestartedError,
     UnreachableError,
     connect_register,
@@ -492,5 +491,9 @@ class ElasticFederation(Communicator):
         """Do what the next quorum would make good anyway, if the rendezvous can be reached."""
         try:
             act()
-        except (UnreachableError, RestartedError, ReplacedError) as error:
+        except (
+            UnreachableError,
+            RestartedError,
+            FederationError,
+        ) as error:  # one that is refused, or replaced
             log.debug("[party %s] %s", self._name, error)

@@ -198,7 +198,7 @@ class Heartbeat:
         key = heartbeat_key(self._name)
         try:
             self._register.transact([Delete(key) if reason is None else Write(key, {"left": reason})])
-        except (UnreachableError, RestartedError, ReplacedError):
+        except (UnreachableError, RestartedError, FederationError):  # one that is refused, or replaced
             log.debug("[party %s] left, but the rendezvous cannot be told", self._name)
 
     def _join(self, wait_s: float) -> None:
@@ -251,6 +251,9 @@ class Heartbeat:
                 missed |= not self._beat()
             except ReplacedError:
                 self.is_replaced = True
+                return
+            except FederationError as error:  # refused for good, as the main thread will also be
+                log.warning("[party %s] sends no more heartbeats: %s", self._name, error)
                 return
             if missed:
                 self._reset(alive)

@@ -92,7 +92,7 @@ class Chain:
                     identity = self.identities[signature.identity]
                     needed[identity.hash] = canonical({"identity": json.loads(identity.text)})
             lines += [line for key, line in needed.items() if key not in written]
-            written |= needed.keys()
+            written.update(needed)
             lines.append(certificate.line)
         return lines
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from certificates import files
 from job_threads import World
+from party_threads import in_threads
 
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import TLS, ElasticFederation, FederationError, Membership
@@ -135,10 +137,10 @@ def test_the_rendezvous_refuses_a_revoked_certificate_at_once(office: Office) ->
             name: RendezvousStore(server.address, tls=office.tls(name), retry_s=2) for name in ROSTER[:2]
         }
         for store in stores.values():
-            store.set("key", "value")
+            store.compare_set("key", "", "value")
         office.revoke("p1", "rendezvous")
         with pytest.raises(FederationError, match=r"does not admit this party \(as 'p1'.*nor been revoked"):
-            stores["p1"].set("key", "another")
+            stores["p1"].compare_set("key", "value", "another")
         with pytest.raises(FederationError, match="does not admit this party"):
             RendezvousStore(server.address, tls=office.tls("p1"), retry_s=2)
         assert stores["p0"].get("key") == b"value"
@@ -170,3 +172,37 @@ def test_a_party_alone_may_be_revoked(office: Office) -> None:
     with pytest.raises(FederationError, match="The certificate of party p0 was revoked"):
         aggregator.step(1.0)
     federation.abort()
+
+
+def test_the_rendezvous_alone_can_end_a_revoked_party(
+    office: Office, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two parties over the real one, whose list is the only one: the heartbeat ends as the rounds do."""
+    names = ROSTER[:2]
+    with RendezvousServer("127.0.0.1", 0, roster=names, tls=office.tls("rendezvous")) as server:
+        failed: dict[str, BaseException] = {}
+
+        def party(name: str) -> None:
+            tls = office.tls(name)
+            membership = Membership(heartbeat_ttl_s=0.6, wait_s=2.0)
+            federation = ElasticFederation(
+                lambda: RendezvousStore(server.address, tls=tls, retry_s=1),
+                name,
+                names,
+                membership=membership,
+                tls=tls,
+            )
+            aggregator = Aggregator(federation, {"w": torch.zeros(2)})
+            try:
+                aggregator.start()
+                while True:
+                    aggregator.step(1.0)
+                    if name == names[1] and aggregator.round == 3:
+                        office.revoke(name, "rendezvous")
+            except FederationError as error:
+                failed[name] = error
+            federation.abort()
+
+        in_threads([partial(party, name) for name in names])
+    assert "does not admit this party (as 'p1'" in str(failed["p1"])
+    assert "missing: p1" in str(failed["p0"])
