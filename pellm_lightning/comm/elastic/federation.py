@@ -495,5 +495,5 @@ class ElasticFederation(Communicator):
             UnreachableError,
             RestartedError,
             FederationError,
-        ) as error:  # one that is refused, or replaced
+        ) as error:  # refused, or replaced
             log.debug("[party %s] %s", self._name, error)
