@@ -496,11 +496,13 @@ def test_what_separate_jobs_have_signed_lies_with_the_adapter(
     assert "tensors are the result of round 2, bit for bit" in capsys.readouterr().out
     assert "`evidence.jsonl` has signed certificates of its 3 rounds" in (saved / "README.md").read_text()
     for checkpoint in ("c", "middle"):
-        export(tmp_path / f"{checkpoint}.ckpt", tmp_path / checkpoint / "adapter")
+        module = CausalLM(llama, lora(modules_to_save=["lm_head"]))
+        export(tmp_path / f"{checkpoint}.ckpt", tmp_path / checkpoint / "adapter", module=module)
     exported = tmp_path / "c" / "adapter"
     assert main(["verify", str(exported), *trust]) == 0
     assert {path.name for path in exported.iterdir()} >= {"evidence.jsonl", "README.md"}
     with pytest.raises(EvidenceError, match="the adapter is not the result of round 1"):
         verified(tmp_path / "middle" / "adapter")
-    export(tmp_path / "c.ckpt", tmp_path / "merged", merged=True)
+    module = CausalLM(llama, lora(modules_to_save=["lm_head"]))
+    export(tmp_path / "c.ckpt", tmp_path / "merged", module=module, merged=True)
     assert not (tmp_path / "merged" / "evidence.jsonl").exists()

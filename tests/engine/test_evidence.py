@@ -63,19 +63,19 @@ def test_each_round_is_signed_by_all_who_took_part(world: Callable[..., World], 
             statement = certificate.statement
             assert statement.members == statement.counted == ("p0", "p1", "p2")
             assert statement.weights == (1.0, 2.0, 3.0)
-            assert (statement.rule, statement.epsilon) == ("LowRankMean()", None)
+            assert statement.rule.startswith("LowRankMean(")
+            assert statement.epsilon is None
     kept = (tmp_path / "p1" / FILE_NAME).read_text()
     assert kept == chains[1].text
     assert all(path.suffix == ".jsonl" for path in (tmp_path / "p1").iterdir()), "the end has left more"
 
 
 def test_a_restart_of_all_continues_the_chain(world: Callable[..., World]) -> None:
-    w = world(rounds=3)
-    first = w.start(finishes=False)
+    w = world(rounds=6)
+    first = w.start(faults={"training@3": die})
     w.join()
     w.rendezvous.restart()
     before = chain_of(first[0])
-    w.rounds, w.lives = 6, []
     again = w.start()
     w.join()
     chain = chain_of(again[2])
@@ -85,16 +85,15 @@ def test_a_restart_of_all_continues_the_chain(world: Callable[..., World]) -> No
 
 def test_a_checkpoint_continues_the_chain(world: Callable[..., World]) -> None:
     """Without a state_dir the checkpoint holds it; older checkpoints than the last round, too."""
-    w = world(rounds=2, state_dir=None)
-    first = w.start(finishes=False)
+    w = world(rounds=4, state_dir=None)
+    first = w.start(faults={"training@2": die})
     w.join()
     saved = [life.aggregator.state_dict() for life in first if life.aggregator]
     w.rendezvous.restart()
-    w.rounds, w.lives = 4, []
     for name, state in zip(w.roster, saved, strict=True):
         w.start(name, resume=state)
     w.join()
-    assert len(chain_of(w.lives[1]).certificates) == 4
+    assert len(chain_of(w.lives[-1]).certificates) == 4
 
 
 def test_who_comes_late_takes_the_chain_over(world: Callable[..., World], tmp_path: Path) -> None:
