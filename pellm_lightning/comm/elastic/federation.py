@@ -210,13 +210,28 @@ class ElasticFederation(Communicator):
         """Publish this party's spec; return it and those of the parties that are alive."""
         self._digest = digest
         self._specs.set(spec, difference)
-        others = [name for name in self.roster if name != self._name and self._peers.alive(name)]
-        known = self._specs.known([(name, self._peers.incarnation(name)) for name in others])
-        return {name: known[name] for name in self.roster if name in known}
+        known: dict[str, PartySpec | None] = {}
+        # If the rendezvous is away, the first quorum publishes it again.
+        with contextlib.suppress(RestartedError, UnreachableError):
+            self._specs.publish()
+            others = [name for name in self.roster if name != self._name and self._peers.alive(name)]
+            specs = self._specs.of([(name, self._peers.incarnation(name)) for name in others])
+            known = dict(zip(others, specs, strict=True))
+        known[self._name] = spec
+        return {name: found for name in self.roster if (found := known.get(name)) is not None}
 
     @override
     def party_specs(self) -> list[PartySpec]:
-        return self._specs.of_members(self._current_view.entries)
+        entries = self._current_view.entries
+        try:
+            found = self._specs.of([(name, entry.incarnation) for name, entry in entries.items()])
+        except (RestartedError, UnreachableError) as error:
+            raise PartyLostError("The rendezvous went away in the round.") from error
+        specs = [spec for spec in found if spec is not None]
+        if len(specs) < len(found):
+            name = self.names[found.index(None)]
+            raise PartyLostError(f"Party {name} was restarted meanwhile.", parties=(name,))
+        return specs
 
     @override
     def gather_json(self, key: str, value: object) -> list[Any]:

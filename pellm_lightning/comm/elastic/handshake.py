@@ -1,13 +1,12 @@
 """Handshake: the specs that parties publish before their first quorum, and the check that they agree."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 from pellm_lightning.comm.communicator import Difference, PartySpec
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember
-from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
-from pellm_lightning.comm.errors import MismatchError, PartyLostError
+from pellm_lightning.comm.elastic.register import Register
+from pellm_lightning.comm.errors import MismatchError
 
 
 class SpecExchange:
@@ -50,33 +49,6 @@ class SpecExchange:
                 self._known = {key: value for key, value in self._known.items() if key[0] != name}
                 self._known[name, incarnation] = value["party_spec"]
         return [self._known.get(process) for process in processes]
-
-    def known(self, others: Sequence[tuple[str, str]]) -> dict[str, PartySpec]:
-        """Publish this party's spec; return it and those known of other processes, by party.
-
-        If the rendezvous is away, the first quorum publishes it again.
-        """
-        known = {self._me.name: self._spec}
-        with contextlib.suppress(RestartedError, UnreachableError):
-            self.publish()
-            found = zip(others, self.of(others), strict=True)
-            known |= {name: spec for (name, _), spec in found if spec is not None}
-        return known
-
-    def of_members(self, entries: Mapping[str, QuorumMember]) -> list[PartySpec]:
-        """Return the specs of the members of a quorum, in order.
-
-        Raises:
-            PartyLostError: If one has been replaced by another process, or the rendezvous is away.
-        """
-        try:
-            found = self.of([(name, entry.incarnation) for name, entry in entries.items()])
-        except (RestartedError, UnreachableError) as error:
-            raise PartyLostError("The rendezvous went away in the round.") from error
-        for name, spec in zip(entries, found, strict=True):
-            if spec is None:
-                raise PartyLostError(f"Party {name} was restarted meanwhile.", parties=(name,))
-        return [spec for spec in found if spec is not None]
 
     def check_alike(self, entries: Mapping[str, QuorumMember], mine: QuorumMember) -> None:
         """Raise the difference between this party and the first member that does not agree with it.
