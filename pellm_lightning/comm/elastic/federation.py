@@ -14,6 +14,7 @@ lost. The scheme is that of an atomic commitment over single-decree registers; t
 docs/reliability.md.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
