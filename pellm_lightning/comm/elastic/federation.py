@@ -507,9 +507,5 @@ class ElasticFederation(Communicator):
         """Do what the next quorum would make good anyway, if the rendezvous can be reached."""
         try:
             act()
-        except (
-            UnreachableError,
-            RestartedError,
-            FederationError,
-        ) as error:  # refused, or replaced
+        except (UnreachableError, RestartedError, FederationError) as error:  # or it is refused
             log.debug("[party %s] %s", self._name, error)
