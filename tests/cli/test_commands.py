@@ -77,6 +77,20 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
         commands.main(["keys", "new", f"--directory={tmp_path}", "--names=../a"])
 
 
+def test_keys_revokes_and_another_certificate_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = f"--directory={tmp_path}"
+    commands.main(["certs", folder, "--names=clinic-a,clinic-b"])
+    own = files(tmp_path, "clinic-a")
+    serial = files(tmp_path, "clinic-b").serial
+    commands.main(["keys", "revoke", folder, "--names=clinic-b"])
+    assert capsys.readouterr().out == f"{tmp_path / 'ca.crl'}\n"
+    assert own.revoked == {serial}
+    commands.main(["keys", "sign", folder, "--names=clinic-b"])
+    assert files(tmp_path, "clinic-b").serial not in own.revoked
+
+
 def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pellm_lightning.comm.keys", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "cryptography"]:
