@@ -24,7 +24,7 @@ def parameters_digest(parts: Iterable[Part]) -> str:
 
     Example:
         >>> parameters_digest([("w", "F32", (1,), b"0000")])[:8]
-        '5f9f7b6f'
+        'f8786561'
     """
     rows = sorted(
         [name, dtype, [*shape], hashlib.sha256(data).hexdigest()] for name, dtype, shape, data in parts

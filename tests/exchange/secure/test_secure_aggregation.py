@@ -604,8 +604,9 @@ def test_a_fit_with_a_rule_that_needs_the_parties_is_refused_in_words(tmp_path: 
 
 
 def test_without_cryptography_all_but_masked_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = ("pellm_lightning.exchange", "pellm_lightning.comm.signing_keys")
     for name in list(sys.modules):
-        if name.split(".")[0] == "cryptography" or name.startswith("pellm_lightning.exchange"):
+        if name.split(".")[0] == "cryptography" or name.startswith(ours):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     monkeypatch.setattr(pellm_lightning, "exchange", pellm_lightning.exchange)  # set by the next line
