@@ -128,7 +128,9 @@ def _certified_names(files: Sequence[Path], terms: FederationTerms) -> dict[tupl
     """
     found = {(file, name) for file in files for name, *_ in _parts_in(file)}
     certified = [name for name, _, _ in terms.parameters]
-    adapters = {file: file.parent.name.removesuffix("-adapter") for file in files} if len(files) > 1 else {}
+    # Several have a folder each, by name, which for one called "base" is taken.
+    folders = {file: file.parent.name for file in files} if len(files) > 1 else {}
+    adapters = {file: "base" if name == "base-adapter" else name for file, name in folders.items()}
     pieces = dict.fromkeys(concatenated(["default"], *(name.split(".") for name in certified)))
     for adapter in pieces:
         names: dict[tuple[Path, str], str] = {}
