@@ -81,6 +81,23 @@ def test_an_adapter_that_is_the_result(
     assert "WHOSE KEYS THESE ARE IS NOT CHECKED" in "\n".join(verified(folder))
 
 
+def test_several_adapters_have_a_folder_each(tmp_path: Path) -> None:
+    """What lies at the root is their sum, which the parties did not train as such."""
+    values = {"base": 1.0, "one": 2.0}
+    trained = {f"{PREFIX}.lora_A.{name}.weight": torch.full((2, 2), value) for name, value in values.items()}
+    layout = Layout(trained)
+    parties = Parties(parameters=tuple((name, "F32", (2, 2)) for name in sorted(trained)))
+    chain = parties.chain(0)
+    result = digest(layout, layout.pack_(layout.new_vector()))
+    chain.certificates.append(parties.certificate(parties.following(None, result=result)))
+    (tmp_path / "evidence.jsonl").write_text(chain.text)
+    for folder, name in (("one", "one"), ("base-adapter", "base"), ("", "one")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        of = {f"{PREFIX.removeprefix('model.')}.lora_A.weight": trained[f"{PREFIX}.lora_A.{name}.weight"]}
+        save_file(of, tmp_path / folder / "adapter_model.safetensors")
+    assert "base-adapter/adapter_model.safetensors, one/adapter_model.safetensors" in verified(tmp_path)[-1]
+
+
 def test_another_adapter_is_refused(exported: Callable[..., tuple[Path, Parties]]) -> None:
     folder, _ = exported()
     path = folder / "adapter_model.safetensors"
