@@ -207,6 +207,9 @@ class EvidenceKeeper:
             statement: The statement.
             signatures: By member; a peer may have sent anything, and there are none if this party has not
                 learned the decision.
+
+        Raises:
+            FederationError: If it cannot be written.
         """
         if self._signer is None or statement is None or statement.hash == self._store.last:
             return
@@ -215,7 +218,14 @@ class EvidenceKeeper:
         for name in statement.members:
             if isinstance(signatures.get(name), str) and name not in certificate.signatures:
                 self._take(certificate, name, signatures[name])
-        self._store.add(certificate)
+        try:
+            self._store.add(certificate)
+        except OSError as error:
+            raise FederationError(
+                f"Party {self._federation.name} cannot keep the certificate of round {statement.round}:"
+                f" {error}. Free space or correct the permissions there, and start this party again: the round stands,"
+                " and the other parties have its certificate."
+            ) from error
 
     # ---- small parts
 

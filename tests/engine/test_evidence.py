@@ -193,6 +193,28 @@ def test_a_member_that_signs_something_else_does_not_count(
     assert "the signature of party p1 is not one of this round by its key" in caplog.text
 
 
+def test_a_certificate_that_cannot_be_written_is_said(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round stands all the same: the others continue, and have the certificate."""
+    w = world(rounds=4)
+    w.start("p0", "p1")
+    (full,) = w.start("p2")
+    w.until(lambda: full.aggregator is not None)
+
+    def no_space(certificates: Any) -> None:
+        raise OSError(28, "No space left on device", "evidence.jsonl")
+
+    assert full.aggregator is not None
+    monkeypatch.setattr(full.aggregator._evidence._store, "_append", no_space)
+    full.join()
+    assert "Party p2 cannot keep the certificate of round" in str(full.error)
+    assert "No space left on device" in str(full.error)
+    w.lives.remove(full)
+    w.join()
+    assert len(chain_of(w.lives[0]).certificates) == 4
+
+
 def test_pinned_keys_of_secure_aggregation_sign_and_hide_weights(world: Callable[..., World]) -> None:
     w = world(rounds=2, tls=None, quorum=3)
     w.start(exchange=masked())
