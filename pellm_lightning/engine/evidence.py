@@ -223,8 +223,8 @@ class EvidenceKeeper:
         except OSError as error:
             raise FederationError(
                 f"Party {self._federation.name} cannot keep the certificate of round {statement.round}:"
-                f" {error}. Free space or correct the permissions there, and start this party again: the round"
-                " stands, and the other parties have its certificate."
+                f" {error}. Free space or correct the permissions there, and start this party again: the"
+                " round stands, and the other parties have its certificate."
             ) from error
 
     # ---- small parts
