@@ -118,8 +118,6 @@ class FederatedAveraging(Callback):
         record: bool = True,
         jobs: SeparateJobs | None = None,
     ) -> None:
-        arguments.seconds("timeout_s", timeout_s)
-        arguments.instance_of("jobs", jobs, SeparateJobs)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
@@ -137,10 +135,8 @@ class FederatedAveraging(Callback):
         self.timeout_s = timeout_s
         self.record = record
         vars(self).update(vars(self.factory))
-        self.jobs = SeparateJobs.from_env() if jobs is None else jobs
+        self.jobs = arguments.separate_jobs(jobs, timeout_s, quorum)
         """How this party joins separate jobs; None if all parties come from one launch."""
-        if self.jobs is not None:
-            self.jobs.membership.quorum(quorum, self.jobs.roster)
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
         self.summary: RunSummary | None = None
@@ -209,9 +205,9 @@ class FederatedAveraging(Callback):
         self._topology = topology_of(trainer)
         if stage == "fit":
             self._state, self.rounds, self.summary = {}, [], None
-            self._fit = FederatedFit(self.factory, self.jobs, trainer, pl_module, self._topology)
+            self._fit = FederatedFit(self.factory, self.jobs, trainer, pl_module, self._topology, self.connect)
             show_log_lines()
-            self._fit.join(self.connect)
+            self._fit.join()
             self._fit.check_trainer(self)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
