@@ -205,7 +205,9 @@ class FederatedAveraging(Callback):
         self._topology = topology_of(trainer)
         if stage == "fit":
             self._state, self.rounds, self.summary = {}, [], None
-            self._fit = FederatedFit(self.factory, self.jobs, trainer, pl_module, self._topology, self.connect)
+            self._fit = FederatedFit(
+                self.factory, self.jobs, trainer, pl_module, self._topology, self.connect
+            )
             show_log_lines()
             self._fit.join()
             self._fit.check_trainer(self)

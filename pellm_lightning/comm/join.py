@@ -63,21 +63,21 @@ def launch_topology(jobs: SeparateJobs | None, num_parties: int | None = None) -
     environ = launch_environ()
     if jobs is not None:
         topology = jobs.topology()
-        if topology.party_size != size:
+        if topology.party_size > size:  # where another launcher than torchrun made the group, it tells less
             raise FederationError(
-                f"The launch of party {topology.name!r} has {topology.party_size} processes, but torch's default"
-                f" process group spans {size}: each group would join as if it were the party. Let the group"
-                " span the launch before joining, by init_process_group() or Fabric, or start one process."
+                f"The launch of party {topology.name!r} has {topology.party_size} processes, but torch's"
+                f" default process group spans {size}: each group would join as if it were the party. Let the"
+                " group span the launch before joining, by init_process_group() or Fabric, or start one process."
             )
-        return replace(topology, rank_in_party=rank)
+        return replace(topology, rank_in_party=rank, party_size=size)
     world = int(environ.get("WORLD_SIZE", 1)) if "RANK" in environ else size
     parties = num_parties or (1 if world % size else world // size)
     if parties * size != world or (size > 1 and parties == 1 and num_parties is None):
         harm = "gradients cross between parties" if size > 1 else "each would join as if it were a party"
         raise FederationError(
             f"torch's default process group spans {size} of the launch's {world} processes, so {harm}"
-            f"{'' if num_parties is None else f' (num_parties={num_parties})'}. Let each party have a group of"
-            " its own, by PartyEnvironment(num_parties=...); if all processes are one party, by"
+            f"{'' if num_parties is None else f' (num_parties={num_parties})'}. Let each party have a group"
+            " of its own, by PartyEnvironment(num_parties=...); if all processes are one party, by"
             " init_process_group() and num_parties=1."
         )
     topology = Topology.from_env(parties) if "RANK" in environ else Topology()

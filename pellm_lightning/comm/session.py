@@ -31,7 +31,7 @@ class PartySession:
         self.communicator: Communicator | None = None
         """The joined parties, in the leader; None in its party's other processes."""
         self._connect = connect
-        self._has_joined = False
+        self._has_joined = self._has_left = False
 
     def join(self) -> None:
         """Join the other parties, and take this party's name from them; nothing if it has joined already.
@@ -62,6 +62,7 @@ class PartySession:
         """Leave together with the others, when none needs another any more."""
         if self.communicator is not None:
             self.communicator.close()
+        self._has_left = True
 
     def leave(self, reason: str | None) -> None:
         """Leave at once; nothing if this party has left already.
@@ -69,8 +70,9 @@ class PartySession:
         Args:
             reason: What the others are told; None if they know.
         """
-        if self.communicator is not None:
+        if self.communicator is not None and not self._has_left:
             self.communicator.abort(reason)
+        self._has_left = True
 
     def fail(self, error: BaseException) -> str:
         """Leave at once, so that the other parties fail in seconds with the reason; return it."""

@@ -212,7 +212,9 @@ class RoundLoop:
     def frozen_at_times(self) -> list[nn.Parameter]:
         """Return the parameters that are frozen in some rounds, or in all."""
         rule = self._plan.rule
-        return [self._trainable[name] for name in self._plan.named(rule.frozen_parts(0) | rule.frozen_parts(1))]
+        return [
+            self._trainable[name] for name in self._plan.named(rule.frozen_parts(0) | rule.frozen_parts(1))
+        ]
 
     def count(self, samples: int, loss: Tensor | None, parts: int = 1) -> None:
         """Count samples that were trained on, and their mean loss if it is known.
@@ -232,15 +234,12 @@ class RoundLoop:
             self._apply(on_bar=True)
         if self._is_due(epoch_ends=epoch_ends):
             self._on_due()
-            if not self._overlap.in_background:
-                self._run_round()
-            else:
-                self._begin_round()
+            self._run_due_round()
 
     def after_epoch(self) -> None:
         """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
         if self._is_due(epoch_ends=True):
-            self._run_round()
+            self._run_due_round()
 
     def mean(self, local: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the mean over the parties of each named (value, weight)."""
@@ -288,6 +287,13 @@ class RoundLoop:
         if self._schedule.unit == "seconds":
             return self._party.on_leader(self._schedule.due, clock)  # clocks differ
         return self._schedule.due(clock)
+
+    def _run_due_round(self) -> None:
+        """Run a round, in the background if rounds overlap with training."""
+        if self._overlap.in_background:
+            self._begin_round()
+        else:
+            self._run_round()
 
     def _run_round(self, *, on_bar: bool = True) -> None:
         """Run a round while training waits."""
