@@ -67,7 +67,7 @@ def launch_topology(jobs: SeparateJobs | None, num_parties: int | None = None) -
             raise FederationError(
                 f"The launch of party {topology.name!r} has {topology.party_size} processes, but torch's"
                 f" default process group spans {size}: each group would join as if it were the party. Let the"
-                " group span the launch before joining, by init_process_group() or Fabric, or start one process."
+                " group span the launch before joining, by init_process_group() or Fabric, or start one."
             )
         return replace(topology, rank_in_party=rank, party_size=size)
     world = int(environ.get("WORLD_SIZE", 1)) if "RANK" in environ else size

@@ -89,10 +89,9 @@ class FederatedCallback(TrainerCallback):
             launched = _launched(self._jobs, num_parties, timeout_s)
             connect = partial(join, launched, self._jobs, quorum=factory.quorum, timeout_s=timeout_s)
             session = PartySession(launched, connect)
-            if self._jobs is None:
-                session.join()
-                hide_launch(launched)
         self._session = session
+        if self._jobs is None:  # else a party's processes can tell each other only in training
+            session.join()
 
     @property
     def topology(self) -> Topology:
@@ -166,12 +165,12 @@ class FederatedCallback(TrainerCallback):
         metrics: dict[str, float] = kwargs.get("metrics") or {}
         if self._training is None:
             return  # evaluate() outside of training
-        local = {
-            name: float(value)
-            for name, value in metrics.items()
-            if name.startswith("eval_") and not name.endswith(_SPEEDS) and isinstance(value, int | float)
-        }
         with self._rounds_of(state, control) as (loop, _):
+            local = {
+                name: float(value)
+                for name, value in metrics.items()
+                if name.startswith("eval_") and not name.endswith(_SPEEDS) and isinstance(value, int | float)
+            }
             means = loop.mean(local, samples=_evaluated(kwargs.get("eval_dataloader"), metrics))
             found = {f"eval_federated/{name.removeprefix('eval_')}": value for name, value in means.items()}
             metrics.update(found)
@@ -225,7 +224,7 @@ class FederatedCallback(TrainerCallback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Tell the others of an error, of which the Trainer tells no callback, or that training never began."""
+        """Tell the others of an error, which the Trainer tells no callback, or that nothing was trained."""
         if error is not None:
             self._fail(error)
         elif self._loop is None:
@@ -334,7 +333,7 @@ class FederatedCallback(TrainerCallback):
 
 
 def _launched(jobs: SeparateJobs | None, num_parties: int | None, timeout_s: float) -> Topology:
-    """Return party and rank of this process; give the party its GPUs and, for several processes, a group."""
+    """Return party and rank of this process, and let accelerate see nothing but this party."""
     if jobs is not None:
         return jobs.topology()  # accelerate makes its group
     if num_parties is None and group_size() > 1:
@@ -345,10 +344,11 @@ def _launched(jobs: SeparateJobs | None, num_parties: int | None, timeout_s: flo
         )
     topology = Topology.from_env(num_parties)
     see_own_gpus(topology)
-    if topology.party_size == 1:
-        return topology
-    PartyEnvironment(num_parties, timeout_s).validate_settings(topology.party_size, 1)
-    return launch_topology(None, num_parties)
+    if topology.party_size > 1:
+        PartyEnvironment(num_parties, timeout_s).validate_settings(topology.party_size, 1)
+        topology = launch_topology(None, num_parties)
+    hide_launch(topology)
+    return topology
 
 
 def see_own_gpus(topology: Topology) -> None:
@@ -374,7 +374,7 @@ def _check_rule(factory: AggregatorFactory) -> None:
     if factory.aggregation is not None and factory.aggregation.writes_base:
         raise ValueError(
             f"aggregation={factory.aggregation!r} writes into the frozen base, which the Trainer's"
-            " checkpoints do not hold: what was learned would be lost. Take another rule, or FederatedAveraging."
+            " checkpoints do not hold: its result would be lost. Take another rule, or FederatedAveraging."
         )
 
 

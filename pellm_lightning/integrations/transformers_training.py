@@ -43,7 +43,7 @@ class TransformersTraining(LocalTraining):
         self._model = model
         self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._output_dir = Path(str(args.output_dir))
-        # The Trainer multiplies a loss averaged over the tokens of all processes, but only after the forward pass.
+        # The Trainer multiplies a loss averaged over all processes' tokens, but only after the forward pass.
         self._processes = args.world_size if args.average_tokens_across_devices else 1
         self._samples = 0
         self._loss: Tensor | None = None
