@@ -176,7 +176,7 @@ class FederatedLoop:
         local: LocalTraining | None = None,
         **settings: Any,
     ) -> None:
-        self._factory = AggregatorFactory(**settings)
+        self._factory = AggregatorFactory.of(**settings)
         self._jobs = arguments.separate_jobs(jobs, timeout_s, self._factory.quorum)
         self._num_parties, self._timeout_s = num_parties, timeout_s
         self._module = module

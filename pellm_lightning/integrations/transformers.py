@@ -76,7 +76,7 @@ class FederatedCallback(TrainerCallback):
         session: PartySession | None = None,
         **settings: Any,
     ) -> None:
-        factory = AggregatorFactory(**settings)
+        factory = AggregatorFactory.of(**settings)
         _check_rule(factory)
         self._settings, self._record, self._timeout_s = settings, record, timeout_s
         self._jobs = arguments.separate_jobs(jobs, timeout_s, factory.quorum)
@@ -239,6 +239,7 @@ class FederatedCallback(TrainerCallback):
     def _begin(
         self, args: TrainingArguments, state: TrainerState, training: TransformersTraining, model: nn.Module
     ) -> None:
+        saved = _saved(args, state) if state.global_step > 0 else {}
         self._training = training
         loop = self._loop = FederatedLoop(
             model,
@@ -250,16 +251,14 @@ class FederatedCallback(TrainerCallback):
             local=training,
             **self._settings,
         )
-        training.epochs = math.floor((state.epoch or 0.0) + 1e-6)
-        ended = training.epochs
-        if state.global_step > 0:
-            saved = _saved(args, state)
-            loop.load_state_dict(saved)
-            training.epochs = saved.get("local", {}).get("epoch", ended)
+        loop.load_state_dict(saved)
+        training.epochs = saved["local"]["epoch"] if saved else 0
         loop.start()
         self._hooks = [model.register_forward_hook(self._count, with_kwargs=True)]
-        while training.epochs < ended:  # saved after an epoch's last step, and before its end
-            self._end_epoch(loop, training)
+        while training.epochs < math.floor((state.epoch or 0.0) + 1e-6):
+            self._end_epoch(
+                loop, training
+            )  # the checkpoint was saved after its last step, and before its end
         self._log_rounds(state)
 
     @staticmethod
@@ -322,8 +321,8 @@ class FederatedCallback(TrainerCallback):
     def _fail(self, error: BaseException) -> None:
         if self._loop is not None:
             self._loop.fail(error)
-        else:
-            self._session.fail(error)
+        else:  # of what is refused before training the others do not know, whatever the error
+            self._session.leave(f"{type(error).__name__}: {error}")
         self._end()
 
     def _end(self) -> None:
