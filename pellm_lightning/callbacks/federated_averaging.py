@@ -18,9 +18,11 @@ from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.join import join
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine import outer_optimizer
+from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
+from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.loop import arguments
 from pellm_lightning.loop.aggregator_factory import AggregatorFactory
 from pellm_lightning.loop.parameters import Parameters
@@ -118,29 +120,24 @@ class FederatedAveraging(Callback):
         record: bool = True,
         jobs: SeparateJobs | None = None,
     ) -> None:
-        arguments.seconds("timeout_s", timeout_s)
-        arguments.instance_of("jobs", jobs, SeparateJobs)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
         self.weighting = weighting
         self.aggregation = aggregation
-        self.exchange: Exchange = exchange  # type: ignore[assignment]  # what is left out, the factory gives
+        self.exchange = as_exchange(exchange)
         self.privacy = privacy
-        self.overlap: Overlap = overlap  # type: ignore[assignment]
-        self.parameters: Parameters = parameters  # type: ignore[assignment]
-        self.outer_optimizer = outer_optimizer
-        self.outer_scheduler = outer_scheduler
+        self.overlap = Overlap() if overlap is None else overlap
+        self.parameters = Parameters() if parameters is None else parameters
+        self.outer_optimizer = without_parser(outer_optimizer)
+        self.outer_scheduler = without_parser(outer_scheduler)
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
         self.quorum = quorum
         self.timeout_s = timeout_s
         self.record = record
-        vars(self).update(vars(self.factory))
-        self.jobs = SeparateJobs.from_env() if jobs is None else jobs
+        self.jobs = arguments.separate_jobs(jobs, timeout_s, self.factory.quorum)
         """How this party joins separate jobs; None if all parties come from one launch."""
-        if self.jobs is not None:
-            self.jobs.membership.quorum(quorum, self.jobs.roster)
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
         self.summary: RunSummary | None = None
@@ -209,9 +206,11 @@ class FederatedAveraging(Callback):
         self._topology = topology_of(trainer)
         if stage == "fit":
             self._state, self.rounds, self.summary = {}, [], None
-            self._fit = FederatedFit(self.factory, self.jobs, trainer, pl_module, self._topology)
+            self._fit = FederatedFit(
+                self.factory, self.jobs, trainer, pl_module, self._topology, self.connect
+            )
             show_log_lines()
-            self._fit.join(self.connect)
+            self._fit.join()
             self._fit.check_trainer(self)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)

@@ -89,12 +89,13 @@ def _import(name: str) -> ModuleType:
     """Import a module without the garbage collector: a sixth of the time, and there is nothing to collect."""
     if name in sys.modules:
         return sys.modules[name]
+    collects = gc.isenabled()
     gc.disable()
     try:
         return import_module(name)
     finally:
-        gc.freeze()  # nor need later collections look through what this has made
-        gc.enable()
+        if collects:  # who calls main() in a process of its own may have switched it off
+            gc.enable()
 
 
 def help_text() -> str:

@@ -15,9 +15,15 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from pellm_lightning.engine.round_report import RoundReport
+
+if TYPE_CHECKING:  # to read a record needs no torch
+    from torch import Tensor, nn
+
+    from pellm_lightning.aggregation.plan import Plan
+    from pellm_lightning.comm.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +90,35 @@ class Start:
     platform: str = field(default_factory=platform.platform)
     processors: int | None = field(default_factory=os.cpu_count)
     command: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))
+
+    @classmethod
+    def of(
+        cls,
+        topology: "Topology",
+        module: "nn.Module",
+        plan: "Plan",
+        shared: "Mapping[str, Tensor]",
+        **facts: Any,
+    ) -> "Start":
+        """Return the event of a party that trains a module.
+
+        Args:
+            topology: Party and rank of this process.
+            module: The module.
+            plan: The aggregation applied to its parameters.
+            shared: Those that take part in the rounds, by name.
+            facts: The other fields.
+        """
+        return cls(
+            party=topology.party,
+            name=topology.name,
+            processes=topology.party_size,
+            module=type(module).__qualname__,
+            leaving=sum(p.numel() for p in shared.values()),
+            parameters=sum(p.numel() for p in module.parameters()),
+            lora_modules=len(plan.pairs),
+            **facts,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,16 @@ def test_what_trains_nothing_starts_without_torch(words: list[str]) -> None:
     assert imported_after(RUN, *words, status=2 if words == ["fti"] else 0) == set()
 
 
+def test_the_collector_stays_as_the_caller_has_set_it() -> None:
+    code = (
+        "import gc; gc.disable(); from pellm_lightning.cli.main import _import;"
+        "_import('pellm_lightning.cli.usage'); print(gc.isenabled(), gc.get_freeze_count());"
+        "gc.enable(); _import('pellm_lightning.cli.commands'); print(gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "0", "True"]
+
+
 def test_what_makes_files_runs_without_torch(tmp_path: Path) -> None:
     assert imported_after(RUN, "certs", f"--directory={tmp_path}", "--names=a,rendezvous") == set()
     assert (tmp_path / "a.pem").exists()
