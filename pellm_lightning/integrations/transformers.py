@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -394,6 +395,13 @@ def _check(args: TrainingArguments, topology: Topology) -> None:
         raise FederationError(
             "TrainingArguments(auto_find_batch_size=True) would begin this party's training anew in the"
             " middle of a federation. Set per_device_train_batch_size to what fits into memory."
+        )
+    loads_best = args.load_best_model_at_end and args.save_strategy == "best"
+    if loads_best and transformers.__version__.startswith("4."):
+        raise FederationError(
+            "save_strategy='best' with load_best_model_at_end=True needs transformers 5: version"
+            f" {transformers.__version__} loads the best model before the last round, which would then change"
+            " it. Set save_strategy to eval_strategy, or update transformers."
         )
     if args.n_gpu > 1:
         raise FederationError(

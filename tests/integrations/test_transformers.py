@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from pellm_lightning.integrations.transformers_training import TransformersTrain
 
 pytestmark = pytest.mark.torchrun
 HAS_TRL = find_spec("trl") is not None
+# transformers 4 divides a batch's loss by the labels before they are shifted: 8 instead of 7 in each text here. AdamW
+# takes the same steps but for its epsilon.
+OLD_TRANSFORMERS = version("transformers").startswith("4.")
 
 
 def launched(processes: int, folder: Path, model: Path, *scenarios: str) -> dict[str, list[Any]]:
@@ -50,7 +54,16 @@ def model(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    scenarios = ["equal", "seen", "resumed", "between", "short", "best", "stopped", "lost"]
+    scenarios = [
+        "equal",
+        "seen",
+        "resumed",
+        "between",
+        "short",
+        "best",
+        *([] if OLD_TRANSFORMERS else ["stopped"]),
+        "lost",
+    ]
     scenarios += [*(["trl"] if HAS_TRL else []), "broken"]
     return launched(2, tmp_path_factory.mktemp("parties"), model, *scenarios)
 
@@ -58,12 +71,13 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_it_trains_as_a_loop_by_hand(results: dict[str, list[Any]]) -> None:
     for of_first, of_second in zip(*results["equal"], strict=True):
         for trainer, loop in (of_first, of_second):
-            assert torch.equal(trainer["vector"], loop["vector"])
+            atol = 1e-3 if OLD_TRANSFORMERS else 0.0
+            assert torch.allclose(trainer["vector"], loop["vector"], rtol=0, atol=atol)
             rounds = [round[:2] for round in trainer["rounds"]]
             assert rounds == [round[:2] for round in loop["rounds"]]
             losses = [[loss or 0.0 for *_, loss in said["rounds"]] for said in (trainer, loop)]
             # With accumulated batches the Trainer's losses come divided, and are multiplied again.
-            assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+            assert losses[0] == pytest.approx(losses[1], rel=0.2 if OLD_TRANSFORMERS else 1e-6)
         assert torch.equal(of_first[0]["vector"], of_second[0]["vector"])
 
 
@@ -95,6 +109,7 @@ def test_epochs_that_are_cut_short_count(results: dict[str, list[Any]]) -> None:
     assert results["short"] == [[4, 8]] * 2  # rounds every 2 epochs of 2 steps
 
 
+@pytest.mark.skipif(OLD_TRANSFORMERS, reason="transformers 4 is refused what is tested here")
 def test_the_last_round_comes_before_the_best_model(results: dict[str, list[Any]]) -> None:
     first, second = results["stopped"]
     assert [first["rounds"], second["rounds"]] == [3, 3]  # after steps 5 and 10, and of the last 2
@@ -172,14 +187,32 @@ def test_what_spreads_or_shards_a_party_is_refused(
     args.__class__ = Arguments
     vars(args).pop(setting, None)
 
+    with pytest.raises(FederationError, match=words):
+        raise refusal_of(args)
+
+
+def refusal_of(args: TrainingArguments) -> FederationError:
+    """Return the error with which training with these arguments does not begin."""
+
     def act(federation: Any) -> None:
         callback = FederatedCallback(session=session_of(federation))
         callback.on_train_begin(args, TrainerState(), TrainerControl(), model=nn.Linear(2, 2), optimizer=None)
 
     (error,) = run_parties(1, act, may_fail=True)
     assert isinstance(error, FederationError)
-    with pytest.raises(FederationError, match=words):
-        raise error
+    return error
+
+
+def test_the_best_model_of_transformers_4_is_not_changed_by_the_last_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    saving = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "epoch"}
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], load_best_model_at_end=True, **saving
+    )
+    with pytest.raises(FederationError, match=r"needs transformers 5: version 4\.57\.1 loads the best model"):
+        raise refusal_of(args)
 
 
 def test_rules_that_write_the_base_are_refused() -> None:
