@@ -338,8 +338,9 @@ class Aggregator:
             "protocol": compatibility.PROTOCOL,
             "schema": compatibility.schema(state.layout, plan),
             "lora": {
-                pair.name: [self._parameters[pair.a].shape[0], plan.module(pair).scaling]
+                pair.name: [module.rank(self._parameters[pair.a]), module.scaling, module.experts]
                 for pair in plan.products
+                for module in [plan.module(pair)]
             },
             "ranks_may_differ": plan.rule.ranks_may_differ,
             "config": self._context.settings,

@@ -196,7 +196,7 @@ class GlobalState:
         """Take note of the parties' LoRA pairs, when they have met; pad those of unlike ranks.
 
         Args:
-            specs: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
+            specs: Rank, scaling and number of experts of each pair at each of the parties that meet, by name.
             reference: Those of the global factors, if the federation is running; else None.
 
         Raises:
@@ -239,7 +239,8 @@ class GlobalState:
         """Lay out factors of the largest rank of the parties, and load the state that was kept for them."""
         pairs = self._context.plan.products
         self._padded = PaddedFactors(
-            self._parameters, {pair: (lora.rank(pair), lora.ratio(pair)) for pair in pairs}
+            self._parameters,
+            {pair: (lora.rank(pair), lora.ratio(pair), lora.experts(pair)) for pair in pairs},
         )
         self._padded.read_(self._parameters)
         self._lay_out(self._padded.tensors)

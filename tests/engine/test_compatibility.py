@@ -23,7 +23,7 @@ def party_spec(**changes: Any) -> PartySpec:
     plain = {
         "protocol": PROTOCOL,
         "schema": [["a", "b"], PLAIN_KINDS],
-        "lora": {"q.default": [8, 2.0]},
+        "lora": {"q.default": [8, 2.0, 1]},
         "ranks_may_differ": False,
         "adapters": {},
         "config": {"every_n_epochs": 1, "weighting": "samples"},
