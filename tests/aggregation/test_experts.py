@@ -303,7 +303,7 @@ def test_of_a_low_rank_every_expert_gets_its_best(rule: Aggregation | None) -> N
     assert deviation is not None
     assert deviation.total == pytest.approx((lost / whole) ** 0.5, rel=1e-5)
     assert (deviation.worst, deviation.worst_module) == (pytest.approx(worst, rel=1e-5), where)
-    assert 0.1 < deviation.total < 1, "or any rule would do"
+    assert 0.05 < deviation.total < 1, "or any rule would do"
 
 
 def test_the_mean_of_factors_reports_by_how_much_it_misses_the_products() -> None:
@@ -433,6 +433,8 @@ def tiny(family: str) -> PreTrainedModel:
     kind, config = FAMILIES[family]
     torch.manual_seed(0)
     model = kind(config)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped kernels take no float64
     if not any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters()):
         pytest.skip(f"this transformers keeps the experts of {family} as modules of their own")
     return model
