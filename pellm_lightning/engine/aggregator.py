@@ -240,6 +240,7 @@ class Aggregator:
         self.handshake()
         overwritten = self._join() if self.federation.may_lose_parties else self._begin()
         self._started = True
+        self._global_state.release_loaded()
         if self._background is not None:
             self._background.start(overwritten=overwritten)
         return overwritten
@@ -347,7 +348,7 @@ class Aggregator:
             "adapters": self._adapters,
             "base": self._base,
             "round": self.round,
-            "checksum": None if state.loaded is None else bits_digest(state.loaded["global"]),
+            "checksum": bits_digest(state.loaded["global"]) if "global" in (state.loaded or {}) else None,
             "files": self._files,
             "facts": self._facts,
         }

@@ -166,6 +166,10 @@ class Layout:
             max(chunk.size for chunk in self.chunks()), dtype=torch.float32, device=self.device
         )
 
+    def ranges(self, vector: Tensor) -> list[Tensor]:
+        """Return ``vector`` of shape (D,) as views of a bucket's size, whatever lies in them."""
+        return list(vector.split(_BUCKET))
+
     def chunks(self) -> list[Chunk]:
         """Return the chunks of the vector, rebuilt if a parameter's storage was reallocated."""
         if [p.data_ptr() for p in self._parameters.values()] != self._pointers:
