@@ -147,6 +147,8 @@ def test_resumed_parties_keep_their_own_parameters() -> None:
 
 # ---- attempts that fail
 
+Act = Callable[[Aggregator, GlobalState], None]
+
 
 def steps(aggregator: Aggregator, state: GlobalState) -> None:
     state.updates.average(RoundContext(aggregator.federation, [1.0], state.round), None)
@@ -180,6 +182,14 @@ def steps_half(aggregator: Aggregator, state: GlobalState) -> None:
         chunks[2:] = kept
 
 
+@torch.no_grad()
+def fail(aggregator: Aggregator, state: GlobalState, act: Act, before: str) -> None:
+    with state.reversible():
+        act(aggregator, state)
+        assert snapshot.digest(state.state()) != before
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("version", [None, Version("run", 1, 1)], ids=["new", "running"])
 @pytest.mark.parametrize("fragments", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,7 +199,7 @@ def steps_half(aggregator: Aggregator, state: GlobalState) -> None:
 def test_what_a_failed_attempt_did_is_undone_to_the_bit(
     outer: Factory, dtype: torch.dtype, fragments: int, version: Version | None, small_pieces: None
 ) -> None:
-    acts: list[Callable[[Aggregator, GlobalState], None]] = [
+    acts: list[Act] = [
         steps,
         loads,
         begins,
@@ -209,10 +219,8 @@ def test_what_a_failed_attempt_did_is_undone_to_the_bit(
             p += 0.1
     before, counters = snapshot.digest(state.state()), state._counters
     for act in acts * 2:
-        with pytest.raises((ZeroDivisionError, AttributeError)), torch.no_grad(), state.reversible():
-            act(aggregator, state)
-            assert snapshot.digest(state.state()) != before
-            raise ZeroDivisionError
+        with pytest.raises((ZeroDivisionError, AttributeError)):
+            fail(aggregator, state, act, before)
         assert snapshot.digest(state.state()) == before, act.__name__
         assert state._counters is counters
     federation.close()
