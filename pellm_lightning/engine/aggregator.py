@@ -333,6 +333,7 @@ class Aggregator:
     def party_spec(self) -> PartySpec:
         """Return what this party shows the others at the start: what must agree, in plain containers."""
         plan, state = self._context.plan, self._global_state
+        vector = (state.loaded or {}).get("global")
         if self._frozen is not None and self._base is None:
             self._base = compatibility.base_digests(self._frozen)
         return {
@@ -348,7 +349,7 @@ class Aggregator:
             "adapters": self._adapters,
             "base": self._base,
             "round": self.round,
-            "checksum": bits_digest(state.loaded["global"]) if "global" in (state.loaded or {}) else None,
+            "checksum": None if vector is None else bits_digest(vector),
             "files": self._files,
             "facts": self._facts,
         }

@@ -154,9 +154,9 @@ class LoraAggregator:
     def _of_pair(self, pair: Pair, anchors: Mapping[str, Tensor]) -> Iterator[Factors]:
         module = self._plan.module(pair)
         ranks, scalings, scaling = self._ranks(pair), self._scalings(pair), self._scaling(pair)
-        own = (self._parameters[name].detach() for name in (pair.b, pair.a))
+        own_b, own_a = (self._parameters[name].detach() for name in (pair.b, pair.a))
         each = zip(
-            of_experts(*own, module.experts),
+            of_experts(own_b, own_a, module.experts),
             of_experts(anchors[pair.b], anchors[pair.a], module.experts),
             module.bases(),
             strict=True,

@@ -94,7 +94,7 @@ class UpdateReducer:
     def _set_vector(self, vector: Tensor) -> None:
         self._vector = vector
         for parameter, part in zip(self._parameters, self.layout.ranges(vector), strict=True):
-            parameter.set_(part)
+            parameter.set_(part)  # type: ignore[call-overload]  # torch's stubs lack it
 
     @property
     def _is_plain(self) -> bool:

@@ -349,7 +349,7 @@ def _read(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a contiguous tensor's memory as bytes."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
