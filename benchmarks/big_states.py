@@ -52,6 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.party is not None:
         run_party(arguments)
+        Path(arguments.folder, f"{arguments.party} is through").touch()
         return
     rows: list[dict] = []
     for way in arguments.ways:
@@ -112,46 +113,80 @@ def run_party(arguments: argparse.Namespace) -> None:
     each = int(arguments.params) // TENSORS
     dtype = getattr(torch, arguments.dtype)
     parameters = {f"layer{i:02}": torch.full((each,), 1.0 + i, dtype=dtype) for i in range(TENSORS)}
-    gauge = Gauge(f"{way}, {outer}, {NAMES[party] if way == 'jobs' else party}", each * TENSORS)
     if way == "jobs" and party == 1:
         wait_for(folder / "two rounds are over")
     federation, more = joined(way, party)
+    warm_up(outer, folder / f"warm-{party}")
+    gauge = Gauge(f"{way}, {outer}, {NAMES[party] if way == 'jobs' else party}", each * TENSORS)
     if way == "jobs":
         more |= {"state_dir": folder / str(party)}
     aggregator = Aggregator(federation, parameters, outer_optimizer=OUTER[outer], **more)
-    act(aggregator, parameters, gauge, late=way == "jobs" and party == 1, folder=folder)
-    federation.close()
+    if way == "jobs":
+        (act_late if party else act_first)(aggregator, parameters, gauge, folder)
+    else:
+        act_launched(aggregator, parameters, gauge, folder)
 
 
-def act(aggregator: Aggregator, parameters: dict, gauge: "Gauge", *, late: bool, folder: Path) -> None:
-    def round() -> int:
-        for parameter in parameters.values():
-            parameter += 1 + late
-        return len(aggregator.step(1.0).parties)
-
-    with gauge.phase("joins and loads the state" if late else "starts"):
+def act_launched(aggregator: Aggregator, parameters: dict, gauge: "Gauge", folder: Path) -> None:
+    with gauge.phase("starts"):
         aggregator.start()
-    if aggregator.federation.may_lose_parties and not late:
-        for number in range(2):
-            with gauge.phase(f"round {number}, alone"):
-                round()
-        (folder / "two rounds are over").touch()
-        met = 1
-        while met == 1:  # of these rounds the last counts
-            with gauge.phase("a round that gives the state"):
-                met = round()
+    rounds(aggregator, parameters, gauge)
+    save(aggregator, gauge, folder)
+    leave(aggregator, parameters)
+
+
+def act_first(aggregator: Aggregator, parameters: dict, gauge: "Gauge", folder: Path) -> None:
+    with gauge.phase("starts"):
+        aggregator.start()
+    rounds(aggregator, parameters, gauge, ", alone")
+    save(aggregator, gauge, folder)
+    (folder / "two rounds are over").touch()
+    met = 1
+    while met == 1:  # of these rounds the last counts
+        with gauge.phase("a round that gives the state"):
+            met = step(aggregator, parameters)
+    rounds(aggregator, parameters, gauge)
+    leave(aggregator, parameters)
+
+
+def act_late(aggregator: Aggregator, parameters: dict, gauge: "Gauge", folder: Path) -> None:
+    with gauge.phase("joins and loads the state"):
+        aggregator.start()
+    rounds(aggregator, parameters, gauge)
+    leave(aggregator, parameters)
+    wait_for(folder / "0 is through")  # both would not fit, where memory is just enough for rounds
+    save(aggregator, gauge, folder)
+    snapshots = SnapshotDir(folder / "kept")
+    with gauge.phase("writes a snapshot"):
+        snapshots.keep(0, aggregator.state_dict())
+    with gauge.phase("reads a snapshot"):
+        snapshots.newest()
+
+
+def step(aggregator: Aggregator, parameters: dict) -> int:
+    """Run a round; return how many parties met."""
+    for parameter in parameters.values():
+        parameter += 1 + aggregator.federation.party
+    return len(aggregator.step(1.0).parties)
+
+
+def rounds(aggregator: Aggregator, parameters: dict, gauge: "Gauge", where: str = "") -> None:
     for number in range(2):
-        with gauge.phase(f"round {number}"):
-            round()
+        with gauge.phase(f"round {number}{where}"):
+            step(aggregator, parameters)
+
+
+def save(aggregator: Aggregator, gauge: "Gauge", folder: Path) -> None:
+    path = folder / f"checkpoint-{os.getpid()}"
     with gauge.phase("saves a checkpoint"):
-        state = aggregator.state_dict()
-        torch.save(state, folder / f"checkpoint-{os.getpid()}")
-    del state
-    if late:
-        with gauge.phase("reads a snapshot"):
-            SnapshotDir(folder / "1").newest()
+        torch.save(aggregator.state_dict(), path)
+    path.unlink()
+
+
+def leave(aggregator: Aggregator, parameters: dict) -> None:
     for _ in aggregator.drain():
         pass
+    aggregator.federation.close()
     check(parameters)
 
 
@@ -160,6 +195,17 @@ def check(parameters: dict) -> None:
     values = {float(p.float().mean()) - i for i, p in enumerate(parameters.values())}
     assert max(values) - min(values) < 0.5, values
     assert all(bool((p == p[0]).all()) for p in parameters.values())
+
+
+def warm_up(outer: str, path: Path) -> None:
+    """Load what is loaded when it is first needed, which would count as memory of the first phases."""
+    federation, parameters = Federation(dist.HashStore(), 0, 1), {"w": torch.ones(8)}
+    aggregator = Aggregator(federation, parameters, outer_optimizer=OUTER[outer])
+    aggregator.start()
+    aggregator.step(1.0)
+    torch.save(aggregator.state_dict(), path)
+    SnapshotDir(path.with_suffix(".d")).keep(0, aggregator.state_dict())
+    federation.close()
 
 
 def wait_for(path: Path) -> None:
@@ -182,13 +228,14 @@ class Gauge:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        resident = _status("VmRSS")
+        resident, shared = _status("VmRSS"), _status("RssShmem")
         held = self._held()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         begun = time.perf_counter()
         yield
         seconds = time.perf_counter() - begun
-        peak = held + _status("VmHWM") - resident
+        # Two processes have mapped what is shared, which the kernel counts in each.
+        peak = held + _status("VmHWM") - resident - (_status("RssShmem") - shared) // 2
         row = {"who": self._who, "phase": name, "seconds": round(seconds, 2)}
         after = self._held()
         figures = {"held": after, "peak": max(peak, after)}

@@ -370,6 +370,7 @@ class FederatedLoop:
         names = party.on_leader(lambda: list(self._leading.roster))
         summary = RunSummary(names, started.settings, plan.rule.writes_base)
         self.summary = summary.resumed(self._state.get("summary", {}))
+        self._state = {}  # it may be as large as the module
         self._drop_frozen_gradients(plan, trainable)
         if party.topology.is_leader:
             self._report_start(plan, trainable, started)
