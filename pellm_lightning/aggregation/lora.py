@@ -188,7 +188,8 @@ def _unknown_experts(module: Any, adapter: str) -> str | None:
         return None
     weight = getattr(module.get_base_layer(), getattr(module, "parameter_name", ""), None)
     a, b = _factors(module, adapter)
-    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # DeepSpeed's shards have no shape
+    # DeepSpeed's shards have no shape of their own.
+    shape: Sequence[int] = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
     known = len(shape) == 3 and shape[0] == experts
     if known and a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] and a.shape[0] % experts == 0:
         return None

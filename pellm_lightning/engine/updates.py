@@ -56,7 +56,8 @@ class UpdateReducer:
         """Bounds that this party applies to what it sends itself; None without."""
         self._reports_norm = self.bounds is not None and self.bounds.norm_factor is not None
         extra = flags_size(self._federation.max_parties) + self._rescales + self._reports_norm
-        self._staging = layout.new_vector(extra=extra)
+        # Not touched before the first round: where rounds work in shared memory it never takes any.
+        self._staging = torch.empty(layout.size + extra, dtype=torch.float32, device=layout.device)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
         self._shared: SharedUpdates | None = None
