@@ -224,3 +224,29 @@ def test_what_a_failed_attempt_did_is_undone_to_the_bit(
         assert snapshot.digest(state.state()) == before, act.__name__
         assert state._counters is counters
     federation.close()
+
+
+@pytest.mark.parametrize("outer", [sgd(lr=0.7, momentum=0.9), lambda p: torch.optim.Adam(p, lr=0.1)])
+def test_a_state_is_loaded_into_the_buffers_that_are_there(outer: Factory) -> None:
+    """And what was loaded is not kept: of a billion parameters it would be gigabytes."""
+    federation = Federation(dist.HashStore(), 0, 1)
+    w = torch.zeros(4)
+    aggregator = started(federation, {"w": w}, outer_optimizer=outer)
+    states = []
+    for _ in range(2):
+        w += 1
+        aggregator.step(1)
+        states.append(aggregator.state_dict())
+    state = aggregator._global_state
+    (buffers,) = state.updates.optimizer.state_dict()["state"].values()
+    places = {key: value.data_ptr() for key, value in buffers.items()}
+    state.load_state(states[0])
+    (buffers,) = state.updates.optimizer.state_dict()["state"].values()
+    assert {key: value.data_ptr() for key, value in buffers.items()} == places
+    again, (saved,) = aggregator.state_dict(), states[0]["fragments"]
+    assert torch.equal(again["global"], states[0]["global"])
+    for key, value in saved["outer_optimizer"]["state"][0].items():
+        assert torch.equal(buffers[key], value)
+        assert buffers[key].data_ptr() != value.data_ptr()
+    assert state.loaded == {"lora": None}
+    federation.close()
