@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,20 +20,20 @@ BEHIND = [True, False, True, False]
 """The first that has it is party 1; party 3 just looks on."""
 
 
-def state() -> dict[str, Any]:
+def state(size: int = 101) -> dict[str, Any]:
     return {
         "round": 3,
-        "global": torch.linspace(0, 1, 101),
+        "global": torch.linspace(0, 1, size),
         "fragments": [{"momentum": torch.ones(37, dtype=torch.bfloat16), "step": torch.tensor(4.0)}],
         "flags": torch.tensor([True, False]),
         "none": torch.zeros(0),
     }
 
 
-def received(memory: torch.Tensor | None = None, **options: Any) -> list[Any]:
+def received(memory: torch.Tensor | None = None, size: int = 101, **options: Any) -> list[Any]:
     def act(federation: Federation) -> Mapping[str, Any] | None:
         loaded: list[Mapping[str, Any]] = []
-        mine = state if not BEHIND[federation.party] else dict
+        mine = partial(state, size) if not BEHIND[federation.party] else dict
         free = memory if federation.party == 2 else None
         send_state(federation, BEHIND, mine, loaded.append, options.get("vector_bytes", 404), free)
         return loaded[0] if loaded else None
@@ -54,12 +55,13 @@ def test_whatever_the_pieces_those_who_lack_it_get_it(
     assert first["global"].data_ptr() != memory.data_ptr()
 
 
+@pytest.mark.parametrize("limit", [10, 3000], ids=["its text", "its tensors"])
 def test_a_state_that_is_too_large_is_refused_by_all_before_it_is_sent(
-    monkeypatch: pytest.MonkeyPatch,
+    limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state_transfer, "_MAX_WORDS", 600)
+    monkeypatch.setattr(state_transfer, "_MAX_WORDS", limit)
     monkeypatch.setattr(state_transfer, "_send_", lambda *arguments: pytest.fail("something was sent"))
-    for said in received(vector_bytes=0):
+    for said in received(size=1000, vector_bytes=0):
         assert isinstance(said, FederationError)
         assert isinstance(said, PartyLostError) or "would send" in str(said)
 
