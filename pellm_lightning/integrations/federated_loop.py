@@ -215,6 +215,7 @@ class FederatedLoop:
         except BaseException as error:
             self.fail(error)
             raise
+        self._state = {}  # it may be as large as the module
 
     def count(self, samples: int, loss: Tensor | None = None, parts: int = 1) -> None:
         """Count samples of a batch whose gradients are accumulated, without an optimizer step.
@@ -370,7 +371,6 @@ class FederatedLoop:
         names = party.on_leader(lambda: list(self._leading.roster))
         summary = RunSummary(names, started.settings, plan.rule.writes_base)
         self.summary = summary.resumed(self._state.get("summary", {}))
-        self._state = {}  # it may be as large as the module
         self._drop_frozen_gradients(plan, trainable)
         if party.topology.is_leader:
             self._report_start(plan, trainable, started)
