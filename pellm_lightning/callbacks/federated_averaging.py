@@ -236,6 +236,7 @@ class FederatedAveraging(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on what is shared and take party 0's parameters, or resume from the checkpoint."""
         self.summary = self._running.start(self._state, self.rounds, record=self.record)
+        self._state = {}  # it may be as large as the model
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

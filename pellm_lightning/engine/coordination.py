@@ -167,9 +167,11 @@ class Coordinator:
         for name, spec in zip(self._communicator.names, specs, strict=True):
             with _readable(name):
                 spec["lora"] = {
-                    str(pair): [int(rank), float(scaling)] for pair, (rank, scaling) in spec["lora"].items()
+                    str(pair): [int(rank), float(scaling), int(experts)]
+                    for pair, (rank, scaling, experts) in spec["lora"].items()
                 }
-                if spec["lora"].keys() != specs[self._communicator.party]["lora"].keys():
+                mine = specs[self._communicator.party]
+                if compatibility.experts(spec) != compatibility.experts(mine):
                     raise ValueError("other pairs")
         return specs
 

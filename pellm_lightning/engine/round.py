@@ -352,7 +352,8 @@ class RoundRunner:
     def _bring_up_to_date(self, headers: list[Header]) -> None:
         """Send the newest global state to those who lack it."""
         behind, state = [header.behind for header in headers], self._state
-        send_state(self.federation, behind, state.state, state.load_state, 4 * state.layout.size)
+        size_bytes, memory = 4 * state.layout.size, state.free_memory
+        send_state(self.federation, behind, state.state, state.load_state, size_bytes, memory)
 
     def _now(self) -> tuple[float, int]:
         return time.perf_counter(), self.federation.bytes_sent

@@ -235,6 +235,7 @@ class FederatedLoop:
         except BaseException as error:
             self.fail(error)
             raise
+        self._state = {}  # it may be as large as the module
 
     def count(self, samples: int, loss: Tensor | None = None) -> None:
         """Count samples of a batch whose gradients are accumulated, without an optimizer step.

@@ -1,9 +1,9 @@
 """Snapshots of the global state: serialization, and durable storage that survives a crash of the party.
 
 The format is a safetensors file whose metadata hold all but the tensors, as JSON; loading runs no code.
-safetensors' own ``save`` and ``load`` of bytes, which state transfer needs, hold the interpreter lock while
-they copy: 0.6 to 1.8 s for 200 MB, so that heartbeats would stop and the others declare this party dead. This
-module releases it (at most about 0.05 s), and so reads and writes its files itself.
+safetensors' own functions hold the interpreter lock while they copy (0.6 to 1.8 s for 200 MB to and from
+bytes), so that heartbeats would stop and the others declare this party dead, and they copy all tensors. This
+module releases the lock and goes tensor by tensor, and so reads and writes its files itself.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,34 +54,103 @@ class DamagedError(ValueError):
     """A snapshot is truncated, corrupted, or not a snapshot."""
 
 
-def pack(state: Mapping[str, Any]) -> memoryview:
-    """Serialize a state of tensors, numbers, strings, lists and dictionaries."""
+def write(state: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write a state of tensors, numbers, strings, lists and dictionaries."""
     tensors, structure = _split(state)
-    metadata = {"structure": structure, "digest": _digest(structure, tensors)}
-    parts = [np.frombuffer(_header(tensors, metadata), np.uint8), *map(_bytes_of, tensors.values())]
-    packed = np.empty(sum(part.nbytes for part in parts), np.uint8)
-    np.concatenate(parts, out=packed)
-    return packed.data
+    file.write(_header(tensors, {"structure": structure, "digest": _digest(structure, tensors)}))
+    for tensor in tensors.values():
+        file.write(_bytes_of(tensor))
 
 
-def unpack(packed: bytes | memoryview) -> dict[str, Any]:
-    """Deserialize the bytes of ``pack``.
+def read(file: BinaryIO) -> dict[str, Any]:
+    """Read what ``write`` has written, each tensor into the memory where it stays.
+
+    Args:
+        file: A file that can seek, at its start.
 
     Raises:
-        DamagedError: If the bytes are truncated, corrupted, or not a snapshot.
+        DamagedError: If it is truncated, corrupted, or not a snapshot.
     """
-    try:
-        tensors, metadata = _read(memoryview(packed))
+    with _damaged():
+        tensors, metadata = _read(file)
         if metadata["digest"] != _digest(metadata["structure"], tensors):
             raise DamagedError("its digest does not match its content")
-        state = _join(json.loads(metadata["structure"]), tensors)
-    except DamagedError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DamagedError(f"it is not a snapshot: {error}") from error
-    if not isinstance(state, dict):
-        raise DamagedError("it is not a state")
-    return state
+        return _joined(metadata["structure"], tensors)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Manifest of a state: all but the values of its tensors, which are sent on their own.
+
+    Args:
+        structure: The state as JSON, with names in place of its tensors.
+        tensors: Dtype, by safetensors' name, and shape of each tensor, by name.
+        digest: The ``digest`` of the state.
+    """
+
+    structure: str
+    tensors: Mapping[str, tuple[str, list[int]]]
+    digest: str
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> tuple["Manifest", list[Tensor]]:
+        """Return the manifest of a state, and its tensors in order, not copied."""
+        tensors, structure = _split(state)
+        kinds = {name: (_CODES[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()}
+        return cls(structure, kinds, _digest_of_bits(structure, tensors)), list(tensors.values())
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Parse a manifest that a peer has sent.
+
+        Raises:
+            DamagedError: If it is none.
+        """
+        with _damaged():
+            structure, tensors, digest = json.loads(text)
+            kinds = {str(name): (code, list(shape)) for name, (code, shape) in tensors.items()}
+            for name, (code, shape) in kinds.items():
+                if code not in _DTYPES or min(shape, default=0) < 0:
+                    raise DamagedError(f"{name!r:.100} cannot be a {code!r:.100} of shape {shape!r:.100}")
+            return cls(str(structure), kinds, str(digest))
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON."""
+        return json.dumps([self.structure, self.tensors, self.digest])
+
+    @property
+    def sizes_bytes(self) -> list[int]:
+        """Bytes of each tensor."""
+        return [math.prod(shape) * _DTYPES[code].itemsize for code, shape in self.tensors.values()]
+
+    def new_tensors(self, memory: Tensor | None = None) -> list[Tensor]:
+        """Return tensors for the values of the state.
+
+        Args:
+            memory: Flat memory for the first tensor of its dtype and size; the others are new.
+        """
+        made = []
+        for code, shape in self.tensors.values():
+            dtype = _DTYPES[code]
+            if memory is not None and (memory.dtype, memory.numel()) == (dtype, math.prod(shape)):
+                made.append(memory.view(shape))
+                memory = None
+                continue
+            with _damaged():
+                made.append(torch.empty(shape, dtype=dtype))
+        return made
+
+    def state(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the state with the values that were received.
+
+        Raises:
+            DamagedError: If they are not those that were sent.
+        """
+        named = dict(zip(self.tensors, tensors, strict=True))
+        if _digest_of_bits(self.structure, named) != self.digest:
+            raise DamagedError("its digest does not match its content")
+        with _damaged():
+            return _joined(self.structure, named)
 
 
 def digest(state: Mapping[str, Any]) -> str:
@@ -90,10 +159,7 @@ def digest(state: Mapping[str, Any]) -> str:
     It tells accidental differences apart, as ``bits_digest`` does; what is on disk has a SHA-256.
     """
     tensors, structure = _split(state)
-    digest = hashlib.sha256(structure.encode())
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {bits_digest(tensor)}".encode())
-    return digest.hexdigest()
+    return _digest_of_bits(structure, tensors)
 
 
 class SnapshotDir:
@@ -124,7 +190,7 @@ class SnapshotDir:
         def written(file: BinaryIO) -> None:
             file.write(_header(tensors, {"structure": structure, "digest": _NO_DIGEST}))
             for tensor in tensors.values():
-                file.write(_bytes_of(tensor).data)
+                file.write(_bytes_of(tensor))
             file.truncate()
             _sync(file)
 
@@ -219,8 +285,19 @@ class SnapshotDir:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # read_bytes holds the interpreter lock while it allocates: 0.13 s for 200 MB.
-    return unpack(np.fromfile(path, np.uint8).data)
+    with open(path, "rb") as file:
+        return read(file)
+
+
+@contextmanager
+def _damaged() -> Iterator[None]:
+    """Say of whatever untrusted content causes that it is damaged."""
+    try:
+        yield
+    except DamagedError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise DamagedError(f"it is not a snapshot: {error}") from error
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
@@ -246,38 +323,47 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def _read(packed: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parse tensors and metadata of untrusted bytes."""
-    length = int.from_bytes(packed[:8], "little")
-    if not length <= min(len(packed) - 8, _MAX_HEADER):
+def _read(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata of an untrusted file."""
+    size_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if not length <= min(size_bytes - 8, _MAX_HEADER):
         raise DamagedError("its header is truncated")
-    header = json.loads(bytes(packed[8 : 8 + length]))
+    header = json.loads(file.read(length))
     metadata = header.pop("__metadata__")
-    data = np.frombuffer(packed[8 + length :], np.uint8)
-    tensors, end = {}, 0
+    tensors, end, left = {}, 0, size_bytes - 8 - length
     # Each byte belongs to exactly one tensor, so that a short file cannot claim large ones.
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (begin, stop), shape, dtype = entry["data_offsets"], entry["shape"], _DTYPES[entry["dtype"]]
         size = math.prod(shape) * dtype.itemsize
-        if begin != end or min(shape, default=0) < 0 or stop - begin != size or stop > len(data):
+        if begin != end or min(shape, default=0) < 0 or stop - begin != size or stop > left:
             raise DamagedError(f"{name!r:.100} has invalid offsets")
         tensors[name], end = torch.empty(shape, dtype=dtype), stop
-        np.copyto(_bytes_of(tensors[name]), data[begin:stop])
-    if end != len(data):
+        if file.readinto(_bytes_of(tensors[name])) != size:  # type: ignore[attr-defined]
+            raise DamagedError(f"{name!r:.100} is truncated")
+    if end != left:
         raise DamagedError("it is longer than its tensors")
     return tensors, metadata
 
 
-def _bytes_of(tensor: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a contiguous tensor's memory as bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(structure.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor).data)
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _digest_of_bits(structure: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(structure.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {bits_digest(tensor)}".encode())
     return digest.hexdigest()
 
 
@@ -296,6 +382,13 @@ def _structure(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     kind = f" of {str(value.dtype).removeprefix('torch.')}" if isinstance(value, Tensor) else ""
     raise TypeError(f"A state cannot hold a {type(value).__name__}{kind}.")
+
+
+def _joined(structure: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    state = _join(json.loads(structure), tensors)
+    if not isinstance(state, dict):
+        raise DamagedError("it is not a state")
+    return state
 
 
 def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
