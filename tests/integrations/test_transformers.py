@@ -25,8 +25,8 @@ from pellm_lightning.integrations.transformers_training import TransformersTrain
 
 pytestmark = pytest.mark.torchrun
 HAS_TRL = find_spec("trl") is not None
-# transformers 4 divides a batch's loss by the labels before they are shifted: 8 instead of 7 in each text here. AdamW
-# takes the same steps but for its epsilon.
+# transformers 4 divides a batch's loss by the labels before they are shifted, 8 instead of 7 in each text
+# here. AdamW takes the same steps but for its epsilon.
 OLD_TRANSFORMERS = version("transformers").startswith("4.")
 
 
