@@ -100,11 +100,6 @@ class CommitProtocol:
         decision = self._register.claim(decision_key(view), verdict)
         return decision if isinstance(decision, dict) else verdict
 
-    def read_decision(self, view: QuorumView) -> Decision | None:
-        """Return the decision if there is one."""
-        (decision,) = self._register.read(decision_key(view))
-        return decision if isinstance(decision, dict) else None
-
     def await_end(self, view: QuorumView, poll_s: float, interrupt: Callable[[], None]) -> None:
         """Wait until a term is over that continues without this party; end it if its members are dead."""
         while view.exchanges:

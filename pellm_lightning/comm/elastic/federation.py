@@ -121,8 +121,8 @@ class ElasticFederation(Communicator):
         self._resting: set[str] = set()
         self._last_term = ("", 0)
         self._next_term = ("", 0)
-        self._ended: QuorumView | None = None
-        """The last view that was committed; the next quorum ends its term, if whoever decided could not."""
+        self._ended: tuple[str, QuorumView] | None = None
+        """Life and view of the last commit; the next quorum ends its term, if whoever decided could not."""
         self._closed = False
         host, _, port = listen.rpartition(":")
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
@@ -295,7 +295,7 @@ class ElasticFederation(Communicator):
                 " parameter was changed. Install the same versions of torch and pellm-lightning at all."
             )
         self._reachability.connected(view.members)
-        self._ended = view
+        self._ended = self._last_term[0], view
 
     @override
     def abort_attempt(self, error: Exception) -> bool:
@@ -419,9 +419,8 @@ class ElasticFederation(Communicator):
 
     def _ending(self) -> list[Action]:
         """Return what ends the last term, unless another party has done so."""
-        if self._ended is None or self._last_term[0] != self._register.life:
-            return []
-        return self._commit_protocol.ending(self._ended)
+        life, view = self._ended or ("", None)
+        return self._commit_protocol.ending(view) if view and life == self._register.life else []
 
     def _entry(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumMember:
         """Return the message with which this party joins the present term."""

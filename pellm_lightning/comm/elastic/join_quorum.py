@@ -15,6 +15,7 @@ from pellm_lightning.comm.elastic.register import (
     KEPT_TERMS,
     Action,
     Register,
+    Swap,
     UnreachableError,
     Write,
 )
@@ -100,7 +101,9 @@ class QuorumProtocol:
             if ready:
                 new = f"{self._register.life}/{term}/{secrets.token_hex(4)}"
                 view = QuorumView.of(term, new, ready, self._last_attempt(term))
-                written = self._register.claim(key, view.to_json())
+                (written,), (now,) = self._register.transact([Swap(key, None, view.to_json())], ["term"])
+                if now == term:
+                    return self._read(written, mine)  # also None, for what cannot be read: it stays there
                 continue
             now, written = self._register.wait(self._me.membership.patience_s, "term", key)
             if written is None and now == term:

@@ -104,7 +104,7 @@ class RendezvousStore(PollingStore):
         return self._number(self._ask(Op.NUM_KEYS))
 
     def transact(self, requests: Sequence[tuple[Op, Sequence[bytes]]]) -> list[list[bytes | None]]:
-        """Make requests in one trip, all of them or none; return their answers.
+        """Make requests in one trip; return their answers. If one is refused, nothing is changed.
 
         An ``EXPECT`` of another value ends it; what follows is not done, and has no answer.
 
@@ -138,9 +138,9 @@ class RendezvousStore(PollingStore):
         seconds = min(seconds, self._retry_s / 4)  # a server that is silent for longer is out of reach
         fields = [field for key, value in known.items() for field in (_key(key), value)]
         values = self._ask(Op.AWAIT, b"%d" % (1000 * seconds), *fields)
-        if len(values) != len(known):
+        if not 1 <= len(values) <= len(known):
             raise self._no_rendezvous("an answer of the wrong length")
-        return values
+        return values + self.try_multi_get([*known][len(values) :])  # which did not fit into a frame
 
     @override
     def close(self) -> None:

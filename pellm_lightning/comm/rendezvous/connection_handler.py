@@ -274,9 +274,9 @@ class ConnectionHandler:
         self, session: _Session, connection: _Connection, op: int, fields: list[bytes | None]
     ) -> None:
         """Note which party an unauthenticated connection is of, by the keys that it writes."""
-        requests = [unpack(field or b"") for field in fields] if op == Op.TRANSACT else [(op, fields)]
-        written = [of_request[0] for op, of_request in requests if op == Op.SET]
-        owner = _OWNER.search(next(iter(written), None) or b"")
+        requests = map(unpack, (field or b"" for field in fields)) if op == Op.TRANSACT else [(op, fields)]
+        written = (of_request[0] for op, of_request in requests if op == Op.SET)
+        owner = _OWNER.search(next(written, None) or b"")
         if owner:
             party = owner[1].decode()
             if all(other.party != party for other in session.connections):

@@ -63,8 +63,8 @@ class KeyValueStore:
         into a frame. NUM_KEYS: a decimal number. EXPECT (key, value): the value now stored, empty if there is
         none. TRANSACT (requests): the answers, up to and including that of the first EXPECT of another value,
         each as the number of its fields and the fields.
-        AWAIT (milliseconds, and for each key the key and its last known value): the values, None where
-        missing; the connection handler has waited before.
+        AWAIT (milliseconds, and for each key the key and its last known value): as MULTI_GET; the connection
+        handler has waited before.
 
         Raises:
             RefusedError: If it is not allowed or over a limit; nothing is changed then.
@@ -73,7 +73,7 @@ class KeyValueStore:
         if op == Op.TRANSACT:
             return self._transact([unpack(field or b"") for field in fields], who)
         if op == Op.AWAIT:
-            return [self._values.get(key) for key in awaited(fields)[1]]
+            return self._multi_get([*awaited(fields)[1]])
         given = _checked(op, fields, who)
         return _METHODS[Op(op)](self, given)
 

@@ -29,8 +29,8 @@ from pellm_lightning.comm.errors import FederationError, PartyLostError
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun import shared_memory as shared
-from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup, check_transport
-from pellm_lightning.comm.torchrun.lane import Lane, Pending
+from pellm_lightning.comm.torchrun.gloo import GlooGroup, check_transport
+from pellm_lightning.comm.torchrun.lane import LEFT, Lane, Pending
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
 
@@ -227,15 +227,10 @@ class Federation(Communicator):
             return super().all_gather(x, sizes)
         mine = x.detach().to("cpu").contiguous()
         out = mine.new_empty(sum(sizes))
-        gathered = list(out.split(list(sizes)))
         self.bytes_sent += mine.nbytes
         with self._translated():
-            if len(set(sizes)) == 1:
-                self._lane().all_gather(gathered, mine).wait()
-            else:  # Gloo gathers equal sizes only, and broadcasts would wait for each other
-                copies = mine.repeat(len(sizes))
-                self._lane().all_to_all(out, copies, list(sizes), [len(mine)] * len(sizes)).wait()
-        return gathered
+            self._lane().all_gather(out, mine, list(sizes)).wait()
+        return list(out.split(list(sizes)))
 
     @override
     def share_memory(self, size_bytes: int, *, willing: bool = True) -> Tensor | None:

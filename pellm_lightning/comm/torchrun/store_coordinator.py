@@ -100,7 +100,7 @@ class StoreCoordinator:
 
     def publish_reason(self, reason: str) -> None:
         """Publish why this party leaves, where the others will look; the first reason stands."""
-        # Without the store nobody can be told, and the error that ends this party matters more.
+        # Without the store nobody can know, and the error that ends this party matters more.
         with contextlib.suppress(dist.DistNetworkError):
             if not self._store.check([f"left/{self.party}"]):
                 self._store.set(f"left/{self.party}", json.dumps(f"{self.phase}: {reason}"))
@@ -188,8 +188,9 @@ class StoreCoordinator:
         return [party for party in range(self.num_parties) if not self._store.check([key.format(party)])]
 
     def _late(self) -> dict[int, str]:
-        """Return what each party does that does something else than this one."""
-        return {party: phase for party, phase in self.phases().items() if phase != self.phase}
+        """Return what each party does that does something else than this one, of which it may know less."""
+        phases = self.phases() | {self.party: self.phase}
+        return {party: phase for party, phase in phases.items() if phase != self.phase}
 
     @contextlib.contextmanager
     def waiting(self, first_s: float = ROUND_S) -> Iterator[None]:

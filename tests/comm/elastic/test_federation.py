@@ -19,6 +19,7 @@ from job_threads import (
     Client,
     Life,
     Rendezvous,
+    TransactingClient,
     World,
     dawdles,
     die,
@@ -86,6 +87,19 @@ def test_connections_are_kept_from_round_to_round(world: Callable[..., World]) -
     w.join()
     assert len(groups) == 6
     assert len(set(groups)) == 1
+
+
+def test_a_restart_ends_no_term_by_a_commit_of_before() -> None:
+    rendezvous = Rendezvous()
+    alone = ElasticFederation(lambda: TransactingClient(rendezvous, "a", lambda *_: None), "a", ["a"])  # type: ignore[arg-type,return-value]
+    for _ in range(3):
+        alone.join_quorum("exchange", None, {})
+        alone.commit("digest")
+    rendezvous.restart()
+    for term in (1, 2, 3, 4):
+        alone.join_quorum("metadata", None, {})
+        assert alone._current_view.term == term
+    alone.close()
 
 
 def test_uneven_parties_drain(world: Callable[..., World]) -> None:

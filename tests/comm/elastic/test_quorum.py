@@ -320,3 +320,23 @@ def test_who_is_late_for_the_end_is_told() -> None:
         joining.join(OLD)
     complete = replace(OLD, version=Version("run", 5, 9), intent="rest")
     assert members_of(joining.join(complete)) == ["a"]
+
+
+def test_a_view_that_cannot_be_read_ends_the_waiting() -> None:
+    joining = Joining()
+    joining.write(b=NEW, c=NEW)
+    joining.register.claim("view/1", None)
+    with pytest.raises(MismatchError, match="another party has written as the view of term 1"):
+        joining.join(NEW)
+
+
+def test_who_was_suspended_before_it_wrote_the_view_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining()
+    joining.write(b=NEW, c=NEW)
+
+    def sleep(term: int) -> int:
+        joining.register.write("term", term + KEPT_TERMS + 1)
+        return 0
+
+    monkeypatch.setattr(joining.protocol, "_last_attempt", sleep)
+    assert joining.join(NEW) is None
