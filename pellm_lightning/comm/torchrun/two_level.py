@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
@@ -84,3 +85,18 @@ class TwoLevelLane(Lane):
         for lane in (self._on_host, self._over_hosts, self._everybody):
             if lane is not None:
                 lane.abort()
+
+
+def over_hosts(
+    store: dist.Store, hosts: Sequence[Sequence[int]], party: int, timeout_s: float
+) -> GlooGroup | None:
+    """Return the group of the hosts' first parties, if this party is one.
+
+    Args:
+        store: Store of the rendezvous, with a prefix of its own.
+        hosts: The parties of each host.
+        party: This party.
+        timeout_s: Seconds a party may be late.
+    """
+    first = [host[0] for host in hosts]
+    return GlooGroup(store, first.index(party), len(first), timeout_s) if party in first else None
