@@ -69,8 +69,8 @@ class TwoLevelLane(Lane):
         return self._everybody.broadcast(tensor, source)
 
     @override
-    def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
-        return self._everybody.all_gather(gathered, tensor)
+    def all_gather(self, out: Tensor, tensor: Tensor, sizes: list[int]) -> Pending:
+        return self._everybody.all_gather(out, tensor, sizes)
 
     @override
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
