@@ -1,6 +1,6 @@
 """Communicator of parties that are started together, by torchrun or as threads.
 
-They meet at a store, and exchange in shared memory if they share a host, over Gloo if not.
+They meet at a store, and exchange in the shared memory of a host, and over Gloo between hosts.
 """
 
 import json
