@@ -1,6 +1,6 @@
 """Communicator of parties that are started together, by torchrun or as threads.
 
-They meet at a store, and exchange in shared memory if they share a host, over Gloo if not.
+They meet at a store, and exchange in the shared memory of a host, and over Gloo between hosts.
 """
 
 import json
@@ -33,6 +33,7 @@ from pellm_lightning.comm.torchrun.gloo import GlooGroup, check_transport
 from pellm_lightning.comm.torchrun.lane import LEFT, Lane, Pending
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
+from pellm_lightning.comm.torchrun.two_level import TwoLevelLane, over_hosts
 
 # One Gloo group leaves cores idle while it waits for the network; two reduced in 0.78-0.9x of the time.
 _NUM_LANES = 2
@@ -282,12 +283,16 @@ class Federation(Communicator):
         self._coordinator.wait_for_all()
         with self._translated():
             place = self.party, self.num_parties, self.timeout_s
-            lane = shared.open_lane(*place, self._coordinator.gather_json, wanted=shared_memory)
-            if lane is not None:
-                self._lanes = [lane]
+            hosts, on_host = shared.open_lane(*place, self._coordinator.gather_json, wanted=shared_memory)
+            if on_host is not None and len(hosts) == 1:
+                self._lanes = [on_host]
                 return
             for index in range(_NUM_LANES):
-                self._lanes.append(GlooGroup(dist.PrefixStore(f"lane{index}", self._store), *place))
+                group = GlooGroup(dist.PrefixStore(f"lane{index}", self._store), *place)
+                self._lanes.append(group)
+                if hosts:
+                    store = dist.PrefixStore(f"hosts{index}", self._store)
+                    self._lanes[-1] = TwoLevelLane(group, on_host, over_hosts(store, hosts, *place[::2]))
 
     def _disconnect(self) -> None:
         self._closed = True

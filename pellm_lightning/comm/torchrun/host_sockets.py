@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pellm_lightning.comm.torchrun.lane import LEFT
@@ -25,14 +25,14 @@ Gather: TypeAlias = Callable[[str, object], list[Any]]
 
 
 class HostSockets:
-    """Connections of this party to each other party, all of one host.
+    """Connections of this party to each other party of its host.
 
     The kernel's queues order memory: what a party has written before it sends is there for who has received,
     on every kind of processor. A process that ends closes its sockets, however it ends. Since a child that it
     has forked may hold them open, the process itself is watched also.
 
     Args:
-        rank: This party.
+        party: This party.
         peers: Connected sockets that keep messages apart, by party.
         timeout_s: Seconds a party may be late.
 
@@ -46,9 +46,12 @@ class HostSockets:
         >>> second.close()
     """
 
-    def __init__(self, rank: int, peers: Mapping[int, socket.socket], timeout_s: float) -> None:
-        self.rank = rank
-        self.size = len(peers) + 1
+    def __init__(self, party: int, peers: Mapping[int, socket.socket], timeout_s: float) -> None:
+        self.party = party
+        self.parties = sorted([party, *peers])
+        """The parties of this host, of which ``rank`` is the place of this one."""
+        self.rank = self.parties.index(party)
+        self.size = len(self.parties)
         self._peers = dict(peers)
         self._timeout_s = timeout_s
         self._processes = {party: _watched_process(sock) for party, sock in self._peers.items()}
@@ -77,7 +80,7 @@ class HostSockets:
         for peer in self._peers.values():
             with contextlib.suppress(OSError):  # who has gone is found below, with what it sent before
                 socket.send_fds(peer, [message], own) if own else peer.send(message)
-        received = {self.rank: message}
+        received = {self.party: message}
         deadline = time.monotonic() + self._timeout_s
         poll, party_of = self._watch()
         gone = None
@@ -94,7 +97,7 @@ class HostSockets:
                 else:  # it has gone: either all have come to it, whose messages are here soon, or never will
                     gone, deadline = party, min(deadline, time.monotonic() + _LEFT_S)
                     poll.unregister(descriptor)
-        return [received[party] for party in range(self.size)]
+        return [received[party] for party in self.parties]
 
     def close(self) -> None:
         """Break the connections; who waits in ``exchange``, here or elsewhere, wakes and fails."""
@@ -140,15 +143,21 @@ class HostSockets:
         return RuntimeError(LEFT if self._closed else f"Connection closed by party {party}")
 
 
-def connect(rank: int, size: int, timeout_s: float, gather: Gather, *, wanted: bool) -> HostSockets | str:
-    """Connect all parties of a launch if they share a host; else return why not. All come to the same.
+def connect(
+    party: int, num_parties: int, timeout_s: float, gather: Gather, *, wanted: bool
+) -> tuple[list[list[int]], HostSockets | None] | str:
+    """Connect the parties of each host; say why not, if none is to be. All come to the same.
 
     Args:
-        rank: This party.
-        size: Number of parties.
+        party: This party.
+        num_parties: Number of parties.
         timeout_s: Seconds a party may be late later on.
         gather: Publishes a JSON value, and returns all parties' in order.
         wanted: Whether this party wants it.
+
+    Returns:
+        The parties by host, in the order of the hosts' first ones; and the connections of this party, None if
+        it is alone on its host.
     """
     with contextlib.ExitStack() as opened, contextlib.ExitStack() as connected:
         listener, offer = None, None
@@ -162,26 +171,40 @@ def connect(rank: int, size: int, timeout_s: float, gather: Gather, *, wanted: b
         offers = gather("host", offer)
         if listener is None or None in offers:
             return "a party does not want it, or its system cannot"
-        if any(host != offers[0][0] for host, _ in offers):
+        hosts = _by_host([host for host, _ in offers])
+        if len(hosts) == num_parties:
             return "the parties are on several hosts, or of several users"
+        others = next({*host} for host in hosts if party in host) - {party}
         peers: dict[int, socket.socket] = {}
         failure = None
         try:
-            for party in range(rank):
-                peers[party] = connected.enter_context(_dial(offers[party][1], rank))
+            for other in sorted(other for other in others if other < party):
+                peers[other] = connected.enter_context(_dial(offers[other][1], party))
             deadline = time.monotonic() + _CONNECT_S
-            while missing := {*range(size)} - {rank, *peers}:
-                party, peer = _accept(listener, missing, deadline)
-                peers[party] = connected.enter_context(peer)
+            while missing := others - {*peers}:
+                other, peer = _accept(listener, missing, deadline)
+                peers[other] = connected.enter_context(peer)
         except OSError as error:
-            failure = f"party {rank}: {error}"
+            failure = f"party {party}: {error}"
         failures = gather("host connections", failure)
         first = next(filter(None, failures), None)
         if first is not None:
             return str(first)
-        sockets = HostSockets(rank, peers, timeout_s)
+        sockets = HostSockets(party, peers, timeout_s) if peers else None
         connected.pop_all()
-        return sockets
+        return hosts, sockets
+
+
+def _by_host(hosts: Sequence[object]) -> list[list[int]]:
+    """Return the parties of each host, from the host of each party."""
+    found: list[list[int]] = []
+    for party, host in enumerate(hosts):
+        together = next((of_host for of_host in found if hosts[of_host[0]] == host), None)
+        if together is None:
+            found.append([party])
+        else:
+            together.append(party)
+    return found
 
 
 def _supported() -> bool:
@@ -195,14 +218,14 @@ def _host() -> list[object]:
         return [file.read().strip(), os.readlink("/proc/self/ns/net"), os.geteuid()]
 
 
-def _dial(name: str, rank: int) -> socket.socket:
+def _dial(name: str, party: int) -> socket.socket:
     """Return a connection to the party that listens at an abstract name."""
     with contextlib.ExitStack() as opened:
         peer = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         peer.settimeout(_CONNECT_S)
         peer.connect(f"\0{name}")
         _check_user(peer)
-        peer.send(str(rank).encode())
+        peer.send(str(party).encode())
         peer.settimeout(None)
         opened.pop_all()
     return peer

@@ -182,29 +182,33 @@ class SharedMemoryLane(Lane):
 
 
 def open_lane(
-    rank: int, size: int, timeout_s: float, gather: Gather, *, wanted: bool
-) -> SharedMemoryLane | None:
-    """Return the lane of parties that share a host, None if one of them cannot; the same at all.
+    party: int, num_parties: int, timeout_s: float, gather: Gather, *, wanted: bool
+) -> tuple[list[list[int]], SharedMemoryLane | None]:
+    """Return the parties by host, and the lane of this host's; no hosts if a host cannot. Equal at all.
 
     Args:
-        rank: This party.
-        size: Number of parties.
+        party: This party.
+        num_parties: Number of parties.
         timeout_s: Seconds a party may be late.
         gather: Publishes a JSON value, and returns all parties' in order.
         wanted: Whether this party wants it.
     """
     wanted = wanted and os.environ.get(SWITCH) != "0"
-    sockets = host_sockets.connect(rank, size, timeout_s, gather, wanted=wanted)
-    if not isinstance(sockets, HostSockets):
-        log.debug("[party %d] exchanges over Gloo: %s", rank, sockets)
-        return None
+    connected = host_sockets.connect(party, num_parties, timeout_s, gather, wanted=wanted)
+    if isinstance(connected, str):
+        log.debug("[party %d] exchanges over Gloo: %s", party, connected)
+        return [], None
+    hosts, sockets = connected
     with contextlib.ExitStack() as opened:
-        opened.callback(sockets.close)
-        memory = _allocated(sockets, _NUM_SLOTS * size * _SLOT_BYTES)
-        if memory is None:
-            return None
+        memory = None
+        if sockets is not None:
+            opened.callback(sockets.close)
+            memory = _allocated(sockets, _NUM_SLOTS * sockets.size * _SLOT_BYTES)
+        fine = sockets is None or memory is not None
+        if not all(gather("host memory", fine) if len(hosts) > 1 else [fine]):
+            return [], None
         opened.pop_all()
-    return SharedMemoryLane(sockets, memory)
+    return hosts, None if sockets is None or memory is None else SharedMemoryLane(sockets, memory)
 
 
 def _allocated(sockets: HostSockets, size_bytes: int) -> Tensor | None:
@@ -223,11 +227,11 @@ def _allocated(sockets: HostSockets, size_bytes: int) -> Tensor | None:
             try:
                 files.append(_reserved(size_bytes))
             except OSError as error:
-                failure = f"party 0: {error}"
+                failure = f"party {sockets.party}: {error}"
         sockets.exchange(b"memory", files)
         memory = _map(files, size_bytes)
     except (OSError, ValueError) as error:
-        failure = failure or f"party {sockets.rank}: {error}"
+        failure = failure or f"party {sockets.party}: {error}"
     finally:
         for file in files:
             os.close(file)
@@ -237,9 +241,10 @@ def _allocated(sockets: HostSockets, size_bytes: int) -> Tensor | None:
         return memory
     if sockets.rank == 0:
         log.warning(
-            "[party 0] The parties share a host, but cannot share %d MB of its memory (%s): they exchange by"
+            "[party %d] The parties share a host, but cannot share %d MB of its memory (%s): they exchange by"
             " copies, which takes longer. Free memory, or raise the limit of the container (docker run"
             " --memory) or of the processes (ulimit -f, ulimit -v).",
+            sockets.party,
             size_bytes // 1_000_000,
             reason,
         )
