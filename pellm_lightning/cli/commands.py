@@ -4,10 +4,13 @@ import logging
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pellm_lightning.cli import keys
+from typing_extensions import override
+
+from pellm_lightning.cli import config_files, keys
 from pellm_lightning.cli.new import new
+from pellm_lightning.cli.usage import refuse
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
@@ -65,13 +68,32 @@ def main(words: Sequence[str]) -> None:
         "keys": {"new": keys.new, "sign": keys.sign},
         "report": report,
     }[command]
-    auto_cli = _auto_cli()
-    auto_cli(component, args=rest, as_positional=command in ("new", "report"), prog=f"pellm {command}")
+    parser_class, auto_cli = _parser_class()
+    auto_cli(
+        component,
+        args=rest,
+        as_positional=command in ("new", "report"),
+        prog=f"pellm {command}",
+        parser_class=parser_class,
+    )
 
 
-def _auto_cli() -> Any:
+def _parser_class() -> tuple[Any, Any]:
+    """Return a parser class that reports an error in a few lines, and what parses and calls with it."""
     try:
-        from jsonargparse import auto_cli  # an optional dependency
+        from jsonargparse import ArgumentParser, auto_cli  # an optional dependency
     except ImportError as error:
         raise ImportError(NEEDS_JSONARGPARSE) from error
-    return auto_cli
+
+    class Parser(ArgumentParser):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            settings.setdefault("parser_mode", config_files.register())
+            super().__init__(*args, **settings)
+
+        @override
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            if not self.exit_on_error:
+                super().error(message, ex)
+            refuse(getattr(ex, "subcommand_parser", None) or self, message)
+
+    return Parser, auto_cli

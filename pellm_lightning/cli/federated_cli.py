@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -13,10 +13,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
-from pellm_lightning.cli import commands, errors
+from pellm_lightning.cli import commands, config_files, errors
 from pellm_lightning.cli.doctor.facts import Rehearsal
 from pellm_lightning.cli.saved_config import SaveNumberedConfig
-from pellm_lightning.cli.usage import NO_TYPE_FITS, CommandParser, explained
+from pellm_lightning.cli.usage import NO_TYPE_FITS, explained, refuse
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched
@@ -24,6 +24,28 @@ from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import PartyEnvironment, owns_terminal, set_rank_zero, topology_of
 
 _USAGE = "%(prog)s [--config run.yaml] [--option value ...]"
+
+
+class CommandParser(LightningArgumentParser):
+    """Parser that reports an error in a few lines; torchrun's summary shows it.
+
+    Example:
+        >>> parser = CommandParser(prog="pellm fit")
+        >>> isinstance(parser, LightningArgumentParser)
+        True
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        settings.setdefault("parser_mode", config_files.register())
+        super().__init__(*args, **settings)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a part of a value is tried as one of several types
+            super().error(message, ex)
+        given = next((word for word in sys.argv[1:2] if word in FederatedCLI.subcommands()), None)
+        parser = getattr(ex, "subcommand_parser", None)
+        refuse(parser or self, message, None if parser or given in self.prog.split() else given)
 
 
 class FederatedCLI(LightningCLI):
