@@ -1,5 +1,6 @@
 """Commands other than training: rendezvous of separate jobs, keys, report of a fit."""
 
+import errno
 import logging
 import signal
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from pellm_lightning.cli import config_files, keys
+from pellm_lightning.cli import config_files, errors, keys
 from pellm_lightning.cli.new import new
 from pellm_lightning.cli.usage import refuse
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
@@ -30,7 +31,8 @@ def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -
         roster: Names of all parties, separated by commas. Only certificates can enforce it.
         tls: Certificate named "rendezvous". Without one everybody who reaches the address may take part.
     """
-    host, port = split_address(listen)
+    with errors.checking_options():
+        host, port = split_address(listen)
     server = RendezvousServer(host, port, roster=keys.names_in(roster or ""), tls=tls)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.close())
@@ -38,10 +40,17 @@ def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -
         server.serve_forever()
     except OSError as error:
         raise ValueError(
-            f"The rendezvous cannot listen on {listen}: {error.strerror}. Stop what uses this port, often"
-            " another rendezvous, or choose another port; the host must be an address of this machine."
+            f"The rendezvous cannot listen on {listen}: {error.strerror}. {_fix_of(error)}"
         ) from error
     log.info("the rendezvous has closed")
+
+
+def _fix_of(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "Stop what uses this port, often another rendezvous, or choose another port."
+    if error.errno == errno.EACCES:
+        return "Ports below 1024 are of the system: choose another port."
+    return "The host must be a name or an address of this machine: `hostname -I` lists these."
 
 
 def report(run_dir: Path, out: Path | None = None) -> None:
@@ -60,6 +69,7 @@ def report(run_dir: Path, out: Path | None = None) -> None:
 def main(words: Sequence[str]) -> None:
     """Run ``new``, ``rendezvous``, ``certs``, ``keys`` or ``report``."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    config_files.check_encoding(words)
     command, *rest = words
     component: Any = {
         "new": new,

@@ -1,7 +1,10 @@
 """Reader of configuration files that refuses what YAML parsers change silently."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from pellm_lightning.cli.errors import UsageError
 
 MODE = "checked-yaml"
 """Name of this reader among the parser modes of jsonargparse."""
@@ -31,15 +34,16 @@ def load(text: str, path: str = "") -> Any:
     import yaml
     from jsonargparse import get_loader
 
+    where = f"{path}, line" if path else "line"
     try:
         value = get_loader("yaml")(text)
         twice = next(_duplicates(yaml.compose(text, Loader=yaml.SafeLoader)), None) if "\n" in text else None
     except yaml.YAMLError as error:
-        raise yaml.YAMLError(f"{path or 'the file'}{_place_and_reason(error)}") from error
+        raise yaml.YAMLError(f"{where} {_line_and_reason(error)}") from error
     if twice is not None:
         name, line, before = twice
         raise yaml.YAMLError(
-            f"{path or 'the file'}, line {line}: {name!r} is there twice, first in line {before}; only the last"
+            f"{where} {line}: {name!r} is there twice, first in line {before}; only the last"
             " would count. Merge the two."
         )
     if path and not isinstance(value, dict):
@@ -48,14 +52,34 @@ def load(text: str, path: str = "") -> Any:
     return value
 
 
-def _place_and_reason(error: Any) -> str:
+def _line_and_reason(error: Any) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None:  # of single characters
-        return f" is no text in YAML: {getattr(error, 'reason', error)}"
+        return f"1 or below: is no text in YAML: {getattr(error, 'reason', error)}"
     # Its second mark is where a bracket or a quotation mark was opened, often the cause.
     context = getattr(error, "context_mark", None)
     opened = f" ({error.context} from line {context.line + 1})" if context and error.context else ""
-    return f", line {mark.line + 1}, column {mark.column + 1}: is not YAML: {problem}{opened}"
+    return f"{mark.line + 1}, column {mark.column + 1}: is not YAML: {problem}{opened}"
+
+
+def check_encoding(words: Sequence[str]) -> None:
+    """Check that the configuration files among the words of a command line are UTF-8.
+
+    Raises:
+        UsageError: Names the file and the line.
+    """
+    for path in (Path(word.rpartition("=")[2]) for word in words):
+        if path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
+            continue
+        content = path.read_bytes()
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise UsageError(
+                f"{path}, line {line}: is not UTF-8 text: byte 0x{content[error.start]:02x}. Save it as"
+                " UTF-8, or convert it: iconv -f CP1252 -t UTF-8 OLD > NEW (CP1252 is what Windows often writes)."
+            ) from error
 
 
 def _duplicates(node: Any) -> Iterator[tuple[str, int, int]]:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
@@ -23,6 +24,13 @@ from pellm_lightning.comm.torchrun.store import launched
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import PartyEnvironment, owns_terminal, set_rank_zero, topology_of
 
+_LOADERS = {
+    "fit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
+"""Of a command, what a module without a data module must have."""
 _USAGE = "%(prog)s [--config run.yaml] [--option value ...]"
 
 
@@ -126,6 +134,7 @@ class FederatedCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        config_files.check_encoding(sys.argv[1:] if args is None else [str(word) for word in args])
         super().parse_arguments(parser, args)
         command = self.config.get(str(self.config.get("subcommand")), {})
         if command.get("ckpt_path"):
@@ -154,6 +163,16 @@ class FederatedCLI(LightningCLI):
         if self.subcommand == "doctor":
             self._examine()
             self.subcommand = None  # the Trainer cannot run it
+        elif self.subcommand in _LOADERS and self.datamodule is None:
+            self._check_loader(_LOADERS[self.subcommand])
+
+    def _check_loader(self, name: str) -> None:
+        """Check that the module has data of its own, where there is no data module."""
+        if not is_overridden(name, self.model):
+            raise errors.UsageError(
+                f"There are no data: {type(self.model).__name__} has no {name}, and --data is not given. Add"
+                " --data=CLASS and its arguments, or a section `data:` to the configuration."
+            )
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

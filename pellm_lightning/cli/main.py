@@ -108,5 +108,5 @@ def help_text() -> str:
 
 def _unknown(command: str) -> str:
     if command.startswith("-"):
-        return f"{command} stands where a command should: pellm COMMAND {command} ... All commands: pellm --help"
+        return f"{command} stands where a command should: pellm COMMAND {command}. All commands: pellm --help"
     return f"pellm has no command {command!r}.{did_you_mean(command, MODULES)} All commands: pellm --help"

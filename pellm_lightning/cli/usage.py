@@ -4,9 +4,9 @@ import inspect
 import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from pellm_lightning.cli import errors
 from pellm_lightning.comm.errors import did_you_mean
@@ -24,10 +24,9 @@ _CALLABLE = re.compile(
 )
 _FORMS = re.compile(r"Not a valid subclass of (\w+)(?:\s+Subclass types expect one of:(?:\n\s+- a .*)+)?")
 # Of a union of types the one that nobody meant, and what a string might also have been.
-_IDLE = ("NoneType", "not accessible or invalid", NO_TYPE_FITS)
-# What is told of a value of the right type, so that it need not be told which other types there are.
-_PRECISE = re.compile(r"is not accepted|has no attribute|No module named|are required")
+_IDLE = rf"NoneType|not accessible or invalid|{NO_TYPE_FITS}|':$|^$"
 _CLASS = r"Problem with given class_path '[^']+':"
+_OPTIMIZING = ("Optimizer", "lr_scheduler.LRScheduler")
 _MAX_VALUE, _MAX_NAMES = 60, 8
 
 
@@ -59,9 +58,9 @@ def explained(message: str, parser: ArgumentParser | None = None) -> str:
     values = _VALUE.findall(text)  # the first is the innermost
     text = _FORMS.sub(r"expected \1", _VALUE.sub("", text))
     reasons = [" ".join(part.split()) for part in re.split(r"\n\s*- ", "\n" + text.strip())]
-    reasons = [reason for reason in reasons if reason and not any(idle in reason for idle in _IDLE)]
+    reasons = [reason for reason in reasons if not re.search(_IDLE, reason)]
     reasons = list(dict.fromkeys(map(_plain, reasons))) or [" ".join(text.split())]
-    value = values[0] if values else next(iter(re.findall(r", got '(.*)'$", reasons[0])), "")
+    value = next(iter([*re.findall(r", got '(.*)'$", reasons[0]), *values]), "")
     said = ": ".join(filter(None, [".".join(keys), "; ".join(_telling(reasons, message, value))]))
     is_short = 0 < len(value) <= _MAX_VALUE and not re.match(r"\[?\w*[({]", value)
     if is_short and not re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said):
@@ -84,7 +83,8 @@ def _telling(reasons: list[str], message: str, value: str) -> list[str]:
     if "Literal[" in message and "." not in value:  # one of few words was meant, and no class
         reasons = [reason for reason in reasons if not reason.startswith("there is no class")]
     expected = [reason.removeprefix("expected ") for reason in reasons if reason.startswith("expected ")]
-    precise = [reason for reason in reasons if _PRECISE.search(reason)]
+    # What is told of a value of the right type, so that it need not be told which other types there are.
+    precise = [reason for reason in reasons if not reason.startswith(("expected ", "there is no class"))]
     if precise or len(expected) < 2:
         return precise or reasons
     others = [reason for reason in reasons if not reason.startswith("expected ")]
@@ -96,15 +96,19 @@ def _missing(names: str, parser: ArgumentParser | None) -> str:
     actions = parser._actions if parser else []
     options = {action.dest: action.option_strings[-1] for action in actions if action.option_strings}
     # Of the parser of all commands the name begins with that of the command.
-    given = [name if not re.match(r"\w+\.", name) else "--" + name.split(".", 1)[1] for name in names.split(", ")]
+    given = [re.sub(r"^\w+\.", "--", name) for name in names.split(", ")]
     told = " and ".join(options.get(name, name) for name in given)
     end = ", or --config with a file that has it" if "config" in options or "." in names else ""
-    return f"{told} {'is' if len(given) == 1 else 'are'} missing. Give {'it' if len(given) == 1 else 'them'}{end}."
+    one = len(given) == 1
+    return f"{told} {'is' if one else 'are'} missing. Give {'it' if one else 'them'}{end}."
 
 
 def _plain(reason: str) -> str:
     """Return a reason without the notation of Python's types."""
     reason = re.sub(rf"({_CLASS}\s*)+(?={_CLASS})", "", reason)  # the innermost class
+    path = re.search(r"Unexpected import path format: (\S*/\S*|\S+\.(?:ya?ml|json))$", reason)
+    if path:
+        return f"there is no file {path[1]}; a relative path is seen from {Path.cwd()}"
     reason = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", reason)
     reason = re.sub(r"Expected an? (?=<class|typing)", "expected ", reason)
     reason = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", reason)
@@ -119,7 +123,7 @@ def _suggestion(message: str, value: str, parser: ArgumentParser | None) -> str:
     unknown = re.search(r"nrecognized arguments: (-\S+?)(?:[=\s]|$)", message)
     if unknown:
         return did_you_mean(unknown[1], options)
-    unknown = re.search(r"does not accept option '([^']+)'", message)
+    unknown = re.search(r"^Subcommand .* does not accept option '([^']+)'", message)
     if unknown:
         return _closest(unknown[1], [option.lstrip("-") for option in options])
     if "is not accepted before subcommand" in message:
@@ -137,9 +141,13 @@ def _suggestion(message: str, value: str, parser: ArgumentParser | None) -> str:
 def _suggested_class(message: str) -> str:
     argument = re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message)
     if argument:
-        kind, name = _attribute(argument[1]), argument[2].partition(".")[0]
-        names = list(inspect.signature(kind).parameters) if callable(kind) else []
+        names = _arguments(_attribute(argument[1]))
+        name = argument[2].partition(".")[0]
         return did_you_mean(name, [*names, "class_path", "init_args"]) or _listed(names)
+    field = re.search(r"class_path '([\w.]+)':\s+Group '(\w+)' does not accept option '(\w+)'", message)
+    if field:
+        names = _arguments(get_type_hints(_attribute(field[1])).get(field[2]))
+        return did_you_mean(field[3], names) or _listed(names)
     attribute = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)
     if attribute:
         return did_you_mean(attribute[2], dir(sys.modules.get(attribute[1])))
@@ -152,7 +160,9 @@ def _suggested_class(message: str) -> str:
     name = re.search(r"dot import path string: (\S+)", message)
     if name:
         bases = [_attribute(base) for base in re.findall(r"<?class '([\w.]+)'|(?<=\[)[\w.]+(?=\])", message)]
-        bases = bases or [_attribute("torch.optim.Optimizer"), _attribute("torch.optim.lr_scheduler.LRScheduler")]
+        bases = bases or list(
+            map(_attribute, ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"))
+        )
         classes = {kind for base in bases for kind in _subclasses(base)}
         return did_you_mean(name[1], (kind.__name__ for kind in classes))
     return ""
@@ -178,6 +188,10 @@ def _listed(names: list[str]) -> str:
 
 def _literals(message: str) -> str:
     return " ".join(re.findall(r"Literal\[([^]]*)\]", message))
+
+
+def _arguments(kind: Any) -> list[str]:
+    return list(inspect.signature(kind).parameters) if callable(kind) else []
 
 
 def _attribute(path: str) -> Any:
