@@ -32,7 +32,7 @@ from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import owns_terminal, set_rank_zero, topology_of
 from pellm_lightning.trainer.pickling import own_state
-from pellm_lightning.trainer.resume import last_of_unfinished, precede_runs
+from pellm_lightning.trainer.resume import check_checkpoint, last_of_unfinished, precede_runs
 
 log = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
@@ -191,6 +191,7 @@ class FederatedAveraging(Callback):
 
     def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
         """Separate the parties' files before Lightning looks for ``ckpt_path``; return which to resume."""
+        check_checkpoint(ckpt_path)
         if type(self).connect is not FederatedAveraging.connect:
             return ckpt_path  # which party this is will be known when it has joined
         self._separate(trainer, topology_of(trainer))

@@ -78,7 +78,7 @@ def check_encoding(words: Sequence[str]) -> None:
             line = content.count(b"\n", 0, error.start) + 1
             raise UsageError(
                 f"{path}, line {line}: is not UTF-8 text: byte 0x{content[error.start]:02x}. Save it as"
-                " UTF-8, or convert it: iconv -f CP1252 -t UTF-8 OLD > NEW (CP1252 is what Windows often writes)."
+                " UTF-8, or convert it: iconv -f CP1252 -t UTF-8 OLD > NEW (Windows often writes CP1252)."
             ) from error
 
 

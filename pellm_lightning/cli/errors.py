@@ -101,7 +101,9 @@ def report(error: Exception) -> int:
     ):
         words = f"{type(error).__name__}: {words}"
     if isinstance(error, FileNotFoundError):
-        words = f"{words.rstrip('.')}. A relative path is seen from {os.getcwd()}."
+        is_absolute = os.path.isabs(str(error.filename or ""))
+        where = "Check the path." if is_absolute else f"A relative path is seen from {os.getcwd()}."
+        words = f"{words.rstrip('.')}. {where}"
     elif isinstance(error, OSError) and error.errno in _FIXES:
         words = f"{words.rstrip('.')}. {_FIXES[error.errno]}"
     lost = _is_a(error, "PartyLostError") and not getattr(error, "parties", ())

@@ -23,6 +23,7 @@ from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import PartyEnvironment, owns_terminal, set_rank_zero, topology_of
+from pellm_lightning.trainer.resume import check_checkpoint
 
 _LOADERS = {
     "fit": "train_dataloader",
@@ -141,6 +142,7 @@ class FederatedCLI(LightningCLI):
             # Parties resume their own checkpoints, so the path may name the party as the data's may.
             party = _topology(command).party
             command["ckpt_path"] = command["ckpt_path"].replace("{party}", str(party))
+            check_checkpoint(command["ckpt_path"])
 
     @override
     def instantiate_classes(self) -> None:
