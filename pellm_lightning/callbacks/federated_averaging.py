@@ -30,7 +30,7 @@ from pellm_lightning.report.logs import show_log_lines
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 from pellm_lightning.trainer import isolation
-from pellm_lightning.trainer.environment import owns_terminal, set_rank_zero, topology_of
+from pellm_lightning.trainer.environment import check_party_size, owns_terminal, set_rank_zero, topology_of
 from pellm_lightning.trainer.pickling import own_state
 from pellm_lightning.trainer.resume import check_checkpoint, last_of_unfinished, precede_runs
 
@@ -209,6 +209,7 @@ class FederatedAveraging(Callback):
         self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
+            check_party_size(self._topology, trainer.num_devices, trainer.num_nodes)
             self._state, self.rounds, self.summary = {}, [], None
             self._fit = FederatedFit(self.factory, self.jobs, trainer, pl_module, self._topology)
             show_log_lines()

@@ -44,7 +44,13 @@ def with_adapter(
     model.train()
     if adapter is not None:
         # PEFT cannot restore the prompt encoder from a saved prompt, which can only be evaluated.
-        trains = not PeftConfig.from_pretrained(adapter).is_prompt_learning
+        try:
+            trains = not PeftConfig.from_pretrained(adapter).is_prompt_learning
+        except ValueError as error:
+            raise ValueError(
+                f"adapter={adapter!r} is no folder of an adapter (seen from {Path.cwd()}): {error}."
+                " SaveAdapter and `pellm export` write one; a new adapter is given by peft instead."
+            ) from error
         return PeftModel.from_pretrained(model, adapter, is_trainable=trains)
     if peft is None:
         return model
