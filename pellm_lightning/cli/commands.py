@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from pellm_lightning.cli import config_files, errors, keys
 from pellm_lightning.cli.new import new
-from pellm_lightning.cli.usage import refuse
+from pellm_lightning.cli.usage import NO_TYPE_FITS, explained, refuse
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
@@ -79,13 +79,13 @@ def main(words: Sequence[str]) -> None:
         "report": report,
     }[command]
     parser_class, auto_cli = _parser_class()
-    auto_cli(
-        component,
-        args=rest,
-        as_positional=command in ("new", "report"),
-        prog=f"pellm {command}",
-        parser_class=parser_class,
-    )
+    positional, prog = command in ("new", "report"), f"pellm {command}"
+    try:
+        auto_cli(component, args=rest, as_positional=positional, prog=prog, parser_class=parser_class)
+    except ValueError as error:
+        if NO_TYPE_FITS in str(error):  # of a dataclass that could not be built
+            raise ValueError(explained(str(error))) from error
+        raise
 
 
 def _parser_class() -> tuple[Any, Any]:

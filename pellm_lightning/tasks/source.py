@@ -72,9 +72,14 @@ class Source:
                 f" the split {self.split!r}; seen from {Path.cwd()}."
             ) from error
         decoders = _label_names(data.features or {})
+        number = 0
         for number, row in enumerate(data, start=1):
             named = {column: decode(row[column]) for column, decode in decoders.items()}
             yield f"{name}:{number}", {**row, **named}
+        if not number:
+            raise ValueError(
+                f"{name}: the data set has no rows. Write it again, or take it out of the pattern."
+            )
 
 
 def locate(argument: str, patterns: str | Sequence[str], party: int) -> tuple[str, ...]:
@@ -107,6 +112,8 @@ def locate(argument: str, patterns: str | Sequence[str], party: int) -> tuple[st
                 f" {Path.cwd()}).{folders} Parties count from 0; a relative pattern is seen from where the"
                 " command was started."
             )
+    if not found:
+        raise ValueError(f"{argument}={patterns!r} names no file. Name one or several.")
     return tuple(found)
 
 
