@@ -190,8 +190,8 @@ class PartyDataModule(LightningDataModule):
         if all(records.column("blank")):
             raise ValueError(
                 f"Party {self._party()} has no text in {argument}: all there is in"
-                f" {', '.join(source.names[:3])}{', ...' if len(source.names) > 3 else ''} is blank."
-                " Write the files again, or name others."
+                f" {', '.join(source.names[:3])}{', ...' if len(source.names) > 3 else ''} is blank,"
+                " or a conversation in which the assistant says nothing. Write the files again, or name others."
             )
         return records
 
