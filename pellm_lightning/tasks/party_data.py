@@ -191,7 +191,8 @@ class PartyDataModule(LightningDataModule):
             raise ValueError(
                 f"Party {self._party()} has no text in {argument}: all there is in"
                 f" {', '.join(source.names[:3])}{', ...' if len(source.names) > 3 else ''} is blank,"
-                " or a conversation in which the assistant says nothing. Write the files again, or name others."
+                " or a conversation in which the assistant says nothing. Write the files again, or name"
+                " others."
             )
         return records
 
