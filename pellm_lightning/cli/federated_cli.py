@@ -135,7 +135,9 @@ class FederatedCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        config_files.check_encoding(sys.argv[1:] if args is None else [str(word) for word in args])
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            config_files.check_encoding(words)
         super().parse_arguments(parser, args)
         command = self.config.get(str(self.config.get("subcommand")), {})
         if command.get("ckpt_path"):
