@@ -37,16 +37,21 @@ MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in 
 """Of each command, in the order of the help."""
 
 _USAGE = """\
-usage: pellm COMMAND [options]        (or: python -m pellm_lightning COMMAND [options])
+usage: pellm COMMAND [options]    (or: python -m pellm_lightning COMMAND ...)
 
-Federated fine-tuning of language models: several parties train one adapter; their data stay where they are.
+Federated fine-tuning of language models: several parties train one adapter;
+their data stay where they are.
 """
 
 _EPILOG = """\
 Options of a command: pellm COMMAND --help
-Three parties on this machine: torchrun --nproc-per-node 3 -m pellm_lightning fit --config run.yaml
-Read on in the repository: README.md (first fit), docs/configuration.md (all options),
-docs/separate_jobs.md (parties on machines of their own), examples/README.md (configurations that run).
+Three parties on this machine:
+  torchrun --nproc-per-node 3 -m pellm_lightning fit --config run.yaml
+Read on in the repository:
+  README.md              first fit
+  docs/configuration.md  all options
+  docs/separate_jobs.md  parties on machines of their own
+  examples/README.md     configurations that run
 """
 
 
