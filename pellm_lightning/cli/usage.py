@@ -26,7 +26,7 @@ _FORMS = re.compile(r"Not a valid subclass of (\w+)(?:\s+Subclass types expect o
 # Of a union of types the one that nobody meant, and what a string might also have been.
 _IDLE = rf"NoneType|not accessible or invalid|{NO_TYPE_FITS}|':$|^$"
 _CLASS = r"Problem with given class_path '[^']+':"
-_OPTIMIZING = ("Optimizer", "lr_scheduler.LRScheduler")
+_OPTIMIZING = ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler")
 _MAX_VALUE, _MAX_NAMES = 60, 8
 
 
@@ -70,11 +70,10 @@ def explained(message: str, parser: ArgumentParser | None = None) -> str:
 
 
 def _as_class(found: re.Match[str]) -> str:
+    """Return what jsonargparse says of a class in other places."""
     reason, class_path, value = found.groups()
-    return f"{reason}. Got value: {value}" if class_path is None else _of_class(class_path, reason)
-
-
-def _of_class(class_path: str, reason: str) -> str:
+    if class_path is None:
+        return f"{reason}. Got value: {value}"
     return f"Problem with given class_path '{class_path}': {reason}"
 
 
@@ -160,9 +159,7 @@ def _suggested_class(message: str) -> str:
     name = re.search(r"dot import path string: (\S+)", message)
     if name:
         bases = [_attribute(base) for base in re.findall(r"<?class '([\w.]+)'|(?<=\[)[\w.]+(?=\])", message)]
-        bases = bases or list(
-            map(_attribute, ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler"))
-        )
+        bases = bases or list(map(_attribute, _OPTIMIZING))
         classes = {kind for base in bases for kind in _subclasses(base)}
         return did_you_mean(name[1], (kind.__name__ for kind in classes))
     return ""
