@@ -68,8 +68,11 @@ def check_encoding(words: Sequence[str]) -> None:
     Raises:
         UsageError: Names the file and the line.
     """
-    for path in (Path(word.rpartition("=")[2]) for word in words):
-        if path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
+    for before, word in zip(["", *words], words, strict=False):
+        name, _, value = word.rpartition("=")
+        path = Path(value)
+        is_config = path.suffix in (".yaml", ".yml", ".json") or {name, before} & {"--config", "-c"}
+        if not is_config or not path.is_file():
             continue
         content = path.read_bytes()
         try:

@@ -62,7 +62,6 @@ EDITED = {
         ["run.yaml, line", "'trainer' is there twice, first in line", "Merge the two"],
         edit=("\nmodel:", "\ntrainer: {max_epochs: 1}\nmodel:"),
     ),
-    "no data": Mistake(FIT, ["CausalLM has no train_dataloader", "--data=CLASS"], edit=("\ndata:", "\n#")),
     "layers": Mistake(
         FIT,
         ["['q_prj']", "v_proj", "Did you mean 'q_proj'?"],
@@ -73,11 +72,13 @@ EDITED = {
 }
 MISTAKES = EDITED | {
     # ---- options of training
+    "no data": Mistake("fit --config=untrained.yaml", ["CausalLM has no train_dataloader", "--data=CLASS"]),
     "nothing": Mistake("fit", ["--model is missing", "--config", "pellm fit --help"]),
     "empty file": Mistake("fit --config=empty.yaml", ["empty.yaml is empty", "Write options by name"]),
     "list": Mistake("fit --config=list.yaml", ["list.yaml holds a list"]),
     "tab": Mistake("fit --config=tab.yaml", ["tab.yaml, line 2, column 1: is not YAML"]),
-    "binary": Mistake("fit --config=model/model.safetensors", ["no text in YAML"]),
+    "binary": Mistake("fit --config model/model.safetensors", ["model.safetensors", "is not UTF-8 text"]),
+    "characters": Mistake("fit --config=bell.yaml", ["bell.yaml", "no text in YAML"]),
     "encoding": Mistake("fit --config=latin.yaml", ["latin.yaml, line 2", "0xe9", "iconv -f CP1252"]),
     "folder": Mistake("fit --config=data", ["Path is not a file", "data"]),
     "choice": Mistake(f"{FIT} --data.format=alpacca", ["got 'alpacca'. Did you mean 'alpaca'?"]),
@@ -134,6 +135,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {
         "empty.yaml": b"",
         "list.yaml": b"- trainer\n",
+        "bell.yaml": b"trainer: {max_epochs: 3}\a\n",
         "tab.yaml": b"trainer:\n\tmax_epochs: 3\n",
         "latin.yaml": "# no\nseed_everything: 1 # café\n".encode("cp1252"),
         "twice.yaml": b"rendezvous: tcp://localhost:1\nname: a\nroster: [a, b]\nname: b\n",
@@ -141,6 +143,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "digits.jsonl": b'{"text": "w", "id": ' + b"9" * 5000 + b"}\n",
         "cut.jsonl.gz": gzip.compress(b'{"text": "w"}\n')[:-9],
     }
+    run = (folder / "run.yaml").read_text()
+    files["untrained.yaml"] = run.partition("\ndata:")[0].encode()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     torch.save({"w": torch.zeros(1000)}, folder / "whole.ckpt")
@@ -157,8 +161,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Told":
     monkeypatch.chdir(project)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # which the commands set, is taken back
     return Told(monkeypatch, capsys)
 
 
@@ -205,4 +209,4 @@ def test_a_port_in_use(told: Told) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, lines = told.by(f"rendezvous --listen=127.0.0.1:{taken.getsockname()[1]}")
     assert status == 1
-    assert "Address already in use. Stop what uses this port" in " ".join(lines)
+    assert "Address already in use. Stop what uses this port" in " ".join(" ".join(lines).split())
