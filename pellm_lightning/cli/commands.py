@@ -4,6 +4,7 @@ import errno
 import logging
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,18 +79,17 @@ def main(words: Sequence[str]) -> None:
         "keys": {"new": keys.new, "sign": keys.sign},
         "report": report,
     }[command]
-    parser_class, auto_cli = _parser_class()
-    positional, prog = command in ("new", "report"), f"pellm {command}"
+    auto_cli = _auto_cli()
     try:
-        auto_cli(component, args=rest, as_positional=positional, prog=prog, parser_class=parser_class)
+        auto_cli(component, args=rest, as_positional=command in ("new", "report"), prog=f"pellm {command}")
     except ValueError as error:
         if NO_TYPE_FITS in str(error):  # of a dataclass that could not be built
             raise ValueError(explained(str(error))) from error
         raise
 
 
-def _parser_class() -> tuple[Any, Any]:
-    """Return a parser class that reports an error in a few lines, and what parses and calls with it."""
+def _auto_cli() -> Any:
+    """Return jsonargparse's ``auto_cli`` with a parser that reports an error in a few lines."""
     try:
         from jsonargparse import ArgumentParser, auto_cli  # an optional dependency
     except ImportError as error:
@@ -106,4 +106,4 @@ def _parser_class() -> tuple[Any, Any]:
                 super().error(message, ex)
             refuse(getattr(ex, "subcommand_parser", None) or self, message)
 
-    return Parser, auto_cli
+    return partial(auto_cli, parser_class=Parser)
