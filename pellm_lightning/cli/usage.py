@@ -159,7 +159,7 @@ def _suggested_class(message: str) -> str:
     name = re.search(r"dot import path string: (\S+)", message)
     if name:
         bases = [_attribute(base) for base in re.findall(r"<?class '([\w.]+)'|(?<=\[)[\w.]+(?=\])", message)]
-        bases = bases or list(map(_attribute, _OPTIMIZING))
+        bases += map(_attribute, _OPTIMIZING)  # arguments that take a function do not say of which class
         classes = {kind for base in bases for kind in _subclasses(base)}
         return did_you_mean(name[1], (kind.__name__ for kind in classes))
     return ""

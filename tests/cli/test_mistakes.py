@@ -82,6 +82,7 @@ MISTAKES = EDITED | {
     "encoding": Mistake("fit --config=latin.yaml", ["latin.yaml, line 2", "0xe9", "iconv -f CP1252"]),
     "folder": Mistake("fit --config=data", ["Path is not a file", "data"]),
     "choice": Mistake(f"{FIT} --data.format=alpacca", ["got 'alpacca'. Did you mean 'alpaca'?"]),
+    "name of an optimizer": Mistake(f"{FIT} --model.optimizer=AdmW", ["class AdmW. Did you mean 'AdamW'?"]),
     "before the command": Mistake("--config=run.yaml fit", ["pellm COMMAND --config run.yaml"]),
     "no command": Mistake("--confg run.yaml", ["pellm COMMAND --confg"]),
     "batch size": Mistake(f"{FIT} --data.batch_size=0", ["batch_size=0 must be at least 1."]),
