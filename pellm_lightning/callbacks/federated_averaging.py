@@ -32,9 +32,9 @@ from pellm_lightning.report.logs import show_log_lines
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 from pellm_lightning.trainer import isolation
-from pellm_lightning.trainer.environment import owns_terminal, set_rank_zero, topology_of
+from pellm_lightning.trainer.environment import check_party_size, owns_terminal, set_rank_zero, topology_of
 from pellm_lightning.trainer.pickling import own_state
-from pellm_lightning.trainer.resume import last_of_unfinished, precede_runs
+from pellm_lightning.trainer.resume import check_checkpoint, last_of_unfinished, precede_runs
 
 log = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
@@ -188,6 +188,7 @@ class FederatedAveraging(Callback):
 
     def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
         """Separate the parties' files before Lightning looks for ``ckpt_path``; return which to resume."""
+        check_checkpoint(ckpt_path)
         if type(self).connect is not FederatedAveraging.connect:
             return ckpt_path  # which party this is will be known when it has joined
         self._separate(trainer, topology_of(trainer))
@@ -205,6 +206,7 @@ class FederatedAveraging(Callback):
         self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
+            check_party_size(self._topology, trainer.num_devices, trainer.num_nodes)
             self._state, self.rounds, self.summary = {}, [], None
             self._fit = FederatedFit(
                 self.factory, self.jobs, trainer, pl_module, self._topology, self.connect

@@ -54,6 +54,13 @@ def instance_of(name: str, value: object, kind: type) -> None:
         raise ValueError(f"{name}={value!r:.200} must be of the class {kind.__name__}, or left out.")
 
 
+def at_least(least: int, **values: int | None) -> None:
+    """Check arguments that are numbers of something, or None."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
+
+
 def seconds(name: str, value: float) -> None:
     """Check an argument that is a time span."""
     if not value > 0:

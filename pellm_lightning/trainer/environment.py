@@ -111,12 +111,7 @@ class PartyEnvironment(ClusterEnvironment):
         Lightning calls this at the start of every fit, before it would initialise a group over all parties.
         """
         topology = self.topology
-        if num_devices * num_nodes != topology.party_size:
-            raise ValueError(
-                f"A party has {topology.party_size} process(es) ({topology.num_parties} parties in one"
-                f" launch), but the Trainer has devices={num_devices} x num_nodes={num_nodes}. Set"
-                " devices to the processes per party, or launch num_parties x devices processes."
-            )
+        check_party_size(topology, num_devices, num_nodes)
         if topology.party_size > 1 and not dist.is_initialized():
             self._init_process_group(topology)
 
@@ -130,6 +125,21 @@ class PartyEnvironment(ClusterEnvironment):
         )
         # Exiting with a live group sometimes aborts the process, and torchrun then kills the others.
         atexit.register(_destroy_party_group)
+
+
+def check_party_size(topology: Topology, num_devices: int, num_nodes: int) -> None:
+    """Check that the Trainer runs in as many processes as the party has.
+
+    Raises:
+        ValueError: Names both numbers.
+    """
+    if num_devices * num_nodes != topology.party_size:
+        raise ValueError(
+            f"A party has {topology.party_size} process(es) ({topology.num_parties} parties in the"
+            f" federation), but the Trainer has devices={num_devices} x num_nodes={num_nodes}. Set"
+            " devices to the processes per party, with strategy='ddp' if there are several, or launch"
+            " num_parties x devices processes (of separate jobs: devices)."
+        )
 
 
 def topology_of(trainer: Trainer) -> Topology:

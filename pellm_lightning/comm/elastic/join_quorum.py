@@ -229,6 +229,7 @@ class QuorumDeadline:
         self._peers, self._me, self._wait_s, self._reminder = peers, me, me.membership.wait_s, reminder
         self._started = self._had_quorum = self._reached_rendezvous = self._mismatched = time.monotonic()
         self._mismatch: FederationError | None = None
+        self._is_short = False
         self.ended = False
         """Whether a federation has ended at this rendezvous, while this party knows of none."""
 
@@ -269,6 +270,9 @@ class QuorumDeadline:
         enough = len({*entries, *filter(self._peers.alive, awaited)}) >= self._me.quorum
         if enough:
             self._had_quorum = time.monotonic()
+        elif not self._is_short:
+            self._reminder.hasten()
+        self._is_short = not enough
         missing = [name for name in self._me.roster if name not in entries]
         if (awaited or not enough) and self._reminder.due():
             log.warning(

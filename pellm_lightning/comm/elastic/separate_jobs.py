@@ -78,6 +78,10 @@ class SeparateJobs:
                 "A party's name or roster is given, but no rendezvous: give jobs.rendezvous as"
                 " 'tcp://host:port', or set PELLM_RENDEZVOUS."
             )
+        if not self.rendezvous.startswith(("tcp://", "etcd://")):
+            raise ValueError(
+                f"rendezvous={self.rendezvous!r} names no rendezvous: give tcp://host:port or etcd://host:port."
+            )
         for key in ("name", "roster"):
             if not getattr(self, key):
                 raise ValueError(
