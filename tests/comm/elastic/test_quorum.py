@@ -39,7 +39,7 @@ def test_a_view_continues_the_newest_run_as_a_later_attempt() -> None:
     assert (view.term, view.attempt, view.run_id) == (5, 13, "run")
     assert view.newest == ("run", 4, 9)
     assert view.result.behind == {"a", "c"}
-    assert QuorumView.of(5, "unused", {"a": OLD}, last_attempt=40).attempt == 41
+    assert QuorumView.of(5, "unused", {"a": OLD}, attempt_before=40).attempt == 41
 
 
 def test_a_first_view_begins_a_run_and_a_repeated_one_keeps_its_name() -> None:
