@@ -312,7 +312,9 @@ class Chaos:
 
     def _figures(self, ended: bool) -> dict[str, object]:
         entries = self._records()
-        found = findings(entries, self.roster)
+        # What one that equivocates makes others compute differs, and is not committed.
+        judged = [entry for entry in entries if not self.rogue or entry.stage != "made"]
+        found = findings(judged, self.roster)
         recovered = self._recoveries(entries)
         return {
             "faults": dict(self.faults),
