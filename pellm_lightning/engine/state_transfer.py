@@ -135,8 +135,8 @@ def _sent_by(federation: Collectives, source: int) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PartyLostError(
             f"Party {federation.name} cannot take over the global state of party"
-            f" {federation.called([source])}: {error}. It is not loaded, and another party is asked. Install the"
-            " same version at all parties; look at that one's log, and at its disk.",
+            f" {federation.called([source])}: {error}. It is not loaded, and another party is asked. Install"
+            " the same version at all parties; look at that one's log, and at its disk.",
             parties=[federation.names[source]],
         ) from error
 

@@ -9,9 +9,16 @@ from typing import Any
 from pellm_lightning.comm.communicator import Version
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat
-from pellm_lightning.comm.elastic.lineage import belonging, holders_needed, newest_version
 from pellm_lightning.comm.elastic.membership import LocalParty
-from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count, stage
+from pellm_lightning.comm.elastic.quorum_view import (
+    QuorumMember,
+    QuorumView,
+    belonging,
+    holders_needed,
+    is_count,
+    newest_version,
+    stage,
+)
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import (
     KEPT_TERMS,
