@@ -271,14 +271,16 @@ class GlobalState:
     def state(self) -> dict[str, Any]:
         """Return the state as it lies in memory; to be read before anything changes it."""
         counters, privacy = self._counters, self._context.privacy
-        if self._context.plan.products and self.lora is None and counters.loaded is not None:
-            return {key: counters.loaded[key] for key in _SHARED}  # it is restored once the parties have met
+        loaded = counters.loaded if self.lora is None else None
+        if loaded is not None and self._context.plan.rule.ranks_may_differ and self._context.plan.products:
+            return {key: loaded[key] for key in _SHARED}  # it is restored once the parties have met
+        reference = loaded.get("lora") if loaded is not None else None
         return {
             "round": counters.round,
             "version": None if counters.version is None else list(counters.version),
             "short_rounds": list(counters.short_rounds),
             "shapes": self.layout.shapes,
-            "lora": self.lora.reference if self.lora else None,
+            "lora": self.lora.reference if self.lora else reference,
             "global": self.vector,
             "fragments": [updates.state() for updates in self.fragments],
             "privacy": None if privacy is None else privacy.state_dict(),
