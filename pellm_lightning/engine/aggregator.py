@@ -159,7 +159,7 @@ class Aggregator:
         live = parameters if staging is None else staging.copies
         self._parameters = {name: live[name] for name in sorted(plan.shared)}
         self._global_state = GlobalState(self._context, self._parameters)
-        snapshots = None if state_dir is None else SnapshotDir(state_dir)
+        snapshots = None if state_dir is None else SnapshotDir(state_dir, federation.name)
         self._coordinator = Coordinator(federation, exchange, snapshots)
         self._rounds = RoundRunner(self._context, self._coordinator, self._global_state)
         self._background: BackgroundRounds | None = None

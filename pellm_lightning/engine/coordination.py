@@ -139,6 +139,10 @@ class Coordinator:
         self._communicator = communicator
         self._exchange = exchange
         self._state_dir = state_dir if communicator.may_lose_parties else None
+        self.newest_state = ""
+        """Digest of the global state from which the members that meet continue; "" if unknown."""
+        self.attempt = 0
+        """Number of the attempt for which they meet."""
 
     def handshake(self, mine: PartySpec) -> None:
         """Compare what all parties must share.
@@ -150,16 +154,37 @@ class Coordinator:
         mine = mine | {"config": mine["config"] | communicator.settings}
         shared = json.dumps(compatibility.common(mine), sort_keys=True)
         if self._state_dir is not None:
+            self._state_dir.claim()
             communicator.skip_attempts(self._state_dir.reserved())
-        specs = communicator.handshake(mine, hashlib.sha256(shared.encode()).hexdigest(), _difference)
-        # Where parties come and go, those that agree take part, and the digest tells who does.
-        compare = (
-            compatibility.shared_file if communicator.may_lose_parties else compatibility.first_difference
-        )
+        digest = hashlib.sha256(shared.encode()).hexdigest()
+        shown = mine
+        if communicator.may_lose_parties:  # the rendezvous sees it, and need not know the paths of a host
+            shown = mine | {"files": sorted(_hidden(path) for path in mine["files"])}
+        specs = communicator.handshake(shown, digest, _difference)
         with _readable("the others"):
-            difference = compare([*specs.values()], [*specs])
+            difference = self._first_difference(shown, specs, mine["files"])
         if difference:
             raise MismatchError(difference)
+
+    def _first_difference(
+        self, shown: PartySpec, specs: Mapping[str, PartySpec], files: Sequence[str]
+    ) -> str | None:
+        """Return what this party should know that differs from the others, None if nothing does.
+
+        Where parties come and go, those that agree take part, and the digest tells who does. A path that two
+        of the others share is theirs to find out.
+        """
+        communicator = self._communicator
+        if not communicator.may_lose_parties:
+            return compatibility.first_difference([*specs.values()], [*specs])
+        me = communicator.name
+        for name, spec in specs.items():
+            difference = name != me and compatibility.shared_file([spec, shown], [name, me])
+            if difference:
+                for path in files:
+                    difference = difference.replace(_hidden(path), path)
+                return difference
+        return None
 
     def party_specs(self) -> list[PartySpec]:
         """Return the specs of the members, in their order."""
@@ -175,16 +200,21 @@ class Coordinator:
                     raise ValueError("other pairs")
         return specs
 
-    def meet(self, mine: Header, version: Version | None) -> list[Header]:
+    def meet(self, mine: Header, version: Version | None, state: str = "") -> list[Header]:
         """Join the next quorum, and return the members' headers; sum the metrics of others first.
 
         Parties are uneven: one validates while another is already in its next round.
+
+        Args:
+            mine: What this party says of itself.
+            version: Of the global parameters that it has.
+            state: Digest of the global state of that version.
         """
         intent: Intent = "rest" if mine.purpose is Purpose.DONE else "exchange"
         metadata = mine.to_metadata()
         while True:
             self._communicator.enter(f"meeting for round {mine.round}")
-            joined = self._communicator.join_quorum(intent, version, metadata)
+            joined = self._communicator.join_quorum(intent, version, metadata, state)
             self._check_unchanged(joined, metadata)
             if self._state_dir is not None:
                 self._state_dir.reserve(joined.attempt)  # before any member can make its result durable
@@ -194,6 +224,7 @@ class Coordinator:
             ]
             if all(header.purpose is not Purpose.METRICS for header in headers):
                 self._communicator.enter(f"in round {mine.round}")
+                self.newest_state, self.attempt = joined.state, joined.attempt
                 return headers
             if joined.exchanges:
                 self._sum_metrics(joined, {})
@@ -212,15 +243,17 @@ class Coordinator:
         ]
         return metrics.mean_of(of_parties, self._communicator)
 
-    def commit(self, round: int, state: Mapping[str, Any]) -> None:
-        """Make the result of this attempt durable, and agree with the others that it stands.
+    def commit(self, round: int, state: Mapping[str, Any]) -> str:
+        """Make the result of this attempt durable, agree with the others that it stands; return its digest.
 
         Raises:
             PartyLostError: If it does not; nothing may be kept of it.
         """
         if self._state_dir is not None:
             self._state_dir.keep(round, state)
-        self._communicator.commit(snapshot.digest(state))
+        digest = snapshot.digest(state)
+        self._communicator.commit(digest)
+        return digest
 
     def restored(self) -> dict[str, Any] | None:
         """Return the state that this party made durable before it was restarted, None if there is none."""
@@ -275,6 +308,11 @@ class Coordinator:
                 values.clear()
             return None
         return mean
+
+
+def _hidden(path: str) -> str:
+    """Return what stands for a path, so that only who writes there recognises it."""
+    return hashlib.sha256(path.encode()).hexdigest()[:32]
 
 
 @contextmanager

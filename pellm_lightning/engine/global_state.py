@@ -19,9 +19,13 @@ from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.fragments import fragments_of
 from pellm_lightning.engine.lora_step import LoraAggregator
 from pellm_lightning.engine.updates import UpdateReducer
+from pellm_lightning.tensors import snapshot
 from pellm_lightning.tensors.flat_buffer import Layout
 
 log = logging.getLogger(__name__)
+
+# What is the same at all parties, in the order of ``GlobalState.state``.
+_SHARED = ("round", "version", "short_rounds", "shapes", "lora", "global", "fragments", "privacy")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Counters:
         distance: 2-norm of the parameters minus the result, in the last round.
         unwritten: Fragments whose parameters are still to be written.
         loaded: The state that this party has resumed from; None if it begins.
+        digest: Of the state of this version, as the parties have voted for it; "" before.
 
     Example:
         >>> Counters(short_rounds=(0,)).round
@@ -47,6 +52,7 @@ class Counters:
     distance: float = math.nan
     unwritten: frozenset[int] = frozenset()
     loaded: Mapping[str, Any] | None = None
+    digest: str = ""
 
 
 class GlobalState:
@@ -84,6 +90,15 @@ class GlobalState:
     def version(self) -> Version | None:
         """Which of the states of this round it is, between separate jobs; None before the first."""
         return self._counters.version
+
+    @property
+    def digest(self) -> str:
+        """Digest of the state of this version, as the parties have voted for it; "" before."""
+        return self._counters.digest
+
+    @digest.setter
+    def digest(self, digest: str) -> None:
+        self._counters = replace(self._counters, digest=digest)
 
     @property
     def distance(self) -> float:
@@ -256,12 +271,16 @@ class GlobalState:
     def state(self) -> dict[str, Any]:
         """Return the state as it lies in memory; to be read before anything changes it."""
         counters, privacy = self._counters, self._context.privacy
+        loaded = counters.loaded if self.lora is None else None
+        if loaded is not None and self._context.plan.rule.ranks_may_differ and self._context.plan.products:
+            return {key: loaded[key] for key in _SHARED}  # it is restored once the parties have met
+        reference = loaded.get("lora") if loaded is not None else None
         return {
             "round": counters.round,
             "version": None if counters.version is None else list(counters.version),
             "short_rounds": list(counters.short_rounds),
             "shapes": self.layout.shapes,
-            "lora": self.lora.reference if self.lora else None,
+            "lora": self.lora.reference if self.lora else reference,
             "global": self.vector,
             "fragments": [updates.state() for updates in self.fragments],
             "privacy": None if privacy is None else privacy.state_dict(),
@@ -331,6 +350,7 @@ class GlobalState:
             round=state["round"],
             version=Version(*state["version"]) if state.get("version") else None,
             short_rounds=tuple(state["short_rounds"]),
+            digest=snapshot.digest({key: state[key] for key in _SHARED}) if state.get("version") else "",
         )
 
     def _restore(self, state: Mapping[str, Any]) -> None:

@@ -89,7 +89,8 @@ class RoundRunner:
         """Take part in the next round; return its report, or None without one: all are done, or just join."""
         came, sent_before = self._now()
         while True:
-            headers = self._coordinator.meet(self._header(purpose, local), self._state.version)
+            mine = self._header(purpose, local)
+            headers = self._coordinator.meet(mine, self._state.version, self._state.digest)
             if all(header.purpose is Purpose.DONE for header in headers):
                 return None
             arrived, _ = self._now()
@@ -146,7 +147,7 @@ class RoundRunner:
                 self._prepare(headers)
             yield
             if may_lose_parties:
-                self._coordinator.commit(state.round, state.state())
+                state.digest = self._coordinator.commit(state.round, state.state())
         state.commit_residuals()
         state.write_()
         self.federation.enter(f"training after round {state.round - 1}" if state.round else "training")
@@ -352,8 +353,17 @@ class RoundRunner:
     def _bring_up_to_date(self, headers: list[Header]) -> None:
         """Send the newest global state to those who lack it."""
         behind, state = [header.behind for header in headers], self._state
-        size_bytes, memory = 4 * state.layout.size, state.free_memory
-        send_state(self.federation, behind, state.state, state.load_state, size_bytes, memory)
+        holders = [party for party, lacks in enumerate(behind) if not lacks]
+        send_state(
+            self.federation,
+            behind,
+            state.state,
+            state.load_state,
+            4 * state.layout.size,
+            state.free_memory,
+            source=holders[self._coordinator.attempt % len(holders)],  # another one if this one's is wrong
+            digest=self._coordinator.newest_state,
+        )
 
     def _now(self) -> tuple[float, int]:
         return time.perf_counter(), self.federation.bytes_sent

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pellm_lightning.comm import Collectives, FederationError
-from pellm_lightning.tensors import portable
+from pellm_lightning.comm import Collectives, FederationError, PartyLostError
+from pellm_lightning.tensors import portable, snapshot
 from pellm_lightning.tensors.nested import leaves
 from pellm_lightning.tensors.snapshot import Manifest
 
@@ -70,6 +71,9 @@ def send_state(
     load_state: Callable[[Mapping[str, Any]], None],
     vector_bytes: int,
     memory: Tensor | None = None,
+    *,
+    source: int | None = None,
+    digest: str = "",
 ) -> None:
     """Send the newest global state to the parties that lack it; every party calls this.
 
@@ -83,26 +87,32 @@ def send_state(
         vector_bytes: Bytes of the global vector.
         memory: Flat memory that is free meanwhile, for a tensor of its size in the state that arrives; then
             ``load_state`` must copy that.
+        source: Who sends it; by default the first that has it.
+        digest: Of the state, for which a majority has voted; without it whatever is sent is loaded.
 
     Raises:
-        FederationError: If the state is too large to be one, or cannot be loaded.
+        PartyLostError: If what is sent is not that state.
+        FederationError: If it cannot be loaded here.
     """
-    source, here = behind.index(False), federation.party
+    source, here = behind.index(False) if source is None else source, federation.party
     manifest, tensors = Manifest.of(state()) if source == here else (None, [])
-    try:
-        manifest = Manifest.from_json(
-            _broadcast_text(federation, source, manifest.to_json() if manifest else "", vector_bytes)
-        )
+    text = _broadcast_text(federation, source, manifest.to_json() if manifest else "", vector_bytes)
+    with _sent_by(federation, source):
+        manifest = Manifest.from_json(text)
         sizes = manifest.sizes_bytes
-        _check_size(federation, source, sum(sizes), vector_bytes)
-        if behind[here]:
-            tensors = manifest.new_tensors(memory)
-        for index, size_bytes in enumerate(sizes):
-            own = tensors[index].view(-1).view(torch.uint8) if tensors else None
-            _send_(federation, source, behind, own, size_bytes)
-        if not behind[here]:
-            return
+    _check_size(federation, source, sum(sizes), vector_bytes)
+    if behind[here]:
+        tensors = manifest.new_tensors(memory)
+    for index, size_bytes in enumerate(sizes):
+        own = tensors[index].view(-1).view(torch.uint8) if tensors else None
+        _send_(federation, source, behind, own, size_bytes)
+    if not behind[here]:
+        return
+    with _sent_by(federation, source):
         newest = manifest.state(tensors)
+        if digest not in ("", snapshot.digest(newest)):
+            raise ValueError("its digest is not that for which the parties have voted")
+    try:
         load_state(newest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a peer sent it, it may be anything
         raise FederationError(
@@ -117,6 +127,20 @@ def send_state(
     )
 
 
+@contextmanager
+def _sent_by(federation: Collectives, source: int) -> Iterator[None]:
+    """Refuse what another party has sent, which may be anything, unless it is a state that can be read."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PartyLostError(
+            f"Party {federation.name} cannot take over the global state of party"
+            f" {federation.called([source])}: {error}. It is not loaded, and another party is asked. Install"
+            " the same version at all parties; look at that one's log, and at its disk.",
+            parties=[federation.names[source]],
+        ) from error
+
+
 def _broadcast_text(federation: Collectives, source: int, text: str, vector_bytes: int) -> str:
     """Return the text of one party at all."""
     mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else None
@@ -124,7 +148,8 @@ def _broadcast_text(federation: Collectives, source: int, text: str, vector_byte
     size_bytes = int(federation.all_reduce_(size))
     _check_size(federation, source, size_bytes, vector_bytes)
     shown = torch.empty(size_bytes, dtype=torch.uint8) if mine is None else mine
-    return federation.broadcast_(shown, source).numpy().tobytes().decode()
+    with _sent_by(federation, source):
+        return federation.broadcast_(shown, source).numpy().tobytes().decode()
 
 
 def _send_(
@@ -146,7 +171,8 @@ def _send_(
 
 def _check_size(federation: Collectives, source: int, size_bytes: int, vector_bytes: int) -> None:
     if size_bytes > _MAX_VECTORS * vector_bytes + _MAX_WORDS:
-        raise FederationError(
+        raise PartyLostError(
             f"Party {federation.called([source])} would send {size_bytes} bytes of global state, more than"
-            f" {vector_bytes} bytes of parameters can have. Install the same version at all parties."
+            f" {vector_bytes} bytes of parameters can have. Install the same version at all parties.",
+            parties=[federation.names[source]],
         )

@@ -6,6 +6,7 @@ bytes), so that heartbeats would stop and the others declare this party dead, an
 module releases the lock and goes tensor by tensor, and so reads and writes its files itself.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pellm_lightning.tensors.digest import bits_digest
+from pellm_lightning.tensors.owner_file import claimed, released
 
 # Dtypes by safetensors' names.
 _DTYPES = {
@@ -44,6 +46,7 @@ _NAME = re.compile(r"round-(\d+)\.safetensors")
 _KEPT = 2
 _ATTEMPTS = "attempts"
 _RECYCLED = "recycled.partial"
+_OWNER = "owner"
 # As long as the one that takes its place.
 _NO_DIGEST = "0" * 64
 # Attempt numbers reserved at a time.
@@ -162,11 +165,16 @@ def digest(state: Mapping[str, Any]) -> str:
     return _digest_of_bits(structure, tensors)
 
 
+class SnapshotError(RuntimeError):
+    """A snapshot directory cannot be used: it is full, not writable, or another party's."""
+
+
 class SnapshotDir:
     """Snapshot directory of a party, with the global state of the last rounds.
 
     Args:
         path: The directory, exclusive to this party; created when first needed.
+        party: Name of this party, for the directory and for errors.
 
     Example:
         >>> snapshots = SnapshotDir("state")
@@ -175,9 +183,28 @@ class SnapshotDir:
         7
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, party: str = "") -> None:
         self.path = Path(path)
+        self._party = party
         self._reserved: int | None = None
+
+    def claim(self) -> None:
+        """Create the directory, and take it for this party and this process, before anything depends on it.
+
+        Raises:
+            SnapshotError: If it cannot be written, or another party or process uses it.
+        """
+        with self._explained("use"):
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner = claimed(self.path / _OWNER, self._party)
+        if owner == self._party:
+            return
+        used = f"is that of party {owner}" if owner else f"is used by another process of party {self._party}"
+        raise SnapshotError(
+            f"Party {self._party} cannot use {self.path}, which {used}. Give each party a state_dir of its"
+            " own, and start each party once. One that was copied must not be used: a party without any is"
+            " sent the newest state by the others."
+        )
 
     def keep(self, round: int, state: Mapping[str, Any]) -> None:
         """Write a snapshot durably, to survive a power failure.
@@ -185,6 +212,10 @@ class SnapshotDir:
         Its SHA-256 is computed while the disk writes the tensors; it is in the header, which is written last.
         The oldest file is overwritten: that costs half of what the pages of a new one do.
         """
+        with self._explained("write"):
+            self._keep(round, state)
+
+    def _keep(self, round: int, state: Mapping[str, Any]) -> None:
         tensors, structure = _split(state)
 
         def written(file: BinaryIO) -> None:
@@ -210,7 +241,10 @@ class SnapshotDir:
         few rounds wait for the disk twice.
         """
         if attempt > self.reserved():
-            with self._replaced(self.path / _ATTEMPTS, f"{_ATTEMPTS}.partial") as file:
+            with (
+                self._explained("write"),
+                self._replaced(self.path / _ATTEMPTS, f"{_ATTEMPTS}.partial") as file,
+            ):
                 file.write(str(attempt + _BLOCK).encode())
                 file.truncate()
             self._reserved = attempt + _BLOCK
@@ -228,38 +262,50 @@ class SnapshotDir:
         """Load the latest snapshot, None if there is none.
 
         Raises:
-            DamagedError: If the file is damaged; the message names the last intact one.
+            DamagedError: If the file is damaged; an older one is never taken for it.
+            SnapshotError: If it cannot be read.
         """
         rounds = self._rounds()
         if not rounds:
             return None
         path = self._file(rounds[-1])
         try:
-            return _load(path)
+            with self._explained("read"):
+                return _load(path)
         except DamagedError as error:
-            intact = next((self._file(r) for r in reversed(rounds[:-1]) if self._is_intact(r)), None)
-            remedy = (
-                f"The last intact one is {intact}: remove the damaged file to continue from it"
-                if intact
-                else "There is no other: remove it to start without state"
-            )
             raise DamagedError(
-                f"The snapshot {path} is damaged ({error}). {remedy}; the other parties then send this one"
-                " the newest state."
+                f"The snapshot {path} is damaged ({error}). Do not delete it: this party may be one of the"
+                f" few that have round {rounds[-1]}, which older snapshots lack. Restore the file from a"
+                f" backup, or move the whole directory {self.path} away: the other parties then send this"
+                " one the newest state, or say that too few of them have it."
             ) from error
 
     def clear(self) -> None:
         """Remove all snapshots, at the end of the federation."""
         for round in self._rounds():
             self._file(round).unlink()
-        for name in (_ATTEMPTS, _RECYCLED):
+        for name in (_ATTEMPTS, _RECYCLED, _OWNER):
             (self.path / name).unlink(missing_ok=True)
+        released(self.path / _OWNER)
         self._reserved = 0
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Say whose directory cannot be used, why, and what helps."""
+        try:
+            yield
+        except OSError as error:
+            cure = "Make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make it writable"
+            why = error.strerror or str(error)
+            raise SnapshotError(
+                f"Party {self._party} cannot {what} its global state in {self.path}: {why}. {cure}, or give"
+                " another state_dir, and start this party again: the others send it the newest state."
+            ) from error
 
     @contextmanager
     def _replaced(self, target: Path, partial: str) -> Iterator[BinaryIO]:
         """Replace a file atomically and durably by the one written in the block, which may hold old bytes."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self.path / partial
         with open(path, "rb+" if path.exists() else "wb") as file:
             yield file
@@ -275,13 +321,6 @@ class SnapshotDir:
             return []
         matches = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in matches if match)
-
-    def _is_intact(self, round: int) -> bool:
-        try:
-            _load(self._file(round))
-        except DamagedError:
-            return False
-        return True
 
 
 def _load(path: Path) -> dict[str, Any]:

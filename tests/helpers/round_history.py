@@ -117,11 +117,12 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
         seen["stage"] = "settled"
         return decision
 
-    def settles(*arguments: Any) -> None:
+    def settles(*arguments: Any) -> str:
         seen["stage"] = "in doubt"
         keep(entry_of(aggregator, seen["weights"], "made"))
-        commit(*arguments)
+        digest = commit(*arguments)
         keep(entry_of(aggregator, seen["weights"], seen["stage"]))
+        return digest
 
     aggregator._rounds._prepare = prepares  # type: ignore[method-assign]
     aggregator._rounds._round_context = counts  # type: ignore[method-assign]

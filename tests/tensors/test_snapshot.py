@@ -4,7 +4,11 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
+import shutil
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -20,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save as packed_by_safetensors
 
 from pellm_lightning.tensors import snapshot
-from pellm_lightning.tensors.snapshot import DamagedError, Manifest, SnapshotDir
+from pellm_lightning.tensors.snapshot import DamagedError, Manifest, SnapshotDir, SnapshotError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -315,23 +319,65 @@ def test_a_state_without_its_digest_is_refused(tmp_path: Path) -> None:
         SnapshotDir(tmp_path).newest()
 
 
-@pytest.mark.parametrize("good", [True, False])
-def test_a_file_cut_in_half_is_refused_with_the_last_good_one(tmp_path: Path, good: bool) -> None:
+def test_a_file_cut_in_half_is_refused_and_no_older_one_taken_for_it(tmp_path: Path) -> None:
+    """The round may have been committed, and this party be one of the few that have it."""
     states = SnapshotDir(tmp_path)
     states.keep(4, adam_state())
     states.keep(5, adam_state())
-    newest, before = tmp_path / "round-5.safetensors", tmp_path / "round-4.safetensors"
+    newest = tmp_path / "round-5.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    if not good:
-        before.write_bytes(b"")
     with pytest.raises(DamagedError) as caught:
         states.newest()
     message = str(caught.value)
     assert str(newest) in message
-    assert (f"The last intact one is {before}: remove" in message) == good
-    newest.unlink()
-    if good:
-        assert same(states.newest(), adam_state())
+    assert "Do not delete it" in message
+    assert "round 5" in message
+    assert f"move the whole directory {tmp_path} away" in message
+
+
+def test_a_directory_of_another_party_is_refused(tmp_path: Path) -> None:
+    """Shared with it, or copied from it."""
+    SnapshotDir(tmp_path / "a", "a").claim()
+    SnapshotDir(tmp_path / "a", "a").claim()  # a second fit of the same process
+    shutil.copytree(tmp_path / "a", tmp_path / "copied")
+    for name in ("a", "copied"):
+        with pytest.raises(
+            SnapshotError, match=r"Party b cannot use .*, which is that of party a\. Give each"
+        ):
+            SnapshotDir(tmp_path / name, "b").claim()
+    SnapshotDir(tmp_path / "a", "a").clear()
+    SnapshotDir(tmp_path / "a", "b").claim()  # a federation that has ended leaves no owner
+    SnapshotDir(tmp_path / "a", "b").clear()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="only the name is checked there")
+def test_a_directory_that_another_process_uses_is_refused(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            SnapshotDir(tmp_path, "a").claim()
+            os.write(writer, b"1")
+            time.sleep(30)
+        finally:
+            os._exit(0)
+    try:
+        os.read(reader, 1)
+        with pytest.raises(SnapshotError, match="is used by another process of party a"):
+            SnapshotDir(tmp_path, "a").claim()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    SnapshotDir(tmp_path, "a").claim()  # a killed process leaves no lock
+    SnapshotDir(tmp_path, "a").clear()
+
+
+def test_a_directory_that_cannot_be_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        SnapshotError, match=r"Party a cannot use its global state in .*file/state: Not a direc"
+    ):
+        SnapshotDir(tmp_path / "file/state", "a").claim()
 
 
 def test_a_write_that_fails_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +388,6 @@ def test_a_write_that_fails_leaves_the_last_state(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pellm_lightning.tensors.snapshot.os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SnapshotError, match=r"cannot write .* No space left on device\. Make room there, or"):
         states.keep(2, {"round": 2})
     assert states.newest() == {"round": 1}

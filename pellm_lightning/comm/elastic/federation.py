@@ -17,6 +17,7 @@ docs/reliability.md.
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -33,23 +34,17 @@ from pellm_lightning.comm.communicator import (
     QuorumResult,
     Version,
 )
+from pellm_lightning.comm.elastic.attempts import AttemptLimit
+from pellm_lightning.comm.elastic.audit import Audit
 from pellm_lightning.comm.elastic.commit import CommitProtocol, Decision
 from pellm_lightning.comm.elastic.connections import MemberConnections
 from pellm_lightning.comm.elastic.handshake import SpecExchange
-from pellm_lightning.comm.elastic.heartbeat import Heartbeat
-from pellm_lightning.comm.elastic.join_quorum import RESULT, QuorumDeadline, QuorumProtocol
-from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_roster
+from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol, VoidViewError
+from pellm_lightning.comm.elastic.joining import join_rendezvous
+from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_addresses, check_roster
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
-from pellm_lightning.comm.elastic.register import (
-    Action,
-    Fence,
-    Register,
-    ReplacedError,
-    RestartedError,
-    UnreachableError,
-    connect_register,
-)
+from pellm_lightning.comm.elastic.register import Action, ReplacedError, RestartedError, UnreachableError
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener
 from pellm_lightning.comm.quorum import Quorum
@@ -105,6 +100,7 @@ class ElasticFederation(Communicator):
         prefix: str = "",
     ) -> None:
         check_roster(name, roster)
+        check_addresses(name, listen, advertise)
         self.membership = membership or Membership()
         self.quorum = self.membership.quorum(quorum, roster)
         self.roster = list(roster)
@@ -127,10 +123,14 @@ class ElasticFederation(Communicator):
         host, _, port = listen.rpartition(":")
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
         self._address = advertise or self._listener.address
-        self._registers: list[Register] = []
-        self._peers = self._connect(connect, prefix)
+        try:
+            self._registers, self._peers = join_rendezvous(connect, self._me, prefix, self._phase)
+        except BaseException:
+            self._listener.close()
+            raise
         self._register = self._registers[0]
         self._reachability = ReachabilityTracker(roster)
+        self._limit = AttemptLimit(self._me)
         self._specs = SpecExchange(self._register, self._me)
         self._commit_protocol = CommitProtocol(self._register, self._peers, self._me)
         self._quorum_protocol = QuorumProtocol(
@@ -138,26 +138,7 @@ class ElasticFederation(Communicator):
         )
         self._quorum_protocol.interrupt = self._check_waiting
         self._connections = MemberConnections(self._listener, self._me, self._peers, tls)
-
-    def _connect(self, connect: Callable[[], dist.Store], prefix: str) -> Heartbeat:
-        """Connect to the rendezvous, and begin this party's heartbeat on a connection of its own."""
-        try:
-            for _ in range(2):
-                register = connect_register(connect, self.membership.wait_s, self._name, prefix)
-                self._registers.append(register)
-            heartbeat = Heartbeat(self._registers[1], self._me, self._phase)
-            self._registers[0].fence(Fence(self._name, self._me.incarnation))
-            return heartbeat
-        except BaseException as error:
-            self._listener.close()
-            for register in self._registers:
-                register.close()
-            if not isinstance(error, UnreachableError | RestartedError):
-                raise
-            raise PartyLostError(
-                f"Party {self._name} could not join. {str(error).rstrip('.')}. If the federation has ended"
-                f" meanwhile, {RESULT}"
-            ) from error
+        self._audit = Audit(self._register, self._reachability, self._me, self._connections.check)
 
     # ---- membership
 
@@ -242,7 +223,10 @@ class ElasticFederation(Communicator):
                 return [of_party[key] for of_party in said]
 
     @override
-    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+    def join_quorum(
+        self, intent: Intent, version: Version | None, metadata: Metadata, state: str = ""
+    ) -> QuorumResult:
+        entry = partial(self._entry, intent, version, metadata, state)
         deadline = self._quorum_protocol.deadline()
         restarted = False
         while True:
@@ -250,7 +234,7 @@ class ElasticFederation(Communicator):
                 if restarted and self._register.renew():
                     log.warning("[party %s] the rendezvous was restarted; the parties join again", self._name)
                 restarted = False
-                view = self._join_term(intent, version, metadata, deadline)
+                view = self._join_term(entry, deadline)
             except RestartedError:
                 restarted = True
                 continue
@@ -286,15 +270,12 @@ class ElasticFederation(Communicator):
             log.warning("[party %s] the rendezvous went away after the vote; its result stands", self._name)
             self._connections.drop()
             return
-        if "abort" in decision:
-            self._try(lambda: self._note_abort(view, decision))
-            raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         if "diverged" in decision:
-            raise FederationError(
-                f"The parties computed different results from the same values ({decision['diverged']}). No"
-                " parameter was changed. Install the same versions of torch and pellm-lightning at all."
-            )
+            self._audit.judge(lambda: self._commit_protocol.dissenters(view))
+        if "abort" in decision:
+            raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         self._reachability.connected(view.members)
+        self._limit.committed()
         self._ended = self._last_term[0], view
 
     @override
@@ -304,6 +285,7 @@ class ElasticFederation(Communicator):
         blamed, by = list(getattr(error, "parties", ())), getattr(error, "by", None) or self._name
         log.info("[party %s] aborts this attempt at the round: %s", self._name, error)
         self._try(lambda: self._note_abort(view, self._commit_protocol.abort(view, str(error), blamed, by)))
+        self._limit.failed(str(error))
         return True
 
     @override
@@ -325,6 +307,7 @@ class ElasticFederation(Communicator):
         with staged(x) as copy, self._connections.exchanging() as mesh:
             self.bytes_sent += copy.nbytes if self.num_parties > 1 else 0
             mesh.all_reduce(copy.view(-1))
+            self._audit.compare_sum(copy)
         return x
 
     @override
@@ -337,6 +320,7 @@ class ElasticFederation(Communicator):
         with staged(x) as copy, self._connections.exchanging() as mesh:
             self.bytes_sent += copy.nbytes if source == self.party and self.num_parties > 1 else 0
             mesh.broadcast(copy.view(-1), source)
+            self._audit.compare({self.names[source]: copy})
         return x
 
     @override
@@ -356,6 +340,7 @@ class ElasticFederation(Communicator):
         self.bytes_sent += mine.nbytes if self.num_parties > 1 else 0
         with self._connections.exchanging() as mesh:
             mesh.all_to_all(out, mine.repeat(len(sizes)), list(sizes), [len(mine)] * len(sizes))
+            self._audit.compare(dict(zip(self.names, out.split(list(sizes)), strict=True)))
         return list(out.split(list(sizes)))
 
     # ---- leaving
@@ -377,7 +362,7 @@ class ElasticFederation(Communicator):
         self._connections.drop()
         self._peers.stop(reason=reason)
         if not self._peers.is_replaced:
-            own = [f"{key}/@{self._name}" for key in ("member", "vote", "party_spec", "owner")]
+            own = [f"{key}/@{self._name}" for key in ("member", "vote", "heard", "party_spec", "owner")]
             self._try(lambda: self._register.delete(*own))
         self._listener.close()
         for register in self._registers:
@@ -385,16 +370,21 @@ class ElasticFederation(Communicator):
 
     # ---- joining a quorum
 
-    def _join_term(
-        self, intent: Intent, version: Version | None, metadata: Metadata, deadline: QuorumDeadline
-    ) -> QuorumView | None:
+    def _join_term(self, entry: Callable[[], QuorumMember], deadline: QuorumDeadline) -> QuorumView | None:
         """Join the present term; return its view, or None if it continued without this party."""
         if self._closed:
             raise FederationError(f"Party {self._name} has left this federation. Join it again.")
         self._peers.check_not_replaced()
-        entry = self._entry(intent, version, metadata)
+        self._audit.share(self._peers)
+        mine = entry()
         self._specs.publish()
-        view = self._quorum_protocol.join(entry, deadline, self._ending())
+        try:
+            view = self._quorum_protocol.join(mine, deadline, self._ending())
+        except VoidViewError as void:
+            log.warning("[party %s] %s", self._name, void)
+            self._register.swap("term", mine.term, mine.term + 1)
+            self._limit.failed(str(void))
+            return None
         self._next_term = ("", 0)
         if view is None:
             return None
@@ -411,6 +401,7 @@ class ElasticFederation(Communicator):
         self._last_term = self._register.life, view.term
         self._next_term = self._register.life, view.term + 1
         self._accept(view)
+        self._audit.begin(view)
         if not view.exchanges:
             self._commit_protocol.end(view)
         elif not self._connected_to(view):
@@ -422,7 +413,7 @@ class ElasticFederation(Communicator):
         life, view = self._ended or ("", None)
         return self._commit_protocol.ending(view) if view and life == self._register.life else []
 
-    def _entry(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumMember:
+    def _entry(self, intent: Intent, version: Version | None, metadata: Metadata, state: str) -> QuorumMember:
         """Return the message with which this party joins the present term."""
         life, term = self._next_term
         term = term if life == self._register.life else self._register.claim("term", 1)
@@ -443,6 +434,8 @@ class ElasticFederation(Communicator):
             group=self._connections.group,
             member=self._view is not None,
             metadata=metadata,
+            state=state,
+            audits=self._audit.is_active,
         )
 
     def _accept(self, view: QuorumView) -> None:

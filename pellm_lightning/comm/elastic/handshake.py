@@ -51,7 +51,7 @@ class SpecExchange:
         return [self._known.get(process) for process in processes]
 
     def check_alike(self, entries: Mapping[str, QuorumMember], mine: QuorumMember) -> None:
-        """Raise the difference between this party and the first member that does not agree with it.
+        """Raise the difference between this party and the first of the others that does not agree with it.
 
         Raises:
             MismatchError: If one differs.
@@ -63,18 +63,12 @@ class SpecExchange:
                 raise MismatchError(
                     difference or f"Parties {name} and {self._me.name} are configured differently."
                 )
-            if not alike(entry, mine):
+            if entry.version and mine.version and entry.version.run_id != mine.version.run_id:
                 raise MismatchError(
                     f"Parties {name} and {self._me.name} hold the state of different federations, which began"
-                    " apart. Remove the state of one of them (it was written under its state_dir), or let it"
-                    " resume no checkpoint: it then receives the other's."
+                    f" apart. Party {self._me.name} is refused: move its state_dir away, and let it resume no"
+                    " checkpoint: it then receives the state of the others."
                 )
-
-
-def alike(*entries: QuorumMember) -> bool:
-    """Tell whether parties can continue together: what all must share is the same, and so is the run."""
-    run_ids = {entry.version.run_id for entry in entries if entry.version}
-    return len({entry.digest for entry in entries}) == 1 and len(run_ids) <= 1
 
 
 def _key(name: str) -> str:

@@ -160,6 +160,10 @@ class Heartbeat:
         """Return which members of a view have died since."""
         return [name for name, entry in view.entries.items() if not self.runs(name, entry.incarnation)]
 
+    def said(self, key: str) -> list[Any]:
+        """Return what the heartbeats of the others that are alive say under a key."""
+        return [self._seen(name)[0].get(key) for name in self._others if self.alive(name)]
+
     def phase(self, name: str) -> str:
         """Return what a party does, for display."""
         status, silence = self._seen(name)

@@ -13,6 +13,7 @@ from pellm_lightning.comm.polling import polls
 from pellm_lightning.comm.rendezvous.channel import Channel, ServerDisconnectedError
 from pellm_lightning.comm.rendezvous.frames import (
     DONE,
+    FULL,
     MAX_FIELDS,
     REFUSED,
     FrameError,
@@ -48,6 +49,7 @@ class RendezvousStore(PollingStore):
     Raises:
         ValueError: If an argument is out of range; later, if a key or a value is over a limit.
         torch.distributed.DistNetworkError: If the server is out of reach for ``retry_s``.
+        torch.distributed.DistStoreError: If it has no room for what this party would write.
         FederationError: If the server does not admit this party, is not the rendezvous, or refuses a request.
 
     Example::
@@ -170,7 +172,10 @@ class RendezvousStore(PollingStore):
                 except FrameError as error:
                     self._disconnect()
                     raise self._no_rendezvous(str(error)) from error
-                except FederationError:  # the answer is complete, or there is no connection
+                except (
+                    FederationError,
+                    dist.DistStoreError,
+                ):  # the answer is complete, or there is no connection
                     raise
                 except BaseException:
                     self._disconnect()  # an answer that comes later must not be taken for the next one's
@@ -206,8 +211,10 @@ class RendezvousStore(PollingStore):
         tag, fields = answer
         if tag == DONE:
             return fields
-        if tag == REFUSED:
+        if tag in (REFUSED, FULL):
             reason = self._only(fields).decode(errors="replace")[:_MAX_REASON]
+            if tag == FULL:  # which is waited for as if it was out of reach
+                raise dist.DistStoreError(f"The rendezvous at {self.address} has no room: {reason}")
             raise FederationError(f"The rendezvous at {self.address} refuses: {reason}")
         raise FrameError(f"an answer tagged {tag}")
 

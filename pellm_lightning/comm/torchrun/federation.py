@@ -159,7 +159,9 @@ class Federation(Communicator):
         return self._specs
 
     @override
-    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+    def join_quorum(
+        self, intent: Intent, version: Version | None, metadata: Metadata, state: str = ""
+    ) -> QuorumResult:
         """Wait for all parties.
 
         Parties are uneven: one validates while another is already in its next round. All send messages of one
@@ -325,12 +327,18 @@ class Federation(Communicator):
             self._disconnect()
             if late:
                 raise late from error
+            # While it was not asked for by its launcher yet, the exit code of a process can be read.
+            ended = self._coordinator.ended()
             # The party that broke the connection writes its reason just before; give the store a moment.
             time.sleep(0.1)
             self._coordinator.raise_if_left(error)
+            ended = self._coordinator.ended() | ended
+            who = " and ".join(f"party {party} ({how})" for party, how in ended.items())
+            advice = "A party's process ended without giving a reason: look at the end of its log."
             raise PartyLostError(
-                f"Party {self.party} lost the federation while {self._coordinator.phase}: {_reason(error)}. A"
-                " party's process ended without giving a reason: look at the end of its log."
+                f"Party {self.party} lost {who or 'the federation'} while {self._coordinator.phase}:"
+                f" {_reason(error)}. {advice}",
+                parties=[str(party) for party in ended],
             ) from error
 
 

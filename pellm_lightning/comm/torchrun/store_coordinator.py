@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
 from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
+from pellm_lightning.comm.torchrun.processes import how_ended, this_process
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class StoreCoordinator:
             PartyLostError: If a party does not join within ``timeout_s``.
         """
         with self._reached():
-            self._store.set(f"here/{self.party}", "1")
+            self._store.set(f"here/{self.party}", json.dumps(this_process()))
             self._wait_for("here/{}", "join the federation")
 
     def gather_json(self, key: str, value: object) -> list[Any]:
@@ -118,6 +119,16 @@ class StoreCoordinator:
                         parties=(str(party),),
                         by=str(party),
                     ) from error
+
+    def ended(self) -> dict[int, str]:
+        """Return how the processes of other parties have ended, as far as this host knows."""
+        found = {}
+        with contextlib.suppress(dist.DistError):
+            for party in range(self.num_parties):
+                if party != self.party and self._store.check([f"here/{party}"]):
+                    how = how_ended(json.loads(self._store.get(f"here/{party}")))
+                    found.update({party: how} if how else {})
+        return found
 
     def timed_out(self, waiting: str = "", late: Sequence[int] = ()) -> PartyLostError:
         """Return the error of this party's timeout, and publish it: the late party shall find the reason."""

@@ -78,7 +78,11 @@ def test_equal_votes_of_all_are_committed(attempt: Attempt) -> None:
 
 def test_unequal_votes_are_not_committed(attempt: Attempt) -> None:
     attempt.vote(a="x", b="y", c="x")
-    assert attempt.decisions() == [{"diverged": "party a: x, party b: y, party c: x"}] * 3
+    said = "the parties computed different results (party a: x, party b: y, party c: x)"
+    assert attempt.decisions() == [{"abort": said, "diverged": True}] * 3
+    assert attempt.protocols["a"].dissenters(attempt.view) == ["b"]
+    attempt.vote(c="z")
+    assert attempt.protocols["a"].dissenters(attempt.view) is None, "there is no majority"
 
 
 def test_a_member_that_dies_before_its_vote_aborts(attempt: Attempt) -> None:
@@ -96,7 +100,7 @@ def test_a_member_that_dies_after_its_vote_does_not(attempt: Attempt) -> None:
 
 def test_a_member_that_does_not_vote_in_time_is_blamed(attempt: Attempt) -> None:
     attempt.vote(a="x", c="x")
-    late = {"abort": "party b did not vote in time", "blamed": ["b"], "by": "a"}
+    late = {"abort": "party b did not vote within 0 s", "blamed": ["b"], "by": "a", "late": True}
     assert attempt.decisions() == [late] * 3
     attempt.vote(b="x")  # too late: a decision stands
     assert attempt.decisions() == [late] * 3

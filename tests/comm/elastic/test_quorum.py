@@ -19,7 +19,7 @@ from pellm_lightning.comm import (
 )
 from pellm_lightning.comm.elastic import join_quorum
 from pellm_lightning.comm.elastic.handshake import SpecExchange
-from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol
+from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol, VoidViewError
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, stage
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
@@ -39,7 +39,7 @@ def test_a_view_continues_the_newest_run_as_a_later_attempt() -> None:
     assert (view.term, view.attempt, view.run_id) == (5, 13, "run")
     assert view.newest == ("run", 4, 9)
     assert view.result.behind == {"a", "c"}
-    assert QuorumView.of(5, "unused", {"a": OLD}, last_attempt=40).attempt == 41
+    assert QuorumView.of(5, "unused", {"a": OLD}, attempt_before=40).attempt == 41
 
 
 def test_a_first_view_begins_a_run_and_a_repeated_one_keeps_its_name() -> None:
@@ -326,7 +326,7 @@ def test_a_view_that_cannot_be_read_ends_the_waiting() -> None:
     joining = Joining()
     joining.write(b=NEW, c=NEW)
     joining.register.claim("view/1", None)
-    with pytest.raises(MismatchError, match="another party has written as the view of term 1"):
+    with pytest.raises(VoidViewError, match="has written as the view of term 1"):
         joining.join(NEW)
 
 

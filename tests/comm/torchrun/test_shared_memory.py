@@ -436,6 +436,7 @@ def test_killed_at(point: str, tmp_path: Path) -> None:
         assert seen["as_before"], "a failed round must leave the parameters as they were"
         # Each round adds (1 + 2 + 3) / 3 = 2.
         assert seen["global"] == [2.0 * seen["round"] + i for i in range(3)]
+        assert "party 2 (its process " in seen["message"], seen["message"]
         assert seen["noticed_s"] < 1, "the others wait for a dead party"
         # No name of it is left that anybody would have to remove.
         assert set(seen["mapped"]) == {"/memfd:pellm (deleted)"}
