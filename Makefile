@@ -82,6 +82,7 @@ bench: setup  ## time a round against a raw all-reduce, the aggregation rules ag
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compressed.py
 	$(BIN)/python benchmarks/separate_jobs.py
+	$(BIN)/python benchmarks/big_states.py
 	$(MAKE) peers
 
 # Each peer gets a virtual environment of its own below runs/peers: about 3 GB, from the package index.

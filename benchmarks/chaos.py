@@ -6,6 +6,8 @@ one process.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -27,6 +29,7 @@ _TESTS = Path(__file__).parent.parent / "tests"
 sys.path[:0] = [str(_TESTS / "helpers"), str(_TESTS / "scripts")]
 
 from chaos_party import Task, run  # noqa: E402
+from dishonest_party import DISHONEST  # noqa: E402
 from round_history import Entry, findings  # noqa: E402
 
 from pellm_lightning.cli import commands  # noqa: E402
@@ -51,17 +54,20 @@ def main() -> None:
     parser.add_argument("--ttl", type=float, default=1.5, help="heartbeat_ttl_s")
     parser.add_argument("--haste", type=float, default=1.0, help="how much sooner fault follows on fault")
     parser.add_argument("--kinds", nargs="+", default=list(_FAULTS), choices=list(_FAULTS))
+    parser.add_argument("--dishonest", nargs="*", default=[], choices=list(DISHONEST))
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--keep", help="folder for logs and records")
     arguments = parser.parse_args()
     rows = []
-    for seed in arguments.seeds:
+    # One more party that is dishonest, of each kind in turn; or none.
+    for seed, dishonest in itertools.product(arguments.seeds, arguments.dishonest or [""]):
         with tempfile.TemporaryDirectory() as scratch:
-            directory = Path(arguments.keep or scratch) / f"seed-{seed}"
+            directory = Path(arguments.keep or scratch) / f"seed-{seed}{dishonest}"
             directory.mkdir(parents=True)
             dice = random.Random(seed)
-            chaos = Chaos(directory, arguments.parties, arguments.ttl, dice, arguments.kinds, arguments.haste)
-            rows.append({"seed": seed} | chaos.run(arguments.seconds))
+            parties, kinds = arguments.parties + bool(dishonest), arguments.kinds
+            chaos = Chaos(directory, parties, arguments.ttl, dice, kinds, arguments.haste, dishonest)
+            rows.append({"seed": seed, "dishonest": dishonest} | chaos.run(arguments.seconds))
             show(rows[-1])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1))
@@ -138,6 +144,7 @@ class Chaos:
         dice: Whence the schedule comes.
         kinds: Of faults, of those in ``_FAULTS``.
         haste: By how much the pauses between faults are shorter than usual.
+        dishonest: How the last party is dishonest; empty if it is not.
     """
 
     directory: Path
@@ -146,6 +153,7 @@ class Chaos:
     dice: random.Random
     kinds: list[str]
     haste: float = 1.0
+    dishonest: str = ""
     faults: Counter[str] = field(default_factory=Counter)
     kills: list[tuple[float, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -157,8 +165,18 @@ class Chaos:
         self.roster = [f"p{i}" for i in range(self.num_parties)]
         words = ["rendezvous", "--listen", address]
         self.rendezvous = Process(lambda: commands.main(words), self.directory / "rendezvous.log")
+        self.rogue = self.roster[-1] if self.dishonest else ""
         tasks = [
-            Task(str(self.directory), name, self.roster, f"tcp://{address}", self.ttl_s, pace_s=0.03)
+            Task(
+                str(self.directory),
+                name,
+                self.roster,
+                f"tcp://{address}",
+                self.ttl_s,
+                pace_s=0.03,
+                dishonest=self.dishonest if name == self.rogue else "",
+                exchange_timeout_s=2 if self.dishonest else 10,
+            )
             for name in self.roster
         ]
         self.parties = {
@@ -197,11 +215,23 @@ class Chaos:
                 process.wake()
                 self.times.append(now)
             if process.runs and process.exit_code():
-                self.errors.append(f"{name}: {_last_line(process.log)}")
+                if name != self.rogue:
+                    self.errors.append(f"{name}: {_last_line(process.log)}")
                 process.begins_at = now + 0.5
+            if not process.runs and name == self.rogue and self.dishonest == "copying":
+                self._copy_state(name)
             if not process.runs and process.begins_at and now >= process.begins_at:
                 process.start()
                 self.times.append(now)
+
+    def _copy_state(self, name: str) -> None:
+        """Give a party that does not run the state of another one; every other time it has none."""
+        mine, other = (self.directory / f"state-{party}" for party in (name, self.roster[0]))
+        copied = (mine / "owner").exists() and (mine / "owner").read_text() != name
+        shutil.rmtree(mine, ignore_errors=True)
+        if not copied and other.exists():
+            # The other one is writing there at this moment.
+            shutil.copytree(other, mine, ignore_dangling_symlinks=True, copy_function=_copied)
 
     def _strike(self) -> float:
         """Do the next fault; return how many seconds to wait before the one after."""
@@ -258,28 +288,33 @@ class Chaos:
             self.rendezvous.begins_at = time.time()
         for _ in range(600):
             self._tend()
-            if all(process.runs for process in [*self.parties.values(), self.rendezvous]):
+            honest = [process for name, process in self.parties.items() if name != self.rogue]
+            if all(process.runs for process in [*honest, self.rendezvous]):
                 break
             time.sleep(0.01)
         time.sleep(3 * self.ttl_s)
         last = max((entry.round for entry in self._records()), default=0)
         (self.directory / "end").write_text(str(last + 10))
         deadline = time.time() + 60
-        while time.time() < deadline and any(process.runs for process in self.parties.values()):
+        while time.time() < deadline and any(process.runs for process in honest):
             for name, process in self.parties.items():
-                if process.runs and process.exit_code():
+                if process.runs and process.exit_code() and name != self.rogue:
                     self.errors.append(f"{name} at the end: {_last_line(process.log)}")
             time.sleep(0.05)
-        return not any(process.runs for process in self.parties.values())
+        return not any(process.runs for name, process in self.parties.items() if name != self.rogue)
 
     # ---- what came of it
 
     def _records(self) -> list[Entry]:
-        return [entry for name in self.roster for entry in _entries(self.directory / f"{name}.jsonl")]
+        """Return what the honest parties have recorded."""
+        honest = [name for name in self.roster if name != self.rogue]
+        return [entry for name in honest for entry in _entries(self.directory / f"{name}.jsonl")]
 
     def _figures(self, ended: bool) -> dict[str, object]:
         entries = self._records()
-        found = findings(entries, self.roster)
+        # What one that equivocates makes others compute differs, and is not committed.
+        judged = [entry for entry in entries if not self.rogue or entry.stage != "made"]
+        found = findings(judged, self.roster)
         recovered = self._recoveries(entries)
         return {
             "faults": dict(self.faults),
@@ -322,6 +357,12 @@ def _entries(path: Path) -> list[Entry]:
         return []
     lines = path.read_text().split("\n")[:-1]
     return [Entry.from_json(line) for line in lines if line.endswith("}")]
+
+
+def _copied(source: str, target: str) -> None:
+    """Copy a file that may be renamed meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy2(source, target)
 
 
 def _last_line(path: Path) -> str:

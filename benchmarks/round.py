@@ -18,10 +18,13 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from processes import rows_of, timed
 from shapes import CASES
+from torch import Tensor
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.utils.data import DataLoader
 
 from pellm_lightning import Aggregator, FederatedAveraging, Federation
 from pellm_lightning.comm.torchrun.store import store_from_env
+from pellm_lightning.tensors.flat_buffer import Layout
 
 
 def main() -> None:
@@ -83,6 +86,8 @@ def measure_case(
         "ours": lambda: aggregators["ours"].step(1.0),
         "gloo": lambda: aggregators["gloo"].step(1.0),
         "loop": loop,
+        "averager": averager(list(parameters.values())),
+        "floor": bare_passes(federations["ours"], list(parameters.values())),
     }
     times: dict[str, list[float]] = {contender: [] for contender in contenders}
     for _ in range(repeats):
@@ -101,12 +106,54 @@ def measure_case(
         "megabytes": 4 * size / 1e6,
         "raw_ms": 1e3 * medians["raw"],
         "ours_ms": 1e3 * medians["ours"],
-        **{contender: medians[contender] / medians["raw"] for contender in ("ours", "gloo", "loop")},
+        **{name: medians[name] / medians["raw"] for name in contenders if name != "raw"},
         "best": min(times["ours"]) / min(times["raw"]),
         "extra_memory": memory["ours"] / (4 * size),
         "extra_memory_gloo": memory["gloo"] / (4 * size),
         "hook_us": 1e6 * hook_seconds(),
     }
+
+
+def averager(parameters: list[Tensor]) -> Callable[[], None]:
+    """Return a step of torch's PeriodicModelAverager, which makes the plain mean and nothing else."""
+    parameters = [torch.nn.Parameter(parameter) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)  # it averages what has a gradient
+    periodic = PeriodicModelAverager(period=1)
+    return lambda: periodic.average_parameters(parameters)
+
+
+def bare_passes(federation: Federation, parameters: list[Tensor]) -> Callable[[], None]:
+    """Return the passes over memory that a mean in shared memory cannot do without, and nothing else.
+
+    No header, norm, distance, weight of zero or report: what a round of this design takes at least here.
+    """
+    party, parties = federation.party, federation.num_parties
+    layout, size = Layout({str(i): p for i, p in enumerate(parameters)}), sum(p.numel() for p in parameters)
+    memory = federation.share_memory(4 * size * (parties + 2))
+    if memory is None:
+        raise SystemExit("The parties cannot share memory here, so there is nothing to measure.")
+    present, following, *updates = memory.view(torch.float32).view(parties + 2, size)
+    pieces, sizes = [p.view(-1) for p in parameters], [p.numel() for p in parameters]
+    length, stop = 1 << 16, (party + 1) * size // parties
+    own = [slice(at, min(at + length, stop)) for at in range(party * size // parties, stop, length)]
+    mean, part = torch.empty(length), torch.empty(length)
+
+    def act() -> None:
+        for chunk in layout.chunks():
+            at = slice(chunk.start, chunk.stop)
+            chunk.subtracted_from(present[at], out=updates[party][at])
+        federation.barrier()
+        for at in own:
+            total, scaled = mean[: at.stop - at.start], part[: at.stop - at.start]
+            torch.mul(updates[0][at], 1 / parties, out=total)
+            for update in updates[1:]:
+                total.add_(torch.mul(update[at], 1 / parties, out=scaled))
+            torch.sub(present[at], total, out=following[at])
+        federation.barrier()
+        torch._foreach_copy_(pieces, list(following.split(sizes)))
+
+    return act
 
 
 def check(aggregator: Aggregator, parameters: dict[str, torch.Tensor]) -> None:
@@ -156,10 +203,10 @@ def private_bytes() -> int:
 def show(rows: list[dict]) -> None:
     print("\nmedian of one interleaved run; ratios in units of one raw all_reduce of one flat buffer\n")
     print(
-        "| case | parties | MB | raw ms | round ms | round | round over Gloo | loop of all_reduces | memory |"
-        " memory over Gloo |"
+        "| case | parties | MB | raw ms | round ms | round | bare passes | round over Gloo |"
+        " PeriodicModelAverager | loop of all_reduces | memory | memory over Gloo |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         cells = [
             f"{r['case']}, {r['tensors']} tensors",
@@ -168,7 +215,9 @@ def show(rows: list[dict]) -> None:
             f"{r['raw_ms']:.1f}",
             f"{r['ours_ms']:.1f}",
             f"{r['ours']:.2f}x",
+            f"{r['floor']:.2f}x",
             f"{r['gloo']:.2f}x",
+            f"{r['averager']:.2f}x",
             f"{r['loop']:.2f}x",
             f"{r['extra_memory']:.2f} x trainable",
             f"{r['extra_memory_gloo']:.2f} x",

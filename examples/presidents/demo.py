@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,19 @@ class Demo:
 
 def wait(processes: dict[str, BaseProcess]) -> None:
     """Wait until all processes have ended; if one fails, end the others and the demo."""
-    for name, process in processes.items():
-        process.join()
-        if process.exitcode:
-            for other in processes.values():
-                other.terminate()
-            raise SystemExit(
-                f"Stopped: {name} ended with status {process.exitcode}."
-                f" What it says is above, or in {FOLDER}/*.log."
-            )
+    running = {process.sentinel: name for name, process in processes.items()}
+    while running:
+        for ended in connection.wait(list(running)):
+            name = running.pop(ended)
+            process = processes[name]
+            process.join()
+            if process.exitcode:
+                for other in processes.values():
+                    other.terminate()
+                raise SystemExit(
+                    f"Stopped: {name} ended with status {process.exitcode}."
+                    f" What it says is above, or in {FOLDER}/*.log."
+                )
 
 
 # ---- what the processes run

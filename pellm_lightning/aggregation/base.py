@@ -58,7 +58,7 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA factors of one pair at one party, with the anchors of the round.
+    """LoRA factors of one product at one party, with the anchors of the round: of a pair, or of an expert.
 
     Args:
         pair: Names of the factors.
@@ -70,6 +70,7 @@ class Factors:
         scalings: Scaling of each party.
         scaling: Scaling of the global factors.
         base: The frozen weight as a writable (m, n) view, if the module has one.
+        expert: Index of the expert whose factors these are; None if the pair is of one product.
     """
 
     pair: Pair
@@ -81,6 +82,12 @@ class Factors:
     scalings: Sequence[float]
     scaling: float
     base: Tensor | None = None
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the product in messages and reports."""
+        return self.pair.name if self.expert is None else f"{self.pair.name}, expert {self.expert}"
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _round_seed(seed: int, round: int) -> int:
 
 def _add_(pair: Factors, residual: Stack) -> float:
     if pair.base is None:
-        raise ValueError(f"The module of {pair.pair.name!r} has no writable frozen weight.")
+        raise ValueError(f"The module of {pair.name!r} has no writable frozen weight.")
     squared_error = 0.0
     rows = max(1, _BLOCK // pair.base.shape[1])
     for block, left in zip(pair.base.split(rows), residual.left.split(rows), strict=True):

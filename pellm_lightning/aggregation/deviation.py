@@ -42,7 +42,7 @@ def deviation(
     relative = [_ratio(difference, whole) for difference, whole in table.tolist()]
     worst = max(range(len(pairs)), key=relative.__getitem__)
     difference, whole = table.sum(dim=0).tolist()
-    return Deviation(_ratio(difference, whole), relative[worst], pairs[worst].pair.name)
+    return Deviation(_ratio(difference, whole), relative[worst], pairs[worst].name)
 
 
 def _ratio(difference: float, whole: float) -> float:

@@ -97,14 +97,16 @@ class PaddedFactors:
 
     Args:
         parameters: This party's parameters by name.
-        pairs: The largest rank of each pair, and the ratio ``s_i / s`` at this party.
+        pairs: The largest rank of each pair, the ratio ``s_i / s`` at this party, and the number of experts.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], pairs: Mapping[Pair, tuple[int, float]]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], pairs: Mapping[Pair, tuple[int, float, int]]
+    ) -> None:
         self._views: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {}
         self.tensors = dict(parameters)
         """The parameters with padded factors, for a layout."""
-        for pair, (rank, ratio_b) in pairs.items():
+        for pair, (rank, ratio_b, experts) in pairs.items():
             bias = pair.b.removesuffix("weight") + "bias"  # PEFT's lora_bias, which is scaled like B
             if bias in parameters:
                 own = parameters[bias]
@@ -114,21 +116,24 @@ class PaddedFactors:
             for name, dim, ratio in ((pair.a, 0, 1.0), (pair.b, 1, ratio_b)):
                 own = parameters[name]
                 shape = list(own.shape)
-                shape[dim] = rank
+                shape[dim] = rank * experts
                 padded = torch.zeros(shape, dtype=own.dtype, device=own.device)
-                self._views[name] = (own, padded, padded.narrow(dim, 0, own.shape[dim]), ratio)
+                view = padded.narrow(dim, 0, own.shape[dim])
+                if dim == 0 and experts > 1:  # the rows of A are by expert, the columns of B by rank
+                    view = padded.unflatten(0, (experts, rank))[:, : own.shape[0] // experts]
+                self._views[name] = (own, padded, view, ratio)
                 self.tensors[name] = padded
 
     def read_(self, names: Iterable[str]) -> None:
         """Copy the party's factors among ``names`` into the padded ones, and zero the rest."""
         for own, padded, view, ratio in self._named(names):
             padded.zero_()
-            view.copy_(own * ratio)
+            view.copy_((own * ratio).view(view.shape))
 
     def write_(self, names: Iterable[str]) -> None:
         """Copy the first rows and columns of the padded factors among ``names`` into the party's."""
         for own, _, view, ratio in self._named(names):
-            own.copy_(view / ratio)
+            own.copy_((view / ratio).view(own.shape))
 
     def _named(self, names: Iterable[str]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         return (self._views[name] for name in names if name in self._views)

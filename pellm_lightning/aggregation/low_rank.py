@@ -272,7 +272,7 @@ def _finite(pairs: Sequence[Factors], results: list[tuple[Tensor, Tensor]]) -> l
 def _checked(pair: Factors, values: Tensor) -> Tensor:
     if not is_finite(values):
         raise FederationError(
-            f"The products of {pair.pair.name!r} exceed float32, so they have no low-rank mean. No parameter"
+            f"The products of {pair.name!r} exceed float32, so they have no low-rank mean. No parameter"
             " was changed. Training diverges: lower the learning rate or clip gradients."
         )
     return values

@@ -7,7 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from pellm_lightning.aggregation.base import EVERYTHING, FACTORS, Aggregation, Capability, Part, Parts
-from pellm_lightning.aggregation.lora import LoraModule, Pair, find_pairs
+from pellm_lightning.aggregation.lora import LoraModule, Pair, find_pairs, unknown_module
 from pellm_lightning.aggregation.low_rank import LowRankMean
 from pellm_lightning.aggregation.mean import Mean
 from pellm_lightning.aggregation.robust import NormBound, RobustRule, SenderNormBound
@@ -20,7 +20,8 @@ class Plan:
         rule: The aggregation rule; None chooses ``LowRankMean()`` for LoRA, and the mean for all else and for
             modules that it does not support.
         names: Names of the trainable parameters that may federate.
-        modules: Facts of the LoRA modules, by the pairs' names; a pair without them has scaling 1.
+        modules: Facts of the LoRA modules, by the pairs' names; a pair without them has scaling 1, and is no
+            product if it may be of several experts.
         capabilities: What the exchange and privacy allow: "sums" with secure aggregation (None then chooses
             ``LowRankMean(solver="power")``), "means" with differential privacy and "sparse" with top-k (None
             then chooses ``Mean()``), "rounded" with other compressed exchanges, "parties" without limits.
@@ -73,7 +74,7 @@ class Plan:
 
     @cached_property
     def products(self) -> list[Pair]:
-        """Pairs whose factors are both federated and form a product, so that they can be combined."""
+        """Pairs whose factors are both federated and form a product, or one for each of their experts."""
         if not self.rule.shared >= FACTORS:
             return []
         return [pair for pair in self.pairs if self.module(pair).unsupported_reason is None]
@@ -88,7 +89,7 @@ class Plan:
     def written_bases(self) -> list[Tensor]:
         """The frozen weights that rounds change, contiguous, in the order of the pairs."""
         bases = [self.module(pair).base for pair in self.pairs] if self.rule.writes_base else []
-        return [base if base.is_contiguous() else base.T for base in bases if base is not None]
+        return [base if base.is_contiguous() else base.mT for base in bases if base is not None]
 
     def named(self, parts: Parts | tuple[Part, ...]) -> set[str]:
         """Return the names of the parameters with the given roles."""
@@ -96,7 +97,7 @@ class Plan:
 
     def module(self, pair: Pair) -> LoraModule:
         """Return the facts of a pair's module."""
-        return self.modules.get(pair.name, LoraModule())
+        return self.modules.get(pair.name) or unknown_module(pair)
 
     def _unsupported_reason(self, pair: Pair) -> str | None:
         module = self.module(pair)

@@ -18,9 +18,11 @@ from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.join import join
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine import outer_optimizer
+from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.overlap import Overlap
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.exchange import Exchange
+from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.loop import arguments
 from pellm_lightning.loop.aggregator_factory import AggregatorFactory
 from pellm_lightning.loop.parameters import Parameters
@@ -30,9 +32,9 @@ from pellm_lightning.report.logs import show_log_lines
 from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.selection import load_compiled_, named_as_in
 from pellm_lightning.trainer import isolation
-from pellm_lightning.trainer.environment import owns_terminal, set_rank_zero, topology_of
+from pellm_lightning.trainer.environment import check_party_size, owns_terminal, set_rank_zero, topology_of
 from pellm_lightning.trainer.pickling import own_state
-from pellm_lightning.trainer.resume import last_of_unfinished, precede_runs
+from pellm_lightning.trainer.resume import check_checkpoint, last_of_unfinished, precede_runs
 
 log = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
@@ -118,29 +120,24 @@ class FederatedAveraging(Callback):
         record: bool = True,
         jobs: SeparateJobs | None = None,
     ) -> None:
-        arguments.seconds("timeout_s", timeout_s)
-        arguments.instance_of("jobs", jobs, SeparateJobs)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.every_n_seconds = every_n_seconds
         self.weighting = weighting
         self.aggregation = aggregation
-        self.exchange: Exchange = exchange  # type: ignore[assignment]  # what is left out, the factory gives
+        self.exchange = as_exchange(exchange)
         self.privacy = privacy
-        self.overlap: Overlap = overlap  # type: ignore[assignment]
-        self.parameters: Parameters = parameters  # type: ignore[assignment]
-        self.outer_optimizer = outer_optimizer
-        self.outer_scheduler = outer_scheduler
+        self.overlap = Overlap() if overlap is None else overlap
+        self.parameters = Parameters() if parameters is None else parameters
+        self.outer_optimizer = without_parser(outer_optimizer)
+        self.outer_scheduler = without_parser(outer_scheduler)
         self.inner_optimizer_state = inner_optimizer_state
         self.on_nonfinite = on_nonfinite
         self.quorum = quorum
         self.timeout_s = timeout_s
         self.record = record
-        vars(self).update(vars(self.factory))
-        self.jobs = SeparateJobs.from_env() if jobs is None else jobs
+        self.jobs = arguments.separate_jobs(jobs, timeout_s, self.factory.quorum)
         """How this party joins separate jobs; None if all parties come from one launch."""
-        if self.jobs is not None:
-            self.jobs.membership.quorum(quorum, self.jobs.roster)
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
         self.summary: RunSummary | None = None
@@ -191,6 +188,7 @@ class FederatedAveraging(Callback):
 
     def before_run(self, trainer: Trainer, ckpt_path: Any) -> Any:
         """Separate the parties' files before Lightning looks for ``ckpt_path``; return which to resume."""
+        check_checkpoint(ckpt_path)
         if type(self).connect is not FederatedAveraging.connect:
             return ckpt_path  # which party this is will be known when it has joined
         self._separate(trainer, topology_of(trainer))
@@ -208,10 +206,13 @@ class FederatedAveraging(Callback):
         self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
+            check_party_size(self._topology, trainer.num_devices, trainer.num_nodes)
             self._state, self.rounds, self.summary = {}, [], None
-            self._fit = FederatedFit(self.factory, self.jobs, trainer, pl_module, self._topology)
+            self._fit = FederatedFit(
+                self.factory, self.jobs, trainer, pl_module, self._topology, self.connect
+            )
             show_log_lines()
-            self._fit.join(self.connect)
+            self._fit.join()
             self._fit.check_trainer(self)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
@@ -237,6 +238,7 @@ class FederatedAveraging(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on what is shared and take party 0's parameters, or resume from the checkpoint."""
         self.summary = self._running.start(self._state, self.rounds, record=self.record)
+        self._state = {}  # it may be as large as the model
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,9 +27,10 @@ from pellm_lightning.callbacks.weight_averaging import (
     check_coordinates,
     warn_of_missed,
 )
-from pellm_lightning.comm import Communicator, FederationError
+from pellm_lightning.comm import Communicator
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.party import Party
+from pellm_lightning.comm.session import PartySession
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.round_report import RoundReport
@@ -58,6 +59,7 @@ class FederatedFit:
         trainer: The Trainer of the fit.
         module: The module to train, which may get its adapter later.
         topology: Party and rank of this process.
+        connect: Joins the other parties; called by the leader only.
     """
 
     def __init__(
@@ -67,21 +69,27 @@ class FederatedFit:
         trainer: Trainer,
         module: LightningModule,
         topology: Topology,
+        connect: Callable[[], Communicator],
     ) -> None:
         self._factory = factory
         self._jobs = jobs
         self._trainer = trainer
         self._module = module
-        self.party = Party(topology, trainer.strategy.root_device)
+        self._session = PartySession(topology, connect)
+        self.party.device = trainer.strategy.root_device
         self.validation = ValidationMetrics()
         self._drift = drift_correction(factory, trainer, module)
         self._auxiliary = None if self._drift is None else self._drift.auxiliary
-        self._communicator: Communicator | None = None  # on the leader
         self._shares_loss = True
         self._trainable: TrainableSet | None = None
         self._local: LightningTraining | None = None
         self._loop: RoundLoop | None = None
         self._reporter: Reporter | None = None
+
+    @property
+    def party(self) -> Party:
+        """This party's processes."""
+        return self._session.party
 
     @property
     def loop(self) -> RoundLoop:
@@ -99,22 +107,11 @@ class FederatedFit:
 
     # ---- before training
 
-    def join(self, connect: Callable[[], Communicator]) -> None:
-        """Join the other parties, and take this party's name from them.
-
-        Args:
-            connect: Joins them; called by the leader only.
-        """
-
-        def join_as_leader() -> None:
-            self._communicator = connect()
-
-        self.party.on_leader(join_as_leader)
-        if self._communicator is not None:
-            known, joined = self.party.topology, self._communicator
-            topology = Topology(*joined.place, known.rank_in_party, known.party_size, label=joined.name)
-            self.party = Party(topology, self._trainer.strategy.root_device)
-            joined.interrupt = self._raise_if_terminated
+    def join(self) -> None:
+        """Join the other parties, and take this party's name from them."""
+        self._session.join()
+        if self._session.communicator is not None:
+            self._session.communicator.interrupt = self._raise_if_terminated
 
     def check_trainer(self, callback: Callback) -> None:
         """Refuse a Trainer with which rounds would not work.
@@ -122,13 +119,13 @@ class FederatedFit:
         Raises:
             MisconfigurationException: If it is one.
         """
-        trainer, factory = self._trainer, self._factory
+        trainer, factory, joined = self._trainer, self._factory, self._session.communicator
         arguments.trainer(trainer, callback, self.party.topology)
         check_averaging(
             trainer,
             factory.schedule,
             mixes=factory.is_staggered,
-            separate=self._communicator is not None and self._communicator.may_lose_parties,
+            separate=joined is not None and joined.may_lose_parties,
             saves_frozen=factory.parameters.save_frozen,
         )
         if not factory.parameters.save_frozen:
@@ -227,26 +224,21 @@ class FederatedFit:
     def finish(self) -> None:
         """Run the last, incomplete round, and answer the other parties' until all have finished."""
         warn_of_missed(self._trainer, self.loop.finish())
-        if self._communicator is not None:
-            self._communicator.close()
+        self._session.close()
         self.reporter.end()
 
     def fail(self, error: BaseException) -> None:
         """Leave at once, so that the other parties fail in seconds with the reason."""
-        said = str(error)  # nothing, of a KeyboardInterrupt
-        why = type(error).__name__ + (f": {said}" if said else "")
-        if self._communicator is not None:
-            # Of a FederationError the others know already, from us or from the party that caused it.
-            self._communicator.abort(None if isinstance(error, FederationError) else why)
+        why = self._session.fail(error)
         if self._reporter is not None:
             self._reporter.end(why)
 
     def leave(self) -> None:
         """Leave the other parties, if training has never started."""
-        if self._communicator is not None and self._loop is None:
+        if self._session.communicator is not None and self._loop is None:
             why = _why_nothing_was_trained(self._trainer)
             log.warning("[party %s] Left the federation: %s.", self.party.topology.name, why)
-            self._communicator.abort(why)
+            self._session.leave(why)
 
     def state(self) -> dict[str, Any] | None:
         """Return what ``start`` resumes from; None before training, and in processes that do not lead."""
@@ -287,14 +279,12 @@ class FederatedFit:
         check_optimizers(self._factory, self._trainer, self._drift, shared)
 
     def _make_aggregator(self, trainable: Mapping[str, nn.Parameter], plan: Plan) -> Aggregator:
-        if self._communicator is None:
-            raise RuntimeError("Training starts without a joined federation: setup('fit') has not run.")
         trainer, factory = self._trainer, self._factory
         weight = expected_weight(trainer, factory.weight_by, factory.schedule, self.party.topology.party_size)
         shares_steps = self._shares_loss and not factory.exchange.is_secure and factory.privacy is None
         return make_aggregator(
             factory,
-            self._communicator,
+            self._session.leading,
             trainer,
             self._module,
             trainable,
@@ -306,9 +296,7 @@ class FederatedFit:
 
     def _roster(self) -> list[str]:
         """Return the names of all parties, on the leader; warn of those that share an accelerator."""
-        joined = self._communicator
-        if joined is None:
-            return []
+        joined = self._session.leading
         if not joined.may_lose_parties:  # separate jobs are compared by their first quorum
             device = describe_device(self._trainer.strategy.root_device)
             arguments.devices(joined.gather_json("device", device))
@@ -339,13 +327,12 @@ class FederatedFit:
             written=self._written(),
             shares=expected_shares(started.facts, factory.max_share),
         )
-        if self._communicator is not None:
-            self.reporter.show(self._communicator.phases)
+        self.reporter.show(self._session.leading.phases)
 
     def _written(self) -> dict[str, list[str]]:
         """Return where the parties of a launch write, by name; of separate jobs where this one does."""
-        joined = self._communicator
-        if joined is None or joined.may_lose_parties:
+        joined = self._session.leading
+        if joined.may_lose_parties:
             return {self.party.topology.name: isolation.written_paths(self._trainer)}
         specs = zip(joined.names, joined.party_specs(), strict=True)
         return {name: list(spec["files"]) for name, spec in specs}

@@ -61,9 +61,15 @@ class LightningTraining(LocalTraining):
     def stop(self) -> None:
         self._trainer.should_stop = True
 
+    @property
     @override
-    def save(self, path: str) -> None:
+    def should_stop(self) -> bool:
+        return self._trainer.should_stop
+
+    @override
+    def save(self, path: str, *, leads: bool) -> str:
         self._trainer.save_checkpoint(path)
+        return "Resume it from there."
 
     @override
     def check_new_start(self, signature: str, round: int) -> None:

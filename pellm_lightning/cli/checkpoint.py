@@ -6,6 +6,7 @@ import inspect
 import os
 import pkgutil
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,11 @@ def _what_else(path: Path) -> str | None:
             f"{path} is a safetensors file: weights only, and no Lightning checkpoint. If an"
             " adapter_config.json lies in its folder, it is exported already: PeftModel.from_pretrained loads"
             " its folder. Else name a file that ModelCheckpoint has written."
+        )
+    if not zipfile.is_zipfile(path):  # torch.save writes archives, with their index at the end
+        return (
+            f"{path} cannot be read as a Lightning checkpoint ({path.stat().st_size:,} bytes): it is another"
+            " kind of file, or was copied or written only in part. Take it again, or an earlier one."
         )
     return None
 

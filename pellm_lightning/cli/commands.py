@@ -1,13 +1,18 @@
 """Commands other than training: rendezvous of separate jobs, keys, report of a fit."""
 
+import errno
 import logging
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pellm_lightning.cli import keys
+from typing_extensions import override
+
+from pellm_lightning.cli import config_files, errors, keys
 from pellm_lightning.cli.new import new
+from pellm_lightning.cli.usage import NO_TYPE_FITS, explained, refuse
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
@@ -27,7 +32,8 @@ def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -
         roster: Names of all parties, separated by commas. Only certificates can enforce it.
         tls: Certificate named "rendezvous". Without one everybody who reaches the address may take part.
     """
-    host, port = split_address(listen)
+    with errors.checking_options():
+        host, port = split_address(listen)
     server = RendezvousServer(host, port, roster=keys.names_in(roster or ""), tls=tls)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.close())
@@ -35,10 +41,17 @@ def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -
         server.serve_forever()
     except OSError as error:
         raise ValueError(
-            f"The rendezvous cannot listen on {listen}: {error.strerror}. Stop what uses this port, often"
-            " another rendezvous, or choose another port; the host must be an address of this machine."
+            f"The rendezvous cannot listen on {listen}: {error.strerror}. {_fix_of(error)}"
         ) from error
     log.info("the rendezvous has closed")
+
+
+def _fix_of(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "Stop what uses this port, often another rendezvous, or choose another port."
+    if error.errno == errno.EACCES:
+        return "Ports below 1024 are of the system: choose another port."
+    return "The host must be a name or an address of this machine: `hostname -I` lists these."
 
 
 def report(run_dir: Path, out: Path | None = None) -> None:
@@ -57,6 +70,7 @@ def report(run_dir: Path, out: Path | None = None) -> None:
 def main(words: Sequence[str]) -> None:
     """Run ``new``, ``rendezvous``, ``certs``, ``keys`` or ``report``."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    config_files.check_encoding(words)
     command, *rest = words
     component: Any = {
         "new": new,
@@ -66,12 +80,30 @@ def main(words: Sequence[str]) -> None:
         "report": report,
     }[command]
     auto_cli = _auto_cli()
-    auto_cli(component, args=rest, as_positional=command in ("new", "report"), prog=f"pellm {command}")
+    try:
+        auto_cli(component, args=rest, as_positional=command in ("new", "report"), prog=f"pellm {command}")
+    except ValueError as error:
+        if NO_TYPE_FITS in str(error):  # of a dataclass that could not be built
+            raise ValueError(explained(str(error))) from error
+        raise
 
 
 def _auto_cli() -> Any:
+    """Return jsonargparse's ``auto_cli`` with a parser that reports an error in a few lines."""
     try:
-        from jsonargparse import auto_cli  # an optional dependency
+        from jsonargparse import ArgumentParser, auto_cli  # an optional dependency
     except ImportError as error:
         raise ImportError(NEEDS_JSONARGPARSE) from error
-    return auto_cli
+
+    class Parser(ArgumentParser):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            settings.setdefault("parser_mode", config_files.register())
+            super().__init__(*args, **settings)
+
+        @override
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            if not self.exit_on_error:
+                super().error(message, ex)
+            refuse(getattr(ex, "subcommand_parser", None) or self, message)
+
+    return partial(auto_cli, parser_class=Parser)

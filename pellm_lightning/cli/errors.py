@@ -1,6 +1,7 @@
 """Errors of the command line: printed once, in a few lines, by the party that knows."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,27 @@ _WIDTH = 110
 _BUILDING = "instantiate_classes"
 # Their ValueErrors and the like are about what the user has asked for; those of torch are about the code.
 _OURS = "pellm_lightning"
-_CHECK_ARGUMENTS = (_OURS, "lightning", "transformers", "peft", "datasets", "huggingface_hub")
+_CHECK_ARGUMENTS = (
+    *(_OURS, "lightning", "transformers", "peft", "datasets", "huggingface_hub"),
+    *("torch.optim", "torch.utils.data"),
+)
+
+_FIXES = {
+    errno.ENOSPC: "Free space there, or choose another folder.",
+    errno.EDQUOT: "Free space there, or choose another folder.",
+    errno.EACCES: "Change the permissions of the path, or choose another one.",
+    errno.EPERM: "Change the permissions of the path, or choose another one.",
+    errno.EROFS: "Choose a folder on a disk that can be written to.",
+    errno.ENOTDIR: "A part of the path is a file: choose another one.",
+    errno.EISDIR: "It is a folder: name a file.",
+    errno.EEXIST: "Move it away, or choose another path.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n.",
+}
+"""What to do about errors of the operating system, which say only what has failed."""
+
+
+class UsageError(ValueError):
+    """Error in the value of an option, found before anything has been done."""
 
 
 class _Process:
@@ -38,6 +59,15 @@ class _Process:
 def set_place(party: str | None, folder: str) -> None:
     """Set which party this process belongs to, None if there is one only, and where its run writes."""
     _Process.party, _Process.folder = party, Path(folder)
+
+
+@contextlib.contextmanager
+def checking_options() -> Iterator[None]:
+    """Check values of options: a ValueError becomes one of usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -67,11 +97,15 @@ def report(error: Exception) -> int:
     status = USAGE if _is_usage(error) else FAILURE
     words = str(error) or type(error).__name__
     if not _is_a(error, "FederationError", "MisconfigurationException", "ValueError") and (
-        _raiser(error) != _OURS
+        _raiser(error).partition(".")[0] != _OURS
     ):
         words = f"{type(error).__name__}: {words}"
     if isinstance(error, FileNotFoundError):
-        words = f"{words.rstrip('.')}. A relative path is seen from {os.getcwd()}."
+        is_absolute = os.path.isabs(str(error.filename or ""))
+        where = "Check the path." if is_absolute else f"A relative path is seen from {os.getcwd()}."
+        words = f"{words.rstrip('.')}. {where}"
+    elif isinstance(error, OSError) and error.errno in _FIXES:
+        words = f"{words.rstrip('.')}. {_FIXES[error.errno]}"
     lost = _is_a(error, "PartyLostError") and not getattr(error, "parties", ())
     if not _claim(words, second_hand=lost or getattr(error, "by", None) is not None):
         return status
@@ -110,6 +144,8 @@ def is_expected(error: BaseException) -> bool:
 
 def _is_usage(error: BaseException) -> bool:
     """Whether it is about the value of an option, not a file: raised as the configured objects were built."""
+    if isinstance(error, UsageError):
+        return True
     building = any(frame.name == _BUILDING for frame in traceback.extract_tb(error.__traceback__))
     causes = [error]
     while causes[-1].__cause__ is not None:
@@ -125,13 +161,13 @@ def _is_a(error: BaseException, *names: str) -> bool:
 
 def _checks_arguments(error: BaseException) -> bool:
     """Whether a package raised it that checks what users ask for, not one that computes."""
-    return _raiser(error) in _CHECK_ARGUMENTS
+    return f"{_raiser(error)}.".startswith(tuple(f"{name}." for name in _CHECK_ARGUMENTS))
 
 
 def _raiser(error: BaseException) -> str:
-    """Return the package whose code raised an error."""
+    """Return the module whose code raised an error."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
 
 
 # ---- where it is printed

@@ -43,11 +43,15 @@ def main(options: Namespace, rest: Sequence[str]) -> None:
         raise ValueError(f"--names gives {len(names)} names for --parties {options.parties}.")
     adapters: dict[str, Path | None] = {} if options.no_base else {BASE: None}
     adapters |= named(options.adapters, options.parties)
+    if not adapters:
+        raise ValueError("There is nothing to evaluate: give --adapters, or leave --no-base out.")
+    if options.out:  # what cannot be written is told before hours of work
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.touch()
     found = matrix(rest, adapters, names)
     for metric, rows in found.items():
         print(f"{metric}\n\n{table(rows, names)}")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"parties": names, "metrics": found}, indent=2), encoding="utf-8")
 
 
@@ -61,7 +65,7 @@ def named(words: Sequence[str], parties: int) -> dict[str, Path | None]:
     for word in words:
         name, equals, folder = word.partition("=")
         if not (name and equals and folder):
-            raise ValueError(f"--adapters {word} is no NAME=FOLDER.")
+            raise ValueError(f"--adapters {word} is no NAME=FOLDER, as clinic-a={word}.")
         for party in range(parties) if "{party}" in word else range(1):
             called = name.replace("{party}", str(party))
             if called in (BASE, *found):

@@ -5,25 +5,56 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
-from pellm_lightning.cli import commands, errors
+from pellm_lightning.cli import commands, config_files, errors
 from pellm_lightning.cli.doctor.facts import Rehearsal
 from pellm_lightning.cli.saved_config import SaveNumberedConfig
-from pellm_lightning.cli.usage import NO_TYPE_FITS, CommandParser, explained
+from pellm_lightning.cli.usage import NO_TYPE_FITS, explained, refuse
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun.store import launched
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import PartyEnvironment, owns_terminal, set_rank_zero, topology_of
+from pellm_lightning.trainer.resume import check_checkpoint
 
+_LOADERS = {
+    "fit": "train_dataloader",
+    "validate": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
+"""Of a command, what a module without a data module must have."""
 _USAGE = "%(prog)s [--config run.yaml] [--option value ...]"
+
+
+class CommandParser(LightningArgumentParser):
+    """Parser that reports an error in a few lines; torchrun's summary shows it.
+
+    Example:
+        >>> parser = CommandParser(prog="pellm fit")
+        >>> isinstance(parser, LightningArgumentParser)
+        True
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        settings.setdefault("parser_mode", config_files.register())
+        super().__init__(*args, **settings)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a part of a value is tried as one of several types
+            super().error(message, ex)
+        given = next((word for word in sys.argv[1:2] if word in FederatedCLI.subcommands()), None)
+        parser = getattr(ex, "subcommand_parser", None)
+        refuse(parser or self, message, None if parser or given in self.prog.split() else given)
 
 
 class FederatedCLI(LightningCLI):
@@ -104,12 +135,16 @@ class FederatedCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            config_files.check_encoding(words)
         super().parse_arguments(parser, args)
         command = self.config.get(str(self.config.get("subcommand")), {})
         if command.get("ckpt_path"):
             # Parties resume their own checkpoints, so the path may name the party as the data's may.
             party = _topology(command).party
             command["ckpt_path"] = command["ckpt_path"].replace("{party}", str(party))
+            check_checkpoint(command["ckpt_path"])
 
     @override
     def instantiate_classes(self) -> None:
@@ -132,6 +167,16 @@ class FederatedCLI(LightningCLI):
         if self.subcommand == "doctor":
             self._examine()
             self.subcommand = None  # the Trainer cannot run it
+        elif self.subcommand in _LOADERS and self.datamodule is None:
+            self._check_loader(_LOADERS[self.subcommand])
+
+    def _check_loader(self, name: str) -> None:
+        """Check that the module has data of its own, where there is no data module."""
+        if not is_overridden(name, self.model):
+            raise errors.UsageError(
+                f"There are no data: {type(self.model).__name__} has no {name}, and --data is not given. Add"
+                " --data=CLASS and its arguments, or a section `data:` to the configuration."
+            )
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -3,6 +3,9 @@
 import logging
 from pathlib import Path
 
+from pellm_lightning.cli import errors
+from pellm_lightning.comm.tls import check_name
+
 log = logging.getLogger(__name__)
 
 
@@ -18,7 +21,7 @@ def new(directory: Path, names: str) -> None:
     """
     from pellm_lightning.comm.keys import make_key  # an optional dependency
 
-    for name in names_in(names):
+    for name in _checked(names):
         private, public = make_key(directory, name)
         log.info("made %s; keep it secret. Send %s.csr, and compare:", private, name)
         print(f'"{name}": "{public}"')  # as YAML, where the party 0 of a launch would be a number
@@ -37,7 +40,7 @@ def sign(directory: Path, names: str, days: float = 365) -> None:
     """
     from pellm_lightning.comm.keys import make_ca, public_text, read_public_key, sign_request
 
-    public = {name: public_text(read_public_key(directory / f"{name}.csr")) for name in names_in(names)}
+    public = {name: public_text(read_public_key(directory / f"{name}.csr")) for name in _checked(names, days)}
     if not (directory / "ca.pem").exists():
         log.info("made %s", make_ca(directory))
     for name, key in public.items():
@@ -72,12 +75,26 @@ def certs(directory: Path, names: str, days: float = 365) -> None:
     """
     from pellm_lightning.comm.keys import make_ca, make_certificate
 
+    checked = _checked(names, days)
     if not (directory / "ca.pem").exists():
         log.info("made %s", make_ca(directory))
-    for name in names_in(names):
+    for name in checked:
         log.info("made %s", make_certificate(directory, name, days))
 
 
 def names_in(text: str) -> list[str]:
     """Return the names in a list separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _checked(names: str, days: float = 1) -> list[str]:
+    """Return the names in a list; they and the days are checked before anything is made."""
+    found = names_in(names)
+    if not found:
+        raise errors.UsageError(f"names={names!r} has no name. Give one or several, separated by commas.")
+    if not days > 0:
+        raise errors.UsageError(f"days={days} must be positive.")
+    with errors.checking_options():
+        for name in found:
+            check_name(name)
+    return found

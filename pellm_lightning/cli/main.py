@@ -38,16 +38,21 @@ MODULES = {name: module for group in COMMANDS.values() for name, (module, _) in 
 """Of each command, in the order of the help."""
 
 _USAGE = """\
-usage: pellm COMMAND [options]        (or: python -m pellm_lightning COMMAND [options])
+usage: pellm COMMAND [options]    (or: python -m pellm_lightning COMMAND ...)
 
-Federated fine-tuning of language models: several parties train one adapter; their data stay where they are.
+Federated fine-tuning of language models: several parties train one adapter;
+their data stay where they are.
 """
 
 _EPILOG = """\
 Options of a command: pellm COMMAND --help
-Three parties on this machine: torchrun --nproc-per-node 3 -m pellm_lightning fit --config run.yaml
-Read on in the repository: README.md (first fit), docs/configuration.md (all options),
-docs/separate_jobs.md (parties on machines of their own), examples/README.md (configurations that run).
+Three parties on this machine:
+  torchrun --nproc-per-node 3 -m pellm_lightning fit --config run.yaml
+Read on in the repository:
+  README.md              first fit
+  docs/configuration.md  all options
+  docs/separate_jobs.md  parties on machines of their own
+  examples/README.md     configurations that run
 """
 
 
@@ -74,12 +79,13 @@ def _run(argv: Sequence[str] | None) -> int:
     if command == "--version":
         print(f"pellm_lightning {__version__}")
         return 0
-    if command not in MODULES and not command.startswith("-"):
+    # Options before the command are LightningCLI's, such as --config with a section for each command.
+    is_any = any(word in MODULES or word.partition("=")[0] in ("-c", "--config") for word in words)
+    if command not in MODULES and not (command.startswith("-") and is_any):
         errors.print_error(_unknown(command))
         return errors.USAGE
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as by `python -m`, so that a configuration may name a script here
-    # Options before the command are LightningCLI's, such as --config with a section for each command.
     module = _import(f"pellm_lightning.cli.{MODULES.get(command, 'federated_cli')}")
     noise.quieten_loggers()
     module.main(words)
@@ -90,12 +96,13 @@ def _import(name: str) -> ModuleType:
     """Import a module without the garbage collector: a sixth of the time, and there is nothing to collect."""
     if name in sys.modules:
         return sys.modules[name]
+    collects = gc.isenabled()
     gc.disable()
     try:
         return import_module(name)
     finally:
-        gc.freeze()  # nor need later collections look through what this has made
-        gc.enable()
+        if collects:  # who calls main() in a process of its own may have switched it off
+            gc.enable()
 
 
 def help_text() -> str:
@@ -107,4 +114,6 @@ def help_text() -> str:
 
 
 def _unknown(command: str) -> str:
+    if command.startswith("-"):
+        return f"{command} stands where a command should: pellm COMMAND {command}. All commands: pellm --help"
     return f"pellm has no command {command!r}.{did_you_mean(command, MODULES)} All commands: pellm --help"

@@ -1,9 +1,18 @@
 """The commands that make something of a trained adapter; their help needs neither Lightning nor torch."""
 
 import argparse
+import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from typing_extensions import override
+
+from pellm_lightning.cli.usage import refuse
+
+_MISSPELT = 0.85
+"""Ratio above which a word is taken for a misspelt option; --num_parties and --model, of `fit`, are below."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -11,6 +20,7 @@ def main(words: Sequence[str]) -> None:
     command, *rest = words
     parser = {"export": export_parser, "evaluate": evaluate_parser}[command]()
     options, rest = parser.parse_known_args(rest)
+    _refuse_misspelt(parser, rest)
 
     from pellm_lightning.cli import evaluate, export
 
@@ -20,9 +30,32 @@ def main(words: Sequence[str]) -> None:
     {"export": export.main, "evaluate": evaluate.main}[command](options, rest)
 
 
+def _refuse_misspelt(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
+    """Refuse words that are almost an option of the command, before they are taken for one of `fit`."""
+    own = [option for action in parser._actions for option in action.option_strings]
+    for word in rest:
+        name = word.partition("=")[0]
+        if name.startswith("--") and difflib.get_close_matches(name, own, n=1, cutoff=_MISSPELT):
+            refuse(parser, f"unrecognized arguments: {word}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 or more")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser that reports an error in a few lines."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        refuse(self, message)
+
+
 def export_parser() -> argparse.ArgumentParser:
     """Return the parser of ``export``; what it leaves over is of the module."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="pellm export",
         description="Make a PEFT adapter folder, or a merged model, of a checkpoint of a federated fit.",
         epilog="All else is as of `fit` and tells how to build the module: --config run.yaml, --model.x ... "
@@ -46,7 +79,7 @@ def export_parser() -> argparse.ArgumentParser:
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """Return the parser of ``evaluate``; what it leaves over is of module and data."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="pellm evaluate",
         description="Evaluate the base model and adapters on each party's held-out data, in this process.",
         epilog="All else is as of `fit`: --config run.yaml, --data.batch_size 8, ... The data module must say"
@@ -61,7 +94,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         metavar="NAME=FOLDER",
         help="adapter folders; NAME={party} alone=runs/alone-{party}/adapter names one for each party",
     )
-    made.add_argument("--parties", type=int, required=True, help="how many parties there are")
+    made.add_argument("--parties", type=_positive, required=True, help="how many parties there are")
     made.add_argument("--names", nargs="+", help="what the parties are called; default: their indices")
     made.add_argument("--no-base", action="store_true", help="leave the base model out")
     made.add_argument("--out", type=Path, help="write the numbers into this JSON file")

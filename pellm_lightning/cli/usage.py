@@ -6,12 +6,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
-
-from lightning.pytorch.cli import LightningArgumentParser
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from typing_extensions import override
+from typing import Any, NoReturn, get_type_hints
 
 from pellm_lightning.cli import errors
 from pellm_lightning.comm.errors import did_you_mean
@@ -20,29 +15,32 @@ NO_TYPE_FITS = "Does not validate against any of the Union subtypes"
 """In jsonargparse's messages; what does not fit has a reason for each type."""
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
-_VALUE = re.compile(r"\s+Given value type: .*\n\s*Given value: (.*)$")
+_VALUE = re.compile(r"\s+Given value type: .*\n\s*Given value: (.*?)(?=\n\s+- |$)", re.MULTILINE)
+_REQUIRED = re.compile(r"the following arguments are required: (.*)")
+# A class for an argument that takes a function, such as an optimizer; then what jsonargparse says of it.
+_CALLABLE = re.compile(
+    r"Type typing\.Callable\[.* expects a function or a callable class: ((?:.|\n)*?)"
+    r"\. Got value: (?:Namespace\(class_path='([^']+)'.*|(.*))"
+)
+_FORMS = re.compile(r"Not a valid subclass of (\w+)(?:\s+Subclass types expect one of:(?:\n\s+- a .*)+)?")
 # Of a union of types the one that nobody meant, and what a string might also have been.
-_IDLE = ("NoneType", "not accessible or invalid", NO_TYPE_FITS)
-_MAX_VALUE = 60
+_IDLE = rf"NoneType|not accessible or invalid|{NO_TYPE_FITS}|':$|^$"
+_CLASS = r"Problem with given class_path '[^']+':"
+_OPTIMIZING = ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler")
+_MAX_VALUE, _MAX_NAMES = 60, 8
 
 
-class CommandParser(LightningArgumentParser):
-    """Parser that reports an error in a few lines; torchrun's summary shows it.
+def refuse(parser: ArgumentParser, message: str, command: str | None = None) -> NoReturn:
+    """Report in a few lines what a parser does not accept, and exit; torchrun's summary shows it.
 
-    Example:
-        >>> parser = CommandParser(prog="pellm fit")
-        >>> isinstance(parser, LightningArgumentParser)
-        True
+    Args:
+        parser: Whose options were parsed.
+        message: Of argparse or jsonargparse.
+        command: The command of ``parser`` that was given, if it has several.
     """
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # a part of a value is tried as one of several types
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        prog = parser.prog.replace(" [options]", "")
-        errors.print_error(explained(message, parser), f"All options: {prog} --help")
-        sys.exit(errors.USAGE)
+    prog = " ".join(filter(None, [parser.prog.replace(" [options]", ""), command]))
+    errors.print_error(explained(message, parser), f"All options: {prog} --help")
+    sys.exit(errors.USAGE)
 
 
 def explained(message: str, parser: ArgumentParser | None = None) -> str:
@@ -52,30 +50,64 @@ def explained(message: str, parser: ArgumentParser | None = None) -> str:
         message: Of jsonargparse.
         parser: Whose options were parsed.
     """
+    message = _CALLABLE.sub(_as_class, message)
+    if missing := _REQUIRED.fullmatch(message):
+        return _missing(missing[1], parser)
     keys = _KEY.findall(message)
-    text, value = _KEY.sub("", message), ""
-    given = _VALUE.search(text)
-    if given:
-        text, value = text[: given.start()], given[1]
+    text = _KEY.sub("", message)
+    values = _VALUE.findall(text)  # the first is the innermost
+    text = _FORMS.sub(r"expected \1", _VALUE.sub("", text))
     reasons = [" ".join(part.split()) for part in re.split(r"\n\s*- ", "\n" + text.strip())]
-    reasons = [reason for reason in reasons if reason and not any(idle in reason for idle in _IDLE)]
+    reasons = [reason for reason in reasons if not re.search(_IDLE, reason)]
     reasons = list(dict.fromkeys(map(_plain, reasons))) or [" ".join(text.split())]
-    if "Literal[" in text and "." not in value:  # one of few words was meant, and no class
-        reasons = [reason for reason in reasons if not reason.startswith("there is no class")]
-    expected = [reason.removeprefix("expected ") for reason in reasons if reason.startswith("expected ")]
-    if len(expected) > 1:
-        reasons = [reason for reason in reasons if not reason.startswith("expected ")]
-        reasons.append(f"expected {' or '.join(expected)}")
-    said = ": ".join(filter(None, [".".join(keys), "; ".join(reasons)]))
-    is_short = 0 < len(value) <= _MAX_VALUE and not re.match(r"\w*[({]", value)
+    value = next(iter([*re.findall(r", got '(.*)'$", reasons[0]), *values]), "")
+    said = ": ".join(filter(None, [".".join(keys), "; ".join(_telling(reasons, message, value))]))
+    is_short = 0 < len(value) <= _MAX_VALUE and not re.match(r"\[?\w*[({]", value)
     if is_short and not re.search(rf"(?<!\w){re.escape(value)}(?!\w)", said):
         said += f", got {value!r}"
     end = "" if said.endswith(("?", ".")) else "."
     return f"{said}{end}{_suggestion(message, value, parser)}"
 
 
+def _as_class(found: re.Match[str]) -> str:
+    """Return what jsonargparse says of a class in other places."""
+    reason, class_path, value = found.groups()
+    if class_path is None:
+        return f"{reason}. Got value: {value}"
+    return f"Problem with given class_path '{class_path}': {reason}"
+
+
+def _telling(reasons: list[str], message: str, value: str) -> list[str]:
+    """Return the reasons that tell something, with the types in one of them."""
+    if "Literal[" in message and "." not in value:  # one of few words was meant, and no class
+        reasons = [reason for reason in reasons if not reason.startswith("there is no class")]
+    expected = [reason.removeprefix("expected ") for reason in reasons if reason.startswith("expected ")]
+    # What is told of a value of the right type, so that it need not be told which other types there are.
+    precise = [reason for reason in reasons if not reason.startswith(("expected ", "there is no class"))]
+    if precise or len(expected) < 2:
+        return precise or reasons
+    others = [reason for reason in reasons if not reason.startswith("expected ")]
+    return [*others, f"expected {' or '.join(expected)}"]
+
+
+def _missing(names: str, parser: ArgumentParser | None) -> str:
+    """Return the sentence on required arguments: names as on the command line."""
+    actions = parser._actions if parser else []
+    options = {action.dest: action.option_strings[-1] for action in actions if action.option_strings}
+    # Of the parser of all commands the name begins with that of the command.
+    given = [re.sub(r"^\w+\.", "--", name) for name in names.split(", ")]
+    told = " and ".join(options.get(name, name) for name in given)
+    end = ", or --config with a file that has it" if "config" in options or "." in names else ""
+    one = len(given) == 1
+    return f"{told} {'is' if one else 'are'} missing. Give {'it' if one else 'them'}{end}."
+
+
 def _plain(reason: str) -> str:
     """Return a reason without the notation of Python's types."""
+    reason = re.sub(rf"({_CLASS}\s*)+(?={_CLASS})", "", reason)  # the innermost class
+    path = re.search(r"Unexpected import path format: (\S*/\S*|\S+\.(?:ya?ml|json))$", reason)
+    if path:
+        return f"there is no file {path[1]}; a relative path is seen from {Path.cwd()}"
     reason = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", reason)
     reason = re.sub(r"Expected an? (?=<class|typing)", "expected ", reason)
     reason = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", reason)
@@ -90,9 +122,11 @@ def _suggestion(message: str, value: str, parser: ArgumentParser | None) -> str:
     unknown = re.search(r"nrecognized arguments: (-\S+?)(?:[=\s]|$)", message)
     if unknown:
         return did_you_mean(unknown[1], options)
-    unknown = re.search(r"does not accept option '([^']+)'", message)
+    unknown = re.search(r"^Subcommand .* does not accept option '([^']+)'", message)
     if unknown:
-        return did_you_mean(unknown[1], [option.lstrip("-") for option in options])
+        return _closest(unknown[1], [option.lstrip("-") for option in options])
+    if "is not accepted before subcommand" in message:
+        return " Options stand behind the command: pellm COMMAND --config run.yaml"
     unknown = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
     if unknown:
         return did_you_mean(unknown[1], re.findall(r"[\w-]+", unknown[2]))
@@ -104,10 +138,15 @@ def _suggestion(message: str, value: str, parser: ArgumentParser | None) -> str:
 
 
 def _suggested_class(message: str) -> str:
-    argument = re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
+    argument = re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message)
     if argument:
-        kind = _attribute(argument[1])
-        return did_you_mean(argument[2], inspect.signature(kind).parameters if callable(kind) else ())
+        names = _arguments(_attribute(argument[1]))
+        name = argument[2].partition(".")[0]
+        return did_you_mean(name, [*names, "class_path", "init_args"]) or _listed(names)
+    field = re.search(r"class_path '([\w.]+)':\s+Group '(\w+)' does not accept option '(\w+)'", message)
+    if field:
+        names = _arguments(get_type_hints(_attribute(field[1])).get(field[2]))
+        return did_you_mean(field[3], names) or _listed(names)
     attribute = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)
     if attribute:
         return did_you_mean(attribute[2], dir(sys.modules.get(attribute[1])))
@@ -120,13 +159,36 @@ def _suggested_class(message: str) -> str:
     name = re.search(r"dot import path string: (\S+)", message)
     if name:
         bases = [_attribute(base) for base in re.findall(r"<?class '([\w.]+)'|(?<=\[)[\w.]+(?=\])", message)]
-        classes = {kind for base in bases or [Optimizer, LRScheduler] for kind in _subclasses(base)}
+        bases += map(_attribute, _OPTIMIZING)  # arguments that take a function do not say of which class
+        classes = {kind for base in bases for kind in _subclasses(base)}
         return did_you_mean(name[1], (kind.__name__ for kind in classes))
     return ""
 
 
+def _closest(name: str, known: list[str]) -> str:
+    """Return the sentence with the known name that was meant: as a whole, or as far as one is unknown."""
+    parts, meant = name.split("."), did_you_mean(name, known)
+    for depth in range(1, len(parts) + 1):
+        at_depth = {".".join(other.split(".")[:depth]) for other in known}
+        part = ".".join(parts[:depth])
+        if not meant and part not in at_depth:
+            return did_you_mean(part, at_depth)
+    return meant
+
+
+def _listed(names: list[str]) -> str:
+    """Return the sentence with the names that a class takes, the first of them if there are many."""
+    own = [name for name in names if name not in ("args", "kwargs", "options", "params")]
+    more = ", ..." if len(own) > _MAX_NAMES else ""
+    return f" It takes {', '.join(own[:_MAX_NAMES])}{more}." if own else ""
+
+
 def _literals(message: str) -> str:
     return " ".join(re.findall(r"Literal\[([^]]*)\]", message))
+
+
+def _arguments(kind: Any) -> list[str]:
+    return list(inspect.signature(kind).parameters) if callable(kind) else []
 
 
 def _attribute(path: str) -> Any:

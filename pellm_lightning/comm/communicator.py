@@ -52,6 +52,8 @@ class QuorumResult:
     """Members that lack the newest version of the global parameters."""
     attempt: int = 0
     """Number of this attempt at a round."""
+    state: str = ""
+    """Digest of the global state of that version; "" where parties do not come and go."""
 
     @property
     def members(self) -> list[str]:
@@ -127,13 +129,16 @@ class Communicator(Collectives):
         """
 
     @abstractmethod
-    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+    def join_quorum(
+        self, intent: Intent, version: Version | None, metadata: Metadata, state: str = ""
+    ) -> QuorumResult:
         """Join the next quorum; when it returns, its members are connected if they will exchange tensors.
 
         Args:
             intent: What this party joins for.
             version: Version of the global parameters that this party has; None before the first.
             metadata: What this party tells the other members; small.
+            state: Digest of the global state of that version.
 
         Raises:
             MismatchError: If this party differs from the others in what all must share.

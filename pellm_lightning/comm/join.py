@@ -1,7 +1,6 @@
 """Joining the other parties, as the environment or the settings of separate jobs say."""
 
 import logging
-import os
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from pellm_lightning.comm.communicator import Communicator
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.quorum import Quorum
-from pellm_lightning.comm.topology import Topology
+from pellm_lightning.comm.topology import Topology, launch_environ
 from pellm_lightning.comm.torchrun.federation import Federation
 from pellm_lightning.comm.torchrun.store import launched, store_from_env
 
@@ -57,21 +56,29 @@ def launch_topology(jobs: SeparateJobs | None, num_parties: int | None = None) -
             process is a party.
 
     Raises:
-        FederationError: If the default process group spans more than one party.
+        FederationError: If the default process group spans more than one party, or part of one.
     """
     size = group_size()
     rank = dist.get_rank() if dist.is_initialized() else 0
+    environ = launch_environ()
     if jobs is not None:
-        topology = replace(jobs.topology(), rank_in_party=rank, party_size=size)
-    else:
-        world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else size
-        parties = num_parties or (1 if world % size else world // size)
-        if size > 1 and (parties == 1 or parties * size != world) and num_parties != 1:
+        topology = jobs.topology()
+        if topology.party_size > size:  # where another launcher than torchrun made the group, it tells less
             raise FederationError(
-                f"torch's default process group spans {size} of the launch's {world} processes, so gradients"
-                " cross between parties. Let each party have a group of its own, by"
-                " PartyEnvironment(num_parties=...); if all processes are one party, give num_parties=1."
+                f"The launch of party {topology.name!r} has {topology.party_size} processes, but torch's"
+                f" default process group spans {size}: each group would join as if it were the party. Let the"
+                " group span the launch before joining, by init_process_group() or Fabric, or start one."
             )
-        topology = Topology.from_env(parties) if "RANK" in os.environ else Topology()
-        topology = replace(topology, rank_in_party=rank, party_size=size)
-    return topology
+        return replace(topology, rank_in_party=rank, party_size=size)
+    world = int(environ.get("WORLD_SIZE", 1)) if "RANK" in environ else size
+    parties = num_parties or (1 if world % size else world // size)
+    if parties * size != world or (size > 1 and parties == 1 and num_parties is None):
+        harm = "gradients cross between parties" if size > 1 else "each would join as if it were a party"
+        raise FederationError(
+            f"torch's default process group spans {size} of the launch's {world} processes, so {harm}"
+            f"{'' if num_parties is None else f' (num_parties={num_parties})'}. Let each party have a group"
+            " of its own, by PartyEnvironment(num_parties=...); if all processes are one party, by"
+            " init_process_group() and num_parties=1."
+        )
+    topology = Topology.from_env(parties) if "RANK" in environ else Topology()
+    return replace(topology, rank_in_party=rank, party_size=size)

@@ -31,7 +31,7 @@ class Party:
 
     def __init__(self, topology: Topology, device: torch.device | str = "cpu") -> None:
         self.topology = topology
-        self._device = device
+        self.device = device
 
     def on_leader(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``act`` in the leader; return its result, or raise its error, in all processes of the party.
@@ -67,7 +67,7 @@ class Party:
         """Sum each value over the party's processes."""
         if self.topology.party_size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 

@@ -20,6 +20,10 @@ class Reminder:
     def __init__(self, first_s: float | None = None) -> None:
         self._next = time.monotonic() + (FIRST_S if first_s is None else first_s)
 
+    def hasten(self) -> None:
+        """Be due after ``FIRST_S`` at the latest: what is waited for now is not there as a rule."""
+        self._next = min(self._next, time.monotonic() + FIRST_S)
+
     def due(self) -> bool:
         """Whether it is time to say again for whom this party waits."""
         now = time.monotonic()

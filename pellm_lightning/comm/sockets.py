@@ -3,11 +3,13 @@
 import ipaddress
 import os
 import socket
+import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+_AddressInfo: TypeAlias = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -26,9 +28,90 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def is_unspecified(host: str) -> bool:
+    """Tell whether a host to listen on stands for all interfaces, as "", "0.0.0.0" and "::" do.
+
+    Example:
+        >>> is_unspecified("[::]"), is_unspecified("10.8.0.2")
+        (True, False)
+    """
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        return not host or ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return False
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether only this host reaches an address, as a socket is bound to it."""
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+class Lookup:
+    """Resolution of the name of a host in a thread of its own: it may take a resolver minutes.
+
+    Args:
+        host: A name, or an address, which is resolved at once.
+        port: The port.
+
+    Example:
+        >>> Lookup("127.0.0.1", 80).result()[0][4]
+        ('127.0.0.1', 80)
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._found: list[_AddressInfo] = []
+        self._error: OSError | None = None
+        self._thread: threading.Thread | None = None
+        try:
+            self._find(host, port, socket.AI_NUMERICHOST)
+        except (OSError, UnicodeError):
+            self._thread = threading.Thread(target=self._look_up, args=(host, port), daemon=True)
+            self._thread.start()
+
+    def result(self, timeout_s: float = 0.0) -> "list[_AddressInfo]":
+        """Return the addresses; empty if they are not found yet.
+
+        Raises:
+            OSError: If there are none.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def _look_up(self, host: str, port: int) -> None:
+        try:
+            self._find(host, port, 0)
+        except OSError as error:
+            self._error = error
+        except UnicodeError as error:
+            self._error = OSError(f"{host!r} cannot be the name of a host: {error}")
+
+    def _find(self, host: str, port: int, flags: int) -> None:
+        self._found = [*socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)]
+
+
+def connected(address: str, timeout_s: float) -> socket.socket:
+    """Return a connection to "host:port"; resolver and host may take ``timeout_s`` each.
+
+    Raises:
+        OSError: If there is none.
+    """
+    host, port = split_address(address)
+    found = Lookup(host, port).result(timeout_s)
+    failure: OSError = TimeoutError(f"the name {host!r} was not resolved within {timeout_s:g} s")
+    for family, kind, protocol, _, where in found:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect(where)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure
 
 
 def configure(sock: socket.socket) -> None:

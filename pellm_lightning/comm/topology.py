@@ -4,6 +4,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_hidden: dict[str, str] = {}
+
+
+def launch_environ() -> Mapping[str, str]:
+    """Return the environment as the launcher made it; see ``hide_launch``."""
+    return os.environ | _hidden
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -46,12 +54,12 @@ class Topology:
 
         Args:
             num_parties: Number of parties; None makes every process a party.
-            environ: The environment to read, ``os.environ`` by default.
+            environ: The environment to read, by default as the launcher made it.
 
         Raises:
             ValueError: If the world size is not divisible by ``num_parties``.
         """
-        environ = os.environ if environ is None else environ
+        environ = launch_environ() if environ is None else environ
         # Lightning gives the processes that it starts itself a world size, but no rank.
         world_size = int(environ.get("WORLD_SIZE", 1)) if "RANK" in environ else 1
         rank = int(environ.get("RANK", 0))
@@ -68,6 +76,29 @@ class Topology:
 
     def local_rank(self, environ: Mapping[str, str] | None = None) -> int:
         """Index of this process among its party's processes on this host, which is what picks its device."""
-        environ = os.environ if environ is None else environ
+        environ = launch_environ() if environ is None else environ
         # Ranks are consecutive on a host and in a party; counting starts where the later of the two begins.
         return min(int(environ.get("LOCAL_RANK", self.rank_in_party)), self.rank_in_party)
+
+
+def hide_launch(topology: Topology) -> None:
+    """Let libraries that make one world of a launch see this party's processes only.
+
+    This package goes on reading what the launcher has set.
+
+    Args:
+        topology: Party and rank of this process.
+    """
+    launched = launch_environ()
+    _hidden.update({name: launched[name] for name in _LAUNCHER if name in launched})
+    if topology.party_size == 1:
+        for name in _LAUNCHER:
+            os.environ.pop(name, None)
+        return
+    own = {
+        "RANK": topology.rank_in_party,
+        "WORLD_SIZE": topology.party_size,
+        "LOCAL_RANK": topology.local_rank(),
+        "LOCAL_WORLD_SIZE": min(topology.party_size, int(launched.get("LOCAL_WORLD_SIZE", 1))),
+    }
+    os.environ.update({name: str(value) for name, value in own.items()})

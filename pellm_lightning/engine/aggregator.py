@@ -160,7 +160,7 @@ class Aggregator:
         live = parameters if staging is None else staging.copies
         self._parameters = {name: live[name] for name in sorted(plan.shared)}
         self._global_state = GlobalState(self._context, self._parameters)
-        snapshots = None if state_dir is None else SnapshotDir(state_dir)
+        snapshots = None if state_dir is None else SnapshotDir(state_dir, federation.name)
         self._coordinator = Coordinator(federation, exchange, snapshots)
         self._evidence = EvidenceKeeper(self._context, None if state_dir is None else Path(state_dir))
         self._rounds = RoundRunner(self._context, self._coordinator, self._global_state, self._evidence)
@@ -250,6 +250,7 @@ class Aggregator:
         self.handshake()
         overwritten = self._join() if self.federation.may_lose_parties else self._begin()
         self._started = True
+        self._global_state.release_loaded()
         if self._background is not None:
             self._background.start(overwritten=overwritten)
         return overwritten
@@ -342,21 +343,23 @@ class Aggregator:
     def party_spec(self) -> PartySpec:
         """Return what this party shows the others at the start: what must agree, in plain containers."""
         plan, state = self._context.plan, self._global_state
+        vector = (state.loaded or {}).get("global")
         if self._frozen is not None and self._base is None:
             self._base = compatibility.base_digests(self._frozen)
         return {
             "protocol": compatibility.PROTOCOL,
             "schema": compatibility.schema(state.layout, plan),
             "lora": {
-                pair.name: [self._parameters[pair.a].shape[0], plan.module(pair).scaling]
+                pair.name: [module.rank(self._parameters[pair.a]), module.scaling, module.experts]
                 for pair in plan.products
+                for module in [plan.module(pair)]
             },
             "ranks_may_differ": plan.rule.ranks_may_differ,
             "config": self._context.settings,
             "adapters": self._adapters,
             "base": self._base,
             "round": self.round,
-            "checksum": None if state.loaded is None else bits_digest(state.loaded["global"]),
+            "checksum": None if vector is None else bits_digest(vector),
             "files": self._files,
             "facts": self._facts,
             "identity": self._evidence.identity,

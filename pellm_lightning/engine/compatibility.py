@@ -16,7 +16,7 @@ from pellm_lightning.tensors.adapter_config import RANK_FIELDS, config_differenc
 from pellm_lightning.tensors.digest import tensor_digest
 from pellm_lightning.tensors.flat_buffer import Layout
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Version of what parties say to each other; parties of different versions refuse each other."""
 
 PartySpec: TypeAlias = dict[str, Any]
@@ -80,8 +80,13 @@ def common(party_spec: PartySpec) -> PartySpec:
     """Return that part of a spec which must be the same at all parties."""
     part = {key: party_spec[key] for key in ("protocol", "schema", "config", "base", "ranks_may_differ")}
     if party_spec["ranks_may_differ"]:
-        return part | {"adapters": without_ranks(party_spec["adapters"])}
+        return part | {"experts": experts(party_spec), "adapters": without_ranks(party_spec["adapters"])}
     return part | {"lora": party_spec["lora"], "adapters": party_spec["adapters"]}
+
+
+def experts(party_spec: PartySpec) -> dict[str, int]:
+    """Return the number of experts of each LoRA pair, which must be the same even where ranks differ."""
+    return {name: of_pair[2] for name, of_pair in party_spec["lora"].items()}
 
 
 def _protocol(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator[str]:
@@ -140,7 +145,12 @@ def _lora(base: str, party: str, first: PartySpec, other: PartySpec) -> Iterator
             " Give both the same PEFT configuration and the same version of peft."
         )
     for name in sorted(first["lora"].keys() & other["lora"].keys()):
-        scaling, theirs = first["lora"][name][1], other["lora"][name][1]
+        (_, scaling, experts), (_, theirs, other_experts) = first["lora"][name], other["lora"][name]
+        if experts != other_experts:
+            yield (
+                f"The LoRA module {name!r} holds {experts} experts at party {base} but {other_experts} at"
+                f" party {party}. Give both the same base model."
+            )
         if theirs != scaling and not first["ranks_may_differ"]:
             yield (
                 f"The LoRA module {name!r} has scaling {scaling:g} (lora_alpha over rank) at party {base} but"

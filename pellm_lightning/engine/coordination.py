@@ -140,6 +140,16 @@ class Header:
         )
 
 
+@dataclass(frozen=True)
+class Committed:
+    """Outcome of a commit."""
+
+    digest: str
+    """Of the global state for which the members have voted."""
+    signatures: Mapping[str, Any]
+    """The members' of the round by name, as peers have sent them, as far as they are known already."""
+
+
 class Coordinator:
     """Coordinates an aggregator with those of the other parties: who takes part, and whose result stands.
 
@@ -156,6 +166,10 @@ class Coordinator:
         self._communicator = communicator
         self._exchange = exchange
         self._state_dir = state_dir if communicator.may_lose_parties else None
+        self.newest_state = ""
+        """Digest of the global state from which the members that meet continue; "" if unknown."""
+        self.attempt = 0
+        """Number of the attempt for which they meet."""
 
     def handshake(self, mine: PartySpec) -> None:
         """Compare what all parties must share.
@@ -167,16 +181,37 @@ class Coordinator:
         mine = mine | {"config": mine["config"] | communicator.settings}
         shared = json.dumps(compatibility.common(mine), sort_keys=True)
         if self._state_dir is not None:
+            self._state_dir.claim()
             communicator.skip_attempts(self._state_dir.reserved())
-        specs = communicator.handshake(mine, hashlib.sha256(shared.encode()).hexdigest(), _difference)
-        # Where parties come and go, those that agree take part, and the digest tells who does.
-        compare = (
-            compatibility.shared_file if communicator.may_lose_parties else compatibility.first_difference
-        )
+        digest = hashlib.sha256(shared.encode()).hexdigest()
+        shown = mine
+        if communicator.may_lose_parties:  # the rendezvous sees it, and need not know the paths of a host
+            shown = mine | {"files": sorted(_hidden(path) for path in mine["files"])}
+        specs = communicator.handshake(shown, digest, _difference)
         with _readable("the others"):
-            difference = compare([*specs.values()], [*specs])
+            difference = self._first_difference(shown, specs, mine["files"])
         if difference:
             raise MismatchError(difference)
+
+    def _first_difference(
+        self, shown: PartySpec, specs: Mapping[str, PartySpec], files: Sequence[str]
+    ) -> str | None:
+        """Return what this party should know that differs from the others, None if nothing does.
+
+        Where parties come and go, those that agree take part, and the digest tells who does. A path that two
+        of the others share is theirs to find out.
+        """
+        communicator = self._communicator
+        if not communicator.may_lose_parties:
+            return compatibility.first_difference([*specs.values()], [*specs])
+        me = communicator.name
+        for name, spec in specs.items():
+            difference = name != me and compatibility.shared_file([spec, shown], [name, me])
+            if difference:
+                for path in files:
+                    difference = difference.replace(_hidden(path), path)
+                return difference
+        return None
 
     def party_specs(self) -> list[PartySpec]:
         """Return the specs of the members, in their order."""
@@ -184,22 +219,29 @@ class Coordinator:
         for name, spec in zip(self._communicator.names, specs, strict=True):
             with _readable(name):
                 spec["lora"] = {
-                    str(pair): [int(rank), float(scaling)] for pair, (rank, scaling) in spec["lora"].items()
+                    str(pair): [int(rank), float(scaling), int(experts)]
+                    for pair, (rank, scaling, experts) in spec["lora"].items()
                 }
-                if spec["lora"].keys() != specs[self._communicator.party]["lora"].keys():
+                mine = specs[self._communicator.party]
+                if compatibility.experts(spec) != compatibility.experts(mine):
                     raise ValueError("other pairs")
         return specs
 
-    def meet(self, mine: Header, version: Version | None) -> list[Header]:
+    def meet(self, mine: Header, version: Version | None, state: str = "") -> list[Header]:
         """Join the next quorum, and return the members' headers; sum the metrics of others first.
 
         Parties are uneven: one validates while another is already in its next round.
+
+        Args:
+            mine: What this party says of itself.
+            version: Of the global parameters that it has.
+            state: Digest of the global state of that version.
         """
         intent: Intent = "rest" if mine.purpose is Purpose.DONE else "exchange"
         metadata = mine.to_metadata()
         while True:
             self._communicator.enter(f"meeting for round {mine.round}")
-            joined = self._communicator.join_quorum(intent, version, metadata)
+            joined = self._communicator.join_quorum(intent, version, metadata, state)
             self._check_unchanged(joined, metadata)
             if self._state_dir is not None:
                 self._state_dir.reserve(joined.attempt)  # before any member can make its result durable
@@ -209,6 +251,7 @@ class Coordinator:
             ]
             if all(header.purpose is not Purpose.METRICS for header in headers):
                 self._communicator.enter(f"in round {mine.round}")
+                self.newest_state, self.attempt = joined.state, joined.attempt
                 return headers
             if joined.exchanges:
                 self._sum_metrics(joined, {})
@@ -227,18 +270,21 @@ class Coordinator:
         ]
         return metrics.mean_of(of_parties, self._communicator)
 
-    def commit(self, round: int, state: Mapping[str, Any], signature: str = "") -> Mapping[str, Any]:
+    def commit(self, round: int, state: Mapping[str, Any], signature: str = "") -> Committed:
         """Make the result of this attempt durable, and agree with the others that it stands.
 
-        Returns:
-            The members' signatures of the round, as far as they are known already.
+        Args:
+            round: Index of the next round.
+            state: The global state.
+            signature: This party's of the round, for the others; empty for none.
 
         Raises:
             PartyLostError: If it does not; nothing may be kept of it.
         """
         if self._state_dir is not None:
             self._state_dir.keep(round, state)
-        return self._communicator.commit(snapshot.digest(state), signature)
+        digest = snapshot.digest(state)
+        return Committed(digest, self._communicator.commit(digest, signature))
 
     def restored(self) -> dict[str, Any] | None:
         """Return the state that this party made durable before it was restarted, None if there is none."""
@@ -293,6 +339,11 @@ class Coordinator:
                 values.clear()
             return None
         return mean
+
+
+def _hidden(path: str) -> str:
+    """Return what stands for a path, so that only who writes there recognises it."""
+    return hashlib.sha256(path.encode()).hexdigest()[:32]
 
 
 @contextmanager

@@ -377,7 +377,7 @@ def digest(layout: Layout, vector: Tensor) -> str:
     def parts() -> Any:
         for name, view in layout.views(vector).items():
             written = view.detach().to("cpu", getattr(torch, dtypes[name])).contiguous()
-            yield name, dtype_code(dtypes[name]), list(view.shape), bytes_of(written).data
+            yield name, dtype_code(dtypes[name]), list(view.shape), bytes_of(written)
 
     return parameters_digest(parts())
 

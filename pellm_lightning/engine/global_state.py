@@ -21,9 +21,23 @@ from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.fragments import fragments_of
 from pellm_lightning.engine.lora_step import LoraAggregator
 from pellm_lightning.engine.updates import UpdateReducer
+from pellm_lightning.tensors import snapshot
 from pellm_lightning.tensors.flat_buffer import Layout
 
 log = logging.getLogger(__name__)
+
+# What is the same at all parties, in the order of ``GlobalState.state``.
+_SHARED = (
+    "round",
+    "version",
+    "short_rounds",
+    "shapes",
+    "lora",
+    "global",
+    "fragments",
+    "privacy",
+    "statement",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Counters:
         unwritten: Fragments whose parameters are still to be written.
         loaded: The state that this party has resumed from; None if it begins.
         statement: What was stated of the last round, where parties leave evidence.
+        digest: Of the state of this version, as the parties have voted for it; "" before.
 
     Example:
         >>> Counters(short_rounds=(0,)).round
@@ -51,6 +66,7 @@ class Counters:
     unwritten: frozenset[int] = frozenset()
     loaded: Mapping[str, Any] | None = None
     statement: RoundStatement | None = None
+    digest: str = ""
 
 
 class GlobalState:
@@ -73,6 +89,7 @@ class GlobalState:
         self._counters = Counters((0,) * context.fragments)
         self._padded: PaddedFactors | None = None
         self._backup = torch.empty(0)
+        self._undo: _Undo | None = None
         self._warned = False
         self._lay_out(parameters)
 
@@ -87,6 +104,15 @@ class GlobalState:
     def version(self) -> Version | None:
         """Which of the states of this round it is, between separate jobs; None before the first."""
         return self._counters.version
+
+    @property
+    def digest(self) -> str:
+        """Digest of the state of this version, as the parties have voted for it; "" before."""
+        return self._counters.digest
+
+    @digest.setter
+    def digest(self, digest: str) -> None:
+        self._counters = replace(self._counters, digest=digest)
 
     @property
     def distance(self) -> float:
@@ -131,6 +157,7 @@ class GlobalState:
 
     def begin(self, version: Version | None) -> None:
         """Take the parameters of one party for the global ones; the first version is made of them."""
+        self._back_up()
         self._broadcast_vector()
         everything = frozenset(range(len(self.fragments)))
         self._counters = replace(self._counters, version=version, unwritten=everything)
@@ -209,7 +236,7 @@ class GlobalState:
         """Take note of the parties' LoRA pairs, when they have met; pad those of unlike ranks.
 
         Args:
-            specs: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
+            specs: Rank, scaling and number of experts of each pair at each of the parties that meet, by name.
             reference: Those of the global factors, if the federation is running; else None.
 
         Raises:
@@ -252,24 +279,31 @@ class GlobalState:
         """Lay out factors of the largest rank of the parties, and load the state that was kept for them."""
         pairs = self._context.plan.products
         self._padded = PaddedFactors(
-            self._parameters, {pair: (lora.rank(pair), lora.ratio(pair)) for pair in pairs}
+            self._parameters,
+            {pair: (lora.rank(pair), lora.ratio(pair), lora.experts(pair)) for pair in pairs},
         )
         self._padded.read_(self._parameters)
+        self.fragments, self._vector = [], torch.empty(0)  # so that both vectors are not held at once
         self._lay_out(self._padded.tensors)
         if self.loaded is not None:
             self._restore(self.loaded)
+            self.release_loaded()
 
     # ---- the state
 
     def state(self) -> dict[str, Any]:
         """Return the state as it lies in memory; to be read before anything changes it."""
         counters, privacy = self._counters, self._context.privacy
+        loaded = counters.loaded if self.lora is None else None
+        if loaded is not None and self._context.plan.rule.ranks_may_differ and self._context.plan.products:
+            return {key: loaded[key] for key in _SHARED}  # it is restored once the parties have met
+        reference = loaded.get("lora") if loaded is not None else None
         return {
             "round": counters.round,
             "version": None if counters.version is None else list(counters.version),
             "short_rounds": list(counters.short_rounds),
             "shapes": self.layout.shapes,
-            "lora": self.lora.reference if self.lora else None,
+            "lora": self.lora.reference if self.lora else reference,
             "global": self.vector,
             "fragments": [updates.state() for updates in self.fragments],
             "privacy": None if privacy is None else privacy.state_dict(),
@@ -297,7 +331,7 @@ class GlobalState:
             self._restore(state)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load the newer state of a peer, or of a snapshot; ``write_`` writes the parameters."""
+        """Copy the newer state of a peer, or of a snapshot; ``write_`` writes the parameters."""
         for updates in self.fragments:
             if updates.error_feedback is not None:
                 updates.error_feedback.discard_restored()
@@ -308,6 +342,19 @@ class GlobalState:
             self._restore(state)
         everything = frozenset(range(len(self.fragments)))
         self._counters = replace(self._counters, unwritten=everything, distance=math.nan)
+        if not self._context.plan.rule.ranks_may_differ:
+            self.release_loaded()
+
+    def release_loaded(self) -> None:
+        """Drop the tensors of the state that was loaded, which are copied by now."""
+        if self.loaded is not None:
+            self._counters = replace(self._counters, loaded={"lora": self.loaded.get("lora")})
+
+    @property
+    def free_memory(self) -> Tensor | None:
+        """Memory of the vector's size that no one needs between rounds; None if it lies in pieces."""
+        in_pieces = len(self.fragments) > 1 or self._context.plan.rule.ranks_may_differ
+        return None if in_pieces else self.updates.pseudo_gradient
 
     def resume(self, state: Mapping[str, Any]) -> bool:
         """Load a state that was kept on disk, if it is newer than this one; return whether it is."""
@@ -328,6 +375,7 @@ class GlobalState:
             round=state["round"],
             version=Version(*state["version"]) if state.get("version") else None,
             short_rounds=tuple(state["short_rounds"]),
+            digest=snapshot.digest({key: state[key] for key in _SHARED}) if state.get("version") else "",
             statement=RoundStatement.from_json(json.loads(statement)) if statement else None,
         )
 
@@ -338,6 +386,7 @@ class GlobalState:
             ValueError: If it is of other parameters or settings; it may come from a peer.
         """
         _check_shapes(state["shapes"], self.layout.shapes)
+        self._back_up()
         self._restore_privacy(state)
         vectors = torch.split(state["global"], [updates.layout.size for updates in self.fragments])
         for updates, of_fragment, vector in zip(self.fragments, state["fragments"], vectors, strict=True):
@@ -364,17 +413,51 @@ class GlobalState:
 
     @contextmanager
     def reversible(self) -> Iterator[None]:
-        """Undo what is done to the state if it fails; the parameters are no part of it."""
-        if self._backup.numel() != self.layout.size:
-            self._backup = torch.empty_like(self.vector)
-        counters, before = self._counters, _copied(self.state(), self._backup)
+        """Undo what is done to the state if it fails; the parameters are no part of it.
+
+        Plain averaging needs no copy of the vector: its step can be undone, and before the first version the
+        vector is what the parameters are. Else it is copied, and so it is before another state is loaded.
+        """
+        counters, state = self._counters, self.state()
+        before = {**state, "fragments": copy.deepcopy(state["fragments"])}
+        can_be_undone = self._context.is_plain_averaging and not self._context.plan.products
+        is_new = counters.version is None and counters.loaded is None
+        self._undo = _Undo(is_packed=can_be_undone and is_new)
+        for updates in self.fragments:
+            updates.forget_previous()
+        if not can_be_undone:  # rules for LoRA write into the vector
+            self._back_up()
         try:
             yield
         except BaseException:
             self._counters = counters
             if self.layout.shapes == before["shapes"]:
-                self._restore(before)
+                self._undo_vector_(self._undo)
+                self._undo = None
+                self._restore({**before, "global": self.vector})
             raise
+        finally:
+            self._undo = None
+            if can_be_undone:
+                self._backup = torch.empty(0)
+
+    def _back_up(self) -> None:
+        """Copy the vector before it is overwritten, once, where that may have to be undone."""
+        if self._undo is None or self._undo.is_packed or self._undo.has_copy:
+            return
+        if self._backup.numel() != self.layout.size:
+            self._backup = torch.empty_like(self.vector)
+        self._backup.copy_(self.vector)
+        self._undo.has_copy = True
+
+    def _undo_vector_(self, undo: "_Undo") -> None:
+        """Make the vector what it was when an attempt began."""
+        if undo.has_copy:
+            self.vector.copy_(self._backup)
+        elif undo.is_packed:
+            self.layout.pack_(self.vector)
+        else:
+            self.updates.undo_()
 
     def discard_residuals(self) -> None:
         """Discard what lossy compression has removed in an attempt that failed."""
@@ -395,7 +478,9 @@ class GlobalState:
         optimizer may do more, take powers or draw numbers, and a party may have another version of torch.
         """
         federation, updates = self._context.federation, self.updates
-        differed = state_transfer.agree(federation, self._of_round, self._correct, 4 * updates.layout.size)
+        differed = state_transfer.agree(
+            federation, self._of_round, self._correct, 4 * updates.layout.size, updates.pseudo_gradient
+        )
         if differed and not self._warned:
             self._warned = True
             log.warning(
@@ -427,15 +512,22 @@ class GlobalState:
         self._counters = replace(self._counters, unwritten=self._counters.unwritten | {self.fragment})
 
 
-def _copied(state: Mapping[str, Any], into: Tensor | None = None) -> dict[str, Any]:
-    """Return a state that stays what it is while training continues.
+@dataclass
+class _Undo:
+    """How the vector is made again what it was when an attempt began.
 
     Args:
-        state: As returned by ``GlobalState.state``.
-        into: Memory for the global vector, (D,) float32; None for new memory.
+        is_packed: It is what the parameters are.
+        has_copy: There is a copy of it; else a step of SGD(lr=1) is undone.
     """
-    vector = state["global"].clone() if into is None else into.copy_(state["global"])
-    return {**state, "global": vector, "fragments": copy.deepcopy(state["fragments"])}
+
+    is_packed: bool
+    has_copy: bool = False
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state that stays what it is while training continues."""
+    return {**state, "global": state["global"].clone(), "fragments": copy.deepcopy(state["fragments"])}
 
 
 def _check_shapes(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """LoraAggregator: the LoRA pairs of a round, combined by the rule, written to the vector and measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -12,7 +12,7 @@ from pellm_lightning.aggregation import gathering
 from pellm_lightning.aggregation.base import EVERYTHING, CombinedFactors, Factors, RoundContext, Term
 from pellm_lightning.aggregation.base_writing import write_residual_
 from pellm_lightning.aggregation.deviation import deviation, squared_deviations
-from pellm_lightning.aggregation.lora import Pair, matrix
+from pellm_lightning.aggregation.lora import Pair, join_experts, matrix, of_experts
 from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.updates import UpdateReducer
 from pellm_lightning.tensors.deviation import Deviation
@@ -36,9 +36,10 @@ class LoraAggregator:
     Args:
         context: What the aggregator works with.
         parameters: This party's federated parameters.
-        specs: Rank and scaling of each pair at each of the parties that meet, by the pair's name.
-        reference: Rank and scaling of the global factors, by the pair's name; None takes the largest rank of
-            the parties, and the scaling of the first party that has it.
+        specs: Rank, scaling and number of experts of each pair at each of the parties that meet, by the
+            pair's name.
+        reference: Those of the global factors, by the pair's name; None takes the largest rank of the
+            parties, and the scaling of the first party that has it.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class LoraAggregator:
             pair.name: list(reference[pair.name]) if reference else max(self._specs(pair), key=itemgetter(0))
             for pair in self._plan.products
         }
-        """Rank and scaling of the global factors, by the pair's name."""
+        """Rank, scaling and number of experts of the global factors, by the pair's name."""
 
     def rank(self, pair: Pair) -> int:
         """Return the rank of the global factors."""
@@ -72,47 +73,45 @@ class LoraAggregator:
         """Return this party's scaling over that of the global factors."""
         return self._plan.module(pair).scaling / self._scaling(pair)
 
+    def experts(self, pair: Pair) -> int:
+        """Return the number of experts that the factors hold."""
+        return self._plan.module(pair).experts
+
     def larger(self) -> str | None:
         """Return the name of a pair whose rank at this party is above that of the global factors, if any."""
-        own = {pair.name: self._parameters[pair.a].shape[0] for pair in self._plan.products}
+        own = {p.name: self._plan.module(p).rank(self._parameters[p.a]) for p in self._plan.products}
         return next((name for name, rank in own.items() if rank > self.reference[name][0]), None)
 
     def has_pairs(self, updates: UpdateReducer) -> bool:
         """Tell whether a fragment holds LoRA pairs."""
-        names = set(updates.layout.names)
-        return any(pair.a in names for pair in self._plan.products)
+        return bool(self._pairs(updates))
 
     def combine(self, updates: UpdateReducer, counting: RoundContext) -> LoraResult:
         """Combine the pairs of a fragment by the rule, and measure the result; nothing is written yet."""
-        pairs = self.factors(updates)
-        return self.result(updates, pairs, self._plan.rule.combine(pairs, counting), counting)
+        products = self.factors(updates)
+        return self.result(updates, products, self._plan.rule.combine(products, counting), counting)
 
     def result(
         self,
         updates: UpdateReducer,
-        pairs: Sequence[Factors],
+        products: Sequence[Factors],
         combined: CombinedFactors,
         counting: RoundContext,
     ) -> LoraResult:
         """Measure what was combined of a fragment's pairs."""
         rule = self._plan.rule
-        replaced: dict[str, Tensor] = {}
-        if combined.factors is not None:
-            for pair, (b, a) in zip(pairs, combined.factors, strict=True):
-                replaced |= {pair.pair.b: b, pair.pair.a: a}
+        replaced = _joined(products, combined.factors or [])
         if rule.writes_base:
             return LoraResult(None, combined.terms, replaced)
         if not self._context.measures_deviation:
             return LoraResult(None, None, replaced)
         terms = combined.terms
         if terms is None:
-            terms = gathering.to_owners(pairs, counting, EVERYTHING - rule.frozen_parts(counting.round))
-        results = combined.factors or [
-            (self._mean(updates, p.pair.b), self._mean(updates, p.pair.a)) for p in pairs
-        ]
-        unknown = [k for k in gathering.owned(len(pairs), self._federation) if k not in combined.squares]
-        squares = combined.squares | squared_deviations(pairs, results, terms, unknown)
-        return LoraResult(deviation(pairs, squares, self._federation), None, replaced)
+            terms = gathering.to_owners(products, counting, EVERYTHING - rule.frozen_parts(counting.round))
+        results = combined.factors or self._means(updates)
+        unknown = [k for k in gathering.owned(len(products), self._federation) if k not in combined.squares]
+        squares = combined.squares | squared_deviations(products, results, terms, unknown)
+        return LoraResult(deviation(products, squares, self._federation), None, replaced)
 
     def write_results_(self, updates: UpdateReducer, replaced: Mapping[str, Tensor], *, plain: bool) -> None:
         """Write the rule's results where the outer optimizer reads them.
@@ -138,28 +137,42 @@ class LoraAggregator:
 
     def write_base_(self, updates: UpdateReducer, terms: Mapping[int, Sequence[Term]]) -> Deviation:
         """Write into the frozen weights what the factors, as they are now, lack of the parties' mean."""
-        pairs = self.factors(updates)
-        squares = write_residual_(pairs, terms, self._federation)
-        owned = gathering.owned(len(pairs), self._federation)
-        return deviation(pairs, {k: squares[k] for k in owned}, self._federation)
+        products = self.factors(updates)
+        squares = write_residual_(products, terms, self._federation)
+        owned = gathering.owned(len(products), self._federation)
+        return deviation(products, {k: squares[k] for k in owned}, self._federation)
 
     def factors(self, updates: UpdateReducer) -> list[Factors]:
-        """Return the pairs of a fragment, with this party's factors."""
+        """Return the products of a fragment: one of each pair, or one of each of its experts."""
         anchors = updates.layout.views(updates.global_)
+        return [product for pair in self._pairs(updates) for product in self._of_pair(pair, anchors)]
+
+    def _pairs(self, updates: UpdateReducer) -> list[Pair]:
+        names = set(updates.layout.names)
+        return [pair for pair in self._plan.products if pair.a in names]
+
+    def _of_pair(self, pair: Pair, anchors: Mapping[str, Tensor]) -> Iterator[Factors]:
+        module = self._plan.module(pair)
+        ranks, scalings, scaling = self._ranks(pair), self._scalings(pair), self._scaling(pair)
+        own_b, own_a = (self._parameters[name].detach() for name in (pair.b, pair.a))
+        each = zip(
+            of_experts(own_b, own_a, module.experts),
+            of_experts(anchors[pair.b], anchors[pair.a], module.experts),
+            module.bases(),
+            strict=True,
+        )
+        for expert, ((b, a), (anchor_b, anchor_a), base) in enumerate(each):
+            of = expert if module.experts > 1 else None
+            yield Factors(pair, b, a, anchor_b, anchor_a, ranks, scalings, scaling, base, of)
+
+    def _means(self, updates: UpdateReducer) -> list[tuple[Tensor, Tensor]]:
+        """Return the means of averaged factors (B, A), of each product of a fragment."""
         return [
-            Factors(
-                pair=pair,
-                b=matrix(self._parameters[pair.b].detach()),
-                a=matrix(self._parameters[pair.a].detach()),
-                anchor_b=matrix(anchors[pair.b]),
-                anchor_a=matrix(anchors[pair.a]),
-                ranks=self._ranks(pair),
-                scalings=self._scalings(pair),
-                scaling=self._scaling(pair),
-                base=self._plan.module(pair).base,
+            both
+            for pair in self._pairs(updates)
+            for both in of_experts(
+                self._mean(updates, pair.b), self._mean(updates, pair.a), self._plan.module(pair).experts
             )
-            for pair in self._plan.products
-            if pair.a in anchors
         ]
 
     def _mean(self, updates: UpdateReducer, name: str) -> Tensor:
@@ -177,7 +190,20 @@ class LoraAggregator:
         return [of_party[pair.name] for of_party in self.specs]
 
     def _ranks(self, pair: Pair) -> list[int]:
-        return [rank for rank, _ in self._specs(pair)]
+        return [rank for rank, *_ in self._specs(pair)]
 
     def _scalings(self, pair: Pair) -> list[float]:
-        return [scaling for _, scaling in self._specs(pair)]
+        return [scaling for _, scaling, _ in self._specs(pair)]
+
+
+def _joined(products: Sequence[Factors], results: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return results of products as those of the parameters, as matrices by name."""
+    if not results:
+        return {}
+    of_pairs: dict[Pair, list[tuple[Tensor, Tensor]]] = {}
+    for product, both in zip(products, results, strict=True):
+        of_pairs.setdefault(product.pair, []).append(both)
+    joined: dict[str, Tensor] = {}
+    for pair, each in of_pairs.items():
+        joined[pair.b], joined[pair.a] = join_experts(each)
+    return joined

@@ -1,11 +1,12 @@
 """Outer optimizers and learning-rate schedules: which are refused, how they are compared and stepped."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pellm_lightning.aggregation import Aggregation
@@ -108,6 +109,29 @@ def make_prototype(factory: OptimizerFactory) -> torch.optim.Optimizer:
                 f"outer_optimizer={describe(optimizer)} {_UNSUPPORTED[base.__name__]}. {supported}"
             )
     return optimizer
+
+
+def load_(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state by copying it, into the buffers that are there already: none is held twice.
+
+    Args:
+        optimizer: The optimizer.
+        state: As returned by ``state_dict``; it may come from a peer.
+    """
+    held = optimizer.state_dict()["state"]
+    of_parameters = {
+        index: {key: _copied(value, held.get(index, {}).get(key)) for key, value in entries.items()}
+        for index, entries in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": of_parameters})
+
+
+def _copied(value: Any, into: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    if isinstance(into, Tensor) and (into.shape, into.dtype) == (value.shape, value.dtype):
+        return into.copy_(value)
+    return value.clone()
 
 
 class OuterSchedule:

@@ -96,7 +96,8 @@ class RoundRunner:
         """Take part in the next round; return its report, or None without one: all are done, or just join."""
         came, sent_before = self._now()
         while True:
-            headers = self._coordinator.meet(self._header(purpose, local), self._state.version)
+            mine = self._header(purpose, local)
+            headers = self._coordinator.meet(mine, self._state.version, self._state.digest)
             self._evidence.hear(dict(zip(self.federation.names, headers, strict=True)))
             if all(header.purpose is Purpose.DONE for header in headers):
                 return None
@@ -157,7 +158,8 @@ class RoundRunner:
             yield
             if may_lose_parties:
                 signature = self._evidence.sign(state.statement)
-                signatures = self._coordinator.commit(state.round, state.state(), signature)
+                committed = self._coordinator.commit(state.round, state.state(), signature)
+                state.digest, signatures = committed.digest, committed.signatures
         state.commit_residuals()
         state.write_()
         self._evidence.record(state.statement, signatures)
@@ -372,7 +374,17 @@ class RoundRunner:
     def _bring_up_to_date(self, headers: list[Header]) -> None:
         """Send the newest global state to those who lack it."""
         behind, state = [header.behind for header in headers], self._state
-        send_state(self.federation, behind, state.state, state.load_state, 4 * state.layout.size)
+        holders = [party for party, lacks in enumerate(behind) if not lacks]
+        send_state(
+            self.federation,
+            behind,
+            state.state,
+            state.load_state,
+            4 * state.layout.size,
+            state.free_memory,
+            source=holders[self._coordinator.attempt % len(holders)],  # another one if this one's is wrong
+            digest=self._coordinator.newest_state,
+        )
 
     def _exchange_evidence(self, headers: list[Header]) -> None:
         """Send certificates to those who lack some; who has received the state checks it by them."""

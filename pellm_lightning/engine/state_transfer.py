@@ -2,20 +2,24 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pellm_lightning.comm import Collectives, FederationError
+from pellm_lightning.comm import Collectives, FederationError, PartyLostError
 from pellm_lightning.tensors import portable, snapshot
 from pellm_lightning.tensors.nested import leaves
+from pellm_lightning.tensors.snapshot import Manifest
 
 log = logging.getLogger(__name__)
 
 # Upper limit of a global state: an outer optimizer with a few vectors of its own, and text.
 _MAX_VECTORS = 16
 _MAX_WORDS = 1 << 28
+# Bytes of a state that are sent at a time.
+_PIECE_BYTES = 1 << 25
 
 
 def agree(
@@ -23,6 +27,7 @@ def agree(
     state: Callable[[], Mapping[str, Any]],
     load_state: Callable[[Mapping[str, Any]], None],
     vector_bytes: int,
+    memory: Tensor | None = None,
 ) -> list[int]:
     """Make sure that what every party computed for itself has the same bits at all of them.
 
@@ -33,6 +38,7 @@ def agree(
         state: Returns this party's state.
         load_state: Loads another one.
         vector_bytes: Bytes of the global vector.
+        memory: As in ``send_state``.
 
     Returns:
         The parties that differed, by their place among those that meet.
@@ -45,7 +51,7 @@ def agree(
     first, *others = federation.all_reduce_(checksums).tolist()
     differ = [False, *(other != first for other in others)]
     if any(differ):
-        send_state(federation, differ, state, load_state, vector_bytes)
+        send_state(federation, differ, state, load_state, vector_bytes, memory)
     return [party for party, differs in enumerate(differ) if differs]
 
 
@@ -64,8 +70,14 @@ def send_state(
     state: Callable[[], Mapping[str, Any]],
     load_state: Callable[[Mapping[str, Any]], None],
     vector_bytes: int,
+    memory: Tensor | None = None,
+    *,
+    source: int | None = None,
+    digest: str = "",
 ) -> None:
     """Send the newest global state to the parties that lack it; every party calls this.
+
+    It is sent piece by piece from where it lies to where it stays, so that nobody holds a further copy.
 
     Args:
         federation: The parties that meet.
@@ -73,28 +85,36 @@ def send_state(
         state: Returns this party's state.
         load_state: Loads another one.
         vector_bytes: Bytes of the global vector.
+        memory: Flat memory that is free meanwhile, for a tensor of its size in the state that arrives; then
+            ``load_state`` must copy that.
+        source: Who sends it; by default the first that has it.
+        digest: Of the state, for which a majority has voted; without it whatever is sent is loaded.
 
     Raises:
-        FederationError: If the state is too large to be one, or cannot be loaded.
+        PartyLostError: If what is sent is not that state.
+        FederationError: If it cannot be loaded here.
     """
-    source, here = behind.index(False), federation.party
-    packed = snapshot.pack(state()) if source == here else b""
-    size_bytes = int(federation.all_reduce_(torch.tensor([len(packed)], dtype=torch.int64)))
-    if size_bytes > _MAX_VECTORS * vector_bytes + _MAX_WORDS:
-        raise FederationError(
-            f"Party {federation.called([source])} would send {size_bytes} bytes of global state, more than"
-            f" {vector_bytes} bytes of parameters can have. Install the same version at all parties."
-        )
-    blob = torch.frombuffer(packed, dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
-    parts = [blob if lacks and source == here else blob[:0] for lacks in behind]
-    sizes = [size_bytes if party == source and behind[here] else 0 for party in range(len(behind))]
-    received = federation.all_to_all(parts, sizes)[source]
+    source, here = behind.index(False) if source is None else source, federation.party
+    manifest, tensors = Manifest.of(state()) if source == here else (None, [])
+    text = _broadcast_text(federation, source, manifest.to_json() if manifest else "", vector_bytes)
+    with _sent_by(federation, source):
+        manifest = Manifest.from_json(text)
+        sizes = manifest.sizes_bytes
+    _check_size(federation, source, sum(sizes), vector_bytes)
+    if behind[here]:
+        tensors = manifest.new_tensors(memory)
+    for index, size_bytes in enumerate(sizes):
+        own = tensors[index].view(-1).view(torch.uint8) if tensors else None
+        _send_(federation, source, behind, own, size_bytes)
     if not behind[here]:
         return
+    with _sent_by(federation, source):
+        newest = manifest.state(tensors)
+        if digest not in ("", snapshot.digest(newest)):
+            raise ValueError("its digest is not that for which the parties have voted")
     try:
-        newest = snapshot.unpack(received.numpy().data)
         load_state(newest)
-    except (ValueError, KeyError, TypeError) as error:  # a peer sent it, it may be anything
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a peer sent it, it may be anything
         raise FederationError(
             f"Party {federation.name} cannot load the global state of party"
             f" {federation.called([source])}: {error}. Install the same version at all parties."
@@ -105,3 +125,54 @@ def send_state(
         newest["round"],
         federation.called([source]),
     )
+
+
+@contextmanager
+def _sent_by(federation: Collectives, source: int) -> Iterator[None]:
+    """Refuse what another party has sent, which may be anything, unless it is a state that can be read."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PartyLostError(
+            f"Party {federation.name} cannot take over the global state of party"
+            f" {federation.called([source])}: {error}. It is not loaded, and another party is asked. Install"
+            " the same version at all parties; look at that one's log, and at its disk.",
+            parties=[federation.names[source]],
+        ) from error
+
+
+def _broadcast_text(federation: Collectives, source: int, text: str, vector_bytes: int) -> str:
+    """Return the text of one party at all."""
+    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else None
+    size = torch.tensor([0 if mine is None else mine.numel()], dtype=torch.int64)
+    size_bytes = int(federation.all_reduce_(size))
+    _check_size(federation, source, size_bytes, vector_bytes)
+    shown = torch.empty(size_bytes, dtype=torch.uint8) if mine is None else mine
+    with _sent_by(federation, source):
+        return federation.broadcast_(shown, source).numpy().tobytes().decode()
+
+
+def _send_(
+    federation: Collectives, source: int, behind: Sequence[bool], values: Tensor | None, size_bytes: int
+) -> None:
+    """Send bytes from one party to those that are behind, into ``values``; others may have none."""
+    nothing = torch.empty(0, dtype=torch.uint8)
+    for start in range(0, size_bytes, _PIECE_BYTES):
+        piece = nothing if values is None else values[start : start + _PIECE_BYTES]
+        sends = source == federation.party
+        parts = [piece if lacks and sends else piece[:0] for lacks in behind]
+        sizes = [0] * len(behind)
+        if behind[federation.party]:
+            sizes[source] = len(piece)
+        received = federation.all_to_all(parts, sizes)[source]
+        if behind[federation.party]:
+            piece.copy_(received)
+
+
+def _check_size(federation: Collectives, source: int, size_bytes: int, vector_bytes: int) -> None:
+    if size_bytes > _MAX_VECTORS * vector_bytes + _MAX_WORDS:
+        raise PartyLostError(
+            f"Party {federation.called([source])} would send {size_bytes} bytes of global state, more than"
+            f" {vector_bytes} bytes of parameters can have. Install the same version at all parties.",
+            parties=[federation.names[source]],
+        )

@@ -1,6 +1,5 @@
 """UpdateReducer: sums the parties' updates of one fragment, and steps the global vector."""
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -45,8 +44,10 @@ class UpdateReducer:
         self.carried = layout.new_vector() if auxiliary is not None and auxiliary.vector else None
         """Mean of the parties' vectors of the last round in which each part crossed, (D,) float32."""
         self._carrying = None if self.carried is None else layout.new_vector()
-        self._parameter = nn.Parameter(layout.pack_(vector))
-        self.optimizer = context.outer_optimizer([self._parameter])
+        self._vector = layout.pack_(vector)
+        # The optimizer steps range by range, so that its intermediate results are of a range's size.
+        self._parameters = [nn.Parameter(part) for part in layout.ranges(vector)]
+        self.optimizer = context.outer_optimizer(self._parameters)
         self.schedule = outer_optimizer.OuterSchedule(context.outer_scheduler, self.optimizer)
         # The flags follow the vector: one for each party, the clipping bit, the loss with its weight, the
         # weight, and the effective steps if updates are rescaled.
@@ -55,17 +56,19 @@ class UpdateReducer:
         """Bounds that this party applies to what it sends itself; None without."""
         self._reports_norm = self.bounds is not None and self.bounds.norm_factor is not None
         extra = flags_size(self._federation.max_parties) + self._rescales + self._reports_norm
-        self._staging = layout.new_vector(extra=extra)
+        # Not touched before the first round: where rounds work in shared memory it never takes any.
+        self._staging = torch.empty(layout.size + extra, dtype=torch.float32, device=layout.device)
         self._scratch = layout.new_scratch()
         self._scratch2 = torch.empty_like(self._scratch)
         self._shared: SharedUpdates | None = None
+        self._undoable = 0  # so many scalars of the staging hold the global vector from before the step
         self.error_feedback = context.exchange.new_error_feedback(self.pseudo_gradient)
         """What lossy compression has removed so far, to be sent later; None without."""
 
     @property
     def global_(self) -> Tensor:
         """The fragment's part of the global vector, (D,) float32."""
-        return self._parameter.data
+        return self._vector
 
     @property
     def pseudo_gradient(self) -> Tensor:
@@ -86,8 +89,13 @@ class UpdateReducer:
         if memory is None:
             return
         self._shared = SharedUpdates(self._federation, self._plan, self.layout, memory, self.global_)
-        self._parameter.set_(self._shared.global_)
+        self._set_vector(self._shared.global_)
         self._staging = self._staging.new_empty(0)
+
+    def _set_vector(self, vector: Tensor) -> None:
+        self._vector = vector
+        for parameter, part in zip(self._parameters, self.layout.ranges(vector), strict=True):
+            parameter.set_(part)  # type: ignore[call-overload]  # torch's stubs lack it
 
     @property
     def _is_plain(self) -> bool:
@@ -116,6 +124,7 @@ class UpdateReducer:
             norm, reduced, shown = self._shared.combine(counting)
             self._federation.barrier(shown)  # behind this the others pack what they bring to the next round
             return norm, reduced
+        self._undoable = 0
         share = counting.share
         averaged = self._plan.rule.averaged(counting.round, counting.num_participants)
         flags = self._staging[self.layout.size :]
@@ -320,13 +329,14 @@ class UpdateReducer:
         """Step the outer optimizer by the pseudo-gradient; return the parameters' distance from the mean.
 
         Args:
-            writes: Write the parameters at once, while they are in the cache.
+            writes: Write the parameters at once, while they are in the cache. If not, a step of SGD(lr=1)
+                leaves behind what it takes to ``undo_`` it.
             moves: Whether anybody counted. If not, the global vector stays, whatever the optimizer remembers,
                 and so does the learning rate.
         """
         if self._shared is not None:
             distance = self._shared.write_(moves=moves)
-            self._parameter.set_(self._shared.global_)
+            self._set_vector(self._shared.global_)
             return distance
         plain = outer_optimizer.is_plain_sgd(self.optimizer)
         squares: list[float] = []
@@ -334,16 +344,17 @@ class UpdateReducer:
             at = slice(chunk.start, chunk.stop)
             pseudo_gradient, global_ = self._staging[at], self.global_[at]
             if plain and not chunk.rounds:  # in place, while the chunk is in the cache
-                mean = global_.sub_(pseudo_gradient)
+                mean = self._subtract_(at, self._scratch2, undoable=not writes)
             else:
                 mean = self._scratch2[: chunk.size]
                 torch.sub(chunk.as_written(global_, mean), pseudo_gradient, out=mean)
             away = chunk.subtracted_from(mean, out=self._scratch[: chunk.size])
             squares.append(sum_of_squares(away))
             if plain:  # bit for bit what SGD(lr=1) does
-                values = global_.sub_(pseudo_gradient) if chunk.rounds else global_
+                if chunk.rounds:
+                    self._subtract_(at, self._scratch, undoable=not writes)
                 if writes:
-                    chunk.scatter_(values)
+                    chunk.scatter_(global_)
         if not plain:
             if moves:
                 self._step()
@@ -353,12 +364,32 @@ class UpdateReducer:
             self.schedule.step()
         return norm_of(squares)
 
+    def undo_(self) -> None:
+        """Undo the last step, as far as it has come, if it was one of SGD(lr=1) that did not write."""
+        self.global_[: self._undoable].copy_(self._staging[: self._undoable])
+        self._undoable = 0
+
+    def forget_previous(self) -> None:
+        """Let the last step stand."""
+        self._undoable = 0
+
+    def _subtract_(self, at: slice, scratch: Tensor, *, undoable: bool) -> Tensor:
+        """Subtract a range of the pseudo-gradient, whose place may take what the global vector was there."""
+        step, global_ = self._staging[at], self.global_[at]
+        if undoable:
+            kept, step = step, scratch[: at.stop - at.start].copy_(step)
+            kept.copy_(global_)
+            self._undoable = at.stop
+        return global_.sub_(step)
+
     def _step(self) -> None:
-        self._parameter.grad = self.pseudo_gradient
+        ranges = self.layout.ranges(self.pseudo_gradient)
+        for parameter, part in zip(self._parameters, ranges, strict=True):
+            parameter.grad = part
         try:
             portable.step_(self.optimizer, piece=self._scratch.numel())
         finally:
-            self._parameter.grad = None
+            self.optimizer.zero_grad()
 
     def write_(self) -> None:
         """Write the global vector into the parameters."""
@@ -389,8 +420,7 @@ class UpdateReducer:
         if self.bounds is not None and state.get("bounds"):
             self.bounds.restore(state["bounds"])
         self.global_.copy_(vector)
-        # A copy, since the optimizer works in the very tensors that it is given.
-        self.optimizer.load_state_dict(copy.deepcopy(state["outer_optimizer"]))
+        outer_optimizer.load_(self.optimizer, state["outer_optimizer"])
 
     def _check(self, state: Mapping[str, Any]) -> None:
         name, carried = type(self.optimizer).__name__, state.get("carried")

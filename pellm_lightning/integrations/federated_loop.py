@@ -1,10 +1,10 @@
 """FederatedLoop: rounds in a training loop of one's own, in plain PyTorch, Fabric or another library."""
 
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,23 +16,22 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self, override
 
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.comm import Communicator, FederationError
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.join import join, launch_topology
-from pellm_lightning.comm.party import Party
+from pellm_lightning.comm.session import PartySession
 from pellm_lightning.comm.topology import Topology
+from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.loop import arguments
 from pellm_lightning.loop.aggregator_factory import AggregatorFactory
 from pellm_lightning.loop.local_training import LocalTraining
 from pellm_lightning.loop.round_loop import RoundLoop, Started
 from pellm_lightning.loop.trainable import TrainableSet
-from pellm_lightning.report.logs import log_round, log_start, show_log_lines
+from pellm_lightning.report.logs import log_round, log_start, show_log_lines, warn_of_share
 from pellm_lightning.report.record import FILE_NAME, RunRecord, Start, Validation
 from pellm_lightning.report.run_summary import RunSummary
+from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import owns_terminal
-
-log = logging.getLogger(__name__)
 
 
 class OwnTraining(LocalTraining):
@@ -50,6 +49,8 @@ class OwnTraining(LocalTraining):
         self._planned_steps = planned_steps
         self.steps = self.epochs = 0
         self.stopped = False
+        self.written: Sequence[Tensor] = ()
+        """Frozen weights that rounds write into, which then belong to what was trained."""
 
     @property
     @override
@@ -75,15 +76,45 @@ class OwnTraining(LocalTraining):
     def stop(self) -> None:
         self.stopped = True
 
+    @property
     @override
-    def save(self, path: str) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        trained = {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
-        torch.save({"step": self.steps, "epoch": self.epochs, "parameters": trained}, path)
+    def should_stop(self) -> bool:
+        return self.stopped
+
+    @override
+    def save(self, path: str, *, leads: bool) -> str:
+        if leads:
+            save_trained(self._module, path, step=self.steps, epoch=self.epochs, written=self.written)
+        return (
+            "It holds parameters without optimizers: begin anew from its torch.load(...)['parameters'], or"
+            " resume from the last checkpoint of your own."
+        )
 
     @override
     def check_new_start(self, signature: str, round: int) -> None:
         """Do nothing: where a loop of one's own keeps its checkpoints is not known here."""
+
+
+def save_trained(
+    module: nn.Module, path: str, *, step: int, epoch: int, written: Sequence[Tensor] = ()
+) -> None:
+    """Save a module's trained parameters by name.
+
+    Args:
+        module: The module.
+        path: Of the file.
+        step: Optimizer steps made.
+        epoch: Index of the epoch.
+        written: Frozen weights that rounds have written into, to be saved as well.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    changed = {tensor.data_ptr() for tensor in written}
+    parameters = {
+        name: p.detach()
+        for name, p in module.named_parameters()
+        if p.requires_grad or p.data_ptr() in changed
+    }
+    torch.save({"step": step, "epoch": epoch, "parameters": parameters}, path)
 
 
 class FederatedLoop:
@@ -102,8 +133,10 @@ class FederatedLoop:
             jobs, what was trained if a quorum is lost. Below it each of several parties has ``party-<k>``.
         record: Whether ``rounds.jsonl`` is written.
         jobs: Makes this process one party of several separate jobs. Default: the environment's.
+        num_parties: Parties of one launch; None takes it from torch's default process group, without which
+            each process is a party.
         timeout_s: Seconds a party may be late before the others give up.
-        communicator: The joined parties; None joins them as environment or ``jobs`` say.
+        session: This party's session with the others; None joins as launch or ``jobs`` say.
         local: The training loop; None for one that calls ``after_step``.
         settings: Further arguments of ``FederatedAveraging``: ``every_n_steps``, ``every_n_epochs``,
             ``every_n_seconds``, ``weighting``, ``aggregation``, ``exchange``, ``privacy``, ``overlap``,
@@ -137,31 +170,28 @@ class FederatedLoop:
         folder: str | Path = ".",
         record: bool = True,
         jobs: SeparateJobs | None = None,
+        num_parties: int | None = None,
         timeout_s: float = 1800,
-        communicator: Communicator | None = None,
+        session: PartySession | None = None,
         local: LocalTraining | None = None,
         **settings: Any,
     ) -> None:
-        arguments.seconds("timeout_s", timeout_s)
-        arguments.instance_of("jobs", jobs, SeparateJobs)
-        self._factory = AggregatorFactory(**settings)
-        self._jobs = SeparateJobs.from_env() if jobs is None else jobs
-        if self._jobs is not None:
-            self._jobs.membership.quorum(self._factory.quorum, self._jobs.roster)
+        self._factory = AggregatorFactory.of(**settings)
+        self._jobs = arguments.separate_jobs(jobs, timeout_s, self._factory.quorum)
+        self._num_parties, self._timeout_s = num_parties, timeout_s
         self._module = module
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._own = OwnTraining(module, optimizers, math.nan if planned_steps is None else planned_steps)
-        self._local = local or self._own
-        self._timeout_s = timeout_s
+        self._local = self._own if local is None else local
         self._folder, self._records = str(folder), record
-        self._device = next(module.parameters()).device
-        self._communicator = communicator
-        self._party: Party | None = None
+        self._session = session
         self._loop: RoundLoop | None = None
         self._trainable: TrainableSet | None = None
         self._record: RunRecord | None = None
         self._hooks: list[RemovableHandle] = []
         self._state: dict[str, Any] = {}
+        self._next_round = 0
+        self._warned_of_share = False
         self.rounds: list[RoundReport] = []
         """Reports of the rounds so far."""
         self.summary: RunSummary | None = None
@@ -170,12 +200,12 @@ class FederatedLoop:
     @property
     def should_stop(self) -> bool:
         """Whether the federation has ended, so that nothing that is trained from here on would count."""
-        return self._own.stopped
+        return self._local.should_stop
 
     @property
     def topology(self) -> Topology:
         """Party and rank of this process, once it has joined."""
-        return self._joined.topology
+        return self._joined.party.topology
 
     # ---- what a loop calls
 
@@ -185,22 +215,12 @@ class FederatedLoop:
         Raises:
             PartyLostError: If the rendezvous or a party cannot be reached.
         """
-        if self._party is not None:
-            return
-        topology = self._launched()
-        party = Party(topology, self._device)
-
-        def as_leader() -> Topology:
-            if self._communicator is None:
-                self._communicator = join(
-                    topology, self._jobs, quorum=self._factory.quorum, timeout_s=self._timeout_s
-                )
-            joined = self._communicator
-            return Topology(*joined.place, 0, topology.party_size, label=joined.name)
-
-        known = party.on_leader(as_leader)
-        own = Topology(known.party, known.num_parties, topology.rank_in_party, known.party_size, known.label)
-        self._party = Party(own, self._device)
+        if self._session is None:
+            launched = launch_topology(self._jobs, self._num_parties)
+            quorum, timeout_s = self._factory.quorum, self._timeout_s
+            connect = partial(join, launched, self._jobs, quorum=quorum, timeout_s=timeout_s)
+            self._session = PartySession(launched, connect)
+        self._session.join()
 
     def start(self) -> None:
         """Agree on what is shared and take one party's parameters, or resume from a loaded state.
@@ -215,16 +235,16 @@ class FederatedLoop:
         except BaseException as error:
             self.fail(error)
             raise
+        self._state = {}  # it may be as large as the module
 
-    def count(self, samples: int, loss: Tensor | None = None, parts: int = 1) -> None:
+    def count(self, samples: int, loss: Tensor | None = None) -> None:
         """Count samples of a batch whose gradients are accumulated, without an optimizer step.
 
         Args:
             samples: How many.
-            loss: Their mean loss, a scalar, or a part of it.
-            parts: Of how many the loss is one.
+            loss: Their mean loss, a scalar.
         """
-        self._running.count(samples, loss, parts)
+        self._running.count(samples, loss)
 
     def after_step(self, samples: int = 0, loss: Tensor | None = None) -> None:
         """Count an optimizer step and its samples; run the round that is due.
@@ -234,11 +254,11 @@ class FederatedLoop:
             loss: Their mean loss, a scalar.
 
         Raises:
+            ValueError: If a parameter trains that did not when the parties agreed on what they share.
             FederationError: As ``Aggregator.step``.
         """
-        self._own.steps += 1
-        self._check_trainable(everything=False)
         self._running.count(samples, loss)
+        self._own.steps += 1
         self.after_batch(epoch_ends=False)
 
     def after_batch(self, *, epoch_ends: bool) -> None:
@@ -247,6 +267,7 @@ class FederatedLoop:
         Args:
             epoch_ends: Whether it was the epoch's last.
         """
+        self._check_trainable(everything=False)
         self._running.after_batch(epoch_ends=epoch_ends)
 
     def after_epoch(self) -> None:
@@ -264,9 +285,9 @@ class FederatedLoop:
         """
         mean = self._running.mean({name: (float(value), samples) for name, value in metrics.items()})
         if self._record is not None:
-            step, epoch, last = self._local.step, self._local.epoch, len(self.rounds) - 1
+            step, epoch = self._local.step, self._local.epoch
             own = {name: float(value) for name, value in metrics.items()}
-            self._record.validation(Validation(own, mean, last, step, epoch))
+            self._record.validation(Validation(own, mean, self._next_round - 1, step, epoch))
         return mean
 
     def close_round(self) -> None:
@@ -276,18 +297,13 @@ class FederatedLoop:
     def finish(self) -> None:
         """Run the last, incomplete round, and answer the other parties' until all have finished."""
         self._running.finish()
-        if self._communicator is not None:
-            self._communicator.close()
+        self._joined.close()
         self._end(None)
 
     def fail(self, error: BaseException) -> None:
         """Leave at once, so that the other parties fail in seconds with the reason."""
-        said = str(error)
-        why = type(error).__name__ + (f": {said}" if said else "")
-        if self._communicator is not None:
-            # Of a FederationError the others know already, from us or from the party that caused it.
-            self._communicator.abort(None if isinstance(error, FederationError) else why)
-        self._end(why)
+        if self._session is not None:
+            self._end(self._session.fail(error))
 
     def __enter__(self) -> Self:
         self.start()
@@ -312,32 +328,25 @@ class FederatedLoop:
 
         Only the leader of a party has it; save it beside the module's and the optimizers' own.
         """
-        if self._loop is None or not self._joined.topology.is_leader:
+        if self._loop is None or not self.topology.is_leader:
             return self._state
         summary = {} if self.summary is None else asdict(self.summary)
-        own = {"step": self._own.steps, "epoch": self._own.epochs}
-        return self._loop.state() | {"summary": summary, "own": own}
+        local = {"step": self._local.step, "epoch": self._local.epoch}
+        return self._loop.state() | {"summary": summary, "local": local}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``; call it before ``start``, with the module's parameters restored."""
         self._state = dict(state)
         if state:
-            self._own.steps, self._own.epochs = state["own"]["step"], state["own"]["epoch"]
+            self._own.steps, self._own.epochs = state["local"]["step"], state["local"]["epoch"]
 
     # ---- small parts
 
-    def _launched(self) -> Topology:
-        given = self._communicator
-        return launch_topology(self._jobs, None if given is None else given.num_parties)
-
-    def _owns_terminal(self) -> bool:
-        return owns_terminal(self._joined.topology)
-
     @property
-    def _joined(self) -> Party:
-        if self._party is None:
+    def _joined(self) -> PartySession:
+        if self._session is None:
             raise RuntimeError("The parties have not joined yet. Call start(), or use the loop by `with`.")
-        return self._party
+        return self._session
 
     @property
     def _running(self) -> RoundLoop:
@@ -347,10 +356,12 @@ class FederatedLoop:
 
     def _start(self) -> None:
         show_log_lines()
-        factory, module, party = self._factory, self._module, self._joined
+        factory, module, party = self._factory, self._module, self._joined.party
         arguments.warn_of_uncapped(factory.aggregation, factory.weight_by, factory.max_share)
         trainable = factory.parameters.select(module)
+        party.device = next(iter(trainable.values())).device
         plan = factory.plan(module, trainable, None)
+        self._own.written = plan.written_bases
         self._trainable = TrainableSet(module, factory.parameters.include, factory.parameters.exclude)
         self._loop = RoundLoop(
             self._local,
@@ -360,76 +371,70 @@ class FederatedLoop:
             trainable,
             shares_loss=True,
             drift=None,
-            on_due=lambda: self._check_trainable(everything=False),
             on_round=self._report_round,
             stopped_path=self._path("stopped.ckpt"),
         )
         if self._state:
             self._loop.check_resumed(self._state)
         started = self._loop.start(lambda: self._make_aggregator(trainable, plan), self._state)
-        names = party.on_leader(lambda: list(self._leading.roster))
+        self._next_round = started.round
+        names = party.on_leader(lambda: list(self._joined.leading.roster))
         summary = RunSummary(names, started.settings, plan.rule.writes_base)
         self.summary = summary.resumed(self._state.get("summary", {}))
-        self._drop_frozen_gradients(plan, trainable)
+        self._drop_frozen_gradients(self._loop)
         if party.topology.is_leader:
             self._report_start(plan, trainable, started)
 
-    @property
-    def _leading(self) -> Communicator:
-        if self._communicator is None:
-            raise RuntimeError("Only the leader of a party communicates with other parties.")
-        return self._communicator
-
-    def _make_aggregator(self, trainable: Mapping[str, nn.Parameter], plan: Plan) -> Any:
+    def _make_aggregator(self, trainable: Mapping[str, nn.Parameter], plan: Plan) -> Aggregator:
         jobs = self._jobs
-        state_dir = None if jobs is None else jobs.state_dir or self._path("federation")
         return self._factory.make(
-            self._leading, self._module, trainable, plan, None, files=self._files(), state_dir=state_dir
+            self._joined.leading,
+            self._module,
+            trainable,
+            plan,
+            None,
+            files=[f"{os.uname().nodename}:{os.path.abspath(self._path())}"],
+            state_dir=None if jobs is None else jobs.state_dir or self._path("federation"),
         )
 
     def _check_trainable(self, *, everything: bool) -> None:
         if self._trainable is not None:
             self._trainable.check(self._local, self._module, everything=everything)
 
-    def _drop_frozen_gradients(self, plan: Plan, trainable: Mapping[str, nn.Parameter]) -> None:
-        """Drop the gradients of what a rule freezes in this round, before they are clipped if possible."""
+    def _drop_frozen_gradients(self, loop: RoundLoop) -> None:
+        """Drop the gradients of what a rule freezes in a round, before they are clipped if possible."""
+        frozen = loop.frozen_at_times()
+        if not frozen:
+            return
+        if self.topology.party_size == 1:  # else DDP still has to reduce them
+            parts = [p for p in frozen if p.is_leaf]
+            self._hooks += [p.register_post_accumulate_grad_hook(loop.drop_gradient) for p in parts]
+        for optimizer in self._local.optimizers:
+            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: loop.drop_gradients()))
 
-        def drop(*_: Any) -> None:
-            self._running.drop_gradients()
-
-        if self._joined.topology.party_size == 1:  # else DDP still has to reduce them
-            parts = [trainable[name] for name in sorted(plan.shared)]
-            self._hooks += [p.register_post_accumulate_grad_hook(drop) for p in parts if p.is_leaf]
-        self._hooks += [optimizer.register_step_pre_hook(drop) for optimizer in self._local.optimizers]
-
-    def _path(self, name: str) -> str:
-        topology = self._joined.topology
-        parts = [f"party-{topology.party}"] if topology.num_parties > 1 else []
-        return os.path.join(self._folder, *parts, name)
-
-    def _files(self) -> list[str]:
-        return [f"{os.uname().nodename}:{os.path.abspath(self._path(FILE_NAME))}"] if self._records else []
+    def _path(self, name: str = "") -> str:
+        """Return the path of a file in this party's folder, or of the folder."""
+        several = self.topology.num_parties > 1
+        folder = isolation.below(self._folder, self.topology.party) if several else self._folder
+        return os.path.join(folder, name)
 
     def _report_start(self, plan: Plan, trainable: Mapping[str, nn.Parameter], started: Started) -> None:
-        topology, module, factory = self._joined.topology, self._module, self._factory
+        module, factory, session = self._module, self._factory, self._joined
         shared = {name: trainable[name] for name in sorted(plan.shared)}
-        start = Start(
-            party=topology.party,
-            name=topology.name,
-            parties=tuple(self._leading.roster),
-            processes=topology.party_size,
+        start = Start.of(
+            self.topology,
+            module,
+            plan,
+            shared,
+            parties=tuple(session.leading.roster),
             round=started.round,
             step=self._local.step,
-            module=type(module).__qualname__,
-            device=str(self._device),
+            device=str(session.party.device),
             precision=str(next(iter(shared.values())).dtype).removeprefix("torch."),
-            leaving=sum(p.numel() for p in shared.values()),
-            parameters=sum(p.numel() for p in module.parameters()),
-            lora_modules=len(plan.pairs),
             settings=started.settings,
             config=None,
         )
-        if self._owns_terminal():
+        if owns_terminal(self.topology):
             log_start(start, module, plan, shared, factory.exchange, factory.privacy, {})
         if self._records:
             self._record = RunRecord(self._path(FILE_NAME))
@@ -437,12 +442,18 @@ class FederatedLoop:
 
     def _report_round(self, report: RoundReport, _: bool) -> None:
         self.rounds.append(report)
+        self._next_round = report.round + 1
         if self.summary is not None:
             self.summary.count(report)
-        if self._joined.topology.is_leader and self._owns_terminal():
-            log_round(self._joined.topology, report)
+        if self.topology.is_leader and owns_terminal(self.topology):
+            self._log_round(report)
         if self._record is not None:
             self._record.round(report, step=self._local.step, epoch=self._local.epoch)
+
+    def _log_round(self, report: RoundReport) -> None:
+        log_round(self.topology, report)
+        if not self._warned_of_share and self.summary is not None:
+            self._warned_of_share = warn_of_share(self.topology, self.summary.parties, report)
 
     def _end(self, error: str | None) -> None:
         for hook in self._hooks:

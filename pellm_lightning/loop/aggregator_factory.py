@@ -1,10 +1,11 @@
 """Factory of the aggregator that a fit's rounds run on, from the arguments that all front ends share."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.plan import Plan
@@ -13,10 +14,9 @@ from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
 from pellm_lightning.engine.context import OnNonfinite, Settings, capabilities
 from pellm_lightning.engine.fragments import fragments_of
-from pellm_lightning.engine.optim import without_parser
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory, sgd_one
 from pellm_lightning.engine.overlap import Overlap
-from pellm_lightning.exchange import Exchange
+from pellm_lightning.exchange import Exchange, Plain
 from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.loop import arguments
 from pellm_lightning.loop.parameters import Parameters
@@ -44,10 +44,10 @@ class AggregatorFactory:
     every_n_seconds: float | None = None
     weighting: Measure | Weighting = "samples"
     aggregation: Aggregation | None = None
-    exchange: Exchange = None  # type: ignore[assignment]  # Plain() after __post_init__
+    exchange: Exchange = field(default_factory=Plain)
     privacy: GaussianMechanism | None = None
-    overlap: Overlap = None  # type: ignore[assignment]  # likewise Overlap()
-    parameters: Parameters = None  # type: ignore[assignment]  # and Parameters()
+    overlap: Overlap = field(default_factory=Overlap)
+    parameters: Parameters = field(default_factory=Parameters)
     outer_optimizer: OptimizerFactory = sgd_one
     outer_scheduler: SchedulerFactory | None = None
     inner_optimizer_state: Literal["keep", "reset"] = "keep"
@@ -62,21 +62,19 @@ class AggregatorFactory:
             ("parameters", Parameters),
         ):
             arguments.instance_of(name, getattr(self, name), kind)
+        as_exchange(self.exchange)
         schedule(self.every_n_epochs, self.every_n_steps, self.every_n_seconds)
         arguments.privacy(self.privacy, self.weight_by)
         arguments.one_of("inner_optimizer_state", self.inner_optimizer_state, ("keep", "reset"))
         arguments.one_of("on_nonfinite", self.on_nonfinite, ("exclude", "raise"))
         check_quorum(self.quorum)
         arguments.outer(self.outer_optimizer, self.outer_scheduler)
-        for name, value in (
-            ("exchange", as_exchange(self.exchange)),
-            ("overlap", self.overlap or Overlap()),
-            ("parameters", self.parameters or Parameters()),
-            ("outer_optimizer", without_parser(self.outer_optimizer)),
-            ("outer_scheduler", without_parser(self.outer_scheduler)),
-        ):
-            object.__setattr__(self, name, value)
         self.overlap.check_schedule(self.every_n_steps, self.every_n_seconds)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """Return the factory of a front end's settings, of which None stands for the default."""
+        return cls(**{name: value for name, value in settings.items() if value is not None})
 
     @property
     def weight_by(self) -> Measure:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from pellm_lightning.aggregation import Aggregation, Krum
 from pellm_lightning.aggregation.robust import RobustRule
+from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
+from pellm_lightning.comm.quorum import Quorum
 from pellm_lightning.engine.outer_optimizer import (
     OptimizerFactory,
     SchedulerFactory,
@@ -52,7 +54,28 @@ def instance_of(name: str, value: object, kind: type) -> None:
         raise ValueError(f"{name}={value!r:.200} must be of the class {kind.__name__}, or left out.")
 
 
+def at_least(least: int, **values: int | None) -> None:
+    """Check arguments that are numbers of something, or None."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
+
+
 def seconds(name: str, value: float) -> None:
     """Check an argument that is a time span."""
     if not value > 0:
         raise ValueError(f"{name}={value} must be positive, in seconds.")
+
+
+def separate_jobs(given: SeparateJobs | None, timeout_s: float, quorum: Quorum) -> SeparateJobs | None:
+    """Return how this party joins separate jobs, by default as the environment says; None in one launch.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the quorum does not go with the roster.
+    """
+    seconds("timeout_s", timeout_s)
+    instance_of("jobs", given, SeparateJobs)
+    jobs = SeparateJobs.from_env() if given is None else given
+    if jobs is not None:
+        jobs.membership.quorum(quorum, jobs.roster)
+    return jobs

@@ -37,9 +37,19 @@ class LocalTraining(ABC):
     def stop(self) -> None:
         """Ask the loop to end after the present step."""
 
+    @property
     @abstractmethod
-    def save(self, path: str) -> None:
-        """Save a checkpoint; called in all processes."""
+    def should_stop(self) -> bool:
+        """Whether the loop has been asked to end."""
+
+    @abstractmethod
+    def save(self, path: str, *, leads: bool) -> str:
+        """Save what was trained; return how to continue from it, as a sentence. Called in all processes.
+
+        Args:
+            path: Where to.
+            leads: Whether this process leads its party.
+        """
 
     @abstractmethod
     def check_new_start(self, signature: str, round: int) -> None:

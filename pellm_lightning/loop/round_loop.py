@@ -87,9 +87,9 @@ class RoundLoop:
         trainable: The parameters that may federate, by name.
         shares_loss: Whether other parties may know the training loss.
         drift: Drift correction of local gradients, if any.
-        on_due: Called when a round is due after a batch, before this party takes part.
         on_round: Called with the report of each round, and whether the progress bar should show it.
         stopped_path: Path of a checkpoint if the party has to stop below a quorum.
+        on_due: Called when a round is due after a batch, before this party takes part.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class RoundLoop:
         *,
         shares_loss: bool,
         drift: LocalCorrection | None,
-        on_due: Callable[[], None],
         on_round: Callable[[RoundReport, bool], None],
         stopped_path: str,
+        on_due: Callable[[], None] = lambda: None,
     ) -> None:
         self._local = local
         self._party = party
@@ -121,7 +121,7 @@ class RoundLoop:
         self._shared = {name: trainable[name] for name in sorted(plan.shared)}
         groups = fragments_of(self._shared, self._overlap.fragments)
         self._fragments = [set(names) for names in groups]  # by turn
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: set[nn.Parameter] = set()
         self._aggregator: Aggregator | None = None  # on the leader
         self._remaining: Iterator[RoundReport] = iter(())
         self._progress = LocalProgress(local.step)
@@ -204,6 +204,18 @@ class RoundLoop:
         for parameter in self._frozen:
             parameter.grad = None
 
+    def drop_gradient(self, parameter: nn.Parameter) -> None:
+        """Drop a parameter's gradient if it is frozen in this round."""
+        if parameter in self._frozen:
+            parameter.grad = None
+
+    def frozen_at_times(self) -> list[nn.Parameter]:
+        """Return the parameters that are frozen in some rounds, or in all."""
+        rule = self._plan.rule
+        return [
+            self._trainable[name] for name in self._plan.named(rule.frozen_parts(0) | rule.frozen_parts(1))
+        ]
+
     def count(self, samples: int, loss: Tensor | None, parts: int = 1) -> None:
         """Count samples that were trained on, and their mean loss if it is known.
 
@@ -222,15 +234,12 @@ class RoundLoop:
             self._apply(on_bar=True)
         if self._is_due(epoch_ends=epoch_ends):
             self._on_due()
-            if not self._overlap.in_background:
-                self._run_round()
-            else:
-                self._begin_round()
+            self._run_due_round()
 
     def after_epoch(self) -> None:
         """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
         if self._is_due(epoch_ends=True):
-            self._run_round()
+            self._run_due_round()
 
     def mean(self, local: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the mean over the parties of each named (value, weight)."""
@@ -278,6 +287,13 @@ class RoundLoop:
         if self._schedule.unit == "seconds":
             return self._party.on_leader(self._schedule.due, clock)  # clocks differ
         return self._schedule.due(clock)
+
+    def _run_due_round(self) -> None:
+        """Run a round, in the background if rounds overlap with training."""
+        if self._overlap.in_background:
+            self._begin_round()
+        else:
+            self._run_round()
 
     def _run_round(self, *, on_bar: bool = True) -> None:
         """Run a round while training waits."""
@@ -351,9 +367,9 @@ class RoundLoop:
             yield
         except TooFewPartiesError as error:
             path = self._party.on_leader(unused, self._stopped_path)
-            self._local.save(path)
+            cure = self._local.save(path, leads=self._party.topology.is_leader)
             raise TooFewPartiesError(
-                f"{error} Its own steps since the last round are in {path}; resume it from there."
+                f"{error} Its own steps since the last round are in {path}. {cure}"
             ) from error
 
     # ---- applying its result
@@ -402,7 +418,7 @@ class RoundLoop:
 
     def _freeze_parts(self, round: int) -> None:
         frozen_parts = self._plan.named(self._plan.rule.frozen_parts(round))
-        self._frozen = [self._trainable[name] for name in frozen_parts]
+        self._frozen = {self._trainable[name] for name in frozen_parts}
 
     # ---- small parts
 

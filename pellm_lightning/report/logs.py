@@ -83,7 +83,9 @@ def log_start(
         f"these are {_first(parameters)}",
     ]
     if plan.pairs:
-        lines.append(f"{len(plan.pairs)} LoRA modules, aggregated by {plan.rule!r}")
+        experts = sum(plan.module(pair).experts for pair in plan.pairs)
+        of_experts = f" ({experts} products, one of each expert)" if experts > len(plan.pairs) else ""
+        lines.append(f"{len(plan.pairs)} LoRA modules{of_experts}, aggregated by {plan.rule!r}")
     elif isinstance(plan.rule, RobustRule):
         lines.append(f"they are aggregated by {plan.rule!r}")
     if exchange.is_secure:

@@ -5,24 +5,38 @@ import logging
 import math
 import os
 import platform
+import re
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from pellm_lightning.engine.round_report import RoundReport
+
+if TYPE_CHECKING:  # to read a record needs no torch
+    from torch import Tensor, nn
+
+    from pellm_lightning.aggregation.plan import Plan
+    from pellm_lightning.comm.topology import Topology
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "rounds.jsonl"
 """Name of the file, in the folder that a party writes to."""
+
+# Options that are named as secrets are; a tokenizer's eos_token is none.
+_SECRET = re.compile(
+    r"--(.*[._-])?(password|passwd|secret|api[_-]?key|(access|secret)[_-]key|(hf|api|auth|access)[_-]token)"
+    r"|--(.*\.)?token",
+    re.IGNORECASE,
+)
 
 PACKAGES = ("pellm-lightning", "lightning", "torch", "transformers", "peft", "numpy")
 
@@ -36,6 +50,23 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def without_secrets(words: Sequence[str]) -> tuple[str, ...]:
+    """Return a command line without the values of options that are named as secrets are.
+
+    Example:
+        >>> without_secrets(["train.py", "--logger.api_key=abc", "--hf-token", "abc", "--seed", "1"])
+        ('train.py', '--logger.api_key=***', '--hf-token', '***', '--seed', '1')
+    """
+    shown, hides = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_secret = bool(_SECRET.fullmatch(name))
+        value = f"{name}=***" if is_secret and equals else word
+        shown.append("***" if hides and not word.startswith("--") else value)
+        hides = is_secret and not equals
+    return tuple(shown)
 
 
 # ---- the schema: an event is a JSON object with the fields of EventHeader and those of one class below
@@ -83,7 +114,36 @@ class Start:
     host: str = field(default_factory=socket.gethostname)
     platform: str = field(default_factory=platform.platform)
     processors: int | None = field(default_factory=os.cpu_count)
-    command: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))
+    command: tuple[str, ...] = field(default_factory=lambda: without_secrets(sys.argv))
+
+    @classmethod
+    def of(
+        cls,
+        topology: "Topology",
+        module: "nn.Module",
+        plan: "Plan",
+        shared: "Mapping[str, Tensor]",
+        **facts: Any,
+    ) -> "Start":
+        """Return the event of a party that trains a module.
+
+        Args:
+            topology: Party and rank of this process.
+            module: The module.
+            plan: The aggregation applied to its parameters.
+            shared: Those that take part in the rounds, by name.
+            facts: The other fields.
+        """
+        return cls(
+            party=topology.party,
+            name=topology.name,
+            processes=topology.party_size,
+            module=type(module).__qualname__,
+            leaving=sum(p.numel() for p in shared.values()),
+            parameters=sum(p.numel() for p in module.parameters()),
+            lora_modules=len(plan.pairs),
+            **facts,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,19 +96,16 @@ class Reporter:
             shares: The parties' shares of the weights as expected, by name; empty or None if unknown.
         """
         trainer, self._next_round = self._trainer, round
-        start = Start(
-            party=self._topology.party,
-            name=self._topology.name,
+        start = Start.of(
+            self._topology,
+            module,
+            plan,
+            parameters,
             parties=tuple(self.summary.parties),
-            processes=self._topology.party_size,
             round=round,
             step=trainer.global_step,
-            module=type(module).__qualname__,
             device=str(trainer.strategy.root_device),
             precision=trainer.precision,
-            leaving=sum(p.numel() for p in parameters.values()),
-            parameters=sum(p.numel() for p in module.parameters()),
-            lora_modules=len(plan.pairs),
             settings=self.summary.settings,
             config=_config_of(trainer),
         )

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
+from pellm_lightning.comm.errors import did_you_mean
 from pellm_lightning.comm.evidence.summary import write_evidence
 from pellm_lightning.report.card import write_card
 from pellm_lightning.tasks.earlier import backed_up_adapter
@@ -44,12 +45,36 @@ def with_adapter(
     model.train()
     if adapter is not None:
         # PEFT cannot restore the prompt encoder from a saved prompt, which can only be evaluated.
-        trains = not PeftConfig.from_pretrained(adapter).is_prompt_learning
+        try:
+            trains = not PeftConfig.from_pretrained(adapter).is_prompt_learning
+        except ValueError as error:
+            raise ValueError(
+                f"adapter={adapter!r} is no folder of an adapter (seen from {Path.cwd()}): {error}."
+                " SaveAdapter and `pellm export` write one; a new adapter is given by peft instead."
+            ) from error
         return PeftModel.from_pretrained(model, adapter, is_trainable=trains)
     if peft is None:
         return model
     peft.task_type = peft.task_type or task
-    return get_peft_model(model, peft, revision=revision)
+    try:
+        return get_peft_model(model, peft, revision=revision)
+    except ValueError as error:
+        if "Target modules" not in str(error):
+            raise
+        raise ValueError(_no_target(model, peft)) from error
+
+
+def _no_target(model: PreTrainedModel, peft: PeftConfig) -> str:
+    """Return the message that names the layers which an adapter could be on."""
+    asked = getattr(peft, "target_modules", None)
+    asked = sorted(asked) if isinstance(asked, set) else asked
+    layers = [name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "weight")]
+    matched = [name for name in dict.fromkeys(layers) if not name.isdigit() and "norm" not in name.lower()]
+    wanted = next(iter(asked), "") if isinstance(asked, list) else str(asked)
+    return (
+        f"target_modules={asked!r} of the peft configuration match no layer of the model, which has"
+        f" {', '.join(matched[:20])}. Give some of these, or all-linear.{did_you_mean(wanted, matched)}"
+    )
 
 
 def config_of(peft: Any) -> PeftConfig | None:

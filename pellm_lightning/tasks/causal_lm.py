@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pellm_lightning.engine.optim import without_parser
-from pellm_lightning.loop.arguments import one_of
+from pellm_lightning.loop.arguments import at_least, one_of
 from pellm_lightning.tasks.adapter import config_of, make_plain_, with_adapter
 from pellm_lightning.tasks.limits import check_length, check_positions, check_prompts, data_of, num_positions
 from pellm_lightning.tasks.optimizing import ADAMW, optimize_trainable
@@ -99,6 +99,7 @@ class CausalLM(LightningModule):
         make_plain_(self.hparams)
         self.model_name, self.peft, self.adapter = model, config_of(peft), adapter
         self.optimizer, self.scheduler = without_parser(optimizer), without_parser(scheduler)
+        at_least(1, max_new_tokens=max_new_tokens)
         self.max_new_tokens = max_new_tokens
         one_of("mean_over", mean_over, ("tokens", "records"))
         self.mean_over = mean_over

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from pellm_lightning.comm.topology import Topology
+from pellm_lightning.loop.arguments import at_least
 from pellm_lightning.tasks.columns import ignored_columns
 from pellm_lightning.tasks.loading import EpochSampler, ResumableLoader, Stream, hold_out
 from pellm_lightning.tasks.partition import Partition, check_num_parties, divide, label_table, plot_labels
@@ -91,10 +92,14 @@ class PartyDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction} should be at least 0 and below 1.")
+        at_least(1, batch_size=batch_size, num_proc=num_proc, num_parties=num_parties)
+        at_least(0, num_workers=num_workers, party=party)
         if (partition in self._keyed) != (key_column is not None):
             raise ValueError(f"partition={partition!r} and key_column={key_column!r}: each needs the other.")
         if partition not in get_args(Partition):
             raise ValueError(f"partition={partition!r} must be one of {', '.join(get_args(Partition))}.")
+        if not alpha > 0:
+            raise ValueError(f"alpha={alpha} should be above 0.")
         if streaming and (num_parties is not None or num_workers or (val_files is None and val_fraction)):
             raise ValueError(
                 f"streaming=True with num_parties={num_parties}, num_workers={num_workers},"
@@ -185,8 +190,9 @@ class PartyDataModule(LightningDataModule):
         if all(records.column("blank")):
             raise ValueError(
                 f"Party {self._party()} has no text in {argument}: all there is in"
-                f" {', '.join(source.names[:3])}{', ...' if len(source.names) > 3 else ''} is blank."
-                " Write the files again, or name others."
+                f" {', '.join(source.names[:3])}{', ...' if len(source.names) > 3 else ''} is blank,"
+                " or a conversation in which the assistant says nothing. Write the files again, or name"
+                " others."
             )
         return records
 

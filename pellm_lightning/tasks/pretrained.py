@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from lightning.pytorch import LightningModule
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pellm_lightning.tasks.quantization import Quantization, config_of, options_of, prepare_, skip_head
@@ -183,6 +184,11 @@ def _from_pretrained(what: str, auto_class: Any, name: str, folder: str, options
     options = {"trust_remote_code": False, **options}
     try:
         return auto_class.from_pretrained(folder, **options)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{what}={name!r} cannot be loaded: its weights are damaged, or copied in part ({error}). Copy or"
+            " download them again."
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         text = str(error)
         if "trust_remote_code=True" in text and not options["trust_remote_code"]:
@@ -206,5 +212,5 @@ def _not_found(what: str, name: str, revision: str | None, reason: str) -> str:
     return (
         f"{what}={name!r}{at} cannot be loaded: it should be a folder or a .gguf file (seen from"
         f" {Path.cwd()}), or the id of a model on the hub, which has to be reachable or in the local cache."
-        f" {reason.splitlines()[0]:.200}"
+        f" {reason.splitlines()[0].removesuffix(' from one of:'):.200}"
     )

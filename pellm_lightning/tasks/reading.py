@@ -152,6 +152,15 @@ def _parsed_line(line: str, number: int, path: Path) -> Any:
         if _is_json("".join(_lines(path))):
             cure = f"The file is one JSON document over several lines: rename it to {path.stem}.json."
         raise ValueError(f"{where}: is not JSON: {error.msg} (column {error.colno}). {cure}") from error
+    except (ValueError, RecursionError) as error:
+        raise _beyond_reading(where, error) from None
+
+
+def _beyond_reading(where: str, error: Exception) -> Exception:
+    """Return the error of a number with too many digits, or of too deep a nesting; else the same error."""
+    if str(error).startswith(where):
+        return error
+    return ValueError(f"{where}: holds what cannot be read ({error}). Correct it, or take the row out.")
 
 
 def _is_json(text: str) -> bool:
@@ -178,6 +187,8 @@ def _json_document(text: str, path: Path) -> Iterator[tuple[int, Row]]:
                 position = _next_in_list(text, position)
         except json.JSONDecodeError as error:
             raise _broken(path, error) from error
+        except (ValueError, RecursionError) as error:
+            raise _beyond_reading(where, error) from None
     if in_list and _skip_blanks(text, position + 1) != len(text):
         end = _skip_blanks(text, position + 1) if position < len(text) else position
         raise _broken(

@@ -63,18 +63,25 @@ class Source:
         return digest.hexdigest()
 
     def _loaded(self, name: str, cache_dir: str | None, streaming: bool) -> Iterator[tuple[str, Row]]:
+        number = 0
         try:
             data = _load(name, self.split, self.revision, cache_dir, streaming)
+            decoders = _label_names(data.features or {})
+            for number, row in enumerate(data, start=1):
+                named = {column: decode(row[column]) for column, decode in decoders.items()}
+                yield f"{name}:{number}", {**row, **named}
         except Exception as error:  # of pyarrow, fsspec, the hub's client and datasets, each its own
-            raise ValueError(
-                f"{name}: cannot be read as a data set ({type(error).__name__}: {error}). It should be a file"
-                f" of {', '.join([*SUFFIXES, *_ARROW])}, a folder of save_to_disk, or an id on the hub with"
-                f" the split {self.split!r}; seen from {Path.cwd()}."
-            ) from error
-        decoders = _label_names(data.features or {})
-        for number, row in enumerate(data, start=1):
-            named = {column: decode(row[column]) for column, decode in decoders.items()}
-            yield f"{name}:{number}", {**row, **named}
+            if number or not _has_no_rows(error):
+                raise ValueError(self._unreadable(name, error)) from error
+        if not number:
+            raise ValueError(f"{name}: has no rows. Write it again, or take it out of the pattern.")
+
+    def _unreadable(self, name: str, error: Exception) -> str:
+        return (
+            f"{name}: cannot be read as a data set ({type(error).__name__}: {error}). It should be a file"
+            f" of {', '.join([*SUFFIXES, *_ARROW])}, a folder of save_to_disk, or an id on the hub with"
+            f" the split {self.split!r}; seen from {Path.cwd()}."
+        )
 
 
 def locate(argument: str, patterns: str | Sequence[str], party: int) -> tuple[str, ...]:
@@ -107,6 +114,8 @@ def locate(argument: str, patterns: str | Sequence[str], party: int) -> tuple[st
                 f" {Path.cwd()}).{folders} Parties count from 0; a relative pattern is seen from where the"
                 " command was started."
             )
+    if not found:
+        raise ValueError(f"{argument}={patterns!r} names no file. Name one or several.")
     return tuple(found)
 
 
@@ -129,6 +138,8 @@ def _load(name: str, split: str, revision: str | None, cache_dir: str | None, st
     path = Path(name)
     if path.is_dir():
         saved = datasets.load_from_disk(name)
+        if isinstance(saved, datasets.DatasetDict) and split not in saved:
+            raise ValueError(f"it has the splits {', '.join(saved)}: name one by --data.split")
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
     if path.exists():
         # A stream of the file's rows: no second copy is written.
@@ -144,6 +155,10 @@ def _load(name: str, split: str, revision: str | None, cache_dir: str | None, st
         cache_dir=cache_dir,
         streaming=streaming,
     )
+
+
+def _has_no_rows(error: Exception) -> bool:
+    return "BatchSize must be greater than 0" in str(error)  # of datasets, where a parquet file has none
 
 
 def _label_names(features: Mapping[str, Any]) -> dict[str, Callable[[Any], Any]]:

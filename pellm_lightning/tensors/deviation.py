@@ -17,4 +17,4 @@ class Deviation:
     worst: float
     """Largest deviation of a module."""
     worst_module: str
-    """Name of that module's pair."""
+    """Name of that module's pair, with the expert if it has several."""

@@ -212,17 +212,23 @@ def bits_digest(tensor: Tensor) -> str:
     column always shows, and so do rows, columns and blocks that have changed places. Missed are four
     differences or more that cancel in all rows and columns of a block: no accident does that, a forger can.
     """
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    if flat.data_ptr() % 8 or flat.storage_offset() % 8:
-        flat = flat.clone()  # a part of a larger tensor may be unaligned, integers may not
-    whole = flat.numel() // _BLOCK_BYTES * _BLOCK_BYTES
-    blocks = flat[:whole].view(torch.int64).view(whole // _BLOCK_BYTES, _ROWS, _COLUMNS)
-    rows, columns = blocks.new_empty(blocks.shape[:2]), blocks.new_zeros(_COLUMNS)
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    count = flat.numel() // _BLOCK_BYTES
+    rows = torch.empty((count, _ROWS), dtype=torch.int64)
+    columns = torch.zeros(_COLUMNS, dtype=torch.int64)
     of_block = torch.empty_like(columns)
+    *blocks, rest = flat.split([*[_BLOCK_BYTES] * count, flat.numel() - count * _BLOCK_BYTES])
     for block, its_rows in zip(blocks, rows, strict=True):
-        torch.sum(block, dim=1, out=its_rows)
-        columns.mul_(_FACTOR).add_(torch.sum(block, dim=0, out=of_block))
-    hashed = hashlib.sha256(flat[whole:].numpy().data)
+        integers = _aligned(block).view(torch.int64).view(_ROWS, _COLUMNS)
+        torch.sum(integers, dim=1, out=its_rows)
+        columns.mul_(_FACTOR).add_(torch.sum(integers, dim=0, out=of_block))
+    hashed = hashlib.sha256(rest.cpu().numpy().data)
     for sums in (rows, columns):
         hashed.update(sums.flatten().numpy().astype("<i8", copy=False).data)
     return hashed.hexdigest()[:32]
+
+
+def _aligned(block: Tensor) -> Tensor:
+    """Return bytes on the CPU that can be read as integers, which a part of a larger tensor may not be."""
+    block = block.cpu()
+    return block.clone() if block.data_ptr() % 8 or block.storage_offset() % 8 else block

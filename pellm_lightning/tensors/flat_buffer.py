@@ -156,15 +156,19 @@ class Layout:
             name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
 
-    def new_vector(self, extra: int = 0) -> Tensor:
-        """Return a new float32 vector for all parameters, on their device, of shape (D + extra,)."""
-        return torch.zeros(self.size + extra, dtype=torch.float32, device=self.device)
+    def new_vector(self) -> Tensor:
+        """Return a new float32 vector for all parameters, on their device, of shape (D,)."""
+        return torch.zeros(self.size, dtype=torch.float32, device=self.device)
 
     def new_scratch(self) -> Tensor:
         """Return a float32 vector as long as the longest chunk."""
         return torch.empty(
             max(chunk.size for chunk in self.chunks()), dtype=torch.float32, device=self.device
         )
+
+    def ranges(self, vector: Tensor) -> list[Tensor]:
+        """Return ``vector`` of shape (D,) as views of a bucket's size, whatever lies in them."""
+        return list(vector.split(_BUCKET))
 
     def chunks(self) -> list[Chunk]:
         """Return the chunks of the vector, rebuilt if a parameter's storage was reallocated."""

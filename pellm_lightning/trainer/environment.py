@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero
 from typing_extensions import override
 
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
-from pellm_lightning.comm.topology import Topology
+from pellm_lightning.comm.topology import Topology, launch_environ
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.trainer.isolation import callbacks_of
 
@@ -65,12 +65,12 @@ class PartyEnvironment(ClusterEnvironment):
     @property
     @override
     def main_address(self) -> str:
-        return os.environ.get("MASTER_ADDR", "127.0.0.1")
+        return launch_environ().get("MASTER_ADDR", "127.0.0.1")
 
     @property
     @override
     def main_port(self) -> int:
-        return int(os.environ.get("MASTER_PORT", 0))
+        return int(launch_environ().get("MASTER_PORT", 0))
 
     @staticmethod
     @override
@@ -101,7 +101,7 @@ class PartyEnvironment(ClusterEnvironment):
     def node_rank(self) -> int:
         topology = self.topology
         return topology.rank_in_party // min(
-            topology.party_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1 << 30))
+            topology.party_size, int(launch_environ().get("LOCAL_WORLD_SIZE", 1 << 30))
         )
 
     @override
@@ -111,12 +111,7 @@ class PartyEnvironment(ClusterEnvironment):
         Lightning calls this at the start of every fit, before it would initialise a group over all parties.
         """
         topology = self.topology
-        if num_devices * num_nodes != topology.party_size:
-            raise ValueError(
-                f"A party has {topology.party_size} process(es) ({topology.num_parties} parties in one"
-                f" launch), but the Trainer has devices={num_devices} x num_nodes={num_nodes}. Set"
-                " devices to the processes per party, or launch num_parties x devices processes."
-            )
+        check_party_size(topology, num_devices, num_nodes)
         if topology.party_size > 1 and not dist.is_initialized():
             self._init_process_group(topology)
 
@@ -130,6 +125,21 @@ class PartyEnvironment(ClusterEnvironment):
         )
         # Exiting with a live group sometimes aborts the process, and torchrun then kills the others.
         atexit.register(_destroy_party_group)
+
+
+def check_party_size(topology: Topology, num_devices: int, num_nodes: int) -> None:
+    """Check that the Trainer runs in as many processes as the party has.
+
+    Raises:
+        ValueError: Names both numbers.
+    """
+    if num_devices * num_nodes != topology.party_size:
+        raise ValueError(
+            f"A party has {topology.party_size} process(es) ({topology.num_parties} parties in the"
+            f" federation), but the Trainer has devices={num_devices} x num_nodes={num_nodes}. Set"
+            " devices to the processes per party, with strategy='ddp' if there are several, or launch"
+            " num_parties x devices processes (of separate jobs: devices)."
+        )
 
 
 def topology_of(trainer: Trainer) -> Topology:
@@ -148,7 +158,7 @@ def topology_of(trainer: Trainer) -> Topology:
         job = getattr(callback, "jobs", None)
         if isinstance(job, SeparateJobs):
             topology = job.topology()
-    if "RANK" not in os.environ and trainer.world_size > 1:
+    if "RANK" not in launch_environ() and trainer.world_size > 1:
         return replace(topology, rank_in_party=trainer.global_rank, party_size=trainer.world_size)
     return topology
 
@@ -166,17 +176,17 @@ def set_rank_zero(rank_in_party: int) -> None:
 
 def shares_terminal(topology: Topology) -> bool:
     """Return whether several parties of one launcher share this host and its terminal."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > topology.party_size
+    return int(launch_environ().get("LOCAL_WORLD_SIZE", 1)) > topology.party_size
 
 
 def owns_terminal(topology: Topology) -> bool:
     """Return whether this process writes to its terminal: of the parties that share one, the first does."""
-    return not shares_terminal(topology) or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return not shares_terminal(topology) or int(launch_environ().get("LOCAL_RANK", 0)) == 0
 
 
 def _fresh_prefix(topology: Topology) -> str:
     """Return a store prefix that is unique to this start: torchrun restarts workers with the same store."""
-    return f"party/{topology.party}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return f"party/{topology.party}/{launch_environ().get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 def _destroy_party_group() -> None:

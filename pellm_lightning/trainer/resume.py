@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from pellm_lightning.comm.errors import did_you_mean
 from pellm_lightning.comm.party import signature
 from pellm_lightning.tensors.snapshot import SnapshotDir
 from pellm_lightning.trainer.isolation import checkpoint_dirs
@@ -49,6 +50,25 @@ def _preceded(method: Callable[..., Any], act: Callable[[Trainer, Any], Any]) ->
         return method(*given.args, **given.kwargs)
 
     return run
+
+
+def check_checkpoint(ckpt_path: Any) -> None:
+    """Check that a checkpoint to resume is a whole file, before anything is built or joined.
+
+    Torch's errors of damaged files are of many kinds, and none says what to do.
+
+    Raises:
+        MisconfigurationException: Names the file and what to do.
+    """
+    path = str(ckpt_path or "")
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):  # torch.save writes archives
+        raise MisconfigurationException(
+            f"ckpt_path={path!r} is no whole checkpoint ({os.path.getsize(path):,} bytes): it was written or"
+            " copied only in part, or is another kind of file. Take it again, or an earlier one."
+        )
+    meant = "" if os.path.exists(path) else did_you_mean(path, ("last", "best", "hpc"))
+    if meant and path not in ("last", "best", "hpc"):
+        raise MisconfigurationException(f"ckpt_path={path!r} is no file in {os.getcwd()}.{meant}")
 
 
 def last_of_unfinished(trainer: Trainer, party: int, state_dir: str, stopped: str) -> str | None:

@@ -16,8 +16,9 @@ def test_one_help_lists_every_command(words: list[str], capsys: pytest.CaptureFi
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 40
-    assert max(map(len, lines)) <= 110
-    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert max(map(len, lines)) <= 80
+    commands = lines[: lines.index("Options of a command: pellm COMMAND --help")]
+    listed = [line.split()[0] for line in commands if line.startswith("  ")]
     assert listed == list(MODULES)
     assert {*FederatedCLI.subcommands()} <= {*listed}
 
@@ -80,13 +81,23 @@ def test_what_trains_nothing_starts_without_torch(words: list[str]) -> None:
     assert imported_after(RUN, *words, status=2 if words == ["fti"] else 0) == set()
 
 
+def test_the_collector_stays_as_the_caller_has_set_it() -> None:
+    code = (
+        "import gc; gc.disable(); from pellm_lightning.cli.main import _import;"
+        "_import('pellm_lightning.cli.usage'); print(gc.isenabled(), gc.get_freeze_count());"
+        "gc.enable(); _import('pellm_lightning.cli.commands'); print(gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "0", "True"]
+
+
 def test_what_makes_files_runs_without_torch(tmp_path: Path) -> None:
     assert imported_after(RUN, "certs", f"--directory={tmp_path}", "--names=a,rendezvous") == set()
     assert (tmp_path / "a.pem").exists()
     federation(tmp_path / "runs", ["a", "b"], 2)
     assert imported_after(RUN, "report", str(tmp_path / "runs")) == set()
     assert (tmp_path / "runs/report.html").exists()
-    assert imported_after(RUN, "rendezvous", "--listen=nowhere", status=1) == set()
+    assert imported_after(RUN, "rendezvous", "--listen=nowhere", status=2) == set()
 
 
 def test_a_public_name_brings_what_it_needs() -> None:

@@ -16,11 +16,19 @@ from certificates import authority, tls_of
 from lightning.pytorch import Trainer
 from party_threads import Connecting, ValidatedClassifier, fit_parties, in_threads, quiet_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_language_models import WORDS, word_tokenizer
 from tolerances import assert_says_the_same
 from torch import Tensor
 from torch.distributed import HashStore
 from trainer_jobs import At
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from pellm_lightning import FederatedCLI, Membership, Parameters, SeparateJobs
 from pellm_lightning.aggregation import Aggregation, ResidualMean, Stacking
@@ -111,14 +119,18 @@ def assert_loaded(model: torch.nn.Module, expected: Model) -> None:
     assert_says_the_same(logits(model), said)
 
 
-def fit_two(folder: Path, texts: Path, llama: str, **arguments: Any) -> Model:
+def fit_two(
+    folder: Path, texts: Path, llama: str, peft_config: LoraConfig | None = None, **arguments: Any
+) -> Model:
     """Leave a checkpoint of each party of a federation; return what their model says and consists of."""
     said: list[Tensor] = [torch.empty(0)] * 2
     trained: list[dict[str, Tensor]] = [{}, {}]
 
     def fit(party: int, federated: Any) -> None:
         # Fast enough that the mean of the products is another than the product of the means.
-        module = CausalLM(llama, lora(), optimizer=lambda params: torch.optim.Adam(params, lr=0.05))
+        module = CausalLM(
+            llama, peft_config or lora(), optimizer=lambda params: torch.optim.Adam(params, lr=0.05)
+        )
         trainer = Trainer(
             accelerator="cpu",
             max_steps=4,
@@ -166,6 +178,44 @@ def test_the_merged_model_says_the_same_and_has_its_tokenizer(
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), said, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3 w5").input_ids == [5, 7]
     assert "merged adapter" in (tmp_path / "out" / "README.md").read_text()
+
+
+def mixture(family: str, folder: Path) -> str:
+    """Save a model with experts, and its tokenizer."""
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3, "head_dim": 8}
+    sizes |= {"num_experts_per_tok": 2, "max_position_embeddings": 64, "bos_token_id": None}
+    kinds: dict[str, Any] = {
+        "Mixtral": (MixtralConfig, MixtralForCausalLM),
+        "GPT-OSS": (GptOssConfig, GptOssForCausalLM),
+    }
+    config, model = kinds[family]
+    torch.manual_seed(0)
+    made = model(config(**sizes, eos_token_id=0, pad_token_id=None))
+    if not any(name.endswith("experts.gate_up_proj") for name, _ in made.named_parameters()):
+        pytest.skip(f"this transformers keeps the experts of {family} as modules of their own")
+    made.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("rule", [None, ResidualMean()], ids=["default", "base"])
+@pytest.mark.parametrize("family", ["Mixtral", "GPT-OSS"])
+def test_experts_are_exported_and_merged(
+    family: str, rule: Aggregation | None, texts: Path, tmp_path: Path
+) -> None:
+    model, out, merged = mixture(family, tmp_path / "model"), tmp_path / "out", tmp_path / "merged"
+    experts = lora(target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    trained = fit_two(tmp_path, texts, model, experts, aggregation=rule)
+    assert sum("experts" in name and "lora_" in name for name in trained[1]) == 4
+    export(tmp_path / "1.ckpt", out, module=CLASS)
+    base = AutoModelForCausalLM.from_pretrained(out / "base" if rule else model)
+    assert_loaded(PeftModel.from_pretrained(base, out), trained)
+    export(tmp_path / "1.ckpt", merged, module=CLASS, merged=True)
+    alone = AutoModelForCausalLM.from_pretrained(merged)
+    assert torch.allclose(logits(alone), trained[0], atol=1e-4)
+    original = AutoModelForCausalLM.from_pretrained(model)
+    assert not torch.allclose(logits(original), trained[0], atol=1e-3)  # or nothing was learned
 
 
 @pytest.mark.parametrize("rule", [ResidualMean(), Stacking()], ids=repr)

@@ -5,7 +5,8 @@ from argparse import ArgumentParser
 import pytest
 from lightning.pytorch.cli import LightningArgumentParser
 
-from pellm_lightning.cli.usage import CommandParser, explained
+from pellm_lightning.cli.federated_cli import CommandParser
+from pellm_lightning.cli.usage import explained
 
 UNION = """Parser key "federated.exchange":
 

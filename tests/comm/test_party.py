@@ -1,4 +1,4 @@
-"""The processes of a party: who acts, and what the others are told."""
+"""The processes of a party: who acts, and what the others learn."""
 
 import pickle
 from typing import Any

@@ -1,10 +1,13 @@
 """Ranks read as parties: by hand, and for any launch."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.comm.topology import Topology
+from pellm_lightning.comm import topology
+from pellm_lightning.comm.topology import Topology, hide_launch
 
 
 def test_processes_without_a_rank_are_alone() -> None:
@@ -21,6 +24,28 @@ def environment(rank: int, world_size: int, per_host: int | None = None) -> dict
         "LOCAL_RANK": str(rank % per_host),
         "LOCAL_WORLD_SIZE": str(per_host),
     }
+
+
+@pytest.mark.parametrize(
+    ("num_parties", "seen"),
+    [
+        (4, {}),
+        (2, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}),
+    ],
+)
+def test_what_is_hidden_from_others_is_read_on_here(
+    monkeypatch: pytest.MonkeyPatch, num_parties: int, seen: dict[str, str]
+) -> None:
+    launched = environment(3, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(topology, "_hidden", {})
+        for name, value in launched.items():
+            patch.setenv(name, value)
+        own = Topology.from_env(num_parties)
+        for _ in range(2):  # a second time it must not take what it has shown for what was launched
+            hide_launch(own)
+            assert {name: os.environ[name] for name in launched if name in os.environ} == seen
+            assert Topology.from_env(num_parties) == own
 
 
 # Four processes: as two parties, ranks 0 and 1 are party 0, ranks 2 and 3 party 1; as four, each is its own.

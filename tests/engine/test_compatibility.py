@@ -23,7 +23,7 @@ def party_spec(**changes: Any) -> PartySpec:
     plain = {
         "protocol": PROTOCOL,
         "schema": [["a", "b"], PLAIN_KINDS],
-        "lora": {"q.default": [8, 2.0]},
+        "lora": {"q.default": [8, 2.0, 1]},
         "ranks_may_differ": False,
         "adapters": {},
         "config": {"every_n_epochs": 1, "weighting": "samples"},
@@ -124,7 +124,7 @@ def test_the_cause_is_named_before_its_consequence() -> None:
 def test_another_scaling_names_module_party_and_cure() -> None:
     # The same factors would be updates of another size.
     message = first_difference(
-        [party_spec(), party_spec(), party_spec(lora={"q.default": [8, 0.7071067811865476]})]
+        [party_spec(), party_spec(), party_spec(lora={"q.default": [8, 0.7071067811865476, 1]})]
     )
     assert message is not None
     for word in ("'q.default'", "scaling 2 ", "party 0", "0.707107 at party 2", "lora_alpha", "use_rslora"):
@@ -133,14 +133,16 @@ def test_another_scaling_names_module_party_and_cure() -> None:
 
 
 def test_scalings_may_differ_where_ranks_may() -> None:
-    others = [party_spec(lora={"q.default": [rank, 16 / rank]}, ranks_may_differ=True) for rank in (8, 4, 16)]
+    others = [
+        party_spec(lora={"q.default": [rank, 16 / rank, 1]}, ranks_may_differ=True) for rank in (8, 4, 16)
+    ]
     assert first_difference(others) is None
 
 
 def test_a_scaling_that_differs_is_told_after_the_schema() -> None:
     # A rank that differs makes the scaling differ, too; the rank is what must be mended.
     schema = [["a", "b"], ["float32 of shape [4, 3]", "bfloat16 of shape [4]"]]
-    odd = party_spec(schema=schema, lora={"q.default": [4, 4.0]})
+    odd = party_spec(schema=schema, lora={"q.default": [4, 4.0, 1]})
     assert "'a' is float32 of shape [2, 3]" in str(first_difference([party_spec(), odd]))
 
 
@@ -257,3 +259,13 @@ def test_a_checksum_tells_vectors_apart() -> None:
     assert bits_digest(vector) == bits_digest(vector.clone())
     assert len({bits_digest(other) for other in [vector, *others]}) == 6
     json.dumps(bits_digest(vector))
+
+
+@pytest.mark.parametrize("ranks_may_differ", [False, True])
+def test_other_numbers_of_experts_are_named_and_in_what_must_agree(ranks_may_differ: bool) -> None:
+    ours = party_spec(ranks_may_differ=ranks_may_differ)
+    theirs = party_spec(ranks_may_differ=ranks_may_differ, lora={"q.default": [8, 2.0, 4]})
+    said = first_difference([ours, theirs])
+    assert said is not None
+    assert "'q.default' holds 1 experts at party 0 but 4 at party 1" in said
+    assert common(ours) != common(theirs)

@@ -19,7 +19,7 @@ from pellm_lightning import Aggregator
 from pellm_lightning.comm import TLS, ElasticFederation, FederationError, Membership, Quorum
 from pellm_lightning.comm.polling import polls
 from pellm_lightning.comm.rendezvous.frames import Op, pack_body
-from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError
+from pellm_lightning.comm.rendezvous.key_value_store import FullError, KeyValueStore, RefusedError
 
 TTL_S = 0.4
 
@@ -31,15 +31,16 @@ class Killed(BaseException):
 class Rendezvous:
     """The real rendezvous' table, in this process: it can go away, and come back empty."""
 
-    def __init__(self) -> None:
-        self.table = KeyValueStore()
+    def __init__(self, parties: int = 0) -> None:
+        self.parties = parties
+        self.table = KeyValueStore(parties)
         self.away = False
         self.lock = threading.Lock()
 
     def restart(self) -> None:
         """Lose everything."""
         with self.lock:
-            self.table = KeyValueStore()
+            self.table = KeyValueStore(self.parties)
 
     def values(self, part: str) -> dict[str, bytes]:
         """Return what is stored under keys with ``part`` in them."""
@@ -51,7 +52,7 @@ class Rendezvous:
     def put(self, key: str, value: bytes) -> None:
         """Write what no party would."""
         with self.lock:
-            self.table._values[key.encode()] = value
+            self.table._put(key.encode(), value, b"")
 
 
 class Client:
@@ -93,6 +94,8 @@ class Client:
         try:
             with self._rendezvous.lock:
                 answer = self._rendezvous.table.answer(op, fields, self._name)
+        except FullError as error:
+            raise dist.DistStoreError(str(error)) from error
         except RefusedError as error:
             raise FederationError(f"refused: {error}") from error
         self.asked += 1
@@ -252,6 +255,7 @@ class Life:
             world.roster,
             quorum=world.quorum,
             membership=Membership(**membership),
+            advertise=arguments.pop("advertise", None),
             tls=world.tls and world.tls(self.name),
         )
         generator = torch.Generator().manual_seed(77 + self.index)
@@ -349,7 +353,7 @@ class World:
         self.state_dir = state_dir
         self.quorum: Quorum = quorum
         self.membership = {"heartbeat_ttl_s": TTL_S, "wait_s": 8.0, "exchange_timeout_s": 5.0} | membership
-        self.rendezvous = Rendezvous()
+        self.rendezvous = Rendezvous(parties)
         self.entries: list[Entry] = []
         self.lives: list[Life] = []
         self._lock = threading.Lock()

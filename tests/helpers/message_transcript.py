@@ -70,7 +70,7 @@ def _noting(call: Callable[..., Any], collective: str, messages: list[Message]) 
 
     def noting(lane: Any, *arguments: Any) -> Any:
         own = not (collective == "broadcast" and arguments[1] != lane.rank)
-        into = len(arguments[0]) if collective == "allgather" else 0
+        into = 1 if collective == "allgather" else 0
         for index, leaf in enumerate(tree_leaves(arguments)):
             if isinstance(leaf, torch.Tensor):
                 values, sent = leaf.detach().clone(), own and index >= into

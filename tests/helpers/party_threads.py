@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pellm_lightning import FederatedAveraging, Federation
 from pellm_lightning.comm import PartyLostError
+from pellm_lightning.comm.session import PartySession
+from pellm_lightning.comm.topology import Topology
 
 T = TypeVar("T")
 
@@ -45,6 +47,11 @@ def run_parties(
     if failed and not may_fail:
         raise failed[0]
     return results
+
+
+def session_of(federation: Federation) -> PartySession:
+    """The session of a party that has joined."""
+    return PartySession(Topology(*federation.place, label=federation.name), lambda: federation)
 
 
 def refusals(results: Sequence[Any], kind: type[Exception]) -> list[str]:

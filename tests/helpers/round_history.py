@@ -120,9 +120,9 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
     def settles(*arguments: Any) -> Any:
         seen["stage"] = "in doubt"
         keep(entry_of(aggregator, seen["weights"], "made"))
-        signatures = commit(*arguments)
+        committed = commit(*arguments)
         keep(entry_of(aggregator, seen["weights"], seen["stage"]))
-        return signatures
+        return committed
 
     aggregator._rounds._prepare = prepares  # type: ignore[method-assign]
     aggregator._rounds._round_context = counts  # type: ignore[method-assign]

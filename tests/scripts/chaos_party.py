@@ -6,6 +6,7 @@ It appends what it takes for settled to ``<directory>/<name>.jsonl``, synced to 
 import json
 import logging
 import os
+import random
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dishonest_party import DISHONEST
 from round_history import SIZE, Entry, noise, recorded
 
 from pellm_lightning import Aggregator
@@ -33,6 +35,9 @@ class Task:
     pace_s: float
     durable: bool = True
     accelerated: bool = False
+    dishonest: str = ""
+    """How it is dishonest, by its name in ``DISHONEST``; empty if it is not."""
+    exchange_timeout_s: float = 10
 
     @property
     def index(self) -> int:
@@ -55,13 +60,17 @@ def run(task: Task) -> None:
         partial(connect, task.rendezvous),  # type: ignore[arg-type]
         task.name,
         task.roster,
-        membership=Membership(heartbeat_ttl_s=task.ttl_s, wait_s=120, exchange_timeout_s=10),
+        membership=Membership(
+            heartbeat_ttl_s=task.ttl_s, wait_s=120, exchange_timeout_s=task.exchange_timeout_s
+        ),
     )
     w = torch.randn(SIZE, generator=torch.Generator().manual_seed(task.index))
     state_dir = Path(task.directory, f"state-{task.name}") if task.durable else None
     aggregator = Aggregator(federation, {"w": w}, state_dir=state_dir)
     with Path(task.directory, f"{task.name}.jsonl").open("a") as file:
         recorded(aggregator, partial(append, file))
+        if task.dishonest:
+            DISHONEST[task.dishonest](aggregator, random.Random(time.time_ns()))
         aggregator.start()
         while aggregator.round < task.end:
             w.copy_(aggregator.global_vector + noise(task.index, aggregator.round))

@@ -47,7 +47,7 @@ def around(owner: type, name: str, *, before: Any = None, after: Any = None) -> 
 def tell_one_and_die(kind: bytes) -> Any:
     """Die in a barrier, when one of the others has the message of this party and one has not."""
 
-    def act(sockets: HostSockets, message: bytes) -> None:
+    def act(sockets: HostSockets, message: bytes, *_: Any) -> None:
         if armed and message.startswith(kind):
             sockets._peers[0].send(message)
             die()
@@ -55,7 +55,7 @@ def tell_one_and_die(kind: bytes) -> Any:
     return act
 
 
-def note_entry(sockets: HostSockets, message: bytes) -> None:
+def note_entry(sockets: HostSockets, message: bytes, *_: Any) -> None:
     global entered
     entered = time.monotonic()
 
@@ -74,7 +74,7 @@ if party == VICTIM:
         "before packing": lambda: around(SharedUpdates, "pack", before=die),
         "half packed": lambda: around(SharedUpdates, "_subtract", after=die),
         "packed": lambda: around(SharedUpdates, "pack", after=die),
-        "header half sent": lambda: around(HostSockets, "exchange", before=tell_one_and_die(b":")),
+        "header half sent": lambda: around(HostSockets, "exchange", before=tell_one_and_die(b"all_gather")),
         "half combined": lambda: around(SharedUpdates, "_step", after=die),
         "combined": lambda: around(SharedUpdates, "combine", after=die),
         "in the barrier": lambda: around(HostSockets, "exchange", before=tell_one_and_die(b"barrier")),

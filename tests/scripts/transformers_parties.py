@@ -4,6 +4,7 @@ What a scenario returns is saved as ``<scenario>-<rank>.pt``. Parties are proces
 state once for all threads.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pellm_lightning import FederatedLoop
+from pellm_lightning import FederatedLoop, Federation
 from pellm_lightning.aggregation import FrozenA
 from pellm_lightning.integrations.transformers import STATE_FILE, FederatedCallback
 
@@ -100,18 +101,18 @@ def by_hand(samples: int, accumulate: int, **federated: Any) -> dict[str, Any]:
     from torch.utils.data import DataLoader
     from transformers import default_data_collator
 
-    communicator = FederatedCallback()._communicator  # as launched, which accelerate no longer sees
     model = adapted(RANK).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
-    loop = FederatedLoop(model, optimizer, communicator=communicator, record=False, **federated)
+    loop = FederatedLoop(model, optimizer, record=False, **federated)
     loader = DataLoader(rows(RANK, samples), batch_size=2, collate_fn=default_data_collator)
     with loop:
         for _ in range(2):
             for index, batch in enumerate(loader):
                 loss = model(**batch).loss
-                (loss / accumulate).backward()
-                if (index + 1) % accumulate:
+                of_step = min(accumulate, len(loader) - index // accumulate * accumulate)
+                (loss / of_step).backward()  # an epoch's last step may have fewer batches
+                if index % accumulate + 1 < of_step:
                     loop.count(2, loss)
                     continue
                 optimizer.step()
@@ -123,14 +124,14 @@ def by_hand(samples: int, accumulate: int, **federated: Any) -> dict[str, Any]:
 
 def equal() -> list[Any]:
     results = []
-    for federated, accumulate in (
-        ({"every_n_steps": 3}, 1),
-        ({"every_n_epochs": 1}, 2),
-        ({"every_n_epochs": 1, "aggregation": FrozenA()}, 1),
-        ({"every_n_steps": 2, "weighting": "uniform", "inner_optimizer_state": "reset"}, 2),
+    for federated, accumulate, fewest in (
+        ({"every_n_steps": 3}, 1, 8),
+        ({"every_n_epochs": 1}, 2, 10),
+        ({"every_n_epochs": 1, "aggregation": FrozenA()}, 1, 8),
+        ({"every_n_steps": 2, "weighting": "uniform", "inner_optimizer_state": "reset"}, 3, 8),
     ):
         federated["quorum"] = 1
-        samples = 8 + 8 * RANK
+        samples = fewest + 8 * RANK
         trainer, callback = train("equal", federated, samples, gradient_accumulation_steps=accumulate)
         results.append((found(trainer.model, callback.rounds), by_hand(samples, accumulate, **federated)))
     return results
@@ -145,6 +146,9 @@ def seen() -> dict[str, Any]:
         "folder": str(trainer.args.output_dir),
         "logged": [(line["federated/round"], line["step"]) for line in logged],
         "record": len((OUT / f"seen/party-{RANK}/rounds.jsonl").read_text().splitlines()),
+        "again": error_of(trainer.train),
+        "hooks": len(trainer.model._forward_hooks),
+        "joined": Federation.from_env().num_parties,
     }
 
 
@@ -159,19 +163,54 @@ def resumed() -> dict[str, Any]:
     return {"whole": vector(whole.model), "resumed": vector(trainer.model), "rounds": len(callback.rounds)}
 
 
-def best() -> dict[str, Any]:
-    """Party 1's own loss falls throughout; that of both does not."""
-    from transformers import EarlyStoppingCallback, TrainerCallback
+def between() -> dict[str, Any]:
+    """A checkpoint after an epoch's last step, and before its round."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 3}
+    every = {"every_n_epochs": 2}
+    whole, uncut = train("uncut", every, **saving)
+    shutil.copytree(OUT / f"uncut/party-{RANK}/checkpoint-8", OUT / f"cut/party-{RANK}/checkpoint-8")
+    callback = FederatedCallback(**every)
+    trainer = trainer_of(callback, arguments("cut", **saving), 8, adapted(RANK))
+    trainer.train(resume_from_checkpoint=True)
+    return {
+        "whole": found(whole.model, uncut.rounds),
+        "resumed": found(trainer.model, callback.rounds),
+    }
+
+
+def short() -> list[int]:
+    """Epochs that are cut short count as epochs; return the steps at which rounds ran."""
+    from transformers import TrainerCallback
+
+    class Short(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_epoch_stop = state.global_step % 2 == 0
+
+    callback = FederatedCallback(every_n_epochs=2)
+    trainer = trainer_of(callback, arguments("short", num_train_epochs=4), 8, adapted(RANK), [Short()])
+    trainer.train()
+    return [line["step"] for line in trainer.state.log_history if "federated/round" in line]
+
+
+def measured(losses: Sequence[float]) -> Any:
+    """Return a callback that writes the loss of each evaluation."""
+    from transformers import TrainerCallback
 
     class Measured(TrainerCallback):
-        """Writes the loss of an evaluation."""
-
-        losses = iter([[3.0, 2.0, *[9.0] * 6], [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]][RANK])
+        of_evaluations = iter(losses)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-            metrics["eval_loss"] = next(self.losses)
+            metrics["eval_loss"] = next(self.of_evaluations)
 
-    callback = FederatedCallback(every_n_steps=1)
+    return Measured()
+
+
+def best() -> dict[str, Any]:
+    """Party 1's own loss falls while party 0 trains, that of both does not; then party 1 trains on alone."""
+    from transformers import EarlyStoppingCallback
+
+    losses = [[3.0, 2.0, 9.0, 9.0], [1.0, 0.9, 0.8, 0.7, *[9.0] * 12]][RANK]
+    callback = FederatedCallback(every_n_steps=1, quorum=1)
     args = arguments(
         "best",
         eval_strategy="steps",
@@ -182,8 +221,8 @@ def best() -> dict[str, Any]:
         metric_for_best_model="federated/loss",
         greater_is_better=False,
     )
-    trainer = trainer_of(callback, args, 16, adapted(RANK), [EarlyStoppingCallback(2)])
-    trainer.callback_handler.callbacks.insert(0, Measured())
+    trainer = trainer_of(callback, args, 16, adapted(RANK), [EarlyStoppingCallback(2)] if RANK == 0 else [])
+    trainer.callback_handler.callbacks.insert(0, measured(losses))
     trainer.train()
     saved = adapted()
     saved.load_adapter(str(OUT / f"best/party-{RANK}/checkpoint-2"), "default")
@@ -195,12 +234,47 @@ def best() -> dict[str, Any]:
     }
 
 
-def lost() -> str:
-    """A checkpoint without the federated state is refused, at all parties."""
-    (OUT / f"again/party-{RANK}/checkpoint-8/{STATE_FILE}").unlink()
-    callback = FederatedCallback(every_n_steps=3)
-    trainer = trainer_of(callback, arguments("again", num_train_epochs=3), 8, adapted(RANK))
-    return error_of(lambda: trainer.train(resume_from_checkpoint=True))
+def stopped() -> dict[str, Any]:
+    """An epoch's evaluation stops training with steps left since the last round; then the best is loaded."""
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    ended = {}
+
+    class Ended(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            ended["vector"] = vector(model)  # at last before the best model is loaded
+
+    callback = FederatedCallback(every_n_steps=5)
+    args = arguments(
+        "stopped",
+        num_train_epochs=9,
+        eval_strategy="epoch",
+        save_strategy="best",
+        load_best_model_at_end=True,
+        metric_for_best_model="federated/loss",
+        greater_is_better=False,
+    )
+    trainer = trainer_of(callback, args, 8, adapted(RANK), [EarlyStoppingCallback(2), Ended()])
+    trainer.callback_handler.callbacks.insert(0, measured([1.0, 2.0, 3.0]))
+    trainer.train()
+    return {"ended": ended["vector"], "rounds": len(callback.rounds), "best": vector(trainer.model)}
+
+
+def lost() -> list[str]:
+    """A checkpoint without the federated state is refused, or with that of another run, at all parties."""
+    folder = OUT / f"again/party-{RANK}"
+    (folder / f"checkpoint-8/{STATE_FILE}").unlink()
+    of_another = json.loads((folder / "checkpoint-4/trainer_state.json").read_text())
+    of_another["log_history"].append({"loss": 1.0, "step": 4})
+    (folder / "checkpoint-4/trainer_state.json").write_text(json.dumps(of_another))
+    errors = []
+    for checkpoint in (folder / "checkpoint-8", OUT / f"whole/party-{RANK}/checkpoint-4"):
+        callback = FederatedCallback(every_n_steps=3)
+        trainer = trainer_of(callback, arguments("again", num_train_epochs=3), 8, adapted(RANK))
+        errors.append(
+            error_of(lambda trainer=trainer, at=checkpoint: trainer.train(resume_from_checkpoint=at))
+        )
+    return errors
 
 
 def trl() -> list[Any]:
@@ -268,10 +342,13 @@ def broken() -> str:
 def several() -> dict[str, Any]:
     """Two processes are a party, which accelerate trains by DDP."""
     federated = FederatedCallback(num_parties=2, every_n_steps=2)
-    args = arguments("several", num_train_epochs=1)
+    args = arguments("several", num_train_epochs=1, logging_steps=1)
     trainer = trainer_of(federated, args, 12, adapted())
     trainer.train()
+    # What the Trainer has computed by itself.
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return found(trainer.model, federated.rounds) | {
+        "losses": [sum(losses[:2]) / 2, losses[2]],
         "world": args.world_size,
         "party": federated.topology.party,
     }

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ BEFORE: dict[str, list[Sum]] = {
     "eras 2": [(256, "f0919558e28e1b9c"), (28, "11f07b8a2d085fa0")],
     "eras test": [(150, "4cd3a51e4f725640")],
 }
+
+pytestmark = pytest.mark.skipif(
+    version("transformers").startswith("4."), reason="transformers 4 makes another tokenizer of a GGUF file"
+)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -124,3 +125,12 @@ def test_what_cancels_between_two_blocks_is_seen() -> None:
     integers[1, 3, 5] -= 1
     integers[1, 3, 6] += 1
     assert bits_digest(tensor) != before
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_no_tensor_is_copied_whole_even_where_it_is_unaligned(start: int) -> None:
+    tensor = values(8 * BLOCK + 1)[start:]
+    expected = bits_digest(tensor.clone())
+    with Allocations() as made:
+        assert bits_digest(tensor) == expected
+    assert max(made.sizes) <= 4 * BLOCK

@@ -1,9 +1,14 @@
 """The global state as bytes: whole or refused, and never half on disk."""
 
 import hashlib
+import io
 import json
 import math
+import os
 import pickle
+import shutil
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -19,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save as packed_by_safetensors
 
 from pellm_lightning.tensors import snapshot
-from pellm_lightning.tensors.snapshot import DamagedError, SnapshotDir
+from pellm_lightning.tensors.snapshot import DamagedError, Manifest, SnapshotDir, SnapshotError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -38,6 +43,27 @@ values = st.recursive(
     max_leaves=8,
 )
 states = st.dictionaries(st.text(), values, max_size=4)
+
+
+def pack(state: Any) -> bytes:
+    file = io.BytesIO()
+    snapshot.write(state, file)
+    return file.getvalue()
+
+
+def unpack(packed: bytes) -> dict[str, Any]:
+    return snapshot.read(io.BytesIO(packed))
+
+
+def sent(state: Any) -> dict[str, Any]:
+    """The state as a peer gets it: the manifest as text, then the tensors, one by one."""
+    manifest, tensors = Manifest.of(state)
+    arrived = Manifest.from_json(manifest.to_json())
+    places = arrived.new_tensors()
+    for place, tensor in zip(places, tensors, strict=True):
+        place.copy_(tensor)
+    assert arrived.sizes_bytes == [tensor.nbytes for tensor in tensors]
+    return arrived.state(places)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -61,12 +87,44 @@ def adam_state() -> dict[str, Any]:
 
 @given(state=states)
 def test_what_is_packed_comes_back(state: dict[str, Any]) -> None:
-    assert same(state, snapshot.unpack(snapshot.pack(state)))
+    assert same(state, unpack(pack(state)))
+    assert same(state, sent(state))
+
+
+def test_what_arrives_may_lie_in_memory_that_is_free() -> None:
+    manifest, (vector, other) = Manifest.of({"global": torch.arange(6.0), "other": torch.ones(6)})
+    free = torch.zeros(6)
+    first, second = manifest.new_tensors(free)
+    first.copy_(vector)
+    second.copy_(other)
+    assert torch.equal(free, torch.arange(6.0))
+    assert manifest.new_tensors(torch.zeros(6, dtype=torch.int32))[0].dtype is torch.float32
+    first[5] = math.nextafter(5.0, 9.0) + 1e-6
+    with pytest.raises(DamagedError, match="digest"):
+        manifest.state([first, second])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        '["{}", {}]',
+        '["{}", [], ""]',
+        '["{}", {"t0": ["F8", [1]]}, ""]',
+        '["{}", {"t0": 3}, ""]',
+    ]
+    + [json.dumps(["{}", {"t0": ["F32", shape]}, ""]) for shape in ([-1, -2], 2, None, [None], "2")],
+)
+def test_a_manifest_that_lies_is_refused(text: str) -> None:
+    with pytest.raises(DamagedError):
+        Manifest.from_json(text).new_tensors()
 
 
 def test_an_optimizer_goes_on_from_its_unpacked_state() -> None:
     state = adam_state()
-    found = snapshot.unpack(snapshot.pack(state))
+    found = unpack(pack(state))
     assert same(state, found)
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(6))])
     optimizer.load_state_dict(found["outer_optimizer"])
@@ -77,7 +135,7 @@ def test_an_optimizer_goes_on_from_its_unpacked_state() -> None:
 @given(state=states)
 def test_the_bytes_are_safetensors(state: dict[str, Any]) -> None:
     """Those of its own functions are read, and they read ours: each value at its place, and all of them."""
-    packed = snapshot.pack(state)
+    packed = pack(state)
     with tempfile.NamedTemporaryFile() as file:
         file.write(packed)
         file.flush()
@@ -85,7 +143,7 @@ def test_the_bytes_are_safetensors(state: dict[str, Any]) -> None:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata()
     assert json.loads(metadata["structure"])
-    assert same(state, snapshot.unpack(packed_by_safetensors(tensors, metadata)))
+    assert same(state, unpack(packed_by_safetensors(tensors, metadata)))
 
 
 def longest_pause(act: Callable[[], Any]) -> float:
@@ -109,10 +167,9 @@ def longest_pause(act: Callable[[], Any]) -> float:
 def test_a_large_state_does_not_stop_the_heart(tmp_path: Path) -> None:
     """Who holds the interpreter for as long as it takes to copy gigabytes is taken for dead."""
     state = {"global": torch.ones(1 << 25)}  # 128 MiB
-    packed, states = snapshot.pack(state), SnapshotDir(tmp_path)
+    packed, states = pack(state), SnapshotDir(tmp_path)
     acts: list[Callable[[], Any]] = [
-        lambda: snapshot.pack(state),
-        lambda: snapshot.unpack(packed),
+        lambda: Manifest.of(state),
         lambda: states.keep(1, state),
         states.newest,
     ]
@@ -125,16 +182,16 @@ def test_a_large_state_does_not_stop_the_heart(tmp_path: Path) -> None:
 
 @given(state=states, data=st.data())
 def test_a_damaged_state_is_refused(state: dict[str, Any], data: st.DataObject) -> None:
-    packed = snapshot.pack(state)
+    packed = pack(state)
     where = data.draw(st.integers(0, len(packed) - 1))
     cut = packed[:where]
     with pytest.raises(DamagedError):
-        snapshot.unpack(cut)
+        unpack(cut)
     changed = bytearray(packed)
     changed[where] ^= 1 << data.draw(st.integers(0, 7))
     # A bit of the header may mean nothing, such as one of a blank; then what is read is the same.
     try:
-        found = snapshot.unpack(bytes(changed))
+        found = unpack(bytes(changed))
     except DamagedError:
         return
     assert same(state, found)
@@ -143,7 +200,7 @@ def test_a_damaged_state_is_refused(state: dict[str, Any], data: st.DataObject) 
 @given(raw=st.binary(max_size=200))
 def test_other_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(DamagedError):
-        snapshot.unpack(raw)
+        unpack(raw)
 
 
 HEADER = {"__metadata__": {}, "t0": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
@@ -174,7 +231,7 @@ HEADER = {"__metadata__": {}, "t0": {"dtype": "F32", "shape": [2], "data_offsets
 def test_a_header_that_lies_is_refused(header: Any) -> None:
     words = json.dumps(header).encode()
     with pytest.raises(DamagedError) as caught:
-        snapshot.unpack(len(words).to_bytes(8, "little") + words + bytes(8))
+        unpack(len(words).to_bytes(8, "little") + words + bytes(8))
     assert "'digest'" not in str(caught.value), "nothing was wrong until the digest was looked for"
 
 
@@ -191,7 +248,7 @@ def test_no_planted_code_runs(tmp_path: Path) -> None:
         path = tmp_path / f"round-{number}.safetensors"
         save({"round": Planted()}, path)
         with pytest.raises(DamagedError):
-            snapshot.unpack(path.read_bytes())
+            unpack(path.read_bytes())
         with pytest.raises(DamagedError):
             SnapshotDir(tmp_path).newest()
 
@@ -208,9 +265,9 @@ def test_equal_states_have_equal_digests_and_no_others() -> None:
 
 def test_an_object_is_no_state() -> None:
     with pytest.raises(TypeError, match="cannot hold a object"):
-        snapshot.pack({"x": object()})
+        pack({"x": object()})
     with pytest.raises(TypeError, match="cannot hold a Tensor of complex64"):
-        snapshot.pack({"x": torch.zeros(2, dtype=torch.complex64)})
+        pack({"x": torch.zeros(2, dtype=torch.complex64)})
 
 
 def test_the_last_two_rounds_are_kept(tmp_path: Path) -> None:
@@ -262,23 +319,65 @@ def test_a_state_without_its_digest_is_refused(tmp_path: Path) -> None:
         SnapshotDir(tmp_path).newest()
 
 
-@pytest.mark.parametrize("good", [True, False])
-def test_a_file_cut_in_half_is_refused_with_the_last_good_one(tmp_path: Path, good: bool) -> None:
+def test_a_file_cut_in_half_is_refused_and_no_older_one_taken_for_it(tmp_path: Path) -> None:
+    """The round may have been committed, and this party be one of the few that have it."""
     states = SnapshotDir(tmp_path)
     states.keep(4, adam_state())
     states.keep(5, adam_state())
-    newest, before = tmp_path / "round-5.safetensors", tmp_path / "round-4.safetensors"
+    newest = tmp_path / "round-5.safetensors"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    if not good:
-        before.write_bytes(b"")
     with pytest.raises(DamagedError) as caught:
         states.newest()
     message = str(caught.value)
     assert str(newest) in message
-    assert (f"The last intact one is {before}: remove" in message) == good
-    newest.unlink()
-    if good:
-        assert same(states.newest(), adam_state())
+    assert "Do not delete it" in message
+    assert "round 5" in message
+    assert f"move the whole directory {tmp_path} away" in message
+
+
+def test_a_directory_of_another_party_is_refused(tmp_path: Path) -> None:
+    """Shared with it, or copied from it."""
+    SnapshotDir(tmp_path / "a", "a").claim()
+    SnapshotDir(tmp_path / "a", "a").claim()  # a second fit of the same process
+    shutil.copytree(tmp_path / "a", tmp_path / "copied")
+    for name in ("a", "copied"):
+        with pytest.raises(
+            SnapshotError, match=r"Party b cannot use .*, which is that of party a\. Give each"
+        ):
+            SnapshotDir(tmp_path / name, "b").claim()
+    SnapshotDir(tmp_path / "a", "a").clear()
+    SnapshotDir(tmp_path / "a", "b").claim()  # a federation that has ended leaves no owner
+    SnapshotDir(tmp_path / "a", "b").clear()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="only the name is checked there")
+def test_a_directory_that_another_process_uses_is_refused(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            SnapshotDir(tmp_path, "a").claim()
+            os.write(writer, b"1")
+            time.sleep(30)
+        finally:
+            os._exit(0)
+    try:
+        os.read(reader, 1)
+        with pytest.raises(SnapshotError, match="is used by another process of party a"):
+            SnapshotDir(tmp_path, "a").claim()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    SnapshotDir(tmp_path, "a").claim()  # a killed process leaves no lock
+    SnapshotDir(tmp_path, "a").clear()
+
+
+def test_a_directory_that_cannot_be_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        SnapshotError, match=r"Party a cannot use its global state in .*file/state: Not a direc"
+    ):
+        SnapshotDir(tmp_path / "file/state", "a").claim()
 
 
 def test_a_write_that_fails_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +388,6 @@ def test_a_write_that_fails_leaves_the_last_state(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pellm_lightning.tensors.snapshot.os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SnapshotError, match=r"cannot write .* No space left on device\. Make room there, or"):
         states.keep(2, {"round": 2})
     assert states.newest() == {"round": 1}

@@ -1,6 +1,7 @@
 """Commit protocol: votes, the one decision on each attempt, and the step to the next term."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,8 @@ class CommitProtocol:
             if not isinstance(decision, dict):
                 now, decision, *votes = self._register.read(*_keys(view))
         late = [name for name, digest in digests.items() if digest is None]
-        return self.abort(view, f"party {', '.join(late)} did not vote in time", late, self._me.name)
+        said = f"party {', '.join(late)} did not vote within {timeout_s:g} s"
+        return self.abort(view, said, late, self._me.name, late=True)
 
     def _decide(self, view: QuorumView, verdict: Decision) -> Any:
         """Write a decision, and end the term, in one trip; return the decision that stands."""
@@ -94,7 +96,13 @@ class CommitProtocol:
         return self._register.transact(deciding)[0][0]
 
     def abort(
-        self, view: QuorumView, reason: str, blamed: list[str] | None = None, by: str | None = None
+        self,
+        view: QuorumView,
+        reason: str,
+        blamed: list[str] | None = None,
+        by: str | None = None,
+        *,
+        late: bool = False,
     ) -> Decision:
         """Decide to abort an attempt, unless it is decided already; return the decision that stands.
 
@@ -103,15 +111,20 @@ class CommitProtocol:
             reason: For the message at all members.
             blamed: Parties that could not be reached although they are alive.
             by: The party that could not reach them.
+            late: Whether only their votes are missing.
         """
-        verdict = {"abort": reason, "blamed": blamed or [], "by": by}
+        verdict = {"abort": reason, "blamed": blamed or [], "by": by} | ({"late": True} if late else {})
         decision = self._register.claim(decision_key(view), verdict)
         return decision if isinstance(decision, dict) else verdict
 
-    def read_decision(self, view: QuorumView) -> Decision | None:
-        """Return the decision if there is one."""
-        (decision,) = self._register.read(decision_key(view))
-        return decision if isinstance(decision, dict) else None
+    def dissenters(self, view: QuorumView) -> list[str] | None:
+        """Return the members whose votes differ from the majority's; None if there is no majority."""
+        votes = self._register.read(*_keys(view))[2:]
+        digests = [_vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)]
+        digest, count = Counter(digests).most_common(1)[0]
+        if digest is None or 2 * count <= len(digests):
+            return None
+        return [n for n, other in zip(view.members, digests, strict=True) if other not in (None, digest)]
 
     def await_end(self, view: QuorumView, poll_s: float, interrupt: Callable[[], None]) -> None:
         """Wait until a term is over that continues without this party; end it if its members are dead."""
@@ -149,7 +162,8 @@ class CommitProtocol:
         if None not in digests.values():
             if len(set(digests.values())) == 1:
                 return {"commit": next(iter(digests.values()))}
-            return {"diverged": ", ".join(f"party {name}: {digest}" for name, digest in digests.items())}
+            said = ", ".join(f"party {name}: {digest:.16}" for name, digest in digests.items())
+            return {"abort": f"the parties computed different results ({said})", "diverged": True}
         dead = [name for name in self._peers.dead(view) if digests[name] is None]
         return {"abort": self._lost(dead[0]), "blamed": []} if dead else None
 

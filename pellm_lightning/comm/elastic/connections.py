@@ -63,7 +63,7 @@ class MemberConnections:
                 view.members,
                 [entry.address for entry in view.entries.values()],
                 timeout_s=self._me.membership.exchange_timeout_s,
-                watch=self._check,
+                watch=self.check,
                 tls=self._tls,
             )
 
@@ -89,7 +89,7 @@ class MemberConnections:
                 raise
             raise PartyLostError(str(error), parties=error.parties, by=error.by) from error
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raise when a member of the view has died, or another one has aborted the attempt."""
         self._peers.check_not_replaced()
         if self._view is None:

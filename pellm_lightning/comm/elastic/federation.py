@@ -14,9 +14,9 @@ lost. The scheme is that of an atomic commitment over single-decree registers; t
 docs/reliability.md.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -33,22 +33,17 @@ from pellm_lightning.comm.communicator import (
     QuorumResult,
     Version,
 )
+from pellm_lightning.comm.elastic.attempts import AttemptLimit
+from pellm_lightning.comm.elastic.audit import Audit
 from pellm_lightning.comm.elastic.commit import CommitProtocol, Decision
 from pellm_lightning.comm.elastic.connections import MemberConnections
 from pellm_lightning.comm.elastic.handshake import SpecExchange
-from pellm_lightning.comm.elastic.heartbeat import Heartbeat
-from pellm_lightning.comm.elastic.join_quorum import RESULT, QuorumDeadline, QuorumProtocol
-from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_roster
+from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol, VoidViewError
+from pellm_lightning.comm.elastic.joining import join_rendezvous
+from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_addresses, check_roster
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
-from pellm_lightning.comm.elastic.register import (
-    Action,
-    Fence,
-    Register,
-    RestartedError,
-    UnreachableError,
-    connect_register,
-)
+from pellm_lightning.comm.elastic.register import Action, RestartedError, UnreachableError
 from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener
@@ -105,6 +100,7 @@ class ElasticFederation(Communicator):
         prefix: str = "",
     ) -> None:
         check_roster(name, roster)
+        check_addresses(name, listen, advertise)
         self.membership = membership or Membership()
         self.quorum = self.membership.quorum(quorum, roster)
         self.roster = list(roster)
@@ -121,16 +117,20 @@ class ElasticFederation(Communicator):
         self._resting: set[str] = set()
         self._last_term = ("", 0)
         self._next_term = ("", 0)
-        self._ended: QuorumView | None = None
-        """The last view that was committed; the next quorum ends its term, if whoever decided could not."""
+        self._ended: tuple[str, QuorumView] | None = None
+        """Life and view of the last commit; the next quorum ends its term, if whoever decided could not."""
         self._closed = False
         host, _, port = listen.rpartition(":")
         self._listener = Listener(host, int(port), name=name, roster=roster, tls=tls)
         self._address = advertise or self._listener.address
-        self._registers: list[Register] = []
-        self._peers = self._connect(connect, prefix)
+        try:
+            self._registers, self._peers = join_rendezvous(connect, self._me, prefix, self._phase)
+        except BaseException:
+            self._listener.close()
+            raise
         self._register = self._registers[0]
         self._reachability = ReachabilityTracker(roster)
+        self._limit = AttemptLimit(self._me)
         self._specs = SpecExchange(self._register, self._me)
         self._commit_protocol = CommitProtocol(self._register, self._peers, self._me)
         self._revoked = RevokedMembers(name, tls)
@@ -139,26 +139,7 @@ class ElasticFederation(Communicator):
         )
         self._quorum_protocol.interrupt = self._check_waiting
         self._connections = MemberConnections(self._listener, self._me, self._peers, tls)
-
-    def _connect(self, connect: Callable[[], dist.Store], prefix: str) -> Heartbeat:
-        """Connect to the rendezvous, and begin this party's heartbeat on a connection of its own."""
-        try:
-            for _ in range(2):
-                register = connect_register(connect, self.membership.wait_s, self._name, prefix)
-                self._registers.append(register)
-            heartbeat = Heartbeat(self._registers[1], self._me, self._phase)
-            self._registers[0].fence(Fence(self._name, self._me.incarnation))
-            return heartbeat
-        except BaseException as error:
-            self._listener.close()
-            for register in self._registers:
-                register.close()
-            if not isinstance(error, UnreachableError | RestartedError):
-                raise
-            raise PartyLostError(
-                f"Party {self._name} could not join. {str(error).rstrip('.')}. If the federation has ended"
-                f" meanwhile, {RESULT}"
-            ) from error
+        self._audit = Audit(self._register, self._reachability, self._me, self._connections.check)
 
     # ---- membership
 
@@ -211,28 +192,11 @@ class ElasticFederation(Communicator):
         """Publish this party's spec; return it and those of the parties that are alive."""
         self._digest = digest
         self._specs.set(spec, difference)
-        known: dict[str, PartySpec | None] = {}
-        # If the rendezvous is away, the first quorum publishes it again.
-        with contextlib.suppress(RestartedError, UnreachableError):
-            self._specs.publish()
-            others = [name for name in self.roster if name != self._name and self._peers.alive(name)]
-            specs = self._specs.of([(name, self._peers.incarnation(name)) for name in others])
-            known = dict(zip(others, specs, strict=True))
-        known[self._name] = spec
-        return {name: found for name in self.roster if (found := known.get(name)) is not None}
+        return self._specs.published(self._peers)
 
     @override
     def party_specs(self) -> list[PartySpec]:
-        entries = self._current_view.entries
-        try:
-            found = self._specs.of([(name, entry.incarnation) for name, entry in entries.items()])
-        except (RestartedError, UnreachableError) as error:
-            raise PartyLostError("The rendezvous went away in the round.") from error
-        specs = [spec for spec in found if spec is not None]
-        if len(specs) < len(found):
-            name = self.names[found.index(None)]
-            raise PartyLostError(f"Party {name} was restarted meanwhile.", parties=(name,))
-        return specs
+        return self._specs.of_members(self._current_view.entries)
 
     @override
     def gather_json(self, key: str, value: object) -> list[Any]:
@@ -243,7 +207,10 @@ class ElasticFederation(Communicator):
                 return [of_party[key] for of_party in said]
 
     @override
-    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+    def join_quorum(
+        self, intent: Intent, version: Version | None, metadata: Metadata, state: str = ""
+    ) -> QuorumResult:
+        entry = partial(self._entry, intent, version, metadata, state)
         deadline = self._quorum_protocol.deadline()
         restarted = False
         while True:
@@ -251,7 +218,7 @@ class ElasticFederation(Communicator):
                 if restarted and self._register.renew():
                     log.warning("[party %s] the rendezvous was restarted; the parties join again", self._name)
                 restarted = False
-                view = self._join_term(intent, version, metadata, deadline)
+                view = self._join_term(entry, deadline)
             except RestartedError:
                 restarted = True
                 continue
@@ -287,16 +254,13 @@ class ElasticFederation(Communicator):
             log.warning("[party %s] the rendezvous went away after the vote; its result stands", self._name)
             self._connections.drop()
             return {}
-        if "abort" in decision:
-            self._try(lambda: self._note_abort(view, decision))
-            raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         if "diverged" in decision:
-            raise FederationError(
-                f"The parties computed different results from the same values ({decision['diverged']}). No"
-                " parameter was changed. Install the same versions of torch and pellm-lightning at all."
-            )
+            self._audit.judge(lambda: self._commit_protocol.dissenters(view))
+        if "abort" in decision:
+            raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         self._reachability.connected(view.members)
-        self._ended = view
+        self._limit.committed()
+        self._ended = self._last_term[0], view
         signatures = decision.get("signatures")
         return signatures if isinstance(signatures, dict) else {}
 
@@ -307,6 +271,7 @@ class ElasticFederation(Communicator):
         blamed, by = list(getattr(error, "parties", ())), getattr(error, "by", None) or self._name
         log.info("[party %s] aborts this attempt at the round: %s", self._name, error)
         self._try(lambda: self._note_abort(view, self._commit_protocol.abort(view, str(error), blamed, by)))
+        self._limit.failed(str(error))
         return True
 
     @override
@@ -328,6 +293,7 @@ class ElasticFederation(Communicator):
         with staged(x) as copy, self._connections.exchanging() as mesh:
             self.bytes_sent += copy.nbytes if self.num_parties > 1 else 0
             mesh.all_reduce(copy.view(-1))
+            self._audit.compare_sum(copy)
         return x
 
     @override
@@ -340,6 +306,7 @@ class ElasticFederation(Communicator):
         with staged(x) as copy, self._connections.exchanging() as mesh:
             self.bytes_sent += copy.nbytes if source == self.party and self.num_parties > 1 else 0
             mesh.broadcast(copy.view(-1), source)
+            self._audit.compare({self.names[source]: copy})
         return x
 
     @override
@@ -359,6 +326,7 @@ class ElasticFederation(Communicator):
         self.bytes_sent += mine.nbytes if self.num_parties > 1 else 0
         with self._connections.exchanging() as mesh:
             mesh.all_to_all(out, mine.repeat(len(sizes)), list(sizes), [len(mine)] * len(sizes))
+            self._audit.compare(dict(zip(self.names, out.split(list(sizes)), strict=True)))
         return list(out.split(list(sizes)))
 
     # ---- leaving
@@ -380,7 +348,7 @@ class ElasticFederation(Communicator):
         self._connections.drop()
         self._peers.stop(reason=reason)
         if not self._peers.is_replaced:
-            own = [f"{key}/@{self._name}" for key in ("member", "vote", "party_spec", "owner")]
+            own = [f"{key}/@{self._name}" for key in ("member", "vote", "heard", "party_spec", "owner")]
             self._try(lambda: self._register.delete(*own))
         self._listener.close()
         for register in self._registers:
@@ -388,18 +356,23 @@ class ElasticFederation(Communicator):
 
     # ---- joining a quorum
 
-    def _join_term(
-        self, intent: Intent, version: Version | None, metadata: Metadata, deadline: QuorumDeadline
-    ) -> QuorumView | None:
+    def _join_term(self, entry: Callable[[], QuorumMember], deadline: QuorumDeadline) -> QuorumView | None:
         """Join the present term; return its view, or None if it continued without this party."""
         if self._closed:
             raise FederationError(f"Party {self._name} has left this federation. Join it again.")
         self._peers.check_not_replaced()
         if self._revoked.has_changed():
             self._connections.drop()  # new ones are made with those alone whose certificates still count
-        entry = self._entry(intent, version, metadata)
+        self._audit.share(self._peers)
+        mine = entry()
         self._specs.publish()
-        view = self._quorum_protocol.join(entry, deadline, self._ending())
+        try:
+            view = self._quorum_protocol.join(mine, deadline, self._ending())
+        except VoidViewError as void:
+            log.warning("[party %s] %s", self._name, void)
+            self._register.swap("term", mine.term, mine.term + 1)
+            self._limit.failed(str(void))
+            return None
         self._next_term = ("", 0)
         if view is None:
             return None
@@ -408,31 +381,37 @@ class ElasticFederation(Communicator):
         if not view.includes(self._name, self._me.incarnation):
             self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
             return None
-        if not self._revoked.accepts(view.entries):
-            self._commit_protocol.abort(view, "a member's certificate is revoked")
+        unfit = self._unfit(view)
+        if unfit:
+            self._commit_protocol.abort(view, unfit)
             self._commit_protocol.end(view)
-            return None
-        if self._last_term == (self._register.life, view.term):
-            # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
-            self._commit_protocol.abort(view, f"party {self._name} was in doubt")
-            self._commit_protocol.end(view)
+            self._limit.failed(unfit)
             return None
         self._last_term = self._register.life, view.term
         self._next_term = self._register.life, view.term + 1
         self._accept(view)
+        self._audit.begin(view)
         if not view.exchanges:
             self._commit_protocol.end(view)
         elif not self._connected_to(view):
             return None
         return view
 
+    def _unfit(self, view: QuorumView) -> str | None:
+        """Return why this party takes no part in a view that includes it; None if it does."""
+        if not self._revoked.accepts(view.entries):
+            return "a member's certificate is revoked"
+        if self._last_term == (self._register.life, view.term):
+            # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
+            return f"party {self._name} was in doubt"
+        return None
+
     def _ending(self) -> list[Action]:
         """Return what ends the last term, unless another party has done so."""
-        if self._ended is None or self._last_term[0] != self._register.life:
-            return []
-        return self._commit_protocol.ending(self._ended)
+        life, view = self._ended or ("", None)
+        return self._commit_protocol.ending(view) if view and life == self._register.life else []
 
-    def _entry(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumMember:
+    def _entry(self, intent: Intent, version: Version | None, metadata: Metadata, state: str) -> QuorumMember:
         """Return the message with which this party joins the present term."""
         life, term = self._next_term
         term = term if life == self._register.life else self._register.claim("term", 1)
@@ -453,6 +432,8 @@ class ElasticFederation(Communicator):
             group=self._connections.group,
             member=self._view is not None,
             metadata=metadata,
+            state=state,
+            audits=self._audit.is_active,
             serial=self._revoked.serial,
             revoked=self._revoked.pem,
         )

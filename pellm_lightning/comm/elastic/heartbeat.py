@@ -67,6 +67,7 @@ class Heartbeat:
         self._incarnations: set[str] = set()
         self._watched: tuple[str, str] = ("", "")
         self._found: Any = None
+        self._was_read = False
         self._lock = threading.Lock()
         self._stopping = False
         self._wake = threading.Event()
@@ -107,18 +108,21 @@ class Heartbeat:
     # ---- the others
 
     def watch(self, key: str, life: str) -> None:
-        """Read this key with every heartbeat from now on, in this life of the store; ``""`` ends it."""
+        """Read this key with every heartbeat from now on, in this life of the store."""
         with self._lock:
-            self._watched, self._found = (key, life), None
+            self._watched, self._found, self._was_read = (key, life), None, False
+        if life != self._register.life:  # one of the two has not noticed a restart yet
+            self._wake.set()
 
     def watched(self) -> Any:
         """Return what the last heartbeat has read under the watched key, None for nothing.
 
         Raises:
-            RestartedError: If the store has begun another life than the one it was to be read in.
+            RestartedError: If the store has begun another life since.
         """
         with self._lock:
-            if self._watched[0] and self._watched[1] != self._register.life:
+            # Before it was read, it may be the heartbeat that has not noticed a restart yet.
+            if self._was_read and self._watched[1] != self._register.life:
                 raise RestartedError
             return self._found
 
@@ -155,6 +159,10 @@ class Heartbeat:
     def dead(self, view: QuorumView) -> list[str]:
         """Return which members of a view have died since."""
         return [name for name, entry in view.entries.items() if not self.runs(name, entry.incarnation)]
+
+    def said(self, key: str) -> list[Any]:
+        """Return what the heartbeats of the others that are alive say under a key."""
+        return [self._seen(name)[0].get(key) for name in self._others if self.alive(name)]
 
     def phase(self, name: str) -> str:
         """Return what a party does, for display."""
@@ -225,10 +233,9 @@ class Heartbeat:
         """
         key, mine = heartbeat_key(self._name), self._status | {"beat": 0}
         before, owner = self._register.read(key, self._fence.key)
-        for _ in polls(self._ttl_s / 2 if self._is_foreign(before) else 0.0):
-            (now,) = self._register.read(key)
-            if now != before:
-                break
+        now, deadline = before, time.monotonic() + self._ttl_s / 2
+        while self._is_foreign(now) and now == before and (left_s := deadline - time.monotonic()) > 0:
+            (now,) = self._register.wait(left_s, key)
         now = self._register.swap(key, before, mine)
         if self._is_foreign(now) or (
             self._register.swap(self._fence.key, owner, self._incarnation) != self._incarnation
@@ -283,7 +290,7 @@ class Heartbeat:
         now = time.monotonic()
         with self._lock:
             if watched and (watched, life) == self._watched:
-                self._found = values[-1]
+                self._found, self._was_read = values[-1], True
             for party, status in zip(self._others, values, strict=False):
                 self._observe(party, status, now)
 

@@ -6,22 +6,31 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from pellm_lightning.comm.elastic.handshake import SpecExchange, alike
+from pellm_lightning.comm.communicator import Version
+from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat
 from pellm_lightning.comm.elastic.membership import LocalParty
-from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count, stage
+from pellm_lightning.comm.elastic.quorum_view import (
+    QuorumMember,
+    QuorumView,
+    belonging,
+    holders_needed,
+    is_count,
+    newest_version,
+    stage,
+)
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import (
     KEPT_TERMS,
     Action,
     Register,
+    Swap,
     UnreachableError,
     Write,
 )
 from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
 from pellm_lightning.comm.errors import (
     FederationError,
-    MismatchError,
     PartyLostError,
     TooFewPartiesError,
 )
@@ -34,6 +43,10 @@ RESULT = (
     " this party's. Copy them from there."
 )
 """Where the result of a federation is that ended while a party was away."""
+
+
+class VoidViewError(Exception):
+    """A view with which nobody can continue: its term is given up."""
 
 
 class QuorumProtocol:
@@ -103,8 +116,10 @@ class QuorumProtocol:
             ready = self._ready(entries, mine, deadline)
             if ready:
                 new = f"{self._register.life}/{term}/{secrets.token_hex(4)}"
-                view = QuorumView.of(term, new, ready, self._last_attempt(term))
-                written = self._register.claim(key, view.to_json())
+                view = QuorumView.of(term, new, ready, self._last_attempt(term), self._newest(ready))
+                (written,), (now,) = self._register.transact([Swap(key, None, view.to_json())], ["term"])
+                if now == term:
+                    return self._read(written, mine)
                 continue
             now, written = self._register.wait(self._me.membership.patience_s, "term", key)
             if written is None and now == term:
@@ -141,22 +156,47 @@ class QuorumProtocol:
         attempt = last.get("attempt") if isinstance(last, dict) else None
         return attempt if is_count(attempt) else 0
 
+    def _newest(self, entries: Mapping[str, QuorumMember]) -> tuple[Version, str] | None:
+        """Return the version from which all continue."""
+        return newest_version(entries, holders_needed(entries, len(self._me.roster), self._me.quorum))
+
     def _read(self, value: Any, mine: QuorumMember) -> QuorumView:
-        term = mine.term
-        view = QuorumView.from_json(term, value)
-        if view is not None and not alike(*view.entries.values(), mine):
-            self._specs.check_alike(view.entries, mine)
-        if view is None or not set(view.members) <= set(self._me.roster):
-            raise MismatchError(
-                f"Party {self._me.name} cannot read what another party has written as the view of term"
-                f" {term}. Install the same version of pellm-lightning, and give the same roster, at all."
+        """Return the view that was written.
+
+        Raises:
+            VoidViewError: If it cannot be that of parties that belong together.
+            MismatchError: If this party is not among them, and does not belong to them.
+        """
+        self._last = self._register.life, mine.term
+        view = QuorumView.from_json(mine.term, value)
+        if view is None or not self._is_sound(view):
+            raise VoidViewError(
+                f"What a party has written as the view of term {mine.term} cannot be that of parties that"
+                " belong together. Install the same version of pellm-lightning, and give the same roster, at"
+                " all."
             )
-        self._last = self._register.life, term
+        if not view.includes(self._me.name, self._me.incarnation):
+            self._specs.check_alike(view.entries, mine)
         return view
+
+    def _is_sound(self, view: QuorumView) -> bool:
+        """Tell whether a view is of a quorum that belongs together, and continues what it has."""
+        newest = self._newest(view.entries)
+        return (
+            set(view.members) <= set(self._me.roster)
+            and len(view.members) >= self._me.quorum
+            and len(belonging(view.entries, self._me.quorum)) == len(view.entries)
+            and (view.newest, view.state) == (newest or (None, ""))
+        )
 
     def _present(self, term: int, entries: Mapping[str, QuorumMember | None]) -> dict[str, QuorumMember]:
         """Return those who have joined this term and are still alive."""
-        joined = {name: entry for name, entry in entries.items() if entry is not None and entry.term == term}
+        excluded = self._reachability.excluded
+        joined = {
+            name: entry
+            for name, entry in entries.items()
+            if entry is not None and entry.term == term and name not in excluded
+        }
         self._peers.note_incarnations(joined)
         alive = {name: entry for name, entry in joined.items() if self._peers.runs(name, entry.incarnation)}
         self._revoked.take(alive.values())
@@ -166,19 +206,18 @@ class QuorumProtocol:
         self, entries: dict[str, QuorumMember], mine: QuorumMember, deadline: "QuorumDeadline"
     ) -> dict[str, QuorumMember] | None:
         """Return who can continue together now, or None if a party is to be waited for."""
-        same = {name: entry for name, entry in entries.items() if alike(entry, mine)}
+        group = belonging(entries, self._me.quorum)
+        same = dict(group)
         reachable_group = self._reachability.reachable_group(same)
         if len(reachable_group) >= self._me.quorum:
             same = {name: same[name] for name in reachable_group}
         if self._me.name not in same:
             same = {}  # the others may continue without this party, it cannot without them
         deadline.raise_mismatch()
-        awaited = self._awaited(entries, deadline)
-        if deadline.is_over(entries):
-            # New processes must not start over while one that has the global state is still alive.
-            known = any(entry.version for entry in entries.values())
-            awaited = [name for name in awaited if not known and self._peers.is_member(name)]
-        deadline.note(entries, awaited)
+        awaited = self._awaited(entries, group, deadline)
+        if deadline.is_over(group):
+            awaited = self._holders(awaited, group, deadline)
+        deadline.note(group, awaited)
         if awaited:
             return None
         try:
@@ -186,18 +225,51 @@ class QuorumProtocol:
                 self._check_begun(same)
                 return same
             if len(entries) >= self._me.quorum:
-                self._specs.check_alike(entries, mine)
+                self._check_belongs(entries, group, mine)
         except FederationError as mismatch:
             deadline.keep_mismatch(mismatch)
         return None
 
-    def _awaited(self, entries: Mapping[str, QuorumMember], deadline: "QuorumDeadline") -> list[str]:
+    def _check_belongs(
+        self, entries: Mapping[str, QuorumMember], group: Mapping[str, QuorumMember], mine: QuorumMember
+    ) -> None:
+        """Raise if this party does not belong to the others; one that was a member waits for its own.
+
+        Raises:
+            MismatchError: If it does not.
+        """
+        belongs, decided = self._me.name in group, len(group) >= self._me.quorum
+        if not mine.member or (decided and not belongs):
+            self._specs.check_alike(entries if belongs and not decided else group, mine)
+
+    def _holders(
+        self, awaited: Sequence[str], group: Mapping[str, QuorumMember], deadline: "QuorumDeadline"
+    ) -> list[str]:
+        """Return for whom a party waits that has waited long enough for the others.
+
+        New processes must not start over while one that has the global state is still alive; nor must those
+        do so who have an old state, while others are in a quorum.
+        """
+        known = stage(group, self._me.quorum) != "beginning"
+        return [] if known or deadline.is_hopeless() else [n for n in awaited if self._peers.is_member(n)]
+
+    def _awaited(
+        self,
+        entries: Mapping[str, QuorumMember],
+        group: Mapping[str, QuorumMember],
+        deadline: "QuorumDeadline",
+    ) -> list[str]:
         """Return those who have not joined yet, but are expected to."""
-        missing = [name for name in self._me.roster if name not in entries and name not in self._revoked]
-        current = stage(entries, self._me.quorum)
+        excluded = self._reachability.excluded
+        missing = [
+            name
+            for name in self._me.roster
+            if name not in entries and name not in excluded and name not in self._revoked
+        ]
+        current = stage(group, self._me.quorum)
         if current == "beginning":
             return missing
-        alive = [name for name in missing if self._peers.alive(name)]
+        alive = [n for n in missing if self._peers.alive(n) and self._reachability.is_awaited(n)]
         if current == "resuming":
             # Those who were started together join at about the same time.
             return missing if deadline.waited_s < 2 * self._me.membership.heartbeat_ttl_s else alive
@@ -210,13 +282,15 @@ class QuorumProtocol:
         if begun and stage(entries, self._me.quorum) == "beginning":
             raise FederationError(
                 f"Party {', '.join(begun)} has the state of an unfinished federation, the others have none:"
-                f" fewer than the {self._me.quorum} that make a majority. To start over, remove its state (it"
-                " was written under its state_dir); to resume it, copy it to the others."
+                f" fewer than the {self._me.quorum} that a round needs. To resume it, start those that have"
+                " the state also, or restore their state_dir from their own backups; to start over instead,"
+                " and lose its rounds, move the state_dir away at all."
             )
 
     def deadline(self) -> "QuorumDeadline":
         """Return the deadline of joining one quorum."""
-        return QuorumDeadline(self._peers, self._me, Reminder(ROUND_S if self.partners else None))
+        reminder = Reminder(ROUND_S if self.partners else None)
+        return QuorumDeadline(self._peers, self._me, reminder, self._reachability.excluded)
 
 
 class QuorumDeadline:
@@ -226,12 +300,17 @@ class QuorumDeadline:
         peers: Who is alive.
         me: This party, and how long it waits for whom.
         reminder: When to say for whom this party waits.
+        excluded: Who is not waited for any more, and why.
     """
 
-    def __init__(self, peers: Heartbeat, me: LocalParty, reminder: Reminder) -> None:
+    def __init__(
+        self, peers: Heartbeat, me: LocalParty, reminder: Reminder, excluded: Mapping[str, str]
+    ) -> None:
+        self._excluded = excluded
         self._peers, self._me, self._wait_s, self._reminder = peers, me, me.membership.wait_s, reminder
         self._started = self._had_quorum = self._reached_rendezvous = self._mismatched = time.monotonic()
         self._mismatch: FederationError | None = None
+        self._is_short = False
         self.ended = False
         """Whether a federation has ended at this rendezvous, while this party knows of none."""
 
@@ -272,6 +351,9 @@ class QuorumDeadline:
         enough = len({*entries, *filter(self._peers.alive, awaited)}) >= self._me.quorum
         if enough:
             self._had_quorum = time.monotonic()
+        elif not self._is_short:
+            self._reminder.hasten()
+        self._is_short = not enough
         missing = [name for name in self._me.roster if name not in entries]
         if (awaited or not enough) and self._reminder.due():
             log.warning(
@@ -284,7 +366,7 @@ class QuorumDeadline:
             )
         waited = time.monotonic() - self._had_quorum
         if waited > self._wait_s:
-            fates = ", ".join(f"{name} ({self._peers.fate(name)})" for name in missing)
+            fates = ", ".join(f"{n} ({self._excluded.get(n) or self._peers.fate(n)})" for n in missing)
             raise TooFewPartiesError(
                 f"Party {self._me.name} has waited {waited:.0f} s (wait_s) for {self._me.quorum} of the"
                 f" {len(self._me.roster)} parties; missing: {fates}. Start them, or look at their logs, and"
@@ -296,6 +378,10 @@ class QuorumDeadline:
     def is_over(self, entries: Mapping[str, QuorumMember]) -> bool:
         """Tell whether those who have not joined are to be left out."""
         return self.waited_s > self._longest_s(entries)
+
+    def is_hopeless(self) -> bool:
+        """Tell whether those who live, and do not come, have been waited for long enough."""
+        return self.waited_s > self._wait_s + self._me.membership.round_timeout_s
 
     def _longest_s(self, entries: Mapping[str, QuorumMember]) -> float:
         """Return for how long those who have not joined are waited for."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pellm_lightning.comm.errors import did_you_mean
 from pellm_lightning.comm.quorum import Quorum, resolve_quorum
+from pellm_lightning.comm.sockets import is_unspecified, split_address
 from pellm_lightning.comm.tls import check_name
 
 
@@ -98,4 +99,22 @@ def check_roster(name: str, roster: Sequence[str]) -> None:
         raise ValueError(
             f"Party {name!r} is not in the roster ({', '.join(roster)}). Give all the same roster."
             + did_you_mean(name, roster)
+        )
+
+
+def check_addresses(name: str, listen: str, advertise: str | None) -> None:
+    """Check where a party listens, and what it tells the others.
+
+    Raises:
+        ValueError: If no other party could reach it there.
+    """
+    if advertise is not None:
+        split_address(advertise)
+    told, key = (listen, "listen") if advertise is None else (advertise, "advertise")
+    host = told.rpartition(":")[0]
+    if is_unspecified(host):
+        raise ValueError(
+            f"{key}={told!r} of party {name} stands for all interfaces of a host, which is no address that"
+            " another party can dial. Give the address of one interface, or, to listen on all, also"
+            " advertise='host:port', at which the others reach this party."
         )

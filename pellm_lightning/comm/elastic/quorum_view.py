@@ -1,18 +1,23 @@
 """Quorum members and the view on which they agree: who continues together. Pure, but for JSON."""
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median_low
 from typing import Any, Literal, TypeGuard
 
 from pellm_lightning.comm.communicator import Intent, Metadata, QuorumResult, Version, will_exchange
 from pellm_lightning.comm.sockets import split_address
 
+_VIEW_FIELDS = {"attempt", "group", "run_id", "members", "newest", "state"}
 _INTENTS = ("exchange", "metadata", "rest")
 # Longer than any name, address or digest.
 _MAX_TEXT = 256
 # Of a revocation list with about a thousand entries.
 _MAX_LIST = 1 << 16
+# Numbers of attempts differ by less between parties, whatever has happened to them.
+_MAX_ATTEMPTS_APART = 10**9
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class QuorumMember:
     member: bool
     """Whether this process has been part of a quorum before."""
     metadata: Metadata
+    state: str = ""
+    """Digest of the global state of this version, for which the parties have voted."""
+    audits: bool = False
+    """Whether it has seen results differ, so that all must compare what they receive."""
     serial: str = ""
     """Serial number of its certificate, in hexadecimal digits; empty without TLS."""
     revoked: str = ""
@@ -59,7 +68,9 @@ class QuorumMember:
         """Return what a peer wrote, or None if it is malformed."""
         if not isinstance(value, dict) or value.keys() != cls.__annotations__.keys():
             return None
-        texts = [value[key] for key in ("incarnation", "address", "digest", "run_id", "group", "serial")]
+        texts = [
+            value[key] for key in ("incarnation", "address", "digest", "run_id", "group", "state", "serial")
+        ]
         numbers = [value["term"], value["attempt"]]
         version = value["version"]
         if (
@@ -69,6 +80,7 @@ class QuorumMember:
             or not (version is None or _is_version(version))
             or value["intent"] not in _INTENTS
             or not isinstance(value["member"], bool)
+            or not isinstance(value["audits"], bool)
             or not isinstance(value["metadata"], dict)
             or not _is_text(value["revoked"], _MAX_LIST)
         ):
@@ -96,6 +108,10 @@ class QuorumView:
     """Of the global parameters that come of it."""
     entries: dict[str, QuorumMember]
     """What each member joined with, in the order of the roster."""
+    newest: Version | None = None
+    """The version that all continue from; None at the beginning."""
+    state: str = ""
+    """Digest of its global state."""
 
     @property
     def members(self) -> list[str]:
@@ -108,16 +124,14 @@ class QuorumView:
         return will_exchange({entry.intent for entry in self.entries.values()})
 
     @property
-    def newest(self) -> Version | None:
-        """The newest version among the members'."""
-        return max((entry.version for entry in self.entries.values() if entry.version), default=None)
-
-    @property
     def result(self) -> QuorumResult:
         """What callers of ``join_quorum`` need of it."""
-        behind = frozenset(name for name, entry in self.entries.items() if entry.version != self.newest)
+        up_to_date = (self.newest, self.state)
+        behind = frozenset(
+            n for n, entry in self.entries.items() if (entry.version, entry.state) != up_to_date
+        )
         metadata = {name: entry.metadata for name, entry in self.entries.items()}
-        return QuorumResult(metadata, self.exchanges, behind, self.attempt)
+        return QuorumResult(metadata, self.exchanges, behind, self.attempt, self.state)
 
     def includes(self, name: str, incarnation: str) -> bool:
         """Tell whether a process is a member."""
@@ -126,16 +140,26 @@ class QuorumView:
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
         entries = [[name, entry.to_json()] for name, entry in self.entries.items()]
-        return {"attempt": self.attempt, "group": self.group, "run_id": self.run_id, "members": entries}
+        return {
+            "attempt": self.attempt,
+            "group": self.group,
+            "run_id": self.run_id,
+            "members": entries,
+            "newest": list(self.newest) if self.newest else None,
+            "state": self.state,
+        }
 
     @classmethod
     def from_json(cls, term: int, value: Any) -> "QuorumView | None":
         """Return what a peer wrote, or None if it is malformed."""
-        if not isinstance(value, dict) or value.keys() != {"attempt", "group", "run_id", "members"}:
+        if not isinstance(value, dict) or value.keys() != _VIEW_FIELDS:
             return None
         if not is_count(value["attempt"]) or not isinstance(value["members"], list) or not value["members"]:
             return None
-        if not _is_text(value["group"]) or not _is_text(value["run_id"]):
+        newest = value["newest"]
+        if not all(_is_text(value[key]) for key in ("group", "run_id", "state")):
+            return None
+        if newest is not None and not _is_version(newest):
             return None
         entries = {}
         for item in value["members"]:
@@ -145,11 +169,17 @@ class QuorumView:
             if entry is None:
                 return None
             entries[item[0]] = entry
-        return cls(term, value["attempt"], value["group"], value["run_id"], entries)
+        version = Version(*newest) if newest else None
+        return cls(term, value["attempt"], value["group"], value["run_id"], entries, version, value["state"])
 
     @classmethod
     def of(
-        cls, term: int, new: str, entries: Mapping[str, QuorumMember], last_attempt: int = 0
+        cls,
+        term: int,
+        new: str,
+        entries: Mapping[str, QuorumMember],
+        attempt_before: int = 0,
+        newest: tuple[Version, str] | None = None,
     ) -> "QuorumView":
         """Return the view of those who joined.
 
@@ -157,21 +187,24 @@ class QuorumView:
             term: The term.
             new: A name that was never used before.
             entries: Who continues, in the order of the roster.
-            last_attempt: Number of the attempt before.
+            attempt_before: Number of the attempt before.
+            newest: Version and state from which all continue; by default the newest of theirs.
         """
         groups = {entry.group for entry in entries.values()}
-        versions = [entry.version for entry in entries.values() if entry.version]
+        version, state = newest or newest_version(entries, needed=1) or (None, "")
         last = max(entries.values(), key=lambda entry: entry.attempt)
         # Connections may be those of more parties than continue now.
         between = "/" + hashlib.sha256(" ".join(entries).encode()).hexdigest()[:16]
         return cls(
             term=term,
-            attempt=1 + max(last.attempt, last_attempt),
+            attempt=1 + max(last_attempt([entry.attempt for entry in entries.values()]), attempt_before),
             group=groups.pop()
             if len(groups) == 1 and all(g.endswith(between) for g in groups)
             else new + between,
-            run_id=max(versions).run_id if versions else last.run_id or new,
+            run_id=version.run_id if version else last.run_id or new,
             entries=dict(entries),
+            newest=version,
+            state=state,
         )
 
 
@@ -186,6 +219,73 @@ def stage(entries: Mapping[str, QuorumMember], needed: int) -> Literal["beginnin
     return (
         "resuming" if sum(entry.version is not None for entry in entries.values()) >= needed else "beginning"
     )
+
+
+# ---- majorities decide, not pairs
+
+
+def belonging(entries: Mapping[str, QuorumMember], quorum: int) -> dict[str, QuorumMember]:
+    """Return those who can continue together: with the settings, and the state of the run, that most have.
+
+    A party without a state belongs to any run. It is the same at all that see the same, so nobody who belongs
+    is judged by one who does not.
+    """
+    same = _largest(entries, lambda entry: entry.digest, quorum)
+    fresh = sum(entry.version is None for entry in same.values())
+    with_state = {name: entry for name, entry in same.items() if entry.version}
+    of_run = _largest(with_state, lambda entry: entry.version and entry.version.run_id, quorum - fresh)
+    return {name: entry for name, entry in same.items() if not entry.version or name in of_run}
+
+
+def _largest(
+    entries: Mapping[str, QuorumMember], key: Callable[[QuorumMember], object], quorum: int
+) -> Mapping[str, QuorumMember]:
+    """Return the entries of one key: that which a quorum has, or else most, or else most who were members."""
+    groups: dict[object, dict[str, QuorumMember]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(key(entry), {})[name] = entry
+
+    def rank(group: Mapping[str, QuorumMember]) -> tuple[bool, int, int]:
+        return len(group) >= quorum, len(group), sum(entry.member for entry in group.values())
+
+    return max(groups.values(), key=rank, default={})
+
+
+def holders_needed(entries: Mapping[str, QuorumMember], num_parties: int, quorum: int) -> int:
+    """Return how many of these parties must have a version that was committed.
+
+    A quorum has made it durable before it was committed; of these only those can lack it here who are not
+    here, or have no state.
+    """
+    absent = num_parties - sum(entry.version is not None for entry in entries.values())
+    return max(1, quorum - absent)
+
+
+def newest_version(entries: Mapping[str, QuorumMember], needed: int) -> tuple[Version, str] | None:
+    """Return the newest version that can have been committed, and the digest that most report of it.
+
+    What fewer than ``needed`` have, at this version or above, was committed by nobody: one party alone cannot
+    make all others take its state by claiming a newer version.
+
+    Args:
+        entries: Of one run.
+        needed: As ``holders_needed`` returns it.
+    """
+    versions = [entry.version for entry in entries.values() if entry.version]
+    committed = [v for v in versions if sum(other >= v for other in versions) >= needed]
+    if not committed:
+        return None
+    newest = max(committed)
+    states = Counter(entry.state for entry in entries.values() if entry.version == newest)
+    return newest, states.most_common(1)[0][0]
+
+
+def last_attempt(attempts: Sequence[int]) -> int:
+    """Return the greatest attempt that the parties know of, but none that is out of all proportion."""
+    return min(max(attempts), median_low(attempts) + _MAX_ATTEMPTS_APART)
+
+
+# ---- what a peer has written
 
 
 def is_count(value: Any) -> TypeGuard[int]:

@@ -1,8 +1,11 @@
 """Connections that fail between live parties: whom to leave out, so that the others can continue. Pure."""
 
+import logging
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 # Failed attempts that a party is involved in before it may be left out.
 _ATTEMPTS = 3
@@ -15,7 +18,7 @@ class ReachabilityTracker:
     """Records failed attempts between live parties, and leaves out those at the end of most failures.
 
     A party that is cut off blames all the others, and may be the first to report each time. So both ends of a
-    failure count alike.
+    failure count alike. One that does not vote in time is left out at once: all have waited for it alone.
 
     Args:
         roster: All parties.
@@ -31,6 +34,10 @@ class ReachabilityTracker:
     def __init__(self, roster: Sequence[str]) -> None:
         self._roster = list(roster)
         self._failures: deque[tuple[str, frozenset[str]]] = deque(maxlen=_KEPT)
+        self._late: frozenset[str] = frozenset()
+        self._unawaited: set[str] = set()
+        self.excluded: dict[str, str] = {}
+        """Parties that are excluded for the rest of the run, and why."""
         self._rounds_apart = 0
         self._rounds_to_wait = 1
 
@@ -40,12 +47,25 @@ class ReachabilityTracker:
             return
         by, reported = decision.get("by"), decision["blamed"]
         blamed = frozenset(name for name in self._roster if name in reported and name != by)
-        if by in self._roster and blamed:
+        if decision.get("late") is True:
+            self._late |= blamed
+            self._unawaited |= blamed
+        elif by in self._roster and blamed:
             self._failures.append((by, blamed))
+
+    def exclude(self, name: str, why: str) -> None:
+        """Exclude a party for the rest of the run; said once."""
+        if name not in self.excluded:
+            self.excluded[name] = why
+            log.error("party %s is excluded for the rest of this run: %s", name, why)
+
+    def is_awaited(self, name: str) -> bool:
+        """Tell whether a party that has not joined yet is waited for: not after a vote that it withheld."""
+        return name not in self._unawaited and name not in self.excluded
 
     def reachable_group(self, names: Collection[str]) -> list[str]:
         """Return those of ``names`` that may well continue together; the same at all that know the same."""
-        kept = list(names)
+        kept = [name for name in names if name not in self._late]
         while kept:
             within = [(by, blamed.intersection(kept)) for by, blamed in self._failures if by in kept]
             involved, ends = Counter[str](), Counter[str]()
@@ -65,11 +85,12 @@ class ReachabilityTracker:
         A party that was left out gets one more try, not three: in the next round, then after 2, 4 and so on,
         since each try costs the others an attempt.
         """
+        self._unawaited.difference_update(members)
         open_ = [failure for failure in self._failures if not {failure[0], *failure[1]} <= set(members)]
         self._rounds_apart += 1
-        if not open_:
+        if not open_ and not self._late:
             self._rounds_apart, self._rounds_to_wait = 0, 1
         elif self._rounds_apart >= self._rounds_to_wait:
             self._rounds_apart, self._rounds_to_wait = 0, min(2 * self._rounds_to_wait, _MAX_WAIT)
-            open_ = open_[1 - _ATTEMPTS :]
+            open_, self._late = open_[1 - _ATTEMPTS :], frozenset()
         self._failures = deque(open_, maxlen=_KEPT)

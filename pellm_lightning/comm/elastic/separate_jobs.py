@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from pellm_lightning.comm.elastic.federation import ElasticFederation
-from pellm_lightning.comm.elastic.membership import Membership, check_roster
+from pellm_lightning.comm.elastic.membership import Membership, check_addresses, check_roster
 from pellm_lightning.comm.quorum import Quorum
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore
 from pellm_lightning.comm.tls import TLS
@@ -78,6 +78,10 @@ class SeparateJobs:
                 "A party's name or roster is given, but no rendezvous: give jobs.rendezvous as"
                 " 'tcp://host:port', or set PELLM_RENDEZVOUS."
             )
+        if not self.rendezvous.startswith(("tcp://", "etcd://")):
+            raise ValueError(
+                f"rendezvous={self.rendezvous!r} names no rendezvous: give tcp://host:port or etcd://host:port."
+            )
         for key in ("name", "roster"):
             if not getattr(self, key):
                 raise ValueError(
@@ -85,6 +89,7 @@ class SeparateJobs:
                     f" give jobs.{key}, or set {_VARIABLES[key]}."
                 )
         check_roster(self.name, self.roster)
+        check_addresses(self.name, self.listen, self.advertise)
         if self.tls is None:  # not by a default factory, whose result a command line would have to print
             object.__setattr__(self, "tls", _tls_from_env())
         if self.tls is not None and self.tls.name != self.name:

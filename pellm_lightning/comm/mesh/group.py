@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.frames import Kind, Label
 from pellm_lightning.comm.mesh.handshake import GREETING_BYTES
+from pellm_lightning.comm.mesh.stall_detector import MIN_BYTES_PER_S
 from pellm_lightning.comm.sockets import split_address
 
 # The bit mask of a failure notice has as many bits.
@@ -77,7 +78,8 @@ class Group:
             rejected: Whose connection was rejected last and why, empty if none was.
         """
         ranks = list(ranks)
-        silent = f"it has not connected, or was rejected ({rejected})" if rejected else "it has not connected"
+        here = self.called([self.rank])
+        silent = f"it has not connected to {here}" + (f", or was rejected ({rejected})" if rejected else "")
         reasons = "; ".join(f"{self.called([rank])}: {failures.get(rank, silent)}" for rank in ranks)
         return self._lost(
             ranks,
@@ -98,9 +100,10 @@ class Group:
         """Return the error for members that have stalled."""
         return self._lost(
             ranks,
-            f"Nothing moved between {self.me} and {self.called(ranks)} for {timeout_s:g} s while {here}. Look"
-            " at their logs, check the network between, or raise timeout_s above the time by which the"
-            " slowest party's local steps outlast the fastest's.",
+            f"Nothing moved between {self.me} and {self.called(ranks)} for {timeout_s:g} s, or fewer than"
+            f" {MIN_BYTES_PER_S} bytes per second, while {here}. Look at their logs, check the network"
+            " between, or raise timeout_s above the time by which the slowest party's local steps outlast the"
+            " fastest's.",
         )
 
     def unexpected(

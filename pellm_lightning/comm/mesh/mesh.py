@@ -33,6 +33,7 @@ from pellm_lightning.comm.mesh.handshake import send_greeting
 from pellm_lightning.comm.mesh.listener import Listener
 from pellm_lightning.comm.mesh.reduction import BLOCK_BYTES, Reduction
 from pellm_lightning.comm.mesh.stall_detector import StallDetector
+from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
 __all__ = ["Listener", "Mesh"]
@@ -202,7 +203,7 @@ class Mesh:
         """Get one connection to each peer: the lower ranks are dialed, the higher ones dial."""
         group = self._group
         addresses = {peer: (group.names[peer], group.addresses[peer]) for peer in range(self.rank)}
-        dialer = Dialer(group.me, group.name, addresses, tls)
+        dialer = Dialer(group.me, group.name, addresses, tls, own_port=split_address(listener.address)[1])
         began = time.monotonic()
         pause = 0.001
         try:
@@ -251,7 +252,7 @@ class Mesh:
         for link in undone:
             link.push()
         while undone:
-            moved = [link for link in turning if self._turn(link)]
+            moved = {link: count for link in turning if (count := self._turn(link))}
             stalls.moved(moved)
             may_proceed = work()
             undone = [link for link in undone if not link.is_done]
@@ -259,12 +260,10 @@ class Mesh:
             if may_proceed:
                 turning = undone
                 continue
-            # The time is taken before the wait: if this process itself was suspended, nobody else is late.
-            now = time.monotonic()
+            if late := stalls.stalled(undone, time.monotonic()):
+                raise self._group.late(late, self._timeout_s, self._here)
             ready = self._ready({link: link.events for link in undone}, 0.0 if moved else _WATCH_S)
             turning = list({*ready, *(link for link in undone if link.is_hot)})
-            if not turning and not moved and (late := stalls.stalled(undone, now)):
-                raise self._group.late(late, self._timeout_s, self._here)
 
     def _turn(self, link: Link) -> int:
         try:

@@ -6,7 +6,7 @@ import ssl
 import weakref
 
 from pellm_lightning.comm.rendezvous.frames import HELLO, LENGTH_BYTES, FrameError, length, unpack
-from pellm_lightning.comm.sockets import configure, split_address
+from pellm_lightning.comm.sockets import configure, connected
 from pellm_lightning.comm.tls import RENDEZVOUS, peer_name
 
 _PIECE_BYTES = 64 << 10
@@ -30,7 +30,7 @@ class Channel:
     """
 
     def __init__(self, address: str, context: ssl.SSLContext | None, timeout_s: float) -> None:
-        self._socket = socket.create_connection(split_address(address), timeout_s)
+        self._socket = connected(address, timeout_s)
         try:
             configure(self._socket)
             if context is not None:

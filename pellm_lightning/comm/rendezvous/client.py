@@ -13,6 +13,7 @@ from pellm_lightning.comm.polling import polls
 from pellm_lightning.comm.rendezvous.channel import Channel, ServerDisconnectedError
 from pellm_lightning.comm.rendezvous.frames import (
     DONE,
+    FULL,
     MAX_FIELDS,
     REFUSED,
     FrameError,
@@ -48,6 +49,7 @@ class RendezvousStore(PollingStore):
     Raises:
         ValueError: If an argument is out of range; later, if a key or a value is over a limit.
         torch.distributed.DistNetworkError: If the server is out of reach for ``retry_s``.
+        torch.distributed.DistStoreError: If it has no room for what this party would write.
         FederationError: If the server does not admit this party, is not the rendezvous, or refuses a request.
 
     Example::
@@ -104,7 +106,7 @@ class RendezvousStore(PollingStore):
         return self._number(self._ask(Op.NUM_KEYS))
 
     def transact(self, requests: Sequence[tuple[Op, Sequence[bytes]]]) -> list[list[bytes | None]]:
-        """Make requests in one trip, all of them or none; return their answers.
+        """Make requests in one trip; return their answers. If one is refused, nothing is changed.
 
         An ``EXPECT`` of another value ends it; what follows is not done, and has no answer.
 
@@ -138,9 +140,9 @@ class RendezvousStore(PollingStore):
         seconds = min(seconds, self._retry_s / 4)  # a server that is silent for longer is out of reach
         fields = [field for key, value in known.items() for field in (_key(key), value)]
         values = self._ask(Op.AWAIT, b"%d" % (1000 * seconds), *fields)
-        if len(values) != len(known):
+        if not 1 <= len(values) <= len(known):
             raise self._no_rendezvous("an answer of the wrong length")
-        return values
+        return values + self.try_multi_get([*known][len(values) :])  # which did not fit into a frame
 
     @override
     def close(self) -> None:
@@ -170,7 +172,10 @@ class RendezvousStore(PollingStore):
                 except FrameError as error:
                     self._disconnect()
                     raise self._no_rendezvous(str(error)) from error
-                except FederationError:  # the answer is complete, or there is no connection
+                except (
+                    FederationError,
+                    dist.DistStoreError,
+                ):  # the answer is complete, or there is no connection
                     raise
                 except BaseException:
                     self._disconnect()  # an answer that comes later must not be taken for the next one's
@@ -206,8 +211,10 @@ class RendezvousStore(PollingStore):
         tag, fields = answer
         if tag == DONE:
             return fields
-        if tag == REFUSED:
+        if tag in (REFUSED, FULL):
             reason = self._only(fields).decode(errors="replace")[:_MAX_REASON]
+            if tag == FULL:  # which is waited for as if it was out of reach
+                raise dist.DistStoreError(f"The rendezvous at {self.address} has no room: {reason}")
             raise FederationError(f"The rendezvous at {self.address} refuses: {reason}")
         raise FrameError(f"an answer tagged {tag}")
 

@@ -14,6 +14,7 @@ from functools import partial
 
 from pellm_lightning.comm.rendezvous.frames import (
     DONE,
+    FULL,
     HELLO,
     LENGTH_BYTES,
     REFUSED,
@@ -23,7 +24,7 @@ from pellm_lightning.comm.rendezvous.frames import (
     pack,
     unpack,
 )
-from pellm_lightning.comm.rendezvous.key_value_store import KeyValueStore, RefusedError, awaited
+from pellm_lightning.comm.rendezvous.key_value_store import FullError, KeyValueStore, RefusedError, awaited
 from pellm_lightning.comm.sockets import configure, oldest_of_largest_host
 from pellm_lightning.comm.tls import REVOKED, is_revoked, peer_name
 
@@ -98,7 +99,7 @@ class ConnectionHandler:
     def __init__(self, roster: frozenset[str], context: ssl.SSLContext | None) -> None:
         self._roster = roster
         self._context = context
-        self._store = KeyValueStore()
+        self._store = KeyValueStore(len(roster))
         self._sessions: dict[str, _Session] = {}
         self._unauthenticated: dict[asyncio.Task[None], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -260,6 +261,8 @@ class ConnectionHandler:
             if session.name is None and connection.party is None:
                 self._note_party(session, connection, op, fields)
             return DONE, answer
+        except FullError as error:
+            return FULL, [str(error).encode()]
         except RefusedError as error:
             return REFUSED, [str(error).encode()]
 
@@ -276,9 +279,9 @@ class ConnectionHandler:
         self, session: _Session, connection: _Connection, op: int, fields: list[bytes | None]
     ) -> None:
         """Note which party an unauthenticated connection is of, by the keys that it writes."""
-        requests = [unpack(field or b"") for field in fields] if op == Op.TRANSACT else [(op, fields)]
-        written = [of_request[0] for op, of_request in requests if op == Op.SET]
-        owner = _OWNER.search(next(iter(written), None) or b"")
+        requests = map(unpack, (field or b"" for field in fields)) if op == Op.TRANSACT else [(op, fields)]
+        written = (of_request[0] for op, of_request in requests if op == Op.SET)
+        owner = _OWNER.search(next(written, None) or b"")
         if owner:
             party = owner[1].decode()
             if all(other.party != party for other in session.connections):

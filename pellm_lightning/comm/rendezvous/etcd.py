@@ -173,7 +173,8 @@ class EtcdStore(PollingStore):
                 except (Etcd3Exception, ValueError) as error:
                     raise self._refused(getattr(error, "detail_text", None) or str(error)) from error
         raise dist.DistNetworkError(
-            f"etcd at {self.address} is out of reach: {failure}. It was tried for {self._retry_s:g} s. Check"
+            f"etcd at {self.address} is out of reach: {str(failure) or type(failure).__name__}. It was tried"
+            f" for {self._retry_s:g} s. Check"
             " that it runs, that the address is right, and that it and this party use TLS, or neither does."
         ) from failure
 

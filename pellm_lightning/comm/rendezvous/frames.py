@@ -5,7 +5,7 @@ After a hello of fixed bytes from both ends, a frame is its length, a tag and by
     length of what follows: 4 bytes | tag: 1 byte | (length: 4 bytes | bytes) per field
 
 Numbers are unsigned and big-endian; the length ``2**32 - 1`` stands for a value that is missing. A request's
-tag is its ``Op``, an answer's is DONE or REFUSED, the latter with the reason as text.
+tag is its ``Op``, an answer's is DONE, or REFUSED or, if there is no room, FULL with the reason as text.
 """
 
 import struct
@@ -26,6 +26,7 @@ MAX_FRAME_BYTES = 2 * MAX_VALUE_BYTES + 4096
 
 DONE = 0
 REFUSED = 1
+FULL = 2
 
 _MISSING = 2**32 - 1
 _LENGTH = struct.Struct("!I")

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from pellm_lightning.comm.rendezvous.frames import (
     LENGTH_BYTES,
@@ -32,6 +33,18 @@ class RefusedError(Exception):
     """A valid request that is not done; the reason is for the client."""
 
 
+@dataclass
+class _Used:
+    """What a party has used of its quota."""
+
+    keys: int = 0
+    size_bytes: int = 0
+
+
+class FullError(RefusedError):
+    """A request for which there is no room now; there may be later."""
+
+
 class KeyValueStore:
     """Dictionary with write permissions and limits.
 
@@ -41,13 +54,23 @@ class KeyValueStore:
     A key with a path component ``@name`` belongs to that party: only it may write or delete it. All other
     keys are everybody's, but can only be compared and set, or deleted: so nobody overwrites a value without
     having read it. Everybody may read everything.
+
+    What a party has written last counts against its quota, by the name in the key or else by its own, so that
+    none can use up the room of the others.
+
+    Args:
+        parties: How many parties there are, if that is known: each has an equal part of the room.
     """
 
     TRANSACTED = (Op.EXPECT, Op.SET, Op.COMPARE_SET, Op.DELETE, Op.MULTI_GET)
     """What a transaction is made of: nothing that does harm if it is done twice, as an answer may be lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, parties: int = 0) -> None:
+        self._parties = parties
         self._values: dict[bytes, bytes] = {}
+        self._payers: dict[bytes, bytes] = {}
+        self._used: dict[bytes, _Used] = {}
+        self._who: str | None = None
         self._size_bytes = 0
         self._watches: dict[bytes, dict[Callable[[], None], None]] = {}
 
@@ -63,17 +86,18 @@ class KeyValueStore:
         into a frame. NUM_KEYS: a decimal number. EXPECT (key, value): the value now stored, empty if there is
         none. TRANSACT (requests): the answers, up to and including that of the first EXPECT of another value,
         each as the number of its fields and the fields.
-        AWAIT (milliseconds, and for each key the key and its last known value): the values, None where
-        missing; the connection handler has waited before.
+        AWAIT (milliseconds, and for each key the key and its last known value): as MULTI_GET; the connection
+        handler has waited before.
 
         Raises:
             RefusedError: If it is not allowed or over a limit; nothing is changed then.
             FrameError: If it is no request of this protocol.
         """
+        self._who = who
         if op == Op.TRANSACT:
             return self._transact([unpack(field or b"") for field in fields], who)
         if op == Op.AWAIT:
-            return [self._values.get(key) for key in awaited(fields)[1]]
+            return self._multi_get([*awaited(fields)[1]])
         given = _checked(op, fields, who)
         return _METHODS[Op(op)](self, given)
 
@@ -103,7 +127,11 @@ class KeyValueStore:
         if sum(1 + len(fields) for _, fields in requests) > MAX_FIELDS:
             raise FrameError("a transaction of too many fields")
         checked = [(Op(op), _checked(op, fields, who)) for op, fields in requests]
-        before = {given[0]: self._values.get(given[0]) for op, given in checked if op in _WRITES}
+        before = {
+            given[0]: (self._values.get(given[0]), self._payers.get(given[0], b""))
+            for op, given in checked
+            if op in _WRITES
+        }
         answers: list[bytes | None] = []
         left_bytes = MAX_FRAME_BYTES - 1
         try:
@@ -123,13 +151,13 @@ class KeyValueStore:
             raise
         return answers
 
-    def _restore(self, before: Mapping[bytes, bytes | None]) -> None:
+    def _restore(self, before: Mapping[bytes, tuple[bytes | None, bytes]]) -> None:
         """Undo what a refused transaction has changed."""
         for key in before:
             self._delete([key])
-        for key, value in before.items():
+        for key, (value, payer) in before.items():
             if value is not None:
-                self._put(key, value)
+                self._put(key, value, payer)
 
     def _expect(self, fields: list[bytes]) -> list[bytes | None]:
         return [self._values.get(fields[0], b"")]
@@ -160,10 +188,9 @@ class KeyValueStore:
         return [b"%d" % total]
 
     def _delete(self, fields: list[bytes]) -> list[bytes | None]:
-        value = self._values.pop(fields[0], None)
-        if value is None:
+        if fields[0] not in self._values:
             return [b"0"]
-        self._size_bytes -= len(fields[0]) + len(value)
+        self._remove(fields[0])
         self._notify(fields[0])
         return [b"1"]
 
@@ -184,21 +211,46 @@ class KeyValueStore:
         return [b"%d" % len(self)]
 
     def _store(self, key: bytes, value: bytes) -> None:
-        old = self._values.get(key)
-        size_bytes = self._size_bytes + len(value)
-        size_bytes += len(key) if old is None else -len(old)
+        old, payer = self._values.get(key), self._payer(key)
+        size_bytes = len(key) + len(value)
+        more_bytes = size_bytes - (0 if old is None else len(key) + len(old))
         if old is None and len(self) >= MAX_KEYS:
-            raise RefusedError(f"There are {MAX_KEYS} keys already. Delete those of past rounds.")
+            raise FullError(f"There are {MAX_KEYS} keys already. Delete those of past rounds.")
         # What makes it smaller is allowed even when it is full.
-        if size_bytes > max(MAX_BYTES, self._size_bytes):
-            raise RefusedError(f"The {MAX_BYTES >> 20} MiB of this rendezvous are used up. Delete old keys.")
-        self._put(key, value)
+        if more_bytes > 0 and self._size_bytes + more_bytes > MAX_BYTES:
+            raise FullError(f"The {MAX_BYTES >> 20} MiB of this rendezvous are used up. Delete old keys.")
+        used, paid = self._used.get(payer, _Used()), self._payers.get(key) == payer
+        more_keys, more_bytes = (0, more_bytes) if paid else (1, size_bytes)
+        if payer and self._parties and (more_keys or more_bytes > 0):
+            keys, room = MAX_KEYS // (self._parties + 1), MAX_BYTES // (self._parties + 1)
+            if used.keys + more_keys > keys or used.size_bytes + more_bytes > room:
+                raise FullError(
+                    f"Party {payer.decode(errors='replace')} has used its part of this rendezvous:"
+                    f" {used.keys} of {keys} keys, {used.size_bytes} of {room} bytes. Delete old keys."
+                )
+        self._put(key, value, payer)
 
-    def _put(self, key: bytes, value: bytes) -> None:
-        old = self._values.get(key)
-        self._size_bytes += len(value) + (len(key) if old is None else -len(old))
-        self._values[key] = value
+    def _payer(self, key: bytes) -> bytes:
+        """Return against whose quota a key counts that is written now; empty if nobody's."""
+        owners = _owners(key)
+        return owners[0] if owners else (self._who or "").encode()
+
+    def _put(self, key: bytes, value: bytes, payer: bytes) -> None:
+        if key in self._values:
+            self._remove(key)
+        self._values[key], self._payers[key] = value, payer
+        self._count(payer, 1, len(key) + len(value))
         self._notify(key)
+
+    def _remove(self, key: bytes) -> None:
+        self._count(self._payers.pop(key), -1, -len(key) - len(self._values.pop(key)))
+
+    def _count(self, payer: bytes, keys: int, size_bytes: int) -> None:
+        self._size_bytes += size_bytes
+        used = self._used.setdefault(payer, _Used())
+        used.keys, used.size_bytes = used.keys + keys, used.size_bytes + size_bytes
+        if not used.keys:
+            del self._used[payer]
 
     def _notify(self, key: bytes) -> None:
         for changed in tuple(self._watches.get(key, ())):
@@ -256,8 +308,13 @@ def _checked(op: int, fields: Sequence[bytes | None], who: str | None) -> list[b
     return given
 
 
+def _owners(key: bytes) -> list[bytes]:
+    """Return the parties to which a key belongs, by its path."""
+    return [part[1:] for part in key.split(b"/") if part.startswith(b"@")]
+
+
 def _check_writer(op: Op, key: bytes, who: str) -> None:
-    owners = [part[1:] for part in key.split(b"/") if part.startswith(b"@")]
+    owners = _owners(key)
     if any(owner != who.encode() for owner in owners):
         raise RefusedError(
             f"The key {key!r} belongs to another party than {who}. Write keys under @{who} only."

@@ -1,6 +1,6 @@
 """Communicator of parties that are started together, by torchrun or as threads.
 
-They meet at a store, and exchange in shared memory if they share a host, over Gloo if not.
+They meet at a store, and exchange in the shared memory of a host, and over Gloo between hosts.
 """
 
 import json
@@ -29,10 +29,11 @@ from pellm_lightning.comm.errors import FederationError, PartyLostError
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun import shared_memory as shared
-from pellm_lightning.comm.torchrun.gloo import LEFT, GlooGroup, check_transport
-from pellm_lightning.comm.torchrun.lane import Lane, Pending
+from pellm_lightning.comm.torchrun.gloo import GlooGroup, check_transport
+from pellm_lightning.comm.torchrun.lane import LEFT, Lane, Pending
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
+from pellm_lightning.comm.torchrun.two_level import TwoLevelLane, over_hosts
 
 # One Gloo group leaves cores idle while it waits for the network; two reduced in 0.78-0.9x of the time.
 _NUM_LANES = 2
@@ -158,7 +159,9 @@ class Federation(Communicator):
         return self._specs
 
     @override
-    def join_quorum(self, intent: Intent, version: Version | None, metadata: Metadata) -> QuorumResult:
+    def join_quorum(
+        self, intent: Intent, version: Version | None, metadata: Metadata, state: str = ""
+    ) -> QuorumResult:
         """Wait for all parties.
 
         Parties are uneven: one validates while another is already in its next round. All send messages of one
@@ -227,15 +230,10 @@ class Federation(Communicator):
             return super().all_gather(x, sizes)
         mine = x.detach().to("cpu").contiguous()
         out = mine.new_empty(sum(sizes))
-        gathered = list(out.split(list(sizes)))
         self.bytes_sent += mine.nbytes
         with self._translated():
-            if len(set(sizes)) == 1:
-                self._lane().all_gather(gathered, mine).wait()
-            else:  # Gloo gathers equal sizes only, and broadcasts would wait for each other
-                copies = mine.repeat(len(sizes))
-                self._lane().all_to_all(out, copies, list(sizes), [len(mine)] * len(sizes)).wait()
-        return gathered
+            self._lane().all_gather(out, mine, list(sizes)).wait()
+        return list(out.split(list(sizes)))
 
     @override
     def share_memory(self, size_bytes: int, *, willing: bool = True) -> Tensor | None:
@@ -287,12 +285,16 @@ class Federation(Communicator):
         self._coordinator.wait_for_all()
         with self._translated():
             place = self.party, self.num_parties, self.timeout_s
-            lane = shared.open_lane(*place, self._coordinator.gather_json, wanted=shared_memory)
-            if lane is not None:
-                self._lanes = [lane]
+            hosts, on_host = shared.open_lane(*place, self._coordinator.gather_json, wanted=shared_memory)
+            if on_host is not None and len(hosts) == 1:
+                self._lanes = [on_host]
                 return
             for index in range(_NUM_LANES):
-                self._lanes.append(GlooGroup(dist.PrefixStore(f"lane{index}", self._store), *place))
+                group = GlooGroup(dist.PrefixStore(f"lane{index}", self._store), *place)
+                self._lanes.append(group)
+                if hosts:
+                    store = dist.PrefixStore(f"hosts{index}", self._store)
+                    self._lanes[-1] = TwoLevelLane(group, on_host, over_hosts(store, hosts, *place[::2]))
 
     def _disconnect(self) -> None:
         self._closed = True
@@ -325,12 +327,18 @@ class Federation(Communicator):
             self._disconnect()
             if late:
                 raise late from error
+            # While it was not asked for by its launcher yet, the exit code of a process can be read.
+            ended = self._coordinator.ended()
             # The party that broke the connection writes its reason just before; give the store a moment.
             time.sleep(0.1)
             self._coordinator.raise_if_left(error)
+            ended = self._coordinator.ended() | ended
+            who = " and ".join(f"party {party} ({how})" for party, how in ended.items())
+            advice = "A party's process ended without giving a reason: look at the end of its log."
             raise PartyLostError(
-                f"Party {self.party} lost the federation while {self._coordinator.phase}: {_reason(error)}. A"
-                " party's process ended without giving a reason: look at the end of its log."
+                f"Party {self.party} lost {who or 'the federation'} while {self._coordinator.phase}:"
+                f" {_reason(error)}. {advice}",
+                parties=[str(party) for party in ended],
             ) from error
 
 

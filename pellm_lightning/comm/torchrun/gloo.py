@@ -15,9 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pellm_lightning.comm.errors import FederationError
-from pellm_lightning.comm.torchrun.lane import Lane
-
-LEFT = "this party has left the group"
+from pellm_lightning.comm.torchrun.lane import LEFT, Lane, Pending
 
 
 def check_transport() -> None:
@@ -33,7 +31,7 @@ def check_transport() -> None:
         )
 
 
-class Pending:
+class GlooWork(Pending):
     """Handle of a collective under way.
 
     Its connections stay open as long as anything refers to torch's handle, an exception's traceback included,
@@ -79,7 +77,7 @@ class GlooGroup(Lane):
         self._store = store
         # torch's stubs do not know the collectives of this class.
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
-        self._pending: list[Pending] = []
+        self._pending: list[GlooWork] = []
         # A round in the background may start a collective while the training thread aborts: begun on a group
         # that is broken already, it would hold the connections open until the timeout.
         self._starting = threading.Lock()
@@ -95,9 +93,14 @@ class GlooGroup(Lane):
             return self._noted(self._joined.broadcast(tensor, source))
 
     @override
-    def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
+    def all_gather(self, out: Tensor, tensor: Tensor, sizes: list[int]) -> Pending:
+        parties = len(sizes)
         with self._starting:
-            return self._noted(self._joined.allgather([gathered], [tensor]))
+            if len(set(sizes)) == 1:
+                return self._noted(self._joined.allgather([list(out.split(sizes))], [tensor]))
+            # Gloo gathers equal sizes only, and broadcasts would wait for each other.
+            copies = tensor.repeat(parties)
+            return self._noted(self._joined.alltoall_base(out, copies, sizes, [len(tensor)] * parties))
 
     @override
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
@@ -129,8 +132,8 @@ class GlooGroup(Lane):
             raise RuntimeError(LEFT)
         return self._group
 
-    def _noted(self, work: Any) -> Pending:
+    def _noted(self, work: Any) -> GlooWork:
         """Return the handle of a collective that has begun, which ``abort`` can drop."""
         self._pending = [other for other in self._pending if other._work is not None]
-        self._pending.append(Pending(work))
+        self._pending.append(GlooWork(work))
         return self._pending[-1]

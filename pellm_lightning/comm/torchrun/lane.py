@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+LEFT = "this party has left the group"
+
 
 class Pending(Protocol):
     """Handle of a collective under way."""
@@ -36,8 +38,8 @@ class Lane(ABC):
         """Start to overwrite a tensor by the one of party ``source``."""
 
     @abstractmethod
-    def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
-        """Start to fill ``gathered`` by the parties' ``tensor``, all of one size."""
+    def all_gather(self, out: Tensor, tensor: Tensor, sizes: list[int]) -> Pending:
+        """Start to fill ``out`` by the parties' ``tensor``, all flat, of any sizes."""
 
     @abstractmethod
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:

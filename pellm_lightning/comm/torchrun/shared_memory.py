@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import mmap
 import os
@@ -24,6 +25,8 @@ SWITCH = "PELLM_SHARED_MEMORY"
 """Environment variable that switches the lane off at all parties, if it is 0 at one."""
 # Bytes of a party's slot: they stay in a core's cache, and a barrier per slot is cheap beside copying it.
 _SLOT_BYTES = 1 << 20
+# Of what a party does, in an error message.
+_LABEL_CHARS = 100
 # A party writes one while others still read the last one.
 _NUM_SLOTS = 2
 
@@ -55,17 +58,17 @@ class SharedMemoryLane(Lane):
     @override
     def all_reduce(self, tensor: Tensor) -> Pending:
         values, rank, size = tensor.detach().view(-1), self.rank, self.size
-        chunk = ring.chunk_size(len(values), values.itemsize, size)
-        chunks = [values[party * chunk : (party + 1) * chunk] for party in range(size)]
-        for places in self._places(chunk, values, parts=size):
+        chunks = [values[ring.chunk_of(at, len(values), values.itemsize, size)] for at in range(size)]
+        what = f"{len(values)} x {values.dtype}"
+        for places in self._places(len(chunks[0]), values, parts=size):
             pieces = [part[places] for part in chunks]
             slots = self._next_slots(values, places, parts=size)
             _copy_each(slots[rank], pieces)
-            self._meet("all_reduce", values)
+            self._meet(f"all_reduce of {what}")
             first, *others = ring.order(rank, size)
             for other in others:
                 slots[first, rank].add_(slots[other, rank])
-            self._meet("sums of all_reduce", values)
+            self._meet(f"sums of all_reduce of {what}")
             _copy_each(pieces, [slots[ring.order(party, size)[0], party] for party in range(size)])
         return Done()
 
@@ -76,50 +79,54 @@ class SharedMemoryLane(Lane):
             slots = self._next_slots(values, places)[source]
             if source == self.rank:
                 _copy_each(slots, [values[places]])
-            self._meet("broadcast", values)
+            self._meet(f"broadcast from {source} of {len(values)} x {values.dtype}")
             if source != self.rank:
                 _copy_each([values[places]], slots)
         return Done()
 
     @override
-    def all_gather(self, gathered: list[Tensor], tensor: Tensor) -> Pending:
-        for places in self._places(len(tensor), tensor):
+    def all_gather(self, out: Tensor, tensor: Tensor, sizes: list[int]) -> Pending:
+        gathered = out.split(sizes)
+        for places in self._places(max(sizes), tensor):
             slots = self._next_slots(tensor, places)
             _copy_each(slots[self.rank], [tensor[places]])
-            self._meet("all_gather", tensor)
+            lengths = self._meet(f"all_gather of {sizes} x {tensor.dtype}", b"%d" % len(tensor))
+            if [*map(int, lengths)] != sizes:
+                raise MismatchError(
+                    f"The parties gather {b', '.join(lengths).decode()} scalars, but expect {sizes}. Give the"
+                    " sizes of what is sent at all parties."
+                )
             _copy_each([values[places] for values in gathered], slots[:, 0])
         return Done()
 
     @override
     def all_to_all(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int]) -> Pending:
         sent, received = tensor.split(sizes), out.split(out_sizes)
-        # No party knows how much the others send each other.
-        longest = max(map(int, self._exchange(str(max(*sizes, *out_sizes)))))
+        longest = self._longest_part(f"all_to_all of {tensor.dtype}", sizes, out_sizes)
         for places in self._places(longest, tensor, parts=self.size):
             slots = self._next_slots(tensor, places, parts=self.size)  # by sender and receiver
             _copy_each(slots[self.rank], [part[places] for part in sent])
-            self._exchange("all_to_all")
+            self._meet("parts of all_to_all")
             _copy_each([part[places] for part in received], slots[:, self.rank])
         return Done()
 
     @override
     def all_gather_bytes(self, message: bytes, size: int) -> list[bytes]:
-        at_once = host_sockets.MESSAGE_BYTES - 1
-        gathered = [b""] * self.size
-        for start in range(0, size, at_once):  # it begins with a byte, since no message may be empty
-            pieces = self._sockets.exchange(b":" + message[start : start + at_once])
-            gathered = [before + piece[1:] for before, piece in zip(gathered, pieces, strict=True)]
+        what, gathered = f"all_gather_bytes of {size}", [b""] * self.size
+        at_once = host_sockets.MESSAGE_BYTES - len(what) - 1
+        for start in range(0, size, at_once):
+            pieces = self._meet(what, message[start : start + at_once])
+            gathered = [before + piece for before, piece in zip(gathered, pieces, strict=True)]
         return gathered
 
     @override
     def share(self, size_bytes: int, *, willing: bool) -> Tensor | None:
-        if "no" in self._exchange("yes" if willing else "no"):
-            return None
-        return _allocated(self._sockets, size_bytes)
+        answers = self._meet(f"share of {size_bytes} bytes", b"yes" if willing else b"no")
+        return None if b"no" in answers else _allocated(self._sockets, size_bytes)
 
     @override
     def barrier(self) -> None:
-        self._exchange("barrier")
+        self._meet("barrier")
 
     @override
     def abort(self) -> None:
@@ -140,47 +147,68 @@ class SharedMemoryLane(Lane):
         used: Tensor = slots[:, : parts * length].unflatten(1, (parts, length))
         return used
 
-    def _meet(self, what: str, values: Tensor) -> None:
-        """Wait for all parties, which must be at the same.
+    def _longest_part(self, what: str, sizes: list[int], out_sizes: list[int]) -> int:
+        """Return the longest part of an all-to-all, which no party knows: not those of the others.
+
+        Raises:
+            MismatchError: If a party expects another size than it is sent; all raise it.
+        """
+        answers = [json.loads(answer) for answer in self._meet(what, json.dumps([sizes, out_sizes]).encode())]
+        for source, (sent, _) in enumerate(answers):
+            for target, (_, expected) in enumerate(answers):
+                if sent[target] != expected[source]:
+                    raise MismatchError(
+                        f"Party {source} sends {sent[target]} scalars to party {target}, which expects"
+                        f" {expected[source]}. Give the sizes of what is sent at all parties."
+                    )
+        longest: int = max(max(sent) for sent, _ in answers)
+        return longest
+
+    def _meet(self, what: str, message: bytes = b"") -> list[bytes]:
+        """Wait for all parties, which must be at the same collective; return their messages, in order.
 
         Raises:
             MismatchError: If they are not.
         """
-        answers = self._exchange(f"{what} of {len(values)} x {values.dtype}")
-        if len(set(answers)) > 1:
+        answers = self._sockets.exchange(f"{what}:".encode() + message)
+        labels, _, messages = zip(*(answer.partition(b":") for answer in answers), strict=True)
+        if len({*labels}) > 1:
+            by_party = ", ".join(label.decode(errors="replace")[:_LABEL_CHARS] for label in labels)
             raise MismatchError(
-                f"The parties exchange different tensors: {', '.join(answers)}, by party. Call the same"
-                " collectives with the same shapes and dtypes at all parties."
+                f"The parties exchange different tensors: {by_party}, by party. Call the same collectives"
+                " with the same shapes and dtypes at all parties."
             )
-
-    def _exchange(self, words: str) -> list[str]:
-        return [answer.decode() for answer in self._sockets.exchange(words.encode())]
+        return [*messages]
 
 
 def open_lane(
-    rank: int, size: int, timeout_s: float, gather: Gather, *, wanted: bool
-) -> SharedMemoryLane | None:
-    """Return the lane of parties that share a host, None if one of them cannot; the same at all.
+    party: int, num_parties: int, timeout_s: float, gather: Gather, *, wanted: bool
+) -> tuple[list[list[int]], SharedMemoryLane | None]:
+    """Return the parties by host, and the lane of this host's; no hosts if a host cannot. Equal at all.
 
     Args:
-        rank: This party.
-        size: Number of parties.
+        party: This party.
+        num_parties: Number of parties.
         timeout_s: Seconds a party may be late.
         gather: Publishes a JSON value, and returns all parties' in order.
         wanted: Whether this party wants it.
     """
     wanted = wanted and os.environ.get(SWITCH) != "0"
-    sockets = host_sockets.connect(rank, size, timeout_s, gather, wanted=wanted)
-    if not isinstance(sockets, HostSockets):
-        log.debug("[party %d] exchanges over Gloo: %s", rank, sockets)
-        return None
+    connected = host_sockets.connect(party, num_parties, timeout_s, gather, wanted=wanted)
+    if isinstance(connected, str):
+        log.debug("[party %d] exchanges over Gloo: %s", party, connected)
+        return [], None
+    hosts, sockets = connected
     with contextlib.ExitStack() as opened:
-        opened.callback(sockets.close)
-        memory = _allocated(sockets, _NUM_SLOTS * size * _SLOT_BYTES)
-        if memory is None:
-            return None
+        memory = None
+        if sockets is not None:
+            opened.callback(sockets.close)
+            memory = _allocated(sockets, _NUM_SLOTS * sockets.size * _SLOT_BYTES)
+        fine = sockets is None or memory is not None
+        if not all(gather("host memory", fine) if len(hosts) > 1 else [fine]):
+            return [], None
         opened.pop_all()
-    return SharedMemoryLane(sockets, memory)
+    return hosts, None if sockets is None or memory is None else SharedMemoryLane(sockets, memory)
 
 
 def _allocated(sockets: HostSockets, size_bytes: int) -> Tensor | None:
@@ -193,58 +221,55 @@ def _allocated(sockets: HostSockets, size_bytes: int) -> Tensor | None:
         RuntimeError: If a party is lost or late.
     """
     memory, failure = None, ""
-    make = _map_created if sockets.rank == 0 else _map_received
+    files: list[int] = []
     try:
-        memory = make(sockets, size_bytes)
+        if sockets.rank == 0:
+            try:
+                files.append(_reserved(size_bytes))
+            except OSError as error:
+                failure = f"party {sockets.party}: {error}"
+        sockets.exchange(b"memory", files)
+        memory = _map(files, size_bytes)
     except (OSError, ValueError) as error:
-        failure = f"party {sockets.rank}: {error}"
+        failure = failure or f"party {sockets.party}: {error}"
+    finally:
+        for file in files:
+            os.close(file)
     failures = [answer[1:].decode() for answer in sockets.exchange(f":{failure}".encode())]
     reason = next(filter(None, failures), None)
     if reason is None:
         return memory
     if sockets.rank == 0:
         log.warning(
-            "[party 0] The parties share a host, but cannot share %d MB of its memory (%s): they exchange by"
+            "[party %d] The parties share a host, but cannot share %d MB of its memory (%s): they exchange by"
             " copies, which takes longer. Free memory, or raise the limit of the container (docker run"
             " --memory) or of the processes (ulimit -f, ulimit -v).",
+            sockets.party,
             size_bytes // 1_000_000,
             reason,
         )
     return None
 
 
-def _map_created(sockets: HostSockets, size_bytes: int) -> Tensor:
-    """Create memory, and give it to the other parties; or tell them that there is none."""
-    descriptor = None
+def _reserved(size_bytes: int) -> int:
+    """Return the descriptor of new memory of so many bytes, which are all there."""
+    free = free_bytes()
+    if size_bytes > free:
+        raise OSError(errno.ENOMEM, f"{free // 1_000_000} MB are free")
+    file = os.memfd_create("pellm")
     try:
-        free = free_bytes()
-        if size_bytes > free:
-            raise OSError(errno.ENOMEM, f"{free // 1_000_000} MB are free")
-        descriptor = os.memfd_create("pellm")
-        os.ftruncate(descriptor, size_bytes)
-        os.posix_fallocate(descriptor, 0, size_bytes)
-        mapped = _map(descriptor, size_bytes)
+        os.ftruncate(file, size_bytes)
+        os.posix_fallocate(file, 0, size_bytes)
     except OSError:
-        sockets.send_no_descriptor()
+        os.close(file)
         raise
-    else:
-        sockets.send_descriptor(descriptor)
-        return mapped
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    return file
 
 
-def _map_received(sockets: HostSockets, size_bytes: int) -> Tensor:
-    descriptor = sockets.receive_descriptor(0)
-    try:
-        return _map(descriptor, size_bytes)
-    finally:
-        os.close(descriptor)
-
-
-def _map(descriptor: int, size_bytes: int) -> Tensor:
-    mapped = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+def _map(files: list[int], size_bytes: int) -> Tensor:
+    if not files:
+        raise OSError("the descriptor of the memory has not arrived")
+    mapped = mmap.mmap(files[0], size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     memory: Tensor = torch.frombuffer(mapped, dtype=torch.uint8)  # unmapped with its last view
     return memory
 

@@ -1,6 +1,5 @@
 """Rendezvous store that torchrun, or the usual environment variables, provide."""
 
-import os
 import socket
 from datetime import timedelta
 
@@ -8,6 +7,7 @@ import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
 from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.topology import launch_environ
 
 # A party learns of another's failure seconds before that one has ended and reported it.
 _FIRST_HAND_S = 5.0
@@ -19,7 +19,8 @@ def launched() -> bool:
 
     Processes that Lightning starts by itself have no ``RANK``: they are one party.
     """
-    return {"MASTER_ADDR", "RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    environ = launch_environ()
+    return {"MASTER_ADDR", "RANK"} <= environ.keys() and int(environ.get("WORLD_SIZE", 1)) > 1
 
 
 def store_from_env(timeout_s: float) -> dist.Store:
@@ -32,14 +33,18 @@ def store_from_env(timeout_s: float) -> dist.Store:
     """
     if not launched():
         return dist.HashStore()
+    environ = launch_environ()
+    host, port, rank = environ["MASTER_ADDR"], environ.get("MASTER_PORT"), environ["RANK"]
+    place = f"[{host}]" if ":" in host else host
+    url = f"tcp://{place}:{port or ''}?rank={rank}&world_size={environ['WORLD_SIZE']}"
     try:
+        # As env:// does, which reads os.environ only.
         rendezvous: tuple[dist.Store, int, int] = next(
-            dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s))
+            dist.rendezvous(url, timeout=timedelta(seconds=timeout_s))
         )
-    except (RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise PartyLostError(
-            f"Rank {os.environ.get('RANK')} could not reach the rendezvous at {address} within {timeout_s:g}"
+            f"Rank {rank} could not reach the rendezvous at {host}:{port} within {timeout_s:g}"
             " s. Check that the host of rank 0 is up, that the port is open, and that MASTER_ADDR and"
             " MASTER_PORT agree. If the other parties have ended meanwhile, they have the result."
         ) from error
@@ -56,7 +61,7 @@ def claim_error(error: str, *, second_hand: bool) -> bool:
         error: Digest of the error, the same at all processes that fail alike.
         second_hand: Whether it is about the failure of another party.
     """
-    environ = os.environ
+    environ = launch_environ()
     key = f"error/{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{environ.get('GROUP_RANK', 0)}"
     try:
         address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
 from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
+from pellm_lightning.comm.torchrun.processes import how_ended, this_process
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class StoreCoordinator:
             PartyLostError: If a party does not join within ``timeout_s``.
         """
         with self._reached():
-            self._store.set(f"here/{self.party}", "1")
+            self._store.set(f"here/{self.party}", json.dumps(this_process()))
             self._wait_for("here/{}", "join the federation")
 
     def gather_json(self, key: str, value: object) -> list[Any]:
@@ -100,7 +101,7 @@ class StoreCoordinator:
 
     def publish_reason(self, reason: str) -> None:
         """Publish why this party leaves, where the others will look; the first reason stands."""
-        # Without the store nobody can be told, and the error that ends this party matters more.
+        # Without the store nobody can know, and the error that ends this party matters more.
         with contextlib.suppress(dist.DistNetworkError):
             if not self._store.check([f"left/{self.party}"]):
                 self._store.set(f"left/{self.party}", json.dumps(f"{self.phase}: {reason}"))
@@ -118,6 +119,16 @@ class StoreCoordinator:
                         parties=(str(party),),
                         by=str(party),
                     ) from error
+
+    def ended(self) -> dict[int, str]:
+        """Return how the processes of other parties have ended, as far as this host knows."""
+        found = {}
+        with contextlib.suppress(dist.DistError):
+            for party in range(self.num_parties):
+                if party != self.party and self._store.check([f"here/{party}"]):
+                    how = how_ended(json.loads(self._store.get(f"here/{party}")))
+                    found.update({party: how} if how else {})
+        return found
 
     def timed_out(self, waiting: str = "", late: Sequence[int] = ()) -> PartyLostError:
         """Return the error of this party's timeout, and publish it: the late party shall find the reason."""
@@ -188,8 +199,9 @@ class StoreCoordinator:
         return [party for party in range(self.num_parties) if not self._store.check([key.format(party)])]
 
     def _late(self) -> dict[int, str]:
-        """Return what each party does that does something else than this one."""
-        return {party: phase for party, phase in self.phases().items() if phase != self.phase}
+        """Return what each party does that does something else than this one, of which it may know less."""
+        phases = self.phases() | {self.party: self.phase}
+        return {party: phase for party, phase in phases.items() if phase != self.phase}
 
     @contextlib.contextmanager
     def waiting(self, first_s: float = ROUND_S) -> Iterator[None]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.comm.elastic.commit import CommitProtocol
+from pellm_lightning.comm.elastic.commit import CommitProtocol, decision_key
 from pellm_lightning.comm.elastic.membership import LocalParty, Membership
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, RestartedError
@@ -59,6 +59,10 @@ class Attempt:
         """What each member takes for the decision, if it waits no longer."""
         return [protocol.await_decision(self.view, NO_TIME) for protocol in self.protocols.values()]
 
+    def written(self) -> Any:
+        """The decision that stands, if there is one."""
+        return self.registers["a"].read(decision_key(self.view))[0]
+
 
 @pytest.fixture
 def attempt() -> Attempt:
@@ -66,15 +70,19 @@ def attempt() -> Attempt:
 
 
 def test_equal_votes_of_all_are_committed(attempt: Attempt) -> None:
-    assert attempt.protocols["a"].read_decision(attempt.view) is None
+    assert attempt.written() is None
     attempt.vote(a="x", b="x", c="x")
     assert attempt.decisions() == [{"commit": "x"}] * 3
-    assert attempt.protocols["a"].read_decision(attempt.view) == {"commit": "x"}
+    assert attempt.written() == {"commit": "x"}
 
 
 def test_unequal_votes_are_not_committed(attempt: Attempt) -> None:
     attempt.vote(a="x", b="y", c="x")
-    assert attempt.decisions() == [{"diverged": "party a: x, party b: y, party c: x"}] * 3
+    said = "the parties computed different results (party a: x, party b: y, party c: x)"
+    assert attempt.decisions() == [{"abort": said, "diverged": True}] * 3
+    assert attempt.protocols["a"].dissenters(attempt.view) == ["b"]
+    attempt.vote(c="z")
+    assert attempt.protocols["a"].dissenters(attempt.view) is None, "there is no majority"
 
 
 def test_a_member_that_dies_before_its_vote_aborts(attempt: Attempt) -> None:
@@ -92,7 +100,7 @@ def test_a_member_that_dies_after_its_vote_does_not(attempt: Attempt) -> None:
 
 def test_a_member_that_does_not_vote_in_time_is_blamed(attempt: Attempt) -> None:
     attempt.vote(a="x", c="x")
-    late = {"abort": "party b did not vote in time", "blamed": ["b"], "by": "a"}
+    late = {"abort": "party b did not vote within 0 s", "blamed": ["b"], "by": "a", "late": True}
     assert attempt.decisions() == [late] * 3
     attempt.vote(b="x")  # too late: a decision stands
     assert attempt.decisions() == [late] * 3
@@ -192,6 +200,5 @@ def test_who_is_left_out_ends_a_term_whose_members_have_died(attempt: Attempt) -
     looks: list[Callable[[], None]] = [nothing, nothing, lambda: attempt.peers.lost.add("c")]
     attempt.protocols["a"].await_end(attempt.view, NO_TIME, lambda: (looks.pop(0) if looks else nothing)())
     assert attempt.registers["a"].read("term") == [2]
-    decision = attempt.protocols["a"].read_decision(attempt.view)
-    assert decision is not None
+    decision = attempt.written()
     assert decision["abort"] == "party c was lost: it has sent no heartbeat"

@@ -19,7 +19,7 @@ from pellm_lightning.comm import (
 )
 from pellm_lightning.comm.elastic import join_quorum
 from pellm_lightning.comm.elastic.handshake import SpecExchange
-from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol
+from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol, VoidViewError
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, stage
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
@@ -39,7 +39,7 @@ def test_a_view_continues_the_newest_run_as_a_later_attempt() -> None:
     assert (view.term, view.attempt, view.run_id) == (5, 13, "run")
     assert view.newest == ("run", 4, 9)
     assert view.result.behind == {"a", "c"}
-    assert QuorumView.of(5, "unused", {"a": OLD}, last_attempt=40).attempt == 41
+    assert QuorumView.of(5, "unused", {"a": OLD}, attempt_before=40).attempt == 41
 
 
 def test_a_first_view_begins_a_run_and_a_repeated_one_keeps_its_name() -> None:
@@ -320,3 +320,23 @@ def test_who_is_late_for_the_end_is_told() -> None:
         joining.join(OLD)
     complete = replace(OLD, version=Version("run", 5, 9), intent="rest")
     assert members_of(joining.join(complete)) == ["a"]
+
+
+def test_a_view_that_cannot_be_read_ends_the_waiting() -> None:
+    joining = Joining()
+    joining.write(b=NEW, c=NEW)
+    joining.register.claim("view/1", None)
+    with pytest.raises(VoidViewError, match="has written as the view of term 1"):
+        joining.join(NEW)
+
+
+def test_who_was_suspended_before_it_wrote_the_view_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining()
+    joining.write(b=NEW, c=NEW)
+
+    def sleep(term: int) -> int:
+        joining.register.write("term", term + KEPT_TERMS + 1)
+        return 0
+
+    monkeypatch.setattr(joining.protocol, "_last_attempt", sleep)
+    assert joining.join(NEW) is None

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import socket
@@ -27,6 +28,7 @@ from pellm_lightning.comm.mesh.frames import (
     Incoming,
     Kind,
     Label,
+    Link,
     Outgoing,
     UnexpectedFrameError,
 )
@@ -449,6 +451,95 @@ def test_who_stops_in_the_middle_is_named_by_all() -> None:
             mesh._watched = 0.0
         errors = at_all(found.meshes, lambda mesh: mesh.all_reduce(torch.ones(10_000_000)), may_fail=True)
         assert [error.parties for error in errors[:2]] == [("clinic-2",)] * 2, errors
+
+
+@pytest.mark.parametrize("kind", ["part", "sum"])
+def test_a_drip_is_no_progress(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A byte now and then: it is named by all after the timeout, as if it had sent nothing."""
+    send, drips, last = Link._send, threading.local(), [0.0]
+    parts_bytes = 2 * 4 * 10_000  # of the tensor below, a third for each of the two others
+
+    def one(self: Link, data: memoryview) -> int:
+        if getattr(drips, "after", math.inf) > 0:
+            sent = send(self, data)
+            drips.after = getattr(drips, "after", math.inf) - sent
+            return sent
+        self.events |= mesh.EVENT_WRITE
+        if time.monotonic() - last[0] < 0.05:
+            return 0
+        last[0] = time.monotonic()
+        return send(self, data[:1])
+
+    monkeypatch.setattr(Link, "_send", one)
+    with members(3) as found:
+
+        def act(one: Mesh) -> float:
+            drips.after = math.inf if one.rank != 2 else 0 if kind == "part" else parts_bytes
+            began = time.monotonic()
+            try:
+                one.all_reduce(torch.ones(30_000))
+            finally:
+                took[one.rank] = time.monotonic() - began
+
+        took: dict[int, float] = {}
+        errors = at_all(found.form(timeout_s=0.8), act, may_fail=True)
+        assert [error.parties for error in errors[:2]] == [("clinic-2",)] * 2, errors
+        assert max(took[0], took[1]) < 0.8 + 2.0
+
+
+def test_a_slow_connection_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slower than the timeout allows for all of it, but faster than a drip."""
+    send, last = Link._send, [0.0]
+
+    def some(self: Link, data: memoryview) -> int:
+        self.events |= mesh.EVENT_WRITE
+        if time.monotonic() - last[0] < 0.05:
+            return 0
+        last[0] = time.monotonic()
+        return send(self, data[:4000])
+
+    monkeypatch.setattr(Link, "_send", some)
+    with members(2) as found:
+        x = [torch.ones(20_000), torch.ones(20_000)]
+        at_all(found.form(timeout_s=0.4), lambda one: one.all_reduce(x[one.rank]))
+        assert all(torch.equal(one, torch.full((20_000,), 2.0)) for one in x)
+
+
+def test_a_name_that_resolves_slowly_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer chooses the name: only the link to it waits, and no longer than the timeout."""
+    resolve, over = socket.getaddrinfo, threading.Event()
+
+    def slow(host: Any, *rest: Any, **kwargs: Any) -> Any:
+        if host == "slow.invalid":
+            over.wait(20)
+            raise socket.gaierror("no such host")
+        return resolve(host, *rest, **kwargs)
+
+    watched: list[float] = []
+    with members(3) as found:
+        found.addresses[0] = "slow.invalid:7"
+        monkeypatch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda host, *rest, flags=0, **kwargs: (
+                resolve(host, *rest, flags=flags, **kwargs) if flags else slow(host, *rest, **kwargs)
+            ),
+        )
+        began = time.monotonic()
+        with pytest.raises(PartyLostError, match=r"the name 'slow\.invalid' is not resolved"):
+            found.mesh(1, "g", timeout_s=0.6, watch=lambda: watched.append(time.monotonic()))
+        over.set()
+        assert time.monotonic() - began < 3
+        assert len(watched) >= 3, "it looks after the others meanwhile"
+
+
+def test_an_address_that_leads_back_is_told() -> None:
+    with members(2) as found:
+        found.addresses[0] = found.addresses[1]
+        with pytest.raises(
+            PartyLostError, match=r"leads back to this party itself.*give party clinic-0 'listen'"
+        ):
+            found.mesh(1, "g", timeout_s=0.2)
 
 
 def test_whoever_does_not_come_is_named() -> None:

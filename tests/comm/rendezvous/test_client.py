@@ -146,6 +146,17 @@ def test_who_waits_is_woken_by_another_client(store: RendezvousStore) -> None:
     store.delete_key("@clinic-a/w")
 
 
+def test_who_waits_for_more_than_fits_into_one_answer_gets_all(store: RendezvousStore) -> None:
+    large = bytes(frames.MAX_VALUE_BYTES)
+    keys = [f"@clinic-a/large/{i}" for i in range(3)]
+    for key in keys:
+        store.set(key, large)
+    known: dict[str, bytes | None] = dict.fromkeys(["none", *keys, "last"])
+    assert store.await_change(known, 1) == [None, large, large, large, None]
+    for key in keys:
+        store.delete_key(key)
+
+
 class InterruptedError_(BaseException):
     """What a signal handler raises."""
 

@@ -349,9 +349,9 @@ def test_who_waits_and_is_cut_is_forgotten(plain: RendezvousServer) -> None:
         assert sock.recv(100) == HELLO
         sock.sendall(waiting(b"nothing", None, 25))
     until(lambda: len(plain._handler._store._watches.get(b"nothing", ())) == 3)
-    for session in plain._handler._sessions.values():
-        for connection in session.connections:
-            plain._handler._loop.call_soon_threadsafe(connection.cut)  # type: ignore[union-attr]
+    sessions = list(plain._handler._sessions.values())
+    for connection in [one for session in sessions for one in session.connections]:  # who is cut leaves them
+        plain._handler._loop.call_soon_threadsafe(connection.cut)  # type: ignore[union-attr]
     until(lambda: not plain._handler._store._watches)
     for sock in socks:
         assert ended(sock) == b""

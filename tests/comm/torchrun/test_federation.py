@@ -698,6 +698,20 @@ def test_who_waits_in_a_collective_says_what_the_others_do(
     second.close()
 
 
+def test_a_party_is_not_late_for_itself() -> None:
+    """What it does is published a moment later: until then the store has what it did before."""
+    store = dist.HashStore()
+    store.set("at/0", "training")
+    store.set("at/1", "training")
+    coordinator = store_coordinator.StoreCoordinator(store, 0, 2, timeout_s=30)
+    coordinator.phase = "in round 3"
+    coordinator._reminder = polling.Reminder(first_s=0)
+    coordinator._remind()
+    late = coordinator.timed_out()
+    assert late.parties == ("1",)
+    assert "it waited 30 s for party 1 (training)." in str(late)
+
+
 def test_one_thread_watches_all_rounds_and_ends_with_the_federation() -> None:
     def watching() -> int:
         return sum(thread.name == "waiting for parties" for thread in threading.enumerate())

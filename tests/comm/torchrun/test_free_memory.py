@@ -1,4 +1,4 @@
-"""How much memory is free, as the kernel tells it."""
+"""How much memory is free, as the kernel describes it."""
 
 from pathlib import Path
 
@@ -53,6 +53,36 @@ def written(folder: Path, files: dict[str, str]) -> Path:
 def test_the_smaller_of_host_and_container(groups: dict[str, str], expected: int, tmp_path: Path) -> None:
     proc = written(tmp_path / "proc", {"meminfo": "MemTotal: 9999 kB\nMemAvailable:    4096 kB\n"})
     assert free_bytes(proc, written(tmp_path / "groups", groups)) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "limited", "names"),
+    [
+        # Slurm's step in its job: the job has the limit.
+        ("0::/slurm/job_7/step_0\n", "slurm/job_7", ("memory.max", "memory.current")),
+        (
+            "1:name=systemd:/\n0::/user.slice/run.scope\n",
+            "user.slice/run.scope",
+            ("memory.max", "memory.current"),
+        ),
+        (
+            "9:cpu,cpuacct:/other\n4:hugetlb,memory:/slurm/job_7\n0::/\n",
+            "memory/slurm/job_7",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ),
+        # Of a container that does not see the outer path.
+        ("4:memory:/docker/1f\n", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+        ("0::/../../outside\n", ".", ("memory.max", "memory.current")),
+    ],
+)
+def test_the_smallest_of_all_groups_that_a_process_is_in(
+    own: str, limited: str, names: tuple[str, str], tmp_path: Path
+) -> None:
+    proc = written(tmp_path / "proc", {"meminfo": "MemAvailable: 4096 kB\n", "self/cgroup": own})
+    limit, use = names
+    groups = written(tmp_path / "groups", {f"{limited}/{limit}": "9000\n", f"{limited}/{use}": "2000\n"})
+    written(groups, {f"{limited}/memory.stat": "inactive_file 0\n", "other/memory.max": "1\n"})
+    assert free_bytes(proc, groups) == 7000
 
 
 def test_here_some_memory_is_free() -> None:

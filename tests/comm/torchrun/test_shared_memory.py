@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -27,6 +28,7 @@ from pellm_lightning import Federation
 from pellm_lightning.comm import MismatchError, PartyLostError
 from pellm_lightning.comm.torchrun import host_sockets, shared_memory
 from pellm_lightning.comm.torchrun.host_sockets import HostSockets
+from pellm_lightning.comm.torchrun.lane import LEFT
 from pellm_lightning.comm.torchrun.shared_memory import SWITCH, SharedMemoryLane
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8]
@@ -39,7 +41,12 @@ def on_both(num_parties: int, act: Callable[[Federation], Any]) -> tuple[list[An
     for switch in "10":
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(SWITCH, switch)
-            results.append(run_parties(num_parties, act))
+
+            def checked(federation: Federation, switch: str = switch) -> Any:
+                assert is_shared(federation) == (switch == "1")
+                return act(federation)
+
+            results.append(run_parties(num_parties, checked))
     return results[0], results[1]
 
 
@@ -120,6 +127,53 @@ def test_who_differs_is_told_so_where_gloo_would_end_a_process() -> None:
         assert "all_reduce of 5 x torch.float32, all_reduce of 6 x torch.float32" in str(error)
 
 
+Act = Callable[[Federation], Any]
+ONE, WHOLE = torch.ones(1), torch.ones(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("acts", "words"),
+    [
+        ([lambda f: f.barrier(), lambda f: f.all_reduce_(ONE.clone())], "barrier, all_reduce of 1"),
+        ([lambda f: f.share_memory(64), lambda f: f.barrier()], "share of 64 bytes, barrier"),
+        ([lambda f: f.share_memory(64), lambda f: f.share_memory(128)], "share of 64 bytes, share of 128"),
+        (
+            [lambda f: f.join_quorum("rest", None, {}), lambda f: f.barrier()],
+            "all_gather_bytes of 512, barrier",
+        ),
+        ([lambda f: f.all_to_all([ONE] * 2, [1] * 2), lambda f: f.barrier()], "all_to_all of .*32, barrier"),
+        (
+            [lambda f: f.all_to_all([ONE] * 2, [1] * 2), lambda f: f.all_to_all([WHOLE[:1]] * 2, [1] * 2)],
+            "all_to_all of torch.float32, all_to_all of torch.int64",
+        ),
+        (
+            [lambda f, n=n: f.all_to_all([ONE] * 2, [1, n]) for n in (2, 1)],
+            "Party 1 sends 1 scalars to party 0, .* 2",
+        ),
+        ([lambda f: f.all_gather(ONE, [1, 2])] * 2, r"gather 1, 1 scalars, but expect \[1, 2\]"),
+        (
+            [lambda f: f.all_gather(ONE, [1, 2]), lambda f: f.all_gather(WHOLE, [1, 2])],
+            r"all_gather of \[1, 2\] x torch.float32, all_gather of \[1, 2\] x torch.int64",
+        ),
+        ([lambda f, n=n: f.broadcast_(ONE.clone(), n) for n in (0, 1)], "from 0 of 1 x .*, broadcast from 1"),
+    ],
+)
+def test_all_must_call_the_same_collectives(acts: list[Act], words: str) -> None:
+    errors = run_parties(2, lambda federation: acts[federation.party](federation), may_fail=True)
+    assert all(isinstance(error, MismatchError | PartyLostError) for error in errors), errors
+    assert any(re.search(words, str(error)) for error in errors if isinstance(error, MismatchError)), errors
+
+
+def test_an_uneven_gather_copies_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedMemoryLane, "all_to_all", None)
+
+    def act(federation: Federation) -> list[float]:
+        mine = torch.full((federation.party,), federation.party + 1.0)
+        return torch.cat(federation.all_gather(mine, [0, 1, 2])).tolist()
+
+    assert run_parties(3, act) == [[2.0, 3.0, 3.0]] * 3
+
+
 # ---- memory that all have mapped
 
 
@@ -174,20 +228,63 @@ def test_without_memory_all_use_gloo_and_one_says_how_to_get_it(
 def test_one_that_cannot_map_it_takes_all_to_gloo(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    take = shared_memory._map_received
+    received = HostSockets.exchange
 
-    def fail_at_one(sockets: HostSockets, size_bytes: int) -> Tensor:
-        memory = take(sockets, size_bytes)
-        if sockets.rank == 1:
-            raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        return memory
+    def fail_at_one(sockets: HostSockets, message: bytes, files: list[int] | None = None) -> list[bytes]:
+        answers = received(sockets, message, files)
+        if sockets.rank == 1 and files:
+            os.close(files[0])
+            files[0] = os.open(os.devnull, os.O_RDONLY)  # which cannot be mapped so
+        return answers
 
-    monkeypatch.setattr(shared_memory, "_map_received", fail_at_one)
+    monkeypatch.setattr(HostSockets, "exchange", fail_at_one)
     assert run_parties(3, is_shared) == [False] * 3
-    assert "party 1: [Errno 12]" in caplog.text
+    assert "party 1: [Errno 1" in caplog.text
 
 
-@pytest.mark.parametrize("why", ["argument", "another host", "another user", "no such system", "unreachable"])
+def test_memory_that_is_not_free_is_not_reserved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shared_memory, "free_bytes", lambda: 2_000_001)
+    assert run_parties(2, is_shared) == [False] * 2
+    assert "party 0: [Errno 12] 2 MB are free" in caplog.text
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def test_who_dies_while_it_reserves_memory_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that it has forked may hold its sockets open, as this test does."""
+    process = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(host_sockets, "_credentials", lambda peer: (process.pid, os.geteuid()))
+    mine, held = pair()
+    second = HostSockets(1, {0: mine}, timeout_s=20)
+    threading.Timer(0.2, process.kill).start()
+    began = time.monotonic()
+    try:
+        with pytest.raises(RuntimeError, match="Connection closed by party 0"):
+            shared_memory._allocated(second, 4096)
+        assert time.monotonic() - began < 5
+    finally:
+        process.kill()
+        process.wait()
+        second.close()
+    held.close()
+
+
+def test_memory_that_comes_too_late_is_a_timeout() -> None:
+    mine, other = pair()
+    second = HostSockets(1, {0: mine}, timeout_s=0.1)
+    with pytest.raises(RuntimeError, match="Timed out"):
+        shared_memory._allocated(second, 4096)
+    second.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    "why", ["argument", "other hosts", "another user", "no such system", "no host", "unreachable"]
+)
 def test_all_use_gloo_if_one_cannot_do_otherwise(
     why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,13 +295,18 @@ def test_all_use_gloo_if_one_cannot_do_otherwise(
         process, user = credentials(peer)
         return process, user + (why == "another user" and here.party == 1)
 
+    def own_host() -> list[object]:
+        if why == "no host" and here.party == 1:
+            raise OSError(errno.ENOENT, "No such file or directory")
+        return [*host(), here.party if why == "other hosts" else 0]
+
     def dial(name: str, rank: int) -> Any:
         if why == "unreachable" and rank == 2:
             raise OSError(errno.ECONNREFUSED, "Connection refused")
         return connect(name, rank)
 
     connect = host_sockets._dial
-    monkeypatch.setattr(host_sockets, "_host", lambda: [*host(), why == "another host" and here.party == 1])
+    monkeypatch.setattr(host_sockets, "_host", own_host)
     monkeypatch.setattr(host_sockets, "_credentials", other_credentials)
     monkeypatch.setattr(host_sockets, "_dial", dial)
     monkeypatch.setattr(host_sockets, "_CONNECT_S", 1.0)
@@ -226,6 +328,47 @@ def test_all_use_gloo_if_one_cannot_do_otherwise(
     assert results == [3.0] * 3
     assert "exchanges over Gloo" in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_others_of_this_host_do_not_switch_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Abstract names are listed: anybody can connect, and before the parties do."""
+    dial = host_sockets._dial
+    strangers: list[socket.socket] = []
+
+    def refuse_strangers(peer: socket.socket) -> None:
+        accepted = peer.getsockname()  # the name that was dialled, at the other end none
+        if accepted and peer.recv(9, socket.MSG_PEEK) == b" 1":
+            raise OSError("a process of another user answers")
+
+    def dial_after_strangers(name: str, rank: int) -> socket.socket:
+        for message in (b" 1", b"0", b"7", b"-1", b"words", b""):
+            strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            strangers[-1].connect(f"\0{name}")
+            strangers[-1].send(message) if message else strangers[-1].close()
+        return dial(name, rank)
+
+    monkeypatch.setattr(host_sockets, "_check_user", refuse_strangers)
+    monkeypatch.setattr(host_sockets, "_dial", dial_after_strangers)
+
+    def act(federation: Federation) -> float:
+        assert is_shared(federation)
+        return float(federation.all_reduce_(torch.tensor(1.0 + federation.party)))
+
+    assert run_parties(3, act) == [6.0] * 3
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_without_watched_processes_the_sockets_have_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every build of Python has pidfd_open."""
+    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.setattr(host_sockets, "_credentials", lambda peer: (os.getppid(), os.geteuid()))
+    mine, other = pair()
+    first = HostSockets(0, {1: mine}, timeout_s=5)
+    other.send(b"one")
+    assert first.exchange(b"zero") == [b"zero", b"one"]
+    first.close()
+    other.close()
 
 
 def test_a_limit_of_the_process_is_no_death(tmp_path: Path) -> None:
@@ -293,6 +436,7 @@ def test_killed_at(point: str, tmp_path: Path) -> None:
         assert seen["as_before"], "a failed round must leave the parameters as they were"
         # Each round adds (1 + 2 + 3) / 3 = 2.
         assert seen["global"] == [2.0 * seen["round"] + i for i in range(3)]
+        assert "party 2 (its process " in seen["message"], seen["message"]
         assert seen["noticed_s"] < 1, "the others wait for a dead party"
         # No name of it is left that anybody would have to remove.
         assert set(seen["mapped"]) == {"/memfd:pellm (deleted)"}
@@ -344,6 +488,29 @@ def test_who_leaves_wakes_who_waits_here_and_there() -> None:
     began = woken.pop("left")
     assert woken.keys() == {"own thread", "party 1"}
     assert all(at - began < 1 for at in woken.values())
+
+
+def test_who_closes_in_another_thread_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = {party: pair() for party in (1, 2)}
+    first = HostSockets(0, {party: mine for party, (mine, _) in pairs.items()}, timeout_s=20)
+    receive, closing = HostSockets._receive, threading.Thread(target=first.close)
+
+    def receive_and_close(sockets: HostSockets, *arguments: Any) -> bytes:
+        message = receive(sockets, *arguments)
+        closing.start()
+        time.sleep(0.2)  # it would close meanwhile what is watched
+        return message
+
+    monkeypatch.setattr(HostSockets, "_receive", receive_and_close)
+    pairs[1][1].send(b"one")
+    with pytest.raises(RuntimeError, match=LEFT):
+        first.exchange(b"zero")
+    closing.join()
+    with pytest.raises(RuntimeError, match=LEFT):
+        first.exchange(b"again")
+    first.close()
+    for _, other in pairs.values():
+        other.close()
 
 
 def test_who_leaves_when_all_have_come_is_no_loss() -> None:
