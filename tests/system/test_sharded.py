@@ -184,10 +184,10 @@ def test_the_script_of_the_page_runs(launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("spans", "The strategy ModelParallelStrategy spans 4 processes, but a party has 1 (4 parties)"),
+        ("spans", "A party has 1 process(es) (4 parties in the federation), but the Trainer has devices=4"),
         (
             "devices",
-            "A party has 2 process(es) (2 parties in the federation), but the Trainer has devices=4 x num_nodes=1",
+            "A party has 2 process(es) (2 parties in the federation), but the Trainer has devices=4",
         ),
         ("base", "its base weight lies in shards over the party's processes"),
         ("drift", "SCAFFOLD needs whole parameters in each process, and ModelParallelStrategy keeps them in"),
