@@ -53,7 +53,9 @@ class ZeroParameters(GatheredParameters):
 
         for name, parameter in self._parameters.items():
             value = self._received(name, parameter.device)
-            safe_set_full_fp32_param(parameter, value)
+            # Stage 3 cuts pieces of equal size, the last of which is padded: so must be what it is given.
+            padding = -value.numel() % self._party.topology.party_size if hasattr(parameter, "ds_id") else 0
+            safe_set_full_fp32_param(parameter, nn.functional.pad(value.flatten(), (0, padding)))
             with gathered([parameter], writes=True):
                 parameter.copy_(value)
 
