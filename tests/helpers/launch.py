@@ -15,7 +15,12 @@ def process_environ() -> dict[str, str]:
 
 
 def torchrun(
-    processes: int, words: Sequence[str], cwd: Path, options: Sequence[str] = (), program: str | None = None
+    processes: int,
+    words: Sequence[str],
+    cwd: Path,
+    options: Sequence[str] = (),
+    program: str | None = None,
+    timeout_s: float = 150,
 ) -> subprocess.CompletedProcess[str]:
     """Launch ``words`` (a script and its arguments) in so many processes; return code and output.
 
@@ -31,6 +36,6 @@ def torchrun(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
+        timeout=timeout_s,
         check=False,
     )
