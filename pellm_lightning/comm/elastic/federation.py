@@ -16,6 +16,7 @@ docs/reliability.md.
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -382,7 +383,10 @@ class ElasticFederation(Communicator):
             view = self._quorum_protocol.join(mine, deadline, self._ending())
         except VoidViewError as void:
             log.warning("[party %s] %s", self._name, void)
-            self._register.swap("term", mine.term, mine.term + 1)
+            if void.others:
+                time.sleep(self.membership.patience_s)
+            else:
+                self._register.swap("term", mine.term, mine.term + 1)
             self._limit.failed(str(void))
             return None
         self._next_term = ("", 0)
