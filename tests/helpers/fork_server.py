@@ -222,6 +222,14 @@ def name_methods_quickly() -> None:
     dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
 
 
+def look_up_plugins_once() -> None:
+    """Spare each Trainer the metadata of every package that is installed."""
+    from lightning.fabric.utilities import registry
+
+    registry.entry_points = cache(registry.entry_points)
+    registry._load_external_callbacks("lightning.pytorch.callbacks_factory")
+
+
 def main() -> None:
     verb, place, *words = sys.argv[1:]
     if verb == "run":
@@ -233,6 +241,7 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     name_methods_quickly()
+    look_up_plugins_once()
     original = Original(place)
     os.write(int(words[0]), b"+")
     os.close(int(words[0]))
