@@ -30,8 +30,8 @@ _IMPORTS += ["torch.utils.tensorboard", "jsonargparse", "rich", "cryptography.x5
 _IMPORTS += ["torch.distributed.launcher.api", "lightning.pytorch.cli", "lightning.pytorch.loggers"]
 _IMPORTS += ["pellm_lightning.cli.federated_cli", "pellm_lightning.tasks"]
 _IMPORTS += [f"transformers.models.{name}" for name in ("llama.modeling_llama", "bert.modeling_bert")]
-_IMPORTS += ["attrs", "peft.tuners.lora.bnb", "datasets", "opacus", "trl.trainer.sft_trainer"]
-_IMPORTS += ["dp_accounting.rdp", "matplotlib.backends.backend_svg", "torch.utils.serialization"]
+_IMPORTS += ["attrs", "peft.tuners.lora.bnb", "datasets"]
+_IMPORTS += ["matplotlib.backends.backend_svg", "torch.utils.serialization"]
 _REQUEST_BYTES = 1 << 20
 
 
@@ -255,7 +255,10 @@ def main() -> None:
     become(request, own)
     status: Any = 0
     try:
-        if sys.argv[0] == "-m":
+        if sys.argv[0] == "-c":
+            code = sys.argv.pop(1)
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        elif sys.argv[0] == "-m":
             name = sys.argv[1]
             sys.argv = sys.argv[1:]
             runpy.run_module(name, run_name="__main__", alter_sys=True)

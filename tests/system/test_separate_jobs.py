@@ -3,6 +3,7 @@
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,12 @@ class Jobs:
     def log(self, name: str) -> str:
         return (self.cwd / f"{name}.log").read_text(errors="replace")
 
+    def until_said(self, name: str, words: str, timeout_s: float = 60) -> None:
+        until = time.monotonic() + timeout_s
+        while words not in self.log(name):
+            assert time.monotonic() < until, self.log(name)[-4000:]
+            time.sleep(0.05)
+
     def ended(self, name: str, timeout_s: float = 120) -> int:
         try:
             return self.processes[name].wait(timeout_s)
@@ -110,6 +117,7 @@ def test_a_federation_outlives_its_processes(jobs: Jobs) -> None:
     jobs.processes["rendezvous"].kill()
     jobs.processes["rendezvous"].wait()
     jobs.rendezvous("rendezvous-2")
+    jobs.until_said("b", "Restored all states from the checkpoint")  # else a and c may end without it
     jobs.fit("c", f"--trainer.callbacks.announce={back}", "--ckpt_path=last", log="c-2")
     for name in ("a", "b", "c-2"):
         assert jobs.ended(name) == 0, f"{name}:\n{jobs.log(name)[-6000:]}"
