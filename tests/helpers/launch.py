@@ -24,11 +24,11 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """Launch ``words`` (a script and its arguments) in so many processes; return code and output.
 
-    ``program`` is a Python that has imported nothing yet, where that matters.
+    ``program`` is a Python for them that has imported nothing yet, where that matters.
     """
     return subprocess.run(
         [
-            *(program or python(), "-m", "torch.distributed.run", "--standalone"),
+            *(python(), "-m", "torch.distributed.run", "--standalone"),
             *(f"--nproc-per-node={processes}", *options, *words),
         ],
         cwd=cwd,
