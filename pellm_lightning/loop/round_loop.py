@@ -116,6 +116,7 @@ class RoundLoop:
         self._values = values
         self._weighting = factory.weight_by
         self._overlap = factory.overlap
+        self._run_due = self._begin_round if self._overlap.in_background else self._run_round
         self._schedule = factory.schedule
         self._resets_inner = factory.inner_optimizer_state == "reset"
         self._shares_loss = shares_loss
@@ -239,12 +240,12 @@ class RoundLoop:
             self._apply(on_bar=True)
         if self._is_due(epoch_ends=epoch_ends):
             self._on_due()
-            self._run_due_round()
+            self._run_due()
 
     def after_epoch(self) -> None:
         """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
         if self._is_due(epoch_ends=True):
-            self._run_due_round()
+            self._run_due()
 
     def mean(self, local: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the mean over the parties of each named (value, weight)."""
@@ -292,13 +293,6 @@ class RoundLoop:
         if self._schedule.unit == "seconds":
             return self._party.on_leader(self._schedule.due, clock)  # clocks differ
         return self._schedule.due(clock)
-
-    def _run_due_round(self) -> None:
-        """Run a round, in the background if rounds overlap with training."""
-        if self._overlap.in_background:
-            self._begin_round()
-        else:
-            self._run_round()
 
     def _run_round(self, *, on_bar: bool = True) -> None:
         """Run a round while training waits."""
