@@ -1,11 +1,13 @@
 """Guards against leaks of environment variables, process groups, threads or ranks; fixtures of many files.
 
-By ``pytest -n 2 --dist loadfile --no-loadscope-reorder`` two files run at a time. Tests that measure seconds,
-or whose parties give each other up after tenths of a second, run with nothing beside them all the same.
+By ``pytest -n 2 --dist loadfile --no-loadscope-reorder`` two files run at a time. Tests that measure seconds
+run with nothing beside them all the same, and those whose parties give each other up after tenths of a second
+only beside one another.
 """
 
 import contextlib
 import fcntl
+import functools
 import gc
 import logging
 import os
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 from job_threads import World
+from lightning.fabric.utilities import registry
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.connectors import data_connector
 
@@ -35,38 +38,47 @@ settings.load_profile("tests")
 gc.disable()  # imports and 6,000 tests are no garbage, but make every collection slow: until tests run
 
 TESTS = Path(__file__).parent
-# Besides all tests of separate jobs as threads, the fixture ``world``.
+# Nothing runs beside them: their processes need both cores, or they measure what a processor can do.
 _ALONE = {
+    "comm/rendezvous/test_server.py",
+    "comm/torchrun/test_shared_memory.py",
+    "engine/test_overlap.py",
+    "engine/test_round_report.py",
+    "system/test_chaos.py",
+    "system/test_networks.py",
+    "tensors/test_snapshot.py",
+}
+# They wait more than they compute, so one runs beside another, and nothing else does. So do all tests of
+# separate jobs as threads, the fixture ``world``.
+_PATIENT = {
     "callbacks/test_separate_jobs.py",
     "callbacks/test_separate_jobs_errors.py",
     "comm/elastic/test_reachability.py",
     "comm/elastic/test_separate_jobs.py",
     "comm/mesh/test_mesh.py",
     "comm/rendezvous/test_client.py",
-    "comm/rendezvous/test_server.py",
-    "comm/torchrun/test_shared_memory.py",
-    "engine/test_overlap.py",
-    "engine/test_round_report.py",
     "exchange/secure/test_separate_jobs.py",
-    "system/test_chaos.py",
-    "system/test_networks.py",
-    "tensors/test_snapshot.py",
 }
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def _runs_alone(item: pytest.Item) -> bool:
-    return item.path.relative_to(TESTS).as_posix() in _ALONE or "world" in getattr(item, "fixturenames", ())
+def _kind(item: pytest.Item) -> str:
+    """Return "alone", "patient" for what runs beside its like only, or nothing for all else."""
+    path = item.path.relative_to(TESTS).as_posix()
+    if path in _ALONE:
+        return "alone"
+    return "patient" if path in _PATIENT or "world" in getattr(item, "fixturenames", ()) else ""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files last that run alone, and the launches first, so that two workers end together."""
-    for item in filter(_runs_alone, items):
-        item.add_marker("alone")
-    alone = {item.path for item in items if item.get_closest_marker("alone")}
+    for item in items:
+        if _kind(item):
+            item.add_marker("alone")
+    last = {item.path: _kind(item) for item in items if item.get_closest_marker("alone")}
     launched = {item.path for item in items if item.get_closest_marker("torchrun")}
-    items.sort(key=lambda item: (item.path in alone, item.path not in launched))
+    items.sort(key=lambda item: (last.get(item.path, ""), item.path not in launched))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -78,25 +90,29 @@ def pytest_runtestloop() -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which must not count the waiting
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Let a test that runs alone wait until nothing runs beside it, and others until it has ended."""
+    """Let a test wait until nothing runs that must not run beside it."""
     if item.get_closest_marker("torchrun") or getattr(item.module, "python", None) is fork_server.python:
         fork_server.python()  # no test's own time: on a busy machine it takes tens of seconds to come up
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return (yield)
-    with (
-        _locked(TESTS, fcntl.LOCK_EX) as waiting,
-        _locked(TESTS / "conftest.py", fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH),
-    ):
-        fcntl.flock(waiting, fcntl.LOCK_UN)  # who waits to be alone holds it, so that nobody slips in before
+    with contextlib.ExitStack() as held:
+        # Who waits holds the first, so that nobody slips in before. Each kind shares its own file, and passes
+        # only when nobody holds the other's.
+        with _locked(TESTS, fcntl.LOCK_EX):
+            kind = _kind(item)
+            own, other = ("helpers", "conftest.py") if kind == "patient" else ("conftest.py", "helpers")
+            with _locked(TESTS / other, fcntl.LOCK_EX):
+                shared = fcntl.LOCK_EX if kind == "alone" else fcntl.LOCK_SH
+                held.enter_context(_locked(TESTS / own, shared))
         return (yield)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, how: int) -> Iterator[int]:
+def _locked(path: Path, how: int) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, how)
-        yield descriptor
+        yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a fork may hold it open
         os.close(descriptor)
@@ -179,6 +195,14 @@ def loaders_are_requested_one_at_a_time() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_connector, "_replace_dunder_methods", replace_alone)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plugins_are_looked_up_once() -> Iterator[None]:
+    """Keep what is installed: each of thousands of Trainers would read the metadata of every package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
         yield
 
 

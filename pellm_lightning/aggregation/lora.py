@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pellm_lightning.tensors.selection import plain_name
+from pellm_lightning.tensors.sharding import is_sharded, storage_key, whole
 
 _FACTOR = re.compile(
     r"^(?:(?P<module>.*)\.)?lora_(?P<kind>embedding_)?(?P<factor>[AB])\.(?P<adapter>[^.]+)(?P<weight>\.weight)?$"
@@ -93,7 +94,10 @@ def find_pairs(names: Iterable[str]) -> list[Pair]:
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
-    """Return the facts of every LoRA module of a PEFT model, by the names of its pairs."""
+    """Return the facts of every LoRA module of a PEFT model, by the names of its pairs.
+
+    All processes of a party call it, since factors may lie in shards over them.
+    """
     shared = _shared_storages(model.named_parameters(remove_duplicate=False))
     found = {}
     modules: Iterable[tuple[str, Any]] = model.named_modules()
@@ -102,7 +106,7 @@ def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
             for adapter, value in module.scaling.items():
                 name = plain_name(f"{path}.{adapter}" if path else adapter)
                 a, b = _factors(module, adapter)
-                tied = a.data_ptr() in shared or b.data_ptr() in shared
+                tied = storage_key(a) in shared or storage_key(b) in shared
                 unsupported_reason = (
                     "another module has the same factors" if tied else _unsupported_reason(module, adapter)
                 )
@@ -114,7 +118,7 @@ def lora_modules(model: nn.Module) -> dict[str, LoraModule]:
                     base,
                     unsupported_reason,
                     unwritable_base_reason,
-                    not a.any(),
+                    not whole(a).any(),
                     1 if unsupported_reason else _num_experts(module),
                 )
     return found
@@ -211,7 +215,9 @@ def _base(
     weight = getattr(layer, getattr(module, "parameter_name", "weight"), None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "quant_state"):
         return None, "its base weight is quantised, or in another read-only form"
-    if weight.data_ptr() in shared:
+    if is_sharded(weight):
+        return None, "its base weight lies in shards over the party's processes"
+    if storage_key(weight) in shared:
         return None, "its base weight is tied to that of another module"
     if not weight.is_contiguous():
         return None, "its base weight is not contiguous"
@@ -242,5 +248,5 @@ def _base(
 
 def _shared_storages(parameters: Iterable[tuple[str, nn.Parameter]]) -> set[int]:
     """Return the addresses of parameters with several names."""
-    seen = Counter(parameter.data_ptr() for _, parameter in parameters)
+    seen = Counter(storage_key(parameter) for _, parameter in parameters)
     return {address for address, times in seen.items() if times > 1}

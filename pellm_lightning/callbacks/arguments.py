@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
 )
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -42,26 +41,8 @@ def protects_records(trainer: Trainer, weighting: object) -> bool:
     return True
 
 
-def trainer(trainer: Trainer, callback: Callback, topology: Topology) -> None:
-    """Check that the Trainer leaves other parties alone and lets the written parameters stand."""
-    strategy = trainer.strategy
-    # DeepSpeed's is also a kind of DDPStrategy.
-    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(
-        strategy, SingleDeviceStrategy | DDPStrategy
-    ):
-        raise MisconfigurationException(
-            f"Trainer(strategy={type(strategy).__name__}) shards or shadows a party's parameters, so a"
-            " round's result could be lost by the next optimizer step. Use a single device or strategy='ddp'"
-            " inside a party."
-        )
-    if strategy.world_size != topology.party_size:
-        raise MisconfigurationException(
-            f"The strategy {type(strategy).__name__} spans {strategy.world_size} processes, but a party has"
-            f" {topology.party_size} ({topology.num_parties} parties). Gradients would cross between parties."
-            " Pass plugins=[PartyEnvironment(num_parties=...)] so that each party is a world of its own,"
-            " with devices set to the processes per party (devices=1 and no strategy for single-process"
-            " parties)."
-        )
+def trainer(trainer: Trainer, callback: Callback) -> None:
+    """Check that no other callback of the Trainer federates, or searches at each party alone."""
     only_one(trainer, callback)
     for other in callbacks_of(trainer):
         if isinstance(other, LearningRateFinder | BatchSizeFinder):
@@ -105,15 +86,22 @@ def quantized_base(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def samplers(trainer: Trainer, topology: Topology) -> None:
-    """Check that no sampler hands out only a part of the party's private data."""
+def samplers(trainer: Trainer, topology: Topology, copies: int = 1) -> None:
+    """Check that no sampler hands out only a part of the party's private data.
+
+    Args:
+        trainer: Its training DataLoader has the sampler.
+        topology: Party and rank of this process.
+        copies: Processes of the party that get the same batch.
+    """
+    replicas = topology.party_size // copies
 
     def check(loader: Any) -> Any:
         sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, DistributedSampler) and sampler.num_replicas != topology.party_size:
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas != replicas:
             raise MisconfigurationException(
                 f"The training DataLoader of party {topology.party} has a DistributedSampler over"
-                f" {sampler.num_replicas} replicas, but the party has {topology.party_size} process(es): it"
+                f" {sampler.num_replicas} replicas, but the party has {replicas} process(es) with data: it"
                 " would train on a part of its private data only. Remove the sampler; Lightning adds one"
                 " inside a party by itself."
             )

@@ -13,6 +13,7 @@ from typing_extensions import override
 from pellm_lightning.aggregation import Aggregation
 from pellm_lightning.callbacks import arguments as checks
 from pellm_lightning.callbacks.fit import FederatedFit, state_dir, stopped_path
+from pellm_lightning.callbacks.strategies import check_strategy, is_sharding
 from pellm_lightning.comm import Communicator, Quorum
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.join import join
@@ -30,7 +31,7 @@ from pellm_lightning.loop.weighting import Weighting
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.logs import show_log_lines
 from pellm_lightning.report.run_summary import RunSummary
-from pellm_lightning.tensors.selection import load_compiled_, named_as_in
+from pellm_lightning.tensors.selection import load_compiled_, named_as_in, plain_name
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import check_party_size, owns_terminal, set_rank_zero, topology_of
 from pellm_lightning.trainer.pickling import own_state
@@ -38,6 +39,8 @@ from pellm_lightning.trainer.resume import check_checkpoint, last_of_unfinished,
 
 log = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
+_SAVED = "pellm_lightning saved"
+"""Key of a checkpoint: the names of what it holds of the module, if frozen parameters are left out."""
 
 
 class FederatedAveraging(Callback):
@@ -208,6 +211,7 @@ class FederatedAveraging(Callback):
         if stage == "fit":
             check_party_size(self._topology, trainer.num_devices, trainer.num_nodes)
             self._state, self.rounds, self.summary = {}, [], None
+            check_strategy(trainer, self._topology, self.factory)
             self._fit = FederatedFit(
                 self.factory, self.jobs, trainer, pl_module, self._topology, self.connect
             )
@@ -338,8 +342,13 @@ class FederatedAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave frozen parameters out of the checkpoint if asked to, unless rounds write into them."""
-        for name in self._unsaved(pl_module) & checkpoint["state_dict"].keys():
-            del checkpoint["state_dict"][name]
+        if self.parameters.save_frozen:
+            return
+        unsaved, saved = {plain_name(name) for name in self._unsaved(pl_module)}, checkpoint["state_dict"]
+        for name in [name for name in saved if plain_name(name) in unsaved]:
+            del saved[name]
+        if is_sharding(trainer.strategy):  # which loads the module's state before it tells what there was
+            checkpoint[_SAVED] = list(saved)
 
     @override
     def on_load_checkpoint(
@@ -347,7 +356,8 @@ class FederatedAveraging(Callback):
     ) -> None:
         """Check what non-strict loading of a checkpoint without frozen parameters would let pass."""
         if not self.parameters.save_frozen:
-            state_dict = named_as_in(pl_module, checkpoint["state_dict"])
+            saved = checkpoint.get("state_dict") or dict.fromkeys(checkpoint.get(_SAVED, ()))
+            state_dict = named_as_in(pl_module, saved)
             checks.trainable_checkpoint(pl_module, state_dict, self._unsaved(pl_module))
 
     # ---- small parts

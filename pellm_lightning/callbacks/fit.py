@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from torch import nn
+from torch import Tensor, nn
 
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
@@ -21,6 +21,7 @@ from pellm_lightning.callbacks.fit_facts import (
     warn_of_unequal_fits,
 )
 from pellm_lightning.callbacks.lightning_training import LightningTraining, make_aggregator
+from pellm_lightning.callbacks.strategies import check_sharded_module
 from pellm_lightning.callbacks.weight_averaging import (
     begin_averaging,
     check_averaging,
@@ -44,6 +45,8 @@ from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import describe_device
 from pellm_lightning.trainer.metrics import ValidationMetrics
+from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters
+from pellm_lightning.trainer.samples import batch_copies
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +123,7 @@ class FederatedFit:
             MisconfigurationException: If it is one.
         """
         trainer, factory, joined = self._trainer, self._factory, self._session.communicator
-        arguments.trainer(trainer, callback, self.party.topology)
+        arguments.trainer(trainer, callback)
         check_averaging(
             trainer,
             factory.schedule,
@@ -138,10 +141,12 @@ class FederatedFit:
         Raises:
             MisconfigurationException: If it cannot.
         """
+        check_sharded_module(self._module)
         if self._factory.parameters.save_frozen:
             arguments.quantized_base(self._trainer, self._module)
         if self._factory.aggregation is not None:
-            self._plan(self._select())
+            with gathered(self._root):
+                self._plan(self._select())
 
     def start(self, state: Mapping[str, Any], rounds: list[RoundReport], *, record: bool) -> RunSummary:
         """Agree on what is shared and take party 0's parameters, or resume; return the summary of the run.
@@ -156,11 +161,15 @@ class FederatedFit:
             MismatchError: If the parties differ.
         """
         trainer, factory, topology = self._trainer, self._factory, self.party.topology
-        arguments.samplers(trainer, topology)
-        trainable = self._select()
-        plan = self._plan(trainable)
-        shared = {name: trainable[name] for name in sorted(plan.shared)}
-        self._check_optimizers(plan, shared)
+        arguments.samplers(trainer, topology, batch_copies(trainer))
+        with gathered(self._root):
+            trainable = self._select()
+            plan = self._plan(trainable)
+            shared = {name: trainable[name] for name in sorted(plan.shared)}
+            self._check_optimizers(plan, shared)
+            with _misconfigured(f"Party {topology.name}: "):
+                values = party_parameters(self.party, self._root, shared, plan.written_bases)
+        frozen = values.frozen_state(self._module) if factory.parameters.check_frozen else {}
         self._trainable = TrainableSet(self._module, factory.parameters.include, factory.parameters.exclude)
         stopped = stopped_path(trainer, topology.party, self._jobs)
         warns = factory.weight_by == "samples"
@@ -171,6 +180,7 @@ class FederatedFit:
             factory,
             plan,
             trainable,
+            values,
             shares_loss=self._shares_loss,
             drift=self._drift,
             on_due=lambda: self.check_trainable(everything=False),
@@ -180,14 +190,14 @@ class FederatedFit:
         if state:
             with _misconfigured():
                 self._loop.check_resumed(state)
-        started = self._loop.start(lambda: self._make_aggregator(trainable, plan), state)
+        started = self._loop.start(lambda: self._make_aggregator(values.tensors, plan, frozen), state)
         if started.overwritten:
             begin_averaging(trainer, self._module)
         names = self.party.on_leader(self._roster)
         summary = RunSummary(names, started.settings, plan.rule.writes_base).resumed(state.get("summary", {}))
         self._reporter = Reporter(trainer, topology, summary, rounds, self._new_record() if record else None)
         if topology.is_leader:
-            self._report_start(plan, shared, started)
+            self._report_start(plan, values.tensors, started)
         return summary
 
     # ---- during training
@@ -216,7 +226,7 @@ class FederatedFit:
 
     def end_validation(self) -> None:
         """Average the validation's metrics over the parties."""
-        local = self.validation.end(self._trainer, self.party)
+        local = self.validation.end(self._trainer, self.party, batch_copies(self._trainer))
         self.reporter.validation(local, self.loop.mean(local))
 
     # ---- the end
@@ -260,6 +270,12 @@ class FederatedFit:
         if self._trainer.received_sigterm:
             raise SIGTERMException
 
+    @property
+    def _root(self) -> nn.Module:
+        """The module as the strategy has wrapped it."""
+        wrapped = self._trainer.strategy.model
+        return self._module if wrapped is None else wrapped
+
     def _select(self) -> dict[str, nn.Parameter]:
         try:
             return self._factory.parameters.select(self._module)
@@ -278,18 +294,22 @@ class FederatedFit:
         arguments.optimizers(self._trainer, trained)
         check_optimizers(self._factory, self._trainer, self._drift, shared)
 
-    def _make_aggregator(self, trainable: Mapping[str, nn.Parameter], plan: Plan) -> Aggregator:
+    def _make_aggregator(
+        self, tensors: Mapping[str, Tensor], plan: Plan, frozen: Mapping[str, Tensor | str]
+    ) -> Aggregator:
         trainer, factory = self._trainer, self._factory
-        weight = expected_weight(trainer, factory.weight_by, factory.schedule, self.party.topology.party_size)
+        processes = self.party.topology.party_size // batch_copies(trainer)
+        weight = expected_weight(trainer, factory.weight_by, factory.schedule, processes)
         shares_steps = self._shares_loss and not factory.exchange.is_secure and factory.privacy is None
         return make_aggregator(
             factory,
             self._session.leading,
             trainer,
             self._module,
-            trainable,
+            tensors,
             plan,
             self._auxiliary,
+            frozen=frozen,
             facts=asdict(FitFacts.of(trainer, self.validation.names, weight, shares_steps=shares_steps)),
             state_dir=state_dir(trainer, self.party.topology.party, self._jobs),
         )
@@ -311,7 +331,7 @@ class FederatedFit:
             root = isolation.below(root, topology.party)
         return RunRecord(os.path.join(root, FILE_NAME))
 
-    def _report_start(self, plan: Plan, shared: Mapping[str, nn.Parameter], started: Started) -> None:
+    def _report_start(self, plan: Plan, shared: Mapping[str, Tensor], started: Started) -> None:
         factory, topology = self._factory, self.party.topology
         if topology.party == 0:
             quorum = int(started.settings["quorum"] or 1)

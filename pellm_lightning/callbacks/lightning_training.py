@@ -18,7 +18,7 @@ from pellm_lightning.engine.auxiliary import AuxiliaryTerms
 from pellm_lightning.loop.aggregator_factory import AggregatorFactory
 from pellm_lightning.loop.local_training import LocalTraining
 from pellm_lightning.trainer import isolation, resume
-from pellm_lightning.trainer.samples import SampleCounter
+from pellm_lightning.trainer.samples import SampleCounter, batch_copies
 
 
 class LightningTraining(LocalTraining):
@@ -56,6 +56,11 @@ class LightningTraining(LocalTraining):
     @override
     def optimizers(self) -> Sequence[Optimizer]:
         return self._trainer.optimizers
+
+    @property
+    @override
+    def batch_copies(self) -> int:
+        return batch_copies(self._trainer)
 
     @override
     def stop(self) -> None:
@@ -101,6 +106,7 @@ def make_aggregator(
     plan: Plan,
     auxiliary: AuxiliaryTerms | None,
     *,
+    frozen: Mapping[str, Tensor | str] | None = None,
     facts: Mapping[str, Any] | None = None,
     state_dir: str | None = None,
 ) -> Aggregator:
@@ -111,6 +117,7 @@ def make_aggregator(
         parameters,
         plan,
         auxiliary,
+        frozen=frozen,
         config={"weight averaging": agreed(trainer)},
         files=isolation.written_paths(trainer),
         facts=facts,

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -216,7 +218,8 @@ def _record(text: str) -> None:
     """Write the error where torchrun looks for it, so that its summary shows it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        # torchrun shows the earliest, in whole seconds: before those that end beside it and record nothing.
+        message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
@@ -228,6 +231,9 @@ def _claim(words: str, *, second_hand: bool) -> bool:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
+    if not second_hand and threading.current_thread() is threading.main_thread():
+        # Others that fail alike end at once, and torchrun then terminates who has yet to print and to exit.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from pellm_lightning.comm.torchrun.store import claim_error
 
     same = sorted(re.findall(r"\w+", re.sub(r"(?i)\b(party|rank)[- ]\w+", "", words)))

@@ -76,7 +76,7 @@ class Aggregator:
         outer_scheduler: Makes a torch scheduler of that optimizer's learning rate, stepped once for each
             round in which a party counted; with fragments, once for each such round of a fragment.
         frozen: Named tensors that stay local but must be the same everywhere, from ``frozen_state(model)``;
-            every value is compared, by digests that are made once.
+            every value is compared, by digests that are made once; those of tensors in shards are given.
         adapters: PEFT configurations that must be the same everywhere, from ``adapter_configs(model)``.
         config: Settings that must be equal at all parties, by name; compared at the start.
         files: Paths this party writes to ("host:path"), which no other party may share.
@@ -125,7 +125,7 @@ class Aggregator:
         auxiliary: AuxiliaryTerms | None = None,
         outer_optimizer: OptimizerFactory = outer.sgd_one,
         outer_scheduler: SchedulerFactory | None = None,
-        frozen: Mapping[str, Tensor] | None = None,
+        frozen: Mapping[str, Tensor | str] | None = None,
         adapters: AdapterConfigs | None = None,
         config: Settings | None = None,
         files: Iterable[str] = (),

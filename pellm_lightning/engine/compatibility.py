@@ -22,12 +22,16 @@ PROTOCOL = 8
 PartySpec: TypeAlias = dict[str, Any]
 
 
-def base_digests(frozen: Mapping[str, Tensor]) -> dict[str, str]:
+def base_digests(frozen: Mapping[str, Tensor | str]) -> dict[str, str]:
     """Return a digest per frozen tensor: of its shape, its dtype and every value.
 
-    Different for another checkpoint, revision or quantisation, and for a single row or value of them.
+    Different for another checkpoint, revision or quantisation, and for a single row or value of them. What is
+    a digest already, of a tensor in shards, stays it.
     """
-    return {name: str(tensor_digest(tensor)) for name, tensor in frozen.items()}
+    return {
+        name: tensor if isinstance(tensor, str) else str(tensor_digest(tensor))
+        for name, tensor in frozen.items()
+    }
 
 
 def schema(layout: Layout, plan: Plan) -> list[list[str]]:

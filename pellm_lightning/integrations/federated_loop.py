@@ -30,8 +30,10 @@ from pellm_lightning.loop.trainable import TrainableSet
 from pellm_lightning.report.logs import log_round, log_start, show_log_lines, warn_of_share
 from pellm_lightning.report.record import FILE_NAME, RunRecord, Start, Validation
 from pellm_lightning.report.run_summary import RunSummary
+from pellm_lightning.tensors.sharding import storage_key, whole
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import owns_terminal
+from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters
 
 
 class OwnTraining(LocalTraining):
@@ -83,8 +85,9 @@ class OwnTraining(LocalTraining):
 
     @override
     def save(self, path: str, *, leads: bool) -> str:
-        if leads:
-            save_trained(self._module, path, step=self.steps, epoch=self.epochs, written=self.written)
+        save_trained(
+            self._module, path, step=self.steps, epoch=self.epochs, written=self.written, leads=leads
+        )
         return (
             "It holds parameters without optimizers: begin anew from its torch.load(...)['parameters'], or"
             " resume from the last checkpoint of your own."
@@ -96,9 +99,15 @@ class OwnTraining(LocalTraining):
 
 
 def save_trained(
-    module: nn.Module, path: str, *, step: int, epoch: int, written: Sequence[Tensor] = ()
+    module: nn.Module,
+    path: str,
+    *,
+    step: int,
+    epoch: int,
+    written: Sequence[Tensor] = (),
+    leads: bool = True,
 ) -> None:
-    """Save a module's trained parameters by name.
+    """Save a module's trained parameters by name; of a sharded module all processes of the party call it.
 
     Args:
         module: The module.
@@ -106,15 +115,17 @@ def save_trained(
         step: Optimizer steps made.
         epoch: Index of the epoch.
         written: Frozen weights that rounds have written into, to be saved as well.
+        leads: Whether this process writes the file.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    changed = {tensor.data_ptr() for tensor in written}
+    changed = {storage_key(tensor) for tensor in written}
     parameters = {
-        name: p.detach()
+        name: whole(p)
         for name, p in module.named_parameters()
-        if p.requires_grad or p.data_ptr() in changed
+        if p.requires_grad or storage_key(p) in changed
     }
-    torch.save({"step": step, "epoch": epoch, "parameters": parameters}, path)
+    if leads:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"step": step, "epoch": epoch, "parameters": parameters}, path)
 
 
 class FederatedLoop:
@@ -358,10 +369,14 @@ class FederatedLoop:
         show_log_lines()
         factory, module, party = self._factory, self._module, self._joined.party
         arguments.warn_of_uncapped(factory.aggregation, factory.weight_by, factory.max_share)
-        trainable = factory.parameters.select(module)
-        party.device = next(iter(trainable.values())).device
-        plan = factory.plan(module, trainable, None)
+        with gathered(module):
+            trainable = factory.parameters.select(module)
+            party.device = next(iter(trainable.values())).device
+            plan = factory.plan(module, trainable, None)
+            shared = {name: trainable[name] for name in sorted(plan.shared)}
+            values = party_parameters(party, module, shared, plan.written_bases)
         self._own.written = plan.written_bases
+        frozen = values.frozen_state(module) if factory.parameters.check_frozen else {}
         self._trainable = TrainableSet(module, factory.parameters.include, factory.parameters.exclude)
         self._loop = RoundLoop(
             self._local,
@@ -369,6 +384,7 @@ class FederatedLoop:
             factory,
             plan,
             trainable,
+            values,
             shares_loss=True,
             drift=None,
             on_round=self._report_round,
@@ -376,7 +392,7 @@ class FederatedLoop:
         )
         if self._state:
             self._loop.check_resumed(self._state)
-        started = self._loop.start(lambda: self._make_aggregator(trainable, plan), self._state)
+        started = self._loop.start(lambda: self._make_aggregator(values.tensors, plan, frozen), self._state)
         self._next_round = started.round
         names = party.on_leader(lambda: list(self._joined.leading.roster))
         summary = RunSummary(names, started.settings, plan.rule.writes_base)
@@ -385,14 +401,17 @@ class FederatedLoop:
         if party.topology.is_leader:
             self._report_start(plan, trainable, started)
 
-    def _make_aggregator(self, trainable: Mapping[str, nn.Parameter], plan: Plan) -> Aggregator:
+    def _make_aggregator(
+        self, tensors: Mapping[str, Tensor], plan: Plan, frozen: Mapping[str, Tensor | str]
+    ) -> Aggregator:
         jobs = self._jobs
         return self._factory.make(
             self._joined.leading,
             self._module,
-            trainable,
+            tensors,
             plan,
             None,
+            frozen=frozen,
             files=[f"{os.uname().nodename}:{os.path.abspath(self._path())}"],
             state_dir=None if jobs is None else jobs.state_dir or self._path("federation"),
         )

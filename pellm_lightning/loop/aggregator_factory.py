@@ -119,6 +119,7 @@ class AggregatorFactory:
         plan: Plan,
         auxiliary: AuxiliaryTerms | None,
         *,
+        frozen: Mapping[str, Tensor | str] | None = None,
         config: Settings | None = None,
         files: Iterable[str] = (),
         facts: Mapping[str, Any] | None = None,
@@ -132,6 +133,8 @@ class AggregatorFactory:
             parameters: Trainable tensors by name, the module's or others of the same shapes.
             plan: The rule applied to the parameters.
             auxiliary: What a drift correction adds to the rounds.
+            frozen: What is frozen and must be equal, as of ``PartyParameters.frozen_state``; None takes the
+                module's.
             config: What else must be the same at all parties.
             files: Where this party writes.
             facts: What the other parties are told of this party's fit.
@@ -149,7 +152,7 @@ class AggregatorFactory:
             auxiliary=auxiliary,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
-            frozen=frozen_state(module) if self.parameters.check_frozen else None,
+            frozen=(frozen or frozen_state(module)) if self.parameters.check_frozen else None,
             adapters=adapter_configs(module),
             config={
                 **{name: getattr(self, name) for name in ARGUMENTS},

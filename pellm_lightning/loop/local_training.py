@@ -33,6 +33,11 @@ class LocalTraining(ABC):
     def optimizers(self) -> Sequence[Optimizer]:
         """The local optimizers."""
 
+    @property
+    def batch_copies(self) -> int:
+        """Processes of the party that train on the same batch, as tensor-parallel ones do."""
+        return 1
+
     @abstractmethod
     def stop(self) -> None:
         """Ask the loop to end after the present step."""

@@ -8,6 +8,7 @@ from torch import nn
 from pellm_lightning.aggregation import lora_modules
 from pellm_lightning.tensors.frozen_state import quantization_state
 from pellm_lightning.tensors.selection import select
+from pellm_lightning.tensors.sharding import storage_key
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Parameters:
             quantisation state over the parties before training, by digests computed once per fit.
         save_frozen: Whether checkpoints hold the frozen parameters too. Without them a checkpoint is as small
             as the adapter, and is resumed on, or loaded onto, a freshly built base.
+        experimental: Allow parties that train by FSDPStrategy or DeepSpeedStrategy, which have not been run
+            in a federation yet; see the page on sharded parties.
 
     Raises:
         ValueError: If a list of patterns is none.
@@ -37,6 +40,7 @@ class Parameters:
     exclude: Sequence[str] = ()
     check_frozen: bool = True
     save_frozen: bool = True
+    experimental: bool = False
 
     def __post_init__(self) -> None:
         _check_patterns("include", self.include)
@@ -60,9 +64,9 @@ class Parameters:
         if self.save_frozen:
             return set()
         bases = [lora.base for lora in lora_modules(module).values()] if writes_base else []
-        written = {base.data_ptr() for base in bases if base is not None}
+        written = {storage_key(base) for base in bases if base is not None}
         parameters = module.named_parameters(remove_duplicate=False)
-        frozen = {name for name, p in parameters if not p.requires_grad and p.data_ptr() not in written}
+        frozen = {name for name, p in parameters if not p.requires_grad and storage_key(p) not in written}
         return frozen | quantization_state(module)
 
 

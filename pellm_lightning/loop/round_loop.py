@@ -23,6 +23,7 @@ from pellm_lightning.loop.local_training import LocalCorrection, LocalTraining
 from pellm_lightning.loop.schedule import Clock
 from pellm_lightning.tensors.flat_buffer import Layout
 from pellm_lightning.trainer.file_names import unused
+from pellm_lightning.trainer.party_parameters.base import PartyParameters
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class RoundLoop:
         factory: The callback's arguments.
         plan: The aggregation, applied to the module's parameters.
         trainable: The parameters that may federate, by name.
+        values: Those that federate, as rounds read and write them.
         shares_loss: Whether other parties may know the training loss.
         drift: Drift correction of local gradients, if any.
         on_round: Called with the report of each round, and whether the progress bar should show it.
@@ -99,6 +101,7 @@ class RoundLoop:
         factory: AggregatorFactory,
         plan: Plan,
         trainable: Mapping[str, nn.Parameter],
+        values: PartyParameters,
         *,
         shares_loss: bool,
         drift: LocalCorrection | None,
@@ -110,8 +113,10 @@ class RoundLoop:
         self._party = party
         self._plan = plan
         self._trainable = trainable
+        self._values = values
         self._weighting = factory.weight_by
         self._overlap = factory.overlap
+        self._run_due = self._begin_round if self._overlap.in_background else self._run_round
         self._schedule = factory.schedule
         self._resets_inner = factory.inner_optimizer_state == "reset"
         self._shares_loss = shares_loss
@@ -140,9 +145,10 @@ class RoundLoop:
             self._progress = LocalProgress(**state["progress"])
             self._cursor = FragmentCursor(**state["cursor"])
             self._pending_since = state["under_way_since"]
+        self._values.read_()
         started = self._party.on_leader(lambda: self._start_on_leader(make, state))
         if started.overwritten:  # resumed in the middle of a round, each process has its own already
-            self._broadcast_in_party()
+            self._values.write_()
             step, self._pending_since = self._local.step, None
             self._progress = LocalProgress(step)
             self._cursor = FragmentCursor.from_step(len(self._fragments), step, started.round)
@@ -234,12 +240,12 @@ class RoundLoop:
             self._apply(on_bar=True)
         if self._is_due(epoch_ends=epoch_ends):
             self._on_due()
-            self._run_due_round()
+            self._run_due()
 
     def after_epoch(self) -> None:
         """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
         if self._is_due(epoch_ends=True):
-            self._run_due_round()
+            self._run_due()
 
     def mean(self, local: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the mean over the parties of each named (value, weight)."""
@@ -288,18 +294,12 @@ class RoundLoop:
             return self._party.on_leader(self._schedule.due, clock)  # clocks differ
         return self._schedule.due(clock)
 
-    def _run_due_round(self) -> None:
-        """Run a round, in the background if rounds overlap with training."""
-        if self._overlap.in_background:
-            self._begin_round()
-        else:
-            self._run_round()
-
     def _run_round(self, *, on_bar: bool = True) -> None:
         """Run a round while training waits."""
         self._apply(on_bar=on_bar)
         local = self._local_result()
         weight, loss, contribution = local.weight, local.loss, local.contribution
+        self._values.read_()
         with self._saved_below_quorum():
             report = self._party.on_leader(
                 Aggregator.step, self._leading, weight, loss, contribution, steps_left=local.steps_left
@@ -313,6 +313,7 @@ class RoundLoop:
         """Start a round in the background."""
         self._apply(on_bar=True)
         local = self._local_result()
+        self._values.read_()
         self._party.on_leader(
             Aggregator.begin, self._leading, local.weight, local.loss, steps_left=local.steps_left
         )
@@ -334,6 +335,7 @@ class RoundLoop:
         if self._pending_since is None:
             return
         last = self._local.step == self._pending_since  # nothing was learned since to be mixed
+        self._values.read_()  # the round's result is mixed into what was learned meanwhile
         with self._saved_below_quorum():
             try:
                 report = self._party.on_leader(Aggregator.apply, self._leading, last=last)
@@ -349,9 +351,8 @@ class RoundLoop:
     def _local_result(self) -> LocalResult:
         """Return this party's contribution to a round."""
         progress = self._progress
-        samples, loss_sum, loss_samples = self._party.sum(
-            [progress.samples, float(progress.loss_sum), progress.loss_samples]
-        )
+        sums = self._party.sum([progress.samples, float(progress.loss_sum), progress.loss_samples])
+        samples, loss_sum, loss_samples = (total / self._local.batch_copies for total in sums)
         cursor = self._cursor.advanced(samples, self._local.step)
         samples += self._cursor.samples[self._cursor.next]
         weight = {"samples": samples, "uniform": 1.0}.get(str(self._weighting), self._weighting)
@@ -376,7 +377,7 @@ class RoundLoop:
 
     def _finish_round(self, report: RoundReport, *, on_bar: bool) -> None:
         """Finish a round whose result is in this party's parameters."""
-        self._broadcast_in_party()
+        self._values.write_()
         if self._drift is not None:
             self._drift.end_round(self._carried(), counted=report.weight > 0)
         # What made parameters NaN has made the moments NaN as well, and the next step would bring it back.
@@ -394,16 +395,6 @@ class RoundLoop:
         if report.last:
             self._local.stop()
         self._on_round(report, on_bar)
-
-    def _broadcast_in_party(self) -> None:
-        """Broadcast the leader's parameters to the party's other processes."""
-        if self._party.topology.party_size == 1:
-            return
-        vector = self._layout.pack_(self._layout.new_vector())
-        self._party.broadcast_(vector)
-        self._layout.unpack_(vector)
-        for base in self._plan.written_bases:
-            self._party.broadcast_(base)
 
     def _carried(self) -> dict[str, Tensor]:
         """Return the mean of the parties' auxiliary vectors, in every process of the party."""
@@ -424,7 +415,7 @@ class RoundLoop:
 
     @cached_property
     def _layout(self) -> Layout:
-        """Layout of what is sent between a party's processes; that of the rounds is the aggregator's."""
+        """Layout of a drift correction's vectors between a party's processes."""
         return Layout(self._shared)
 
     @property

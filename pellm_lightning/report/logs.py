@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.aggregation.robust import RobustRule
@@ -58,7 +58,7 @@ def log_start(
     start: Start,
     module: nn.Module,
     plan: Plan,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     exchange: Exchange,
     privacy: GaussianMechanism | None,
     written: Mapping[str, Sequence[str]],

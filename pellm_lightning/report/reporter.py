@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from torch import nn
+from torch import Tensor
 
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.comm.topology import Topology
@@ -75,7 +75,7 @@ class Reporter:
         self,
         module: LightningModule,
         plan: Plan,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         exchange: Exchange,
         privacy: GaussianMechanism | None,
         *,

@@ -11,6 +11,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from pellm_lightning.tensors.sharding import is_sharded
+
 # Scalars per chunk: float32 chunks of parameters, vectors and scratch fit together into a core's 1 or 2 MB.
 _CHUNK = 1 << 16
 # Scalars per bucket, the unit of communication: large enough to hide latency, small enough to overlap.
@@ -283,10 +285,10 @@ def _check(parameters: Mapping[str, Tensor]) -> None:
             " party's parameters must be on one. Load the model without a device map that spreads it."
         )
     for name, parameter in parameters.items():
-        if type(parameter).__name__ == "DTensor":
+        if is_sharded(parameter):
             raise ValueError(
-                f"Parameter {name!r} is a DTensor, sharded over the party's processes. FSDP and tensor"
-                " parallelism inside a party are not supported yet: use a single device or strategy='ddp'."
+                f"Parameter {name!r} is a DTensor, sharded over the party's processes, and an aggregator"
+                " takes whole tensors. Federate by FederatedAveraging, which gathers them."
             )
         if not parameter.is_floating_point():
             raise ValueError(

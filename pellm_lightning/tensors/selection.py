@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping, Seque
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # Fallback without PEFT: substrings of adapter parameters, and of copied heads and embeddings, which are far
 # larger than a LoRA and easily overlooked.
@@ -52,9 +52,7 @@ def select(
     return dict(sorted(selected.items()))
 
 
-def share_outside_adapter(
-    parameters: Mapping[str, nn.Parameter], adapter: Collection[str] | None = None
-) -> float:
+def share_outside_adapter(parameters: Mapping[str, Tensor], adapter: Collection[str] | None = None) -> float:
     """Return the fraction of scalars in heads, embeddings or other layers of the base.
 
     Args:
@@ -75,8 +73,10 @@ def _is_adapter(name: str, adapter: Collection[str] | None) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Strip the prefix of ``torch.compile`` from a name."""
-    return name.replace("_orig_mod.", "")
+    """Strip from a name what wrappers add: ``torch.compile``, FSDP1 and activation checkpointing."""
+    for prefix in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(prefix, "")
+    return name
 
 
 def named_as_in(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:

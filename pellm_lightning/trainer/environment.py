@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.topology import Topology, launch_environ
-from pellm_lightning.comm.torchrun.store import store_from_env
+from pellm_lightning.comm.torchrun.store import launched, store_from_env
 from pellm_lightning.trainer.isolation import callbacks_of
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,13 @@ class PartyEnvironment(ClusterEnvironment):
 
     @override
     def set_world_size(self, size: int) -> None:
-        log.debug("The launcher sets the party's size; ignoring set_world_size(%d).", size)
+        """Check the size, which the launcher sets, and initialise the party's process group.
+
+        Each strategy of several processes calls this before it would initialise a group, over all parties;
+        those that shard do not call ``validate_settings``.
+        """
+        if launched():
+            self.validate_settings(size, 1)
 
     @override
     def global_rank(self) -> int:
@@ -106,10 +112,7 @@ class PartyEnvironment(ClusterEnvironment):
 
     @override
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Validate the Trainer's devices and initialise the party's process group.
-
-        Lightning calls this at the start of every fit, before it would initialise a group over all parties.
-        """
+        """Validate the Trainer's devices and initialise the party's process group."""
         topology = self.topology
         check_party_size(topology, num_devices, num_nodes)
         if topology.party_size > 1 and not dist.is_initialized():

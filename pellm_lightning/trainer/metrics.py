@@ -39,8 +39,14 @@ class ValidationMetrics:
         counted = self._samples.get(dataloader_idx, 0)
         self._samples[dataloader_idx] = counted + self._counter.count(batch, loader, batch_idx)
 
-    def end(self, trainer: Trainer, party: Party) -> dict[str, tuple[float, float]]:
-        """Return each metric's mean over the party's processes and its number of samples."""
+    def end(self, trainer: Trainer, party: Party, copies: int = 1) -> dict[str, tuple[float, float]]:
+        """Return each metric's mean over the party's processes and its number of samples.
+
+        Args:
+            trainer: What has validated.
+            party: The party's processes.
+            copies: Processes of the party that get the same batch.
+        """
         values = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()
@@ -54,7 +60,7 @@ class ValidationMetrics:
         ]
         sums = party.sum(totals + weights)
         pairs = zip(names, sums[: len(names)], sums[len(names) :], strict=True)
-        return {name: (total / weight, weight) for name, total, weight in pairs if weight}
+        return {name: (total / weight, weight / copies) for name, total, weight in pairs if weight}
 
     def _weight(self, name: str) -> float:
         # With several dataloaders Lightning appends the index of the metric's dataloader.

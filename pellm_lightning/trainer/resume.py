@@ -21,6 +21,8 @@ from pellm_lightning.comm.party import signature
 from pellm_lightning.tensors.snapshot import SnapshotDir
 from pellm_lightning.trainer.isolation import checkpoint_dirs
 
+_METADATA = "meta.pt"
+"""File of a distributed checkpoint that holds everything but weights and optimizer states."""
 _RUNS = ("fit", "validate", "test", "predict")
 
 
@@ -148,6 +150,8 @@ def _holds(path: str, signature: str) -> bool:
     Its pickle is searched, not loaded, which skips the tensors and runs no code.
     """
     fs = get_filesystem(path)
+    if fs.isdir(path):  # a distributed checkpoint, whose plain part is a file of its own
+        path = os.path.join(path, _METADATA)
     if not fs.isfile(path):
         return False
     with fs.open(path, "rb") as file:

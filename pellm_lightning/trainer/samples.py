@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -42,6 +43,12 @@ class SampleCounter:
                 " number of your own, such as weighting=1000 for 1000 samples."
             )
         return 1
+
+
+def batch_copies(trainer: Trainer) -> int:
+    """Return how many processes of a party get the same batch: those of a tensor-parallel group."""
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+    return int(trainer.world_size // replicas)
 
 
 def samples_in(batch: Any) -> int | None:

@@ -14,13 +14,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
 )
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from party_threads import Classifier, ValidatedClassifier, data, dataset, fit_parties, quiet_trainer
@@ -94,53 +88,11 @@ def trainer_with(strategy: Any, callbacks: Any = ()) -> Any:
     return SimpleNamespace(strategy=strategy, callbacks=list(callbacks))
 
 
-ALONE = Topology(0, 2, 0, 1)
-
-
-@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-def test_sharding_strategies_are_refused(strategy: type) -> None:
-    sharded = strategy.__new__(strategy)  # it cannot be built without its library or a GPU
-    with pytest.raises(MisconfigurationException) as caught:
-        arguments.trainer(trainer_with(sharded), FederatedAveraging(), ALONE)
-    assert f"Trainer(strategy={strategy.__name__})" in str(caught.value)
-    assert "Use a single device or strategy='ddp' inside a party" in str(caught.value)
-
-
-class Ddp(DDPStrategy):
-    """As if it spanned so many processes."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    @property
-    def world_size(self) -> int:
-        return self.size
-
-
-def test_ddp_that_spans_parties_is_refused() -> None:
-    with pytest.raises(MisconfigurationException) as caught:
-        arguments.trainer(trainer_with(Ddp(4)), FederatedAveraging(), Topology(1, 2, 0, 2))
-    assert "Ddp spans 4 processes, but a party has 2 (2 parties)" in str(caught.value)
-    assert "plugins=[PartyEnvironment(num_parties=...)]" in str(caught.value)
-
-
-def test_one_device_for_a_party_of_several_processes_is_refused() -> None:
-    alone = trainer_with(SingleDeviceStrategy(torch.device("cpu")))
-    with pytest.raises(MisconfigurationException, match="spans 1 processes, but a party has 2"):
-        arguments.trainer(alone, FederatedAveraging(), Topology(1, 2, 0, 2))
-
-
-def test_ddp_within_a_party_and_a_single_device_are_welcome() -> None:
-    arguments.trainer(trainer_with(Ddp(2)), FederatedAveraging(), Topology(1, 2, 0, 2))
-    arguments.trainer(trainer_with(SingleDeviceStrategy(torch.device("cpu"))), FederatedAveraging(), ALONE)
-
-
 @pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
 def test_finders_are_warned_about(finder: Any) -> None:
     trainer = trainer_with(SingleDeviceStrategy(torch.device("cpu")), [finder()])
     with pytest.warns(UserWarning, match=f"{finder.__name__} searches at each party alone"):
-        arguments.trainer(trainer, FederatedAveraging(), ALONE)
+        arguments.trainer(trainer, FederatedAveraging())
 
 
 class Own(FederatedAveraging):

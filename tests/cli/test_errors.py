@@ -1,7 +1,9 @@
 """Errors of the command line in this process; system/test_mistakes.py runs it with two parties."""
 
 import json
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,9 @@ def patch(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pellm", "fit"])
         patch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+        handler = signal.getsignal(signal.SIGTERM)
         yield patch
+        signal.signal(signal.SIGTERM, handler)
 
 
 def raised(error: Exception) -> int:
@@ -84,7 +88,7 @@ def test_an_interrupt_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_of_a_launch_tells(
-    rank: int, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
+    rank: int, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
@@ -94,6 +98,10 @@ def test_one_process_of_a_launch_tells(
         patch.setenv("RANK", str(party))
         assert raised(MismatchError(f"Party {party} and party {1 - party} differ, in 7 of {{1, 2}}.")) == 1
         assert bool(capsys.readouterr().err) == (turn == 0)
+    # torchrun terminates the first when it has seen the second end, which says nothing.
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    recorded = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert int(recorded["extraInfo"]["timestamp"]) < int(time.time())
     # Another error is told also, unless it is only that the first has failed.
     assert raised(MismatchError("something else")) == 1
     assert f"[party of rank {1 - rank}] error: something else" in capsys.readouterr().err

@@ -15,15 +15,20 @@ def process_environ() -> dict[str, str]:
 
 
 def torchrun(
-    processes: int, words: Sequence[str], cwd: Path, options: Sequence[str] = (), program: str | None = None
+    processes: int,
+    words: Sequence[str],
+    cwd: Path,
+    options: Sequence[str] = (),
+    program: str | None = None,
+    timeout_s: float = 150,
 ) -> subprocess.CompletedProcess[str]:
     """Launch ``words`` (a script and its arguments) in so many processes; return code and output.
 
-    ``program`` is a Python that has imported nothing yet, where that matters.
+    ``program`` is a Python for them that has imported nothing yet, where that matters.
     """
     return subprocess.run(
         [
-            *(program or python(), "-m", "torch.distributed.run", "--standalone"),
+            *(python(), "-m", "torch.distributed.run", "--standalone"),
             *(f"--nproc-per-node={processes}", *options, *words),
         ],
         cwd=cwd,
@@ -31,6 +36,6 @@ def torchrun(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
+        timeout=timeout_s,
         check=False,
     )

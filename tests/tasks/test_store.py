@@ -5,6 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fork_server import python
+from launch import process_environ
 from transformers import PreTrainedTokenizerFast
 
 from pellm_lightning.tasks import TextDataModule, store
@@ -57,6 +59,7 @@ def test_what_was_read_and_tokenized_is_not_done_again(
     assert tokens(module(texts, llama))[0] == [7, 0, 7, 0], "other content in a file of the same name"
 
 
+@pytest.mark.torchrun
 def test_another_process_finds_the_cache(texts: Path, llama: str) -> None:
     first = tokens(module(texts, llama))
     files = {path: path.stat().st_mtime_ns for path in (texts / "1").rglob("*.arrow")}
@@ -68,7 +71,7 @@ data = TextDataModule({str(texts / "a.jsonl")!r}, {llama!r}, block_size=4, val_f
 data.setup("fit")
 print([sample["input_ids"].tolist() for sample in data.train_samples])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, env=process_environ())
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(first)
     assert files == {path: path.stat().st_mtime_ns for path in (texts / "1").rglob("*.arrow")}

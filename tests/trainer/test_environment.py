@@ -66,8 +66,10 @@ def test_lightning_sees_the_party_only(
 def test_ranks_are_the_launchers_to_set(launched: Any) -> None:
     launched(3, 4)
     party = PartyEnvironment(2)
-    party.set_world_size(9)
     party.set_global_rank(9)
+    with pytest.raises(ValueError, match=r"A party has 2 process\(es\) .* devices=9 x num_nodes=1"):
+        party.set_world_size(9)
+    assert not dist.is_initialized()
     assert (party.world_size(), party.global_rank()) == (2, 1)
 
 

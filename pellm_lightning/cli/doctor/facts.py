@@ -13,6 +13,7 @@ from torch import Tensor
 from pellm_lightning.callbacks import arguments
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.callbacks.lightning_training import rehearse
+from pellm_lightning.callbacks.strategies import check_strategy, is_sharding
 from pellm_lightning.comm import Federation
 from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.report.record import parse, versions
@@ -150,7 +151,8 @@ class Rehearsal:
         except Exception as error:
             trouble.append(error_text(error))
         try:
-            arguments.trainer(self.trainer, self.callback, topology_of(self.trainer))
+            check_strategy(self.trainer, topology_of(self.trainer), self.callback.factory)
+            arguments.trainer(self.trainer, self.callback)
         except Exception as error:
             trouble.append(error_text(error))
         return Facts(**known, trouble=tuple(trouble), doubts=tuple(doubts))
@@ -174,6 +176,12 @@ class Rehearsal:
     def _build(self) -> None:
         """Do what ``Trainer.fit`` does to a module before it is trained."""
         trainer, module = self.trainer, self.module
+        if is_sharding(trainer.strategy):
+            raise ValueError(
+                f"Trainer(strategy={type(trainer.strategy).__name__}) shards the module over the party's"
+                " processes, and the preflight check is one. Check with strategy='auto' and devices=1, and"
+                " a configure_model that shards only where it has a device mesh."
+            )
         trainer.strategy.connect(module)
         module.trainer = trainer
         module.setup("fit")

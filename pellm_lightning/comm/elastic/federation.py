@@ -15,6 +15,7 @@ docs/reliability.md.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -370,7 +371,10 @@ class ElasticFederation(Communicator):
             view = self._quorum_protocol.join(mine, deadline, self._ending())
         except VoidViewError as void:
             log.warning("[party %s] %s", self._name, void)
-            self._register.swap("term", mine.term, mine.term + 1)
+            if void.others:
+                time.sleep(self.membership.patience_s)
+            else:
+                self._register.swap("term", mine.term, mine.term + 1)
             self._limit.failed(str(void))
             return None
         self._next_term = ("", 0)

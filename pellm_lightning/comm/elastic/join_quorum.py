@@ -46,7 +46,16 @@ RESULT = (
 
 
 class VoidViewError(Exception):
-    """A view with which nobody can continue: its term is given up."""
+    """A view with which this party cannot continue.
+
+    Args:
+        message: What is wrong with it.
+        others: Whether it is of others alone, who may continue with it; else its term is given up.
+    """
+
+    def __init__(self, message: str, *, others: bool) -> None:
+        super().__init__(message)
+        self.others = others
 
 
 class QuorumProtocol:
@@ -169,15 +178,26 @@ class QuorumProtocol:
         """
         self._last = self._register.life, mine.term
         view = QuorumView.from_json(mine.term, value)
+        outside = view is not None and not view.includes(self._me.name, self._me.incarnation)
+        if view is not None and outside and self._is_published(view):
+            self._specs.check_alike(view.entries, mine)
         if view is None or not self._is_sound(view):
             raise VoidViewError(
                 f"What a party has written as the view of term {mine.term} cannot be that of parties that"
                 " belong together. Install the same version of pellm-lightning, and give the same roster, at"
-                " all."
+                " all.",
+                others=outside,
             )
-        if not view.includes(self._me.name, self._me.incarnation):
-            self._specs.check_alike(view.entries, mine)
         return view
+
+    def _is_published(self, view: QuorumView) -> bool:
+        """Tell whether most members of a view have joined with the settings that it tells of them."""
+        names = [name for name in view.members if name in self._me.roster]
+        joined = map(QuorumMember.from_json, self._register.read(*(f"member/@{name}" for name in names)))
+        same = [
+            e is not None and e.digest == view.entries[n].digest for n, e in zip(names, joined, strict=True)
+        ]
+        return 2 * sum(same) > len(view.members)
 
     def _is_sound(self, view: QuorumView) -> bool:
         """Tell whether a view is of a quorum that belongs together, and continues what it has."""

@@ -176,7 +176,7 @@ def test_who_computes_other_results_is_excluded(world: Callable[..., World], tmp
 
     def errs_again(life: Life) -> None:
         errs(life)
-        life.faults["keeping"] = errs_again
+        life.faults["keeping@3"] = errs_again
 
     wrong.faults["keeping@3"] = errs_again
     error = wrong.join().error
@@ -197,7 +197,7 @@ def test_of_two_that_differ_nobody_is_right(world: Callable[..., World], tmp_pat
 
     def errs_again(life: Life) -> None:
         errs(life)
-        life.faults["keeping"] = errs_again
+        life.faults["keeping@3"] = errs_again
 
     w.start("p0", faults={"exchanging@2": trains})
     w.start("p1", faults={"exchanging@2": trains, "keeping@3": errs_again})
