@@ -184,7 +184,7 @@ def test_the_script_of_the_page_runs(launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("spans", "A party has 1 process(es) (4 parties in the federation), but the Trainer has devices=4"),
+        ("spans", "The strategy ModelParallelStrategy spans 4 processes, but a party has 1 (4 parties)"),
         (
             "devices",
             "A party has 2 process(es) (2 parties in the federation), but the Trainer has devices=4",
