@@ -31,21 +31,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parties", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="TENSORSxMB", help="such as 1000x16: these instead of two LoRA adapters"
+    )
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
+    cases = CASES if arguments.sizes is None else {size: shapes_of(size) for size in arguments.sizes}
     if "RANK" in os.environ:
-        measure(arguments.repeats)
+        measure(cases, arguments.repeats)
         return
-    rows = []
+    rows, sizes = [], [] if arguments.sizes is None else ["--sizes", *arguments.sizes]
     for parties in arguments.parties:
-        rows += rows_of(__file__, parties, ["--repeats", str(arguments.repeats)])
+        rows += rows_of(__file__, parties, ["--repeats", str(arguments.repeats), *sizes])
     show(rows)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=1)
 
 
-def measure(repeats: int) -> None:
+def shapes_of(size: str) -> list[tuple[int, int]]:
+    """Return the shapes of equal tensors of so many megabytes together, given as TENSORSxMB."""
+    tensors, megabytes = size.split("x")
+    return [(max(1, round(float(megabytes) * 1e6 / 4 / int(tensors) / 16)), 16)] * int(tensors)
+
+
+def measure(cases: dict[str, list[tuple[int, int]]], repeats: int) -> None:
     dist.init_process_group("gloo")
     store = store_from_env(timeout_s=600)
     place = dist.get_rank(), dist.get_world_size()
@@ -53,7 +63,7 @@ def measure(repeats: int) -> None:
         "ours": Federation(dist.PrefixStore("memory", store), *place),
         "gloo": Federation(dist.PrefixStore("gloo", store), *place, shared_memory=False),
     }
-    for name, shapes in CASES.items():
+    for name, shapes in cases.items():
         row = measure_case(federations, name, shapes, repeats)
         if dist.get_rank() == 0:
             print(json.dumps(row), flush=True)

@@ -209,7 +209,8 @@ class FederatedAveraging(Callback):
         self._is_set_up = True
         self._topology = topology_of(trainer)
         if stage == "fit":
-            check_party_size(self._topology, trainer.num_devices, trainer.num_nodes)
+            if self.jobs is not None:  # of one launch the check of the strategy says more
+                check_party_size(self._topology, trainer.num_devices, trainer.num_nodes)
             self._state, self.rounds, self.summary = {}, [], None
             check_strategy(trainer, self._topology, self.factory)
             self._fit = FederatedFit(

@@ -163,23 +163,16 @@ def trained(fit: Fit) -> Chart:
 
 
 def shares(fit: Fit) -> Chart:
-    """Draw the parties' shares of the mean."""
-    weights = {party: fit.weights(party) for party in range(len(fit.names))}
-    total = {index: sum(w.get(index, 0.0) for w in weights.values()) for index in fit.rounds}
-    # A sum without the hidden weights would be wrong.
-    whole = {
-        index: value
-        for index, value in total.items()
-        if value > 0 and math.isclose(value, fit.rounds[index].total_weight, rel_tol=1e-3)
-    }
-    chart = Chart("shares", "Share of each party in the mean (%)")
-    rounds = range(min(whole, default=0), max(whole, default=-1) + 1)
+    """Draw how much each party's update counted: its share of the weights, or what a rule made of it."""
+    known = fit.shares()
+    chart = Chart("shares", "Share of each party in the result (%)")
+    rounds = range(min(known, default=0), max(known, default=-1) + 1)
     layers = [
         (
             Series(_party(fit, party).label, f"c{party % COLOURS}", area=True),
-            [100 * weight.get(i, 0.0) / whole[i] if i in whole else 0.0 for i in rounds],
+            [100 * known[i][party] if i in known else 0.0 for i in rounds],
         )
-        for party, weight in weights.items()
+        for party in range(len(fit.names))
     ]
     chart.stack(rounds, layers, named=_is_named(fit))
     chart.panels[0].set_ylim(0, 100)

@@ -209,6 +209,25 @@ class Fit:
         """Return a party's weight by round, 0 where it took part and did not count."""
         return _known((self._sent(party, "weights") | self.own(party, "weight")).items())
 
+    def shares(self) -> dict[int, list[float]]:
+        """Return by round how much each party's update counted, of sum 1 or less, where that is known of all.
+
+        It is the party's share of the weights, or the weight that a robust rule has given its update.
+        """
+        weights = [self.weights(party) for party in range(len(self.names))]
+        found = {}
+        for index, done in self.rounds.items():
+            if done.influence:
+                found[index] = [
+                    _of_party(done, "influence", party) or 0.0 for party in range(len(self.names))
+                ]
+                continue
+            of_round = [weight.get(index, 0.0) for weight in weights]
+            # A sum without the hidden weights would be wrong.
+            if sum(of_round) > 0 and math.isclose(sum(of_round), done.total_weight, rel_tol=1e-3):
+                found[index] = [weight / sum(of_round) for weight in of_round]
+        return found
+
     def distances(self, party: int) -> dict[int, float]:
         """Return by round the distance of a party's parameters from the result."""
         # Fragments take turns: the previous round is that of the same fragment.

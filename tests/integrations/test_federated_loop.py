@@ -370,7 +370,7 @@ def test_a_group_over_several_parties_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_processes_of_a_party_without_its_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would join as if it led the party."""
-    jobs = SeparateJobs("127.0.0.1:1", "a", ["a", "b"])
+    jobs = SeparateJobs("tcp://127.0.0.1:1", "a", ["a", "b"])
     with monkeypatch.context() as patch:
         for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
             patch.setenv(name, value)

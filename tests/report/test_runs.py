@@ -160,6 +160,16 @@ def test_what_became_of_each_party_in_a_round(tmp_path: Path) -> None:
     assert [fit.state(party, 1) for party in range(3)] == ["counted", "took part", "absent"]
 
 
+def test_shares_are_what_a_robust_rule_made_of_the_weights(tmp_path: Path) -> None:
+    record = record_of(tmp_path, 0)
+    start(record, 0, ["a", "b", "c"])
+    told = {"weights": (3.0, 1.0), "weight": 3.0, "total_weight": 4.0}
+    record.round(done(0, [0, 2], **told, influence=(0.5, 0.25)), step=1, epoch=0)
+    record.round(done(1, [0, 2], **told), step=2, epoch=0)
+    record.round(done(2, [0, 2], **told | {"weights": ()}), step=3, epoch=0)  # of c unknown
+    assert find(tmp_path).fit.shares() == {0: [0.5, 0.0, 0.25], 1: [0.75, 0.0, 0.25]}
+
+
 def test_a_round_after_an_absence_does_not_call_all_of_it_training(tmp_path: Path) -> None:
     record = record_of(tmp_path, 0)
     start(record.at(0), 0, NAMES)

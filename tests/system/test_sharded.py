@@ -184,7 +184,7 @@ def test_the_script_of_the_page_runs(launch: Launch) -> None:
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("spans", "A party has 1 process(es) (4 parties in the federation), but the Trainer has devices=4"),
+        ("spans", "The strategy ModelParallelStrategy spans 4 processes, but a party has 1 (4 parties)"),
         (
             "devices",
             "A party has 2 process(es) (2 parties in the federation), but the Trainer has devices=4",
@@ -284,10 +284,13 @@ def test_zero_reads_and_writes_masters_and_parameters(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-6000:]
     for case, answer in torch.load(tmp_path / "zero-0.pt").items():
         assert answer["kind"] == "ZeroParameters"
-        # In bf16 gradients have eight bits, so that masters differ by a part of AdamW's step of 0.05.
-        close = {"rtol": 0, "atol": 0.2} if "bf16" in case else CLOSE
-        for moment in ("written", "forward", "stepped"):
-            torch.testing.assert_close(*answer[moment], **close)
+        assert torch.equal(answer["written"], answer["wanted"])
+        # What the module computes next is of what was written; in bf16 of eight bits of it.
+        close = {"rtol": 0.02, "atol": 0.05} if "bf16" in case else CLOSE
+        torch.testing.assert_close(*answer["forward"], **close)
+        # The optimizer has gone on from there by a step of lr 0.05; the round had moved values by 0.25.
+        moved = (answer["stepped"] - answer["wanted"]).abs()
+        assert 0.01 < moved.max() < 0.11
 
 
 def test_the_launch_succeeded(launch: Launch) -> None:

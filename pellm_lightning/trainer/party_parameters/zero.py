@@ -49,15 +49,26 @@ class ZeroParameters(GatheredParameters):
     @override
     @torch.no_grad()
     def write_(self) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, parameter in self._parameters.items():
             value = self._received(name, parameter.device)
-            # Stage 3 cuts pieces of equal size, the last of which is padded: so must be what it is given.
-            padding = -value.numel() % self._party.topology.party_size if hasattr(parameter, "ds_id") else 0
-            safe_set_full_fp32_param(parameter, nn.functional.pad(value.flatten(), (0, padding)))
+            self._set_master(parameter, value)
             with gathered([parameter], writes=True):
                 parameter.copy_(value)
+
+    def _set_master(self, parameter: Tensor, value: Tensor) -> None:
+        from deepspeed.utils import (
+            safe_get_local_fp32_param,
+            safe_set_full_fp32_param,
+            safe_set_local_fp32_param,
+        )
+
+        if not hasattr(parameter, "ds_id"):
+            safe_set_full_fp32_param(parameter, value)
+            return
+        # Stage 3 pads the last piece, and cannot set whole a parameter that does not divide by the processes.
+        topology, size = self._party.topology, safe_get_local_fp32_param(parameter).numel()
+        flat = nn.functional.pad(value.flatten(), (0, size * topology.party_size - value.numel()))
+        safe_set_local_fp32_param(parameter, flat.split(size)[topology.rank_in_party])
 
     @override
     def gathered(self) -> AbstractContextManager[Any]:
