@@ -327,6 +327,12 @@ class FederatedAveraging(Callback):
         running = None if self._fit is None else self._fit.state()
         return self._state if running is None else running
 
+    @property
+    def evidence(self) -> str | None:
+        """Certificates of the rounds, signed by a quorum, as ``Aggregator.evidence``; None without."""
+        text: str | None = self.state_dict().get("aggregator", {}).get("evidence")
+        return text
+
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts: the aggregator does not exist yet."""

@@ -76,7 +76,7 @@ def main(words: Sequence[str]) -> None:
         "new": new,
         "rendezvous": rendezvous,
         "certs": keys.certs,
-        "keys": {"new": keys.new, "sign": keys.sign},
+        "keys": {"new": keys.new, "sign": keys.sign, "revoke": keys.revoke},
         "report": report,
     }[command]
     auto_cli = _auto_cli()

@@ -25,6 +25,7 @@ from pellm_lightning.cli.merging import (
     refuse_unmergeable,
     reload,
 )
+from pellm_lightning.comm.evidence.summary import write_evidence
 from pellm_lightning.report.card import write_card
 from pellm_lightning.tasks.adapter import base_of, peft_model_in
 from pellm_lightning.tasks.folder import atomic_folder
@@ -60,6 +61,8 @@ def export(
     trusted: Sequence[str] = (),
 ) -> None:
     """Write the adapter of a checkpoint, or the model merged with it, and a model card.
+
+    Where the rounds were signed, their certificates lie beside the adapter, for ``pellm verify``.
 
     Args:
         checkpoint: A Lightning checkpoint of a fit with ``FederatedAveraging``, of any party, with or without
@@ -104,6 +107,7 @@ def export(
     base = base_of(model, names[0])
     with atomic_folder(out) as folder:
         said = save_adapters(model, folder, names, with_base=summary.get("writes_base", False), final=out)
+        said += write_evidence(folder, state.get("aggregator", {}).get("evidence"))
         write_card(folder, summary, base, title=out.name, contents=said)
 
 

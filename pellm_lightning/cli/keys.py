@@ -48,6 +48,21 @@ def sign(directory: Path, names: str, days: float = 365) -> None:
         print(f'"{name}": "{key}"')
 
 
+def revoke(directory: Path, names: str) -> None:
+    """Revoke the certificates of names, for the administrator: a stolen key, or a party that has left.
+
+    This writes ca.crl. Put it beside ca.pem at the rendezvous and at any party: these refuse the certificates
+    at once, and tell all others with the next round. <name>.pem is set aside; a new request can be signed.
+
+    Args:
+        directory: Folder with the authority and the certificates.
+        names: Names, separated by commas.
+    """
+    from pellm_lightning.comm.keys import revoke
+
+    print(revoke(directory, names_in(names)))
+
+
 def certs(directory: Path, names: str, days: float = 365) -> None:
     """Make all keys, the authority and all certificates on this host: for a trial only.
 

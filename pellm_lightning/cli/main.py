@@ -21,6 +21,7 @@ COMMANDS = {
     "Use the result": {
         "evaluate": ("results", "compare adapters on the held-out data of each party"),
         "export": ("results", "make a PEFT adapter folder, or a merged model, of a checkpoint"),
+        "verify": ("verify", "check the signed evidence of an exported adapter, and say who vouches for it"),
         "report": ("commands", "write one HTML page that shows a fit"),
     },
     "Set up": {
@@ -28,7 +29,7 @@ COMMANDS = {
         "doctor": ("federated_cli", "check a launch before training, with all parties"),
         "rendezvous": ("commands", "host the rendezvous where separate jobs meet"),
         "certs": ("commands", "make all keys and certificates on one machine, for a trial"),
-        "keys": ("commands", "make this party's key; sign the certificates of others"),
+        "keys": ("commands", "make this party's key; sign or revoke certificates"),
     },
 }
 """By group of the help: of each command the module of ``cli`` whose ``main`` runs it, and a summary."""

@@ -1,7 +1,7 @@
 """Interface to the parties of a federation: quorum, metadata and commit, in addition to collectives."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -188,16 +188,21 @@ class Communicator(Collectives):
         """Return the version that the present attempt makes; None where no attempt is made twice."""
         return None
 
-    def commit(self, digest: str) -> None:
+    def commit(self, digest: str, signature: str = "") -> Mapping[str, Any]:
         """Vote for the result that this party has made durable; return once it is committed.
 
         Args:
             digest: Of the result, which must be the same at all members.
+            signature: This party's of the round, for the others; empty for none.
+
+        Returns:
+            The members' signatures by name, as peers have sent them. Empty if the decision is not known.
 
         Raises:
             PartyLostError: If the attempt was aborted; nothing may be kept of it.
             FederationError: If the members' results differ.
         """
+        return {}
 
     def abort_attempt(self, error: Exception) -> bool:
         """Abort this attempt at all members; return whether another one can be made."""

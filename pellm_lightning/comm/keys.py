@@ -15,9 +15,12 @@ from pellm_lightning.comm.tls import check_name
 
 try:
     from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    from pellm_lightning.comm.revocation import RevocationFile, replace_file
 except ImportError as error:
     raise ImportError(
         "Keys and certificates need the package cryptography: pip install 'pellm-lightning[keys]'."
@@ -128,6 +131,44 @@ def sign_request(directory: str | Path, name: str, days: float = 365, *, hosts: 
     return path
 
 
+def revoke(directory: str | Path, names: Sequence[str]) -> Path:
+    """Add the certificates of names to the authority's revocation list, ``ca.crl``, and set them aside.
+
+    The list is public; who has it beside ``ca.pem`` refuses these certificates from then on. Another one may
+    be signed for the same name at once.
+
+    Args:
+        directory: Folder with ``ca.pem``, ``ca.key`` and the certificates ``<name>.pem``.
+        names: Names whose certificates are revoked.
+
+    Returns:
+        Path of ``ca.crl``.
+
+    Raises:
+        ValueError: If the authority, its list or a certificate cannot be read.
+    """
+    directory = Path(directory)
+    ca, ca_key = _authority(directory)
+    path, now = directory / "ca.crl", datetime.now(timezone.utc)
+    known = RevocationFile(path, ca.public_bytes(serialization.Encoding.PEM)).newest
+    entries = (
+        {} if known is None else {entry.serial_number: entry for entry in x509.load_pem_x509_crl(known.pem)}
+    )
+    for name in names:
+        serial = _certificate_in(directory / f"{check_name(name)}.pem", name, ca).serial_number
+        entries[serial] = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+    # As long as the authority: a list counts until there is a newer one.
+    builder = x509.CertificateRevocationListBuilder(
+        ca.subject, now - _CLOCK_SKEW, ca.not_valid_after_utc, revoked_certificates=[*entries.values()]
+    ).add_extension(x509.CRLNumber(1 if known is None else known.number + 1), critical=False)
+    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    signed = builder.add_extension(issuer_id, critical=False).sign(ca_key, None)
+    replace_file(path, signed.public_bytes(serialization.Encoding.PEM))
+    for name in names:
+        (directory / f"{name}.pem").replace(directory / f"{name}.pem.revoked")
+    return path
+
+
 def make_certificate(
     directory: str | Path, name: str, days: float = 365, *, hosts: Sequence[str] = ()
 ) -> Path:
@@ -189,6 +230,11 @@ def _check_signing(
     path = _free(directory, name, "pem")
     if not days > 0:
         raise ValueError(f"days={days} must be positive.")
+    return path, *_authority(directory)
+
+
+def _authority(directory: Path) -> tuple[x509.Certificate, Ed25519PrivateKey]:
+    """Return the certificate and the key of a directory's authority."""
     try:
         certificate = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
         key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), password=None)
@@ -199,7 +245,21 @@ def _check_signing(
         ) from error
     if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
         raise ValueError(f"{directory / 'ca.key'} is not the key of the ca.pem there. Give the pair.")
-    return path, certificate, key
+    return certificate, key
+
+
+def _certificate_in(path: Path, name: str, ca: x509.Certificate) -> x509.Certificate:
+    """Return the certificate of a name that an authority has issued."""
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        certificate.verify_directly_issued_by(ca)
+        public_key_of(certificate, name)
+    except (OSError, ValueError, TypeError, InvalidSignature) as error:
+        raise ValueError(
+            f"{path} is no certificate of {name} that this authority has issued ({error}), so it cannot be"
+            " revoked. Put there the certificate that `pellm keys sign` has written."
+        ) from error
+    return certificate
 
 
 def _blank(

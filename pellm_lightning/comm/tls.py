@@ -8,12 +8,20 @@ hosts and VPN addresses. So host names are not checked; the code that accepts or
 import contextlib
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pellm_lightning.comm.revocation import RevocationFile
 
 RENDEZVOUS = "rendezvous"
 """Common name of the rendezvous' certificate."""
+
+REVOKED = "the federation's authority has revoked it"
+"""Why a certificate is not accepted that is on the revocation list."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -37,7 +45,8 @@ class TLS:
     """Certificate of this process, and the authority that must have signed those of others.
 
     Version 1.3 only (RFC 8446), and both ends must show a certificate. The files are read once: a run
-    continues while they are renewed or removed; new ones are used from the next start.
+    continues while they are renewed or removed; new ones are used from the next start. But for the
+    authority's revocation list, ``ca.crl`` beside ``ca.pem``: it counts from the moment it is there.
 
     Args:
         cert: Path of this process' certificate, PEM.
@@ -46,7 +55,7 @@ class TLS:
 
     Raises:
         ValueError: If a file is missing or no PEM, if the key does not fit the certificate, or if the
-            certificate is not the authority's or has expired.
+            certificate is not the authority's, has expired or was revoked.
 
     Example:
         >>> from pathlib import Path
@@ -68,7 +77,7 @@ class TLS:
     def name(self) -> str:
         """The common name of ``cert``: the party that this process speaks for."""
         try:
-            name = _verified_name(self.client_context, self.server_context)
+            name = peer_name(_own_handshake(self.client_context, self.server_context))
         except ssl.SSLCertVerificationError as error:
             raise ValueError(
                 f"The certificate {self.cert} is not accepted by the authority {self.ca}:"
@@ -93,9 +102,31 @@ class TLS:
         return {part: _read(getattr(self, part)) for part in ("cert", "key", "ca")}
 
     @cached_property
+    def revocations(self) -> "RevocationFile | None":
+        """The authority's revocation list; None if none can be read, for lack of the package cryptography."""
+        path = Path(self.ca).absolute().with_suffix(".crl")
+        try:
+            from pellm_lightning.comm.revocation import RevocationFile
+        except ImportError:
+            if path.exists():
+                raise  # certificates were revoked
+            return None
+        return RevocationFile(path, self.contents["ca"])
+
+    @property
+    def revoked(self) -> Collection[int]:
+        """Serial numbers of the certificates that are revoked now."""
+        return () if self.revocations is None else self.revocations.serials
+
+    @cached_property
+    def serial(self) -> int:
+        """Serial number of this process' certificate."""
+        return _serial(_own_handshake(self.client_context, self.server_context))
+
+    @cached_property
     def server_context(self) -> ssl.SSLContext:
         """Settings for accepting connections: the other end must show a certificate of ``ca``."""
-        context = self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        context = self._filled(_Context(ssl.PROTOCOL_TLS_SERVER))
         # Without tickets nothing is resumed: every connection shows its certificate.
         context.num_tickets = 0
         return context
@@ -103,13 +134,14 @@ class TLS:
     @cached_property
     def client_context(self) -> ssl.SSLContext:
         """Settings for opening connections: the other end must show a certificate of ``ca``."""
-        return self._filled(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        return self._filled(_Context(ssl.PROTOCOL_TLS_CLIENT))
 
     def __getstate__(self) -> dict[str, str]:
         """Return the paths alone: another process reads the files for itself."""
         return {"cert": self.cert, "key": self.key, "ca": self.ca}
 
-    def _filled(self, context: ssl.SSLContext) -> ssl.SSLContext:
+    def _filled(self, context: "_Context") -> ssl.SSLContext:
+        context.revoked = lambda: self.revoked
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
@@ -131,11 +163,39 @@ class TLS:
         return context
 
 
+class _Context(ssl.SSLContext):
+    """Settings of TLS that know which certificates are revoked.
+
+    OpenSSL's own check would need a list of every authority in ``ca``, and fail once one is out of date.
+    """
+
+    revoked: Callable[[], Collection[int]] = tuple
+
+
 def peer_name(sock: ssl.SSLSocket | ssl.SSLObject) -> str | None:
-    """Return the common name in the other end's verified certificate; None if it has not exactly one."""
+    """Return the common name in the other end's verified certificate; None if it has not exactly one.
+
+    Raises:
+        ssl.SSLCertVerificationError: If the certificate was revoked.
+    """
+    if is_revoked(sock):
+        error = ssl.SSLCertVerificationError(REVOKED)
+        error.verify_message = REVOKED
+        raise error
     subject = (sock.getpeercert() or {}).get("subject", ())
     names = [pair[1] for part in subject for pair in part if pair[0] == "commonName"]
     return str(names[0]) if len(names) == 1 else None
+
+
+def is_revoked(sock: ssl.SSLSocket | ssl.SSLObject) -> bool:
+    """Tell whether the other end's certificate is revoked by now."""
+    context = sock.context
+    revoked = context.revoked() if isinstance(context, _Context) else ()
+    return bool(revoked) and _serial(sock) in revoked
+
+
+def _serial(sock: ssl.SSLSocket | ssl.SSLObject) -> int:
+    return int(str((sock.getpeercert() or {}).get("serialNumber", "-1")), 16)
 
 
 def _read(path: str) -> bytes:
@@ -149,8 +209,8 @@ def _read(path: str) -> bytes:
         ) from error
 
 
-def _verified_name(client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> str | None:
-    """Run a TLS handshake of a certificate with itself, in memory; return its verified name.
+def _own_handshake(client_context: ssl.SSLContext, server_context: ssl.SSLContext) -> ssl.SSLObject:
+    """Run a TLS handshake of a certificate with itself, in memory; return the client's end.
 
     This verifies it exactly as other parties will: issuer, dates, purposes. The standard library has no
     public way to read a certificate from a file.
@@ -161,4 +221,4 @@ def _verified_name(client_context: ssl.SSLContext, server_context: ssl.SSLContex
     for end in (client, server, client, server):  # hello, hello and certificate, certificate, the end
         with contextlib.suppress(ssl.SSLWantReadError):
             end.do_handshake()
-    return peer_name(client)
+    return client

@@ -20,6 +20,7 @@ from pellm_lightning.engine.background import BackgroundRounds, Staging
 from pellm_lightning.engine.compatibility import PartySpec
 from pellm_lightning.engine.context import OnNonfinite, Settings, capabilities, make_context
 from pellm_lightning.engine.coordination import Coordinator, Purpose
+from pellm_lightning.engine.evidence import EvidenceKeeper
 from pellm_lightning.engine.global_state import GlobalState
 from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.engine.outer_optimizer import OptimizerFactory, SchedulerFactory
@@ -161,7 +162,8 @@ class Aggregator:
         self._global_state = GlobalState(self._context, self._parameters)
         snapshots = None if state_dir is None else SnapshotDir(state_dir, federation.name)
         self._coordinator = Coordinator(federation, exchange, snapshots)
-        self._rounds = RoundRunner(self._context, self._coordinator, self._global_state)
+        self._evidence = EvidenceKeeper(self._context, None if state_dir is None else Path(state_dir))
+        self._rounds = RoundRunner(self._context, self._coordinator, self._global_state, self._evidence)
         self._background: BackgroundRounds | None = None
         if staging is not None:
             self._background = BackgroundRounds(self._rounds, self._global_state, staging, overlap.mix)
@@ -212,6 +214,14 @@ class Aggregator:
         """
         carried = self._global_state.updates.carried
         return {} if carried is None else self._global_state.layout.views(carried)
+
+    @property
+    def evidence(self) -> str | None:
+        """Certificates of all rounds up to now, signed by a quorum, as lines of JSON; None without keys.
+
+        Only separate jobs leave any. ``pellm verify`` reads it beside an adapter.
+        """
+        return self._evidence.text
 
     # ---- what a party calls
 
@@ -352,6 +362,7 @@ class Aggregator:
             "checksum": None if vector is None else bits_digest(vector),
             "files": self._files,
             "facts": self._facts,
+            "identity": self._evidence.identity,
         }
 
     def facts(self) -> dict[str, Any]:
@@ -365,7 +376,7 @@ class Aggregator:
         It waits for a round in the background to end, and holds its result if that is not applied yet.
         """
         pending = None if self._background is None else self._background.state_dict()
-        return self._global_state.state_dict() | {"pending": pending}
+        return self._global_state.state_dict() | {"pending": pending, "evidence": self.evidence}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict()``; call it before ``start()``.
@@ -380,6 +391,7 @@ class Aggregator:
                 " it was saved."
             )
         self._global_state.load_state_dict(state)
+        self._evidence.load(state.get("evidence"))
         if pending is not None and self._background is not None:
             self._background.load_state_dict(pending)
 
@@ -418,6 +430,7 @@ class Aggregator:
             log.info(
                 "[party %s] resumes an unfinished federation at round %d", self.federation.name, self.round
             )
+        self._evidence.resume(state.statement)
         self._rounds.run(Purpose.JOIN, LocalInput())
         return state.version != before
 

@@ -16,7 +16,7 @@ from pellm_lightning.tensors.adapter_config import RANK_FIELDS, config_differenc
 from pellm_lightning.tensors.digest import tensor_digest
 from pellm_lightning.tensors.flat_buffer import Layout
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Version of what parties say to each other; parties of different versions refuse each other."""
 
 PartySpec: TypeAlias = dict[str, Any]

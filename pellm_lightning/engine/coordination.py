@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -66,6 +66,8 @@ class Header:
     """2-norm of the party's parameters minus the result, in the round before; NaN as above."""
     steps_left: float = math.nan
     """Optimizer steps that the party still has to make; NaN as above."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """Which certificates the party has, and its signatures of those that lack some; as it was sent."""
     behind: bool = False
     """Whether the party lacks the newest global parameters, and so needs them and counts 0."""
 
@@ -83,7 +85,7 @@ class Header:
             "tag": self.tag,
             "exposed": list(self.exposed),
             "releases": self.releases,
-        }
+        } | ({"evidence": dict(self.evidence)} if self.evidence else {})
         figures = {"loss": self.loss, "distance": self.distance, "steps_left": self.steps_left}
         # JSON has no NaN.
         return said | {name: value if math.isfinite(value) else None for name, value in figures.items()}
@@ -120,7 +122,32 @@ class Header:
             )
         fine = metadata.get("fine", True) is True
         names = tuple(map(str, exposed))
-        return cls(Purpose(purpose), round, weight, fine, tag, names, releases, loss, distance, left, behind)
+        said = metadata.get("evidence")
+        evidence = said if isinstance(said, dict) else {}
+        return cls(
+            Purpose(purpose),
+            round,
+            weight,
+            fine,
+            tag,
+            names,
+            releases,
+            loss,
+            distance,
+            left,
+            evidence,
+            behind,
+        )
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Outcome of a commit."""
+
+    digest: str
+    """Of the global state for which the members have voted."""
+    signatures: Mapping[str, Any]
+    """The members' of the round by name, as peers have sent them, as far as they are known already."""
 
 
 class Coordinator:
@@ -243,8 +270,13 @@ class Coordinator:
         ]
         return metrics.mean_of(of_parties, self._communicator)
 
-    def commit(self, round: int, state: Mapping[str, Any]) -> str:
-        """Make the result of this attempt durable, agree with the others that it stands; return its digest.
+    def commit(self, round: int, state: Mapping[str, Any], signature: str = "") -> Committed:
+        """Make the result of this attempt durable, and agree with the others that it stands.
+
+        Args:
+            round: Index of the next round.
+            state: The global state.
+            signature: This party's of the round, for the others; empty for none.
 
         Raises:
             PartyLostError: If it does not; nothing may be kept of it.
@@ -252,8 +284,7 @@ class Coordinator:
         if self._state_dir is not None:
             self._state_dir.keep(round, state)
         digest = snapshot.digest(state)
-        self._communicator.commit(digest)
-        return digest
+        return Committed(digest, self._communicator.commit(digest, signature))
 
     def restored(self) -> dict[str, Any] | None:
         """Return the state that this party made durable before it was restarted, None if there is none."""

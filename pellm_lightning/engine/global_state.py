@@ -1,6 +1,7 @@
 """GlobalState: counters, global vector, outer optimizers and privacy budget, as one party holds them."""
 
 import copy
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pellm_lightning.aggregation.heterogeneous_rank import PaddedFactors
 from pellm_lightning.comm import MismatchError, Version
+from pellm_lightning.comm.evidence.certificate import RoundStatement
 from pellm_lightning.engine import state_transfer
 from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.fragments import fragments_of
@@ -25,7 +27,17 @@ from pellm_lightning.tensors.flat_buffer import Layout
 log = logging.getLogger(__name__)
 
 # What is the same at all parties, in the order of ``GlobalState.state``.
-_SHARED = ("round", "version", "short_rounds", "shapes", "lora", "global", "fragments", "privacy")
+_SHARED = (
+    "round",
+    "version",
+    "short_rounds",
+    "shapes",
+    "lora",
+    "global",
+    "fragments",
+    "privacy",
+    "statement",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class Counters:
         distance: 2-norm of the parameters minus the result, in the last round.
         unwritten: Fragments whose parameters are still to be written.
         loaded: The state that this party has resumed from; None if it begins.
+        statement: What was stated of the last round, where parties leave evidence.
         digest: Of the state of this version, as the parties have voted for it; "" before.
 
     Example:
@@ -52,6 +65,7 @@ class Counters:
     distance: float = math.nan
     unwritten: frozenset[int] = frozenset()
     loaded: Mapping[str, Any] | None = None
+    statement: RoundStatement | None = None
     digest: str = ""
 
 
@@ -111,6 +125,11 @@ class GlobalState:
         return self._counters.loaded
 
     @property
+    def statement(self) -> RoundStatement | None:
+        """What was stated of the last round, where parties leave evidence; None before the first."""
+        return self._counters.statement
+
+    @property
     def fragment(self) -> int:
         """Index of the fragment that the next round exchanges."""
         return self.round % len(self.fragments)
@@ -166,6 +185,10 @@ class GlobalState:
             distance=distance,
             unwritten=before.unwritten if written else before.unwritten | {fragment},
         )
+
+    def note_statement(self, statement: RoundStatement | None) -> None:
+        """Take note of what is stated of the round that has just ended."""
+        self._counters = replace(self._counters, statement=statement)
 
     # ---- the parameters
 
@@ -284,6 +307,7 @@ class GlobalState:
             "global": self.vector,
             "fragments": [updates.state() for updates in self.fragments],
             "privacy": None if privacy is None else privacy.state_dict(),
+            "statement": None if counters.statement is None else counters.statement.text,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -340,6 +364,7 @@ class GlobalState:
         return True
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
+        statement = state.get("statement")
         if len(state["short_rounds"]) != len(self.fragments):
             raise ValueError(
                 f"The saved federated state is of {len(state['short_rounds'])} fragments, these are"
@@ -351,6 +376,7 @@ class GlobalState:
             version=Version(*state["version"]) if state.get("version") else None,
             short_rounds=tuple(state["short_rounds"]),
             digest=snapshot.digest({key: state[key] for key in _SHARED}) if state.get("version") else "",
+            statement=RoundStatement.from_json(json.loads(statement)) if statement else None,
         )
 
     def _restore(self, state: Mapping[str, Any]) -> None:

@@ -4,18 +4,21 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from pellm_lightning.aggregation.base import RoundContext
 from pellm_lightning.comm import Collectives, PartyLostError
+from pellm_lightning.engine import evidence
 from pellm_lightning.engine import outer_optimizer as outer
 from pellm_lightning.engine.auxiliary import AuxiliaryValues
 from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.coordination import Coordinator, Header, Purpose
+from pellm_lightning.engine.evidence import EvidenceKeeper
 from pellm_lightning.engine.global_state import GlobalState
 from pellm_lightning.engine.lora_step import LoraResult
 from pellm_lightning.engine.participants import ParticipantFilter, Participants, Shortage
@@ -70,13 +73,17 @@ class RoundRunner:
         context: What the aggregator works with.
         coordinator: How the parties meet and commit.
         state: The global state, which each round advances.
+        evidence: What states, signs and keeps what a round was.
     """
 
-    def __init__(self, context: EngineContext, coordinator: Coordinator, state: GlobalState) -> None:
+    def __init__(
+        self, context: EngineContext, coordinator: Coordinator, state: GlobalState, evidence: EvidenceKeeper
+    ) -> None:
         self._context = context
         self.federation = context.federation
         self._coordinator = coordinator
         self._state = state
+        self._evidence = evidence
         self._filter = ParticipantFilter(context)
         self._robust = None if context.robust_rule is None else RobustReducer(context.robust_rule)
         self._tag = secrets.token_hex(8)
@@ -91,6 +98,7 @@ class RoundRunner:
         while True:
             mine = self._header(purpose, local)
             headers = self._coordinator.meet(mine, self._state.version, self._state.digest)
+            self._evidence.hear(dict(zip(self.federation.names, headers, strict=True)))
             if all(header.purpose is Purpose.DONE for header in headers):
                 return None
             arrived, _ = self._now()
@@ -132,33 +140,42 @@ class RoundRunner:
         if is_secure:
             weight = float(weight > 0 and fine)
         said = purpose, state.round, weight, fine, self._tag, self._exposed, self._releases
+        shown = self._evidence.shown()
         if not self._context.shares_figures:
-            return Header(*said)
+            return Header(*said, evidence=shown)
         loss = math.nan if local.loss is None else local.loss
-        return Header(*said, loss, state.distance, local.steps_left)
+        return Header(*said, loss, state.distance, local.steps_left, shown)
 
     @contextmanager
     def _attempt(self, headers: list[Header]) -> Iterator[None]:
         """Let what is done in the meantime stand at all parties or at none."""
         state, may_lose_parties = self._state, self.federation.may_lose_parties
+        signatures: Mapping[str, Any] = {}
         state.discard_residuals()  # of an attempt that failed
         with state.reversible() if may_lose_parties else nullcontext():
             if may_lose_parties:
                 self._prepare(headers)
             yield
             if may_lose_parties:
-                state.digest = self._coordinator.commit(state.round, state.state())
+                signature = self._evidence.sign(state.statement)
+                committed = self._coordinator.commit(state.round, state.state(), signature)
+                state.digest, signatures = committed.digest, committed.signatures
         state.commit_residuals()
         state.write_()
+        self._evidence.record(state.statement, signatures)
         self.federation.enter(f"training after round {state.round - 1}" if state.round else "training")
 
     def _prepare(self, headers: list[Header]) -> None:
         """Bring all parties to the same global state: the newest, or without one that of one party."""
+        state = self._state
         if any(header.behind for header in headers):
             self._bring_up_to_date(headers)
+        if self._evidence.is_on:
+            self._exchange_evidence(headers)
         self.set_lora_specs()
-        if self._state.version is None:
-            self._state.begin(self.federation.version(0))
+        if state.version is None:
+            state.begin(self.federation.version(0))
+        self._evidence.begin(state.statement, state.layout, state.vector)
 
     def _reduce(self, headers: list[Header], local: LocalInput) -> ReduceResult:
         """Send this party's update and receive the mean; parameters and global vector stay what they are.
@@ -222,6 +239,10 @@ class RoundRunner:
             short_rounds=shortage.rounds,
             written=not self.federation.may_lose_parties,
         )
+        version = state.version
+        if self._evidence.is_on and version is not None:
+            stated = reduced.participants, version, report.epsilon, state.layout, state.vector
+            state.note_statement(self._evidence.state_round(state.statement, *stated))
         return replace(report, distance=distance, deviation=deviation, outer_lr=outer_lr)
 
     def _apply_(self, reduced: ReduceResult) -> tuple[float, Deviation | None]:
@@ -364,6 +385,14 @@ class RoundRunner:
             source=holders[self._coordinator.attempt % len(holders)],  # another one if this one's is wrong
             digest=self._coordinator.newest_state,
         )
+
+    def _exchange_evidence(self, headers: list[Header]) -> None:
+        """Send certificates to those who lack some; who has received the state checks it by them."""
+        state, by_name = self._state, dict(zip(self.federation.names, headers, strict=True))
+        identities = [spec.get("identity") for spec in self._coordinator.party_specs()]
+        received = by_name[self.federation.name].behind
+        result = evidence.digest(state.layout, state.vector) if received and state.statement else None
+        self._evidence.synchronize(by_name, identities, state.statement, result)
 
     def _now(self) -> tuple[float, int]:
         return time.perf_counter(), self.federation.bytes_sent

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pellm_lightning.callbacks.federated_averaging import FederatedAveraging
 from pellm_lightning.comm.errors import did_you_mean
+from pellm_lightning.comm.evidence.summary import write_evidence
 from pellm_lightning.report.card import write_card
 from pellm_lightning.tasks.earlier import backed_up_adapter
 from pellm_lightning.tasks.folder import atomic_folder
@@ -142,6 +143,8 @@ class SaveAdapter(Callback):
         with_base = federated is not None and federated.writes_base
         with backed_up_adapter(folder), atomic_folder(folder) as unfinished:
             contents = save_adapters(model, unfinished, names, with_base=with_base, final=folder)
+            if federated is not None:
+                contents += write_evidence(unfinished, federated.evidence)
             if federated is not None and federated.summary is not None:
                 write_card(unfinished, asdict(federated.summary), base, title=folder.name, contents=contents)
 

@@ -62,7 +62,7 @@ def write(state: Mapping[str, Any], file: BinaryIO) -> None:
     tensors, structure = _split(state)
     file.write(_header(tensors, {"structure": structure, "digest": _digest(structure, tensors)}))
     for tensor in tensors.values():
-        file.write(_bytes_of(tensor))
+        file.write(bytes_of(tensor))
 
 
 def read(file: BinaryIO) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class SnapshotDir:
         def written(file: BinaryIO) -> None:
             file.write(_header(tensors, {"structure": structure, "digest": _NO_DIGEST}))
             for tensor in tensors.values():
-                file.write(_bytes_of(tensor))
+                file.write(bytes_of(tensor))
             file.truncate()
             _sync(file)
 
@@ -379,14 +379,19 @@ def _read(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
         if begin != end or min(shape, default=0) < 0 or stop - begin != size or stop > left:
             raise DamagedError(f"{name!r:.100} has invalid offsets")
         tensors[name], end = torch.empty(shape, dtype=dtype), stop
-        if file.readinto(_bytes_of(tensors[name])) != size:  # type: ignore[attr-defined]
+        if file.readinto(bytes_of(tensors[name])) != size:  # type: ignore[attr-defined]
             raise DamagedError(f"{name!r:.100} is truncated")
     if end != left:
         raise DamagedError("it is longer than its tensors")
     return tensors, metadata
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def dtype_code(dtype: str) -> str:
+    """Return safetensors' name of a dtype, given torch's, such as "float32"."""
+    return _CODES[getattr(torch, dtype)]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
     """Return a contiguous tensor's memory as bytes."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
@@ -395,7 +400,7 @@ def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(structure.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from certificates import files, tls_of
 from pellm_lightning.cli import commands
 from pellm_lightning.cli.main import main
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
-from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
+from pellm_lightning.comm.signing_keys import SigningKey, TrustedKeys
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,20 @@ def test_keys_prints_what_belongs_into_the_peers_of_all(
         commands.main(["keys", "new", f"--directory={tmp_path / 'new'}", "--names=clinic-a"])
     with pytest.raises(ValueError, match="name"):
         commands.main(["keys", "new", f"--directory={tmp_path}", "--names=../a"])
+
+
+def test_keys_revokes_and_another_certificate_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = f"--directory={tmp_path}"
+    commands.main(["certs", folder, "--names=clinic-a,clinic-b"])
+    own = files(tmp_path, "clinic-a")
+    serial = files(tmp_path, "clinic-b").serial
+    commands.main(["keys", "revoke", folder, "--names=clinic-b"])
+    assert capsys.readouterr().out == f"{tmp_path / 'ca.crl'}\n"
+    assert own.revoked == {serial}
+    commands.main(["keys", "sign", folder, "--names=clinic-b"])
+    assert files(tmp_path, "clinic-b").serial not in own.revoked
 
 
 def test_keys_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

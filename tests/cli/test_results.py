@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import peft
 import pytest
 import torch
 import yaml
+from certificates import authority, tls_of
 from lightning.pytorch import Trainer
-from party_threads import ValidatedClassifier, fit_parties
+from party_threads import Connecting, ValidatedClassifier, fit_parties, in_threads, quiet_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_language_models import WORDS, word_tokenizer
 from tolerances import assert_says_the_same
 from torch import Tensor
+from torch.distributed import HashStore
+from trainer_jobs import At
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,12 +30,15 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from pellm_lightning import FederatedCLI, Parameters
+from pellm_lightning import FederatedCLI, Membership, Parameters, SeparateJobs
 from pellm_lightning.aggregation import Aggregation, ResidualMean, Stacking
 from pellm_lightning.cli import evaluate
 from pellm_lightning.cli.evaluate import BASE, matrix, named, standing_as
 from pellm_lightning.cli.export import export
 from pellm_lightning.cli.main import main
+from pellm_lightning.cli.verify import verified
+from pellm_lightning.comm import ElasticFederation
+from pellm_lightning.comm.evidence.certificate import EvidenceError
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.tasks import CausalLM, SaveAdapter, TextDataModule
 
@@ -498,3 +505,54 @@ def test_standing_as_a_party_leaves_the_environment_as_it_was() -> None:
         assert os.environ["RANK"] == "1"
         assert Topology.from_env() == Topology(party=1, num_parties=3)
     assert dict(os.environ) == before
+
+
+# ---- signed evidence
+
+
+def test_what_separate_jobs_have_signed_lies_with_the_adapter(
+    texts: Path, llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From three jobs over TLS to exported adapters: of the end, and of the middle of a round."""
+    roster, store, failed = ["a", "b", "c"], HashStore(), list[BaseException]()
+
+    def job(name: str) -> None:
+        tls, state_dir = tls_of(name), str(tmp_path / name)
+        membership = Membership(wait_s=60)
+        federated = Connecting(
+            lambda: ElasticFederation(lambda: store, name, roster, membership=membership, tls=tls),
+            jobs=SeparateJobs("tcp://127.0.0.1:1", name, roster, tls=tls, state_dir=state_dir),
+            every_n_steps=2,
+        )
+        callbacks: list[Any] = [federated, SaveAdapter("saved-{party}")]
+        if name == "a":
+            callbacks.append(At(5, lambda: trainer.save_checkpoint(tmp_path / "middle.ckpt")))
+        trainer = quiet_trainer(tmp_path / f"of-{name}", callbacks, max_steps=6)
+        module = CausalLM(
+            llama,
+            lora(modules_to_save=["lm_head"]),
+            optimizer=lambda params: torch.optim.Adam(params, lr=0.05),
+        )
+        try:
+            trainer.fit(module, data_of(texts, llama, party=roster.index(name) % 2))
+            trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        except BaseException as error:
+            failed.append(error)
+
+    in_threads([partial(job, name) for name in roster])
+    assert not failed, failed
+    trust, saved = ["--trust", str(authority() / "ca.pem")], tmp_path / "of-b" / "saved-1"
+    assert main(["verify", str(saved), *trust]) == 0
+    assert "tensors are the result of round 2, bit for bit" in capsys.readouterr().out
+    assert "`evidence.jsonl` has signed certificates of its 3 rounds" in (saved / "README.md").read_text()
+    for checkpoint in ("c", "middle"):
+        module = CausalLM(llama, lora(modules_to_save=["lm_head"]))
+        export(tmp_path / f"{checkpoint}.ckpt", tmp_path / checkpoint / "adapter", module=module)
+    exported = tmp_path / "c" / "adapter"
+    assert main(["verify", str(exported), *trust]) == 0
+    assert {path.name for path in exported.iterdir()} >= {"evidence.jsonl", "README.md"}
+    with pytest.raises(EvidenceError, match="the adapter is not the result of round 1"):
+        verified(tmp_path / "middle" / "adapter")
+    module = CausalLM(llama, lora(modules_to_save=["lm_head"]))
+    export(tmp_path / "c.ckpt", tmp_path / "merged", module=module, merged=True)
+    assert not (tmp_path / "merged" / "evidence.jsonl").exists()

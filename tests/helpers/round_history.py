@@ -117,12 +117,12 @@ def recorded(aggregator: Aggregator, keep: Any) -> None:
         seen["stage"] = "settled"
         return decision
 
-    def settles(*arguments: Any) -> str:
+    def settles(*arguments: Any) -> Any:
         seen["stage"] = "in doubt"
         keep(entry_of(aggregator, seen["weights"], "made"))
-        digest = commit(*arguments)
+        committed = commit(*arguments)
         keep(entry_of(aggregator, seen["weights"], seen["stage"]))
-        return digest
+        return committed
 
     aggregator._rounds._prepare = prepares  # type: ignore[method-assign]
     aggregator._rounds._round_context = counts  # type: ignore[method-assign]

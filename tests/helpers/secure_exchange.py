@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pellm_lightning.comm.keys import make_key
+from pellm_lightning.comm.signing_keys import SigningKey
 from pellm_lightning.exchange import SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import SigningKey
 
 _making = threading.Lock()
 _kept: list[TemporaryDirectory[str]] = []

@@ -32,7 +32,7 @@ from torch import nn
 from torch.distributed.run import get_args_parser
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, Federation, __version__
-from pellm_lightning.cli import commands, results
+from pellm_lightning.cli import commands, results, verify
 from pellm_lightning.cli.main import MODULES as COMMANDS
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
@@ -294,6 +294,8 @@ class Reader:
             with self.monkeypatch.context() as patch:
                 patch.setattr(commands, "_auto_cli", lambda: parse_only)
                 commands.main(words)
+        elif words[0] == "verify":
+            verify.parser().parse_args(words[1:])
         elif words[0] in ("export", "evaluate"):
             parser = {"export": results.export_parser, "evaluate": results.evaluate_parser}[words[0]]()
             _, rest = parser.parse_known_args(words[1:])

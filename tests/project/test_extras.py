@@ -30,10 +30,8 @@ CORE |= {
     "jinja2",
 }  # what these need
 # They need an extra, so who uses them imports them at the last moment.
-OPTIONAL = {"comm.keys", "comm.rendezvous.etcd"}
-OPTIONAL |= {
-    f"exchange.secure.{name}" for name in ("collectives", "fixed_point", "key_agreement", "signing_keys")
-}
+OPTIONAL = {"comm.keys", "comm.rendezvous.etcd", "comm.revocation", "comm.signing_keys"}
+OPTIONAL |= {f"exchange.secure.{name}" for name in ("collectives", "fixed_point", "key_agreement")}
 OPTIONAL |= {f"report.{name}" for name in ("bar", "chart", "figures", "page", "view")}
 
 

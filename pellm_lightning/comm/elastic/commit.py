@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat
@@ -40,9 +40,16 @@ class CommitProtocol:
     def __init__(self, register: Register, peers: Heartbeat, me: LocalParty) -> None:
         self._register, self._peers, self._me = register, peers, me
 
-    def vote(self, view: QuorumView, digest: str) -> list[Any]:
-        """Vote for a result; return what ``await_decision`` takes for ``found``."""
+    def vote(self, view: QuorumView, digest: str, signature: str = "") -> list[Any]:
+        """Vote for a result; return what ``await_decision`` takes for ``found``.
+
+        Args:
+            view: The view.
+            digest: Of the result.
+            signature: This party's of the round, which the decision passes on; empty for none.
+        """
         vote = {"term": view.term, "incarnation": self._me.incarnation, "digest": digest}
+        vote |= {"signature": signature} if signature else {}
         return self._register.transact([Write(f"vote/@{self._me.name}", vote)], _keys(view))[1]
 
     def await_decision(self, view: QuorumView, timeout_s: float, found: list[Any] | None = None) -> Decision:
@@ -69,6 +76,7 @@ class CommitProtocol:
             digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)}
             verdict = self._verdict(view, digests)
             if verdict:
+                verdict |= _signatures(verdict, view, votes)
                 decision = self._decide(view, verdict)
                 if isinstance(decision, dict):
                     return decision
@@ -170,6 +178,18 @@ def decision_key(view: QuorumView) -> str:
 
 def _keys(view: QuorumView) -> list[str]:
     return ["term", decision_key(view), *(f"vote/@{name}" for name in view.members)]
+
+
+def _signatures(verdict: Decision, view: QuorumView, votes: Sequence[Any]) -> dict[str, dict[str, str]]:
+    """Return what a decision to commit passes on: the signatures of those who voted for it, by name."""
+    if "commit" not in verdict:
+        return {}
+    signed = {
+        name: str(vote["signature"])
+        for name, vote in zip(view.members, votes, strict=True)
+        if _vote(vote, view, name) == verdict["commit"] and "signature" in vote
+    }
+    return {"signatures": signed} if signed else {}
 
 
 def _vote(value: Any, view: QuorumView, name: str) -> str | None:

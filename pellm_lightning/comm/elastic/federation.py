@@ -14,10 +14,9 @@ lost. The scheme is that of an atomic commitment over single-decree registers; t
 docs/reliability.md.
 """
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,7 +44,8 @@ from pellm_lightning.comm.elastic.joining import join_rendezvous
 from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_addresses, check_roster
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
-from pellm_lightning.comm.elastic.register import Action, ReplacedError, RestartedError, UnreachableError
+from pellm_lightning.comm.elastic.register import Action, RestartedError, UnreachableError
+from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener
 from pellm_lightning.comm.quorum import Quorum
@@ -134,8 +134,9 @@ class ElasticFederation(Communicator):
         self._limit = AttemptLimit(self._me)
         self._specs = SpecExchange(self._register, self._me)
         self._commit_protocol = CommitProtocol(self._register, self._peers, self._me)
+        self._revoked = RevokedMembers(name, tls)
         self._quorum_protocol = QuorumProtocol(
-            self._register, self._peers, self._specs, self._reachability, self._me
+            self._register, self._peers, self._specs, self._reachability, self._me, self._revoked
         )
         self._quorum_protocol.interrupt = self._check_waiting
         self._connections = MemberConnections(self._listener, self._me, self._peers, tls)
@@ -192,28 +193,11 @@ class ElasticFederation(Communicator):
         """Publish this party's spec; return it and those of the parties that are alive."""
         self._digest = digest
         self._specs.set(spec, difference)
-        known: dict[str, PartySpec | None] = {}
-        # If the rendezvous is away, the first quorum publishes it again.
-        with contextlib.suppress(RestartedError, UnreachableError):
-            self._specs.publish()
-            others = [name for name in self.roster if name != self._name and self._peers.alive(name)]
-            specs = self._specs.of([(name, self._peers.incarnation(name)) for name in others])
-            known = dict(zip(others, specs, strict=True))
-        known[self._name] = spec
-        return {name: found for name in self.roster if (found := known.get(name)) is not None}
+        return self._specs.published(self._peers)
 
     @override
     def party_specs(self) -> list[PartySpec]:
-        entries = self._current_view.entries
-        try:
-            found = self._specs.of([(name, entry.incarnation) for name, entry in entries.items()])
-        except (RestartedError, UnreachableError) as error:
-            raise PartyLostError("The rendezvous went away in the round.") from error
-        specs = [spec for spec in found if spec is not None]
-        if len(specs) < len(found):
-            name = self.names[found.index(None)]
-            raise PartyLostError(f"Party {name} was restarted meanwhile.", parties=(name,))
-        return specs
+        return self._specs.of_members(self._current_view.entries)
 
     @override
     def gather_json(self, key: str, value: object) -> list[Any]:
@@ -252,7 +236,7 @@ class ElasticFederation(Communicator):
         return Version(view.run_id, round, view.attempt)
 
     @override
-    def commit(self, digest: str) -> None:
+    def commit(self, digest: str, signature: str = "") -> Mapping[str, Any]:
         """Vote for the result that this party has made durable; return once it is committed.
 
         If the rendezvous is lost after the vote, the result stands: the others have made the same durable,
@@ -265,12 +249,12 @@ class ElasticFederation(Communicator):
         except RestartedError as error:
             raise PartyLostError("The rendezvous was restarted before the vote.") from error
         try:
-            found = self._commit_protocol.vote(view, digest)
+            found = self._commit_protocol.vote(view, digest, signature)
             decision = self._commit_protocol.await_decision(view, self.timeout_s, found)
         except (RestartedError, UnreachableError):
             log.warning("[party %s] the rendezvous went away after the vote; its result stands", self._name)
             self._connections.drop()
-            return
+            return {}
         if "diverged" in decision:
             self._audit.judge(lambda: self._commit_protocol.dissenters(view))
         if "abort" in decision:
@@ -278,6 +262,8 @@ class ElasticFederation(Communicator):
         self._reachability.connected(view.members)
         self._limit.committed()
         self._ended = self._last_term[0], view
+        signatures = decision.get("signatures")
+        return signatures if isinstance(signatures, dict) else {}
 
     @override
     def abort_attempt(self, error: Exception) -> bool:
@@ -376,6 +362,8 @@ class ElasticFederation(Communicator):
         if self._closed:
             raise FederationError(f"Party {self._name} has left this federation. Join it again.")
         self._peers.check_not_replaced()
+        if self._revoked.has_changed():
+            self._connections.drop()  # new ones are made with those alone whose certificates still count
         self._audit.share(self._peers)
         mine = entry()
         self._specs.publish()
@@ -397,10 +385,11 @@ class ElasticFederation(Communicator):
         if not view.includes(self._name, self._me.incarnation):
             self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
             return None
-        if self._last_term == (self._register.life, view.term):
-            # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
-            self._commit_protocol.abort(view, f"party {self._name} was in doubt")
+        unfit = self._unfit(view)
+        if unfit:
+            self._commit_protocol.abort(view, unfit)
             self._commit_protocol.end(view)
+            self._limit.failed(unfit)
             return None
         self._last_term = self._register.life, view.term
         self._next_term = self._register.life, view.term + 1
@@ -411,6 +400,15 @@ class ElasticFederation(Communicator):
         elif not self._connected_to(view):
             return None
         return view
+
+    def _unfit(self, view: QuorumView) -> str | None:
+        """Return why this party takes no part in a view that includes it; None if it does."""
+        if not self._revoked.accepts(view.entries):
+            return "a member's certificate is revoked"
+        if self._last_term == (self._register.life, view.term):
+            # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
+            return f"party {self._name} was in doubt"
+        return None
 
     def _ending(self) -> list[Action]:
         """Return what ends the last term, unless another party has done so."""
@@ -440,6 +438,8 @@ class ElasticFederation(Communicator):
             metadata=metadata,
             state=state,
             audits=self._audit.is_active,
+            serial=self._revoked.serial,
+            revoked=self._revoked.pem,
         )
 
     def _accept(self, view: QuorumView) -> None:
@@ -492,5 +492,5 @@ class ElasticFederation(Communicator):
         """Do what the next quorum would make good anyway, if the rendezvous can be reached."""
         try:
             act()
-        except (UnreachableError, RestartedError, ReplacedError) as error:
+        except (UnreachableError, RestartedError, FederationError) as error:  # or it is refused
             log.debug("[party %s] %s", self._name, error)

@@ -1,12 +1,14 @@
 """Handshake: the specs that parties publish before their first quorum, and the check that they agree."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 from pellm_lightning.comm.communicator import Difference, PartySpec
+from pellm_lightning.comm.elastic.heartbeat import Heartbeat
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember
-from pellm_lightning.comm.elastic.register import Register
-from pellm_lightning.comm.errors import MismatchError
+from pellm_lightning.comm.elastic.register import Register, RestartedError, UnreachableError
+from pellm_lightning.comm.errors import MismatchError, PartyLostError
 
 
 class SpecExchange:
@@ -49,6 +51,33 @@ class SpecExchange:
                 self._known = {key: value for key, value in self._known.items() if key[0] != name}
                 self._known[name, incarnation] = value["party_spec"]
         return [self._known.get(process) for process in processes]
+
+    def of_members(self, entries: Mapping[str, QuorumMember]) -> list[PartySpec]:
+        """Return the specs of the members of a view, in their order.
+
+        Raises:
+            PartyLostError: If one has been replaced by another process meanwhile.
+        """
+        try:
+            found = self.of([(name, entry.incarnation) for name, entry in entries.items()])
+        except (RestartedError, UnreachableError) as error:
+            raise PartyLostError("The rendezvous went away in the round.") from error
+        for name, spec in zip(entries, found, strict=True):
+            if spec is None:
+                raise PartyLostError(f"Party {name} was restarted meanwhile.", parties=(name,))
+        return [spec for spec in found if spec is not None]
+
+    def published(self, peers: Heartbeat) -> dict[str, PartySpec]:
+        """Publish this party's spec; return it and those of the parties that are alive."""
+        known: dict[str, PartySpec | None] = {}
+        # If the rendezvous is away, the first quorum publishes it again.
+        with contextlib.suppress(RestartedError, UnreachableError):
+            self.publish()
+            others = [name for name in self._me.roster if name != self._me.name and peers.alive(name)]
+            specs = self.of([(name, peers.incarnation(name)) for name in others])
+            known = dict(zip(others, specs, strict=True))
+        known[self._me.name] = self._spec
+        return {name: found for name in self._me.roster if (found := known.get(name)) is not None}
 
     def check_alike(self, entries: Mapping[str, QuorumMember], mine: QuorumMember) -> None:
         """Raise the difference between this party and the first of the others that does not agree with it.

@@ -206,8 +206,8 @@ class Heartbeat:
         key = heartbeat_key(self._name)
         try:
             self._register.transact([Delete(key) if reason is None else Write(key, {"left": reason})])
-        except (UnreachableError, RestartedError, ReplacedError):
-            log.debug("[party %s] left, but cannot reach the rendezvous to say so", self._name)
+        except (UnreachableError, RestartedError, FederationError):  # one that is refused, or replaced
+            log.debug("[party %s] left, but the rendezvous cannot be told", self._name)
 
     def _join(self, wait_s: float) -> None:
         """Take the name, and send the first heartbeat, so that the first poll knows who is alive."""
@@ -258,6 +258,9 @@ class Heartbeat:
                 missed |= not self._beat()
             except ReplacedError:
                 self.is_replaced = True
+                return
+            except FederationError as error:  # refused for good, as the main thread will also be
+                log.warning("[party %s] sends no more heartbeats: %s", self._name, error)
                 return
             if missed:
                 self._reset(alive)

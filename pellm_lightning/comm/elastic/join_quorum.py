@@ -28,6 +28,7 @@ from pellm_lightning.comm.elastic.register import (
     UnreachableError,
     Write,
 )
+from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
 from pellm_lightning.comm.errors import (
     FederationError,
     PartyLostError,
@@ -69,6 +70,7 @@ class QuorumProtocol:
         specs: The parties' specs.
         reachability: Who cannot reach whom.
         me: This party, and how long it waits for whom.
+        revoked: Whose certificates are revoked.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class QuorumProtocol:
         specs: SpecExchange,
         reachability: ReachabilityTracker,
         me: LocalParty,
+        revoked: RevokedMembers | None = None,
     ) -> None:
+        self._revoked = revoked or RevokedMembers(me.name, None)
         self._register, self._peers, self._specs = register, peers, specs
         self._reachability, self._me = reachability, me
         self.partners: Collection[str] = ()
@@ -214,7 +218,9 @@ class QuorumProtocol:
             if entry is not None and entry.term == term and name not in excluded
         }
         self._peers.note_incarnations(joined)
-        return {name: entry for name, entry in joined.items() if self._peers.runs(name, entry.incarnation)}
+        alive = {name: entry for name, entry in joined.items() if self._peers.runs(name, entry.incarnation)}
+        self._revoked.take(alive.values())
+        return self._revoked.without(alive)
 
     def _ready(
         self, entries: dict[str, QuorumMember], mine: QuorumMember, deadline: "QuorumDeadline"
@@ -275,7 +281,11 @@ class QuorumProtocol:
     ) -> list[str]:
         """Return those who have not joined yet, but are expected to."""
         excluded = self._reachability.excluded
-        missing = [name for name in self._me.roster if name not in entries and name not in excluded]
+        missing = [
+            name
+            for name in self._me.roster
+            if name not in entries and name not in excluded and name not in self._revoked
+        ]
         current = stage(group, self._me.quorum)
         if current == "beginning":
             return missing

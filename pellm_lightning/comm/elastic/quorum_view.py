@@ -14,6 +14,8 @@ _VIEW_FIELDS = {"attempt", "group", "run_id", "members", "newest", "state"}
 _INTENTS = ("exchange", "metadata", "rest")
 # Longer than any name, address or digest.
 _MAX_TEXT = 256
+# Of a revocation list with about a thousand entries.
+_MAX_LIST = 1 << 16
 # Numbers of attempts differ by less between parties, whatever has happened to them.
 _MAX_ATTEMPTS_APART = 10**9
 
@@ -52,6 +54,10 @@ class QuorumMember:
     """Digest of the global state of this version, for which the parties have voted."""
     audits: bool = False
     """Whether it has seen results differ, so that all must compare what they receive."""
+    serial: str = ""
+    """Serial number of its certificate, in hexadecimal digits; empty without TLS."""
+    revoked: str = ""
+    """The newest revocation list that it knows, PEM; empty for none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
@@ -62,7 +68,9 @@ class QuorumMember:
         """Return what a peer wrote, or None if it is malformed."""
         if not isinstance(value, dict) or value.keys() != cls.__annotations__.keys():
             return None
-        texts = [value[key] for key in ("incarnation", "address", "digest", "run_id", "group", "state")]
+        texts = [
+            value[key] for key in ("incarnation", "address", "digest", "run_id", "group", "state", "serial")
+        ]
         numbers = [value["term"], value["attempt"]]
         version = value["version"]
         if (
@@ -74,6 +82,7 @@ class QuorumMember:
             or not isinstance(value["member"], bool)
             or not isinstance(value["audits"], bool)
             or not isinstance(value["metadata"], dict)
+            or not _is_text(value["revoked"], _MAX_LIST)
         ):
             return None
         return cls(**value | {"version": Version(*version) if version else None})
@@ -284,8 +293,8 @@ def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_TEXT
+def _is_text(value: Any, most: int = _MAX_TEXT) -> bool:
+    return isinstance(value, str) and len(value) <= most
 
 
 def _is_address(value: str) -> bool:

@@ -246,8 +246,8 @@ class RendezvousStore(PollingStore):
     def _rejected(self, why: str) -> FederationError:
         return FederationError(
             f"The rendezvous at {self.address} does not admit this party{self._identity()}: {why}. Check that"
-            " the name is on its roster, that its authority issued the certificate, and that this has not"
-            " expired."
+            " the name is on its roster, that its authority issued the certificate, and that this has"
+            " neither expired nor been revoked."
         )
 
     def _identity(self) -> str:

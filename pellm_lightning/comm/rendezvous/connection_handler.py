@@ -26,7 +26,7 @@ from pellm_lightning.comm.rendezvous.frames import (
 )
 from pellm_lightning.comm.rendezvous.key_value_store import FullError, KeyValueStore, RefusedError, awaited
 from pellm_lightning.comm.sockets import configure, oldest_of_largest_host
-from pellm_lightning.comm.tls import peer_name
+from pellm_lightning.comm.tls import REVOKED, is_revoked, peer_name
 
 log = logging.getLogger(__name__)
 
@@ -252,6 +252,8 @@ class ConnectionHandler:
         try:
             if op == Op.AWAIT:
                 await self._await_change(connection, fields)
+            if self._context is not None and is_revoked(connection.writer.get_extra_info("ssl_object")):
+                raise ConnectionResetError(REVOKED)
             if connection.writer.is_closing():
                 # What was buffered before the cut will be sent again: an addition must not count twice.
                 raise ConnectionResetError("the connection was cut")

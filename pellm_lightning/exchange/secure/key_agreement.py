@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
 from pellm_lightning.comm import Collectives, FederationError
+from pellm_lightning.comm.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES
-from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 
 _PUBLIC_BYTES = 32
 _SIGNATURE_BYTES = 64

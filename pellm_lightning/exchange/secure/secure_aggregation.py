@@ -11,7 +11,7 @@ from pellm_lightning.exchange.base import Exchange
 from pellm_lightning.exchange.error_feedback import ErrorFeedback
 
 if TYPE_CHECKING:
-    from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
+    from pellm_lightning.comm.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 
 # With two parties each could subtract its own value from the sum.
 MIN_PARTIES = 3
@@ -67,7 +67,7 @@ class SecureAggregation(Exchange):
         self.signing_key = None if signing_key is None else str(signing_key)
         self.bits = bits
         self.fractional_bits = fractional_bits
-        from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
+        from pellm_lightning.comm.signing_keys import TrustedKeys
 
         self._pinned = None if trusted_keys is None else TrustedKeys(trusted_keys)
 
@@ -99,7 +99,7 @@ class SecureAggregation(Exchange):
                 f" {', '.join(federation.roster)}; create a key for each by `pellm keys"
                 " new`."
             )
-        self._credentials(federation)
+        self.credentials(federation)
 
     @override
     def open(
@@ -121,7 +121,7 @@ class SecureAggregation(Exchange):
             raise FederationError(
                 f"Secure aggregation needs {MIN_PARTIES} parties, only {federation.num_parties} take part."
             )
-        keys = key_agreement.agree(federation, *self._credentials(federation), f"{self!r} {view}")
+        keys = key_agreement.agree(federation, *self.credentials(federation), f"{self!r} {view}")
         return SecAggCollectives(federation, keys, self.bits, self.fractional_bits, on_reveal)
 
     def __repr__(self) -> str:
@@ -130,9 +130,9 @@ class SecureAggregation(Exchange):
             f" fractional_bits={self.fractional_bits}, bits={self.bits})"
         )
 
-    def _credentials(self, federation: Collectives) -> "tuple[SigningKey, TrustedKeys | CertifiedKeys]":
+    def credentials(self, federation: Collectives) -> "tuple[SigningKey, TrustedKeys | CertifiedKeys]":
         """Return this party's key, and how it knows those of the others."""
-        from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey
+        from pellm_lightning.comm.signing_keys import CertifiedKeys, SigningKey
 
         name, tls = federation.name, federation.tls
         trusted: TrustedKeys | CertifiedKeys

@@ -17,12 +17,12 @@ from secure_exchange import keys, masked, signing_key_of
 from torch import Tensor
 
 from pellm_lightning import Federation, FederationError
+from pellm_lightning.comm import signing_keys
 from pellm_lightning.comm.keys import make_ca, make_certificate
+from pellm_lightning.comm.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 from pellm_lightning.comm.tls import TLS
 from pellm_lightning.exchange import SecureAggregation
-from pellm_lightning.exchange.secure import signing_keys
 from pellm_lightning.exchange.secure.key_agreement import agree, all_gather_bytes, shared_key
-from pellm_lightning.exchange.secure.signing_keys import CertifiedKeys, SigningKey, TrustedKeys
 
 SOON_S = 8.0
 N = 3

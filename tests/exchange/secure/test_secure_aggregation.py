@@ -604,8 +604,9 @@ def test_a_fit_with_a_rule_that_needs_the_parties_is_refused_in_words(tmp_path: 
 
 
 def test_without_cryptography_all_but_masked_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = ("pellm_lightning.exchange", "pellm_lightning.comm.signing_keys")
     for name in list(sys.modules):
-        if name.split(".")[0] == "cryptography" or name.startswith("pellm_lightning.exchange"):
+        if name.split(".")[0] == "cryptography" or name.startswith(ours):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     monkeypatch.setattr(pellm_lightning, "exchange", pellm_lightning.exchange)  # set by the next line
@@ -616,13 +617,16 @@ def test_without_cryptography_all_but_masked_works(monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_imports_cryptography_until_it_is_used() -> None:
-    needed = {"key_agreement", "signing_keys", "fixed_point", "collectives"}
+    needed = {
+        *(f"exchange.secure.{name}" for name in ("key_agreement", "fixed_point", "collectives")),
+        *("comm.keys", "comm.signing_keys", "comm.revocation"),
+    }
     for path in Path(pellm_lightning.__file__).parent.rglob("*.py"):
-        if path.stem == "keys" or path.parent.name == "secure":
+        if path.stem in ("keys", "signing_keys", "revocation") or path.parent.name == "secure":
             continue
         for statement in ast.parse(path.read_text()).body:
             words = (
                 ast.unparse(statement) if isinstance(statement, ast.Import | ast.ImportFrom | ast.Try) else ""
             )
             assert "cryptography" not in words
-            assert not any(f"exchange.secure.{module}" in words for module in needed)
+            assert not any(f"pellm_lightning.{module} " in f"{words} " for module in needed)

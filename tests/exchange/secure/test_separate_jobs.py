@@ -23,9 +23,9 @@ from secure_exchange import keys, masked, signing_key_of
 from torch import Tensor
 
 from pellm_lightning import FederationError
+from pellm_lightning.comm.signing_keys import TrustedKeys
 from pellm_lightning.exchange import SecureAggregation
 from pellm_lightning.exchange.secure.fixed_point import KEY_BYTES, FixedPoint, KeyStream
-from pellm_lightning.exchange.secure.signing_keys import TrustedKeys
 
 DIGITS = 24
 BALLOT = 3
@@ -378,7 +378,7 @@ def test_a_stranger_with_anothers_name_is_refused_by_name_and_soon(world: Callab
         own = stranger if federation.name == "p2" else signing_key_of(federation.name)
         return own, TrustedKeys(keys())
 
-    exchange._credentials = credentials  # type: ignore[method-assign]
+    exchange.credentials = credentials  # type: ignore[method-assign]
     began = time.monotonic()
     started(w, transcript, exchange=exchange)
     for life in w.lives:

@@ -1,9 +1,9 @@
-"""Signing keys of secure aggregation: Ed25519 (RFC 8032), and the public keys of all parties."""
+"""Signing keys: Ed25519 (RFC 8032), and the public keys of all parties, pinned or certified."""
 
 import base64
 import binascii
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,14 +18,14 @@ try:
     from pellm_lightning.comm.keys import KEY_PREFIX, public_key_of, public_text, read_public_key
 except ImportError as error:
     raise ImportError(
-        "Secure aggregation needs the package cryptography: pip install 'pellm-lightning[keys]'."
+        "Signatures need the package cryptography: pip install 'pellm-lightning[keys]'."
     ) from error
 
 # Bytes in which a party shows its certificate; ours have about 500.
 _CERTIFICATE_BYTES = 2048
 _LENGTH_BYTES = 2
-# What a certificate raises that a peer has made up.
-_MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
+MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
+"""What a certificate raises that a peer has made up."""
 
 
 class SigningKey:
@@ -126,6 +126,10 @@ class TrustedKeys:
         """Return the keys of those who take part, whatever they show."""
         return self
 
+    def refusal(self, name: str, key: str, certificate: bytes | None) -> str | None:
+        """Return why a key is not accepted as a party's; None if it is the pinned one."""
+        return None if key == self.get(name) else f"it is {key}, the pinned one is {self.get(name)}"
+
     def verify(self, name: str, signature: bytes, message: bytes) -> bool:
         """Return whether a signature of a message is a party's."""
         try:
@@ -135,10 +139,57 @@ class TrustedKeys:
         return True
 
 
+class Authorities:
+    """The authorities that certify public keys: each of them could certify a key of its own under any name.
+
+    Args:
+        pem: Their certificates.
+        revoked: Returns the serial numbers of revoked certificates.
+
+    Raises:
+        ValueError: If these are no certificates.
+    """
+
+    def __init__(self, pem: bytes, revoked: Callable[[], Collection[int]] = tuple) -> None:
+        self._certificates = x509.load_pem_x509_certificates(pem)
+        self._revoked = revoked
+
+    def key(self, name: str, der: bytes, now: datetime | None = None) -> Ed25519PublicKey:
+        """Return the key in a certificate issued for that name and this use, and good at that time.
+
+        Raises:
+            ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion: If it is not accepted.
+        """
+        certificate = x509.load_der_x509_certificate(der)
+        issuer = next((ca for ca in self._certificates if _issued(certificate, ca)), None)
+        if issuer is None:
+            raise ValueError("the federation's authority has not issued it")
+        if certificate.serial_number in self._revoked():
+            raise ValueError("the authority has revoked it")
+        for of in (certificate, issuer):
+            if now and not of.not_valid_before_utc <= now <= of.not_valid_after_utc:
+                raise ValueError(f"it is good from {of.not_valid_before_utc} to {of.not_valid_after_utc}")
+        try:
+            signs = certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
+        except x509.ExtensionNotFound:
+            signs = True
+        if not signs:
+            raise ValueError("its key is not meant for signatures")
+        return public_key_of(certificate, name)
+
+    def refusal(self, name: str, key: str, certificate: bytes | None) -> str | None:
+        """Return why a key is not accepted as a party's; None if an authority certifies it, at any time."""
+        if certificate is None:
+            return "it comes without a certificate: pin the parties' keys instead"
+        try:
+            certified = public_text(self.key(name, certificate))
+        except MALFORMED as error:
+            return f"of its certificate: {error}"
+        return None if certified == key else "its certificate has another key"
+
+
 class CertifiedKeys:
     """The public keys that the federation's authority certifies: each party shows its certificate.
-
-    The authority is trusted: it could certify a key of its own under a party's name.
 
     Args:
         tls: This party's certificate, and the authority.
@@ -148,15 +199,16 @@ class CertifiedKeys:
     """
 
     def __init__(self, tls: TLS) -> None:
-        self._authorities = x509.load_pem_x509_certificates(tls.contents["ca"])
-        certificate = x509.load_pem_x509_certificate(tls.contents["cert"])
-        der = certificate.public_bytes(serialization.Encoding.DER)
+        self._authorities = Authorities(tls.contents["ca"], lambda: tls.revoked)
+        der = x509.load_pem_x509_certificate(tls.contents["cert"]).public_bytes(serialization.Encoding.DER)
+        self.certificate = der
+        """This party's certificate, DER."""
         try:
             if len(der) > _CERTIFICATE_BYTES - _LENGTH_BYTES:
                 raise ValueError(f"it has {len(der)} bytes, which is too long to show")
             # Not its dates: in the middle of a run all find these over together, and say so.
-            self._own = tls.name, public_text(self._key(tls.name, der))
-        except _MALFORMED as error:
+            self._own = tls.name, public_text(self._authorities.key(tls.name, der))
+        except MALFORMED as error:
             raise ValueError(
                 f"The certificate {tls.cert} cannot be used for secure aggregation: {error}. Make the key by"
                 " `pellm keys new` and have it signed, or give signing_key and"
@@ -169,6 +221,10 @@ class CertifiedKeys:
         """Return the public key as text if the party is this one."""
         return self._own[1] if name == self._own[0] else None
 
+    def refusal(self, name: str, key: str, certificate: bytes | None) -> str | None:
+        """Return why a key is not accepted as a party's; None if the authority certifies it."""
+        return self._authorities.refusal(name, key, certificate)
+
     def verified(self, shown: Mapping[str, bytes]) -> TrustedKeys:
         """Return the keys of those who take part, by their certificates.
 
@@ -179,27 +235,43 @@ class CertifiedKeys:
         for name, part in shown.items():
             end = _LENGTH_BYTES + int.from_bytes(part[:_LENGTH_BYTES], "big")
             try:
-                keys[name] = public_text(self._key(name, part[_LENGTH_BYTES:end], now))
-            except _MALFORMED as error:
+                keys[name] = public_text(self._authorities.key(name, part[_LENGTH_BYTES:end], now))
+            except MALFORMED as error:
                 raise ValueError(f"the certificate of party {name} is not accepted: {error}") from error
         return TrustedKeys(keys)
 
-    def _key(self, name: str, der: bytes, now: datetime | None = None) -> Ed25519PublicKey:
-        """Return the key in a certificate issued for that name and this use, and good at that time."""
-        certificate = x509.load_der_x509_certificate(der)
-        issuer = next((ca for ca in self._authorities if _issued(certificate, ca)), None)
-        if issuer is None:
-            raise ValueError("the federation's authority has not issued it")
-        for of in (certificate, issuer):
-            if now and not of.not_valid_before_utc <= now <= of.not_valid_after_utc:
-                raise ValueError(f"it is good from {of.not_valid_before_utc} to {of.not_valid_after_utc}")
-        try:
-            signs = certificate.extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
-        except x509.ExtensionNotFound:
-            signs = True
-        if not signs:
-            raise ValueError("its key is not meant for signatures")
-        return public_key_of(certificate, name)
+
+def is_signature(name: str, key: str, signature: bytes, message: bytes) -> bool:
+    """Tell whether a signature of a message is by a party's key, given as text."""
+    try:
+        _parse_key(name, key).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def decode_certificate(text: str) -> bytes:
+    """Return the DER of a certificate in base64.
+
+    Raises:
+        ValueError: If it is no base64, or not the one way to write it.
+    """
+    der = base64.b64decode(text, validate=True)
+    if base64.b64encode(der).decode() != text:
+        raise ValueError("its certificate is not written as base64 is")
+    return der
+
+
+def key_in(certificate: bytes, name: str) -> str:
+    """Return the public key in a certificate of that name, as text.
+
+    Raises:
+        ValueError: If it is malformed, or of another name.
+    """
+    try:
+        return public_text(public_key_of(x509.load_der_x509_certificate(certificate), name))
+    except MALFORMED as error:
+        raise ValueError(f"of its certificate: {error}") from error
 
 
 def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
@@ -207,7 +279,7 @@ def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(authority)
         return authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (*_MALFORMED, InvalidSignature, x509.ExtensionNotFound):
+    except (*MALFORMED, InvalidSignature, x509.ExtensionNotFound):
         return False
 
 

@@ -12,8 +12,8 @@ from secure_exchange import keys, masked, signing_key_of
 
 from pellm_lightning import Federation
 from pellm_lightning.comm.keys import make_ca, make_key, public_text, read_public_key, sign_request
+from pellm_lightning.comm.signing_keys import SigningKey, TrustedKeys
 from pellm_lightning.exchange import SecureAggregation
-from pellm_lightning.exchange.secure.signing_keys import SigningKey, TrustedKeys
 
 
 # RFC 8032, section 7.1, tests 1 and 2: secret key, public key, message, signature.

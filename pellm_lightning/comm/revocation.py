@@ -1,0 +1,138 @@
+"""Revocation lists of the federation's authority: X.509 CRLs (RFC 5280, section 5), beside ``ca.pem``."""
+
+import contextlib
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+except ImportError as error:
+    raise ImportError(
+        "Revocation lists need the package cryptography: pip install 'pellm-lightning[keys]'."
+    ) from error
+
+
+@dataclass(frozen=True)
+class RevocationList:
+    """A revocation list that one of the federation's authorities has signed.
+
+    Args:
+        pem: The list.
+        number: Its number (RFC 5280, 5.2.3); the greatest is the newest.
+        serials: Serial numbers of the revoked certificates.
+    """
+
+    pem: bytes
+    number: int
+    serials: frozenset[int]
+
+    @classmethod
+    def parse(cls, pem: bytes, authorities: bytes) -> "RevocationList":
+        """Return the list in PEM.
+
+        Args:
+            pem: What may come from anybody.
+            authorities: Certificates of the authorities, PEM.
+
+        Raises:
+            ValueError: If it is none, or no authority has signed it.
+        """
+        try:
+            found = x509.load_pem_x509_crl(pem)
+            number = found.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+            known = x509.load_pem_x509_certificates(authorities)
+            if not any(_signed_by(found, ca) for ca in known):
+                raise ValueError("the federation's authority has not signed it")
+            serials = frozenset(entry.serial_number for entry in found)
+        except (TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound, x509.InvalidVersion) as error:
+            raise ValueError(f"it cannot be read: {error}") from error
+        return cls(found.public_bytes(serialization.Encoding.PEM), number, serials)
+
+
+class RevocationFile:
+    """The newest revocation list that this process knows, and the file in which it is kept.
+
+    The file is read again whenever it has changed, so that a list takes effect while a job runs.
+
+    Args:
+        path: The file; it may be missing, and appear later.
+        authorities: Certificates of the authorities, PEM.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+
+    def __init__(self, path: Path, authorities: bytes) -> None:
+        self.path, self._authorities = path, authorities
+        self._seen: tuple[int, int] | None = None
+        self.newest: RevocationList | None = None
+        """The list; None if nothing was ever revoked."""
+        self.problem = ""
+        """Why the file was not taken over when it changed last; empty if it was."""
+        self.refresh()
+        if self.problem:
+            raise ValueError(
+                f"The revocation list {path} cannot be used: {self.problem}. Take the ca.crl that `pellm keys"
+                " revoke` has written with this ca.pem."
+            )
+
+    @property
+    def serials(self) -> Collection[int]:
+        """Serial numbers of the revoked certificates, by the file as it is now."""
+        self.refresh()
+        return frozenset() if self.newest is None else self.newest.serials
+
+    def refresh(self) -> None:
+        """Read the file if it has changed; an older list than the one known is not taken."""
+        try:
+            now = self.path.stat()
+            if (now.st_mtime_ns, now.st_size) == self._seen:
+                return
+            self._seen = now.st_mtime_ns, now.st_size
+            self.take(self.path.read_bytes())
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            self.problem = str(error)
+        else:
+            self.problem = ""
+
+    def take(self, pem: bytes) -> bool:
+        """Take over a list that may come from anybody; return whether it is newer than the one known.
+
+        Raises:
+            ValueError: If it is none, or no authority has signed it.
+        """
+        found = RevocationList.parse(pem, self._authorities)
+        if self.newest is not None and found.number <= self.newest.number:
+            return False
+        self.newest = found
+        return True
+
+    def keep(self) -> None:
+        """Write the newest list into the file, for the next start, if that is allowed."""
+        self.refresh()
+        if self.newest is not None:
+            with contextlib.suppress(OSError):
+                replace_file(self.path, self.newest.pem)
+            self.problem, self._seen = "", None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a public file in one step."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+def _signed_by(found: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
+    key: Any = authority.public_key()
+    try:
+        return found.issuer == authority.subject and found.is_signature_valid(key)
+    except (TypeError, ValueError):  # a key that signs no certificates
+        return False

@@ -1,0 +1,320 @@
+"""Signed evidence of separate jobs: every committed round leaves a certificate, whatever happens to whom."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from certificates import authority, elliptic, tls_of
+from job_threads import Life, World, die, loses_rendezvous
+from party_threads import in_threads
+from secure_exchange import keys, masked
+
+from pellm_lightning import Aggregator
+from pellm_lightning.comm import ElasticFederation, Membership
+from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, verify
+from pellm_lightning.comm.rendezvous.client import RendezvousStore
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
+from pellm_lightning.comm.signing_keys import Authorities, TrustedKeys
+from pellm_lightning.engine.evidence import digest
+from pellm_lightning.privacy.mechanism import GaussianMechanism
+from pellm_lightning.tensors.flat_buffer import Layout
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def make(parties: int = 3, **arguments: Any) -> World:
+        worlds.append(World(parties, **{"tls": tls_of, "state_dir": tmp_path} | arguments))
+        return worlds[-1]
+
+    yield make
+    for w in worlds:
+        w.close()
+
+
+def trust() -> Trust:
+    return Authorities((authority() / "ca.pem").read_bytes())
+
+
+def chain_of(life: Life, by: Trust | None = None) -> Chain:
+    """The chain that a party would export; it holds, and ends with the party's parameters."""
+    assert life.aggregator is not None
+    chain = Chain.parse(life.aggregator.evidence or "")
+    verify(chain, by or trust())
+    last = chain.certificates[-1].statement
+    assert last.round == life.aggregator.round - 1
+    assert last.result == digest(Layout({"w": life.w}), life.aggregator.global_vector)
+    return chain
+
+
+def test_each_round_is_signed_by_all_who_took_part(world: Callable[..., World], tmp_path: Path) -> None:
+    w = world(rounds=4)
+    lives = w.start()
+    w.join()
+    chains = [chain_of(life) for life in lives]
+    assert len({chain.head for chain in chains}) == 1
+    for chain in chains:
+        assert [len(c.signatures) for c in chain.certificates] == [3] * 4
+        for certificate in chain.certificates:
+            statement = certificate.statement
+            assert statement.members == statement.counted == ("p0", "p1", "p2")
+            assert statement.weights == (1.0, 2.0, 3.0)
+            assert statement.rule.startswith("LowRankMean(")
+            assert statement.epsilon is None
+    kept = (tmp_path / "p1" / FILE_NAME).read_text()
+    assert kept == chains[1].text
+    assert all(path.suffix == ".jsonl" for path in (tmp_path / "p1").iterdir()), "the end has left more"
+
+
+def test_a_restart_of_all_continues_the_chain(world: Callable[..., World]) -> None:
+    w = world(rounds=6)
+    first = w.start(faults={"training@3": die})
+    w.join()
+    w.rendezvous.restart()
+    before = chain_of(first[0])
+    again = w.start()
+    w.join()
+    chain = chain_of(again[2])
+    assert len(chain.certificates) == 6
+    assert [c.line for c in chain.certificates[:3]] == [c.line for c in before.certificates]
+
+
+def test_a_checkpoint_continues_the_chain(world: Callable[..., World]) -> None:
+    """Without a state_dir the checkpoint holds it; older checkpoints than the last round, too."""
+    w = world(rounds=4, state_dir=None)
+    first = w.start(faults={"training@2": die})
+    w.join()
+    saved = [life.aggregator.state_dict() for life in first if life.aggregator]
+    w.rendezvous.restart()
+    for name, state in zip(w.roster, saved, strict=True):
+        w.start(name, resume=state)
+    w.join()
+    assert len(chain_of(w.lives[-1]).certificates) == 4
+
+
+def test_who_comes_late_takes_the_chain_over(world: Callable[..., World], tmp_path: Path) -> None:
+    w = world(4, rounds=99, wait_s=1.0)
+    w.start("p0", "p1", "p2", pace_s=0.02)
+    w.wait_for(3)
+    (late,) = w.start("p3", pace_s=0.02)
+    w.until(lambda: w.counts("p3"))
+    w.finish()
+    chain = chain_of(late)
+    assert "p3" not in chain.certificates[0].statement.members
+    assert "p3" in chain.certificates[-1].signatures
+    assert (tmp_path / "p3" / FILE_NAME).read_text() == chain.text
+
+
+def test_who_comes_back_gets_what_it_has_missed_only(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: list[Chain] = []
+    parse = Chain.parse.__func__  # type: ignore[attr-defined]
+
+    def noting(cls: type[Chain], text: str) -> Chain:
+        chain: Chain = parse(cls, text)
+        if chain.certificates and chain.certificates[0].statement.round > 0:
+            received.append(chain)
+        return chain
+
+    monkeypatch.setattr(Chain, "parse", classmethod(noting))
+    w = world(rounds=99)
+    w.start("p0", "p1", pace_s=0.02)
+    w.start("p2", faults={"training@3": die})
+    w.until(lambda: w.reached > 6)
+    (back,) = w.start("p2", pace_s=0.02)
+    w.until(lambda: w.counts("p2", since=6))
+    w.finish()
+    chain = chain_of(back)
+    assert [len(c.signatures) for c in chain.certificates[:5]] == [3, 3, 3, 2, 2]
+    assert received[0].certificates[0].statement.round >= 3
+
+
+def test_what_was_voted_as_the_rendezvous_died_is_signed_later(world: Callable[..., World]) -> None:
+    """Nobody learns the decision on a round, and its result stands; the next meeting brings signatures."""
+    w = world(rounds=5)
+    faults = {"vote:after@3": loses_rendezvous}
+    w.start("p0", "p1")
+    w.start("p2", faults=faults)
+    w.join()
+    for life in w.lives:
+        chain = chain_of(life)
+        assert len(chain.certificates) == 5
+
+
+def test_one_that_dies_after_its_vote_is_signed_for_by_the_others(world: Callable[..., World]) -> None:
+    w = world(rounds=6)
+    w.start("p0", "p1", pace_s=0.02)
+    w.start("p2", faults={"vote:after@2": die})
+    w.join()
+    chain = chain_of(w.lives[0])
+    assert len(chain.certificates) == 6
+
+
+def test_evidence_that_does_not_hold_is_not_taken_over(world: Callable[..., World]) -> None:
+    """A party sends a chain in which it has changed a weight: who comes late says so, the others continue."""
+    w = world(3, rounds=99, wait_s=1.0)
+    lives = w.start("p0", "p1", pace_s=0.02)
+    w.wait_for(3)
+    for life in lives:
+        assert life.aggregator is not None
+        store, read = life.aggregator._evidence._store, life.aggregator._evidence._store.read
+
+        def lying(read: Callable[[], Chain] = read) -> Chain:
+            text = read().text.replace('"weights":[1.0,2.0]', '"weights":[1.0,9.0]', 1)
+            return Chain.parse(text)
+
+        store.read = lying  # type: ignore[method-assign]
+    (late,) = w.start("p2")
+    late.join()
+    assert "cannot accept the evidence that party p" in str(late.error)
+    assert "round 1 does not follow" in str(late.error) or "does not fit" in str(late.error)
+    w.lives.remove(late)
+    w.until(lambda: w.reached > 5)
+    w.finish()
+
+
+def test_a_member_that_signs_something_else_does_not_count(
+    world: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    w = world(rounds=3)
+    for name in w.roster:
+        (life,) = w.start(name)
+        w.until(lambda life=life: life.aggregator is not None)
+        if name == "p1":
+            life.aggregator._evidence.sign = lambda statement: "A" * 86 + "=="  # type: ignore[union-attr, method-assign]
+    w.join()
+    chain = chain_of(w.lives[0])
+    assert [sorted(c.signatures) for c in chain.certificates] == [["p0", "p2"]] * 3
+    assert "the signature of party p1 is not one of this round by its key" in caplog.text
+
+
+def test_a_certificate_that_cannot_be_written_is_said(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round stands all the same: the others continue, and have the certificate."""
+    w = world(rounds=4)
+    w.start("p0", "p1")
+    (full,) = w.start("p2")
+    w.until(lambda: full.aggregator is not None)
+
+    def no_space(certificates: Any) -> None:
+        raise OSError(28, "No space left on device", "evidence.jsonl")
+
+    assert full.aggregator is not None
+    monkeypatch.setattr(full.aggregator._evidence._store, "_append", no_space)
+    full.join()
+    assert "Party p2 cannot keep the certificate of round" in str(full.error)
+    assert "No space left on device" in str(full.error)
+    w.lives.remove(full)
+    w.join()
+    assert len(chain_of(w.lives[0]).certificates) == 4
+
+
+def test_pinned_keys_of_secure_aggregation_sign_and_hide_weights(world: Callable[..., World]) -> None:
+    w = world(rounds=2, tls=None, quorum=3)
+    w.start(exchange=masked())
+    w.join()
+    pinned = {name: text for name, text in TrustedKeys(keys())._texts.items() if name in w.roster}
+    chain = chain_of(w.lives[0], TrustedKeys(pinned))
+    for certificate in chain.certificates:
+        assert certificate.statement.weights is None
+        assert certificate.statement.counted == ("p0", "p1", "p2")
+    assert next(iter(chain.identities.values())).certificate is None
+
+
+def test_epsilon_is_stated(world: Callable[..., World]) -> None:
+    privacy = GaussianMechanism(noise_multiplier=1.0, max_norm=1.0, delta=1e-5, distributed=False)
+    w = world(rounds=2)
+    w.start(privacy=privacy, weight=1.0)
+    w.join()
+    first, second = (c.statement.epsilon for c in chain_of(w.lives[0]).certificates)
+    assert first is not None
+    assert second is not None
+    assert 0 < first < second
+
+
+def test_without_keys_nothing_is_stated(world: Callable[..., World], tmp_path: Path) -> None:
+    w = world(rounds=2, tls=None)
+    w.start()
+    w.join()
+    for life in w.lives:
+        assert life.aggregator is not None
+        assert life.aggregator.evidence is None
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_party_whose_key_cannot_sign_takes_part_and_keeps_none(
+    world: Callable[..., World], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TLS takes certificates of any kind of key, evidence takes Ed25519."""
+    odd = elliptic(authority(), "p2") if not (authority() / "p2.pem").exists() else None
+
+    def tls(name: str) -> Any:
+        if name != "p2":
+            return tls_of(name)
+        return odd or _elliptic(tmp_path)
+
+    w = world(rounds=2, tls=tls)
+    w.start()
+    w.join()
+    assert [sorted(c.signatures) for c in chain_of(w.lives[0]).certificates] == [["p0", "p1"]] * 2
+    assert w.lives[2].aggregator is not None
+    assert w.lives[2].aggregator.evidence is None
+    assert "[party p2] signs no evidence" in caplog.text
+
+
+def _elliptic(tmp_path: Path) -> Any:
+    folder = tmp_path / "odd"
+    folder.mkdir(exist_ok=True)
+    for name in ("ca.pem", "ca.key"):
+        (folder / name).write_bytes((authority() / name).read_bytes())
+    return elliptic(folder, "p2")
+
+
+def test_a_round_with_evidence_costs_no_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many requests to the rendezvous per round as without: the vote carries the signature."""
+    counts: list[dict[bool, list[int]]] = [{}, {}, {}]
+    roster = [f"p{place}" for place in range(3)]
+
+    class Counting(RendezvousStore):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            self.asked = 0
+            super().__init__(*arguments, **keywords)
+
+        def _ask(self, *arguments: Any, **keywords: Any) -> Any:
+            self.asked += 1
+            return super()._ask(*arguments, **keywords)
+
+    def party(index: int, address: str, signs: bool) -> None:
+        clients: list[Counting] = []
+
+        def connect() -> Counting:
+            clients.append(Counting(address, tls=tls_of(roster[index])))
+            return clients[-1]
+
+        membership = Membership(heartbeat_ttl_s=60, wait_s=30)
+        federation = ElasticFederation(
+            connect, roster[index], roster, membership=membership, tls=tls_of(roster[index])
+        )
+        aggregator = Aggregator(federation, {"w": torch.zeros(3)})
+        aggregator._evidence.is_on = signs
+        aggregator.start()
+        for _ in range(6):
+            before = clients[0].asked
+            aggregator.step(1.0)
+            counts[index].setdefault(signs, []).append(clients[0].asked - before)
+        federation.abort()
+
+    for signs in (False, True):
+        with RendezvousServer("127.0.0.1", 0, roster=roster, tls=tls_of("rendezvous")) as server:
+            in_threads([partial(party, index, server.address, signs) for index in range(3)])
+    for of_party in counts:
+        assert max(of_party[True][1:]) <= 5, counts
+    # Threads take turns, so who decides, and asks once more, differs; the sum does not.
+    sums = [sum(sum(of_party[signs][1:]) for of_party in counts) for signs in (False, True)]
+    assert sums[1] <= sums[0] + 3, counts
