@@ -24,7 +24,7 @@ from pellm_lightning.integrations.transformers import FederatedCallback, see_own
 from pellm_lightning.integrations.transformers_training import TransformersTraining
 
 pytestmark = pytest.mark.torchrun
-HAS_TRL = find_spec("trl") is not None
+HAS_TRL, HAS_BITSANDBYTES = (find_spec(name) is not None for name in ("trl", "bitsandbytes"))
 # transformers 4 divides a batch's loss by the labels before they are shifted, 8 instead of 7 in each text
 # here. AdamW takes the same steps but for its epsilon.
 OLD_TRANSFORMERS = version("transformers").startswith("4.")
@@ -64,7 +64,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         *([] if OLD_TRANSFORMERS else ["stopped"]),
         "lost",
     ]
-    scenarios += [*(["trl"] if HAS_TRL else []), "broken"]
+    scenarios += [*(["trl"] if HAS_TRL else []), *(["quantised"] if HAS_BITSANDBYTES else []), "broken"]
     return launched(2, tmp_path_factory.mktemp("parties"), model, *scenarios)
 
 
@@ -79,6 +79,22 @@ def test_it_trains_as_a_loop_by_hand(results: dict[str, list[Any]]) -> None:
             # With accumulated batches the Trainer's losses come divided, and are multiplied again.
             assert losses[0] == pytest.approx(losses[1], rel=0.2 if OLD_TRANSFORMERS else 1e-6)
         assert torch.equal(of_first[0]["vector"], of_second[0]["vector"])
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed: it quantises the base")
+def test_on_a_base_of_4_bits_it_trains_as_a_lightning_fit(results: dict[str, list[Any]]) -> None:
+    first, second = results["quantised"]
+    for party in (first, second):
+        assert party["kinds"] == ["Linear4bit"] * 2
+        ours, theirs = party["bases"]
+        assert ours.keys() == theirs.keys()
+        assert any("absmax" in name for name in ours)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        # transformers 4 divides losses otherwise, see above.
+        atol = 1e-3 if OLD_TRANSFORMERS else 0.0
+        assert torch.allclose(party["trainer"]["vector"], party["lightning"]["vector"], rtol=0, atol=atol)
+        assert [r[:2] for r in party["trainer"]["rounds"]] == [r[:2] for r in party["lightning"]["rounds"]]
+    assert torch.equal(first["trainer"]["vector"], second["trainer"]["vector"])
 
 
 def test_each_process_of_a_launch_is_a_party(results: dict[str, list[Any]]) -> None:

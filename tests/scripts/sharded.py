@@ -6,7 +6,10 @@ several sizes one after the other, so each process is told by its environment wh
 
 import logging
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -239,60 +242,88 @@ def mesh() -> Any:
 
 
 class Between(Callback):
-    """Does something before each batch."""
+    """Does something once it has joined the others, and before each batch."""
 
-    def __init__(self, act: Any) -> None:
-        self.act = act
+    def __init__(self, joined: Any, act: Any) -> None:
+        self.joined, self.act = joined, act
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        self.joined()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self.act(trainer.global_step)
 
 
 def jobs() -> Any:
-    """A party of two processes and two of one as separate jobs; the first fails, and comes back."""
+    """Parties of unlike kinds as separate jobs: FSDP2, tensor parallel, and a fifth process by itself.
+
+    After round 0 the first fails, and the others wait until it is back; after round 2 the fifth process is
+    killed, and after round 3 the second waits for it.
+    """
     keys = store()
+    codes: list[int] = []
+    fifth = threading.Thread(target=run_fifth_process, args=[dict(os.environ), codes])
     if RANK == 0:
         server = RendezvousServer("127.0.0.1", 0).start()
         keys.set("rendezvous", server.address)
-    address = keys.get("rendezvous").decode()
-    with Parties((2, 1, 1)).entered() as parties:
-        name = "abc"[parties.party]
-
-        def life(act: Any) -> dict[str, Any]:
-            root = OUT / "jobs"
-            membership = Membership(heartbeat_ttl_s=2, wait_s=60, round_timeout_s=60)
-            job = SeparateJobs(
-                f"tcp://{address}", name, ["a", "b", "c"], membership=membership, state_dir=str(root / name)
-            )
-            federated = FederatedAveraging(every_n_steps=2, weighting="uniform", jobs=job)
-            logger, net = Rounds(), ShardedModule(parties.party)
-            trainer = parties.trainer(
-                "fsdp", root, [federated, Between(act)], logger=logger, log_every_n_steps=1, max_epochs=3
-            )
-            trainer.fit(net, parties.loader("fsdp", 4), data(8, seed=9))
-            rounds = [(done.round, done.active_parties, done.weight) for done in federated.rounds]
-            return {"vector": net.vector(), "rounds": rounds}
-
-        def fails(step: int) -> None:
-            if step == 3:
-                raise OSError("disk full")
-
-        def waits(step: int) -> None:
-            if step == 6:
-                keys.get("a is back")  # waits until it is set
-            if step > 6:
-                time.sleep(0.3)
-
-        answer: dict[str, Any] = {}
-        if name == "a":
-            answer["failed"] = error_of(lambda: life(fails))
-            if parties.rank == 0:
-                keys.set("a is back", "yes")
-        answer |= life((lambda step: None) if name == "a" else waits)
-        keys.add("ended", 1)
-        while RANK == 0 and keys.add("ended", 0) < 4:
+        fifth.start()
+    with Parties((2, 2, 1)).entered() as parties:
+        answer = of_job(parties, keys)
+    keys.add("ended", 1)
+    if RANK == 0:
+        fifth.join()
+        while keys.add("ended", 0) < 5:
             time.sleep(0.1)
-        return answer
+    return answer | {"codes": codes}
+
+
+def run_fifth_process(environ: dict[str, str], codes: list[int]) -> None:
+    """Run this script's part as a process that torchrun does not know, and once more after its death."""
+    for _ in range(2):
+        python = os.environ.get("PYTHON_EXEC", sys.executable)
+        words = [python, __file__, str(OUT), "jobs"]
+        codes.append(subprocess.run(words, env=environ | {"RANK": "4"}, check=False).returncode)
+
+
+def of_job(parties: Parties, keys: Any) -> dict[str, Any]:
+    name, kind = (("a", "fsdp"), ("b", "tp"), ("c", "single"))[parties.party]
+    address, root = keys.get("rendezvous").decode(), OUT / "jobs"
+
+    def life(joined: Any, act: Any) -> dict[str, Any]:
+        membership = Membership(heartbeat_ttl_s=2, wait_s=60, round_timeout_s=60)
+        job = SeparateJobs(
+            f"tcp://{address}", name, ["a", "b", "c"], membership=membership, state_dir=str(root / name)
+        )
+        federated = FederatedAveraging(every_n_steps=2, weighting="uniform", jobs=job)
+        logger, net = Rounds(), ShardedModule(parties.party)
+        trainer = parties.trainer(
+            kind, root, [federated, Between(joined, act)], logger=logger, log_every_n_steps=1, max_epochs=3
+        )
+        trainer.fit(net, parties.loader(kind, 4), data(8, seed=9))
+        rounds = [(done.round, done.active_parties, done.weight) for done in federated.rounds]
+        return {"vector": net.vector(), "rounds": rounds}
+
+    def fails(step: int) -> None:
+        if step == 3:
+            raise OSError("disk full")
+
+    def waits(step: int) -> None:
+        if step == 2:
+            keys.get("a is back")  # waits until it is set
+        if step == 8:
+            keys.get("c is back")
+        if step == 6 and name == "c":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    if name == "a":
+        failed = error_of(lambda: life(nothing, fails))
+        return {"failed": failed} | life(lambda: keys.set("a is back", "yes"), nothing)
+    if name == "c" and keys.add("lives of c", 1) == 2:
+        return life(lambda: keys.set("c is back", "yes"), nothing)
+    return life(nothing, waits)
 
 
 if __name__ == "__main__":

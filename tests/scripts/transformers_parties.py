@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from pellm_lightning import FederatedLoop, Federation
+from pellm_lightning import FederatedAveraging, FederatedLoop, Federation
 from pellm_lightning.aggregation import FrozenA
 from pellm_lightning.integrations.transformers import STATE_FILE, FederatedCallback
+from pellm_lightning.tensors.frozen_state import frozen_state
 
 OUT, MODEL = Path(sys.argv[1]), sys.argv[2]
 RANK = int(os.environ["RANK"])
@@ -135,6 +136,69 @@ def equal() -> list[Any]:
         trainer, callback = train("equal", federated, samples, gradient_accumulation_steps=accumulate)
         results.append((found(trainer.model, callback.rounds), by_hand(samples, accumulate, **federated)))
     return results
+
+
+def quantised() -> dict[str, Any]:
+    """LoRA on a base of 4 bits: by the Trainer as its users load it, and by a Lightning fit of CausalLM."""
+    every: dict[str, Any] = {"every_n_steps": 3, "quorum": 1}
+    callback = FederatedCallback(**every)
+    trainer = trainer_of(callback, arguments("nf4"), 8 + 4 * RANK, adapted_of_4_bits(RANK))
+    trainer.train()
+    module, federated = lightning_fit(8 + 4 * RANK, FederatedAveraging(**every))
+    bases = [model.get_base_model() for model in (trainer.model, module.model)]
+    return {
+        "trainer": found(trainer.model, callback.rounds),
+        "lightning": found(module.model, federated.rounds),
+        "kinds": [type(base.model.layers[0].mlp.up_proj).__name__ for base in bases],
+        "bases": [frozen_state(base) for base in bases],
+    }
+
+
+def adapted_of_4_bits(seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    torch.manual_seed(seed)
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+
+
+def lightning_fit(samples: int, federated: FederatedAveraging) -> Any:
+    """Fit on the batches of ``trainer_of``, on 4 bits; return the module and its callback."""
+    from lightning.pytorch import Trainer
+    from peft import LoraConfig
+    from torch.utils.data import DataLoader
+
+    from pellm_lightning.tasks import CausalLM
+
+    module = CausalLM(
+        MODEL,
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0),
+        quantization="nf4",
+    )
+    torch.manual_seed(RANK)  # what the adapter starts from, of which that of party 0 counts
+    module.configure_model()
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=OUT / "nf4-lightning",
+        callbacks=[federated],
+    )
+    trainer.fit(module, DataLoader(rows(RANK, samples), batch_size=2))
+    return module, federated
 
 
 def seen() -> dict[str, Any]:

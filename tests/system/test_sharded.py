@@ -4,6 +4,7 @@ One launch of four processes answers all tests; see tests/scripts/sharded.py.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,8 @@ class Launch:
         self.returncode, self.output = done.returncode, done.stdout
 
     def __getitem__(self, part: str) -> list[Any]:
-        paths = [self.out / f"{part}-{rank}.pt" for rank in range(4)]
+        processes = 5 if part == "jobs" else 4
+        paths = [self.out / f"{part}-{rank}.pt" for rank in range(processes)]
         tracebacks = [p.read_text() for p in self.out.glob(f"{part}-?.txt")]
         missing = [path.name for path in paths if not path.exists()]
         assert not missing, f"{missing} missing:\n{''.join(tracebacks) or self.output[-6000:]}"
@@ -246,15 +248,20 @@ def test_a_mesh_resumes_to_the_bit(launch: Launch) -> None:
         assert torch.isfinite(answer["bf16-true"]["vector"]).all()
 
 
-def test_a_sharded_party_among_separate_jobs_fails_and_comes_back(launch: Launch) -> None:
+def test_separate_jobs_of_unlike_kinds_of_which_one_fails_and_one_is_killed(launch: Launch) -> None:
+    """Party a has two processes with FSDP2, b two in tensor parallel, c is a single one."""
     answers = launch["jobs"]
     assert_all_same(answers)
+    assert answers[0]["codes"] == [-signal.SIGKILL, 0]
     for answer in answers[:2]:
         assert "disk full" in answer["failed"][0]
+    for answer in (*answers[:2], answers[4]):
         assert (3, 1.0) in [(active, weight) for _, active, weight in answer["rounds"]], "it counts again"
-    alone = [active for _, active, _ in answers[2]["rounds"]]
-    assert alone[0] == 3
-    assert 2 in alone, "the others continued without it"
+    for answer in answers[2:4]:
+        active = [active for _, active, _ in answer["rounds"]]
+        # Who comes back loads its state in a round, a in round 1 and c in 3 or 4, and counts from the next.
+        assert active[:4] == [3, 2, 3, 2]
+        assert active[5] == 3
 
 
 # ---- without Lightning
