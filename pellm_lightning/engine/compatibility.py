@@ -235,3 +235,28 @@ def shared_file(party_specs: Sequence[PartySpec], names: Sequence[str]) -> str |
                 )
             writers[path] = party
     return None
+
+
+def check_shapes(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse a saved state of other parameters, or of the same in another order.
+
+    Args:
+        saved: Its shapes, by name.
+        ours: Those of the parameters here.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if list(saved.items()) == list(ours.items()):
+        return
+    differ = sorted(name for name in {*saved, *ours} if saved.get(name) != ours.get(name))
+    first = (
+        f"the first that differs is {differ[0]!r}"
+        if differ
+        else "their order differs, as with another aggregation"
+    )
+    raise ValueError(
+        f"The checkpoint's federated state is of {len(saved)} parameters, this module trains"
+        f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
+        " exclude patterns of the checkpoint."
+    )

@@ -17,7 +17,9 @@ from pellm_lightning.aggregation.heterogeneous_rank import PaddedFactors
 from pellm_lightning.comm import MismatchError, Version
 from pellm_lightning.comm.evidence.certificate import RoundStatement
 from pellm_lightning.engine import state_transfer
+from pellm_lightning.engine.compatibility import check_shapes
 from pellm_lightning.engine.context import EngineContext
+from pellm_lightning.engine.counters import Counters
 from pellm_lightning.engine.fragments import fragments_of
 from pellm_lightning.engine.lora_step import LoraAggregator
 from pellm_lightning.engine.updates import UpdateReducer
@@ -27,46 +29,8 @@ from pellm_lightning.tensors.flat_buffer import Layout
 log = logging.getLogger(__name__)
 
 # What is the same at all parties, in the order of ``GlobalState.state``.
-_SHARED = (
-    "round",
-    "version",
-    "short_rounds",
-    "shapes",
-    "lora",
-    "global",
-    "fragments",
-    "privacy",
-    "statement",
-)
-
-
-@dataclass(frozen=True)
-class Counters:
-    """Counters of the global state; all that an attempt changes besides tensors, so that it can be undone.
-
-    Args:
-        short_rounds: By fragment, its rounds in a row, up to now, in which fewer than a quorum trained.
-        round: Index of the next round.
-        version: Which of the states of this round it is, between separate jobs; None before the first.
-        distance: 2-norm of the parameters minus the result, in the last round.
-        unwritten: Fragments whose parameters are still to be written.
-        loaded: The state that this party has resumed from; None if it begins.
-        statement: What was stated of the last round, where parties leave evidence.
-        digest: Of the state of this version, as the parties have voted for it; "" before.
-
-    Example:
-        >>> Counters(short_rounds=(0,)).round
-        0
-    """
-
-    short_rounds: tuple[int, ...]
-    round: int = 0
-    version: Version | None = None
-    distance: float = math.nan
-    unwritten: frozenset[int] = frozenset()
-    loaded: Mapping[str, Any] | None = None
-    statement: RoundStatement | None = None
-    digest: str = ""
+_SHARED = ("round", "version", "short_rounds", "shapes", "lora", "global", "fragments", "privacy",
+           "statement")  # fmt: skip
 
 
 class GlobalState:
@@ -385,7 +349,7 @@ class GlobalState:
         Raises:
             ValueError: If it is of other parameters or settings; it may come from a peer.
         """
-        _check_shapes(state["shapes"], self.layout.shapes)
+        check_shapes(state["shapes"], self.layout.shapes)
         self._back_up()
         self._restore_privacy(state)
         vectors = torch.split(state["global"], [updates.layout.size for updates in self.fragments])
@@ -528,19 +492,3 @@ class _Undo:
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state that stays what it is while training continues."""
     return {**state, "global": state["global"].clone(), "fragments": copy.deepcopy(state["fragments"])}
-
-
-def _check_shapes(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    if list(saved.items()) == list(ours.items()):
-        return
-    differ = sorted(name for name in {*saved, *ours} if saved.get(name) != ours.get(name))
-    first = (
-        f"the first that differs is {differ[0]!r}"
-        if differ
-        else "their order differs, as with another aggregation"
-    )
-    raise ValueError(
-        f"The checkpoint's federated state is of {len(saved)} parameters, this module trains"
-        f" {len(ours)}; {first}. Resume with the model, PEFT configuration, aggregation, include and"
-        " exclude patterns of the checkpoint."
-    )
