@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pellm_lightning import Parameters
 from pellm_lightning.aggregation import LowRankMean
+from pellm_lightning.callbacks import strategies
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.callbacks.drift import FedProx
 from pellm_lightning.callbacks.strategies import check_strategy, is_sharding
@@ -57,6 +58,22 @@ def of_two(kind: type[Strategy]) -> Any:
     """A strategy of two processes that cannot be built without its library or a GPU."""
     derived = type(kind.__name__, (kind,), {"world_size": 2})
     return derived.__new__(derived)
+
+
+@pytest.fixture(autouse=True)
+def any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are the same with every torch."""
+    monkeypatch.setattr(strategies, "OLDEST_TORCH", "2.0")
+
+
+def test_parties_in_shards_need_a_torch_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "OLDEST_TORCH", "99.0")
+    with pytest.raises(
+        MisconfigurationException, match=r"were tried with torch 99\.0 and newer, and this is"
+    ):
+        check(Sharded(1, 2), PAIR)
+    check(Sharded(1, 2), PAIR, experimental=True)
+    check(SingleDeviceStrategy("cpu"), ALONE)
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])

@@ -18,12 +18,17 @@ from paths import SCRIPTS
 from safetensors.torch import load_file
 from sharded_module import ShardedModule
 
+from pellm_lightning.callbacks.strategies import OLDEST_TORCH
 from pellm_lightning.cli.export import export
 from pellm_lightning.comm.keys import make_key
 
 sys.path.insert(0, str(SCRIPTS))
 
-pytestmark = [pytest.mark.torchrun, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.torchrun,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason="refused with an older torch"),
+]
 
 PARTS = ("documented", "refused", "robust", "uneven", "mesh", "resumed", "matrix", "fsdp1", "loop", "jobs")
 
