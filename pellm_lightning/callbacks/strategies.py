@@ -118,9 +118,9 @@ def _check_kind(strategy: Any, name: str, *, experimental: bool) -> None:
         )
     if isinstance(strategy, ModelParallelStrategy) and not experimental and torch.__version__ < OLDEST_TORCH:
         raise MisconfigurationException(
-            f"Parties in shards, as by {name}, were tried with torch {OLDEST_TORCH} and newer, and this is torch"
-            f" {torch.__version__}. Update torch, use strategy='ddp' or a single device inside a party, or set"
-            " parameters=Parameters(experimental=True) to try it."
+            f"Parties in shards, as by {name}, were tried with torch {OLDEST_TORCH} and newer, and this is"
+            f" torch {torch.__version__}. Update torch, use strategy='ddp' or a single device inside a party,"
+            " or set parameters=Parameters(experimental=True) to try it."
         )
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise MisconfigurationException(
