@@ -251,6 +251,7 @@ class Mesh:
         # find out for itself who is wrong.
         for link in undone:
             link.push()
+        late: list[int] = []
         while undone:
             moved = {link: count for link in turning if (count := self._turn(link))}
             stalls.moved(moved)
@@ -260,7 +261,9 @@ class Mesh:
             if may_proceed:
                 turning = undone
                 continue
-            if late := stalls.stalled(undone, time.monotonic()):
+            # Whoever is late may have failed for a third member's sake: then its notice is read first.
+            was_late, late = bool(late), stalls.stalled(undone, time.monotonic())
+            if late and was_late:
                 raise self._group.late(late, self._timeout_s, self._here)
             ready = self._ready({link: link.events for link in undone}, 0.0 if moved else _WATCH_S)
             turning = list({*ready, *(link for link in undone if link.is_hot)})
