@@ -21,7 +21,7 @@ COMMANDS = {
     "Use the result": {
         "evaluate": ("results", "compare adapters on the held-out data of each party"),
         "export": ("results", "make a PEFT adapter folder, or a merged model, of a checkpoint"),
-        "verify": ("verify", "check the signed evidence of an exported adapter, and say who vouches for it"),
+        "verify": ("verify", "check an exported adapter's signed evidence, offline"),
         "report": ("commands", "write one HTML page that shows a fit"),
     },
     "Set up": {

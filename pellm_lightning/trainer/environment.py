@@ -51,6 +51,7 @@ class PartyEnvironment(ClusterEnvironment):
             raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
         self.num_parties = num_parties
         self.timeout_s = timeout_s
+        self._is_built = False  # the Trainer that this belongs to
 
     @property
     def topology(self) -> Topology:
@@ -86,9 +87,11 @@ class PartyEnvironment(ClusterEnvironment):
         """Check the size, which the launcher sets, and initialise the party's process group.
 
         Each strategy of several processes calls this before it would initialise a group, over all parties;
-        those that shard do not call ``validate_settings``.
+        those that shard do not call ``validate_settings``. The Trainer calls it first as it is built, when the
+        party's other processes need not be there yet.
         """
-        if launched():
+        is_built, self._is_built = self._is_built, True
+        if launched() and is_built:
             self.validate_settings(size, 1)
 
     @override

@@ -425,4 +425,4 @@ def test_the_errors_of_layers_are_those_of_the_page(kind: str, error: float) -> 
         layer = quantised.Linear4bit(1024, 512, bias=False, quant_type=kind, compute_dtype=torch.float32)
         layer.weight = quantised.Params4bit(weights.clone(), requires_grad=False, quant_type=kind)
     found, wanted = layer.to("cpu")(inputs).float(), inputs.float() @ weights.T
-    assert float((found - wanted).norm() / wanted.norm()) == pytest.approx(error, rel=0.15)
+    assert float((found - wanted).norm() / wanted.norm()) == pytest.approx(error, rel=0.25)
