@@ -87,12 +87,14 @@ class PartyEnvironment(ClusterEnvironment):
         """Check the size, which the launcher sets, and initialise the party's process group.
 
         Each strategy of several processes calls this before it would initialise a group, over all parties;
-        those that shard do not call ``validate_settings``. The Trainer calls it first as it is built, when the
-        party's other processes need not be there yet.
+        those that shard do not call ``validate_settings``. The Trainer calls it first as it is built, when
+        the party's other processes need not be there yet.
         """
         is_built, self._is_built = self._is_built, True
-        if launched() and is_built:
-            self.validate_settings(size, 1)
+        if launched():
+            check_party_size(self.topology, size, 1)
+            if is_built:
+                self.validate_settings(size, 1)
 
     @override
     def global_rank(self) -> int:
