@@ -219,7 +219,7 @@ MISTAKES = {
         ["--federated.parameters.include=[hed.*]"],
         ["The include pattern 'hed.*' matches none", "'head.weight'"],
     ),
-    "strategy": Mistake(["--trainer.devices=2"], ["A party has 1 process", "devices=2"]),
+    "strategy": Mistake(["--trainer.devices=2"], ["A party has 1 process", "devices=2"], status=2),
     "schedules differ": Mistake(
         party(["--federated.every_n_steps=2"], ["--federated.every_n_steps=3"]), ["every_n_steps"]
     ),
