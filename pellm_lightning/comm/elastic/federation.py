@@ -382,6 +382,7 @@ class ElasticFederation(Communicator):
             return None
         self._attempt = max(self._attempt, view.attempt)
         self._peers.note_incarnations(view.entries)
+        self._revoked.take(view.entries.values())  # also of a view without this party: it may say why
         if not view.includes(self._name, self._me.incarnation):
             self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
             return None

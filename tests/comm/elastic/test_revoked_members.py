@@ -92,6 +92,21 @@ def test_a_member_that_is_revoked_is_left_out_within_a_round(
     w.judged()
 
 
+def test_a_revoked_party_that_is_always_too_early_learns_it_from_the_view(
+    world: Callable[..., World], office: Office
+) -> None:
+    """The view of the others is there before it looks again at who has joined."""
+    w = world(rounds=999)
+    w.start("p0", "p1", "p2", pace_s=0.02)
+    others = ("member/@p0", "member/@p1", "member/@p2")
+    (early,) = w.start("p3", twist=lambda key, value: None if key.endswith(others) else value)
+    w.until(lambda: w.counts("p3"))
+    office.revoke("p3", "p1")
+    assert "was revoked by the federation's authority" in str(early.join(10).error)
+    w.lives.remove(early)
+    w.finish()
+
+
 def test_with_a_new_certificate_the_party_comes_back(world: Callable[..., World], office: Office) -> None:
     w = world(rounds=999)
     w.start("p0", "p1", "p2", pace_s=0.02)
