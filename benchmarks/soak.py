@@ -1,6 +1,6 @@
 """Whether an elastic federation grows: many rounds of a few parties, and a few rounds of many.
 
-Run `make soak`. The parties are threads of this process, the rendezvous a real one, connections and state
+Run `make soak`; `--secure` adds TLS, signed rounds and secure aggregation. The parties are threads of this process, the rendezvous a real one, connections and state
 directories, too.
 """
 
@@ -22,38 +22,43 @@ _TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(_TESTS / "helpers"))
 
 import torch  # noqa: E402
+from certificates import tls_of  # noqa: E402
 from round_history import SIZE, Entry, findings, noise, recorded  # noqa: E402
 
 from pellm_lightning import Aggregator  # noqa: E402
-from pellm_lightning.comm import ElasticFederation, Membership  # noqa: E402
+from pellm_lightning.comm import TLS, ElasticFederation, Membership  # noqa: E402
 from pellm_lightning.comm.rendezvous.client import RendezvousStore  # noqa: E402
 from pellm_lightning.comm.rendezvous.server import RendezvousServer  # noqa: E402
+from pellm_lightning.exchange import SecureAggregation  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10_000, help="of three parties")
     parser.add_argument("--crowd", type=int, default=24, help="parties that make twenty rounds")
+    parser.add_argument(
+        "--secure", action="store_true", help="with TLS, signed rounds and secure aggregation"
+    )
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    figures = {"long": long(arguments.rounds), "crowd": crowd(arguments.crowd)}
+    figures = {"long": long(arguments.rounds, arguments.secure), "crowd": crowd(arguments.crowd)}
     print(json.dumps(figures, indent=1))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures))
 
 
-def long(rounds: int) -> dict[str, object]:
+def long(rounds: int, secure: bool = False) -> dict[str, object]:
     """Return what there was after a tenth of the rounds, and before the last."""
     found: list[dict[str, float]] = []
     began = time.perf_counter()
-    with Parties(3) as parties, closing(RendezvousStore(parties.address)) as store:
+    with Parties(3, secure) as parties, closing(parties.client("p0")) as store:
 
         def look(party: str, aggregator: Aggregator) -> None:
             if party == "p0" and aggregator.round in (rounds // 10, rounds - 1):
                 gc.collect()
-                found.append(_inventory() | {"keys": store.num_keys()})
+                found.append(_inventory() | {"keys": store.num_keys()} | parties.disk())
 
         parties.run(rounds, look)
     return {
@@ -91,12 +96,28 @@ def crowd(size: int) -> dict[str, object]:
 class Parties:
     """Parties as threads, with all that they need."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, secure: bool = False) -> None:
         self.roster = [f"p{i}" for i in range(size)]
         self.entries: list[Entry] = []
         self.reached = 0
+        self._secure = secure
+        self._quorum = max(3, size // 2 + 1)  # as few as secure aggregation may have
         self._directory = tempfile.TemporaryDirectory()
-        self._server = RendezvousServer("127.0.0.1", 0)
+        self._server = RendezvousServer("127.0.0.1", 0, roster=self.roster, tls=self._tls("rendezvous"))
+
+    def client(self, name: str) -> RendezvousStore:
+        return RendezvousStore(self.address, tls=self._tls(name))
+
+    def disk(self) -> dict[str, int]:
+        """Return how many files the parties' state takes, and the bytes of those that are not evidence."""
+        files = [file for name in self.roster for file in Path(self._directory.name, name).rglob("*")]
+        return {
+            "files": len(files),
+            "state_bytes": sum(f.stat().st_size for f in files if not f.name.startswith("evidence")),
+        }
+
+    def _tls(self, name: str) -> TLS | None:
+        return tls_of(name) if self._secure else None
 
     def __enter__(self) -> "Parties":
         self._server.start()
@@ -120,14 +141,19 @@ class Parties:
     def _live(self, name: str, rounds: int, look: Callable[[str, Aggregator], None]) -> None:
         index = self.roster.index(name)
         federation = ElasticFederation(
-            partial(RendezvousStore, self.address),
+            partial(self.client, name),
             name,
             self.roster,
+            quorum=self._quorum,
             membership=Membership(heartbeat_ttl_s=3),
+            tls=self._tls(name),
         )
         w = torch.zeros(SIZE)
         state_dir = Path(self._directory.name, name)
-        aggregator = Aggregator(federation, {"w": w}, state_dir=state_dir)
+        exchange = SecureAggregation() if self._secure else None
+        aggregator = Aggregator(
+            federation, {"w": w}, quorum=self._quorum, state_dir=state_dir, exchange=exchange
+        )
         if rounds < 100:
             recorded(aggregator, self.entries.append)
         try:
