@@ -1,7 +1,7 @@
 """Whether an elastic federation grows: many rounds of a few parties, and a few rounds of many.
 
-Run `make soak`; `--secure` adds TLS, signed rounds and secure aggregation. The parties are threads of this process, the rendezvous a real one, connections and state
-directories, too.
+Run `make soak`; `--secure` adds TLS, signed rounds and secure aggregation. The parties are threads of this
+process, the rendezvous a real one, connections and state directories, too.
 """
 
 import argparse
@@ -36,9 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10_000, help="of three parties")
     parser.add_argument("--crowd", type=int, default=24, help="parties that make twenty rounds")
-    parser.add_argument(
-        "--secure", action="store_true", help="with TLS, signed rounds and secure aggregation"
-    )
+    parser.add_argument("--secure", action="store_true", help="with TLS, signed rounds, secure sums")
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
