@@ -380,6 +380,7 @@ class ElasticFederation(Communicator):
         self._next_term = ("", 0)
         if view is None:
             return None
+        self._limit.saw(view.newest)
         self._attempt = max(self._attempt, view.attempt)
         self._peers.note_incarnations(view.entries)
         if not view.includes(self._name, self._me.incarnation):

@@ -47,6 +47,29 @@ def test_attempts_over_a_broken_link_end_and_name_it(world: Callable[..., World]
     assert w.reached == 0
 
 
+def test_a_party_that_is_left_out_waits_for_its_link_while_the_others_go_on(
+    world: Callable[..., World],
+) -> None:
+    """It fails again at each retry, for longer than wait_s; the others make progress in between."""
+    w = world(4, rounds=MANY, wait_s=0.8, exchange_timeout_s=0.2)
+    (cut_off,) = w.start("p0", advertise=nowhere())
+    w.start("p1", "p2", "p3", pace_s=0.02)
+    failed: list[float] = []
+    w.until(lambda: cut_off.federation is not None)
+    limit: Any = cut_off.federation._limit  # type: ignore[union-attr]
+    fails = limit.failed
+
+    def counted(reason: str) -> None:
+        failed.append(time.monotonic())
+        fails(reason)
+
+    limit.failed = counted
+    w.until(lambda: len(failed) >= 5 and failed[-1] - failed[0] > 2 * 0.8)
+    before = w.reached
+    w.wait_for(before + 2)
+    assert cut_off.error is None
+
+
 def test_a_party_that_leads_others_to_themselves_is_named(world: Callable[..., World]) -> None:
     """Its address is right at its own host only, where another of that host answers, or nobody."""
     w = world(3, rounds=3, exchange_timeout_s=0.4)
