@@ -9,7 +9,8 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -95,6 +96,7 @@ class Audit:
             dissenters: Returns who differs from the majority; None without one.
 
         Raises:
+            PartyLostError: If the rendezvous goes away meanwhile.
             FederationError: If it is this party, or cannot be told.
         """
         if not self.is_active:
@@ -105,7 +107,8 @@ class Audit:
                 self._me.name,
             )
             return
-        wrong = dissenters()
+        with _reached():
+            wrong = dissenters()
         if wrong is None or self._me.name in wrong:
             who = "The parties" if wrong is None else f"Party {self._me.name} and the majority of the parties"
             raise FederationError(
@@ -141,10 +144,8 @@ class Audit:
         self._number += 1
         mine = {name: _digest(part) for name, part in received.items()}
         self._said = [*self._said, [self._number, mine]][-_KEPT:]
-        try:
+        with _reached():
             heard = self._heard(view)
-        except (RestartedError, UnreachableError) as error:
-            raise PartyLostError("The rendezvous went away while the members compared.") from error
         contradictions = contradicted(heard)
         if contradictions:
             raise self._blame(contradictions, len(heard))
@@ -204,6 +205,15 @@ def contradicted(heard: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]
         for sender in heard
     }
     return {sender: by for sender, by in found.items() if by}
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Let the attempt be repeated if the rendezvous goes away."""
+    try:
+        yield
+    except (RestartedError, UnreachableError) as error:
+        raise PartyLostError("The rendezvous went away while the members compared.") from error
 
 
 def _digest(part: Tensor) -> str:

@@ -188,6 +188,37 @@ def test_who_computes_other_results_is_excluded(world: Callable[..., World], tmp
     assert [entry.members for entry in w.settled if entry.round == 5] == [["p0", "p1"]] * 2
 
 
+def test_a_rendezvous_lost_while_they_look_for_who_is_wrong(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    """The attempt is repeated."""
+    w = world(3, rounds=5, state_dir=tmp_path)
+    (asks,) = w.start("p0")
+    w.start("p1")
+    (wrong,) = w.start("p2", faults={})
+    w.until(lambda: asks.federation is not None)
+    protocol: Any = asks.federation._commit_protocol  # type: ignore[union-attr]
+    dissenters, lost = protocol.dissenters, [0]
+
+    def loses(view: Any) -> Any:
+        lost[0] += 1
+        wrong.join()  # it has read the decision, so nobody is in doubt
+        w.rendezvous.restart()
+        return dissenters(view)
+
+    def errs_again(life: Life) -> None:
+        errs(life)
+        life.faults["keeping@3"] = errs_again
+
+    protocol.dissenters = loses
+    wrong.faults["keeping@3"] = errs_again
+    assert isinstance(wrong.join().error, FederationError)
+    w.lives.remove(wrong)
+    w.join()
+    assert lost[0] == 1
+    assert w.judged().rounds == 5
+
+
 def test_of_two_that_differ_nobody_is_right(world: Callable[..., World], tmp_path: Path) -> None:
     w = world(2, rounds=MANY, state_dir=tmp_path)
     trained: dict[str, Tensor] = {}
