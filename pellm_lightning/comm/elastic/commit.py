@@ -20,6 +20,10 @@ from pellm_lightning.comm.elastic.register import (
 
 Decision = dict[str, Any]
 
+# What a member has written goes into a value of all: Ed25519's signature in base64, and words for people.
+_MAX_SIGNATURE = 128
+_MAX_REASON = 4096
+
 
 class CommitProtocol:
     """Atomic commitment over write-once registers: each view gets one decision, to commit or to abort.
@@ -113,7 +117,9 @@ class CommitProtocol:
             by: The party that could not reach them.
             late: Whether only their votes are missing.
         """
-        verdict = {"abort": reason, "blamed": blamed or [], "by": by} | ({"late": True} if late else {})
+        verdict = {"abort": reason[:_MAX_REASON], "blamed": blamed or [], "by": by} | (
+            {"late": True} if late else {}
+        )
         decision = self._register.claim(decision_key(view), verdict)
         return decision if isinstance(decision, dict) else verdict
 
@@ -185,11 +191,12 @@ def _signatures(verdict: Decision, view: QuorumView, votes: Sequence[Any]) -> di
     if "commit" not in verdict:
         return {}
     signed = {
-        name: str(vote["signature"])
+        name: vote.get("signature")
         for name, vote in zip(view.members, votes, strict=True)
-        if _vote(vote, view, name) == verdict["commit"] and "signature" in vote
+        if _vote(vote, view, name) == verdict["commit"]
     }
-    return {"signatures": signed} if signed else {}
+    fit = {n: text for n, text in signed.items() if isinstance(text, str) and len(text) <= _MAX_SIGNATURE}
+    return {"signatures": fit} if fit else {}
 
 
 def _vote(value: Any, view: QuorumView, name: str) -> str | None:

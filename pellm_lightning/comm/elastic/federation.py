@@ -42,7 +42,7 @@ from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol, VoidViewError
 from pellm_lightning.comm.elastic.joining import join_rendezvous
 from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_addresses, check_roster
-from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, check_fits, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import Action, RestartedError, UnreachableError
 from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
@@ -211,6 +211,7 @@ class ElasticFederation(Communicator):
     def join_quorum(
         self, intent: Intent, version: Version | None, metadata: Metadata, state: str = ""
     ) -> QuorumResult:
+        check_fits(self._name, metadata, len(self.roster))
         entry = partial(self._entry, intent, version, metadata, state)
         deadline = self._quorum_protocol.deadline()
         restarted = False
