@@ -54,6 +54,8 @@ class QuorumResult:
     """Number of this attempt at a round."""
     state: str = ""
     """Digest of the global state of that version; "" where parties do not come and go."""
+    round: int | None = None
+    """Rounds in that version; None without one."""
 
     @property
     def members(self) -> list[str]:
@@ -205,7 +207,10 @@ class Communicator(Collectives):
         return {}
 
     def abort_attempt(self, error: Exception) -> bool:
-        """Abort this attempt at all members; return whether another one can be made."""
+        """Abort this attempt at all members; return whether another one can be made.
+
+        Without the parties that a ``FaultyPartyError`` names, if they are not needed for a quorum.
+        """
         return False
 
     def skip_attempts(self, attempt: int) -> None:

@@ -174,7 +174,7 @@ class RoundRunner:
             self._exchange_evidence(headers)
         self.set_lora_specs()
         if state.version is None:
-            state.begin(self.federation.version(0))
+            state.begin(self.federation.version(state.round))
         self._evidence.begin(state.statement, state.layout, state.vector)
 
     def _reduce(self, headers: list[Header], local: LocalInput) -> ReduceResult:

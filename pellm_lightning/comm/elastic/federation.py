@@ -44,9 +44,9 @@ from pellm_lightning.comm.elastic.joining import join_rendezvous
 from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_addresses, check_roster
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, check_fits, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
-from pellm_lightning.comm.elastic.register import Action, RestartedError, UnreachableError
+from pellm_lightning.comm.elastic.register import RestartedError, UnreachableError
 from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
-from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
+from pellm_lightning.comm.errors import FaultyPartyError, FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener
 from pellm_lightning.comm.quorum import Quorum
 from pellm_lightning.comm.tls import TLS
@@ -271,10 +271,15 @@ class ElasticFederation(Communicator):
         view = self._current_view
         self._connections.drop()
         blamed, by = list(getattr(error, "parties", ())), getattr(error, "by", None) or self._name
+        faulty = blamed if isinstance(error, FaultyPartyError) else []  # all see it: nobody's word is needed
         log.info("[party %s] aborts this attempt at the round: %s", self._name, error)
-        self._try(lambda: self._note_abort(view, self._commit_protocol.abort(view, str(error), blamed, by)))
+        decide = partial(self._commit_protocol.abort, view, str(error), [] if faulty else blamed, by)
+        self._try(lambda: self._note_abort(view, decide()))
         self._limit.failed(str(error))
-        return True
+        self._reachability.leave_out(faulty)
+        if len(view.members) - len(faulty) < self.quorum:
+            time.sleep(self.membership.patience_s)  # until another party comes
+        return self._name not in faulty and len(self.roster) - len(faulty) >= self.quorum
 
     @override
     def skip_attempts(self, attempt: int) -> None:
@@ -366,10 +371,11 @@ class ElasticFederation(Communicator):
         if self._revoked.has_changed():
             self._connections.drop()  # new ones are made with those alone whose certificates still count
         self._audit.share(self._peers)
-        mine = entry()
+        mine, (life, last) = entry(), self._ended or ("", None)
+        ending = self._commit_protocol.ending(last) if last and life == self._register.life else []
         self._specs.publish()
         try:
-            view = self._quorum_protocol.join(mine, deadline, self._ending())
+            view = self._quorum_protocol.join(mine, deadline, ending)
         except VoidViewError as void:
             log.warning("[party %s] %s", self._name, void)
             if void.others:
@@ -411,11 +417,6 @@ class ElasticFederation(Communicator):
             # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
             return f"party {self._name} was in doubt"
         return None
-
-    def _ending(self) -> list[Action]:
-        """Return what ends the last term, unless another party has done so."""
-        life, view = self._ended or ("", None)
-        return self._commit_protocol.ending(view) if view and life == self._register.life else []
 
     def _entry(self, intent: Intent, version: Version | None, metadata: Metadata, state: str) -> QuorumMember:
         """Return the message with which this party joins the present term."""

@@ -134,7 +134,8 @@ class QuorumView:
             n for n, entry in self.entries.items() if (entry.version, entry.state) != up_to_date
         )
         metadata = {name: entry.metadata for name, entry in self.entries.items()}
-        return QuorumResult(metadata, self.exchanges, behind, self.attempt, self.state)
+        round = None if self.newest is None else self.newest.round
+        return QuorumResult(metadata, self.exchanges, behind, self.attempt, self.state, round)
 
     def includes(self, name: str, incarnation: str) -> bool:
         """Tell whether a process is a member."""

@@ -691,7 +691,7 @@ KINDS = ["member", "view", "vote", "decision", "at", "party_spec", "term", "ende
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(nth=st.integers(1, 6), steps=st.lists(st.integers(0, 20), max_size=5), new=JSON)
-def test_what_others_write_harms_nobody(kind: str, nth: int, steps: list[int], new: Any) -> None:
+def test_what_others_write_is_ignored_or_an_error(kind: str, nth: int, steps: list[int], new: Any) -> None:
     """It may be anything: whoever reads it goes on, or stops with words."""
     w = World(3, rounds=3, wait_s=1.0, round_timeout_s=1.0, exchange_timeout_s=1.0, heartbeat_ttl_s=0.4)
     twist = Twist(kind, nth, steps, new)

@@ -3,14 +3,16 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from job_threads import TransactingClient, World, die
-from round_history import findings
+from job_threads import Life, TransactingClient, World, die
+from lora_oracles import adapter, drift
+from round_history import findings, noise
 
 from pellm_lightning.comm import ElasticFederation, MismatchError, TooFewPartiesError
 from pellm_lightning.comm.mesh import mesh
@@ -196,6 +198,96 @@ def test_a_state_that_is_not_the_voted_one_is_not_loaded(world: Callable[..., Wo
     w.finish()
     assert sent, "the liar was never asked"
     assert not findings(w.entries, w.roster).divergent
+
+
+def validates(life: Life) -> None:
+    """Local steps, and a mean of metrics."""
+    assert life.aggregator is not None
+    life.w.copy_(life.aggregator.global_vector + noise(life.index, life.aggregator.round, life.w.numel()))
+    life.aggregator.mean({"loss": (1.0, 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("liar", "lie"),
+    [
+        ("p0", {"round": 99}),
+        ("p2", {"purpose": 9}),
+        ("p1", {"weight": [1], "tag": None}),
+        ("p0", {"metrics": {"loss": 1}}),
+        ("p2", {"names": 3}),
+    ],
+    ids=str,
+)
+def test_the_others_continue_without_one_whose_metadata_cannot_be(
+    world: Callable[..., World], liar: str, lie: dict[str, Any]
+) -> None:
+    """All see that, so nobody has to blame it; it is tried again, and lies again."""
+    w = world(3, rounds=MANY, wait_s=4.0)
+    train = {"train": validates} if "metrics" in lie else {}
+    w.start(pace_s=0.01, **train)
+    (bad,) = [life for life in w.lives if life.name == liar]
+    w.until(lambda: all(life.aggregator is not None for life in w.lives))
+    assert bad.federation is not None
+    join, told = bad.federation.join_quorum, [0]
+
+    def lies(intent: Any, version: Any, metadata: Any, state: str = "") -> Any:
+        if version is None or (lie.keys() == {"metrics"} and "metrics" not in metadata):
+            return join(intent, version, metadata, state)
+        result = join(intent, version, metadata | lie, state)
+        told[0] += 1
+        return replace(result, metadata=result.metadata | {liar: metadata})
+
+    bad.federation.join_quorum = lies  # type: ignore[method-assign]
+    w.until(lambda: told[0] >= 3)
+    w.wait_for(w.reached + 3)
+    others = [life for life in w.lives if life is not bad]
+    assert [life.error for life in others] == [None, None]
+    assert {entry.party for entry in w.settled if entry.round == w.reached - 1} >= {o.name for o in others}
+
+
+def test_without_too_few_others_a_fault_is_an_error(world: Callable[..., World]) -> None:
+    w = world(2, rounds=MANY)
+    w.start()
+    w.until(lambda: all(life.aggregator is not None for life in w.lives))
+    bad = w.lives[0].federation
+    assert bad is not None
+    join = bad.join_quorum
+    bad.join_quorum = lambda i, v, metadata, s="": join(i, v, metadata | {"round": 99}, s)  # type: ignore
+    for life in w.lives:
+        assert "Party p0 joined for round 99 with the global parameters of" in str(life.join().error)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_spec_that_cannot_be_read_ends_no_other_party(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, lora: bool
+) -> None:
+    """Whoever starts reads it for shared files; members read it for the ranks of LoRA pairs."""
+    honest = ElasticFederation.handshake
+
+    def lies(self: ElasticFederation, spec: Any, *arguments: Any) -> Any:
+        spec = spec | {"files": 7, "lora": 7} if self.name == "p2" else spec
+        return honest(self, spec, *arguments)
+
+    monkeypatch.setattr(ElasticFederation, "handshake", lies)
+    w = world(3, rounds=MANY, wait_s=4.0)
+    seen: list[Any] = []
+
+    def train(life: Life) -> None:
+        if lora:
+            drift(0.1)(life.index, 0, life.arguments["parameters"])
+        elif life.aggregator is not None:
+            seen.append(life.aggregator.facts())
+
+    def start(name: str) -> None:
+        sizes = {"q": (6, 8)}
+        given = {"parameters": adapter(w.roster.index(name), sizes, 2)} if lora else {}
+        w.start(name, train=train, pace_s=0.01, **given)
+
+    for name in ("p2", "p0", "p1"):
+        start(name)
+    w.wait_for(4)
+    assert [life.error for life in w.lives[1:]] == [None, None]
+    assert seen or lora
 
 
 def momentum(parameters: Any) -> torch.optim.Optimizer:
