@@ -264,7 +264,10 @@ class Coordinator:
         metadata = mine.to_metadata()
         while True:
             self._communicator.enter(f"meeting for round {mine.round}")
-            joined, headers = self._join(intent, version, metadata, state)
+            joined = self._communicator.join_quorum(intent, version, metadata, state)
+            headers = self._headers(joined, metadata)
+            if headers is None:
+                continue
             if self._state_dir is not None:
                 self._state_dir.reserve(joined.attempt)  # before any member can make its result durable
             if all(header.purpose is not Purpose.METRICS for header in headers):
@@ -282,19 +285,25 @@ class Coordinator:
         self._communicator.enter("averaging metrics")
         if self._exchange.is_secure:
             return self._secure_mean(values, header, version)
-        joined, _ = self._join("metadata", version, header | {"metrics": dict(values)})
+        metadata = header | {"metrics": dict(values)}
+        joined = self._communicator.join_quorum("metadata", version, metadata)
+        while self._headers(joined, metadata) is None:
+            joined = self._communicator.join_quorum("metadata", version, metadata)
         of_parties = [
             metrics.read_metrics(name, said.get("metrics", {})) for name, said in joined.metadata.items()
         ]
         return metrics.mean_of(of_parties, self._communicator)
 
-    def commit(self, round: int, state: Mapping[str, Any], signature: str = "") -> Committed:
+    def commit(
+        self, round: int, state: Mapping[str, Any], signature: str = "", statement: str = ""
+    ) -> Committed:
         """Make the result of this attempt durable, and agree with the others that it stands.
 
         Args:
             round: Index of the next round.
             state: The global state.
             signature: This party's of the round, for the others; empty for none.
+            statement: What it has signed.
 
         Raises:
             PartyLostError: If it does not; nothing may be kept of it.
@@ -302,7 +311,7 @@ class Coordinator:
         if self._state_dir is not None:
             self._state_dir.keep(round, state)
         digest = snapshot.digest(state)
-        return Committed(digest, self._communicator.commit(digest, signature))
+        return Committed(digest, self._communicator.commit(digest, signature, statement))
 
     def restored(self) -> dict[str, Any] | None:
         """Return the state that this party made durable before it was restarted, None if there is none."""
@@ -315,21 +324,18 @@ class Coordinator:
         if self._state_dir is not None:
             self._state_dir.clear()
 
-    def _join(
-        self, intent: Intent, version: Version | None, metadata: dict[str, Any], state: str = ""
-    ) -> tuple[QuorumResult, list[Header]]:
-        """Join the next quorum whose members have all sent what can be read; return it and their headers.
+    def _headers(self, joined: QuorumResult, metadata: dict[str, Any]) -> list[Header] | None:
+        """Return the headers of a quorum; None if one cannot be, so that the others join again without it.
 
-        Each reads all that any of them reads, so that all leave out the same.
+        Each member reads all that any of them reads, so that all leave out the same.
         """
-        while True:
-            joined = self._communicator.join_quorum(intent, version, metadata, state)
-            self._check_unchanged(joined, metadata)
-            try:
-                return joined, [_header(name, said, joined) for name, said in joined.metadata.items()]
-            except FaultyPartyError as error:
-                if not self._communicator.abort_attempt(error):
-                    raise
+        self._check_unchanged(joined, metadata)
+        try:
+            return [_header(name, said, joined) for name, said in joined.metadata.items()]
+        except FaultyPartyError as error:
+            if not self._communicator.abort_attempt(error):
+                raise
+            return None
 
     def _check_unchanged(self, joined: QuorumResult, metadata: dict[str, Any]) -> None:
         """Refuse a quorum in which a masked exchange would depend on what somebody has changed on the way."""
@@ -343,8 +349,9 @@ class Coordinator:
         values = dict(values)
         while True:
             metadata = header | {"names": metrics.names_of(values)}
-            joined, _ = self._join("exchange", version, metadata)
-            mean = self._sum_metrics(joined, values)
+            joined = self._communicator.join_quorum("exchange", version, metadata)
+            headers = self._headers(joined, metadata)
+            mean = None if headers is None else self._sum_metrics(joined, values)
             if mean is not None:
                 return mean
 

@@ -158,7 +158,8 @@ class RoundRunner:
             yield
             if may_lose_parties:
                 signature = self._evidence.sign(state.statement)
-                committed = self._coordinator.commit(state.round, state.state(), signature)
+                statement = state.statement.text if state.statement is not None and signature else ""
+                committed = self._coordinator.commit(state.round, state.state(), signature, statement)
                 state.digest, signatures = committed.digest, committed.signatures
         state.commit_residuals()
         state.write_()

@@ -89,22 +89,26 @@ class Audit:
         self.is_active |= any(entry.audits for entry in view.entries.values())
         self._view, self._said, self._number = view, [], 0
 
-    def judge(self, dissenters: Callable[[], list[str] | None]) -> None:
+    def judge(self, dissenters: Callable[[], list[str] | None], proof: Callable[[], str]) -> None:
         """Act on results that differ: have the members compare, or else exclude who is wrong.
 
         Args:
             dissenters: Returns who differs from the majority; None without one.
+            proof: Keeps what the members have signed; returns a sentence that says where, "" if nowhere.
 
         Raises:
             PartyLostError: If the rendezvous goes away meanwhile.
             FederationError: If it is this party, or cannot be told.
         """
+        with _reached():
+            kept = proof()
         if not self.is_active:
             self.is_active = True
             log.warning(
                 "[party %s] The parties computed different results. The round is repeated, and from now on"
-                " they compare what they receive, to find out which of them is wrong.",
+                " they compare what they receive, to find out which of them is wrong.%s",
                 self._me.name,
+                kept,
             )
             return
         with _reached():
@@ -115,11 +119,11 @@ class Audit:
                 f"{who} computed different results from the same values. No parameter was changed. Install"
                 " the same versions of torch and pellm-lightning at all, look for a fault of memory or"
                 " processor, and start again: a party that was excluded takes part once the others, too, were"
-                " restarted."
+                f" restarted.{kept}"
             )
         for name in wrong:
             self._reachability.exclude(
-                name, "it computed another result than the majority from the same values"
+                name, f"it computed another result than the majority from the same values.{kept}"
             )
 
     def compare_sum(self, tensor: Tensor) -> None:

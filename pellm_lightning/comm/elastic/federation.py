@@ -237,27 +237,27 @@ class ElasticFederation(Communicator):
         return Version(view.run_id, round, view.attempt)
 
     @override
-    def commit(self, digest: str, signature: str = "") -> Mapping[str, Any]:
+    def commit(self, digest: str, signature: str = "", statement: str = "") -> Mapping[str, Any]:
         """Vote for the result that this party has made durable; return once it is committed.
 
         If the rendezvous is lost after the vote, the result stands: the others have made the same durable,
         or will learn of it as the newest version.
         """
-        view = self._current_view
+        view, protocol = self._current_view, self._commit_protocol
         self._peers.check_not_replaced()
         try:
             self._peers.watched()
         except RestartedError as error:
             raise PartyLostError("The rendezvous was restarted before the vote.") from error
         try:
-            found = self._commit_protocol.vote(view, digest, signature)
-            decision = self._commit_protocol.await_decision(view, self.timeout_s, found)
+            found = protocol.vote(view, digest, signature, statement)
+            decision = protocol.await_decision(view, self.timeout_s, found)
         except (RestartedError, UnreachableError):
             log.warning("[party %s] the rendezvous went away after the vote; its result stands", self._name)
             self._connections.drop()
             return {}
         if "diverged" in decision:
-            self._audit.judge(lambda: self._commit_protocol.dissenters(view))
+            self._audit.judge(lambda: protocol.dissenters(view), lambda: self.keep_votes(protocol.seen(view)))
         if "abort" in decision:
             raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         self._reachability.connected(view.members)
@@ -393,7 +393,7 @@ class ElasticFederation(Communicator):
         if not view.includes(self._name, self._me.incarnation):
             self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
             return None
-        unfit = self._unfit(view)
+        unfit = self._unfit(view, mine.attempt)
         if unfit:
             self._commit_protocol.abort(view, unfit)
             self._commit_protocol.end(view)
@@ -409,12 +409,13 @@ class ElasticFederation(Communicator):
             return None
         return view
 
-    def _unfit(self, view: QuorumView) -> str | None:
+    def _unfit(self, view: QuorumView, known: int) -> str | None:
         """Return why this party takes no part in a view that includes it; None if it does."""
         if not self._revoked.accepts(view.entries):
             return "a member's certificate is revoked"
-        if self._last_term == (self._register.life, view.term):
+        if view.attempt <= known:
             # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
+            # No false view makes it sign two statements of one attempt.
             return f"party {self._name} was in doubt"
         return None
 

@@ -14,7 +14,8 @@ from job_threads import Life, TransactingClient, World, die
 from lora_oracles import adapter, drift
 from round_history import findings, noise
 
-from pellm_lightning.comm import ElasticFederation, MismatchError, TooFewPartiesError
+from pellm_lightning.comm import ElasticFederation, Membership, MismatchError, TooFewPartiesError
+from pellm_lightning.comm.elastic.register import Register
 from pellm_lightning.comm.mesh import mesh
 from pellm_lightning.comm.rendezvous import key_value_store
 
@@ -143,6 +144,19 @@ def test_an_old_state_and_a_fresh_party_do_not_end_a_running_majority(
 
 
 # ---- lies
+
+
+def test_no_false_view_makes_a_party_take_part_in_an_attempt_twice() -> None:
+    """It would sign two statements of one attempt, and look as if it equivocated."""
+    store = dist.HashStore()
+    federation = ElasticFederation(lambda: store, "a", ["a"], membership=Membership(wait_s=5))
+    assert federation.join_quorum("exchange", None, {}).attempt == 1
+    other = Register(store)
+    other.renew()
+    other.claim("view/2", replace(federation._current_view, term=2).to_json())
+    assert federation.join_quorum("exchange", None, {}).attempt == 2
+    assert federation._current_view.term == 3
+    federation.close()
 
 
 def test_a_claim_of_a_newer_version_is_not_believed(world: Callable[..., World]) -> None:
