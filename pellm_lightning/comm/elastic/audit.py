@@ -121,9 +121,10 @@ class Audit:
                 " processor, and start again: a party that was excluded takes part once the others, too, were"
                 f" restarted.{kept}"
             )
+        proof_is = f".{kept.rstrip('.')}" if kept else ""
         for name in wrong:
             self._reachability.exclude(
-                name, f"it computed another result than the majority from the same values.{kept}"
+                name, f"it computed another result than the majority from the same values{proof_is}"
             )
 
     def compare_sum(self, tensor: Tensor) -> None:

@@ -83,7 +83,7 @@ def verify_dispute(dispute: Chain, trust: Trust | None = None) -> list[str]:
     ]
     for certificate in dispute.certificates:
         result, signers = certificate.statement.result[:16], ", ".join(sorted(certificate.signatures))
-        lines.append(f"  result {result}... (statement {certificate.statement.hash[:16]}...): {signers}")
+        lines.append(f"  result {result!r}... (statement {certificate.statement.hash[:16]}...): {signers}")
     twice = equivocators(dispute)
     if twice:
         return [*lines, f"{', '.join(twice)} has signed more than one: it equivocated."]
