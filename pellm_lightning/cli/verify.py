@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pellm_lightning.comm.evidence.certificate import EvidenceError, FederationTerms
 from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, verify
+from pellm_lightning.comm.evidence.dispute import verify_dispute
 from pellm_lightning.comm.evidence.summary import Voucher, vouchers
 from pellm_lightning.tensors.parameters_digest import Part, parameters_digest, parts_in
 
@@ -20,7 +21,8 @@ _WEIGHTS = "adapter_model.safetensors"
 def main(words: Sequence[str]) -> None:
     """Run ``pellm verify``."""
     options = parser().parse_args(words[1:])
-    for line in verified(options.folder, options.trust):
+    check = verified_dispute if options.folder.is_file() else verified
+    for line in check(options.folder, options.trust):
         print(line)
 
 
@@ -32,7 +34,12 @@ def parser() -> argparse.ArgumentParser:
         " that the adapter is the result of the last round. Exits with an error if anything does not hold.",
         allow_abbrev=False,
     )
-    made.add_argument("folder", type=Path, help=f"folder of the adapter, with {FILE_NAME}")
+    made.add_argument(
+        "folder",
+        type=Path,
+        help=f"folder of the adapter, with {FILE_NAME}; or a dispute-<attempt>.jsonl from a state_dir, which"
+        " shows what the members of an attempt have signed whose results differ",
+    )
     made.add_argument(
         "--trust",
         type=Path,
@@ -70,6 +77,25 @@ def verified(folder: Path, trusted: Path | None = None) -> list[str]:
             " their own `pellm export` writes."
         ) from error
     return [*_said(chain, trusted), matched]
+
+
+def verified_dispute(path: Path, trusted: Path | None = None) -> list[str]:
+    """Verify a dispute over a round; return what it proves, in lines.
+
+    Args:
+        path: The file.
+        trusted: As in ``verified``.
+
+    Raises:
+        EvidenceError: If it does not hold.
+    """
+    try:
+        dispute = Chain.parse(path.read_bytes().decode())
+        lines = verify_dispute(dispute, None if trusted is None else _trust_in(trusted))
+    except (EvidenceError, UnicodeDecodeError) as error:
+        raise EvidenceError(f"{path} does not hold: {error}. It proves nothing about any party.") from error
+    keys = sorted(f"  {identity.name}: {identity.key}" for identity in dispute.identities.values())
+    return [*lines, _whose(trusted), *keys]
 
 
 def _trust_in(path: Path) -> Trust:
@@ -176,15 +202,18 @@ def _said(chain: Chain, trusted: Path | None) -> list[str]:
     ]
     if 2 * terms.quorum <= len(terms.roster):
         lines.append("Its quorum is no majority: two such chains can exist.")
-    if trusted is None:
-        lines.append(
-            "WHOSE KEYS THESE ARE IS NOT CHECKED: give --trust ca.pem, or --trust with a folder of the"
-            " parties' keys, or compare the keys below with the parties."
-        )
-    else:
-        lines.append(f"The keys are those of the parties, by {trusted}.")
+    lines.append(_whose(trusted))
     width = max(len(name) for name in terms.roster)
     return lines + [_row(voucher, width) for voucher in vouchers(chain)]
+
+
+def _whose(trusted: Path | None) -> str:
+    if trusted is not None:
+        return f"The keys are those of the parties, by {trusted}."
+    return (
+        "WHOSE KEYS THESE ARE IS NOT CHECKED: give --trust ca.pem, or --trust with a folder of the parties'"
+        " keys, or compare the keys below with the parties."
+    )
 
 
 def _row(voucher: Voucher, width: int) -> str:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pellm_lightning.comm.elastic.federation import ElasticFederation
     from pellm_lightning.comm.elastic.membership import Membership
     from pellm_lightning.comm.errors import (
+        FaultyPartyError,
         FederationError,
         MismatchError,
         PartyLostError,
@@ -23,6 +24,7 @@ _MODULES = {
     "Collectives": "collectives",
     "Communicator": "communicator",
     "ElasticFederation": "elastic.federation",
+    "FaultyPartyError": "errors",
     "Federation": "torchrun.federation",
     "FederationError": "errors",
     "Intent": "communicator",
@@ -42,6 +44,7 @@ __all__ = [
     "Collectives",
     "Communicator",
     "ElasticFederation",
+    "FaultyPartyError",
     "Federation",
     "FederationError",
     "Intent",

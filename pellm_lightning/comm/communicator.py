@@ -54,6 +54,8 @@ class QuorumResult:
     """Number of this attempt at a round."""
     state: str = ""
     """Digest of the global state of that version; "" where parties do not come and go."""
+    round: int | None = None
+    """Rounds in that version; None without one."""
 
     @property
     def members(self) -> list[str]:
@@ -86,6 +88,8 @@ class Communicator(Collectives):
     """Whether parties may be lost and come back; then an attempt at a round may fail and is made again."""
     interrupt: Callable[[], None]
     """Called repeatedly while this party polls for others; what it raises ends the waiting."""
+    keep_votes: Callable[[Mapping[str, Sequence[Mapping[str, Any]]]], str] = staticmethod(lambda votes: "")
+    """Called with the votes of members whose results differ; returns a sentence that names who, and where."""
 
     @property
     def settings(self) -> dict[str, str | int | float | None]:
@@ -188,12 +192,13 @@ class Communicator(Collectives):
         """Return the version that the present attempt makes; None where no attempt is made twice."""
         return None
 
-    def commit(self, digest: str, signature: str = "") -> Mapping[str, Any]:
+    def commit(self, digest: str, signature: str = "", statement: str = "") -> Mapping[str, Any]:
         """Vote for the result that this party has made durable; return once it is committed.
 
         Args:
             digest: Of the result, which must be the same at all members.
             signature: This party's of the round, for the others; empty for none.
+            statement: What it has signed, for the others if results differ.
 
         Returns:
             The members' signatures by name, as peers have sent them. Empty if the decision is not known.
@@ -205,7 +210,10 @@ class Communicator(Collectives):
         return {}
 
     def abort_attempt(self, error: Exception) -> bool:
-        """Abort this attempt at all members; return whether another one can be made."""
+        """Abort this attempt at all members; return whether another one can be made.
+
+        Without the parties that a ``FaultyPartyError`` names, if they are not needed for a quorum.
+        """
         return False
 
     def skip_attempts(self, attempt: int) -> None:

@@ -27,6 +27,10 @@ class PartyLostError(FederationError):
     """A party left, died, or did not arrive in time."""
 
 
+class FaultyPartyError(PartyLostError):
+    """A party has sent what cannot be, and all others see that alike; they can continue without it."""
+
+
 class TooFewPartiesError(FederationError):
     """Fewer parties than the quorum have joined within the timeout."""
 

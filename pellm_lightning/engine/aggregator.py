@@ -367,7 +367,7 @@ class Aggregator:
 
     def facts(self) -> dict[str, Any]:
         """Return the ``facts`` of the parties that met last, by name; a peer may have sent anything."""
-        specs = self._coordinator.party_specs()
+        specs = self.federation.party_specs()
         return {name: spec.get("facts") for name, spec in zip(self.federation.names, specs, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from pellm_lightning.comm import (
     Communicator,
+    FaultyPartyError,
     FederationError,
     Intent,
     MismatchError,
@@ -25,6 +27,8 @@ from pellm_lightning.engine.metrics import MAX_WEIGHT
 from pellm_lightning.exchange import Exchange
 from pellm_lightning.tensors import snapshot
 from pellm_lightning.tensors.snapshot import SnapshotDir
+
+log = logging.getLogger(__name__)
 
 _SAME_VERSION = "Install the same version of pellm-lightning at all parties."
 
@@ -91,11 +95,19 @@ class Header:
         return said | {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
     @classmethod
-    def from_metadata(cls, name: str, metadata: Mapping[str, Any], *, behind: bool = False) -> "Header":
-        """Return the header of party ``name``, which may have sent anything, and may lack the newest state.
+    def from_metadata(
+        cls, name: str, metadata: Mapping[str, Any], *, behind: bool = False, newest: int | None = None
+    ) -> "Header":
+        """Return the header of party ``name``, which may have sent anything.
+
+        Args:
+            name: The party.
+            metadata: What it has sent.
+            behind: Whether it lacks the newest global parameters.
+            newest: The round of these, None if there are none.
 
         Raises:
-            FederationError: If it is malformed.
+            FaultyPartyError: If it is malformed, or tells of another round than its global parameters.
         """
         purpose, round, weight = metadata.get("purpose"), metadata.get("round"), _number(metadata, "weight")
         tag, exposed, releases = (
@@ -106,7 +118,7 @@ class Header:
         )
         if (
             purpose not in list(Purpose)
-            or not isinstance(round, int)
+            or not is_count(round)
             or weight is None
             or not 0 <= weight <= MAX_WEIGHT
             or not isinstance(exposed, list)
@@ -116,9 +128,16 @@ class Header:
             or distance is None
             or left is None
         ):
-            raise FederationError(
+            raise FaultyPartyError(
                 f"Party {name} joined with {dict(metadata)!r:.200}, which is no purpose, round and weight of"
-                f" 0 to {MAX_WEIGHT:g}. {_SAME_VERSION}"
+                f" 0 to {MAX_WEIGHT:g}. {_SAME_VERSION}",
+                parties=(name,),
+            )
+        if not behind and newest not in (None, round):
+            raise FaultyPartyError(
+                f"Party {name} joined for round {round} with the global parameters of round {newest}."
+                f" {_SAME_VERSION}",
+                parties=(name,),
             )
         fine = metadata.get("fine", True) is True
         names = tuple(map(str, exposed))
@@ -188,8 +207,7 @@ class Coordinator:
         if communicator.may_lose_parties:  # the rendezvous sees it, and need not know the paths of a host
             shown = mine | {"files": sorted(_hidden(path) for path in mine["files"])}
         specs = communicator.handshake(shown, digest, _difference)
-        with _readable("the others"):
-            difference = self._first_difference(shown, specs, mine["files"])
+        difference = self._first_difference(shown, specs, mine["files"])
         if difference:
             raise MismatchError(difference)
 
@@ -203,10 +221,15 @@ class Coordinator:
         """
         communicator = self._communicator
         if not communicator.may_lose_parties:
-            return compatibility.first_difference([*specs.values()], [*specs])
-        me = communicator.name
+            with _readable(*specs):
+                return compatibility.first_difference([*specs.values()], [*specs])
+        me, difference = communicator.name, None
         for name, spec in specs.items():
-            difference = name != me and compatibility.shared_file([spec, shown], [name, me])
+            try:
+                with _readable(name):
+                    difference = name != me and compatibility.shared_file([spec, shown], [name, me])
+            except FaultyPartyError as error:  # this party is not to end by that
+                log.warning("[party %s] %s", me, error)
             if difference:
                 for path in files:
                     difference = difference.replace(_hidden(path), path)
@@ -242,13 +265,11 @@ class Coordinator:
         while True:
             self._communicator.enter(f"meeting for round {mine.round}")
             joined = self._communicator.join_quorum(intent, version, metadata, state)
-            self._check_unchanged(joined, metadata)
+            headers = self._headers(joined, metadata)
+            if headers is None:
+                continue
             if self._state_dir is not None:
                 self._state_dir.reserve(joined.attempt)  # before any member can make its result durable
-            headers = [
-                Header.from_metadata(name, said, behind=name in joined.behind)
-                for name, said in joined.metadata.items()
-            ]
             if all(header.purpose is not Purpose.METRICS for header in headers):
                 self._communicator.enter(f"in round {mine.round}")
                 self.newest_state, self.attempt = joined.state, joined.attempt
@@ -264,19 +285,25 @@ class Coordinator:
         self._communicator.enter("averaging metrics")
         if self._exchange.is_secure:
             return self._secure_mean(values, header, version)
-        joined = self._communicator.join_quorum("metadata", version, header | {"metrics": dict(values)})
+        metadata = header | {"metrics": dict(values)}
+        joined = self._communicator.join_quorum("metadata", version, metadata)
+        while self._headers(joined, metadata) is None:
+            joined = self._communicator.join_quorum("metadata", version, metadata)
         of_parties = [
             metrics.read_metrics(name, said.get("metrics", {})) for name, said in joined.metadata.items()
         ]
         return metrics.mean_of(of_parties, self._communicator)
 
-    def commit(self, round: int, state: Mapping[str, Any], signature: str = "") -> Committed:
+    def commit(
+        self, round: int, state: Mapping[str, Any], signature: str = "", statement: str = ""
+    ) -> Committed:
         """Make the result of this attempt durable, and agree with the others that it stands.
 
         Args:
             round: Index of the next round.
             state: The global state.
             signature: This party's of the round, for the others; empty for none.
+            statement: What it has signed.
 
         Raises:
             PartyLostError: If it does not; nothing may be kept of it.
@@ -284,7 +311,7 @@ class Coordinator:
         if self._state_dir is not None:
             self._state_dir.keep(round, state)
         digest = snapshot.digest(state)
-        return Committed(digest, self._communicator.commit(digest, signature))
+        return Committed(digest, self._communicator.commit(digest, signature, statement))
 
     def restored(self) -> dict[str, Any] | None:
         """Return the state that this party made durable before it was restarted, None if there is none."""
@@ -296,6 +323,19 @@ class Coordinator:
             self._communicator.mark_ended(version)
         if self._state_dir is not None:
             self._state_dir.clear()
+
+    def _headers(self, joined: QuorumResult, metadata: dict[str, Any]) -> list[Header] | None:
+        """Return the headers of a quorum; None if one cannot be, so that the others join again without it.
+
+        Each member reads all that any of them reads, so that all leave out the same.
+        """
+        self._check_unchanged(joined, metadata)
+        try:
+            return [_header(name, said, joined) for name, said in joined.metadata.items()]
+        except FaultyPartyError as error:
+            if not self._communicator.abort_attempt(error):
+                raise
+            return None
 
     def _check_unchanged(self, joined: QuorumResult, metadata: dict[str, Any]) -> None:
         """Refuse a quorum in which a masked exchange would depend on what somebody has changed on the way."""
@@ -310,8 +350,8 @@ class Coordinator:
         while True:
             metadata = header | {"names": metrics.names_of(values)}
             joined = self._communicator.join_quorum("exchange", version, metadata)
-            self._check_unchanged(joined, metadata)
-            mean = self._sum_metrics(joined, values)
+            headers = self._headers(joined, metadata)
+            mean = None if headers is None else self._sum_metrics(joined, values)
             if mean is not None:
                 return mean
 
@@ -341,18 +381,27 @@ class Coordinator:
         return mean
 
 
+def _header(name: str, said: Mapping[str, Any], joined: QuorumResult) -> Header:
+    """Return the header of a member, if its metrics can also be read."""
+    metrics.read_metrics(name, said.get("metrics", {}))
+    metrics.read_names(name, said.get("names", {}))
+    return Header.from_metadata(name, said, behind=name in joined.behind, newest=joined.round)
+
+
 def _hidden(path: str) -> str:
     """Return what stands for a path, so that only who writes there recognises it."""
     return hashlib.sha256(path.encode()).hexdigest()[:32]
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Name the party whose spec cannot be read."""
+def _readable(*names: str) -> Iterator[None]:
+    """Name the party whose spec cannot be read, or those of which it is one."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise MismatchError(f"The spec of party {name} cannot be read ({error}). {_SAME_VERSION}") from error
+        raise FaultyPartyError(
+            f"The spec of party {', '.join(names)} cannot be read ({error}). {_SAME_VERSION}", parties=names
+        ) from error
 
 
 def _difference(party_specs: Sequence[PartySpec], names: Sequence[str]) -> str | None:

@@ -22,6 +22,7 @@ from pellm_lightning.comm.evidence.certificate import (
     weights_of,
 )
 from pellm_lightning.comm.evidence.chain import Chain, is_signed, refused, verify
+from pellm_lightning.comm.evidence.dispute import dispute_of, equivocators
 from pellm_lightning.comm.evidence.signer import RoundSigner
 from pellm_lightning.comm.evidence.store import CertificateStore
 from pellm_lightning.engine.compatibility import PROTOCOL
@@ -63,8 +64,11 @@ class EvidenceKeeper:
         self._saved = Chain()
         self._signers: dict[str, Identity] = {}
         self._shown: dict[str, Any] = {}
+        self._directory = directory
+        self._stated: RoundStatement | None = None
         if self._signer is not None:
             self._signers[federation.name] = self._signer.identity
+            federation.keep_votes = self.keep_votes
         self._base = ""
         self._layout: Layout | None = None
         self._terms: FederationTerms | None = None
@@ -198,7 +202,34 @@ class EvidenceKeeper:
         """Return this party's signature of a statement; empty if there is nothing to sign."""
         if self._signer is None or statement is None or statement.hash == self._store.last:
             return ""
+        self._stated = statement
         return self._signer.sign(statement).value
+
+    def keep_votes(self, votes: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """Keep what members have signed of an attempt whose results differ; return a sentence about it.
+
+        Args:
+            votes: By member, all that were seen; a peer may have written anything.
+
+        Returns:
+            Who equivocated, and in which file the proof is; "" if there is nothing that two have signed.
+        """
+        if self._stated is None:
+            return ""
+        dispute = dispute_of(votes, self._stated, self._signers)
+        if len(dispute.certificates) < 2:
+            return ""
+        twice = equivocators(dispute)
+        said = f" Party {', '.join(twice)} has signed two different statements of it." if twice else ""
+        if self._directory is None:
+            return said
+        path = self._directory / f"dispute-{self._stated.attempt}.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(dispute.text, encoding="utf-8", newline="")
+        except OSError as error:
+            return f"{said} What the members have signed cannot be kept ({error})."
+        return f"{said} What the members have signed is in {path}; `pellm verify {path}` checks it."
 
     def record(self, statement: RoundStatement | None, signatures: Mapping[str, Any]) -> None:
         """Keep the certificate of a round that was committed.

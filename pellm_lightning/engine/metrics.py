@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pellm_lightning.comm import Collectives, FederationError
+from pellm_lightning.comm import Collectives, FaultyPartyError
 from pellm_lightning.exchange import Exchange
 
 log = logging.getLogger(__name__)
@@ -126,8 +126,8 @@ def read_names(name: str, said: Any) -> dict[str, list[str]]:
         or not all(isinstance(names, list) for names in said.values())
         or not all(isinstance(metric, str) for names in said.values() for metric in names)
     ):
-        raise FederationError(
-            f"Party {name} sent {said!r:.200} for the names of its metrics. {_SAME_VERSION}"
+        raise FaultyPartyError(
+            f"Party {name} sent {said!r:.200} for the names of its metrics. {_SAME_VERSION}", parties=(name,)
         )
     return dict(said)
 
@@ -137,7 +137,8 @@ def read_metrics(name: str, said: Any) -> dict[str, tuple[float, float]]:
     try:
         return {str(metric): (float(value), float(weight)) for metric, (value, weight) in said.items()}
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise FederationError(
+        raise FaultyPartyError(
             f"Party {name} sent {said!r:.200} for its metrics, which are no pairs of a value and a weight."
-            f" {_SAME_VERSION}"
+            f" {_SAME_VERSION}",
+            parties=(name,),
         ) from error

@@ -2,12 +2,13 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from pellm_lightning.aggregation import influence
 from pellm_lightning.aggregation.base import RoundContext
-from pellm_lightning.comm import Collectives, FederationError, MismatchError
+from pellm_lightning.comm import Collectives, FaultyPartyError, FederationError, MismatchError
 from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.coordination import Header, Purpose
 
@@ -125,14 +126,20 @@ class ParticipantFilter:
 
         Raises:
             MismatchError: If a party is in another round.
+            FaultyPartyError: If most are in one round, and can continue without the others.
             FederationError: If all train, and none counts.
         """
         rounds = [header.round for header in headers if not header.behind]
         if len(set(rounds)) > 1:
-            raise MismatchError(
+            said = (
                 f"The parties are in different rounds ({_by_party(rounds)}). They must start together: resume"
                 " all from checkpoints of the same round."
             )
+            most, count = Counter(rounds).most_common(1)[0]
+            if self._federation.may_lose_parties and 2 * count > len(rounds):
+                others = [p for p, header in enumerate(headers) if not header.behind and header.round != most]
+                raise FaultyPartyError(said, parties=[self._federation.names[party] for party in others])
+            raise MismatchError(said)
         weights = [0.0 if header.behind else header.weight for header in headers]
         # Where others are done, a party of weight 0 may be the last one active: then nothing moves.
         all_train = all(header.purpose is Purpose.ROUND and not header.behind for header in headers)

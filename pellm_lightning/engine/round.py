@@ -158,7 +158,8 @@ class RoundRunner:
             yield
             if may_lose_parties:
                 signature = self._evidence.sign(state.statement)
-                committed = self._coordinator.commit(state.round, state.state(), signature)
+                statement = state.statement.text if state.statement is not None and signature else ""
+                committed = self._coordinator.commit(state.round, state.state(), signature, statement)
                 state.digest, signatures = committed.digest, committed.signatures
         state.commit_residuals()
         state.write_()
@@ -174,7 +175,7 @@ class RoundRunner:
             self._exchange_evidence(headers)
         self.set_lora_specs()
         if state.version is None:
-            state.begin(self.federation.version(0))
+            state.begin(self.federation.version(state.round))
         self._evidence.begin(state.statement, state.layout, state.vector)
 
     def _reduce(self, headers: list[Header], local: LocalInput) -> ReduceResult:

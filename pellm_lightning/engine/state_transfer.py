@@ -102,7 +102,8 @@ def send_state(
         sizes = manifest.sizes_bytes
     _check_size(federation, source, sum(sizes), vector_bytes)
     if behind[here]:
-        tensors = manifest.new_tensors(memory)
+        with _sent_by(federation, source):
+            tensors = manifest.new_tensors(memory)
     for index, size_bytes in enumerate(sizes):
         own = tensors[index].view(-1).view(torch.uint8) if tensors else None
         _send_(federation, source, behind, own, size_bytes)
@@ -132,7 +133,7 @@ def _sent_by(federation: Collectives, source: int) -> Iterator[None]:
     """Refuse what another party has sent, which may be anything, unless it is a state that can be read."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PartyLostError(
             f"Party {federation.name} cannot take over the global state of party"
             f" {federation.called([source])}: {error}. It is not loaded, and another party is asked. Install"
@@ -145,7 +146,7 @@ def _broadcast_text(federation: Collectives, source: int, text: str, vector_byte
     """Return the text of one party at all."""
     mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else None
     size = torch.tensor([0 if mine is None else mine.numel()], dtype=torch.int64)
-    size_bytes = int(federation.all_reduce_(size))
+    size_bytes = int(federation.broadcast_(size, source))  # nobody else has a say in it
     _check_size(federation, source, size_bytes, vector_bytes)
     shown = torch.empty(size_bytes, dtype=torch.uint8) if mine is None else mine
     with _sent_by(federation, source):
@@ -170,9 +171,9 @@ def _send_(
 
 
 def _check_size(federation: Collectives, source: int, size_bytes: int, vector_bytes: int) -> None:
-    if size_bytes > _MAX_VECTORS * vector_bytes + _MAX_WORDS:
+    if not 0 <= size_bytes <= _MAX_VECTORS * vector_bytes + _MAX_WORDS:
         raise PartyLostError(
-            f"Party {federation.called([source])} would send {size_bytes} bytes of global state, more than"
-            f" {vector_bytes} bytes of parameters can have. Install the same version at all parties.",
+            f"Party {federation.called([source])} would send {size_bytes} bytes of global state, which"
+            f" {vector_bytes} bytes of parameters cannot have. Install the same version at all parties.",
             parties=[federation.names[source]],
         )

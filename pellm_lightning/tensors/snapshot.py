@@ -49,6 +49,8 @@ _RECYCLED = "recycled.partial"
 _OWNER = "owner"
 # As long as the one that takes its place.
 _NO_DIGEST = "0" * 64
+# Above the length of any dimension; products of a few are exact, and can be compared.
+_MAX_LENGTH = 1 << 53
 # Attempt numbers reserved at a time.
 _BLOCK = 1000
 
@@ -113,7 +115,7 @@ class Manifest:
             structure, tensors, digest = json.loads(text)
             kinds = {str(name): (code, list(shape)) for name, (code, shape) in tensors.items()}
             for name, (code, shape) in kinds.items():
-                if code not in _DTYPES or min(shape, default=0) < 0:
+                if code not in _DTYPES or not all(type(n) is int and 0 <= n < _MAX_LENGTH for n in shape):
                     raise DamagedError(f"{name!r:.100} cannot be a {code!r:.100} of shape {shape!r:.100}")
             return cls(str(structure), kinds, str(digest))
 

@@ -13,8 +13,9 @@ from evidence_chains import ROSTER, Parties
 from safetensors.torch import save_file
 
 from pellm_lightning.cli.main import main
-from pellm_lightning.cli.verify import verified
+from pellm_lightning.cli.verify import verified, verified_dispute
 from pellm_lightning.comm.evidence.certificate import EvidenceError
+from pellm_lightning.comm.evidence.dispute import dispute_of
 from pellm_lightning.comm.keys import make_key
 from pellm_lightning.comm.signing_keys import SigningKey
 from pellm_lightning.engine.evidence import digest
@@ -188,3 +189,27 @@ def test_a_refusal_is_an_exit_status(
     said = " ".join(capsys.readouterr().err.split())
     assert "does not hold: round 0: the signature of 'a' does not fit" in said
     assert "Do not rely on this adapter" in said
+
+
+def test_a_dispute_says_who_equivocated(
+    exported: Callable[..., tuple[Path, Parties]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, parties = exported()
+    first = parties.following(None)
+    other = replace(first, result="f" * 64)
+    signed = [("a", first), ("b", first), ("b", other)]
+    votes: dict[str, list[dict[str, str]]] = {}
+    for name, statement in signed:
+        vote = {"statement": statement.text, "signature": parties.sign(statement, name).value}
+        votes.setdefault(name, []).append(vote)
+    path = folder / "dispute-1.jsonl"
+    path.write_text(dispute_of(votes, first, parties.identities).text)
+    assert main(["verify", str(path), "--trust", str(folder.parent / "keys")]) == 0
+    said = capsys.readouterr().out
+    assert "b has signed more than one: it equivocated." in said
+    assert f"  b: {parties.public['b']}" in said
+    path.write_text(path.read_text().replace("f" * 64, "e" * 64))
+    with pytest.raises(EvidenceError, match=r"dispute-1.jsonl does not hold: .* It proves nothing about any"):
+        verified_dispute(path)
+    with pytest.raises(EvidenceError, match=r"not two statements that differ|not of one attempt"):
+        verified_dispute(folder / "evidence.jsonl")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.comm import FederationError
+from pellm_lightning.comm import FaultyPartyError, FederationError
 from pellm_lightning.engine.coordination import Header, Purpose
 from pellm_lightning.engine.metrics import read_metrics
 
@@ -50,6 +50,15 @@ def test_a_header_says_what_was_said() -> None:
     unsaid = Header.from_metadata("b", words)
     assert math.isnan(unsaid.loss)
     assert math.isnan(unsaid.distance)
+
+
+def test_a_round_is_that_of_the_global_parameters() -> None:
+    said = Header(Purpose.ROUND, 3, 2.5).to_metadata()
+    assert Header.from_metadata("b", said, newest=3).round == 3
+    assert Header.from_metadata("b", said, newest=7, behind=True).round == 3
+    with pytest.raises(FaultyPartyError, match=r"Party b joined for round 3 with the .* round 7") as caught:
+        Header.from_metadata("b", said, newest=7)
+    assert caught.value.parties == ("b",)
 
 
 @pytest.mark.parametrize("name", ["weight", "loss", "distance"])

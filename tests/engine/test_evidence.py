@@ -1,6 +1,9 @@
 """Signed evidence of separate jobs: every committed round leaves a certificate, whatever happens to whom."""
 
+import json
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,10 @@ from party_threads import in_threads
 from secure_exchange import keys, masked
 
 from pellm_lightning import Aggregator
-from pellm_lightning.comm import ElasticFederation, Membership
+from pellm_lightning.cli.verify import verified_dispute
+from pellm_lightning.comm import ElasticFederation, Membership, PartyLostError
+from pellm_lightning.comm.elastic.commit import decision_key
+from pellm_lightning.comm.evidence.certificate import RoundStatement
 from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, verify
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
@@ -68,6 +74,83 @@ def test_each_round_is_signed_by_all_who_took_part(world: Callable[..., World], 
     kept = (tmp_path / "p1" / FILE_NAME).read_text()
     assert kept == chains[1].text
     assert all(path.suffix == ".jsonl" for path in (tmp_path / "p1").iterdir()), "the end has left more"
+
+
+def disputes(path: Path) -> list[list[str]]:
+    """What each dispute that a party has kept proves."""
+    return [verified_dispute(file, authority() / "ca.pem") for file in sorted(path.glob("dispute-*.jsonl"))]
+
+
+def after(event: threading.Event, act: Callable[[Any], Any], argument: Any) -> Any:
+    event.wait(20)
+    return act(argument)
+
+
+def test_a_member_that_signs_two_results_of_an_attempt_is_proven_to_have_done_so(
+    world: Callable[..., World], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    w = world(rounds=5)
+    lives = w.start(pace_s=0.01)
+    w.until(lambda: all(life.aggregator is not None for life in lives))
+    federation: Any = lives[2].federation
+    evidence: Any = lives[2].aggregator._evidence  # type: ignore[union-attr]
+    honest, signed_both = federation.commit, threading.Event()
+
+    def equivocates(digest: str, signature: str = "", statement: str = "") -> Any:
+        if not signature or signed_both.is_set():
+            return honest(digest, signature, statement)
+        protocol, view = federation._commit_protocol, federation._current_view
+        other = replace(RoundStatement.from_json(json.loads(statement)), result="f" * 64)
+        protocol.vote(view, "f" * 64, evidence._signer.sign(other).value, other.text)
+        w.until(lambda: federation._register.read(decision_key(view)) != [None])
+        protocol.vote(view, digest, signature, statement)
+        signed_both.set()
+        raise PartyLostError("it goes on as if nothing had been")
+
+    for life in lives[:2]:  # whoever decides has read the first vote, and reads the second one then
+        of: Any = life.federation._commit_protocol  # type: ignore[union-attr]
+        of.seen = partial(after, signed_both, of.seen)
+    federation.commit = equivocates
+    w.join()
+    said = [*disputes(tmp_path / "p0"), *disputes(tmp_path / "p1")][0]
+    assert "its members have signed 2 statements, which differ in result." in said[0]
+    assert "p2 has signed more than one: it equivocated." in said
+    assert "Party p2 has signed two different statements of it. What the members have signed" in caplog.text
+    assert f"`pellm verify {tmp_path}" in caplog.text
+    chain_of(lives[0])
+
+
+def test_whose_result_differs_again_is_excluded_and_what_it_has_signed_is_kept(
+    world: Callable[..., World], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    w = world(rounds=5)
+    lives = w.start(pace_s=0.01)
+    w.until(lambda: all(life.aggregator is not None for life in lives))
+    evidence: Any = lives[2].aggregator._evidence  # type: ignore[union-attr]
+    state_round = evidence.state_round
+    federation: Any = lives[2].federation
+    leave, excluded = federation.abort, "party p2 is excluded for the rest of this run: it computed another"
+
+    def leaves_late(
+        reason: str,
+    ) -> None:  # with its vote it would take away what the others are about to read
+        w.until(lambda: caplog.text.count(excluded) == 2)
+        leave(reason)
+
+    federation.abort = leaves_late
+    evidence.state_round = lambda *given: replace(state_round(*given), result="f" * 64)
+    error = str(lives[2].join().error)
+    assert "Party p2 and the majority of the parties computed different results" in error
+    assert f"`pellm verify {tmp_path / 'p2'}" in error
+    w.lives.remove(lives[2])
+    w.join()
+    for life in lives[:2]:
+        kept = disputes(tmp_path / life.name)
+        assert kept
+        for _, *statements, last, _, _, _, _ in kept:
+            assert sorted(line.split("): ")[1] for line in statements) == ["p0, p1", "p2"]
+            assert last.startswith("Nobody has signed more than one")
+        chain_of(life)
 
 
 def test_a_restart_of_all_continues_the_chain(world: Callable[..., World]) -> None:

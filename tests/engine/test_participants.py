@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.comm import Collectives, FederationError, MismatchError
+from pellm_lightning.comm import Collectives, FaultyPartyError, FederationError, MismatchError
 from pellm_lightning.engine.context import EngineContext
 from pellm_lightning.engine.coordination import Header, Purpose
 from pellm_lightning.engine.participants import ParticipantFilter, Participants, Shortage
@@ -31,6 +31,7 @@ class Present:
         self.name = self.names[party]
         self.num_parties = num_parties
         self.max_parties = max_parties or num_parties
+        self.may_lose_parties = False
 
     def called(self, parties: Sequence[int]) -> str:
         return ", ".join(self.names[party] for party in parties)
@@ -85,6 +86,16 @@ def test_a_party_that_is_behind_counts_0_and_its_round_does_not_matter() -> None
 def test_parties_in_different_rounds_are_refused() -> None:
     with pytest.raises(MismatchError, match=r"party 0: 3, party 1: 4"):
         select(filter_of(2), [trains(), trains(round=4)])
+
+
+def test_where_parties_come_and_go_most_continue_without_one_in_another_round() -> None:
+    filter = filter_of(3)
+    filter._federation.may_lose_parties = True
+    with pytest.raises(FaultyPartyError, match="party 2: 4") as caught:
+        select(filter, [trains(), trains(), trains(round=4)])
+    assert caught.value.parties == ("p2",)
+    with pytest.raises(MismatchError):
+        select(filter, [trains(round=2), trains(), trains(round=4)])
 
 
 def test_nobody_counts_though_all_train() -> None:

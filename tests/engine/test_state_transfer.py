@@ -1,5 +1,6 @@
 """The newest state on its way to those who lack it: piece by piece, whole or refused."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -76,3 +77,33 @@ def test_what_arrives_changed_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Manifest, "of", other)
     for party, said in enumerate(received()):
         assert not BEHIND[party] or "its digest does not match its content" in str(said)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[4.0], [True], ["4"], [-4], [2**70, 0], [2**53, 0], [2**52, 0, 2**52], "4", {"4": 4}, 4, None],
+    ids=str,
+)
+def test_tensors_that_cannot_be_are_refused_and_their_sender_is_named(
+    shape: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all that receive them: an error of another kind would end each, and no other holder is asked."""
+    monkeypatch.setattr(Manifest, "to_json", lambda manifest: json.dumps(["{}", {"t0": ["F32", shape]}, ""]))
+    said = received()
+    for party, error in enumerate(said):
+        if BEHIND[party]:
+            assert isinstance(error, PartyLostError), repr(error)
+            assert error.parties == ("1",) or "left" in str(error)
+    assert any(error.parties == ("1",) for error in said if isinstance(error, PartyLostError))
+
+
+def test_a_size_that_cannot_be_is_refused_and_its_sender_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Federation.broadcast_
+
+    def lies(self: Federation, x: torch.Tensor, source: int = 0) -> torch.Tensor:
+        return honest(self, x.fill_(-5) if x.dtype is torch.int64 and self.party == source else x, source)
+
+    monkeypatch.setattr(Federation, "broadcast_", lies)
+    for error in received():
+        assert isinstance(error, PartyLostError), repr(error)
+        assert "Party 1 would send -5 bytes" in str(error) or "left" in str(error)

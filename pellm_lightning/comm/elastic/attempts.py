@@ -3,6 +3,7 @@
 import logging
 import time
 
+from pellm_lightning.comm.communicator import Version
 from pellm_lightning.comm.elastic.membership import LocalParty
 from pellm_lightning.comm.errors import TooFewPartiesError
 
@@ -14,10 +15,11 @@ _MAX_REASONS = 3
 
 
 class AttemptLimit:
-    """Ends the attempts at a round ``wait_s`` after the first has failed, if none was committed since.
+    """Ends the attempts at a round ``wait_s`` after the first has failed, if nobody committed one since.
 
     All parties may be alive and join each time, and still never complete a round: a link between two of them
-    is broken, and the others are too few without either. Nothing else would end that.
+    is broken, and the others are too few without either. Nothing else would end that. A party that is left
+    out while the others make progress waits for its link instead.
 
     Args:
         me: This party, and how long it waits.
@@ -34,6 +36,13 @@ class AttemptLimit:
         self._began = 0.0
         self._failures = 0
         self._reasons: dict[str, None] = {}
+        self._newest: Version | None = None
+
+    def saw(self, newest: Version | None) -> None:
+        """Note the version from which the members of a view continue: another one was committed."""
+        if newest != self._newest:
+            self._newest = newest
+            self.committed()
 
     def committed(self) -> None:
         """Note that an attempt was committed."""

@@ -9,7 +9,8 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -88,35 +89,42 @@ class Audit:
         self.is_active |= any(entry.audits for entry in view.entries.values())
         self._view, self._said, self._number = view, [], 0
 
-    def judge(self, dissenters: Callable[[], list[str] | None]) -> None:
+    def judge(self, dissenters: Callable[[], list[str] | None], proof: Callable[[], str]) -> None:
         """Act on results that differ: have the members compare, or else exclude who is wrong.
 
         Args:
             dissenters: Returns who differs from the majority; None without one.
+            proof: Keeps what the members have signed; returns a sentence that says where, "" if nowhere.
 
         Raises:
+            PartyLostError: If the rendezvous goes away meanwhile.
             FederationError: If it is this party, or cannot be told.
         """
+        with _reached():
+            kept = proof()
         if not self.is_active:
             self.is_active = True
             log.warning(
                 "[party %s] The parties computed different results. The round is repeated, and from now on"
-                " they compare what they receive, to find out which of them is wrong.",
+                " they compare what they receive, to find out which of them is wrong.%s",
                 self._me.name,
+                kept,
             )
             return
-        wrong = dissenters()
+        with _reached():
+            wrong = dissenters()
         if wrong is None or self._me.name in wrong:
             who = "The parties" if wrong is None else f"Party {self._me.name} and the majority of the parties"
             raise FederationError(
                 f"{who} computed different results from the same values. No parameter was changed. Install"
                 " the same versions of torch and pellm-lightning at all, look for a fault of memory or"
                 " processor, and start again: a party that was excluded takes part once the others, too, were"
-                " restarted."
+                f" restarted.{kept}"
             )
+        proof_is = f".{kept.rstrip('.')}" if kept else ""
         for name in wrong:
             self._reachability.exclude(
-                name, "it computed another result than the majority from the same values"
+                name, f"it computed another result than the majority from the same values{proof_is}"
             )
 
     def compare_sum(self, tensor: Tensor) -> None:
@@ -141,10 +149,8 @@ class Audit:
         self._number += 1
         mine = {name: _digest(part) for name, part in received.items()}
         self._said = [*self._said, [self._number, mine]][-_KEPT:]
-        try:
+        with _reached():
             heard = self._heard(view)
-        except (RestartedError, UnreachableError) as error:
-            raise PartyLostError("The rendezvous went away while the members compared.") from error
         contradictions = contradicted(heard)
         if contradictions:
             raise self._blame(contradictions, len(heard))
@@ -204,6 +210,15 @@ def contradicted(heard: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]
         for sender in heard
     }
     return {sender: by for sender, by in found.items() if by}
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Let the attempt be repeated if the rendezvous goes away."""
+    try:
+        yield
+    except (RestartedError, UnreachableError) as error:
+        raise PartyLostError("The rendezvous went away while the members compared.") from error
 
 
 def _digest(part: Tensor) -> str:

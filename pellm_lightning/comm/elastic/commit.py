@@ -20,6 +20,12 @@ from pellm_lightning.comm.elastic.register import (
 
 Decision = dict[str, Any]
 
+# What a member has written goes into a value of all: Ed25519's signature in base64, and words for people.
+_MAX_SIGNATURE = 128
+_MAX_REASON = 4096
+# Votes of one member in one attempt that are remembered: an honest one has one.
+_MAX_VOTES = 4
+
 
 class CommitProtocol:
     """Atomic commitment over write-once registers: each view gets one decision, to commit or to abort.
@@ -39,17 +45,20 @@ class CommitProtocol:
 
     def __init__(self, register: Register, peers: Heartbeat, me: LocalParty) -> None:
         self._register, self._peers, self._me = register, peers, me
+        self._seen: dict[str, list[dict[str, Any]]] = {}
 
-    def vote(self, view: QuorumView, digest: str, signature: str = "") -> list[Any]:
+    def vote(self, view: QuorumView, digest: str, signature: str = "", statement: str = "") -> list[Any]:
         """Vote for a result; return what ``await_decision`` takes for ``found``.
 
         Args:
             view: The view.
             digest: Of the result.
             signature: This party's of the round, which the decision passes on; empty for none.
+            statement: What it has signed.
         """
+        self._seen = {name: [] for name in view.members}
         vote = {"term": view.term, "incarnation": self._me.incarnation, "digest": digest}
-        vote |= {"signature": signature} if signature else {}
+        vote |= {"signature": signature, "statement": statement} if signature else {}
         return self._register.transact([Write(f"vote/@{self._me.name}", vote)], _keys(view))[1]
 
     def await_decision(self, view: QuorumView, timeout_s: float, found: list[Any] | None = None) -> Decision:
@@ -73,7 +82,7 @@ class CommitProtocol:
                 return decision
             if not isinstance(now, int) or now > view.term + KEPT_TERMS:
                 raise RestartedError  # this party has missed the decision: it is in doubt
-            digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)}
+            digests = self._digests(view, votes)
             verdict = self._verdict(view, digests)
             if verdict:
                 verdict |= _signatures(verdict, view, votes)
@@ -113,18 +122,33 @@ class CommitProtocol:
             by: The party that could not reach them.
             late: Whether only their votes are missing.
         """
-        verdict = {"abort": reason, "blamed": blamed or [], "by": by} | ({"late": True} if late else {})
+        verdict = {"abort": reason[:_MAX_REASON], "blamed": blamed or [], "by": by} | (
+            {"late": True} if late else {}
+        )
         decision = self._register.claim(decision_key(view), verdict)
         return decision if isinstance(decision, dict) else verdict
 
     def dissenters(self, view: QuorumView) -> list[str] | None:
         """Return the members whose votes differ from the majority's; None if there is no majority."""
-        votes = self._register.read(*_keys(view))[2:]
-        digests = [_vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)]
-        digest, count = Counter(digests).most_common(1)[0]
+        digests = self._digests(view, self._register.read(*_keys(view))[2:])
+        digest, count = Counter(digests.values()).most_common(1)[0]
         if digest is None or 2 * count <= len(digests):
             return None
-        return [n for n, other in zip(view.members, digests, strict=True) if other not in (None, digest)]
+        return [name for name, other in digests.items() if other not in (None, digest)]
+
+    def seen(self, view: QuorumView) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """Return by member all its votes in a view that this party has read: it may have written another."""
+        self._digests(view, self._register.read(*_keys(view))[2:])
+        return self._seen
+
+    def _digests(self, view: QuorumView, votes: Sequence[Any]) -> dict[str, str | None]:
+        """Return by member the digest that it has voted for, None without, and remember its vote."""
+        digests = {name: _vote(vote, view, name) for name, vote in zip(view.members, votes, strict=True)}
+        for (name, digest), vote in zip(digests.items(), votes, strict=True):
+            seen = self._seen.setdefault(name, [])
+            if digest is not None and len(seen) < _MAX_VOTES and vote not in seen:
+                seen.append(vote)
+        return digests
 
     def await_end(self, view: QuorumView, poll_s: float, interrupt: Callable[[], None]) -> None:
         """Wait until a term is over that continues without this party; end it if its members are dead."""
@@ -185,11 +209,12 @@ def _signatures(verdict: Decision, view: QuorumView, votes: Sequence[Any]) -> di
     if "commit" not in verdict:
         return {}
     signed = {
-        name: str(vote["signature"])
+        name: vote.get("signature")
         for name, vote in zip(view.members, votes, strict=True)
-        if _vote(vote, view, name) == verdict["commit"] and "signature" in vote
+        if _vote(vote, view, name) == verdict["commit"]
     }
-    return {"signatures": signed} if signed else {}
+    fit = {n: text for n, text in signed.items() if isinstance(text, str) and len(text) <= _MAX_SIGNATURE}
+    return {"signatures": fit} if fit else {}
 
 
 def _vote(value: Any, view: QuorumView, name: str) -> str | None:

@@ -42,11 +42,11 @@ from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.join_quorum import QuorumDeadline, QuorumProtocol, VoidViewError
 from pellm_lightning.comm.elastic.joining import join_rendezvous
 from pellm_lightning.comm.elastic.membership import LocalParty, Membership, check_addresses, check_roster
-from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, is_count
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, check_fits, is_count
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
-from pellm_lightning.comm.elastic.register import Action, RestartedError, UnreachableError
+from pellm_lightning.comm.elastic.register import RestartedError, UnreachableError
 from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
-from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
+from pellm_lightning.comm.errors import FaultyPartyError, FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener
 from pellm_lightning.comm.quorum import Quorum
 from pellm_lightning.comm.tls import TLS
@@ -211,6 +211,7 @@ class ElasticFederation(Communicator):
     def join_quorum(
         self, intent: Intent, version: Version | None, metadata: Metadata, state: str = ""
     ) -> QuorumResult:
+        check_fits(self._name, metadata, len(self.roster))
         entry = partial(self._entry, intent, version, metadata, state)
         deadline = self._quorum_protocol.deadline()
         restarted = False
@@ -236,27 +237,27 @@ class ElasticFederation(Communicator):
         return Version(view.run_id, round, view.attempt)
 
     @override
-    def commit(self, digest: str, signature: str = "") -> Mapping[str, Any]:
+    def commit(self, digest: str, signature: str = "", statement: str = "") -> Mapping[str, Any]:
         """Vote for the result that this party has made durable; return once it is committed.
 
         If the rendezvous is lost after the vote, the result stands: the others have made the same durable,
         or will learn of it as the newest version.
         """
-        view = self._current_view
+        view, protocol = self._current_view, self._commit_protocol
         self._peers.check_not_replaced()
         try:
             self._peers.watched()
         except RestartedError as error:
             raise PartyLostError("The rendezvous was restarted before the vote.") from error
         try:
-            found = self._commit_protocol.vote(view, digest, signature)
-            decision = self._commit_protocol.await_decision(view, self.timeout_s, found)
+            found = protocol.vote(view, digest, signature, statement)
+            decision = protocol.await_decision(view, self.timeout_s, found)
         except (RestartedError, UnreachableError):
             log.warning("[party %s] the rendezvous went away after the vote; its result stands", self._name)
             self._connections.drop()
             return {}
         if "diverged" in decision:
-            self._audit.judge(lambda: self._commit_protocol.dissenters(view))
+            self._audit.judge(lambda: protocol.dissenters(view), lambda: self.keep_votes(protocol.seen(view)))
         if "abort" in decision:
             raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         self._reachability.connected(view.members)
@@ -270,10 +271,15 @@ class ElasticFederation(Communicator):
         view = self._current_view
         self._connections.drop()
         blamed, by = list(getattr(error, "parties", ())), getattr(error, "by", None) or self._name
+        faulty = blamed if isinstance(error, FaultyPartyError) else []  # all see it: nobody's word is needed
         log.info("[party %s] aborts this attempt at the round: %s", self._name, error)
-        self._try(lambda: self._note_abort(view, self._commit_protocol.abort(view, str(error), blamed, by)))
+        decide = partial(self._commit_protocol.abort, view, str(error), [] if faulty else blamed, by)
+        self._try(lambda: self._note_abort(view, decide()))
         self._limit.failed(str(error))
-        return True
+        self._reachability.leave_out(faulty)
+        if len(view.members) - len(faulty) < self.quorum:
+            time.sleep(self.membership.patience_s)  # until another party comes
+        return self._name not in faulty and len(self.roster) - len(faulty) >= self.quorum
 
     @override
     def skip_attempts(self, attempt: int) -> None:
@@ -365,10 +371,11 @@ class ElasticFederation(Communicator):
         if self._revoked.has_changed():
             self._connections.drop()  # new ones are made with those alone whose certificates still count
         self._audit.share(self._peers)
-        mine = entry()
+        mine, (life, last) = entry(), self._ended or ("", None)
+        ending = self._commit_protocol.ending(last) if last and life == self._register.life else []
         self._specs.publish()
         try:
-            view = self._quorum_protocol.join(mine, deadline, self._ending())
+            view = self._quorum_protocol.join(mine, deadline, ending)
         except VoidViewError as void:
             log.warning("[party %s] %s", self._name, void)
             if void.others:
@@ -380,13 +387,14 @@ class ElasticFederation(Communicator):
         self._next_term = ("", 0)
         if view is None:
             return None
+        self._limit.saw(view.newest)
         self._attempt = max(self._attempt, view.attempt)
         self._peers.note_incarnations(view.entries)
         self._revoked.take(view.entries.values())  # also of a view without this party: it may say why
         if not view.includes(self._name, self._me.incarnation):
             self._commit_protocol.await_end(view, self.membership.heartbeat_ttl_s, self._check_waiting)
             return None
-        unfit = self._unfit(view)
+        unfit = self._unfit(view, mine.attempt)
         if unfit:
             self._commit_protocol.abort(view, unfit)
             self._commit_protocol.end(view)
@@ -402,19 +410,15 @@ class ElasticFederation(Communicator):
             return None
         return view
 
-    def _unfit(self, view: QuorumView) -> str | None:
+    def _unfit(self, view: QuorumView, known: int) -> str | None:
         """Return why this party takes no part in a view that includes it; None if it does."""
         if not self._revoked.accepts(view.entries):
             return "a member's certificate is revoked"
-        if self._last_term == (self._register.life, view.term):
+        if view.attempt <= known:
             # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
+            # No false view makes it sign two statements of one attempt.
             return f"party {self._name} was in doubt"
         return None
-
-    def _ending(self) -> list[Action]:
-        """Return what ends the last term, unless another party has done so."""
-        life, view = self._ended or ("", None)
-        return self._commit_protocol.ending(view) if view and life == self._register.life else []
 
     def _entry(self, intent: Intent, version: Version | None, metadata: Metadata, state: str) -> QuorumMember:
         """Return the message with which this party joins the present term."""

@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pellm_lightning.comm.communicator import Version
@@ -14,6 +15,7 @@ from pellm_lightning.comm.elastic.quorum_view import (
     QuorumMember,
     QuorumView,
     belonging,
+    fits,
     holders_needed,
     is_count,
     newest_version,
@@ -125,7 +127,8 @@ class QuorumProtocol:
             ready = self._ready(entries, mine, deadline)
             if ready:
                 new = f"{self._register.life}/{term}/{secrets.token_hex(4)}"
-                view = QuorumView.of(term, new, ready, self._last_attempt(term), self._newest(ready))
+                entries = self._told(ready)
+                view = QuorumView.of(term, new, entries, self._last_attempt(term), self._newest(ready))
                 (written,), (now,) = self._register.transact([Swap(key, None, view.to_json())], ["term"])
                 if now == term:
                     return self._read(written, mine)
@@ -215,12 +218,20 @@ class QuorumProtocol:
         joined = {
             name: entry
             for name, entry in entries.items()
-            if entry is not None and entry.term == term and name not in excluded
+            if entry is not None
+            and entry.term == term
+            and name not in excluded
+            and fits(entry.metadata, len(entries))
         }
         self._peers.note_incarnations(joined)
         alive = {name: entry for name, entry in joined.items() if self._peers.runs(name, entry.incarnation)}
         self._revoked.take(alive.values())
         return self._revoked.without(alive)
+
+    def _told(self, entries: Mapping[str, QuorumMember]) -> dict[str, QuorumMember]:
+        """Return what a view tells of its members: the newest revocation list stands there once."""
+        newest = {self._me.name: self._revoked.pem}
+        return {name: replace(entry, revoked=newest.get(name, "")) for name, entry in entries.items()}
 
     def _ready(
         self, entries: dict[str, QuorumMember], mine: QuorumMember, deadline: "QuorumDeadline"

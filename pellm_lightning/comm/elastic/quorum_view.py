@@ -1,13 +1,16 @@
 """Quorum members and the view on which they agree: who continues together. Pure, but for JSON."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median_low
 from typing import Any, Literal, TypeGuard
 
 from pellm_lightning.comm.communicator import Intent, Metadata, QuorumResult, Version, will_exchange
+from pellm_lightning.comm.errors import FederationError
+from pellm_lightning.comm.rendezvous.frames import MAX_VALUE_BYTES
 from pellm_lightning.comm.sockets import split_address
 
 _VIEW_FIELDS = {"attempt", "group", "run_id", "members", "newest", "state"}
@@ -61,7 +64,7 @@ class QuorumMember:
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
-        return asdict(self) | {"version": list(self.version) if self.version else None}
+        return vars(self) | {"version": list(self.version) if self.version else None}
 
     @classmethod
     def from_json(cls, value: Any) -> "QuorumMember | None":
@@ -131,7 +134,8 @@ class QuorumView:
             n for n, entry in self.entries.items() if (entry.version, entry.state) != up_to_date
         )
         metadata = {name: entry.metadata for name, entry in self.entries.items()}
-        return QuorumResult(metadata, self.exchanges, behind, self.attempt, self.state)
+        round = None if self.newest is None else self.newest.round
+        return QuorumResult(metadata, self.exchanges, behind, self.attempt, self.state, round)
 
     def includes(self, name: str, incarnation: str) -> bool:
         """Tell whether a process is a member."""
@@ -286,6 +290,29 @@ def last_attempt(attempts: Sequence[int]) -> int:
 
 
 # ---- what a peer has written
+
+
+def fits(metadata: Metadata, num_parties: int) -> bool:
+    """Tell whether a party's metadata leave room for those of the others in one view."""
+    return len(json.dumps(metadata)) <= _metadata_bytes(num_parties)
+
+
+def check_fits(name: str, metadata: Metadata, num_parties: int) -> None:
+    """Refuse metadata of this party with which the others would not take part.
+
+    Raises:
+        FederationError: If they are too large.
+    """
+    if not fits(metadata, num_parties):
+        raise FederationError(
+            f"Party {name} would tell the others {len(json.dumps(metadata))} bytes ({', '.join(metadata)}),"
+            f" more than the {_metadata_bytes(num_parties)} that each of {num_parties} parties may. Log fewer"
+            " metrics, or under shorter names."
+        )
+
+
+def _metadata_bytes(num_parties: int) -> int:
+    return MAX_VALUE_BYTES // 2 // num_parties
 
 
 def is_count(value: Any) -> TypeGuard[int]:

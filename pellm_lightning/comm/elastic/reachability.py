@@ -18,7 +18,8 @@ class ReachabilityTracker:
     """Records failed attempts between live parties, and leaves out those at the end of most failures.
 
     A party that is cut off blames all the others, and may be the first to report each time. So both ends of a
-    failure count alike. One that does not vote in time is left out at once: all have waited for it alone.
+    failure count alike. One that does not vote in time, or sends what cannot be, is left out at once: all
+    have waited for it alone, or have seen it.
 
     Args:
         roster: All parties.
@@ -48,10 +49,14 @@ class ReachabilityTracker:
         by, reported = decision.get("by"), decision["blamed"]
         blamed = frozenset(name for name in self._roster if name in reported and name != by)
         if decision.get("late") is True:
-            self._late |= blamed
-            self._unawaited |= blamed
+            self.leave_out(blamed)
         elif by in self._roster and blamed:
             self._failures.append((by, blamed))
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Leave parties out at once, and wait for none of them; they are tried again as time goes by."""
+        self._late = self._late.union(names)
+        self._unawaited |= {*names}
 
     def exclude(self, name: str, why: str) -> None:
         """Exclude a party for the rest of the run; said once."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.polling import Reminder, polls
 from pellm_lightning.comm.rendezvous.frames import Op
+from pellm_lightning.comm.rendezvous.key_value_store import MAX_AWAIT_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,8 @@ KEPT_TERMS = 16
 """Number of terms for which views and decisions are kept, for processes that were suspended."""
 
 _MAX_BYTES = 4 << 20
+# Many more levels than any value has, and fewer than what Python can copy or print.
+_MAX_LEVELS = 64
 _LIFE = "life"
 _NOTHING = "-"
 
@@ -208,8 +211,12 @@ class Register:
         full = [self._prefix + _LIFE, *(self._key(key) for key in keys)]
         before = [self.life.encode(), *(self._noted.get(key) for key in keys)]
         values = before
+        size_bytes = sum(
+            len(key.encode()) + len(value or b"") for key, value in zip(full, before, strict=True)
+        )
         with _reached():
-            if hasattr(self._store, "await_change"):
+            # A peer decides how large a value is, so it must not decide whether the request is refused.
+            if hasattr(self._store, "await_change") and size_bytes <= MAX_AWAIT_BYTES:
                 values = self._store.await_change(dict(zip(full, before, strict=True)), seconds)
             else:
                 for _ in polls(seconds):
@@ -340,13 +347,24 @@ def _encoded(*texts: str) -> list[bytes]:
 
 
 def _parsed(value: bytes | None) -> Any:
-    """Return what a peer wrote, None for what is no JSON of a decent size: it may be anything."""
+    """Return what a peer wrote, None for what is no JSON of a decent size and depth: it may be anything."""
     if value is None or len(value) > _MAX_BYTES:
         return None
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError):
         return None
+    few = value.count(b"[") + value.count(b"{") <= _MAX_LEVELS
+    return parsed if few or _has_levels(parsed, _MAX_LEVELS) else None
+
+
+def _has_levels(value: Any, most: int) -> bool:
+    """Tell whether containers are nested in each other ``most`` times at most."""
+    if not isinstance(value, dict | list):
+        return True
+    return most > 0 and all(
+        _has_levels(item, most - 1) for item in (value.values() if isinstance(value, dict) else value)
+    )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """The commit protocol by itself: whatever the order of votes and failures, an attempt has one decision."""
 
+import json
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from pellm_lightning.comm.elastic.commit import CommitProtocol, decision_key
 from pellm_lightning.comm.elastic.membership import LocalParty, Membership
 from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register, RestartedError
+from pellm_lightning.comm.rendezvous.client import RendezvousStore
+from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 NAMES = ["a", "b", "c"]
 NO_TIME = 0.0
@@ -33,9 +37,9 @@ class Peers:
 class Attempt:
     """One attempt of three members over one store."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Any = None) -> None:
         self.peers = Peers()
-        store = dist.HashStore()
+        store = dist.HashStore() if store is None else store
         entries = {
             name: QuorumMember(1, f"{name}1", "host:1", "", None, 0, "", "exchange", "", True, {})
             for name in NAMES
@@ -134,6 +138,25 @@ def test_only_votes_in_this_term_by_this_process_count(attempt: Attempt, vote: A
     attempt.vote(a="x", c="x")
     attempt.registers["b"].write("vote/@b", vote)
     assert all("abort" in decision for decision in attempt.decisions())
+
+
+@pytest.mark.parametrize("signature", ["\xe9" * 700_000, {"of": "b"}, None])
+def test_what_is_no_signature_is_not_passed_on(signature: Any) -> None:
+    """The decision would be larger than a rendezvous takes: whoever decides would end."""
+    with RendezvousServer("127.0.0.1", 0) as server, closing(RendezvousStore(server.address)) as store:
+        attempt = Attempt(store)
+        for name in NAMES:
+            attempt.protocols[name].vote(attempt.view, "x", f"of {name}")
+        raw = json.dumps(
+            {"term": 1, "incarnation": "b1", "digest": "x", "signature": signature}, ensure_ascii=False
+        )
+        store.set(attempt.registers["b"]._key("vote/@b"), raw)
+        decision = attempt.protocols["c"].await_decision(attempt.view, NO_TIME)
+        assert decision == {"commit": "x", "signatures": {"a": "of a", "c": "of c"}}
+
+
+def test_a_reason_to_abort_is_cut_to_what_can_be_read(attempt: Attempt) -> None:
+    assert len(attempt.protocols["a"].abort(attempt.view, "x" * 5_000_000)["abort"]) == 4096
 
 
 STEPS = st.lists(

@@ -188,6 +188,37 @@ def test_who_computes_other_results_is_excluded(world: Callable[..., World], tmp
     assert [entry.members for entry in w.settled if entry.round == 5] == [["p0", "p1"]] * 2
 
 
+def test_a_rendezvous_lost_while_they_look_for_who_is_wrong(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    """The attempt is repeated."""
+    w = world(3, rounds=5, state_dir=tmp_path)
+    (asks,) = w.start("p0")
+    w.start("p1")
+    (wrong,) = w.start("p2", faults={})
+    w.until(lambda: asks.federation is not None)
+    protocol: Any = asks.federation._commit_protocol  # type: ignore[union-attr]
+    dissenters, lost = protocol.dissenters, [0]
+
+    def loses(view: Any) -> Any:
+        lost[0] += 1
+        wrong.join()  # it has read the decision, so nobody is in doubt
+        w.rendezvous.restart()
+        return dissenters(view)
+
+    def errs_again(life: Life) -> None:
+        errs(life)
+        life.faults["keeping@3"] = errs_again
+
+    protocol.dissenters = loses
+    wrong.faults["keeping@3"] = errs_again
+    assert isinstance(wrong.join().error, FederationError)
+    w.lives.remove(wrong)
+    w.join()
+    assert lost[0] == 1
+    assert w.judged().rounds == 5
+
+
 def test_of_two_that_differ_nobody_is_right(world: Callable[..., World], tmp_path: Path) -> None:
     w = world(2, rounds=MANY, state_dir=tmp_path)
     trained: dict[str, Tensor] = {}
@@ -660,7 +691,7 @@ KINDS = ["member", "view", "vote", "decision", "at", "party_spec", "term", "ende
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(nth=st.integers(1, 6), steps=st.lists(st.integers(0, 20), max_size=5), new=JSON)
-def test_what_others_write_harms_nobody(kind: str, nth: int, steps: list[int], new: Any) -> None:
+def test_what_others_write_is_ignored_or_an_error(kind: str, nth: int, steps: list[int], new: Any) -> None:
     """It may be anything: whoever reads it goes on, or stops with words."""
     w = World(3, rounds=3, wait_s=1.0, round_timeout_s=1.0, exchange_timeout_s=1.0, heartbeat_ttl_s=0.4)
     twist = Twist(kind, nth, steps, new)

@@ -3,16 +3,19 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from job_threads import TransactingClient, World, die
-from round_history import findings
+from job_threads import Life, TransactingClient, World, die
+from lora_oracles import adapter, drift
+from round_history import findings, noise
 
-from pellm_lightning.comm import ElasticFederation, MismatchError, TooFewPartiesError
+from pellm_lightning.comm import ElasticFederation, Membership, MismatchError, TooFewPartiesError
+from pellm_lightning.comm.elastic.register import Register
 from pellm_lightning.comm.mesh import mesh
 from pellm_lightning.comm.rendezvous import key_value_store
 
@@ -45,6 +48,29 @@ def test_attempts_over_a_broken_link_end_and_name_it(world: Callable[..., World]
         assert f"p0 ({address})" in str(error)
     assert time.monotonic() - began < 1.0 + 3 * 0.3 + 2.0
     assert w.reached == 0
+
+
+def test_a_party_that_is_left_out_waits_for_its_link_while_the_others_go_on(
+    world: Callable[..., World],
+) -> None:
+    """It fails again at each retry, for longer than wait_s; the others make progress in between."""
+    w = world(4, rounds=MANY, wait_s=0.8, exchange_timeout_s=0.2)
+    (cut_off,) = w.start("p0", advertise=nowhere())
+    w.start("p1", "p2", "p3", pace_s=0.02)
+    failed: list[float] = []
+    w.until(lambda: cut_off.federation is not None)
+    limit: Any = cut_off.federation._limit  # type: ignore[union-attr]
+    fails = limit.failed
+
+    def counted(reason: str) -> None:
+        failed.append(time.monotonic())
+        fails(reason)
+
+    limit.failed = counted
+    w.until(lambda: len(failed) >= 5 and failed[-1] - failed[0] > 2 * 0.8)
+    before = w.reached
+    w.wait_for(before + 2)
+    assert cut_off.error is None
 
 
 def test_a_party_that_leads_others_to_themselves_is_named(world: Callable[..., World]) -> None:
@@ -120,6 +146,19 @@ def test_an_old_state_and_a_fresh_party_do_not_end_a_running_majority(
 # ---- lies
 
 
+def test_no_false_view_makes_a_party_take_part_in_an_attempt_twice() -> None:
+    """It would sign two statements of one attempt, and look as if it equivocated."""
+    store = dist.HashStore()
+    federation = ElasticFederation(lambda: store, "a", ["a"], membership=Membership(wait_s=5))
+    assert federation.join_quorum("exchange", None, {}).attempt == 1
+    other = Register(store)
+    other.renew()
+    other.claim("view/2", replace(federation._current_view, term=2).to_json())
+    assert federation.join_quorum("exchange", None, {}).attempt == 2
+    assert federation._current_view.term == 3
+    federation.close()
+
+
 def test_a_claim_of_a_newer_version_is_not_believed(world: Callable[..., World]) -> None:
     """Nobody takes over the state of one that says it has a newer one than all others can have."""
     w = world(4, rounds=6)
@@ -173,6 +212,96 @@ def test_a_state_that_is_not_the_voted_one_is_not_loaded(world: Callable[..., Wo
     w.finish()
     assert sent, "the liar was never asked"
     assert not findings(w.entries, w.roster).divergent
+
+
+def validates(life: Life) -> None:
+    """Local steps, and a mean of metrics."""
+    assert life.aggregator is not None
+    life.w.copy_(life.aggregator.global_vector + noise(life.index, life.aggregator.round, life.w.numel()))
+    life.aggregator.mean({"loss": (1.0, 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("liar", "lie"),
+    [
+        ("p0", {"round": 99}),
+        ("p2", {"purpose": 9}),
+        ("p1", {"weight": [1], "tag": None}),
+        ("p0", {"metrics": {"loss": 1}}),
+        ("p2", {"names": 3}),
+    ],
+    ids=str,
+)
+def test_the_others_continue_without_one_whose_metadata_cannot_be(
+    world: Callable[..., World], liar: str, lie: dict[str, Any]
+) -> None:
+    """All see that, so nobody has to blame it; it is tried again, and lies again."""
+    w = world(3, rounds=MANY, wait_s=4.0)
+    train = {"train": validates} if "metrics" in lie else {}
+    w.start(pace_s=0.01, **train)
+    (bad,) = [life for life in w.lives if life.name == liar]
+    w.until(lambda: all(life.aggregator is not None for life in w.lives))
+    assert bad.federation is not None
+    join, told = bad.federation.join_quorum, [0]
+
+    def lies(intent: Any, version: Any, metadata: Any, state: str = "") -> Any:
+        if version is None or (lie.keys() == {"metrics"} and "metrics" not in metadata):
+            return join(intent, version, metadata, state)
+        result = join(intent, version, metadata | lie, state)
+        told[0] += 1
+        return replace(result, metadata=result.metadata | {liar: metadata})
+
+    bad.federation.join_quorum = lies  # type: ignore[method-assign]
+    w.until(lambda: told[0] >= 3)
+    w.wait_for(w.reached + 3)
+    others = [life for life in w.lives if life is not bad]
+    assert [life.error for life in others] == [None, None]
+    assert {entry.party for entry in w.settled if entry.round == w.reached - 1} >= {o.name for o in others}
+
+
+def test_without_too_few_others_a_fault_is_an_error(world: Callable[..., World]) -> None:
+    w = world(2, rounds=MANY)
+    w.start()
+    w.until(lambda: all(life.aggregator is not None for life in w.lives))
+    bad = w.lives[0].federation
+    assert bad is not None
+    join = bad.join_quorum
+    bad.join_quorum = lambda i, v, metadata, s="": join(i, v, metadata | {"round": 99}, s)  # type: ignore
+    for life in w.lives:
+        assert "Party p0 joined for round 99 with the global parameters of" in str(life.join().error)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_spec_that_cannot_be_read_ends_no_other_party(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, lora: bool
+) -> None:
+    """Whoever starts reads it for shared files; members read it for the ranks of LoRA pairs."""
+    honest = ElasticFederation.handshake
+
+    def lies(self: ElasticFederation, spec: Any, *arguments: Any) -> Any:
+        spec = spec | {"files": 7, "lora": 7} if self.name == "p2" else spec
+        return honest(self, spec, *arguments)
+
+    monkeypatch.setattr(ElasticFederation, "handshake", lies)
+    w = world(3, rounds=MANY, wait_s=4.0)
+    seen: list[Any] = []
+
+    def train(life: Life) -> None:
+        if lora:
+            drift(0.1)(life.index, 0, life.arguments["parameters"])
+        elif life.aggregator is not None:
+            seen.append(life.aggregator.facts())
+
+    def start(name: str) -> None:
+        sizes = {"q": (6, 8)}
+        given = {"parameters": adapter(w.roster.index(name), sizes, 2)} if lora else {}
+        w.start(name, train=train, pace_s=0.01, **given)
+
+    for name in ("p2", "p0", "p1"):
+        start(name)
+    w.wait_for(4)
+    assert [life.error for life in w.lives[1:]] == [None, None]
+    assert seen or lora
 
 
 def momentum(parameters: Any) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from pellm_lightning.comm.elastic import join_quorum
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol, VoidViewError
 from pellm_lightning.comm.elastic.membership import LocalParty
-from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, stage
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, check_fits, stage
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register
 
@@ -108,6 +108,12 @@ def test_a_malformed_view_is_none(new: Any, of_member: str, of_view: str) -> Non
     for value in (new, written | {of_view: new}, written | {"members": [["a", member | {of_member: new}]]}):
         view = QuorumView.from_json(1, value)
         assert view is None or QuorumView.from_json(1, view.to_json()) == view
+
+
+def test_metadata_that_leave_no_room_for_those_of_others_are_named() -> None:
+    check_fits("a", {"metrics": "x" * 30_000}, 64)
+    with pytest.raises(FederationError, match=r"Party a would tell the others \d+ bytes \(metrics\)"):
+        check_fits("a", {"metrics": "x" * 40_000}, 64)
 
 
 # ---- joining
@@ -219,6 +225,21 @@ def test_an_entry_of_another_term_or_process_is_none() -> None:
         joining = Joining(members="abc")
         joining.write(b=OLD, c=stale)
         assert members_of(joining.join(OLD, nothing, lambda: joining.write(c=OLD))) == ROSTER  # noqa: B023
+
+
+def test_one_whose_metadata_fill_a_view_is_left_out() -> None:
+    """Written again as JSON it is larger than a rendezvous takes, so nobody could write the view."""
+    joining = Joining(members="abc", round_timeout_s=0.05)
+    joining.write(b=OLD, c=replace(OLD, metadata={"x": "\xe9" * 1_000_000}))
+    assert members_of(joining.join(OLD)) == ["a", "b"]
+
+
+def test_a_view_does_not_repeat_what_each_has_of_the_revocation_list() -> None:
+    joining = Joining(members="abc")
+    joining.write(b=replace(OLD, revoked="x" * 60_000), c=OLD)
+    view = joining.join(replace(OLD, revoked="x" * 60_000))
+    assert view is not None
+    assert {entry.revoked for entry in view.entries.values()} == {""}, "this party has found none that holds"
 
 
 def test_too_few_are_told_of_the_missing() -> None:

@@ -1,5 +1,6 @@
 """Registers over each kind of store: transactions, lives of the store, fencing, and waits for a change."""
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -133,3 +134,22 @@ def test_a_wait_ends_with_a_change_of_what_was_read_last(connect: Connect) -> No
     assert register.wait(0.05, "decision/1") == ["d"], "and so is what was swapped"
     other.swap("decision/1", "d", "e")
     assert register.wait(5, "decision/1") == ["e"]
+
+
+def test_values_of_any_size_are_waited_for(connect: Connect) -> None:
+    """The rendezvous keeps small requests only, and each peer decides how large its value is."""
+    register, other = connect(), connect()
+    large = "x" * 100_000
+    register.write("heard/@a", large)
+    assert register.read("heard/@a") == [large]
+    assert register.wait(0.05, "heard/@a") == [large]
+    threading.Timer(0.05, lambda: other.write("heard/@a", "")).start()
+    assert register.wait(5, "heard/@a") == [""]
+
+
+@pytest.mark.parametrize("levels", [64, 65, 600, 100_000])
+def test_what_is_nested_too_deeply_to_be_copied_is_nothing(connect: Connect, levels: int) -> None:
+    register, value = connect(), "x"
+    text = "[" * levels + json.dumps(value) + "]" * levels
+    register._store.set(register._key("vote/@a"), text)
+    assert register.read("vote/@a") == [json.loads(text) if levels <= 64 else None]
