@@ -185,7 +185,7 @@ class RoundRunner:
         """
         state, updates, privacy = self._state, self._state.updates, self._context.privacy
         state.read_()
-        failed, released_before = max(header.releases for header in headers), self._releases
+        failed, released_before = self._failed_releases(headers), self._releases
 
         def first_nonfinite() -> str | None:
             first = updates.layout.first_nonfinite()
@@ -355,6 +355,16 @@ class RoundRunner:
     @property
     def _releases(self) -> int:
         return 0 if self._context.privacy is None else self._context.privacy.releases
+
+    def _failed_releases(self, headers: Sequence[Header]) -> int:
+        """Return how many noisy releases the failed attempts at this round have made, as the parties report.
+
+        Each has made two at most; what a party reports above that is not believed.
+        """
+        version = self._state.version
+        before = version.attempt if version is not None and self._state.round else 0
+        attempts = max(0, self._coordinator.attempt - before - 1)
+        return min(max(header.releases for header in headers), 2 * attempts)
 
     def _end_attempts(self) -> None:
         """Forget what the attempts at a round have revealed, since the next round has other values."""

@@ -238,6 +238,18 @@ def test_an_attempt_that_failed_after_its_release_is_entered(world: World) -> No
     assert [report.active_parties for report in others[0].reports[:3]] == [4, 0, 3]
 
 
+def test_more_failed_releases_than_attempts_are_not_believed(world: World) -> None:
+    def claims(life: Life) -> None:
+        assert life.aggregator is not None
+        assert life.aggregator._context.privacy is not None
+        life.aggregator._context.privacy.releases = 2**40
+
+    world.start("p3", faults={"training@1": claims}, **private())
+    others = world.start("p0", "p1", "p2", **private())
+    world.join()
+    assert _releases(others) == [3, 3, 3]
+
+
 def _releases(lives: list[Life]) -> list[int]:
     ledgers = []
     for life in lives:
