@@ -164,7 +164,7 @@ def revoke(directory: str | Path, names: Sequence[str]) -> Path:
     issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     signed = builder.add_extension(issuer_id, critical=False).sign(ca_key, None)
     replace_file(path, signed.public_bytes(serialization.Encoding.PEM))
-    for name in names:
+    for name in set(names):
         (directory / f"{name}.pem").replace(directory / f"{name}.pem.revoked")
     return path
 

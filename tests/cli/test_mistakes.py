@@ -108,6 +108,8 @@ MISTAKES = EDITED | {
     "command of keys": Mistake("keys sing", ["invalid choice: 'sing'", "Did you mean 'sign'?"]),
     "no names of keys": Mistake("keys new --directory=keys --names=,", ["names=',' has no name"]),
     "name of a key": Mistake("keys new --directory=keys --names=a,../b", ["'../b' is no party's name"]),
+    "nobody to revoke": Mistake("keys revoke --directory=keys --names=,", ["names=',' has no name"]),
+    "name to revoke": Mistake("keys revoke --directory=keys --names=../b", ["'../b' is no party's name"]),
     "days": Mistake("certs --directory=keys --names=a --days=-1", ["days=-1.0 must be positive"]),
     "where keys go": Mistake("keys new --directory=run.yaml --names=a", ["run.yaml", "Move it away"], 1),
     "address": Mistake("rendezvous --listen=localhost", ["'localhost' is no address: give host:port"]),
