@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from typing_extensions import override
+
 from pellm_lightning.cli import errors
 from pellm_lightning.comm.errors import did_you_mean
 
@@ -28,6 +30,14 @@ _IDLE = rf"NoneType|not accessible or invalid|{NO_TYPE_FITS}|':$|^$"
 _CLASS = r"Problem with given class_path '[^']+':"
 _OPTIMIZING = ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler")
 _MAX_VALUE, _MAX_NAMES = 60, 8
+
+
+class Parser(ArgumentParser):
+    """Parser that reports an error in a few lines."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        refuse(self, message)
 
 
 def refuse(parser: ArgumentParser, message: str, command: str | None = None) -> NoReturn:

@@ -6,6 +6,7 @@ from itertools import chain as concatenated
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pellm_lightning.cli.usage import Parser
 from pellm_lightning.comm.evidence.certificate import EvidenceError, FederationTerms
 from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, verify
 from pellm_lightning.comm.evidence.summary import Voucher, vouchers
@@ -26,7 +27,7 @@ def main(words: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="pellm verify",
         description="Check the signed evidence beside an adapter, offline: every round, every signature, and"
         " that the adapter is the result of the last round. Exits with an error if anything does not hold.",

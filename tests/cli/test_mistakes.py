@@ -122,6 +122,8 @@ MISTAKES = EDITED | {
     ),
     "no record": Mistake("report data", ["There is no rounds.jsonl in data"], 1),
     "folder of a report": Mistake("report", ["run_dir is missing", "pellm report --help"]),
+    "option of verify": Mistake("verify x --trsut=y", ["Did you mean '--trust'?", "pellm verify --help"]),
+    "folder of verify": Mistake("verify", ["folder is missing", "pellm verify --help"]),
     "option of evaluate": Mistake("evaluate --parties=2 --adaptrs x=y", ["Did you mean '--adapters'?"]),
     "parties": Mistake("evaluate --parties=0", ["parties", "1 or more"]),
     "nothing to evaluate": Mistake("evaluate --parties=2 --no-base", ["There is nothing to evaluate"], 1),
