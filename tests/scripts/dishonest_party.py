@@ -23,8 +23,8 @@ def lying(aggregator: Aggregator, dice: random.Random) -> None:
             )
         return join(intent, version, metadata, state)
 
-    def votes(self: CommitProtocol, view: Any, digest: str) -> Any:
-        return vote(self, view, "0" * 64 if dice.random() < 0.05 else digest)
+    def votes(self: CommitProtocol, view: Any, digest: str, *signature: Any) -> Any:
+        return vote(self, view, "0" * 64 if dice.random() < 0.05 else digest, *signature)
 
     federation.join_quorum = claims
     CommitProtocol.vote = votes  # type: ignore[method-assign]
