@@ -40,8 +40,8 @@ def test_nothing_is_lost_whatever_is_killed_when(tmp_path: Path) -> None:
 @pytest.mark.torchrun
 @pytest.mark.timeout(120)
 def test_nothing_is_lost_by_one_that_lies(tmp_path: Path) -> None:
-    words = ("--seconds=8", "--ttl=1.5", "--haste=0.1", "--seeds=7", "--dishonest=lying", f"--keep={tmp_path}")
-    (figures,) = figures_of("chaos.py", tmp_path, *words)
+    words = ("--seconds=8", "--ttl=1.5", "--haste=0.1", "--seeds=7", f"--keep={tmp_path}")
+    (figures,) = figures_of("chaos.py", tmp_path, *words, "--dishonest=lying")
     assert figures["sound"], figures
     assert figures["ended"], figures
     assert not figures["errors"], figures
