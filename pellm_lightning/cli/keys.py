@@ -51,7 +51,7 @@ def sign(directory: Path, names: str, days: float = 365) -> None:
 def revoke(directory: Path, names: str) -> None:
     """Revoke the certificates of names, for the administrator: a stolen key, or a party that has left.
 
-    This writes ca.crl. Put it beside ca.pem at the rendezvous and at any party: these refuse the certificates
+    This writes ca.crl. Put it next to ca.pem at the rendezvous and any party: these refuse the certificates
     at once, and tell all others with the next round. <name>.pem is set aside; a new request can be signed.
 
     Args:

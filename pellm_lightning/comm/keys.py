@@ -134,7 +134,7 @@ def sign_request(directory: str | Path, name: str, days: float = 365, *, hosts: 
 def revoke(directory: str | Path, names: Sequence[str]) -> Path:
     """Add the certificates of names to the authority's revocation list, ``ca.crl``, and set them aside.
 
-    The list is public; who has it beside ``ca.pem`` refuses these certificates from then on. Another one may
+    The list is public; who has it next to ``ca.pem`` refuses these certificates from then on. Another one may
     be signed for the same name at once.
 
     Args:

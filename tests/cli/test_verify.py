@@ -1,4 +1,4 @@
-"""`pellm verify`: what the evidence beside an adapter proves, and what it refuses."""
+"""`pellm verify`: what the evidence next to an adapter proves, and what it refuses."""
 
 import json
 import subprocess

@@ -95,7 +95,7 @@ class Audit:
             dissenters: Returns who differs from the majority; None without one.
 
         Raises:
-            FederationError: If it is this party, or cannot be told.
+            FederationError: If it is this party, or cannot be determined.
         """
         if not self.is_active:
             self.is_active = True
