@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quick pytest oldest newest extras demo lint format types docs coverage bench peers thin chaos soak clean
+.PHONY: help setup test quick pytest oldest newest extras deepspeed demo lint format types docs coverage bench peers thin chaos soak clean
 
 help:  ## print this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1	\2/p' Makefile
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 # Tests and demo use the models that `make setup` installed: a name that needs a download fails at once.
-test quick demo coverage extras: export HF_HUB_OFFLINE := 1
+test quick deepspeed demo coverage extras: export HF_HUB_OFFLINE := 1
 
 # Two files at a time; tests/conftest.py says which tests have nothing run beside them.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -54,6 +54,14 @@ newest:  ## run the tests with the newest version of everything that PYTHON can 
 
 extras:  ## install each extra by itself, from the wheel, and use what it is for
 	@$(PYTHON) tests/extras/check.py --constraints $(CONSTRAINTS)
+
+# DeepSpeed compiles its kernels when it is installed only if told so. It goes on top of .venv, which stays as it is.
+deepspeed: setup  ## run the test of a party with DeepSpeed, which `make test` skips
+	$(PYTHON) -m venv $(VENV)-deepspeed
+	@cd $(VENV)-deepspeed/lib/python*/site-packages && \
+	  echo "import site; site.addsitedir('$$(echo $(abspath $(VENV))/lib/python*/site-packages)')" > below.pth
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install -c $(CONSTRAINTS) deepspeed
+	$(VENV)-deepspeed/bin/python -m pytest tests/system/test_sharded.py -k zero
 
 demo: setup  ## three parties fine-tune a language model together
 	@$(BIN)/python examples/presidents/demo.py
@@ -95,8 +103,9 @@ thin: setup  ## train by fewer and fewer bytes: validation loss against bytes se
 	$(BIN)/python benchmarks/low_communication.py
 	$(BIN)/python benchmarks/low_communication.py --smollm2
 
-chaos: setup  ## kill, stop and restart separate jobs at random, and look for what was lost
+chaos: setup  ## kill, stop and restart separate jobs at random, also with a dishonest one; look for what was lost
 	$(BIN)/python benchmarks/chaos.py
+	$(BIN)/python benchmarks/chaos.py --seconds=60 --dishonest lying dripping equivocating copying
 
 soak: setup  ## make ten thousand rounds, and look for what has grown
 	$(BIN)/python benchmarks/soak.py

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,10 +74,20 @@ def rows_of(way: str, outer: str, arguments: argparse.Namespace) -> list[dict]:
             subprocess.Popen([*command, f"--party={party}"], stdout=subprocess.PIPE, text=True)
             for party in range(2)
         ]
-        said = [party.communicate()[0] for party in parties]
-    if any(party.returncode for party in parties):
-        raise SystemExit(f"A party of {way!r} has failed.")
-    return [json.loads(line) for out in said for line in out.splitlines() if line.startswith("{")]
+        if not all_succeed(parties):
+            raise SystemExit(f"A party of {way!r} has failed.")
+        lines = [line for party in parties for line in party.communicate()[0].splitlines()]
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def all_succeed(processes: Sequence[subprocess.Popen[str]]) -> bool:
+    """Wait for processes; end the others if one fails, since they would wait for it. They print little."""
+    while None in (codes := [process.poll() for process in processes]):
+        if any(codes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    return not any(codes)
 
 
 @contextmanager

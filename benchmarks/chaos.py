@@ -71,6 +71,8 @@ def main() -> None:
             show(rows[-1])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1))
+    if not all(row["sound"] and row["ended"] for row in rows):
+        sys.exit("Something was lost, or a party did not end.")
 
 
 @dataclass
@@ -158,6 +160,7 @@ class Chaos:
     kills: list[tuple[float, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    rogue_ends: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -215,8 +218,8 @@ class Chaos:
                 process.wake()
                 self.times.append(now)
             if process.runs and process.exit_code():
-                if name != self.rogue:
-                    self.errors.append(f"{name}: {_last_line(process.log)}")
+                ends = self.rogue_ends if name == self.rogue else self.errors
+                ends.append(f"{name}: {_last_line(process.log)}")
                 process.begins_at = now + 0.5
             if not process.runs and name == self.rogue and self.dishonest == "copying":
                 self._copy_state(name)
@@ -324,6 +327,7 @@ class Chaos:
             **asdict(found),
             "in_doubt": sum(entry.stage == "in doubt" for entry in entries),
             "errors": self.errors,
+            "rogue_ends": self.rogue_ends,
             "recoveries": len(recovered),
             "recovery_median_s": statistics.median(recovered) if recovered else None,
             "recovery_worst_s": max(recovered, default=None),

@@ -218,7 +218,7 @@ def _record(text: str) -> None:
     """Write the error where torchrun looks for it, so that its summary shows it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        # torchrun shows the earliest, in whole seconds: before those that end beside it and record nothing.
+        # torchrun shows the earliest, in whole seconds: before those that end with it and record nothing.
         message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

@@ -45,7 +45,7 @@ def main(options: Namespace, rest: Sequence[str]) -> None:
     adapters |= named(options.adapters, options.parties)
     if not adapters:
         raise ValueError("There is nothing to evaluate: give --adapters, or leave --no-base out.")
-    if options.out:  # what cannot be written is told before hours of work
+    if options.out:  # what cannot be written is reported before hours of work
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.touch()
     found = matrix(rest, adapters, names)

@@ -62,7 +62,7 @@ def export(
 ) -> None:
     """Write the adapter of a checkpoint, or the model merged with it, and a model card.
 
-    Where the rounds were signed, their certificates lie beside the adapter, for ``pellm verify``.
+    Where the rounds were signed, their certificates lie next to the adapter, for ``pellm verify``.
 
     Args:
         checkpoint: A Lightning checkpoint of a fit with ``FederatedAveraging``, of any party, with or without

@@ -51,7 +51,7 @@ def sign(directory: Path, names: str, days: float = 365) -> None:
 def revoke(directory: Path, names: str) -> None:
     """Revoke the certificates of names, for the administrator: a stolen key, or a party that has left.
 
-    This writes ca.crl. Put it beside ca.pem at the rendezvous and at any party: these refuse the certificates
+    This writes ca.crl. Put it next to ca.pem at the rendezvous and any party: these refuse the certificates
     at once, and tell all others with the next round. <name>.pem is set aside; a new request can be signed.
 
     Args:
@@ -60,7 +60,7 @@ def revoke(directory: Path, names: str) -> None:
     """
     from pellm_lightning.comm.keys import revoke
 
-    print(revoke(directory, names_in(names)))
+    print(revoke(directory, _checked(names)))
 
 
 def certs(directory: Path, names: str, days: float = 365) -> None:
@@ -88,8 +88,8 @@ def names_in(text: str) -> list[str]:
 
 
 def _checked(names: str, days: float = 1) -> list[str]:
-    """Return the names in a list; they and the days are checked before anything is made."""
-    found = names_in(names)
+    """Return the names in a list, each once; they and the days are checked before anything is made."""
+    found = list(dict.fromkeys(names_in(names)))
     if not found:
         raise errors.UsageError(f"names={names!r} has no name. Give one or several, separated by commas.")
     if not days > 0:

@@ -5,11 +5,8 @@ import difflib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from typing_extensions import override
-
-from pellm_lightning.cli.usage import refuse
+from pellm_lightning.cli.usage import Parser, refuse
 
 _MISSPELT = 0.85
 """Ratio above which a word is taken for a misspelt option; --num_parties and --model, of `fit`, are below."""
@@ -45,17 +42,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Parser that reports an error in a few lines."""
-
-    @override
-    def error(self, message: str) -> NoReturn:
-        refuse(self, message)
-
-
 def export_parser() -> argparse.ArgumentParser:
     """Return the parser of ``export``; what it leaves over is of the module."""
-    made = _Parser(
+    made = Parser(
         prog="pellm export",
         description="Make a PEFT adapter folder, or a merged model, of a checkpoint of a federated fit.",
         epilog="All else is as of `fit` and tells how to build the module: --config run.yaml, --model.x ... "
@@ -79,7 +68,7 @@ def export_parser() -> argparse.ArgumentParser:
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """Return the parser of ``evaluate``; what it leaves over is of module and data."""
-    made = _Parser(
+    made = Parser(
         prog="pellm evaluate",
         description="Evaluate the base model and adapters on each party's held-out data, in this process.",
         epilog="All else is as of `fit`: --config run.yaml, --data.batch_size 8, ... The data module must say"

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from typing_extensions import override
+
 from pellm_lightning.cli import errors
 from pellm_lightning.comm.errors import did_you_mean
 
@@ -28,6 +30,14 @@ _IDLE = rf"NoneType|not accessible or invalid|{NO_TYPE_FITS}|':$|^$"
 _CLASS = r"Problem with given class_path '[^']+':"
 _OPTIMIZING = ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler")
 _MAX_VALUE, _MAX_NAMES = 60, 8
+
+
+class Parser(ArgumentParser):
+    """Parser that reports an error in a few lines."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        refuse(self, message)
 
 
 def refuse(parser: ArgumentParser, message: str, command: str | None = None) -> NoReturn:
@@ -82,7 +92,7 @@ def _telling(reasons: list[str], message: str, value: str) -> list[str]:
     if "Literal[" in message and "." not in value:  # one of few words was meant, and no class
         reasons = [reason for reason in reasons if not reason.startswith("there is no class")]
     expected = [reason.removeprefix("expected ") for reason in reasons if reason.startswith("expected ")]
-    # What is told of a value of the right type, so that it need not be told which other types there are.
+    # What is wrong with a value of the right type; then the other types need not be listed.
     precise = [reason for reason in reasons if not reason.startswith(("expected ", "there is no class"))]
     if precise or len(expected) < 2:
         return precise or reasons
@@ -96,10 +106,10 @@ def _missing(names: str, parser: ArgumentParser | None) -> str:
     options = {action.dest: action.option_strings[-1] for action in actions if action.option_strings}
     # Of the parser of all commands the name begins with that of the command.
     given = [re.sub(r"^\w+\.", "--", name) for name in names.split(", ")]
-    told = " and ".join(options.get(name, name) for name in given)
+    missing = " and ".join(options.get(name, name) for name in given)
     end = ", or --config with a file that has it" if "config" in options or "." in names else ""
     one = len(given) == 1
-    return f"{told} {'is' if one else 'are'} missing. Give {'it' if one else 'them'}{end}."
+    return f"{missing} {'is' if one else 'are'} missing. Give {'it' if one else 'them'}{end}."
 
 
 def _plain(reason: str) -> str:

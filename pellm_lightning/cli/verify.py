@@ -1,4 +1,4 @@
-"""Verify the evidence beside an adapter, offline; neither torch nor Lightning is imported."""
+"""Verify the evidence next to an adapter, offline; neither torch nor Lightning is imported."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from itertools import chain as concatenated
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pellm_lightning.cli.usage import Parser
 from pellm_lightning.comm.evidence.certificate import EvidenceError, FederationTerms
 from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, verify
 from pellm_lightning.comm.evidence.dispute import verify_dispute
@@ -28,9 +29,9 @@ def main(words: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="pellm verify",
-        description="Check the signed evidence beside an adapter, offline: every round, every signature, and"
+        description="Check the signed evidence next to an adapter, offline: every round, every signature, and"
         " that the adapter is the result of the last round. Exits with an error if anything does not hold.",
         allow_abbrev=False,
     )
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--trust",
         type=Path,
-        help="the federation's ca.pem, with ca.crl beside it if there is one, or a folder with <name>.csr or"
+        help="the federation's ca.pem, with ca.crl next to it if there is one, or a folder with <name>.csr or"
         " <name>.pem of all parties; without it keys are taken from the evidence itself, whoever made it",
     )
     return made
@@ -63,7 +64,7 @@ def verified(folder: Path, trusted: Path | None = None) -> list[str]:
     if not path.is_file():
         raise EvidenceError(
             f"{folder} has no {FILE_NAME}. Only separate jobs with keys leave evidence, and `pellm export`"
-            " puts it beside the adapter."
+            " puts it next to the adapter."
         )
     try:
         chain = Chain.parse(path.read_bytes().decode())

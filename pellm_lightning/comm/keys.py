@@ -134,7 +134,7 @@ def sign_request(directory: str | Path, name: str, days: float = 365, *, hosts: 
 def revoke(directory: str | Path, names: Sequence[str]) -> Path:
     """Add the certificates of names to the authority's revocation list, ``ca.crl``, and set them aside.
 
-    The list is public; who has it beside ``ca.pem`` refuses these certificates from then on. Another one may
+    The list is public; who has it next to ``ca.pem`` refuses these certificates from then on. Another one may
     be signed for the same name at once.
 
     Args:
@@ -164,7 +164,7 @@ def revoke(directory: str | Path, names: Sequence[str]) -> Path:
     issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     signed = builder.add_extension(issuer_id, critical=False).sign(ca_key, None)
     replace_file(path, signed.public_bytes(serialization.Encoding.PEM))
-    for name in names:
+    for name in set(names):
         (directory / f"{name}.pem").replace(directory / f"{name}.pem.revoked")
     return path
 

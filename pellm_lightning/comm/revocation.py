@@ -1,4 +1,4 @@
-"""Revocation lists of the federation's authority: X.509 CRLs (RFC 5280, section 5), beside ``ca.pem``."""
+"""Revocation lists of the federation's authority: X.509 CRLs (RFC 5280, section 5), next to ``ca.pem``."""
 
 import contextlib
 import os

@@ -68,7 +68,7 @@ class PartySession:
         """Leave at once; nothing if this party has left already.
 
         Args:
-            reason: What the others are told; None if they know.
+            reason: What is reported to the others; None if they know.
         """
         if self.communicator is not None and not self._has_left:
             self.communicator.abort(reason)

@@ -46,7 +46,7 @@ class TLS:
 
     Version 1.3 only (RFC 8446), and both ends must show a certificate. The files are read once: a run
     continues while they are renewed or removed; new ones are used from the next start. But for the
-    authority's revocation list, ``ca.crl`` beside ``ca.pem``: it counts from the moment it is there.
+    authority's revocation list, ``ca.crl`` next to ``ca.pem``: it counts from the moment it is there.
 
     Args:
         cert: Path of this process' certificate, PEM.

@@ -84,7 +84,7 @@ class Topology:
 def hide_launch(topology: Topology) -> None:
     """Let libraries that make one world of a launch see this party's processes only.
 
-    This package goes on reading what the launcher has set.
+    This package continues to read what the launcher has set.
 
     Args:
         topology: Party and rank of this process.

@@ -219,7 +219,7 @@ class Aggregator:
     def evidence(self) -> str | None:
         """Certificates of all rounds up to now, signed by a quorum, as lines of JSON; None without keys.
 
-        Only separate jobs leave any. ``pellm verify`` reads it beside an adapter.
+        Only separate jobs leave any. ``pellm verify`` reads it next to an adapter.
         """
         return self._evidence.text
 

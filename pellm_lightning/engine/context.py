@@ -68,7 +68,7 @@ class EngineContext:
     def new_sender_bounds(self) -> SenderBounds | None:
         """Return the bounds that a party applies to what it sends itself; None where the others can."""
         norm_factor = self.plan.rule.factor if isinstance(self.plan.rule, SenderNormBound) else None
-        # With differential privacy all weights are equal, and a norm would be told without noise.
+        # With differential privacy all weights are equal, and a norm would be sent without noise.
         wanted = norm_factor is not None or self.max_share is not None
         if not self.exchange.is_secure or self.privacy is not None or not wanted:
             return None

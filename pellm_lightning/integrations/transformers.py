@@ -424,7 +424,7 @@ def _saved(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
             " without rounds, or lies elsewhere. Resume from a checkpoint below this party's output_dir, or"
             " begin anew from its weights."
         )
-    # What train() was told is not known here, only what it has loaded.
+    # The arguments of train() are not known here, only what it has loaded.
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     if json.dumps(history) != json.dumps(state.log_history):
         raise FederationError(

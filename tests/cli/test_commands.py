@@ -84,7 +84,11 @@ def test_keys_revokes_and_another_certificate_follows(
     commands.main(["certs", folder, "--names=clinic-a,clinic-b"])
     own = files(tmp_path, "clinic-a")
     serial = files(tmp_path, "clinic-b").serial
-    commands.main(["keys", "revoke", folder, "--names=clinic-b"])
+    for nobody in (",", "clinic-b,../b"):
+        with pytest.raises(ValueError, match="name"):
+            commands.main(["keys", "revoke", folder, f"--names={nobody}"])
+        assert not (tmp_path / "ca.crl").exists()
+    commands.main(["keys", "revoke", folder, "--names=clinic-b,clinic-b"])
     assert capsys.readouterr().out == f"{tmp_path / 'ca.crl'}\n"
     assert own.revoked == {serial}
     commands.main(["keys", "sign", folder, "--names=clinic-b"])

@@ -1,4 +1,4 @@
-"""Mistakes that one process finds, in words and status; system/test_mistakes.py has those of a launch."""
+"""Mistakes that one process finds, by message and status; system/test_mistakes.py has those of a launch."""
 
 import gzip
 import socket
@@ -108,6 +108,8 @@ MISTAKES = EDITED | {
     "command of keys": Mistake("keys sing", ["invalid choice: 'sing'", "Did you mean 'sign'?"]),
     "no names of keys": Mistake("keys new --directory=keys --names=,", ["names=',' has no name"]),
     "name of a key": Mistake("keys new --directory=keys --names=a,../b", ["'../b' is no party's name"]),
+    "nobody to revoke": Mistake("keys revoke --directory=keys --names=,", ["names=',' has no name"]),
+    "name to revoke": Mistake("keys revoke --directory=keys --names=../b", ["'../b' is no party's name"]),
     "days": Mistake("certs --directory=keys --names=a --days=-1", ["days=-1.0 must be positive"]),
     "where keys go": Mistake("keys new --directory=run.yaml --names=a", ["run.yaml", "Move it away"], 1),
     "address": Mistake("rendezvous --listen=localhost", ["'localhost' is no address: give host:port"]),
@@ -120,6 +122,8 @@ MISTAKES = EDITED | {
     ),
     "no record": Mistake("report data", ["There is no rounds.jsonl in data"], 1),
     "folder of a report": Mistake("report", ["run_dir is missing", "pellm report --help"]),
+    "option of verify": Mistake("verify x --trsut=y", ["Did you mean '--trust'?", "pellm verify --help"]),
+    "folder of verify": Mistake("verify", ["folder is missing", "pellm verify --help"]),
     "option of evaluate": Mistake("evaluate --parties=2 --adaptrs x=y", ["Did you mean '--adapters'?"]),
     "parties": Mistake("evaluate --parties=0", ["parties", "1 or more"]),
     "nothing to evaluate": Mistake("evaluate --parties=2 --no-base", ["There is nothing to evaluate"], 1),
@@ -159,22 +163,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told(project: Path, capsys: pytest.CaptureFixture[str]) -> "Iterator[Told]":
+def command(project: Path, capsys: pytest.CaptureFixture[str]) -> "Iterator[Command]":
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         patch.setattr(sys, "path", list(sys.path))
         for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
             patch.setenv(name, "0")  # which the commands set, is taken back
-        yield Told(patch, capsys)
+        yield Command(patch, capsys)
 
 
-class Told:
-    """Lines of a command in this process."""
+class Command:
+    """A command in this process."""
 
     def __init__(self, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._patch, self._capsys = patch, capsys
 
-    def by(self, words: str) -> tuple[int, list[str]]:
+    def run(self, words: str) -> tuple[int, list[str]]:
         """Return status and lines."""
         self._patch.setattr(sys, "argv", ["pellm", *words.split()])
         with pytest.raises(SystemExit) as stopped:
@@ -187,14 +191,14 @@ class Told:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told(name: str, told: Told, project: Path) -> None:
+def test_a_mistake_is_reported(name: str, command: Command, project: Path) -> None:
     mistake = MISTAKES[name]
     original = (project / "run.yaml").read_text()
     old, other = mistake.edit
     assert old in original
     try:
         (project / "run.yaml").write_text(original.replace(old, other) if old else original)
-        status, lines = told.by(mistake.words)
+        status, lines = command.run(mistake.words)
     finally:
         (project / "run.yaml").write_text(original)
     text = " ".join(" ".join(lines).split())
@@ -207,8 +211,8 @@ def test_a_mistake_is_told(name: str, told: Told, project: Path) -> None:
     assert not (project / "keys").exists(), "something was made before the mistake was found"
 
 
-def test_a_port_in_use(told: Told) -> None:
+def test_a_port_in_use(command: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        status, lines = told.by(f"rendezvous --listen=127.0.0.1:{taken.getsockname()[1]}")
+        status, lines = command.run(f"rendezvous --listen=127.0.0.1:{taken.getsockname()[1]}")
     assert status == 1
     assert "Address already in use. Stop what uses this port" in " ".join(" ".join(lines).split())

@@ -1,4 +1,4 @@
-"""`pellm verify`: what the evidence beside an adapter proves, and what it refuses."""
+"""`pellm verify`: what the evidence next to an adapter proves, and what it refuses."""
 
 import json
 import subprocess
@@ -161,20 +161,17 @@ def test_no_evidence_is_said(tmp_path: Path) -> None:
         verified(tmp_path)
 
 
-def test_it_starts_at_once_and_without_torch(exported: Callable[..., tuple[Path, Parties]]) -> None:
+def test_it_imports_nothing_heavy(exported: Callable[..., tuple[Path, Parties]]) -> None:
     folder, _ = exported(rounds=20)
     code = (
-        "import sys; from pellm_lightning.cli.main import main; main(); import resource, json;"
-        "used = resource.getrusage(resource.RUSAGE_SELF);"
+        "import sys; from pellm_lightning.cli.main import main; main(); import json;"
         "heavy = [n for n in ('torch', 'lightning', 'transformers', 'peft', 'numpy') if n in sys.modules];"
-        "print(json.dumps([used.ru_utime + used.ru_stime, heavy]), file=sys.stderr)"
+        "print(json.dumps(heavy), file=sys.stderr)"
     )
     words = ["verify", str(folder), "--trust", str(folder.parent / "keys")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    seconds, heavy = json.loads(done.stderr.splitlines()[-1])
-    assert heavy == []
-    assert seconds < 1.0, seconds
+    assert json.loads(done.stderr.splitlines()[-1]) == []
 
 
 def test_a_refusal_is_an_exit_status(

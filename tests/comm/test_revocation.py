@@ -74,7 +74,7 @@ def test_another_certificate_can_be_signed_at_once(office: Path) -> None:
 def test_lists_grow_and_the_newest_counts(office: Path) -> None:
     own = files(office, "a")
     serials = {files(office, name).serial for name in ("b", "rendezvous")}
-    first = revoke(office, ["b"]).read_bytes()
+    first = revoke(office, ["b", "b"]).read_bytes()
     revoke(office, ["rendezvous"])
     assert own.revoked == serials
     (office / "ca.crl").write_bytes(first)  # somebody brings back the old list

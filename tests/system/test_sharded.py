@@ -3,7 +3,6 @@
 One launch of four processes answers all tests; see tests/scripts/sharded.py.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -60,14 +59,13 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     return Launch(tmp_path_factory.mktemp("sharded"))
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The script as a module of this process, for parties of one process as threads."""
-    monkeypatch.setattr(sys, "argv", ["sharded", str(tmp_path)])
-    os.environ["RANK"] = "0"
-    import sharded
-
-    del os.environ["RANK"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sharded", str(tmp_path_factory.mktemp("single"))])
+        patch.setenv("RANK", "0")
+        import sharded
     return sharded
 
 

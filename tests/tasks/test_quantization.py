@@ -411,8 +411,9 @@ def test_gguf_files_are_refused() -> None:
         CausalLM("a/b.gguf", lora(), quantization="nf4")
 
 
-@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.09), ("fp4", 0.12), ("int8", 0.01)])
-def test_the_errors_of_layers_are_those_of_the_page(kind: str, error: float) -> None:
+# The page's percents are rounded ones.
+@pytest.mark.parametrize(("kind", "percent"), [("nf4", 9), ("fp4", 12), ("int8", 1)])
+def test_the_errors_of_layers_are_those_of_the_page(kind: str, percent: int) -> None:
     from bitsandbytes import nn as quantised
 
     generator = torch.Generator().manual_seed(0)
@@ -425,4 +426,4 @@ def test_the_errors_of_layers_are_those_of_the_page(kind: str, error: float) -> 
         layer = quantised.Linear4bit(1024, 512, bias=False, quant_type=kind, compute_dtype=torch.float32)
         layer.weight = quantised.Params4bit(weights.clone(), requires_grad=False, quant_type=kind)
     found, wanted = layer.to("cpu")(inputs).float(), inputs.float() @ weights.T
-    assert float((found - wanted).norm() / wanted.norm()) == pytest.approx(error, rel=0.25)
+    assert 100 * float((found - wanted).norm() / wanted.norm()) == pytest.approx(percent, abs=0.5)

@@ -98,7 +98,7 @@ class Audit:
 
         Raises:
             PartyLostError: If the rendezvous goes away meanwhile.
-            FederationError: If it is this party, or cannot be told.
+            FederationError: If it is this party, or cannot be determined.
         """
         with _reached():
             kept = proof()

@@ -110,11 +110,11 @@ def check_addresses(name: str, listen: str, advertise: str | None) -> None:
     """
     if advertise is not None:
         split_address(advertise)
-    told, key = (listen, "listen") if advertise is None else (advertise, "advertise")
-    host = told.rpartition(":")[0]
+    announced, key = (listen, "listen") if advertise is None else (advertise, "advertise")
+    host = announced.rpartition(":")[0]
     if is_unspecified(host):
         raise ValueError(
-            f"{key}={told!r} of party {name} stands for all interfaces of a host, which is no address that"
-            " another party can dial. Give the address of one interface, or, to listen on all, also"
+            f"{key}={announced!r} of party {name} stands for all interfaces of a host, which is no address"
+            " that another party can dial. Give the address of one interface, or, to listen on all, also"
             " advertise='host:port', at which the others reach this party."
         )

@@ -19,7 +19,7 @@ from pellm_lightning.comm.evidence.certificate import (
 )
 
 FILE_NAME = "evidence.jsonl"
-"""Name of the file beside an adapter, and in a party's state_dir."""
+"""Name of the file next to an adapter, and in a party's state_dir."""
 
 # Longer than any certificate of 128 parties, or terms of 100,000 parameters.
 _MAX_LINE = 32 << 20

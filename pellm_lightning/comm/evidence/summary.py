@@ -49,7 +49,7 @@ def vouchers(chain: Chain) -> list[Voucher]:
 
 
 def write_evidence(folder: Path, text: str | None) -> list[str]:
-    """Write a chain beside an adapter; return what the model card says of it.
+    """Write a chain next to an adapter; return what the model card says of it.
 
     Args:
         folder: Of the adapter.

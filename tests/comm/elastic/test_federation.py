@@ -1,6 +1,7 @@
 """Parties in separate jobs: whatever happens to whom and when, a round is everybody's or nobody's."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -330,6 +331,24 @@ def test_all_are_killed_and_go_on_from_their_state_dirs(world: Callable[..., Wor
     w.finish()
     w.judged()
     assert not list(tmp_path.glob("*/*.safetensors"))  # it has ended
+
+
+def test_all_are_killed_and_one_of_four_has_lost_its_disk(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    w = world(4, rounds=MANY, state_dir=tmp_path)
+    w.start(pace_s=0.02)
+    w.wait_for(4)
+    for life in w.lives:
+        life.stop()
+    for life in w.lives:
+        life.join()
+    shutil.rmtree(tmp_path / "p1")
+    before = w.reached
+    w.start(pace_s=0.02)
+    w.until(lambda: w.counts("p1", since=before))
+    w.finish()
+    w.judged()
 
 
 def test_what_a_dead_party_alone_has_made_never_replaces_what_was_committed(
