@@ -11,8 +11,10 @@ import functools
 import gc
 import logging
 import os
-import queue
+import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,31 +120,41 @@ def _locked(path: Path, how: int) -> Iterator[None]:
         os.close(descriptor)
 
 
+_ENDS_A_GROUP = "ends a Gloo group of "
+
+
 @pytest.fixture(scope="session", autouse=True)
-def groups_are_taken_down_beside() -> Iterator[None]:
-    """Let other threads take down Gloo groups: each takes 10 ms a member, and tests make thousands."""
-    aborted: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
+def groups_end_in_threads() -> Iterator[None]:
+    """Destroy each Gloo group in a thread of its own: it takes 10 ms a member, and tests make thousands.
+
+    torch's destructor waits for a collective under way until a peer's group is destroyed, or it times out. So
+    no group may wait for another one's destructor, and no test waits for any.
+    """
     abort = GlooGroup.abort
 
     def abort_and_hand_over(self: GlooGroup) -> None:
-        last = [self._group]  # the thread that clears this takes it down
+        last = [self._group]  # the thread that clears this destroys it
         abort(self)
-        aborted.put(last)
+        name = _ENDS_A_GROUP + os.environ.get("PYTEST_CURRENT_TEST", "no test")
+        threading.Thread(target=last.clear, name=name, daemon=True).start()
 
-    def take_down() -> None:
-        while (last := aborted.get()) is not None:
-            last.clear()
-
-    threads = [threading.Thread(target=take_down, name="takes groups down") for _ in range(8)]
-    for thread in threads:
-        thread.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GlooGroup, "abort", abort_and_hand_over)
         yield
-    for _ in threads:
-        aborted.put(None)
-    for thread in threads:
-        thread.join()
+
+
+def pytest_sessionfinish() -> None:
+    """Wait a moment for groups that still end, so that the interpreter does not exit under them.
+
+    Here and not in a fixture, whose end is part of a worker's last test, and would fail it.
+    """
+    deadline = time.monotonic() + 5
+    ending = [thread for thread in threading.enumerate() if thread.name.startswith(_ENDS_A_GROUP)]
+    for thread in ending:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    left = Counter(thread.name for thread in ending if thread.is_alive())
+    for name, count in left.items():
+        print(f"{count} threads are left at the end: each {name}", file=sys.__stderr__)
 
 
 # By pytest, by older torch when it compiles, by scikit-learn when it is imported, and by our command line.
