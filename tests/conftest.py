@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ settings.load_profile("tests")
 gc.disable()  # imports and 6,000 tests are no garbage, but make every collection slow: until tests run
 
 TESTS = Path(__file__).parent
+_NOTES = Path(tempfile.gettempdir(), f"pellm-tests-{os.getuid()}-{TESTS.stat().st_ino}")  # of this checkout
 # Nothing runs beside them: their processes need both cores, or they measure what a processor can do.
 _ALONE = {
     "comm/rendezvous/test_server.py",
@@ -106,18 +108,56 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             with _locked(TESTS / other, fcntl.LOCK_EX):
                 shared = fcntl.LOCK_EX if kind == "alone" else fcntl.LOCK_SH
                 held.enter_context(_locked(TESTS / own, shared))
+        held.enter_context(_noted(item.nodeid))
         return (yield)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
+def _locked(path: Path, how: int, limit_s: float = 900) -> Iterator[None]:
+    """Hold a lock on a file; no test takes longer than the limit, unless it hangs where no timeout ends it."""
     descriptor = os.open(path, os.O_RDONLY)
+    deadline = time.monotonic() + limit_s
     try:
-        fcntl.flock(descriptor, how)
+        while not _has_locked(descriptor, how):
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{path} was locked for {limit_s:g} s, by {' or '.join(_noted_tests()) or 'no test'}."
+                    " End that process."
+                )
+            time.sleep(0.01)
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a fork may hold it open
         os.close(descriptor)
+
+
+def _has_locked(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _noted(test: str) -> Iterator[None]:
+    """Note the test that this process runs, for others that wait for it: also of another run here."""
+    _NOTES.mkdir(exist_ok=True)
+    note = _NOTES / str(os.getpid())
+    note.write_text(test)
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def _noted_tests() -> list[str]:
+    found = []
+    for note in sorted(_NOTES.glob("*")):
+        with contextlib.suppress(OSError):  # it was killed, or has just ended
+            os.kill(int(note.name), 0)
+            found.append(f"{note.read_text()} (process {note.name})")
+    return found
 
 
 _ENDS_A_GROUP = "ends a Gloo group of "
