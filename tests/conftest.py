@@ -114,7 +114,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @contextlib.contextmanager
 def _locked(path: Path, how: int, limit_s: float = 900) -> Iterator[None]:
-    """Hold a lock on a file; no test takes longer than the limit, unless it hangs where no timeout ends it."""
+    """Hold a lock on a file; a test takes longer than the limit only if it hangs where no timeout ends it."""
     descriptor = os.open(path, os.O_RDONLY)
     deadline = time.monotonic() + limit_s
     try:
