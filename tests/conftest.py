@@ -1,8 +1,8 @@
 """Guards against leaks of environment variables, process groups, threads or ranks; fixtures of many files.
 
-By ``pytest -n 2 --dist loadfile --no-loadscope-reorder`` two files run at a time. Tests that measure seconds
-run with nothing beside them all the same, and those whose parties give each other up after tenths of a second
-only beside one another.
+By ``pytest -n 2 --dist loadfile --no-loadscope-reorder`` two files run at a time. Tests marked ``alone``
+measure seconds, and nothing runs at the same time. In those marked ``patient`` parties give each other up
+after tenths of a second: only tests like them run at the same time.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ gc.disable()  # imports and 6,000 tests are no garbage, but make every collectio
 
 TESTS = Path(__file__).parent
 _NOTES = Path(tempfile.gettempdir(), f"pellm-tests-{os.getuid()}-{TESTS.stat().st_ino}")  # of this checkout
-# Nothing runs beside them: their processes need both cores, or they measure what a processor can do.
+# Marked "alone": their processes need both cores, or they measure what a processor can do.
 _ALONE = {
     "comm/rendezvous/test_server.py",
     "comm/torchrun/test_shared_memory.py",
@@ -52,8 +52,8 @@ _ALONE = {
     "system/test_networks.py",
     "tensors/test_snapshot.py",
 }
-# They wait more than they compute, so one runs beside another, and nothing else does. So do all tests of
-# separate jobs as threads, the fixture ``world``.
+# Marked "patient": they wait more than they compute, so two run at a time, and nothing else does. So are all
+# tests of separate jobs as threads, which have the fixture ``world``.
 _PATIENT = {
     "callbacks/test_separate_jobs.py",
     "callbacks/test_separate_jobs_errors.py",
@@ -67,22 +67,28 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def _kind(item: pytest.Item) -> str:
-    """Return "alone", "patient" for what runs beside its like only, or nothing for all else."""
-    path = item.path.relative_to(TESTS).as_posix()
-    if path in _ALONE:
-        return "alone"
-    return "patient" if path in _PATIENT or "world" in getattr(item, "fixturenames", ()) else ""
+    """Return "alone", "patient" for what runs next to its like only, or nothing for all else."""
+    return next((kind for kind in ("alone", "patient") if item.get_closest_marker(kind)), "")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects by the marker
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files last that run alone, and the launches first, so that two workers end together."""
+    """Put the files last that run alone, and the launches first, so that two workers end together.
+
+    A file goes where most of its tests belong: one that is patient in a file of others costs its own seconds,
+    but a file of others among the patient would run by itself, test by test.
+    """
+    kinds: dict[Path, Counter[str]] = {}
     for item in items:
-        if _kind(item):
+        path = item.path.relative_to(TESTS).as_posix()
+        if path in _ALONE:
             item.add_marker("alone")
-    last = {item.path: _kind(item) for item in items if item.get_closest_marker("alone")}
+        elif path in _PATIENT or "world" in getattr(item, "fixturenames", ()):
+            item.add_marker("patient")
+        kinds.setdefault(item.path, Counter())[_kind(item)] += 1
+    last = {path: of_file.most_common(1)[0][0] for path, of_file in kinds.items()}
     launched = {item.path for item in items if item.get_closest_marker("torchrun")}
-    items.sort(key=lambda item: (last.get(item.path, ""), item.path not in launched))
+    items.sort(key=lambda item: (last[item.path], item.path not in launched))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -94,7 +100,7 @@ def pytest_runtestloop() -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which must not count the waiting
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Let a test wait until nothing runs that must not run beside it."""
+    """Let a test wait until nothing runs that must not run at the same time."""
     if item.get_closest_marker("torchrun") or getattr(item.module, "python", None) is fork_server.python:
         fork_server.python()  # no test's own time: on a busy machine it takes tens of seconds to come up
     if "PYTEST_XDIST_WORKER" not in os.environ:
