@@ -27,14 +27,14 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 # Tests and demo use the models that `make setup` installed: a name that needs a download fails at once.
 test quick deepspeed demo coverage extras: export HF_HUB_OFFLINE := 1
 
-# Two files at a time; tests/conftest.py says which tests have nothing run beside them.
+# Two files at a time; tests/conftest.py says which tests run alone, or with their like only.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## run the tests
 	@$(PYTEST)
 
-quick: setup  ## run the tests that start no processes, compile nothing and measure no seconds
-	@$(PYTEST) -m "not torchrun and not compiled and not alone"
+quick: setup  ## run the tests that start no processes, compile nothing and neither measure nor wait for seconds
+	@$(PYTEST) -m "not torchrun and not compiled and not alone and not patient"
 
 # The words of `make test`, for .ci/run.
 pytest: setup

@@ -1,8 +1,8 @@
 """Guards against leaks of environment variables, process groups, threads or ranks; fixtures of many files.
 
-By ``pytest -n 2 --dist loadfile --no-loadscope-reorder`` two files run at a time. Tests that measure seconds
-run with nothing beside them all the same, and those whose parties give each other up after tenths of a second
-only beside one another.
+By ``pytest -n 2 --dist loadfile --no-loadscope-reorder`` two files run at a time. Tests marked ``alone``
+measure seconds, and nothing runs at the same time. In those marked ``patient`` parties give each other up
+after tenths of a second: only tests like them run at the same time.
 """
 
 import contextlib
@@ -11,8 +11,11 @@ import functools
 import gc
 import logging
 import os
-import queue
+import sys
+import tempfile
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,8 @@ settings.load_profile("tests")
 gc.disable()  # imports and 6,000 tests are no garbage, but make every collection slow: until tests run
 
 TESTS = Path(__file__).parent
-# Nothing runs beside them: their processes need both cores, or they measure what a processor can do.
+_NOTES = Path(tempfile.gettempdir(), f"pellm-tests-{os.getuid()}-{TESTS.stat().st_ino}")  # of this checkout
+# Marked "alone": their processes need both cores, or they measure what a processor can do.
 _ALONE = {
     "comm/rendezvous/test_server.py",
     "comm/torchrun/test_shared_memory.py",
@@ -48,8 +52,8 @@ _ALONE = {
     "system/test_networks.py",
     "tensors/test_snapshot.py",
 }
-# They wait more than they compute, so one runs beside another, and nothing else does. So do all tests of
-# separate jobs as threads, the fixture ``world``.
+# Marked "patient": they wait more than they compute, so two run at a time, and nothing else does. So are all
+# tests of separate jobs as threads, which have the fixture ``world``.
 _PATIENT = {
     "callbacks/test_separate_jobs.py",
     "callbacks/test_separate_jobs_errors.py",
@@ -63,22 +67,28 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def _kind(item: pytest.Item) -> str:
-    """Return "alone", "patient" for what runs beside its like only, or nothing for all else."""
-    path = item.path.relative_to(TESTS).as_posix()
-    if path in _ALONE:
-        return "alone"
-    return "patient" if path in _PATIENT or "world" in getattr(item, "fixturenames", ()) else ""
+    """Return "alone", "patient" for what runs next to its like only, or nothing for all else."""
+    return next((kind for kind in ("alone", "patient") if item.get_closest_marker(kind)), "")
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects by the marker
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files last that run alone, and the launches first, so that two workers end together."""
+    """Put the files last that run alone, and the launches first, so that two workers end together.
+
+    A file goes where most of its tests belong: one that is patient in a file of others costs its own seconds,
+    but a file of others among the patient would run by itself, test by test.
+    """
+    kinds: dict[Path, Counter[str]] = {}
     for item in items:
-        if _kind(item):
+        path = item.path.relative_to(TESTS).as_posix()
+        if path in _ALONE:
             item.add_marker("alone")
-    last = {item.path: _kind(item) for item in items if item.get_closest_marker("alone")}
+        elif path in _PATIENT or "world" in getattr(item, "fixturenames", ()):
+            item.add_marker("patient")
+        kinds.setdefault(item.path, Counter())[_kind(item)] += 1
+    last = {path: of_file.most_common(1)[0][0] for path, of_file in kinds.items()}
     launched = {item.path for item in items if item.get_closest_marker("torchrun")}
-    items.sort(key=lambda item: (last.get(item.path, ""), item.path not in launched))
+    items.sort(key=lambda item: (last[item.path], item.path not in launched))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -90,7 +100,7 @@ def pytest_runtestloop() -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout, which must not count the waiting
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Let a test wait until nothing runs that must not run beside it."""
+    """Let a test wait until nothing runs that must not run at the same time."""
     if item.get_closest_marker("torchrun") or getattr(item.module, "python", None) is fork_server.python:
         fork_server.python()  # no test's own time: on a busy machine it takes tens of seconds to come up
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -104,45 +114,93 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             with _locked(TESTS / other, fcntl.LOCK_EX):
                 shared = fcntl.LOCK_EX if kind == "alone" else fcntl.LOCK_SH
                 held.enter_context(_locked(TESTS / own, shared))
+        held.enter_context(_noted(item.nodeid))
         return (yield)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
+def _locked(path: Path, how: int, limit_s: float = 900) -> Iterator[None]:
+    """Hold a lock on a file; a test takes longer than the limit only if it hangs where no timeout ends it."""
     descriptor = os.open(path, os.O_RDONLY)
+    deadline = time.monotonic() + limit_s
     try:
-        fcntl.flock(descriptor, how)
+        while not _has_locked(descriptor, how):
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{path} was locked for {limit_s:g} s, by {' or '.join(_noted_tests()) or 'no test'}."
+                    " End that process."
+                )
+            time.sleep(0.01)
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: a fork may hold it open
         os.close(descriptor)
 
 
+def _has_locked(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _noted(test: str) -> Iterator[None]:
+    """Note the test that this process runs, for others that wait for it: also of another run here."""
+    _NOTES.mkdir(exist_ok=True)
+    note = _NOTES / str(os.getpid())
+    note.write_text(test)
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def _noted_tests() -> list[str]:
+    found = []
+    for note in sorted(_NOTES.glob("*")):
+        with contextlib.suppress(OSError):  # it was killed, or has just ended
+            os.kill(int(note.name), 0)
+            found.append(f"{note.read_text()} (process {note.name})")
+    return found
+
+
+_ENDS_A_GROUP = "ends a Gloo group of "
+
+
 @pytest.fixture(scope="session", autouse=True)
-def groups_are_taken_down_beside() -> Iterator[None]:
-    """Let other threads take down Gloo groups: each takes 10 ms a member, and tests make thousands."""
-    aborted: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
+def groups_end_in_threads() -> Iterator[None]:
+    """Destroy each Gloo group in a thread of its own: it takes 10 ms a member, and tests make thousands.
+
+    torch's destructor waits for a collective under way until a peer's group is destroyed, or it times out. So
+    no group may wait for another one's destructor, and no test waits for any.
+    """
     abort = GlooGroup.abort
 
     def abort_and_hand_over(self: GlooGroup) -> None:
-        last = [self._group]  # the thread that clears this takes it down
+        last = [self._group]  # the thread that clears this destroys it
         abort(self)
-        aborted.put(last)
+        name = _ENDS_A_GROUP + os.environ.get("PYTEST_CURRENT_TEST", "no test")
+        threading.Thread(target=last.clear, name=name, daemon=True).start()
 
-    def take_down() -> None:
-        while (last := aborted.get()) is not None:
-            last.clear()
-
-    threads = [threading.Thread(target=take_down, name="takes groups down") for _ in range(8)]
-    for thread in threads:
-        thread.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GlooGroup, "abort", abort_and_hand_over)
         yield
-    for _ in threads:
-        aborted.put(None)
-    for thread in threads:
-        thread.join()
+
+
+def pytest_sessionfinish() -> None:
+    """Wait a moment for groups that still end, so that the interpreter does not exit under them.
+
+    Here and not in a fixture, whose end is part of a worker's last test, and would fail it.
+    """
+    deadline = time.monotonic() + 5
+    ending = [thread for thread in threading.enumerate() if thread.name.startswith(_ENDS_A_GROUP)]
+    for thread in ending:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    left = Counter(thread.name for thread in ending if thread.is_alive())
+    for name, count in left.items():
+        print(f"{count} threads are left at the end: each {name}", file=sys.__stderr__)
 
 
 # By pytest, by older torch when it compiles, by scikit-learn when it is imported, and by our command line.

@@ -1,6 +1,7 @@
 """Topology: the launcher's ranks as (party, rank in the party). Pure: starts and connects nothing."""
 
 import os
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ _hidden: dict[str, str] = {}
 
 
 def launch_environ() -> Mapping[str, str]:
-    """Return the environment as the launcher made it; see ``hide_launch``."""
-    return os.environ | _hidden
+    """Return a view of the environment as the launcher made it; see ``hide_launch``."""
+    return ChainMap(_hidden, os.environ)  # no copy: a Trainer asks a hundred times a fit
 
 
 @dataclass(frozen=True)

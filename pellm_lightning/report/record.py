@@ -43,13 +43,16 @@ PACKAGES = ("pellm-lightning", "lightning", "torch", "transformers", "peft", "nu
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that matter, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    packages = ((package, _version(package)) for package in PACKAGES)
+    return {"python": platform.python_version()} | {name: found for name, found in packages if found}
+
+
+@cache  # a sixth of a short fit: each package's whole description is parsed
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def without_secrets(words: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -741,15 +742,30 @@ class Saved:
         return module, trainer.optimizers[0].state_dict()["state"], logger.rounds
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], tuple[Saved, Any]]:
+    """A federation that has been fitted, and what it came to; several tests resume it."""
+
+    @cache
+    def fitted(name: str, save_frozen: bool) -> tuple[Saved, Any]:
+        federation = Saved(tmp_path_factory.mktemp("unbroken"), RULES[name], save_frozen)
+        results = federation.fit()
+        shutil.copytree(federation.root, federation.root / "copy")
+        return federation, results
+
+    return fitted
+
+
 @pytest.mark.parametrize("save_frozen", [True, False], ids=["whole", "small"])
 @pytest.mark.parametrize("epoch", [2, 3], ids=["within a round", "after a round"])
 @pytest.mark.parametrize("name", RULES)
 def test_a_resumed_federation_goes_on_to_the_bit(
-    tmp_path: Path, name: str, epoch: int, save_frozen: bool
+    unbroken: Callable[[str, bool], tuple[Saved, Any]], name: str, epoch: int, save_frozen: bool
 ) -> None:
     """Rounds after epochs 1, 3 and 5 (from 0). After epoch 2 the A of Alternating is half way through."""
-    federation = Saved(tmp_path, RULES[name], save_frozen)
-    whole, resumed = federation.fit(), federation.fit(epoch)
+    federation, whole = unbroken(name, save_frozen)
+    shutil.copytree(federation.root / "copy", federation.root, dirs_exist_ok=True)  # another may have resumed
+    resumed = federation.fit(epoch)
     for (module, state, rounds), (again, state_again, rounds_again) in zip(whole, resumed, strict=True):
         assert_same(dict(module.state_dict()), dict(again.state_dict()))
         assert state.keys() == state_again.keys()

@@ -3,6 +3,7 @@
 import pickle
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from small_module import LittleData, LittleModule
 
 from pellm_lightning import FederatedAveraging, FederatedCLI, PartyEnvironment, SeparateJobs
 from pellm_lightning.comm import PartyLostError
+from pellm_lightning.comm.rendezvous import client
 
 # Lightning calls jsonargparse in a way that has gone out of use.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -215,7 +217,10 @@ def test_each_institution_keeps_its_own_file(
     assert (jobs.name, list(jobs.roster), jobs.membership.wait_s) == ("b", ["a", "b"], 2.0)
 
 
-def test_a_fit_joins_as_its_institutions_file_says(command: Any, tmp_path: Path) -> None:
+def test_a_fit_joins_as_its_institutions_file_says(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "connect", partial(client.connect, retry_s=0.2))  # instead of 10 s
     own = {
         "rendezvous": "tcp://127.0.0.1:1",
         "name": "a",

@@ -119,7 +119,7 @@ def fit(
         [federated, *callbacks, *([checkpoint] if keep else [])],
         logger=logger,
         enable_checkpointing=keep,
-        num_sanity_val_steps=1,
+        num_sanity_val_steps=int(keep),
         log_every_n_steps=1,
         **(trainer or {}),
     )

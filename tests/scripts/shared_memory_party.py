@@ -61,10 +61,16 @@ def note_entry(sockets: HostSockets, message: bytes, *_: Any) -> None:
 
 
 def fork_and_die(*_: Any, **__: Any) -> None:
-    """Leave a child that holds all sockets open, as a loader of data that is a process may."""
+    """Leave a child that holds all sockets open, as a loader of data that is a process may.
+
+    It ends when the others have noticed: whoever reads this process's output waits for it, too.
+    """
     if armed:
         if os.fork() == 0:
-            time.sleep(20)
+            noticed = [folder / f"{other}.json" for other in range(PARTIES) if other != VICTIM]
+            deadline = time.monotonic() + 20
+            while not all(path.exists() for path in noticed) and time.monotonic() < deadline:
+                time.sleep(0.05)
             os._exit(0)
         die()
 

@@ -49,6 +49,17 @@ import runpy
 runpy.run_module("pellm_lightning", run_name="__main__", alter_sys=True)
 """
 
+# Tries for half a second to reach the rendezvous, instead of ten.
+IMPATIENT = """
+import functools
+import runpy
+
+from pellm_lightning.comm.rendezvous import client
+
+client.connect = functools.partial(client.connect, retry_s=0.5)
+runpy.run_module("pellm_lightning", run_name="__main__", alter_sys=True)
+"""
+
 FAILING = """
 from small_module import LittleModule
 
@@ -243,6 +254,7 @@ MISTAKES = {
         ["Party clinic-a could not join", "127.0.0.1:PORT is out of reach", "Check that it runs"],
         parties=0,
         told_by="clinic-a",
+        start=("impatient.py",),
     ),
     "no certificate": Mistake(
         [*JOBS, "--federated.jobs.name=clinic-a", *tls("nowhere.pem", "nowhere.key", "ca.pem")],
@@ -270,6 +282,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "table-0.csv": "text,age\nw1 w2,old\nw3,new\n",
         "label.csv": "text,age\nw1 w2,old\nw3,newer\n",
         "failing.py": FAILING,
+        "impatient.py": IMPATIENT,
         "without.py": WITHOUT.format(package="cryptography"),
     }
     for name, text in files.items():

@@ -463,7 +463,7 @@ def test_a_party_that_is_stopped_costs_the_timeout() -> None:
 
 def test_who_leaves_wakes_who_waits_here_and_there() -> None:
     woken: dict[str, float] = {}
-    left = threading.Event()
+    wakes = threading.Semaphore(0)
 
     def act(federation: Federation) -> None:
         if federation.party == 0:
@@ -472,17 +472,18 @@ def test_who_leaves_wakes_who_waits_here_and_there() -> None:
             time.sleep(0.3)
             woken["left"] = time.monotonic()
             federation.abort("enough")
-            left.set()
             waiting.join()
         elif federation.party == 1:
             wait(federation, "party 1")
         else:
-            left.wait(20)  # the others wait for it
+            assert all(wakes.acquire(timeout=20) for _ in range(2))  # the others wait for it
+            federation.abort("enough")  # to close is to wait for all, 30 s
 
     def wait(federation: Federation, who: str) -> None:
         with pytest.raises(PartyLostError):
             federation.barrier()
         woken[who] = time.monotonic()
+        wakes.release()
 
     run_parties(3, act, may_fail=True)
     began = woken.pop("left")
