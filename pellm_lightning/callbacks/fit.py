@@ -21,7 +21,6 @@ from pellm_lightning.callbacks.fit_facts import (
     warn_of_unequal_fits,
 )
 from pellm_lightning.callbacks.lightning_training import LightningTraining, make_aggregator
-from pellm_lightning.callbacks.strategies import check_sharded_module
 from pellm_lightning.callbacks.weight_averaging import (
     begin_averaging,
     check_averaging,
@@ -141,7 +140,6 @@ class FederatedFit:
         Raises:
             MisconfigurationException: If it cannot.
         """
-        check_sharded_module(self._module)
         if self._factory.parameters.save_frozen:
             arguments.quantized_base(self._trainer, self._module)
         if self._factory.aggregation is not None:
@@ -168,27 +166,33 @@ class FederatedFit:
             shared = {name: trainable[name] for name in sorted(plan.shared)}
             self._check_optimizers(plan, shared)
             with _misconfigured(f"Party {topology.name}: "):
-                values = party_parameters(self.party, self._root, shared, plan.written_bases)
+                values = party_parameters(
+                    self.party,
+                    self._root,
+                    shared,
+                    plan.written_bases,
+                    experimental=factory.parameters.experimental,
+                )
         frozen = values.frozen_state(self._module) if factory.parameters.check_frozen else {}
         self._trainable = TrainableSet(self._module, factory.parameters.include, factory.parameters.exclude)
         stopped = stopped_path(trainer, topology.party, self._jobs)
         warns = factory.weight_by == "samples"
         self._local = LightningTraining(trainer, topology.name, stopped, warns=warns)
-        self._loop = RoundLoop(
-            self._local,
-            self.party,
-            factory,
-            plan,
-            trainable,
-            values,
-            shares_loss=self._shares_loss,
-            drift=self._drift,
-            on_due=lambda: self.check_trainable(everything=False),
-            on_round=self._report_round,
-            stopped_path=stopped,
-        )
-        if state:
-            with _misconfigured():
+        with _misconfigured():
+            self._loop = RoundLoop(
+                self._local,
+                self.party,
+                factory,
+                plan,
+                trainable,
+                values,
+                shares_loss=self._shares_loss,
+                drift=self._drift,
+                on_due=lambda: self.check_trainable(everything=False),
+                on_round=self._report_round,
+                stopped_path=stopped,
+            )
+            if state:
                 self._loop.check_resumed(state)
         started = self._loop.start(lambda: self._make_aggregator(values.tensors, plan, frozen), state)
         if started.overwritten:

@@ -33,7 +33,7 @@ from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.tensors.sharding import storage_key, whole
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import owns_terminal
-from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters
+from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters, unwrapped
 
 
 class OwnTraining(LocalTraining):
@@ -137,7 +137,8 @@ class FederatedLoop:
     finished; an error makes it leave at once, with the reason.
 
     Args:
-        module: The module, with its adapter; only parameters with ``requires_grad=True`` leave the party.
+        module: The module, with its adapter; only parameters with ``requires_grad=True`` leave the party. Of
+            FSDP1 or DeepSpeed it is the wrapped one.
         optimizers: The local optimizers, one or several.
         planned_steps: Optimizer steps after which the loop ends, if that is known.
         folder: Where this party writes: ``rounds.jsonl`` for ``pellm report``, the state between separate
@@ -190,7 +191,7 @@ class FederatedLoop:
         self._factory = AggregatorFactory.of(**settings)
         self._jobs = arguments.separate_jobs(jobs, timeout_s, self._factory.quorum)
         self._num_parties, self._timeout_s = num_parties, timeout_s
-        self._module = module
+        self._root, self._module = module, unwrapped(module)
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._own = OwnTraining(module, optimizers, math.nan if planned_steps is None else planned_steps)
         self._local = self._own if local is None else local
@@ -369,12 +370,15 @@ class FederatedLoop:
         show_log_lines()
         factory, module, party = self._factory, self._module, self._joined.party
         arguments.warn_of_uncapped(factory.aggregation, factory.weight_by, factory.max_share)
-        with gathered(module):
+        with gathered(self._root):
             trainable = factory.parameters.select(module)
             party.device = next(iter(trainable.values())).device
             plan = factory.plan(module, trainable, None)
             shared = {name: trainable[name] for name in sorted(plan.shared)}
-            values = party_parameters(party, module, shared, plan.written_bases)
+            experimental = factory.parameters.experimental
+            values = party_parameters(
+                party, self._root, shared, plan.written_bases, experimental=experimental
+            )
         self._own.written = plan.written_bases
         frozen = values.frozen_state(module) if factory.parameters.check_frozen else {}
         self._trainable = TrainableSet(module, factory.parameters.include, factory.parameters.exclude)

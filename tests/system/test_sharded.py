@@ -18,9 +18,9 @@ from paths import SCRIPTS
 from safetensors.torch import load_file
 from sharded_module import ShardedModule
 
-from pellm_lightning.callbacks.strategies import OLDEST_TORCH
 from pellm_lightning.cli.export import export
 from pellm_lightning.comm.keys import make_key
+from pellm_lightning.trainer.party_parameters.choice import OLDEST_TORCH
 
 sys.path.insert(0, str(SCRIPTS))
 
