@@ -30,6 +30,7 @@ from pellm_lightning.loop.trainable import TrainableSet
 from pellm_lightning.report.logs import log_round, log_start, show_log_lines, warn_of_share
 from pellm_lightning.report.record import FILE_NAME, RunRecord, Start, Validation
 from pellm_lightning.report.run_summary import RunSummary
+from pellm_lightning.tensors.selection import plain_name
 from pellm_lightning.tensors.sharding import storage_key, whole
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import owns_terminal
@@ -110,19 +111,20 @@ def save_trained(
     """Save a module's trained parameters by name; of a sharded module all processes of the party call it.
 
     Args:
-        module: The module.
+        module: The module, as what shards it has wrapped it.
         path: Of the file.
         step: Optimizer steps made.
         epoch: Index of the epoch.
         written: Frozen weights that rounds have written into, to be saved as well.
         leads: Whether this process writes the file.
     """
-    changed = {storage_key(tensor) for tensor in written}
-    parameters = {
-        name: whole(p)
-        for name, p in module.named_parameters()
-        if p.requires_grad or storage_key(p) in changed
-    }
+    changed, parameters = {storage_key(tensor) for tensor in written}, {}
+    with gathered(module):
+        for name, p in unwrapped(module).named_parameters():
+            if p.requires_grad or storage_key(p) in changed:
+                value = whole(p)  # in which all processes take part
+                if leads:
+                    parameters[plain_name(name)] = value.to("cpu", copy=True)
     if leads:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save({"step": step, "epoch": epoch, "parameters": parameters}, path)
