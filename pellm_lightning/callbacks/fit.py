@@ -165,6 +165,7 @@ class FederatedFit:
             plan = self._plan(trainable)
             shared = {name: trainable[name] for name in sorted(plan.shared)}
             self._check_optimizers(plan, shared)
+            size = sum(p.numel() for p in self._module.parameters())
             with _misconfigured(f"Party {topology.name}: "):
                 values = party_parameters(
                     self.party,
@@ -201,7 +202,7 @@ class FederatedFit:
         summary = RunSummary(names, started.settings, plan.rule.writes_base).resumed(state.get("summary", {}))
         self._reporter = Reporter(trainer, topology, summary, rounds, self._new_record() if record else None)
         if topology.is_leader:
-            self._report_start(plan, values.tensors, started)
+            self._report_start(plan, values.tensors, size, started)
         return summary
 
     # ---- during training
@@ -335,7 +336,7 @@ class FederatedFit:
             root = isolation.below(root, topology.party)
         return RunRecord(os.path.join(root, FILE_NAME))
 
-    def _report_start(self, plan: Plan, shared: Mapping[str, Tensor], started: Started) -> None:
+    def _report_start(self, plan: Plan, shared: Mapping[str, Tensor], size: int, started: Started) -> None:
         factory, topology = self._factory, self.party.topology
         if topology.party == 0:
             quorum = int(started.settings["quorum"] or 1)
@@ -347,6 +348,7 @@ class FederatedFit:
             shared,
             factory.exchange,
             factory.privacy,
+            size=size,
             round=started.round,
             written=self._written(),
             shares=expected_shares(started.facts, factory.max_share),

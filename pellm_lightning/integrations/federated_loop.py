@@ -376,6 +376,7 @@ class FederatedLoop:
             trainable = factory.parameters.select(module)
             party.device = next(iter(trainable.values())).device
             plan = factory.plan(module, trainable, None)
+            size = sum(p.numel() for p in module.parameters())
             shared = {name: trainable[name] for name in sorted(plan.shared)}
             experimental = factory.parameters.experimental
             values = party_parameters(
@@ -405,7 +406,7 @@ class FederatedLoop:
         self.summary = summary.resumed(self._state.get("summary", {}))
         self._drop_frozen_gradients(self._loop)
         if party.topology.is_leader:
-            self._report_start(plan, trainable, started)
+            self._report_start(plan, values.tensors, size, started)
 
     def _make_aggregator(
         self, tensors: Mapping[str, Tensor], plan: Plan, frozen: Mapping[str, Tensor | str]
@@ -443,14 +444,14 @@ class FederatedLoop:
         folder = isolation.below(self._folder, self.topology.party) if several else self._folder
         return os.path.join(folder, name)
 
-    def _report_start(self, plan: Plan, trainable: Mapping[str, nn.Parameter], started: Started) -> None:
+    def _report_start(self, plan: Plan, shared: Mapping[str, Tensor], size: int, started: Started) -> None:
         module, factory, session = self._module, self._factory, self._joined
-        shared = {name: trainable[name] for name in sorted(plan.shared)}
         start = Start.of(
             self.topology,
             module,
             plan,
             shared,
+            parameters=size,
             parties=tuple(session.leading.roster),
             round=started.round,
             step=self._local.step,

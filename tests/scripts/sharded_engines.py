@@ -1,6 +1,7 @@
 """What four processes do without Lightning for system/test_sharded.py: loops of one's own, FSDP1, ZeRO."""
 
 import itertools
+import json
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def loop() -> Any:
             callback: Any = parties.federated(f"loop {kind}")
             session = PartySession(topology, callback.connect)
             folder = OUT / "loop" / kind
-            arguments = DILOCO | {"every_n_steps": 2, "record": False, "folder": folder}
+            arguments = DILOCO | {"every_n_steps": 2, "folder": folder}
             arguments["parameters"] = Parameters(experimental=kind == "fsdp1")
             with FederatedLoop(trained, optimizer, session=session, **arguments) as federated:
                 for step in range(5):
@@ -56,6 +57,8 @@ def loop() -> Any:
             with gathered(trained):
                 vector = torch.cat([whole(p).flatten() for p in net.parameters()])
             assert torch.equal(vector, torch.cat([x.flatten() for x in saved.values()]))
+            start, *_ = (folder / f"party-{parties.party}" / "rounds.jsonl").read_text().splitlines()
+            assert json.loads(start)["parameters"] == json.loads(start)["leaving"] == vector.numel()
             answers[kind] = {"vector": vector, "weights": [done.weight for done in federated.rounds]}
     return answers
 
@@ -189,5 +192,25 @@ def zero() -> Any:
                 engine.backward(loss)
                 engine.step()
             answer["stepped"] = seen(values)
+            answer["federated"] = federated(engine, parties, f"zero {stage} {half}", half)
             answers[f"{stage} {'bf16' if half else 'fp32'}"] = answer
     return answers
+
+
+def federated(engine: Any, parties: Parties, name: str, half: bool) -> dict[str, torch.Tensor]:
+    """Two more steps, with a round after each; return what would be kept below a quorum."""
+    topology = Topology(parties.party, parties.count, parties.rank, parties.size)
+    session = PartySession(topology, parties.federated(name).connect)  # type: ignore[attr-defined]
+    settings = {"every_n_steps": 1, "record": False, "on_nonfinite": "raise"}
+    consent = Parameters(experimental=True)
+    with FederatedLoop(engine, session=session, parameters=consent, **settings) as rounds:
+        for step in range(2):
+            x, y = batch_of(step + 10 * parties.party, parties.rank, 2)
+            loss = torch.nn.functional.cross_entropy(engine(x.bfloat16() if half else x).float(), y)
+            engine.backward(loss)
+            engine.step()
+            rounds.after_step(len(x), loss)
+    path = str(OUT / f"{name} {parties.party}.pt")
+    save_trained(engine, path, step=2, epoch=0, leads=parties.rank == 0)
+    dist.barrier()
+    return torch.load(path)["parameters"]

@@ -296,7 +296,11 @@ def test_zero_reads_and_writes_masters_and_parameters(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     done = torchrun(4, [str(SCRIPTS / "sharded.py"), str(tmp_path), "zero"], tmp_path, program=sys.executable)
     assert done.returncode == 0, done.stdout[-6000:]
-    for case, answer in torch.load(tmp_path / "zero-0.pt").items():
+    answers = [torch.load(tmp_path / f"zero-{rank}.pt") for rank in range(4)]
+    for case, answer in answers[0].items():
+        kept = [other[case]["federated"] for other in answers]
+        assert kept[0]["0.weight"].shape == (12, 8)
+        assert all(torch.equal(x, other[name]) for other in kept for name, x in kept[0].items())
         assert answer["kind"] == "ZeroParameters"
         assert torch.equal(answer["written"], answer["wanted"])
         # What the module computes next is of what was written; in bf16 of eight bits of it.
