@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero
 from typing_extensions import override
 
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
-from pellm_lightning.comm.topology import Topology, launch_environ
+from pellm_lightning.comm.topology import Topology, keep_launch, launch_environ
 from pellm_lightning.comm.torchrun.store import launched, store_from_env
 from pellm_lightning.trainer.isolation import callbacks_of
 
@@ -52,6 +52,8 @@ class PartyEnvironment(ClusterEnvironment):
         self.num_parties = num_parties
         self.timeout_s = timeout_s
         self._is_built = False  # the Trainer that this belongs to
+        if launched():
+            keep_launch()  # before a strategy writes
 
     @property
     def topology(self) -> Topology:
