@@ -75,6 +75,32 @@ def test_ranks_are_the_launchers_to_set(launched: Any) -> None:
     assert (party.world_size(), party.global_rank()) == (2, 1)
 
 
+def test_the_partys_group_is_formed_as_a_run_begins_and_once(
+    launched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(3, 4)
+    party, formed = PartyEnvironment(2), list[Topology]()
+    monkeypatch.setattr(party, "_init_process_group", formed.append)
+    with pytest.raises(ValueError, match=r"devices=9 x num_nodes=1"):
+        party.set_world_size(9)  # of a Trainer that is refused, which no run follows
+    party.set_world_size(2)
+    assert not formed, "a Trainer is built, and the party's other processes need not be there yet"
+    party.set_world_size(2)
+    assert formed == [Topology(1, 2, 1, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: True)
+        party.set_world_size(2)
+        party.validate_settings(2, 1)
+    assert len(formed) == 1
+
+
+def test_shards_without_a_launcher_are_refused_as_a_run_begins() -> None:
+    party = PartyEnvironment()
+    party.set_world_size(2)
+    with pytest.raises(ValueError, match=r"A party has 1 process\(es\) .* devices=2 x num_nodes=1"):
+        party.set_world_size(2)
+
+
 @pytest.mark.parametrize(
     ("rank", "size", "num_parties", "expected"),
     [(3, 4, 2, Topology(1, 2, 1, 2)), (1, 2, None, Topology(1, 2))],
