@@ -1,6 +1,7 @@
 """Topology: the launcher's ranks as (party, rank in the party). Pure: starts and connects nothing."""
 
 import os
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ _hidden: dict[str, str] = {}
 
 def launch_environ() -> Mapping[str, str]:
     """Return the environment as the launcher made it, of which others may have changed what is kept."""
-    return os.environ | _hidden
+    return ChainMap(_hidden, os.environ)  # no copy: Lightning asks for its ranks several times a batch
 
 
 @dataclass(frozen=True)
