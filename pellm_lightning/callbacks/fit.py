@@ -44,7 +44,7 @@ from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import describe_device
 from pellm_lightning.trainer.metrics import ValidationMetrics
-from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters
+from pellm_lightning.trainer.party_parameters.choice import gathered, is_gathered_at_once, party_parameters
 from pellm_lightning.trainer.samples import batch_copies
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,8 @@ class FederatedFit:
         """
         if self._factory.parameters.save_frozen:
             arguments.quantized_base(self._trainer, self._module)
-        if self._factory.aggregation is not None:
+        # Where that would gather the whole model for it, `start` is early enough.
+        if self._factory.aggregation is not None and not is_gathered_at_once(self._root):
             with gathered(self._root):
                 self._plan(self._select())
 

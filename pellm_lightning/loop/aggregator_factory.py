@@ -178,7 +178,9 @@ class AggregatorFactory:
             auxiliary=auxiliary,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
-            frozen=(frozen or frozen_state(module)) if self.parameters.check_frozen else None,
+            frozen=(frozen_state(module) if frozen is None else frozen)
+            if self.parameters.check_frozen
+            else None,
             adapters=adapter_configs(module),
             config={
                 **{name: getattr(self, name) for name in ARGUMENTS},

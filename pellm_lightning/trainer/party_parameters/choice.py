@@ -64,7 +64,7 @@ def party_parameters(
 def gathered(root: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which parameters have their names and whole shapes, or are DTensors that do.
 
-    All processes of a party enter it. FSDP1 and ZeRO gather all parameters meanwhile.
+    All processes of a party enter it.
 
     Args:
         root: The module, as a strategy has wrapped it.
@@ -83,6 +83,11 @@ def gathered(root: nn.Module) -> AbstractContextManager[Any]:
 
         return zero.gathered(list(root.parameters()), writes=False)
     return nullcontext()
+
+
+def is_gathered_at_once(root: nn.Module) -> bool:
+    """Return whether ``gathered(root)`` has all parameters whole in each process: of FSDP1 and DeepSpeed."""
+    return _kind(root) in ("FSDP1", "DeepSpeed")
 
 
 def unwrapped(root: nn.Module) -> nn.Module:

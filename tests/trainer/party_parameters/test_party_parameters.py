@@ -17,7 +17,12 @@ from pellm_lightning.engine.compatibility import base_digests
 from pellm_lightning.tensors.frozen_state import frozen_state
 from pellm_lightning.trainer.party_parameters import choice
 from pellm_lightning.trainer.party_parameters.base import LocalParameters
-from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters, unwrapped
+from pellm_lightning.trainer.party_parameters.choice import (
+    gathered,
+    is_gathered_at_once,
+    party_parameters,
+    unwrapped,
+)
 
 PARTY = Party(Topology())
 
@@ -61,6 +66,7 @@ def test_those_of_one_process_are_read_and_written_where_they_are() -> None:
 def test_shards_are_copied_and_given_back(mesh: Any) -> None:
     module, plain = net(), net()
     root: Any = torch.distributed.fsdp.fully_shard(module, mesh=mesh)
+    assert not is_gathered_at_once(root)
     with gathered(root):
         values = party_parameters(PARTY, root, trained(module))
     values.read_()
@@ -130,6 +136,7 @@ def test_what_lies_inside_of_fsdp1_is_refused_and_the_outermost_taken(mesh: Any)
     with pytest.raises(ValueError, match="Give the module as FSDP1, DeepSpeed or Fabric has wrapped it"):
         gathered(module)
     assert unwrapped(root) is module
+    assert is_gathered_at_once(root)
     with gathered(root):
         with pytest.raises(ValueError, match=r"by FSDP1 have not been run .*experimental=True\) to try it"):
             party_parameters(PARTY, root, trained(module))
