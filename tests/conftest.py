@@ -30,6 +30,7 @@ from lightning.fabric.utilities import registry
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.connectors import data_connector
 
+from pellm_lightning.comm import topology
 from pellm_lightning.comm.torchrun.gloo import GlooGroup
 from pellm_lightning.comm.torchrun.shared_memory import SWITCH
 from pellm_lightning.tensors import flat_buffer
@@ -225,6 +226,7 @@ def no_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
     rank_zero_only.rank = 0
     yield
+    topology._hidden.clear()
     changed = {
         name
         for name in before.keys() ^ os.environ.keys() | before.keys()

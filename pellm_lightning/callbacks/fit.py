@@ -21,7 +21,6 @@ from pellm_lightning.callbacks.fit_facts import (
     warn_of_unequal_fits,
 )
 from pellm_lightning.callbacks.lightning_training import LightningTraining, make_aggregator
-from pellm_lightning.callbacks.strategies import check_sharded_module
 from pellm_lightning.callbacks.weight_averaging import (
     begin_averaging,
     check_averaging,
@@ -45,7 +44,7 @@ from pellm_lightning.report.run_summary import RunSummary
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import describe_device
 from pellm_lightning.trainer.metrics import ValidationMetrics
-from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters
+from pellm_lightning.trainer.party_parameters.choice import gathered, is_gathered_at_once, party_parameters
 from pellm_lightning.trainer.samples import batch_copies
 
 log = logging.getLogger(__name__)
@@ -141,10 +140,10 @@ class FederatedFit:
         Raises:
             MisconfigurationException: If it cannot.
         """
-        check_sharded_module(self._module)
         if self._factory.parameters.save_frozen:
             arguments.quantized_base(self._trainer, self._module)
-        if self._factory.aggregation is not None:
+        # Where that would gather the whole model for it, `start` is early enough.
+        if self._factory.aggregation is not None and not is_gathered_at_once(self._root):
             with gathered(self._root):
                 self._plan(self._select())
 
@@ -167,28 +166,35 @@ class FederatedFit:
             plan = self._plan(trainable)
             shared = {name: trainable[name] for name in sorted(plan.shared)}
             self._check_optimizers(plan, shared)
+            size = sum(p.numel() for p in self._module.parameters())
             with _misconfigured(f"Party {topology.name}: "):
-                values = party_parameters(self.party, self._root, shared, plan.written_bases)
+                values = party_parameters(
+                    self.party,
+                    self._root,
+                    shared,
+                    plan.written_bases,
+                    experimental=factory.parameters.experimental,
+                )
         frozen = values.frozen_state(self._module) if factory.parameters.check_frozen else {}
         self._trainable = TrainableSet(self._module, factory.parameters.include, factory.parameters.exclude)
         stopped = stopped_path(trainer, topology.party, self._jobs)
         warns = factory.weight_by == "samples"
         self._local = LightningTraining(trainer, topology.name, stopped, warns=warns)
-        self._loop = RoundLoop(
-            self._local,
-            self.party,
-            factory,
-            plan,
-            trainable,
-            values,
-            shares_loss=self._shares_loss,
-            drift=self._drift,
-            on_due=lambda: self.check_trainable(everything=False),
-            on_round=self._report_round,
-            stopped_path=stopped,
-        )
-        if state:
-            with _misconfigured():
+        with _misconfigured():
+            self._loop = RoundLoop(
+                self._local,
+                self.party,
+                factory,
+                plan,
+                trainable,
+                values,
+                shares_loss=self._shares_loss,
+                drift=self._drift,
+                on_due=lambda: self.check_trainable(everything=False),
+                on_round=self._report_round,
+                stopped_path=stopped,
+            )
+            if state:
                 self._loop.check_resumed(state)
         started = self._loop.start(lambda: self._make_aggregator(values.tensors, plan, frozen), state)
         if started.overwritten:
@@ -197,7 +203,7 @@ class FederatedFit:
         summary = RunSummary(names, started.settings, plan.rule.writes_base).resumed(state.get("summary", {}))
         self._reporter = Reporter(trainer, topology, summary, rounds, self._new_record() if record else None)
         if topology.is_leader:
-            self._report_start(plan, values.tensors, started)
+            self._report_start(plan, values.tensors, size, started)
         return summary
 
     # ---- during training
@@ -331,7 +337,7 @@ class FederatedFit:
             root = isolation.below(root, topology.party)
         return RunRecord(os.path.join(root, FILE_NAME))
 
-    def _report_start(self, plan: Plan, shared: Mapping[str, Tensor], started: Started) -> None:
+    def _report_start(self, plan: Plan, shared: Mapping[str, Tensor], size: int, started: Started) -> None:
         factory, topology = self._factory, self.party.topology
         if topology.party == 0:
             quorum = int(started.settings["quorum"] or 1)
@@ -343,6 +349,7 @@ class FederatedFit:
             shared,
             factory.exchange,
             factory.privacy,
+            size=size,
             round=started.round,
             written=self._written(),
             shares=expected_shares(started.facts, factory.max_share),

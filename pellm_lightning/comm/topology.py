@@ -10,8 +10,8 @@ _hidden: dict[str, str] = {}
 
 
 def launch_environ() -> Mapping[str, str]:
-    """Return a view of the environment as the launcher made it; see ``hide_launch``."""
-    return ChainMap(_hidden, os.environ)  # no copy: a Trainer asks a hundred times a fit
+    """Return the environment as the launcher made it, of which others may have changed what is kept."""
+    return ChainMap(_hidden, os.environ)  # no copy: Lightning asks for its ranks several times a batch
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,16 @@ class Topology:
         return min(int(environ.get("LOCAL_RANK", self.rank_in_party)), self.rank_in_party)
 
 
+def keep_launch() -> Mapping[str, str]:
+    """Keep what the launcher has set, whatever is written into the environment later; return all of it.
+
+    DeepSpeed's strategy of Lightning writes there the party's ranks in place of the launch's.
+    """
+    launched = launch_environ()
+    _hidden.update({name: launched[name] for name in _LAUNCHER if name in launched})
+    return launched
+
+
 def hide_launch(topology: Topology) -> None:
     """Let libraries that make one world of a launch see this party's processes only.
 
@@ -90,8 +100,7 @@ def hide_launch(topology: Topology) -> None:
     Args:
         topology: Party and rank of this process.
     """
-    launched = launch_environ()
-    _hidden.update({name: launched[name] for name in _LAUNCHER if name in launched})
+    launched = keep_launch()
     if topology.party_size == 1:
         for name in _LAUNCHER:
             os.environ.pop(name, None)

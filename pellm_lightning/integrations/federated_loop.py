@@ -30,10 +30,11 @@ from pellm_lightning.loop.trainable import TrainableSet
 from pellm_lightning.report.logs import log_round, log_start, show_log_lines, warn_of_share
 from pellm_lightning.report.record import FILE_NAME, RunRecord, Start, Validation
 from pellm_lightning.report.run_summary import RunSummary
+from pellm_lightning.tensors.selection import plain_name
 from pellm_lightning.tensors.sharding import storage_key, whole
 from pellm_lightning.trainer import isolation
 from pellm_lightning.trainer.environment import owns_terminal
-from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters
+from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters, unwrapped
 
 
 class OwnTraining(LocalTraining):
@@ -110,19 +111,20 @@ def save_trained(
     """Save a module's trained parameters by name; of a sharded module all processes of the party call it.
 
     Args:
-        module: The module.
+        module: The module, as what shards it has wrapped it.
         path: Of the file.
         step: Optimizer steps made.
         epoch: Index of the epoch.
         written: Frozen weights that rounds have written into, to be saved as well.
         leads: Whether this process writes the file.
     """
-    changed = {storage_key(tensor) for tensor in written}
-    parameters = {
-        name: whole(p)
-        for name, p in module.named_parameters()
-        if p.requires_grad or storage_key(p) in changed
-    }
+    changed, parameters = {storage_key(tensor) for tensor in written}, {}
+    with gathered(module):
+        for name, p in unwrapped(module).named_parameters():
+            if p.requires_grad or storage_key(p) in changed:
+                value = whole(p)  # in which all processes take part
+                if leads:
+                    parameters[plain_name(name)] = value.to("cpu", copy=True)
     if leads:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save({"step": step, "epoch": epoch, "parameters": parameters}, path)
@@ -137,7 +139,8 @@ class FederatedLoop:
     finished; an error makes it leave at once, with the reason.
 
     Args:
-        module: The module, with its adapter; only parameters with ``requires_grad=True`` leave the party.
+        module: The module, with its adapter; only parameters with ``requires_grad=True`` leave the party. Of
+            FSDP1 or DeepSpeed it is the wrapped one.
         optimizers: The local optimizers, one or several.
         planned_steps: Optimizer steps after which the loop ends, if that is known.
         folder: Where this party writes: ``rounds.jsonl`` for ``pellm report``, the state between separate
@@ -190,7 +193,7 @@ class FederatedLoop:
         self._factory = AggregatorFactory.of(**settings)
         self._jobs = arguments.separate_jobs(jobs, timeout_s, self._factory.quorum)
         self._num_parties, self._timeout_s = num_parties, timeout_s
-        self._module = module
+        self._root, self._module = module, unwrapped(module)
         optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._own = OwnTraining(module, optimizers, math.nan if planned_steps is None else planned_steps)
         self._local = self._own if local is None else local
@@ -369,12 +372,16 @@ class FederatedLoop:
         show_log_lines()
         factory, module, party = self._factory, self._module, self._joined.party
         arguments.warn_of_uncapped(factory.aggregation, factory.weight_by, factory.max_share)
-        with gathered(module):
+        with gathered(self._root):
             trainable = factory.parameters.select(module)
             party.device = next(iter(trainable.values())).device
             plan = factory.plan(module, trainable, None)
+            size = sum(p.numel() for p in module.parameters())
             shared = {name: trainable[name] for name in sorted(plan.shared)}
-            values = party_parameters(party, module, shared, plan.written_bases)
+            experimental = factory.parameters.experimental
+            values = party_parameters(
+                party, self._root, shared, plan.written_bases, experimental=experimental
+            )
         self._own.written = plan.written_bases
         frozen = values.frozen_state(module) if factory.parameters.check_frozen else {}
         self._trainable = TrainableSet(module, factory.parameters.include, factory.parameters.exclude)
@@ -399,7 +406,7 @@ class FederatedLoop:
         self.summary = summary.resumed(self._state.get("summary", {}))
         self._drop_frozen_gradients(self._loop)
         if party.topology.is_leader:
-            self._report_start(plan, trainable, started)
+            self._report_start(plan, values.tensors, size, started)
 
     def _make_aggregator(
         self, tensors: Mapping[str, Tensor], plan: Plan, frozen: Mapping[str, Tensor | str]
@@ -437,14 +444,14 @@ class FederatedLoop:
         folder = isolation.below(self._folder, self.topology.party) if several else self._folder
         return os.path.join(folder, name)
 
-    def _report_start(self, plan: Plan, trainable: Mapping[str, nn.Parameter], started: Started) -> None:
+    def _report_start(self, plan: Plan, shared: Mapping[str, Tensor], size: int, started: Started) -> None:
         module, factory, session = self._module, self._factory, self._joined
-        shared = {name: trainable[name] for name in sorted(plan.shared)}
         start = Start.of(
             self.topology,
             module,
             plan,
             shared,
+            parameters=size,
             parties=tuple(session.leading.roster),
             round=started.round,
             step=self._local.step,

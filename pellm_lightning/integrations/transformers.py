@@ -385,11 +385,14 @@ def _check(args: TrainingArguments, topology: Topology) -> None:
             f" {topology.party_size}: gradients would cross between parties. Make FederatedCallback before"
             " TrainingArguments, and give num_parties if a party has several processes."
         )
-    for name, value in (("deepspeed", args.deepspeed), ("fsdp", args.fsdp)):
-        if value:
+    # Accelerate sets the variables, too: where `accelerate launch` has chosen, the arguments say nothing.
+    for name, value in (("deepspeed", args.deepspeed or args.deepspeed_plugin), ("fsdp", args.fsdp)):
+        variable = f"ACCELERATE_USE_{name.upper()}"
+        if value or os.environ.get(variable, "").lower() in ("true", "1", "yes", "on"):
             raise FederationError(
-                f"TrainingArguments({name}=...) shards or shadows a party's parameters, so a round's result"
-                " could be lost by the next optimizer step. Train a party without it."
+                f"{f'TrainingArguments({name}=...)' if value else variable} shards or shadows a party's"
+                " parameters, so a round's result could be lost by the next optimizer step. Train a party"
+                " without it."
             )
     if args.auto_find_batch_size:
         raise FederationError(

@@ -97,6 +97,32 @@ class AggregatorFactory:
         """Whether a round does not give the result for all parameters at once."""
         return self.overlap.in_background or self.overlap.fragments > 1
 
+    def check_out_of_reach(self, rule: Aggregation | None, num_parties: int) -> None:
+        """Refuse what clears a local optimizer's moments, or drops gradients: DeepSpeed keeps both to itself.
+
+        Args:
+            rule: The rule of the rounds; None if it is not known yet.
+            num_parties: Parties of the federation.
+
+        Raises:
+            ValueError: If a setting or the rule does so.
+        """
+        clears, drops = "clears the moments of local optimizers", "drops the gradients of frozen factors"
+        reasons = {
+            f"inner_optimizer_state='reset' {clears}": self.inner_optimizer_state == "reset",
+            f"on_nonfinite='exclude' {clears}": self.on_nonfinite == "exclude",
+        }
+        if rule is not None:
+            reasons[f"aggregation={rule!r} {clears}"] = bool(rule.basis_changed(num_parties))
+            reasons[f"aggregation={rule!r} {drops}"] = bool(rule.frozen_parts(0) | rule.frozen_parts(1))
+        found = [reason for reason, applies in reasons.items() if applies]
+        if found:
+            raise ValueError(
+                f"{found[0]}, which DeepSpeed keeps to itself. Set inner_optimizer_state='keep' and"
+                " on_nonfinite='raise', with a rule that trains both factors and keeps their basis, such as"
+                " Mean()."
+            )
+
     def plan(
         self, module: nn.Module, parameters: Mapping[str, Tensor], auxiliary: AuxiliaryTerms | None
     ) -> Plan:
@@ -152,7 +178,9 @@ class AggregatorFactory:
             auxiliary=auxiliary,
             outer_optimizer=self.outer_optimizer,
             outer_scheduler=self.outer_scheduler,
-            frozen=(frozen or frozen_state(module)) if self.parameters.check_frozen else None,
+            frozen=(frozen_state(module) if frozen is None else frozen)
+            if self.parameters.check_frozen
+            else None,
             adapters=adapter_configs(module),
             config={
                 **{name: getattr(self, name) for name in ARGUMENTS},

@@ -29,8 +29,8 @@ class Parameters:
             quantisation state over the parties before training, by digests computed once per fit.
         save_frozen: Whether checkpoints hold the frozen parameters too. Without them a checkpoint is as small
             as the adapter, and is resumed on, or loaded onto, a freshly built base.
-        experimental: Allow parties that train by FSDPStrategy or DeepSpeedStrategy, which have not been run
-            in a federation yet; see the page on sharded parties.
+        experimental: Allow parties in shards by FSDP1 or DeepSpeed, which have not been run in a federation
+            on accelerators yet, or with an older torch than was tried; see the page on sharded parties.
 
     Raises:
         ValueError: If a list of patterns is none.

@@ -92,6 +92,9 @@ class RoundLoop:
         on_round: Called with the report of each round, and whether the progress bar should show it.
         stopped_path: Path of a checkpoint if the party has to stop below a quorum.
         on_due: Called when a round is due after a batch, before this party takes part.
+
+    Raises:
+        ValueError: If the rounds would need what the party's optimizer keeps to itself.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class RoundLoop:
         stopped_path: str,
         on_due: Callable[[], None] = lambda: None,
     ) -> None:
+        if not values.reaches_optimizer:
+            factory.check_out_of_reach(plan.rule, party.topology.num_parties)
         self._local = local
         self._party = party
         self._plan = plan

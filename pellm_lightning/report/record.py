@@ -143,7 +143,6 @@ class Start:
             processes=topology.party_size,
             module=type(module).__qualname__,
             leaving=sum(p.numel() for p in shared.values()),
-            parameters=sum(p.numel() for p in module.parameters()),
             lora_modules=len(plan.pairs),
             **facts,
         )

@@ -33,7 +33,7 @@ class Reporter:
     Example::
 
         reporter = Reporter(trainer, topology, summary, rounds=[], record=RunRecord("rounds.jsonl"))
-        reporter.start(module, plan, parameters, Plain(), None, round=0, written={})
+        reporter.start(module, plan, parameters, Plain(), None, size=6, round=0, written={})
         reporter.round(module, report, on_bar=True)
         reporter.end()
 
@@ -79,6 +79,7 @@ class Reporter:
         exchange: Exchange,
         privacy: GaussianMechanism | None,
         *,
+        size: int,
         round: int,
         written: Mapping[str, Sequence[str]],
         shares: Mapping[str, float] | None = None,
@@ -91,6 +92,7 @@ class Reporter:
             parameters: Those that take part in the rounds.
             exchange: How they are sent.
             privacy: The mechanism that makes them private.
+            size: Scalars of all the module's parameters, whole.
             round: Index of the next round.
             written: Where parties write, as "host:path", by name.
             shares: The parties' shares of the weights as expected, by name; empty or None if unknown.
@@ -101,6 +103,7 @@ class Reporter:
             module,
             plan,
             parameters,
+            parameters=size,
             parties=tuple(self.summary.parties),
             round=round,
             step=trainer.global_step,

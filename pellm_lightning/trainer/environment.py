@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero
 from typing_extensions import override
 
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
-from pellm_lightning.comm.topology import Topology, launch_environ
+from pellm_lightning.comm.topology import Topology, keep_launch, launch_environ
 from pellm_lightning.comm.torchrun.store import launched, store_from_env
 from pellm_lightning.trainer.isolation import callbacks_of
 
@@ -51,7 +51,9 @@ class PartyEnvironment(ClusterEnvironment):
             raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
         self.num_parties = num_parties
         self.timeout_s = timeout_s
-        self._is_built = False  # the Trainer that this belongs to
+        self._is_built = False  # whether set_world_size has been called: the next call is a run's
+        if launched():
+            keep_launch()  # before a strategy writes
 
     @property
     def topology(self) -> Topology:
@@ -90,11 +92,11 @@ class PartyEnvironment(ClusterEnvironment):
         those that shard do not call ``validate_settings``. The Trainer calls it first as it is built, when
         the party's other processes need not be there yet.
         """
-        is_built, self._is_built = self._is_built, True
-        if launched():
+        if self._is_built:
+            self.validate_settings(size, 1)
+        elif launched():
             check_party_size(self.topology, size, 1)
-            if is_built:
-                self.validate_settings(size, 1)
+        self._is_built = True
 
     @override
     def global_rank(self) -> int:

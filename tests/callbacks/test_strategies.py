@@ -17,13 +17,13 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pellm_lightning import Parameters
-from pellm_lightning.aggregation import LowRankMean
-from pellm_lightning.callbacks import strategies
+from pellm_lightning.aggregation import Alternating, LowRankMean
 from pellm_lightning.callbacks.dp_sgd import DPSGD
 from pellm_lightning.callbacks.drift import FedProx
 from pellm_lightning.callbacks.strategies import check_strategy, is_sharding
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.loop.aggregator_factory import AggregatorFactory
+from pellm_lightning.trainer.party_parameters import choice
 
 ALONE, PAIR = Topology(0, 2, 0, 1), Topology(1, 2, 0, 2)
 
@@ -63,11 +63,11 @@ def of_two(kind: type[Strategy]) -> Any:
 @pytest.fixture(autouse=True)
 def any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words are the same with every torch."""
-    monkeypatch.setattr(strategies, "OLDEST_TORCH", "2.0")
+    monkeypatch.setattr(choice, "OLDEST_TORCH", "2.0")
 
 
 def test_parties_in_shards_need_a_torch_that_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategies, "OLDEST_TORCH", "99.0")
+    monkeypatch.setattr(choice, "OLDEST_TORCH", "99.0")
     with pytest.raises(MisconfigurationException, match=r"tried with torch 99\.0 and newer, and this is"):
         check(Sharded(1, 2), PAIR)
     check(Sharded(1, 2), PAIR, experimental=True)
@@ -78,7 +78,8 @@ def test_parties_in_shards_need_a_torch_that_was_tried(monkeypatch: pytest.Monke
 def test_what_has_not_been_run_needs_consent(kind: type[Strategy]) -> None:
     with pytest.raises(MisconfigurationException) as caught:
         check(of_two(kind), PAIR)
-    assert f"Trainer(strategy={kind.__name__}) has not been run in a federation yet" in str(caught.value)
+    assert f"Trainer(strategy={kind.__name__}): Parties in shards by " in str(caught.value)
+    assert "have not been run in a federation on accelerators yet" in str(caught.value)
     assert "parameters=Parameters(experimental=True)" in str(caught.value)
     check(of_two(kind), PAIR, settings={"on_nonfinite": "raise"}, experimental=True)
 
@@ -89,9 +90,10 @@ def test_what_has_not_been_run_needs_consent(kind: type[Strategy]) -> None:
         {},
         {"on_nonfinite": "raise", "inner_optimizer_state": "reset"},
         {"on_nonfinite": "raise", "aggregation": LowRankMean(factorization="balanced")},
+        {"on_nonfinite": "raise", "aggregation": Alternating()},
     ],
 )
-def test_what_clears_moments_is_refused_with_deepspeed(settings: dict[str, Any]) -> None:
+def test_what_clears_moments_or_drops_gradients_is_refused_with_deepspeed(settings: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException, match="which DeepSpeed keeps to itself"):
         check(of_two(DeepSpeedStrategy), PAIR, settings=settings, experimental=True)
     check(of_two(FSDPStrategy), PAIR, settings=settings, experimental=True)

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellm_lightning.comm import topology
 from pellm_lightning.comm.topology import Topology, hide_launch
 
 
@@ -33,12 +32,9 @@ def environment(rank: int, world_size: int, per_host: int | None = None) -> dict
         (2, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}),
     ],
 )
-def test_what_is_hidden_from_others_is_read_on_here(
-    monkeypatch: pytest.MonkeyPatch, num_parties: int, seen: dict[str, str]
-) -> None:
+def test_what_is_hidden_from_others_is_read_on_here(num_parties: int, seen: dict[str, str]) -> None:
     launched = environment(3, 4)
-    with monkeypatch.context() as patch:
-        patch.setattr(topology, "_hidden", {})
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in launched.items():
             patch.setenv(name, value)
         own = Topology.from_env(num_parties)

@@ -18,6 +18,7 @@ from sharded_module import ShardedModule
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pellm_lightning import FederatedAveraging, Federation, PartyEnvironment
+from pellm_lightning.comm import topology
 
 OUT = Path(sys.argv[1])
 RANK = int(os.environ["RANK"])
@@ -46,6 +47,7 @@ class Parties:
     def entered(self) -> Iterator["Parties"]:
         """Let this process look like one of a launch of its party alone, with a group of its own."""
         before = dict(os.environ)
+        topology._hidden.clear()
         os.environ |= {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
@@ -59,6 +61,7 @@ class Parties:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            topology._hidden.clear()
             os.environ.clear()
             os.environ.update(before)
 

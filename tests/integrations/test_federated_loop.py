@@ -388,6 +388,19 @@ def test_a_module_without_parameters_is_refused() -> None:
     assert isinstance(error, ValueError)
 
 
+def test_a_module_whose_shards_are_elsewhere_is_refused() -> None:
+    """As the one inside of a DeepSpeed engine, whose optimizer overwrites what a round has written."""
+
+    def act(federation: Any) -> None:
+        module = torch.nn.Linear(2, 1)
+        module.weight._hp_mapping = None
+        FederatedLoop(module, session=session_of(federation), every_n_steps=1, record=False).start()
+
+    for error in run_parties(N, act, may_fail=True):
+        assert isinstance(error, ValueError | FederationError)
+        assert "shards of the parameter 'weight' outside of this Linear" in str(error)
+
+
 @pytest.mark.torchrun
 def test_fabric_trains_parties_of_two_processes(tmp_path: Path) -> None:
     done = torchrun(4, [str(SCRIPTS / "fabric_parties.py"), str(tmp_path)], tmp_path)

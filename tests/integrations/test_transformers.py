@@ -189,6 +189,7 @@ def test_after_the_arguments_it_is_too_late(model: Path, tmp_path: Path) -> None
         ("n_gpu", 2, "over 2 GPUs by DataParallel"),
         ("auto_find_batch_size", True, "would begin this party's training anew"),
         ("deepspeed", {"zero_optimization": {}}, r"deepspeed=\.\.\.\) shards or shadows"),
+        ("deepspeed_plugin", object(), r"deepspeed=\.\.\.\) shards or shadows"),
         ("fsdp", "full_shard", r"fsdp=\.\.\.\) shards or shadows"),
     ],
 )
@@ -205,6 +206,15 @@ def test_what_spreads_or_shards_a_party_is_refused(
 
     with pytest.raises(FederationError, match=words):
         raise refusal_of(args)
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_shards_that_accelerates_launcher_has_chosen_are_refused(tmp_path: Path, name: str) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, "true")
+        error = refusal_of(args)
+    assert f"{name} shards or shadows a party's parameters" in str(error)
 
 
 def refusal_of(args: TrainingArguments) -> FederationError:

@@ -351,6 +351,7 @@ def launched(mark: str | None) -> Iterator[None]:
     """Make this process look like "<rank> of <number>" that torchrun has started."""
     with pytest.MonkeyPatch.context() as patch:
         if mark is not None:
+            patch.setattr("pellm_lightning.comm.topology._hidden", {})
             rank, size = mark.split(" of ")
             values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
             for name, value in (values | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():

@@ -1,6 +1,7 @@
 """What four processes do without Lightning for system/test_sharded.py: loops of one's own, FSDP1, ZeRO."""
 
 import itertools
+import json
 from typing import Any
 
 import torch
@@ -14,33 +15,29 @@ from pellm_lightning.comm.session import PartySession
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.engine.compatibility import base_digests
 from pellm_lightning.integrations.federated_loop import FederatedLoop, save_trained
+from pellm_lightning.loop.parameters import Parameters
 from pellm_lightning.tensors.frozen_state import frozen_state
 from pellm_lightning.tensors.selection import plain_name
-from pellm_lightning.tensors.sharding import reshard, whole
+from pellm_lightning.tensors.sharding import whole
 from pellm_lightning.trainer.party_parameters.choice import gathered, party_parameters
 
 
 def loop() -> Any:
-    """Training loops of one's own in two parties of two, by FSDP2 and by DDP."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
+    """Training loops of one's own in two parties of two, by FSDP2, by FSDP1 and by DDP."""
     answers = {}
     with Parties((2, 2)).entered() as parties:
         PartyEnvironment(num_parties=1).validate_settings(2, 1)
-        for kind in ("fsdp", "ddp"):
+        for kind in ("fsdp", "fsdp1", "ddp"):
             net: Any = layers()
-            if kind == "fsdp":
-                for part in (net[0], net[2], net):
-                    fully_shard(part)
-            trained = net if kind == "fsdp" else DistributedDataParallel(net)
+            trained = wrapped(net, kind)
             optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
             topology = Topology(parties.party, parties.count, parties.rank, parties.size)
             callback: Any = parties.federated(f"loop {kind}")
             session = PartySession(topology, callback.connect)
             folder = OUT / "loop" / kind
-            arguments = DILOCO | {"every_n_steps": 2, "record": False, "folder": folder}
-            with FederatedLoop(net, optimizer, session=session, **arguments) as federated:
+            arguments = DILOCO | {"every_n_steps": 2, "folder": folder}
+            arguments["parameters"] = Parameters(experimental=kind == "fsdp1")
+            with FederatedLoop(trained, optimizer, session=session, **arguments) as federated:
                 for step in range(5):
                     x, y = batch_of(step + 10 * parties.party, parties.rank, 2)
                     loss = torch.nn.functional.cross_entropy(trained(x), y)
@@ -51,14 +48,33 @@ def loop() -> Any:
                     with torch.no_grad():  # which leaves FSDP2's root gathered
                         trained(x)
             path = str(folder / f"{parties.party}.pt")
-            reshard(net)
-            save_trained(net, path, step=5, epoch=0, leads=parties.rank == 0)
+            save_trained(trained, path, step=5, epoch=0, leads=parties.rank == 0)
             dist.barrier()
             saved = torch.load(path)["parameters"]
-            assert all(torch.equal(saved[name], whole(p)) for name, p in net.named_parameters())
-            vector = torch.cat([whole(p).flatten() for p in net.parameters()])
+            assert {name: x.shape for name, x in saved.items()} == {
+                name: p.shape for name, p in layers().named_parameters()
+            }
+            with gathered(trained):
+                vector = torch.cat([whole(p).flatten() for p in net.parameters()])
+            assert torch.equal(vector, torch.cat([x.flatten() for x in saved.values()]))
+            start, *_ = (folder / f"party-{parties.party}" / "rounds.jsonl").read_text().splitlines()
+            assert json.loads(start)["parameters"] == json.loads(start)["leaving"] == vector.numel()
             answers[kind] = {"vector": vector, "weights": [done.weight for done in federated.rounds]}
     return answers
+
+
+def wrapped(net: Any, kind: str) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    if kind == "ddp":
+        return DistributedDataParallel(net)
+    if kind == "fsdp":
+        for part in (net[0], net[2], net):
+            fully_shard(part)
+        return net
+    net[0] = FullyShardedDataParallel(net[0], device_id=torch.device("cpu"), use_orig_params=True)
+    return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
 
 
 def layers() -> torch.nn.Sequential:
@@ -119,7 +135,7 @@ def fsdp1() -> Any:
         party = Party(Topology(0, 1, parties.rank, 3))
         with gathered(root):
             named = {plain_name(name): p for name, p in net.named_parameters() if p.requires_grad}
-            values = party_parameters(party, root, named)
+            values = party_parameters(party, root, named, experimental=True)
         optimizers = [torch.optim.AdamW(m.parameters(), lr=0.05) for m in (root, reference)]
         digests = base_digests(values.frozen_state(net)), base_digests(frozen_state(reference))
         answer: dict[str, Any] = {"kind": type(values).__name__, "digests": digests}
@@ -156,7 +172,8 @@ def zero() -> Any:
             made = torch.optim.AdamW(module.parameters(), lr=0.05)
             engine = deepspeed.initialize(model=module, optimizer=made, config=config)[0]
             with gathered(engine):
-                values = party_parameters(party, engine, dict(module.named_parameters()))
+                parameters = dict(module.named_parameters())
+                values = party_parameters(party, engine, parameters, experimental=True)
             answer: dict[str, Any] = {"kind": type(values).__name__}
             for step in range(3):
                 if step == 2:
@@ -175,5 +192,25 @@ def zero() -> Any:
                 engine.backward(loss)
                 engine.step()
             answer["stepped"] = seen(values)
+            answer["federated"] = federated(engine, parties, f"zero {stage} {half}", half)
             answers[f"{stage} {'bf16' if half else 'fp32'}"] = answer
     return answers
+
+
+def federated(engine: Any, parties: Parties, name: str, half: bool) -> dict[str, torch.Tensor]:
+    """Two more steps, with a round after each; return what would be kept below a quorum."""
+    topology = Topology(parties.party, parties.count, parties.rank, parties.size)
+    session = PartySession(topology, parties.federated(name).connect)  # type: ignore[attr-defined]
+    settings = {"every_n_steps": 1, "record": False, "on_nonfinite": "raise"}
+    consent = Parameters(experimental=True)
+    with FederatedLoop(engine, session=session, parameters=consent, **settings) as rounds:
+        for step in range(2):
+            x, y = batch_of(step + 10 * parties.party, parties.rank, 2)
+            loss = torch.nn.functional.cross_entropy(engine(x.bfloat16() if half else x).float(), y)
+            engine.backward(loss)
+            engine.step()
+            rounds.after_step(len(x), loss)
+    path = str(OUT / f"{name} {parties.party}.pt")
+    save_trained(engine, path, step=2, epoch=0, leads=parties.rank == 0)
+    dist.barrier()
+    return torch.load(path)["parameters"]

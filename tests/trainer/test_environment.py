@@ -1,6 +1,7 @@
 """The party as Lightning's whole world."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from party_threads import Classifier, data, quiet_trainer
 
 from pellm_lightning import FederatedAveraging, PartyEnvironment
 from pellm_lightning.comm.topology import Topology
+from pellm_lightning.comm.torchrun import store
 from pellm_lightning.trainer import environment
 
 
@@ -71,6 +73,50 @@ def test_ranks_are_the_launchers_to_set(launched: Any) -> None:
         party.set_world_size(9)
     assert not dist.is_initialized()
     assert (party.world_size(), party.global_rank()) == (2, 1)
+
+
+def test_the_partys_group_is_formed_as_a_run_begins_and_once(
+    launched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(3, 4)
+    party, formed = PartyEnvironment(2), list[Topology]()
+    monkeypatch.setattr(party, "_init_process_group", formed.append)
+    with pytest.raises(ValueError, match=r"devices=9 x num_nodes=1"):
+        party.set_world_size(9)  # of a Trainer that is refused, which no run follows
+    party.set_world_size(2)
+    assert not formed, "a Trainer is built, and the party's other processes need not be there yet"
+    party.set_world_size(2)
+    assert formed == [Topology(1, 2, 1, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: True)
+        party.set_world_size(2)
+        party.validate_settings(2, 1)
+    assert len(formed) == 1
+
+
+def test_shards_without_a_launcher_are_refused_as_a_run_begins() -> None:
+    party = PartyEnvironment()
+    party.set_world_size(2)
+    with pytest.raises(ValueError, match=r"A party has 1 process\(es\) .* devices=2 x num_nodes=1"):
+        party.set_world_size(2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "num_parties", "expected"),
+    [(3, 4, 2, Topology(1, 2, 1, 2)), (1, 2, None, Topology(1, 2))],
+)
+def test_what_deepspeed_writes_into_the_environment_is_not_the_launch(
+    launched: Any, rank: int, size: int, num_parties: int | None, expected: Topology
+) -> None:
+    launched(rank, size)
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    party = strategy.cluster_environment = PartyEnvironment(num_parties)
+    strategy._num_nodes, strategy.parallel_devices = 1, [torch.device("cpu")] * expected.party_size
+    strategy._set_node_environment_variables()
+    assert os.environ["RANK"] == str(expected.rank_in_party)
+    assert party.topology == Topology.from_env(num_parties) == expected
+    assert party.local_rank() == expected.rank_in_party
+    assert store.launched()
 
 
 def test_lightning_does_not_pick_it_by_itself(launched: Any) -> None:

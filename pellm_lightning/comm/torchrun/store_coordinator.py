@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from pellm_lightning.comm.errors import PartyLostError
 from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
+from pellm_lightning.comm.topology import launch_environ
 from pellm_lightning.comm.torchrun.processes import how_ended, this_process
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class StoreCoordinator:
     def _reminds(self, missing: Collection[int]) -> bool:
         """Whether this party logs for whom it and others wait, since they may share a terminal."""
         first = next(party for party in range(self.num_parties) if party not in missing)
-        return self.party == first or os.environ.get("LOCAL_RANK") == "0"
+        return self.party == first or launch_environ().get("LOCAL_RANK") == "0"
 
     def _wait_to_leave(self, key: str) -> None:
         for _ in polls(_LEAVE_S):

@@ -21,6 +21,9 @@ class PartyParameters(ABC):
     the party call ``read_`` before it and ``write_`` after it, each as often as the others.
     """
 
+    reaches_optimizer = True
+    """Whether a party reaches its optimizer's moments, and gradients before they are applied."""
+
     @property
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:

@@ -28,6 +28,8 @@ class ZeroParameters(GatheredParameters):
         ValueError: If DeepSpeed keeps no master of one.
     """
 
+    reaches_optimizer = False
+
     def __init__(self, party: Party, engine: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(party, parameters, dtype=torch.float32)
         self._engine = engine

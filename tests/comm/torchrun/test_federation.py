@@ -16,6 +16,7 @@ from party_threads import in_threads, run_parties
 
 from pellm_lightning import Federation, FederationError
 from pellm_lightning.comm import MismatchError, PartyLostError, polling
+from pellm_lightning.comm.topology import Topology, hide_launch
 from pellm_lightning.comm.torchrun import federation, store_coordinator
 
 SOON_S = 8.0
@@ -696,6 +697,28 @@ def test_who_waits_in_a_collective_says_what_the_others_do(
     assert len(caplog.messages) == 1
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("party_size", [1, 2])
+def test_of_each_host_one_says_for_whom_it_waits_whatever_the_launch_looks_like_now(party_size: int) -> None:
+    """Four processes on the second of two hosts, whose launch transformers must not see."""
+    found = []
+    for local_rank in range(0, 4, party_size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pellm_lightning.comm.topology._hidden", {})
+            launch = {
+                "RANK": 4 + local_rank,
+                "WORLD_SIZE": 8,
+                "LOCAL_RANK": local_rank,
+                "LOCAL_WORLD_SIZE": 4,
+            }
+            for name, value in launch.items():
+                patch.setenv(name, str(value))
+            topology = Topology.from_env(8 // party_size)
+            hide_launch(topology)
+            parties = (topology.party, topology.num_parties)
+            found.append(store_coordinator.StoreCoordinator(dist.HashStore(), *parties, 1)._reminds({1}))
+    assert found == [True] + [False] * (4 // party_size - 1)
 
 
 def test_a_party_is_not_late_for_itself() -> None:
