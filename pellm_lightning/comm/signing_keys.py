@@ -118,6 +118,11 @@ class TrustedKeys:
         lines = "\n".join(f"{name} {self._texts[name]}" for name in sorted(self._texts))
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
+    @property
+    def names(self) -> list[str]:
+        """The parties, sorted."""
+        return sorted(self._texts)
+
     def get(self, name: str) -> str | None:
         """Return a party's public key as text, None if unknown."""
         return self._texts.get(name)

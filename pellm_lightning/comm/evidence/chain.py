@@ -125,6 +125,9 @@ class Chain:
 def verify(chain: Chain, trust: Trust | None = None, first: int = 0) -> None:
     """Verify a chain: every link, every signature, and a quorum of them for each round.
 
+    A round by other terms than those before needs a quorum by both: else one party alone could write terms
+    by which its own signature is enough.
+
     Args:
         chain: The chain.
         trust: Whose keys are trusted; None takes each party's key from the chain itself.
@@ -142,18 +145,49 @@ def verify(chain: Chain, trust: Trust | None = None, first: int = 0) -> None:
             raise EvidenceError(
                 f"round {certificate.statement.round}: the terms that it refers to are missing"
             )
-        verify_certificate(certificate, terms, chain.identities, trust, accepted)
+        _verify_certificate(certificate, terms, chain.identities, trust, accepted)
+        lacks = lacking(certificate, chain, before)
+        if lacks:
+            raise EvidenceError(f"round {certificate.statement.round}: {lacks}")
         before = certificate.statement
 
 
-def verify_certificate(
+def lacking(certificate: RoundCertificate, chain: Chain, before: RoundStatement | None) -> str | None:
+    """Return which signatures a certificate lacks for a quorum, None if none.
+
+    Args:
+        certificate: The certificate; its signatures are good.
+        chain: Has the terms that it and the statement before refer to.
+        before: That statement; None if there is none.
+    """
+    statement, signed = certificate.statement, certificate.signatures.keys()
+    terms = chain.terms.get(statement.terms)
+    if terms is None:
+        return "the terms that it refers to are missing"
+    if len(signed) < terms.quorum:
+        missing = ", ".join(name for name in statement.members if name not in signed)
+        return f"{len(signed)} signatures, but a quorum is {terms.quorum}; missing: {missing}"
+    if before is None or before.terms == statement.terms:
+        return None
+    former = chain.terms.get(before.terms)
+    agreed = [name for name in signed if former is not None and name in former.roster]
+    if former is not None and len(agreed) >= former.quorum:
+        return None
+    needed = "a quorum" if former is None else f"the {former.quorum} signatures"
+    return (
+        f"it has other terms than round {before.round}, without {needed} that were needed then, but only"
+        f" those of: {', '.join(agreed)}"
+    )
+
+
+def _verify_certificate(
     certificate: RoundCertificate,
     terms: FederationTerms,
     identities: Mapping[str, Identity],
     trust: Trust | None,
     accepted: set[str],
 ) -> None:
-    """Verify one certificate: what it states is possible, and a quorum of its members has signed it.
+    """Verify one certificate but for a quorum: what it states is possible, and its members have signed it.
 
     Args:
         certificate: The certificate.
@@ -183,12 +217,6 @@ def verify_certificate(
                 f"{where}: the signature of {name!r} does not fit: what was signed has been changed, or the"
                 " signature is another key's"
             )
-    if len(certificate.signatures) < terms.quorum:
-        missing = [name for name in statement.members if name not in certificate.signatures]
-        raise EvidenceError(
-            f"{where}: {len(certificate.signatures)} signatures, but a quorum is {terms.quorum};"
-            f" missing: {', '.join(missing)}"
-        )
 
 
 def refused(identity: Identity, trust: Trust | None) -> str | None:
