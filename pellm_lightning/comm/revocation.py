@@ -16,6 +16,17 @@ except ImportError as error:
         "Revocation lists need the package cryptography: pip install 'pellm-lightning[keys]'."
     ) from error
 
+MALFORMED = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What a list or certificate raises that a peer has made up; some derive from Exception alone."""
+
 
 @dataclass(frozen=True)
 class RevocationList:
@@ -44,12 +55,15 @@ class RevocationList:
         """
         try:
             found = x509.load_pem_x509_crl(pem)
+            is_signed = any(_signed_by(found, ca) for ca in x509.load_pem_x509_certificates(authorities))
+        except MALFORMED as error:
+            raise ValueError(f"it cannot be read: {error}") from error
+        if not is_signed:  # what else is in it may be anything
+            raise ValueError("the federation's authority has not signed it")
+        try:
             number = found.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-            known = x509.load_pem_x509_certificates(authorities)
-            if not any(_signed_by(found, ca) for ca in known):
-                raise ValueError("the federation's authority has not signed it")
             serials = frozenset(entry.serial_number for entry in found)
-        except (TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound, x509.InvalidVersion) as error:
+        except MALFORMED as error:
             raise ValueError(f"it cannot be read: {error}") from error
         return cls(found.public_bytes(serialization.Encoding.PEM), number, serials)
 
@@ -134,5 +148,5 @@ def _signed_by(found: x509.CertificateRevocationList, authority: x509.Certificat
     key: Any = authority.public_key()
     try:
         return found.issuer == authority.subject and found.is_signature_valid(key)
-    except (TypeError, ValueError):  # a key that signs no certificates
+    except MALFORMED:  # or a key that signs no certificates
         return False

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from certificates import files
+from certificates import files, unreadable_lists
 
 from pellm_lightning.comm.keys import make_ca, make_certificate, revoke, sign_request
 from pellm_lightning.comm.revocation import RevocationFile, RevocationList
@@ -98,6 +98,17 @@ def test_a_list_of_another_authority_does_not_count(office: Path, tmp_path: Path
     assert "has not signed it" in own.revocations.problem
     with pytest.raises(ValueError, match=r"ca\.crl cannot be used: .*that `pellm keys revoke`"):
         files(office, "a")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_list_that_cannot_be_read_does_not_count(office: Path, tmp_path: Path, which: int) -> None:
+    """Whoever signed it; a stranger's is not even looked into."""
+    make_ca(tmp_path / "stranger")
+    authorities = (office / "ca.pem").read_bytes()
+    with pytest.raises(ValueError, match="the federation's authority has not signed it"):
+        RevocationList.parse(unreadable_lists(tmp_path / "stranger")[which], authorities)
+    with pytest.raises(ValueError, match="it cannot be read"):
+        RevocationList.parse(unreadable_lists(office)[which], authorities)
 
 
 @pytest.mark.parametrize(

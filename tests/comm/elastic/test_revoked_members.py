@@ -3,12 +3,13 @@
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from certificates import files
+from certificates import files, unreadable_lists
 from job_threads import World
 from party_threads import in_threads
 
@@ -90,6 +91,28 @@ def test_a_member_that_is_revoked_is_left_out_within_a_round(
     assert "continues without party p3: " in caplog.text  # it may have left before, by the same list
     assert all(office.list_of(name).exists() for name in ("p0", "p1", "p2"))
     w.judged()
+
+
+def test_a_made_up_list_harms_nobody(
+    world: Callable[..., World], office: Office, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A party shows lists that it has made itself, or that nobody can read."""
+    make_ca(tmp_path / "stranger")
+    lists = [*unreadable_lists(tmp_path / "stranger"), *unreadable_lists(office.path), b"no list"]
+    w = world(rounds=999)
+    lives = w.start(pace_s=0.02)
+    w.until(lambda: w.counts("p3"))
+    assert lives[3].federation is not None
+    tracker = lives[3].federation._revoked
+    made_up = type("MadeUp", (type(tracker),), {"pem": property(lambda self: next(shown))})
+    shown = cycle(made.decode() for made in lists)
+    tracker.__class__ = made_up
+    began = w.reached
+    w.until(lambda: w.reached > began + 6)
+    w.finish()
+    assert "received a revocation list that does not count: the federation's authority has not" in caplog.text
+    assert "received a revocation list that does not count: it cannot be read" in caplog.text
+    assert not any(office.list_of(name).exists() for name in ROSTER)
 
 
 def test_with_a_new_certificate_the_party_comes_back(world: Callable[..., World], office: Office) -> None:
