@@ -5,7 +5,7 @@ refers to comes before it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +23,7 @@ FILE_NAME = "evidence.jsonl"
 
 # Longer than any certificate of 128 parties, or terms of 100,000 parameters.
 _MAX_LINE = 32 << 20
+_ORDER = "the lines are not in the one order and form that evidence has"
 
 
 class Trust(Protocol):
@@ -59,14 +60,22 @@ class Chain:
         Raises:
             EvidenceError: If a line is malformed; the message has its number.
         """
-        chain = cls()
-        for number, line in enumerate(text.splitlines(), 1):
+        chain, written, waiting = cls(), set[str](), list[str]()
+        *lines, rest = text.split("\n")
+        for number, line in enumerate(lines, 1):
             try:
-                chain._add(line)
+                added = chain._add(line)
+                if isinstance(added, str):
+                    waiting.append(added)
+                elif waiting != [*chain._needed(added, written)]:
+                    raise EvidenceError(_ORDER)
+                else:
+                    written.update(waiting)
+                    waiting.clear()
             except EvidenceError as error:
                 raise EvidenceError(f"line {number} is no evidence: {error}") from error
-        if text and text != chain.text:
-            raise EvidenceError("the lines are not in the one order and form that evidence has")
+        if waiting or rest:
+            raise EvidenceError(_ORDER)
         return chain
 
     @property
@@ -83,43 +92,57 @@ class Chain:
         """
         lines: list[str] = []
         for certificate in certificates:
-            needed: dict[str, str] = {}
-            if certificate.statement.terms in self.terms:
-                terms = self.terms[certificate.statement.terms]
-                needed[terms.hash] = canonical({"terms": json.loads(terms.text)})
-            for _, signature in sorted(certificate.signatures.items()):
-                if signature.identity in self.identities:
-                    identity = self.identities[signature.identity]
-                    needed[identity.hash] = canonical({"identity": json.loads(identity.text)})
-            lines += [line for key, line in needed.items() if key not in written]
+            needed = self._needed(certificate, written)
+            lines += [
+                canonical({"terms" if isinstance(of, FederationTerms) else "identity": vars(of)})
+                for of in needed.values()
+            ]
             written.update(needed)
             lines.append(certificate.line)
         return lines
 
-    def add_terms(self, terms: FederationTerms) -> None:
-        """Add terms that certificates refer to."""
+    def _needed(
+        self, certificate: RoundCertificate, written: Collection[str]
+    ) -> dict[str, FederationTerms | Identity]:
+        """Return by hash what a certificate refers to, in order, but for what was written before."""
+        signatures = [signature.identity for _, signature in sorted(certificate.signatures.items())]
+        needed: dict[str, FederationTerms | Identity] = {}
+        for key in (certificate.statement.terms, *signatures):
+            of = self.terms.get(key) or self.identities.get(key)
+            if of is not None and key not in written:
+                needed[key] = of
+        return needed
+
+    def add_terms(self, terms: FederationTerms) -> str:
+        """Add terms that certificates refer to; return their hash."""
         self.terms[terms.hash] = terms
+        return terms.hash
 
-    def add_identity(self, identity: Identity) -> None:
-        """Add an identity that signatures refer to."""
+    def add_identity(self, identity: Identity) -> str:
+        """Add an identity that signatures refer to; return its hash."""
         self.identities[identity.hash] = identity
+        return identity.hash
 
-    def _add(self, line: str) -> None:
+    def _add(self, line: str) -> RoundCertificate | str:
+        """Add what is in a line; return the certificate, or the hash of what one refers to."""
         if len(line) > _MAX_LINE:
             raise EvidenceError(f"it has {len(line)} characters")
         try:
             value = json.loads(line)
+            form = canonical(value)
         except (ValueError, RecursionError) as error:
             raise EvidenceError(f"it is no JSON ({error})") from error
+        if form != line:
+            raise EvidenceError(_ORDER)
         kinds = value.keys() if isinstance(value, dict) else ()
         if kinds == {"terms"}:
-            self.add_terms(FederationTerms.from_json(value["terms"]))
-        elif kinds == {"identity"}:
-            self.add_identity(Identity.from_json(value["identity"]))
-        elif kinds == {"round", "signatures"}:
-            self.certificates.append(RoundCertificate.from_json(value))
-        else:
+            return self.add_terms(FederationTerms.from_json(value["terms"]))
+        if kinds == {"identity"}:
+            return self.add_identity(Identity.from_json(value["identity"]))
+        if kinds != {"round", "signatures"}:
             raise EvidenceError("it holds no terms, no identity and no round")
+        self.certificates.append(RoundCertificate.from_json(value))
+        return self.certificates[-1]
 
 
 def verify(chain: Chain, trust: Trust | None = None, first: int = 0) -> None:

@@ -115,7 +115,12 @@ def test_lines_in_another_order_are_refused(order: list[int]) -> None:
         judged("".join(f"{lines[place]}\n" for place in order))
 
 
-@pytest.mark.parametrize("text", ["[]\n", "{}\n", '{"round":{},"signatures":{}}\n', "\n", "[" * 9999 + "\n"])
+TERMS = TEXT.splitlines()[0]
+NO_EVIDENCE = ["[]", "{}", '{"round":{},"signatures":{}}', "", "[" * 9999, TERMS.replace(":", ": "), TERMS + "\r",
+               *(TERMS.replace("true", number) for number in ("NaN", "-Infinity", "1e999", "1E5"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [f"{line}\n" for line in NO_EVIDENCE])
 def test_what_is_no_evidence_is_refused(text: str) -> None:
     with pytest.raises(EvidenceError, match="line 1 is no evidence"):
         Chain.parse(text)
