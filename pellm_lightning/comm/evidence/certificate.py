@@ -222,6 +222,12 @@ class RoundCertificate:
     signatures: dict[str, Signature] = field(default_factory=dict)
 
     @property
+    def references(self) -> list[str]:
+        """Hashes of the terms and identities to which it refers, in the file's order."""
+        signers = [signature.identity for _, signature in sorted(self.signatures.items())]
+        return [self.statement.terms, *signers]
+
+    @property
     def line(self) -> str:
         """The certificate as a line of the file."""
         signed = {name: vars(signature) for name, signature in self.signatures.items()}

@@ -70,7 +70,7 @@ class Chain:
                 elif waiting != [*chain._needed(added, written)]:
                     raise EvidenceError(_ORDER)
                 else:
-                    written.update(waiting)
+                    written.update(added.references)  # nor may one that is missing come later
                     waiting.clear()
             except EvidenceError as error:
                 raise EvidenceError(f"line {number} is no evidence: {error}") from error
@@ -105,9 +105,8 @@ class Chain:
         self, certificate: RoundCertificate, written: Collection[str]
     ) -> dict[str, FederationTerms | Identity]:
         """Return by hash what a certificate refers to, in order, but for what was written before."""
-        signatures = [signature.identity for _, signature in sorted(certificate.signatures.items())]
         needed: dict[str, FederationTerms | Identity] = {}
-        for key in (certificate.statement.terms, *signatures):
+        for key in certificate.references:
             of = self.terms.get(key) or self.identities.get(key)
             if of is not None and key not in written:
                 needed[key] = of

@@ -116,8 +116,9 @@ def test_lines_in_another_order_are_refused(order: list[int]) -> None:
 
 
 TERMS = TEXT.splitlines()[0]
-NO_EVIDENCE = ["[]", "{}", '{"round":{},"signatures":{}}', "", "[" * 9999, TERMS.replace(":", ": "), TERMS + "\r",
-               *(TERMS.replace("true", number) for number in ("NaN", "-Infinity", "1e999", "1E5"))]  # fmt: skip
+NUMBERS = [TERMS.replace("true", number) for number in ("NaN", "-Infinity", "1e999", "1E5")]
+SPACED = [TERMS.replace(":", ": "), TERMS + "\r"]
+NO_EVIDENCE = ["[]", "{}", '{"round":{},"signatures":{}}', "", "[" * 9999, *SPACED, *NUMBERS]
 
 
 @pytest.mark.parametrize("text", [f"{line}\n" for line in NO_EVIDENCE])
