@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellm_lightning.comm import FederationError, Version
+from pellm_lightning.comm import FederationError, PartyLostError, Version
 from pellm_lightning.comm.evidence.certificate import (
     EvidenceError,
     FederationTerms,
@@ -68,6 +68,7 @@ class EvidenceKeeper:
         self._base = ""
         self._layout: Layout | None = None
         self._terms: FederationTerms | None = None
+        self._refused: set[str] = set()
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -138,7 +139,8 @@ class EvidenceKeeper:
             result: Digest of the global parameters if this party has just received them.
 
         Raises:
-            FederationError: If what is received does not hold.
+            PartyLostError: If what is received does not hold: another member is asked in the next attempt.
+            FederationError: If a quorum has sent such.
         """
         if not self.is_on:
             return
@@ -345,11 +347,16 @@ class EvidenceKeeper:
             if result is not None and result != statement.result:
                 raise EvidenceError("the parameters that this party has received are others than were signed")
         except (EvidenceError, UnicodeDecodeError) as error:
-            raise FederationError(
+            self._refused.add(source)
+            # Fewer than a quorum may be damaged or lie; if more do, it is this party that is wrong.
+            is_here = len(self._refused) >= self._federation.quorum
+            raise (FederationError if is_here else PartyLostError)(
                 f"Party {self._federation.name} cannot accept the evidence that party {source} has sent:"
                 f" {error}. Give all parties the same trusted_keys or ca.pem; if they have, party"
-                f" {source} is damaged or lies: start this party again, and it takes another one's."
+                f" {source} is damaged or lies, and {'others do, too' if is_here else 'another one is asked'}.",
+                parties=[source],
             ) from error
+        self._refused.clear()
         self._store.load(chain.head, chain)
         log.info(
             "[party %s] checked the evidence of %d rounds", self._federation.name, len(chain.certificates)

@@ -1,5 +1,6 @@
 """Signed evidence of separate jobs: every committed round leaves a certificate, whatever happens to whom."""
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -155,20 +156,46 @@ def test_one_that_dies_after_its_vote_is_signed_for_by_the_others(world: Callabl
     assert len(chain.certificates) == 6
 
 
-def test_evidence_that_does_not_hold_is_not_taken_over(world: Callable[..., World]) -> None:
-    """A party sends a chain in which it has changed a weight: who comes late says so, the others continue."""
-    w = world(3, rounds=99, wait_s=1.0)
-    lives = w.start("p0", "p1", pace_s=0.02)
-    w.wait_for(3)
+def lie(lives: list[Life], most: int) -> list[str]:
+    """Let those who are asked first for their chain, ``most`` of them, change a weight in it; return who."""
+    liars: list[str] = []
     for life in lives:
         assert life.aggregator is not None
         store, read = life.aggregator._evidence._store, life.aggregator._evidence._store.read
 
-        def lying(read: Callable[[], Chain] = read) -> Chain:
-            text = read().text.replace('"weights":[1.0,2.0]', '"weights":[1.0,9.0]', 1)
-            return Chain.parse(text)
+        def lying(name: str = life.name, read: Callable[[], Chain] = read) -> Chain:
+            if name not in liars and len(liars) < most:
+                liars.append(name)
+            weight = "9.0" if name in liars else "2.0"
+            return Chain.parse(read().text.replace('"weights":[1.0,2.0]', f'"weights":[1.0,{weight}]', 1))
 
         store.read = lying  # type: ignore[method-assign]
+    return liars
+
+
+def test_another_party_is_asked_for_evidence_that_holds(
+    world: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    w = world(3, rounds=99, wait_s=1.0)
+    lives = w.start("p0", "p1", pace_s=0.02)
+    w.wait_for(3)
+    liars = lie(lives, 1)
+    (late,) = w.start("p2", pace_s=0.02)
+    w.until(lambda: w.counts("p2"))
+    w.finish()
+    assert f"cannot accept the evidence that party {liars[0]} has sent" in caplog.text
+    chain = chain_of(late)
+    assert [c.statement.weights for c in chain.certificates[:3]] == [(1.0, 2.0)] * 3
+    w.judged()
+
+
+def test_evidence_that_does_not_hold_is_not_taken_over(world: Callable[..., World]) -> None:
+    """Where a quorum sends such, the fault is here: who comes late says so, the others continue."""
+    w = world(3, rounds=99, wait_s=1.0)
+    lives = w.start("p0", "p1", pace_s=0.02)
+    w.wait_for(3)
+    lie(lives, 2)
     (late,) = w.start("p2")
     late.join()
     assert "cannot accept the evidence that party p" in str(late.error)
