@@ -35,8 +35,9 @@ from pellm_lightning.tensors.snapshot import bytes_of, dtype_code
 
 log = logging.getLogger(__name__)
 
-# A chain of a hundred thousand rounds.
+# Terms of some million parameters; and of a round per party its name, three times, weight and signature.
 _MAX_BYTES = 1 << 28
+_MAX_SIGNER_BYTES = 1 << 10
 
 
 class EvidenceKeeper:
@@ -147,7 +148,7 @@ class EvidenceKeeper:
         self._learn(headers, identities)
         self.hear(headers)
         held = {name: _held(header) for name, header in headers.items()}
-        rounds = max((header.round for header in headers.values() if not header.behind), default=0)
+        rounds = 0 if statement is None else statement.round + 1
         keep = {name: place for name, place in held.items() if place is not None}
         whole = [name for name, place in keep.items() if not headers[name].behind and place[0] == rounds > 0]
         lacking = {name: place for name, place in keep.items() if headers[name].behind or place[0] < rounds}
@@ -303,17 +304,17 @@ class EvidenceKeeper:
             chain = self._store.read()
             packed |= {name: _after(chain, *held) for name, held in lacking.items()}
         parts = [torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for data in packed.values()]
-        sizes = torch.zeros(len(places), dtype=torch.int64)
-        if here == source:
-            sizes += torch.tensor([len(data) for data in packed.values()])
-        federation.all_reduce_(sizes)
-        size = int(sizes[places[here]])
-        if int(sizes.max()) > _MAX_BYTES:
-            raise FederationError(
-                f"Party {source} would send {int(sizes.max())} bytes of evidence, more than a chain can have."
-                " Install the same version at all parties."
-            )
-        incoming = [size if name == source else 0 for name in places]
+        sizes = torch.tensor([len(data) for data in packed.values()])
+        federation.broadcast_(sizes, places[source])
+        rounds = 0 if statement is None else statement.round + 1
+        for size in map(int, sizes):
+            if not 0 <= size <= _MAX_BYTES + rounds * len(federation.roster) * _MAX_SIGNER_BYTES:
+                raise PartyLostError(
+                    f"Party {source} would send {size} bytes of evidence, which {rounds} rounds cannot have."
+                    " Another one is asked. Install the same version at all parties.",
+                    parties=[source],
+                )
+        incoming = [int(sizes[places[here]]) if name == source else 0 for name in places]
         received = federation.all_to_all(parts, incoming)[places[source]]
         if here in lacking:
             self._take_over(source, received.numpy().tobytes(), lacking[here], statement, result)
@@ -349,11 +350,11 @@ class EvidenceKeeper:
         except (EvidenceError, UnicodeDecodeError) as error:
             self._refused.add(source)
             # Fewer than a quorum may be damaged or lie; if more do, it is this party that is wrong.
-            is_here = len(self._refused) >= self._federation.quorum
-            raise (FederationError if is_here else PartyLostError)(
+            kind = FederationError if len(self._refused) >= self._federation.quorum else PartyLostError
+            raise kind(
                 f"Party {self._federation.name} cannot accept the evidence that party {source} has sent:"
                 f" {error}. Give all parties the same trusted_keys or ca.pem; if they have, party"
-                f" {source} is damaged or lies, and {'others do, too' if is_here else 'another one is asked'}.",
+                f" {source} is damaged or lies, and another one is asked while fewer than a quorum do so.",
                 parties=[source],
             ) from error
         self._refused.clear()

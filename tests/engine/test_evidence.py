@@ -190,6 +190,34 @@ def test_another_party_is_asked_for_evidence_that_holds(
     w.judged()
 
 
+@pytest.mark.parametrize("size", [-1, 1 << 40])
+def test_sizes_that_cannot_be_harm_nobody(
+    world: Callable[..., World], caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    """One member names such a size of evidence: who is asked first, or who is not asked at all."""
+    caplog.set_level(logging.INFO)
+    w = world(3, rounds=99, wait_s=1.0)
+    lives, asked = w.start("p0", "p1", pace_s=0.02), list[int]()
+    w.wait_for(3)
+    for life in lives:
+        assert life.federation is not None
+        for name in ("all_reduce_", "broadcast_"):
+            act = getattr(life.federation, name)
+
+            def lying(x: Any, *source: int, act: Any = act, index: int = life.index) -> Any:
+                if x.dtype == torch.int64 and len(x) == 3:
+                    asked.extend(source)
+                    if source == (index,) == (asked[0],) or (not source and index == 1):
+                        x[-1] += size - x[-1]
+                return act(x, *source)
+
+            setattr(life.federation, name, lying)
+    w.start("p2", pace_s=0.02)
+    w.until(lambda: w.counts("p2"))
+    w.finish()
+    assert f"Party p{asked[0]} would send {size} bytes of evidence" in caplog.text
+
+
 def test_evidence_that_does_not_hold_is_not_taken_over(world: Callable[..., World]) -> None:
     """Where a quorum sends such, the fault is here: who comes late says so, the others continue."""
     w = world(3, rounds=99, wait_s=1.0)
