@@ -317,31 +317,26 @@ class EvidenceKeeper:
         incoming = [int(sizes[places[here]]) if name == source else 0 for name in places]
         received = federation.all_to_all(parts, incoming)[places[source]]
         if here in lacking:
-            self._take_over(source, received.numpy().tobytes(), lacking[here], statement, result)
+            self._take_over(source, received.numpy().tobytes(), statement, result)
 
     def _take_over(
         self,
         source: str,
         data: bytes,
-        held: tuple[int, str | None],
         statement: RoundStatement | None,
         result: str | None,
     ) -> None:
-        """Check what was received, and continue with it."""
+        """Check what was received, and continue with it; what this party has already is not checked again."""
+        store = self._store
         try:
             newer = Chain.parse(data.decode())
-            chain = newer
-            if not newer.certificates or newer.certificates[0].statement.previous is not None:
-                kept = self._store.read()
-                before = [c for c in kept.certificates if c.statement.round < held[0]]
-                chain = Chain(
-                    newer.terms | kept.terms,
-                    newer.identities | kept.identities,
-                    [*before, *newer.certificates],
-                )
-            first = chain.certificates[0].statement.round if chain.certificates else 0
-            verify(chain, None if self._signer is None else self._signer.trust, first)
-            if statement is None or chain.head != statement.hash:
+            links = [*(c.statement.previous for c in newer.certificates), newer.head]
+            before = store.newest if store.head in links else None
+            later = newer.certificates[links.index(store.head) if before else 0 :]
+            chain = Chain(newer.terms | store.context.terms, newer.identities, later)
+            first = later[0].statement.round if later else 0
+            verify(chain, None if self._signer is None else self._signer.trust, first, before)
+            if statement is None or newer.head != statement.hash:
                 raise EvidenceError(
                     "it does not end with the round of the state that this party has received"
                 )
@@ -358,10 +353,11 @@ class EvidenceKeeper:
                 parties=[source],
             ) from error
         self._refused.clear()
-        self._store.load(chain.head, chain)
-        log.info(
-            "[party %s] checked the evidence of %d rounds", self._federation.name, len(chain.certificates)
-        )
+        if before is None:
+            store.load(newer.head, newer)
+        else:
+            store.extend(chain)
+        log.info("[party %s] checked the evidence of %d rounds", self._federation.name, len(later))
 
     def _terms_of(self, layout: Layout) -> FederationTerms:
         if self._terms is None or layout is not self._layout:

@@ -15,7 +15,7 @@ from secure_exchange import keys, masked
 
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import ElasticFederation, Membership
-from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, verify
+from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, is_signed, verify
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.signing_keys import Authorities, TrustedKeys
@@ -123,6 +123,13 @@ def test_who_comes_back_gets_what_it_has_missed_only(
         return chain
 
     monkeypatch.setattr(Chain, "parse", classmethod(noting))
+    verified: list[str] = []
+
+    def counting(statement: str, *arguments: Any) -> bool:
+        verified.append(statement)
+        return is_signed(statement, *arguments)
+
+    monkeypatch.setattr("pellm_lightning.comm.evidence.chain.is_signed", counting)
     w = world(rounds=99)
     w.start("p0", "p1", pace_s=0.02)
     w.start("p2", faults={"training@3": die})
@@ -130,9 +137,11 @@ def test_who_comes_back_gets_what_it_has_missed_only(
     (back,) = w.start("p2", pace_s=0.02)
     w.until(lambda: w.counts("p2", since=6))
     w.finish()
+    checked = len(verified)
     chain = chain_of(back)
     assert [len(c.signatures) for c in chain.certificates[:5]] == [3, 3, 3, 2, 2]
     assert received[0].certificates[0].statement.round >= 3
+    assert checked <= sum(len(c.signatures) for sent in received for c in sent.certificates)
 
 
 def test_what_was_voted_as_the_rendezvous_died_is_signed_later(world: Callable[..., World]) -> None:

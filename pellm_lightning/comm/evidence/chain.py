@@ -144,7 +144,9 @@ class Chain:
         return self.certificates[-1]
 
 
-def verify(chain: Chain, trust: Trust | None = None, first: int = 0) -> None:
+def verify(
+    chain: Chain, trust: Trust | None = None, first: int = 0, before: RoundStatement | None = None
+) -> None:
     """Verify a chain: every link, every signature, and a quorum of them for each round.
 
     A round by other terms than those before needs a quorum by both: else one party alone could write terms
@@ -153,13 +155,13 @@ def verify(chain: Chain, trust: Trust | None = None, first: int = 0) -> None:
     Args:
         chain: The chain.
         trust: Whose keys are trusted; None takes each party's key from the chain itself.
-        first: The round with which it begins.
+        first: The round with which it begins, if nothing comes before.
+        before: Statement, verified before, that it continues; the chain has the terms of it.
 
     Raises:
         EvidenceError: If anything does not hold; the message names round and party.
     """
     accepted: set[str] = set()
-    before: RoundStatement | None = None
     for certificate in chain.certificates:
         _check_link(certificate.statement, before, first)
         terms = chain.terms.get(certificate.statement.terms)

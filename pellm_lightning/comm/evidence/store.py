@@ -92,6 +92,16 @@ class CertificateStore:
         self.pending = [*self.pending[1 - _MAX_PENDING :], certificate]
         self.settle()
 
+    def extend(self, chain: Chain) -> None:
+        """Add verified certificates that follow the complete ones, in place of those that lack signatures."""
+        self.context.terms |= chain.terms
+        self.context.identities |= chain.identities
+        waiting = {certificate.statement.hash: certificate.signatures for certificate in self.pending}
+        for certificate in chain.certificates:
+            certificate.signatures |= waiting.get(certificate.statement.hash, {})
+        self.pending = [*chain.certificates]
+        self.settle()
+
     def settle(self) -> None:
         """Write pending certificates: those that are complete, as far as none before lacks signatures."""
         whole = self._complete(self.pending, self.newest)
