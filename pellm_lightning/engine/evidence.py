@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 # Terms of some million parameters; and of a round per party its name, three times, weight and signature.
 _MAX_BYTES = 1 << 28
 _MAX_SIGNER_BYTES = 1 << 10
+# Signatures that a party shows as it joins: what a meeting has not completed, later ones hardly do.
+_MAX_SHOWN = 16
 
 
 class EvidenceKeeper:
@@ -107,22 +109,24 @@ class EvidenceKeeper:
             return {}
         own = self._federation.name
         signed = {
-            c.statement.hash: c.signatures[own].value for c in self._store.pending if own in c.signatures
+            c.statement.hash: c.signatures[own].value
+            for c in self._store.pending[-_MAX_SHOWN:]
+            if own in c.signatures
         }
         return {"held": [self._store.complete, self._store.head], "signatures": signed}
 
     def hear(self, headers: Mapping[str, Header]) -> None:
         """Add the signatures that others show to certificates that lack some."""
-        if not self._store.pending:
-            return
+        heard = False
         for name, header in headers.items():
             shown = header.evidence.get("signatures")
             signatures = shown if isinstance(shown, dict) else {}
             for certificate in self._store.pending:
                 value = signatures.get(certificate.statement.hash)
                 if isinstance(value, str) and name not in certificate.signatures:
-                    self._take(certificate, name, value)
-        self._store.settle()
+                    heard |= self._take(certificate, name, value)
+        if heard:
+            self._store.settle()
 
     def synchronize(
         self,
@@ -245,11 +249,11 @@ class EvidenceKeeper:
         self._store.context.add_identity(self._signers[name])
         certificate.signatures[name] = signature
 
-    def _take(self, certificate: RoundCertificate, name: str, value: str) -> None:
-        """Add another party's signature if it is one."""
+    def _take(self, certificate: RoundCertificate, name: str, value: str) -> bool:
+        """Add another party's signature if it is one; return whether it is."""
         identity, statement = self._signers.get(name), certificate.statement
         if identity is None or name not in statement.members:
-            return
+            return False
         signature = Signature(identity.hash, value)
         try:
             fits = is_signed(statement.hash, signature.raw, identity)
@@ -257,7 +261,7 @@ class EvidenceKeeper:
             fits = False
         if fits:
             self._add(certificate, name, signature)
-            return
+            return True
         log.warning(
             "[party %s] Round %d: the signature of party %s is not one of this round by its key, and does not"
             " count. Install the same version at both, and look at that party.",
@@ -265,6 +269,7 @@ class EvidenceKeeper:
             statement.round,
             name,
         )
+        return False
 
     def _learn(self, headers: Mapping[str, Header], identities: Sequence[Any]) -> None:
         """Note as whom the members sign, as far as their keys are trusted."""

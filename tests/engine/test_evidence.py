@@ -1,6 +1,9 @@
 """Signed evidence of separate jobs: every committed round leaves a certificate, whatever happens to whom."""
 
+import json
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -330,6 +333,46 @@ def test_a_party_whose_key_cannot_sign_takes_part_and_keeps_none(
     assert w.lives[2].aggregator is not None
     assert w.lives[2].aggregator.evidence is None
     assert "[party p2] signs no evidence" in caplog.text
+
+
+def test_certificates_that_are_never_complete_cost_no_more_with_each_round(
+    world: Callable[..., World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three do not sign: nothing is complete, and neither headers nor writing grow."""
+    synced, shown = list[int](), dict[int, int]()
+    fsync = os.fsync
+
+    def counting(file: int) -> None:
+        if threading.current_thread() is first.thread:
+            synced.append(file)
+        fsync(file)
+
+    w = world(rounds=40, state_dir=None)
+    monkeypatch.setattr("pellm_lightning.comm.evidence.store.os.fsync", counting)
+    for name in ("p2", "p1"):
+        (life,) = w.start(name)
+        w.until(lambda life=life: life.aggregator is not None)
+        assert life.aggregator is not None
+        monkeypatch.setattr(life.aggregator._evidence, "sign", lambda statement: "")
+        monkeypatch.setattr(life.aggregator._evidence, "shown", dict)
+    (first,) = w.start("p0")
+    w.until(lambda: first.aggregator is not None)
+    assert first.aggregator is not None
+    keeper = first.aggregator._evidence
+    keeper._store._directory = tmp_path / "kept"
+    show = keeper.shown
+
+    def showing() -> dict[str, Any]:
+        said = show()
+        shown[len(keeper._store.pending)] = len(json.dumps(said))
+        return said
+
+    monkeypatch.setattr(keeper, "shown", showing)
+    w.join()
+    assert len(keeper._store.pending) == 40
+    assert shown[39] == shown[20] < 3000
+    assert len(synced) <= 42
+    assert len(Chain.parse((tmp_path / "kept/evidence-pending.jsonl").read_text()).certificates) == 40
 
 
 def _elliptic(tmp_path: Path) -> Any:
