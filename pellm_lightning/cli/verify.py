@@ -1,7 +1,7 @@
 """Verify the evidence next to an adapter, offline; neither torch nor Lightning is imported."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain as concatenated
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +70,9 @@ def verified(folder: Path, trusted: Path | None = None) -> list[str]:
         chain = Chain.parse(path.read_bytes().decode())
         if not chain.certificates:
             raise EvidenceError("it has no round")
-        verify(chain, None if trusted is None else _trust_in(trusted))
+        trust, names = (None, []) if trusted is None else _trust_in(trusted)
+        verify(chain, trust)
+        _check_rosters(chain, names, trusted)
         matched = _check_adapter(folder, chain)
     except (EvidenceError, UnicodeDecodeError) as error:
         raise EvidenceError(
@@ -92,28 +94,56 @@ def verified_dispute(path: Path, trusted: Path | None = None) -> list[str]:
     """
     try:
         dispute = Chain.parse(path.read_bytes().decode())
-        lines = verify_dispute(dispute, None if trusted is None else _trust_in(trusted))
+        lines = verify_dispute(dispute, None if trusted is None else _trust_in(trusted)[0])
     except (EvidenceError, UnicodeDecodeError) as error:
         raise EvidenceError(f"{path} does not hold: {error}. It proves nothing about any party.") from error
     keys = sorted(f"  {identity.name}: {identity.key}" for identity in dispute.identities.values())
     return [*lines, _whose(trusted), *keys]
 
 
-def _trust_in(path: Path) -> Trust:
+def _trust_in(path: Path) -> tuple[Trust, list[str]]:
+    """Return whose keys are trusted, and the parties if their keys are pinned."""
     from pellm_lightning.comm.revocation import RevocationFile  # these need the package cryptography
     from pellm_lightning.comm.signing_keys import Authorities, TrustedKeys
 
     if path.is_dir():
-        return TrustedKeys(path)
+        pinned = TrustedKeys(path)
+        return pinned, pinned.names
     try:
         pem = path.read_bytes()
         revoked = RevocationFile(path.with_suffix(".crl"), pem)
-        return Authorities(pem, lambda: revoked.serials)
+        return Authorities(pem, lambda: revoked.serials), []
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--trust {path} is neither a folder with the parties' keys nor the authority's certificate:"
             f" {error}. Give one of them."
         ) from error
+
+
+def _check_rosters(chain: Chain, names: Collection[str], folder: Path | None) -> None:
+    """Raise unless all pinned parties are on one of the rosters.
+
+    A majority of them has then signed such a round, and with it all that came before; what came after, they
+    have signed or agreed to. Of a roster with fewer, a few could have made the whole chain for themselves.
+    """
+    rosters = [set(terms.roster) for _, terms in _terms_of(chain)]
+    largest = max(rosters, key=lambda roster: len(roster.intersection(names)))
+    if not largest.issuperset(names):
+        raise EvidenceError(
+            f"no round in it has all {len(names)} parties of {folder} on its roster: it lacks"
+            f" {', '.join(name for name in names if name not in largest)}. So the others could have made it"
+            " alone. Take keys out of the folder that have no part in this run"
+        )
+
+
+def _terms_of(chain: Chain) -> "Iterator[tuple[int, FederationTerms]]":
+    """Yield the rounds from which on other terms hold, with these."""
+    before: str | None = None
+    for certificate in chain.certificates:
+        statement = certificate.statement
+        if statement.terms != before:
+            yield statement.round, chain.terms[statement.terms]
+        before = statement.terms
 
 
 # ---- the adapter
@@ -201,20 +231,36 @@ def _said(chain: Chain, trusted: Path | None) -> list[str]:
         f"From parameters {first.base[:16]}... to {last.result[:16]}..., by {last.rule}; weights are"
         f" {hidden}; epsilon {'not bounded' if last.epsilon is None else f'{last.epsilon:.4g}'}.",
     ]
-    if 2 * terms.quorum <= len(terms.roster):
-        lines.append("Its quorum is no majority: two such chains can exist.")
+    shown: tuple[object, ...] = ()
+    for round, of in _terms_of(chain):
+        if (of.roster, of.quorum) != shown:
+            lines.append(_named(round, of))
+        shown = of.roster, of.quorum
     lines.append(_whose(trusted))
     width = max(len(name) for name in terms.roster)
     return lines + [_row(voucher, width) for voucher in vouchers(chain)]
 
 
 def _whose(trusted: Path | None) -> str:
-    if trusted is not None:
-        return f"The keys are those of the parties, by {trusted}."
-    return (
-        "WHOSE KEYS THESE ARE IS NOT CHECKED: give --trust ca.pem, or --trust with a folder of the parties'"
-        " keys, or compare the keys below with the parties."
-    )
+    """Return whose keys they are, as far as that was checked."""
+    if trusted is None:
+        return (
+            "WHOSE KEYS THESE ARE IS NOT CHECKED: give --trust ca.pem, or --trust with a folder of the"
+            " parties' keys, or compare the keys below with the parties."
+        )
+    own = "" if trusted.is_dir() else " Whether the roster was theirs, only they can tell."
+    return f"The keys are those of the parties, by {trusted}.{own}"
+
+
+def _named(round: int, terms: FederationTerms) -> str:
+    """Return who had to agree from a round on."""
+    number, of = terms.quorum, len(terms.roster)
+    line = f"From round {round} on the roster was {', '.join(terms.roster)}; a quorum, {number} of {of}."
+    if number == 1:
+        line += " One party alone can make such a chain."
+    elif 2 * number <= of:
+        line += " That is no majority: two such chains can exist."
+    return line
 
 
 def _row(voucher: Voucher, width: int) -> str:

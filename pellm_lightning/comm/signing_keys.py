@@ -11,11 +11,12 @@ from pellm_lightning.comm.tls import RENDEZVOUS, TLS
 
 try:
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
     from pellm_lightning.comm.keys import KEY_PREFIX, public_key_of, public_text, read_public_key
+    from pellm_lightning.comm.revocation import MALFORMED
 except ImportError as error:
     raise ImportError(
         "Signatures need the package cryptography: pip install 'pellm-lightning[keys]'."
@@ -24,8 +25,6 @@ except ImportError as error:
 # Bytes in which a party shows its certificate; ours have about 500.
 _CERTIFICATE_BYTES = 2048
 _LENGTH_BYTES = 2
-MALFORMED = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
-"""What a certificate raises that a peer has made up."""
 
 
 class SigningKey:
@@ -118,6 +117,11 @@ class TrustedKeys:
         lines = "\n".join(f"{name} {self._texts[name]}" for name in sorted(self._texts))
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
+    @property
+    def names(self) -> list[str]:
+        """The parties, sorted."""
+        return sorted(self._texts)
+
     def get(self, name: str) -> str | None:
         """Return a party's public key as text, None if unknown."""
         return self._texts.get(name)
@@ -158,7 +162,7 @@ class Authorities:
         """Return the key in a certificate issued for that name and this use, and good at that time.
 
         Raises:
-            ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion: If it is not accepted.
+            MALFORMED: If it is not accepted.
         """
         certificate = x509.load_der_x509_certificate(der)
         issuer = next((ca for ca in self._certificates if _issued(certificate, ca)), None)
@@ -279,7 +283,7 @@ def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(authority)
         return authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (*MALFORMED, InvalidSignature, x509.ExtensionNotFound):
+    except (*MALFORMED, InvalidSignature):
         return False
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellm_lightning.comm import FederationError, Version
+from pellm_lightning.comm import FederationError, PartyLostError, Version
 from pellm_lightning.comm.evidence.certificate import (
     EvidenceError,
     FederationTerms,
@@ -36,8 +36,11 @@ from pellm_lightning.tensors.snapshot import bytes_of, dtype_code
 
 log = logging.getLogger(__name__)
 
-# A chain of a hundred thousand rounds.
+# Terms of some million parameters; and of a round per party its name, three times, weight and signature.
 _MAX_BYTES = 1 << 28
+_MAX_SIGNER_BYTES = 1 << 10
+# Signatures that a party shows as it joins: what a meeting has not completed, later ones hardly do.
+_MAX_SHOWN = 16
 
 
 class EvidenceKeeper:
@@ -72,6 +75,7 @@ class EvidenceKeeper:
         self._base = ""
         self._layout: Layout | None = None
         self._terms: FederationTerms | None = None
+        self._refused: set[str] = set()
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -109,22 +113,24 @@ class EvidenceKeeper:
             return {}
         own = self._federation.name
         signed = {
-            c.statement.hash: c.signatures[own].value for c in self._store.pending if own in c.signatures
+            c.statement.hash: c.signatures[own].value
+            for c in self._store.pending[-_MAX_SHOWN:]
+            if own in c.signatures
         }
         return {"held": [self._store.complete, self._store.head], "signatures": signed}
 
     def hear(self, headers: Mapping[str, Header]) -> None:
         """Add the signatures that others show to certificates that lack some."""
-        if not self._store.pending:
-            return
+        heard = False
         for name, header in headers.items():
             shown = header.evidence.get("signatures")
             signatures = shown if isinstance(shown, dict) else {}
             for certificate in self._store.pending:
                 value = signatures.get(certificate.statement.hash)
                 if isinstance(value, str) and name not in certificate.signatures:
-                    self._take(certificate, name, value)
-        self._store.settle()
+                    heard |= self._take(certificate, name, value)
+        if heard:
+            self._store.settle()
 
     def synchronize(
         self,
@@ -142,14 +148,15 @@ class EvidenceKeeper:
             result: Digest of the global parameters if this party has just received them.
 
         Raises:
-            FederationError: If what is received does not hold.
+            PartyLostError: If what is received does not hold: another member is asked in the next attempt.
+            FederationError: If a quorum has sent such.
         """
         if not self.is_on:
             return
         self._learn(headers, identities)
         self.hear(headers)
         held = {name: _held(header) for name, header in headers.items()}
-        rounds = max((header.round for header in headers.values() if not header.behind), default=0)
+        rounds = 0 if statement is None else statement.round + 1
         keep = {name: place for name, place in held.items() if place is not None}
         whole = [name for name, place in keep.items() if not headers[name].behind and place[0] == rounds > 0]
         lacking = {name: place for name, place in keep.items() if headers[name].behind or place[0] < rounds}
@@ -273,11 +280,11 @@ class EvidenceKeeper:
         self._store.context.add_identity(self._signers[name])
         certificate.signatures[name] = signature
 
-    def _take(self, certificate: RoundCertificate, name: str, value: str) -> None:
-        """Add another party's signature if it is one."""
+    def _take(self, certificate: RoundCertificate, name: str, value: str) -> bool:
+        """Add another party's signature if it is one; return whether it is."""
         identity, statement = self._signers.get(name), certificate.statement
         if identity is None or name not in statement.members:
-            return
+            return False
         signature = Signature(identity.hash, value)
         try:
             fits = is_signed(statement.hash, signature.raw, identity)
@@ -285,7 +292,7 @@ class EvidenceKeeper:
             fits = False
         if fits:
             self._add(certificate, name, signature)
-            return
+            return True
         log.warning(
             "[party %s] Round %d: the signature of party %s is not one of this round by its key, and does not"
             " count. Install the same version at both, and look at that party.",
@@ -293,6 +300,7 @@ class EvidenceKeeper:
             statement.round,
             name,
         )
+        return False
 
     def _learn(self, headers: Mapping[str, Header], identities: Sequence[Any]) -> None:
         """Note as whom the members sign, as far as their keys are trusted."""
@@ -332,59 +340,60 @@ class EvidenceKeeper:
             chain = self._store.read()
             packed |= {name: _after(chain, *held) for name, held in lacking.items()}
         parts = [torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for data in packed.values()]
-        sizes = torch.zeros(len(places), dtype=torch.int64)
-        if here == source:
-            sizes += torch.tensor([len(data) for data in packed.values()])
-        federation.all_reduce_(sizes)
-        size = int(sizes[places[here]])
-        if int(sizes.max()) > _MAX_BYTES:
-            raise FederationError(
-                f"Party {source} would send {int(sizes.max())} bytes of evidence, more than a chain can have."
-                " Install the same version at all parties."
-            )
-        incoming = [size if name == source else 0 for name in places]
+        sizes = torch.tensor([len(data) for data in packed.values()])
+        federation.broadcast_(sizes, places[source])
+        rounds = 0 if statement is None else statement.round + 1
+        for size in map(int, sizes):
+            if not 0 <= size <= _MAX_BYTES + rounds * len(federation.roster) * _MAX_SIGNER_BYTES:
+                raise PartyLostError(
+                    f"Party {source} would send {size} bytes of evidence, which {rounds} rounds cannot have."
+                    " Another one is asked. Install the same version at all parties.",
+                    parties=[source],
+                )
+        incoming = [int(sizes[places[here]]) if name == source else 0 for name in places]
         received = federation.all_to_all(parts, incoming)[places[source]]
         if here in lacking:
-            self._take_over(source, received.numpy().tobytes(), lacking[here], statement, result)
+            self._take_over(source, received.numpy().tobytes(), statement, result)
 
     def _take_over(
         self,
         source: str,
         data: bytes,
-        held: tuple[int, str | None],
         statement: RoundStatement | None,
         result: str | None,
     ) -> None:
-        """Check what was received, and continue with it."""
+        """Check what was received, and continue with it; what this party has already is not checked again."""
+        store = self._store
         try:
             newer = Chain.parse(data.decode())
-            chain = newer
-            if not newer.certificates or newer.certificates[0].statement.previous is not None:
-                kept = self._store.read()
-                before = [c for c in kept.certificates if c.statement.round < held[0]]
-                chain = Chain(
-                    newer.terms | kept.terms,
-                    newer.identities | kept.identities,
-                    [*before, *newer.certificates],
-                )
-            first = chain.certificates[0].statement.round if chain.certificates else 0
-            verify(chain, None if self._signer is None else self._signer.trust, first)
-            if statement is None or chain.head != statement.hash:
+            links = [*(c.statement.previous for c in newer.certificates), newer.head]
+            before = store.newest if store.head in links else None
+            later = newer.certificates[links.index(store.head) if before else 0 :]
+            chain = Chain(newer.terms | store.context.terms, newer.identities, later)
+            first = later[0].statement.round if later else 0
+            verify(chain, None if self._signer is None else self._signer.trust, first, before)
+            if statement is None or newer.head != statement.hash:
                 raise EvidenceError(
                     "it does not end with the round of the state that this party has received"
                 )
             if result is not None and result != statement.result:
                 raise EvidenceError("the parameters that this party has received are others than were signed")
         except (EvidenceError, UnicodeDecodeError) as error:
-            raise FederationError(
+            self._refused.add(source)
+            # Fewer than a quorum may be damaged or lie; if more do, it is this party that is wrong.
+            kind = FederationError if len(self._refused) >= self._federation.quorum else PartyLostError
+            raise kind(
                 f"Party {self._federation.name} cannot accept the evidence that party {source} has sent:"
                 f" {error}. Give all parties the same trusted_keys or ca.pem; if they have, party"
-                f" {source} is damaged or lies: start this party again, and it takes another one's."
+                f" {source} is damaged or lies, and another one is asked while fewer than a quorum do so.",
+                parties=[source],
             ) from error
-        self._store.load(chain.head, chain)
-        log.info(
-            "[party %s] checked the evidence of %d rounds", self._federation.name, len(chain.certificates)
-        )
+        self._refused.clear()
+        if before is None:
+            store.load(newer.head, newer)
+        else:
+            store.extend(chain)
+        log.info("[party %s] checked the evidence of %d rounds", self._federation.name, len(later))
 
     def _terms_of(self, layout: Layout) -> FederationTerms:
         if self._terms is None or layout is not self._layout:

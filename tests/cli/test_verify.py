@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from pellm_lightning.cli.main import main
 from pellm_lightning.cli.verify import verified, verified_dispute
 from pellm_lightning.comm.evidence.certificate import EvidenceError
+from pellm_lightning.comm.evidence.chain import Chain
 from pellm_lightning.comm.evidence.dispute import dispute_of
 from pellm_lightning.comm.keys import make_key
 from pellm_lightning.comm.signing_keys import SigningKey
@@ -40,22 +42,26 @@ def as_peft(name: str) -> str:
 def exported(tmp_path: Path) -> Callable[..., tuple[Path, Parties]]:
     """Write an adapter that is the result of a chain, and the chain."""
 
-    def write(dtype: torch.dtype = torch.float32, rounds: int = 3) -> tuple[Path, Parties]:
+    def write(
+        dtype: torch.dtype = torch.float32, rounds: int = 3, signers: Sequence[str] = ROSTER, **terms: Any
+    ) -> tuple[Path, Parties]:
         trained = tensors(dtype)
         layout = Layout(trained)
         vector = layout.pack_(layout.new_vector())
         codes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
         parameters = tuple((name, codes[p.dtype], tuple(p.shape)) for name, p in sorted(trained.items()))
-        parties = Parties(parameters=parameters)
+        parties = Parties(parameters=parameters, **terms)
         for name in ROSTER:
             path = make_key(tmp_path / "keys", name)[0] if not (tmp_path / f"keys/{name}.key").exists() else (
                 tmp_path / f"keys/{name}.key")  # fmt: skip
             parties.keys[name] = SigningKey(path)._key
             parties.identities[name] = replace(parties.identities[name], key=SigningKey(path).public_key)
-        chain = parties.chain(rounds - 1)
-        before = chain.certificates[-1].statement if chain.certificates else None
-        last = parties.following(before, result=digest(layout, vector))
-        chain.certificates.append(parties.certificate(last))
+        chain, before = parties.chain(0), None
+        for index in range(rounds):
+            told = {"members": signers, "counted": signers, "weights": None} if signers != ROSTER else {}
+            result = {"result": digest(layout, vector)} if index == rounds - 1 else {}
+            before = parties.following(before, **told | result)
+            chain.certificates.append(parties.certificate(before, signers))
         folder = tmp_path / "adapter"
         folder.mkdir(exist_ok=True)
         save_file({as_peft(name): p for name, p in trained.items()}, folder / "adapter_model.safetensors")
@@ -148,6 +154,39 @@ def test_whose_keys_are_trusted(exported: Callable[..., tuple[Path, Parties]], t
         verified(folder, tmp_path / "strangers")
     with pytest.raises(ValueError, match=r"nothing\.pem is neither a folder with the parties' keys nor"):
         verified(folder, tmp_path / "nothing.pem")
+
+
+def test_one_party_alone_makes_no_chain_of_all(exported: Callable[..., tuple[Path, Parties]]) -> None:
+    """It writes terms by which it is the whole federation, so that each round has a quorum."""
+    folder, _ = exported(signers=("a",), roster=("a",), quorum=1)
+    with pytest.raises(EvidenceError, match=r"all 3 parties of .*keys on its roster: it lacks b, c"):
+        verified(folder, folder.parent / "keys")
+    said = "\n".join(verified(folder))
+    assert "From round 0 on the roster was a; a quorum, 1 of 1." in said
+    assert "One party alone can make such a chain." in said
+    folder, _ = exported(signers=("a",), quorum=1)
+    assert "From round 0 on the roster was a, b, c; a quorum, 1 of 3. One party" in verified(folder)[2]
+
+
+def test_who_joins_later_is_said(exported: Callable[..., tuple[Path, Parties]]) -> None:
+    """Some round with all of them, which a quorum of them has signed, vouches for those before as well."""
+    folder, parties = exported(signers=("a", "b"), roster=("a", "b"))
+    path, grown = folder / "evidence.jsonl", Parties(parameters=parties.terms.parameters)
+    chain = Chain.parse(path.read_text())
+    chain.add_terms(grown.terms)
+    last = chain.certificates[-1].statement
+    same = {"base": last.result, "result": last.result, "terms": grown.terms.hash}
+    chain.certificates.append(parties.certificate(parties.following(last, **same)))
+    path.write_text(chain.text)
+    with pytest.raises(EvidenceError, match="'c' is by an unknown"):
+        verified(folder)
+    chain.add_identity(parties.identities["c"])
+    path.write_text(chain.text)
+    said = verified(folder, folder.parent / "keys")
+    assert said[2:4] == [
+        "From round 0 on the roster was a, b; a quorum, 2 of 2.",
+        "From round 3 on the roster was a, b, c; a quorum, 2 of 3.",
+    ]
 
 
 def test_no_evidence_is_said(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from certificates import files
+from certificates import files, unreadable_lists
 
 from pellm_lightning.comm.keys import make_ca, make_certificate, revoke, sign_request
 from pellm_lightning.comm.revocation import RevocationFile, RevocationList
@@ -98,6 +98,51 @@ def test_a_list_of_another_authority_does_not_count(office: Path, tmp_path: Path
     assert "has not signed it" in own.revocations.problem
     with pytest.raises(ValueError, match=r"ca\.crl cannot be used: .*that `pellm keys revoke`"):
         files(office, "a")
+
+
+def test_each_authority_has_its_own_newest_list(office: Path, tmp_path: Path) -> None:
+    """During a rollover: the second authority's number is greater, and its list takes nothing back."""
+    second, both = tmp_path / "second", tmp_path / "both"
+    for folder in (second, both):
+        make_ca(folder)
+    for name in ("a", "b", "c"):
+        make_certificate(second, name)
+    old, new = ((folder / "ca.pem").read_bytes() for folder in (office, second))
+    serials = [files(office, "b").serial, files(second, "b").serial, files(second, "c").serial]
+    first = revoke(office, ["b"]).read_bytes()
+    half = revoke(second, ["b"]).read_bytes()
+    whole = revoke(second, ["c"]).read_bytes()
+    known = RevocationFile(both / "ca.crl", old + new)
+    assert [known.take(pem) for pem in (whole, first, half, first, whole)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert set(known.serials) == set(serials)
+    known.keep()
+    again = RevocationFile(both / "ca.crl", new + old)
+    assert set(again.serials) == set(serials)
+    assert again.newest is not None
+    assert known.newest is not None
+    assert again.newest.number == known.newest.number == 3
+    with pytest.raises(ValueError, match="it cannot be read"):  # half a list changes nothing, also in a row
+        RevocationFile(tmp_path / "none.crl", old + new).take(first + whole[:-40])
+    (both / "ca.crl").write_bytes(half + first)
+    assert set(RevocationFile(both / "ca.crl", old + new).serials) == set(serials[:2])
+    assert set(known.serials) == set(serials)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_list_that_cannot_be_read_does_not_count(office: Path, tmp_path: Path, which: int) -> None:
+    """Whoever signed it; a stranger's is not even looked into."""
+    make_ca(tmp_path / "stranger")
+    authorities = (office / "ca.pem").read_bytes()
+    with pytest.raises(ValueError, match="the federation's authority has not signed it"):
+        RevocationList.parse(unreadable_lists(tmp_path / "stranger")[which], authorities)
+    with pytest.raises(ValueError, match="it cannot be read"):
+        RevocationList.parse(unreadable_lists(office)[which], authorities)
 
 
 @pytest.mark.parametrize(

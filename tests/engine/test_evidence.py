@@ -1,6 +1,8 @@
 """Signed evidence of separate jobs: every committed round leaves a certificate, whatever happens to whom."""
 
 import json
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +22,7 @@ from pellm_lightning.cli.verify import verified_dispute
 from pellm_lightning.comm import ElasticFederation, Membership, PartyLostError
 from pellm_lightning.comm.elastic.commit import decision_key
 from pellm_lightning.comm.evidence.certificate import RoundStatement
-from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, verify
+from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, Trust, is_signed, verify
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.signing_keys import Authorities, TrustedKeys
@@ -205,6 +207,13 @@ def test_who_comes_back_gets_what_it_has_missed_only(
         return chain
 
     monkeypatch.setattr(Chain, "parse", classmethod(noting))
+    verified: list[str] = []
+
+    def counting(statement: str, *arguments: Any) -> bool:
+        verified.append(statement)
+        return is_signed(statement, *arguments)
+
+    monkeypatch.setattr("pellm_lightning.comm.evidence.chain.is_signed", counting)
     w = world(rounds=99)
     w.start("p0", "p1", pace_s=0.02)
     w.start("p2", faults={"training@3": die})
@@ -212,9 +221,11 @@ def test_who_comes_back_gets_what_it_has_missed_only(
     (back,) = w.start("p2", pace_s=0.02)
     w.until(lambda: w.counts("p2", since=6))
     w.finish()
+    checked = len(verified)
     chain = chain_of(back)
     assert [len(c.signatures) for c in chain.certificates[:5]] == [3, 3, 3, 2, 2]
     assert received[0].certificates[0].statement.round >= 3
+    assert checked <= sum(len(c.signatures) for sent in received for c in sent.certificates)
 
 
 def test_what_was_voted_as_the_rendezvous_died_is_signed_later(world: Callable[..., World]) -> None:
@@ -238,20 +249,74 @@ def test_one_that_dies_after_its_vote_is_signed_for_by_the_others(world: Callabl
     assert len(chain.certificates) == 6
 
 
-def test_evidence_that_does_not_hold_is_not_taken_over(world: Callable[..., World]) -> None:
-    """A party sends a chain in which it has changed a weight: who comes late says so, the others continue."""
-    w = world(3, rounds=99, wait_s=1.0)
-    lives = w.start("p0", "p1", pace_s=0.02)
-    w.wait_for(3)
+def lie(lives: list[Life], most: int) -> list[str]:
+    """Let those who are asked first for their chain, ``most`` of them, change a weight in it; return who."""
+    liars: list[str] = []
     for life in lives:
         assert life.aggregator is not None
         store, read = life.aggregator._evidence._store, life.aggregator._evidence._store.read
 
-        def lying(read: Callable[[], Chain] = read) -> Chain:
-            text = read().text.replace('"weights":[1.0,2.0]', '"weights":[1.0,9.0]', 1)
-            return Chain.parse(text)
+        def lying(name: str = life.name, read: Callable[[], Chain] = read) -> Chain:
+            if name not in liars and len(liars) < most:
+                liars.append(name)
+            weight = "9.0" if name in liars else "2.0"
+            return Chain.parse(read().text.replace('"weights":[1.0,2.0]', f'"weights":[1.0,{weight}]', 1))
 
         store.read = lying  # type: ignore[method-assign]
+    return liars
+
+
+def test_another_party_is_asked_for_evidence_that_holds(
+    world: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    w = world(3, rounds=99, wait_s=1.0)
+    lives = w.start("p0", "p1", pace_s=0.02)
+    w.wait_for(3)
+    liars = lie(lives, 1)
+    (late,) = w.start("p2", pace_s=0.02)
+    w.until(lambda: w.counts("p2"))
+    w.finish()
+    assert f"cannot accept the evidence that party {liars[0]} has sent" in caplog.text
+    chain = chain_of(late)
+    assert [c.statement.weights for c in chain.certificates[:3]] == [(1.0, 2.0)] * 3
+    w.judged()
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 40])
+def test_sizes_that_cannot_be_harm_nobody(
+    world: Callable[..., World], caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    """One member names such a size of evidence: who is asked first, or who is not asked at all."""
+    caplog.set_level(logging.INFO)
+    w = world(3, rounds=99, wait_s=1.0)
+    lives, asked = w.start("p0", "p1", pace_s=0.02), list[int]()
+    w.wait_for(3)
+    for life in lives:
+        assert life.federation is not None
+        for name in ("all_reduce_", "broadcast_"):
+            act = getattr(life.federation, name)
+
+            def lying(x: Any, *source: int, act: Any = act, index: int = life.index) -> Any:
+                if x.dtype == torch.int64 and len(x) == 3:
+                    asked.extend(source)
+                    if source == (index,) == (asked[0],) or (not source and index == 1):
+                        x[-1] += size - x[-1]
+                return act(x, *source)
+
+            setattr(life.federation, name, lying)
+    w.start("p2", pace_s=0.02)
+    w.until(lambda: w.counts("p2"))
+    w.finish()
+    assert f"Party p{asked[0]} would send {size} bytes of evidence" in caplog.text
+
+
+def test_evidence_that_does_not_hold_is_not_taken_over(world: Callable[..., World]) -> None:
+    """Where a quorum sends such, the fault is here: who comes late says so, the others continue."""
+    w = world(3, rounds=99, wait_s=1.0)
+    lives = w.start("p0", "p1", pace_s=0.02)
+    w.wait_for(3)
+    lie(lives, 2)
     (late,) = w.start("p2")
     late.join()
     assert "cannot accept the evidence that party p" in str(late.error)
@@ -349,6 +414,46 @@ def test_a_party_whose_key_cannot_sign_takes_part_and_keeps_none(
     assert w.lives[2].aggregator is not None
     assert w.lives[2].aggregator.evidence is None
     assert "[party p2] signs no evidence" in caplog.text
+
+
+def test_certificates_that_are_never_complete_cost_no_more_with_each_round(
+    world: Callable[..., World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three do not sign: nothing is complete, and neither headers nor writing grow."""
+    synced, shown = list[int](), dict[int, int]()
+    fsync = os.fsync
+
+    def counting(file: int) -> None:
+        if threading.current_thread() is first.thread:
+            synced.append(file)
+        fsync(file)
+
+    w = world(rounds=40, state_dir=None)
+    monkeypatch.setattr("pellm_lightning.comm.evidence.store.os.fsync", counting)
+    for name in ("p2", "p1"):
+        (life,) = w.start(name)
+        w.until(lambda life=life: life.aggregator is not None)
+        assert life.aggregator is not None
+        monkeypatch.setattr(life.aggregator._evidence, "sign", lambda statement: "")
+        monkeypatch.setattr(life.aggregator._evidence, "shown", dict)
+    (first,) = w.start("p0")
+    w.until(lambda: first.aggregator is not None)
+    assert first.aggregator is not None
+    keeper = first.aggregator._evidence
+    keeper._store._directory = tmp_path / "kept"
+    show = keeper.shown
+
+    def showing() -> dict[str, Any]:
+        said = show()
+        shown[len(keeper._store.pending)] = len(json.dumps(said))
+        return said
+
+    monkeypatch.setattr(keeper, "shown", showing)
+    w.join()
+    assert len(keeper._store.pending) == 40
+    assert shown[39] == shown[20] < 3000
+    assert len(synced) <= 42
+    assert len(Chain.parse((tmp_path / "kept/evidence-pending.jsonl").read_text()).certificates) == 40
 
 
 def _elliptic(tmp_path: Path) -> Any:

@@ -1,10 +1,12 @@
 """Certificates of a federation for tests."""
 
 import threading
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 
@@ -41,6 +43,23 @@ def tls_of(name: str, which: str = "ours") -> TLS:
 
 def files(directory: Path, name: str) -> TLS:
     return TLS(*(str(directory / file) for file in (f"{name}.pem", f"{name}.key", "ca.pem")))
+
+
+def unreadable_lists(directory: Path) -> list[bytes]:
+    """Revocation lists by the directory's authority that no library writes: a number twice, an odd name."""
+    ca, ca_key = keys._authority(directory)
+    now, pem = datetime.now(timezone.utc), serialization.Encoding.PEM
+    lists = []
+    for arc, value in ((21, b"\x02\x01\x05"), (18, b"\x30\x02\xa3\x00")):
+        odd = x509.UnrecognizedExtension(x509.ObjectIdentifier(f"2.5.29.{arc}"), value)
+        builder = x509.CertificateRevocationListBuilder(ca.subject, now, ca.not_valid_after_utc)
+        builder = builder.add_extension(x509.CRLNumber(5), critical=False).add_extension(odd, critical=False)
+        good = builder.sign(ca_key, None)
+        body = good.tbs_certlist_bytes.replace(b"\x55\x1d\x15", b"\x55\x1d\x14")  # 21 to 20, the number's
+        der = good.public_bytes(serialization.Encoding.DER).replace(good.tbs_certlist_bytes, body)
+        found = x509.load_der_x509_crl(der.replace(good.signature, ca_key.sign(body)))
+        lists.append(found.public_bytes(pem))
+    return lists
 
 
 def elliptic(directory: Path, name: str) -> TLS:

@@ -18,7 +18,7 @@ _INTENTS = ("exchange", "metadata", "rest")
 # Longer than any name, address or digest.
 _MAX_TEXT = 256
 # Of a revocation list with about a thousand entries.
-_MAX_LIST = 1 << 16
+MAX_LIST = 1 << 16
 # Numbers of attempts differ by less between parties, whatever has happened to them.
 _MAX_ATTEMPTS_APART = 10**9
 
@@ -85,7 +85,7 @@ class QuorumMember:
             or not isinstance(value["member"], bool)
             or not isinstance(value["audits"], bool)
             or not isinstance(value["metadata"], dict)
-            or not _is_text(value["revoked"], _MAX_LIST)
+            or not _is_text(value["revoked"], MAX_LIST)
         ):
             return None
         return cls(**value | {"version": Version(*version) if version else None})

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from pellm_lightning.comm.elastic.quorum_view import QuorumMember
+from pellm_lightning.comm.elastic.quorum_view import MAX_LIST, QuorumMember
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.tls import TLS
 
@@ -29,6 +29,7 @@ class RevokedMembers:
         self._file = None if tls is None else tls.revocations
         self._names: set[str] = set()
         self._seen = self.number
+        self._is_long = False
 
     @property
     def serial(self) -> str:
@@ -37,9 +38,23 @@ class RevokedMembers:
 
     @property
     def pem(self) -> str:
-        """The newest list, as this party shows it; empty if there is none."""
+        """The newest list, as this party shows it; empty if there is none, or it is too long to be read."""
         newest = None if self._file is None else self._file.newest
-        return "" if newest is None else newest.pem.decode()
+        if self._file is None or newest is None:
+            return ""
+        if len(newest.pem) <= MAX_LIST:
+            return newest.pem.decode()
+        if not self._is_long:
+            self._is_long = True
+            log.warning(
+                "[party %s] %s has %d characters, more than %d, so it is too long to pass on: put it next to"
+                " ca.pem at every party.",
+                self._name,
+                self._file.path,
+                len(newest.pem),
+                MAX_LIST,
+            )
+        return ""
 
     @property
     def number(self) -> int:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 CONTEXT = "pellm-lightning/round-certificate/1"
@@ -67,7 +67,7 @@ class RoundStatement:
     @property
     def text(self) -> str:
         """The statement as the one JSON text that is hashed."""
-        return canonical(asdict(self))
+        return canonical(vars(self))
 
     @property
     def hash(self) -> str:
@@ -115,7 +115,7 @@ class FederationTerms:
     @property
     def text(self) -> str:
         """The terms as the one JSON text that is hashed."""
-        return canonical(asdict(self))
+        return canonical(vars(self))
 
     @property
     def hash(self) -> str:
@@ -164,7 +164,7 @@ class Identity:
     @property
     def text(self) -> str:
         """The identity as the one JSON text that is hashed."""
-        return canonical(asdict(self))
+        return canonical(vars(self))
 
     @property
     def hash(self) -> str:
@@ -222,10 +222,16 @@ class RoundCertificate:
     signatures: dict[str, Signature] = field(default_factory=dict)
 
     @property
+    def references(self) -> list[str]:
+        """Hashes of the terms and identities to which it refers, in the file's order."""
+        signers = [signature.identity for _, signature in sorted(self.signatures.items())]
+        return [self.statement.terms, *signers]
+
+    @property
     def line(self) -> str:
         """The certificate as a line of the file."""
-        signed = {name: asdict(signature) for name, signature in self.signatures.items()}
-        return canonical({"round": asdict(self.statement), "signatures": signed})
+        signed = {name: vars(signature) for name, signature in self.signatures.items()}
+        return canonical({"round": vars(self.statement), "signatures": signed})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "RoundCertificate":

@@ -5,7 +5,7 @@ refers to comes before it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +23,7 @@ FILE_NAME = "evidence.jsonl"
 
 # Longer than any certificate of 128 parties, or terms of 100,000 parameters.
 _MAX_LINE = 32 << 20
+_ORDER = "the lines are not in the one order and form that evidence has"
 
 
 class Trust(Protocol):
@@ -59,14 +60,22 @@ class Chain:
         Raises:
             EvidenceError: If a line is malformed; the message has its number.
         """
-        chain = cls()
-        for number, line in enumerate(text.splitlines(), 1):
+        chain, written, waiting = cls(), set[str](), list[str]()
+        *lines, rest = text.split("\n")
+        for number, line in enumerate(lines, 1):
             try:
-                chain._add(line)
+                added = chain._add(line)
+                if isinstance(added, str):
+                    waiting.append(added)
+                elif waiting != [*chain._needed(added, written)]:
+                    raise EvidenceError(_ORDER)
+                else:
+                    written.update(added.references)  # nor may one that is missing come later
+                    waiting.clear()
             except EvidenceError as error:
                 raise EvidenceError(f"line {number} is no evidence: {error}") from error
-        if text and text != chain.text:
-            raise EvidenceError("the lines are not in the one order and form that evidence has")
+        if waiting or rest:
+            raise EvidenceError(_ORDER)
         return chain
 
     @property
@@ -83,58 +92,76 @@ class Chain:
         """
         lines: list[str] = []
         for certificate in certificates:
-            needed: dict[str, str] = {}
-            if certificate.statement.terms in self.terms:
-                terms = self.terms[certificate.statement.terms]
-                needed[terms.hash] = canonical({"terms": json.loads(terms.text)})
-            for _, signature in sorted(certificate.signatures.items()):
-                if signature.identity in self.identities:
-                    identity = self.identities[signature.identity]
-                    needed[identity.hash] = canonical({"identity": json.loads(identity.text)})
-            lines += [line for key, line in needed.items() if key not in written]
+            needed = self._needed(certificate, written)
+            lines += [
+                canonical({"terms" if isinstance(of, FederationTerms) else "identity": vars(of)})
+                for of in needed.values()
+            ]
             written.update(needed)
             lines.append(certificate.line)
         return lines
 
-    def add_terms(self, terms: FederationTerms) -> None:
-        """Add terms that certificates refer to."""
+    def _needed(
+        self, certificate: RoundCertificate, written: Collection[str]
+    ) -> dict[str, FederationTerms | Identity]:
+        """Return by hash what a certificate refers to, in order, but for what was written before."""
+        needed: dict[str, FederationTerms | Identity] = {}
+        for key in certificate.references:
+            of = self.terms.get(key) or self.identities.get(key)
+            if of is not None and key not in written:
+                needed[key] = of
+        return needed
+
+    def add_terms(self, terms: FederationTerms) -> str:
+        """Add terms that certificates refer to; return their hash."""
         self.terms[terms.hash] = terms
+        return terms.hash
 
-    def add_identity(self, identity: Identity) -> None:
-        """Add an identity that signatures refer to."""
+    def add_identity(self, identity: Identity) -> str:
+        """Add an identity that signatures refer to; return its hash."""
         self.identities[identity.hash] = identity
+        return identity.hash
 
-    def _add(self, line: str) -> None:
+    def _add(self, line: str) -> RoundCertificate | str:
+        """Add what is in a line; return the certificate, or the hash of what one refers to."""
         if len(line) > _MAX_LINE:
             raise EvidenceError(f"it has {len(line)} characters")
         try:
             value = json.loads(line)
+            form = canonical(value)
         except (ValueError, RecursionError) as error:
             raise EvidenceError(f"it is no JSON ({error})") from error
+        if form != line:
+            raise EvidenceError(_ORDER)
         kinds = value.keys() if isinstance(value, dict) else ()
         if kinds == {"terms"}:
-            self.add_terms(FederationTerms.from_json(value["terms"]))
-        elif kinds == {"identity"}:
-            self.add_identity(Identity.from_json(value["identity"]))
-        elif kinds == {"round", "signatures"}:
-            self.certificates.append(RoundCertificate.from_json(value))
-        else:
+            return self.add_terms(FederationTerms.from_json(value["terms"]))
+        if kinds == {"identity"}:
+            return self.add_identity(Identity.from_json(value["identity"]))
+        if kinds != {"round", "signatures"}:
             raise EvidenceError("it holds no terms, no identity and no round")
+        self.certificates.append(RoundCertificate.from_json(value))
+        return self.certificates[-1]
 
 
-def verify(chain: Chain, trust: Trust | None = None, first: int = 0) -> None:
+def verify(
+    chain: Chain, trust: Trust | None = None, first: int = 0, before: RoundStatement | None = None
+) -> None:
     """Verify a chain: every link, every signature, and a quorum of them for each round.
+
+    A round by other terms than those before needs a quorum by both: else one party alone could write terms
+    by which its own signature is enough.
 
     Args:
         chain: The chain.
         trust: Whose keys are trusted; None takes each party's key from the chain itself.
-        first: The round with which it begins.
+        first: The round with which it begins, if nothing comes before.
+        before: Statement, verified before, that it continues; the chain has the terms of it.
 
     Raises:
         EvidenceError: If anything does not hold; the message names round and party.
     """
     accepted: set[str] = set()
-    before: RoundStatement | None = None
     for certificate in chain.certificates:
         _check_link(certificate.statement, before, first)
         terms = chain.terms.get(certificate.statement.terms)
@@ -142,18 +169,49 @@ def verify(chain: Chain, trust: Trust | None = None, first: int = 0) -> None:
             raise EvidenceError(
                 f"round {certificate.statement.round}: the terms that it refers to are missing"
             )
-        verify_certificate(certificate, terms, chain.identities, trust, accepted)
+        _verify_certificate(certificate, terms, chain.identities, trust, accepted)
+        lacks = lacking(certificate, chain, before)
+        if lacks:
+            raise EvidenceError(f"round {certificate.statement.round}: {lacks}")
         before = certificate.statement
 
 
-def verify_certificate(
+def lacking(certificate: RoundCertificate, chain: Chain, before: RoundStatement | None) -> str | None:
+    """Return which signatures a certificate lacks for a quorum, None if none.
+
+    Args:
+        certificate: The certificate; its signatures are good.
+        chain: Has the terms that it and the statement before refer to.
+        before: That statement; None if there is none.
+    """
+    statement, signed = certificate.statement, certificate.signatures.keys()
+    terms = chain.terms.get(statement.terms)
+    if terms is None:
+        return "the terms that it refers to are missing"
+    if len(signed) < terms.quorum:
+        missing = ", ".join(name for name in statement.members if name not in signed)
+        return f"{len(signed)} signatures, but a quorum is {terms.quorum}; missing: {missing}"
+    if before is None or before.terms == statement.terms:
+        return None
+    former = chain.terms.get(before.terms)
+    agreed = [name for name in signed if former is not None and name in former.roster]
+    if former is not None and len(agreed) >= former.quorum:
+        return None
+    needed = "a quorum" if former is None else f"the {former.quorum} signatures"
+    return (
+        f"it has other terms than round {before.round}, without {needed} that were needed then, but only"
+        f" those of: {', '.join(agreed)}"
+    )
+
+
+def _verify_certificate(
     certificate: RoundCertificate,
     terms: FederationTerms,
     identities: Mapping[str, Identity],
     trust: Trust | None,
     accepted: set[str],
 ) -> None:
-    """Verify one certificate: what it states is possible, and a quorum of its members has signed it.
+    """Verify one certificate but for a quorum: what it states is possible, and its members have signed it.
 
     Args:
         certificate: The certificate.
@@ -183,12 +241,6 @@ def verify_certificate(
                 f"{where}: the signature of {name!r} does not fit: what was signed has been changed, or the"
                 " signature is another key's"
             )
-    if len(certificate.signatures) < terms.quorum:
-        missing = [name for name in statement.members if name not in certificate.signatures]
-        raise EvidenceError(
-            f"{where}: {len(certificate.signatures)} signatures, but a quorum is {terms.quorum};"
-            f" missing: {', '.join(missing)}"
-        )
 
 
 def refused(identity: Identity, trust: Trust | None) -> str | None:

@@ -2,12 +2,11 @@
 
 import logging
 import os
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pellm_lightning.comm.evidence.certificate import EvidenceError, RoundCertificate
-from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain
+from pellm_lightning.comm.evidence.certificate import EvidenceError, RoundCertificate, RoundStatement
+from pellm_lightning.comm.evidence.chain import FILE_NAME, Chain, lacking
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +33,22 @@ class CertificateStore:
         self._directory = directory
         self._memory: list[RoundCertificate] = []
         self._written: set[str] = set()
-        self.complete = 0
-        """Index of the first round whose certificate is not complete."""
-        self.head: str | None = None
-        """Hash of the last complete one's statement."""
+        self.newest: RoundStatement | None = None
+        """Statement of the last complete one."""
         self.pending: list[RoundCertificate] = []
         """Certificates after these, in order; the first ones may be missing."""
         self.context = Chain()
         """Terms and identities to which certificates refer."""
+
+    @property
+    def complete(self) -> int:
+        """Index of the first round whose certificate is not complete."""
+        return 0 if self.newest is None else self.newest.round + 1
+
+    @property
+    def head(self) -> str | None:
+        """Hash of the last complete one's statement."""
+        return None if self.newest is None else self.newest.hash
 
     @property
     def last(self) -> str | None:
@@ -85,28 +92,42 @@ class CertificateStore:
         self.pending = [*self.pending[1 - _MAX_PENDING :], certificate]
         self.settle()
 
+    def extend(self, chain: Chain) -> None:
+        """Add verified certificates that follow the complete ones, in place of those that lack signatures."""
+        self.context.terms |= chain.terms
+        self.context.identities |= chain.identities
+        waiting = {certificate.statement.hash: certificate.signatures for certificate in self.pending}
+        for certificate in chain.certificates:
+            certificate.signatures |= waiting.get(certificate.statement.hash, {})
+        self.pending = [*chain.certificates]
+        self.settle()
+
     def settle(self) -> None:
         """Write pending certificates: those that are complete, as far as none before lacks signatures."""
-        whole: list[RoundCertificate] = []
-        for certificate in takewhile(self._is_complete, self.pending):
-            if certificate.statement.previous != (whole[-1].statement.hash if whole else self.head):
-                break
-            whole.append(certificate)
+        whole = self._complete(self.pending, self.newest)
         if whole:
             self._append(whole)
             self.pending = self.pending[len(whole) :]
         self._write_pending()
 
-    def _is_complete(self, certificate: RoundCertificate) -> bool:
-        terms = self.context.terms.get(certificate.statement.terms)
-        return terms is not None and len(certificate.signatures) >= terms.quorum
+    def _complete(
+        self, certificates: Iterable[RoundCertificate], before: RoundStatement | None
+    ) -> list[RoundCertificate]:
+        """Return those that are complete, as far as each follows the one before."""
+        whole: list[RoundCertificate] = []
+        for certificate in certificates:
+            follows = certificate.statement.previous == (None if before is None else before.hash)
+            if not follows or lacking(certificate, self.context, before):
+                break
+            whole.append(certificate)
+            before = certificate.statement
+        return whole
 
     def _replace(self, found: Sequence[RoundCertificate], *, has_gap: bool) -> None:
         """Take certificates for the chain; set a file aside that has others."""
-        whole = [] if has_gap else [*takewhile(self._is_complete, found)]
+        whole = [] if has_gap else self._complete(found, None)
         self.pending, self._written = [*found[len(whole) :]], set()
-        self.complete = whole[-1].statement.round + 1 if whole else 0
-        self.head = whole[-1].statement.hash if whole else None
+        self.newest = whole[-1].statement if whole else None
         self._memory = [] if self._directory else whole
         if self._directory is not None and not has_gap:  # else the file may be a part of the chain
             lines = self.context.lines(whole, self._written)
@@ -122,8 +143,7 @@ class CertificateStore:
 
     def _append(self, certificates: Sequence[RoundCertificate]) -> None:
         """Write complete certificates behind the others, durably."""
-        self.complete = certificates[-1].statement.round + 1
-        self.head = certificates[-1].statement.hash
+        self.newest = certificates[-1].statement
         if self._directory is None:
             self._memory += certificates
             return

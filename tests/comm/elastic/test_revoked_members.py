@@ -1,19 +1,28 @@
 """A certificate is revoked while jobs run: within a round the others continue without it, and say so."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from certificates import files
+from certificates import files, unreadable_lists
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from job_threads import World
 from party_threads import in_threads
 
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import TLS, ElasticFederation, FederationError, Membership
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember
+from pellm_lightning.comm.elastic.revoked_members import RevokedMembers
+from pellm_lightning.comm.keys import _authority as authority_of
 from pellm_lightning.comm.keys import make_ca, make_certificate, revoke, sign_request
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
@@ -105,6 +114,50 @@ def test_a_revoked_party_that_is_always_too_early_learns_it_from_the_view(
     assert "was revoked by the federation's authority" in str(early.join(10).error)
     w.lives.remove(early)
     w.finish()
+
+
+def test_a_made_up_list_harms_nobody(
+    world: Callable[..., World], office: Office, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A party shows lists that it has made itself, or that nobody can read."""
+    make_ca(tmp_path / "stranger")
+    lists = [*unreadable_lists(tmp_path / "stranger"), *unreadable_lists(office.path), b"no list"]
+    w = world(rounds=999)
+    lives = w.start(pace_s=0.02)
+    w.until(lambda: w.counts("p3"))
+    assert lives[3].federation is not None
+    tracker = lives[3].federation._revoked
+    made_up = type("MadeUp", (type(tracker),), {"pem": property(lambda self: next(shown))})
+    shown = cycle(made.decode() for made in lists)
+    tracker.__class__ = made_up
+    began = w.reached
+    w.until(lambda: w.reached > began + 6)
+    w.finish()
+    assert "received a revocation list that does not count: the federation's authority has not" in caplog.text
+    assert "received a revocation list that does not count: it cannot be read" in caplog.text
+    assert not any(office.list_of(name).exists() for name in ROSTER)
+
+
+def test_a_list_too_long_to_pass_on_counts_where_it_lies(
+    office: Office, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An institution's authority revokes more certificates than those of the federation."""
+    ca, key = authority_of(office.path)
+    now = datetime.now(timezone.utc)
+    builder = x509.CertificateRevocationListBuilder(ca.subject, now, ca.not_valid_after_utc)
+    builder = builder.add_extension(x509.CRLNumber(7), critical=False)
+    for serial in [*range(1 << 100, (1 << 100) + 2000), office.tls("p3").serial]:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+        builder = builder.add_revoked_certificate(entry)
+    office.list_of("p0").write_bytes(builder.sign(key, None).public_bytes(serialization.Encoding.PEM))
+    members = RevokedMembers("p0", office.tls("p0"))
+    member = QuorumMember(1, "now", "host:1", "digest", None, 0, "", "exchange", "", False, {})
+    entry = replace(member, serial=members.serial, revoked=members.pem)
+    assert QuorumMember.from_json(json.loads(json.dumps(entry.to_json()))) == entry
+    gone = replace(member, serial=RevokedMembers("p3", office.tls("p3")).serial)
+    assert [*members.without({"p0": entry, "p3": gone})] == ["p0"]
+    assert members.pem == ""
+    assert caplog.text.count("too long to pass on: put it next to ca.pem at every party") == 1
 
 
 def test_with_a_new_certificate_the_party_comes_back(world: Callable[..., World], office: Office) -> None:

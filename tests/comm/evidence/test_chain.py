@@ -115,7 +115,13 @@ def test_lines_in_another_order_are_refused(order: list[int]) -> None:
         judged("".join(f"{lines[place]}\n" for place in order))
 
 
-@pytest.mark.parametrize("text", ["[]\n", "{}\n", '{"round":{},"signatures":{}}\n', "\n", "[" * 9999 + "\n"])
+TERMS = TEXT.splitlines()[0]
+NUMBERS = [TERMS.replace("true", number) for number in ("NaN", "-Infinity", "1e999", "1E5")]
+SPACED = [TERMS.replace(":", ": "), TERMS + "\r"]
+NO_EVIDENCE = ["[]", "{}", '{"round":{},"signatures":{}}', "", "[" * 9999, *SPACED, *NUMBERS]
+
+
+@pytest.mark.parametrize("text", [f"{line}\n" for line in NO_EVIDENCE])
 def test_what_is_no_evidence_is_refused(text: str) -> None:
     with pytest.raises(EvidenceError, match="line 1 is no evidence"):
         Chain.parse(text)
@@ -168,6 +174,42 @@ def test_fewer_signatures_than_a_quorum_are_refused() -> None:
     text = PARTIES.chain(2, ["abc", "b"]).text
     with pytest.raises(EvidenceError, match="round 1: 1 signatures, but a quorum is 2; missing: a, c"):
         judged(text)
+
+
+def grown(signers: str, rounds: int = 2, **terms: Any) -> Chain:
+    """A good chain, and one more round by other terms."""
+    chain, others = PARTIES.chain(rounds), Parties(**terms)
+    chain.add_terms(others.terms)
+    before = chain.certificates[-1].statement if rounds else None
+    members = tuple(name for name in others.terms.roster if name in signers)
+    told = {"members": members, "counted": members, "weights": None, "terms": others.terms.hash}
+    base = before.result if before else "0f"
+    statement = others.following(before, base=base, **told)
+    chain.certificates.append(others.certificate(statement, signers))
+    return chain
+
+
+@pytest.mark.parametrize(
+    ("signers", "terms"),
+    [
+        ("a", {"roster": ("a",), "quorum": 1}),
+        ("a", {"quorum": 1}),
+        ("a", {"quorum": 1, "settings": {}}),
+        ("a", {"roster": ("a", "d", "e"), "quorum": 1}),
+    ],
+)
+def test_who_is_no_quorum_cannot_change_the_terms(signers: str, terms: dict[str, Any]) -> None:
+    """One party alone writes terms by which its own signature is enough."""
+    verify(Chain.parse(grown("ab", **terms | {"roster": ROSTER}).text), TRUST)
+    with pytest.raises(EvidenceError, match=r"round 2: it has other terms than round 1, .* the 2 .*: a$"):
+        verify(Chain.parse(grown(signers, **terms).text), TRUST)
+
+
+def test_a_quorum_can_change_the_terms() -> None:
+    for terms in ({"roster": ("a", "b"), "quorum": 1}, {"settings": {"tls": False}}, {"roster": ("c", "b")}):
+        chain = grown("bc" if "c" in terms.get("roster", ROSTER) else "ab", **terms)
+        verify(Chain.parse(chain.text), TRUST)
+        assert chain.certificates[-1].statement.terms != PARTIES.terms.hash
 
 
 def test_a_party_that_was_no_member_does_not_vouch() -> None:

@@ -79,6 +79,20 @@ def test_signatures_that_come_late_complete_a_chain(directory: Path | None) -> N
     verify(store.read())
 
 
+def test_other_terms_are_complete_by_those_before(directory: Path | None) -> None:
+    """What counts as complete here is what is verified elsewhere."""
+    store, chain, others = begun(directory), PARTIES.chain(1), Parties(quorum=1)
+    store.context.add_terms(others.terms)
+    store.add(chain.certificates[0])
+    following = others.following(chain.certificates[0].statement)
+    store.add(others.certificate(following, "c"))
+    assert store.complete == 1
+    store.pending[0].signatures["a"] = others.sign(following, "a")
+    store.settle()
+    assert store.complete == 2
+    verify(store.read())
+
+
 def test_a_fork_is_set_aside_and_not_lost(tmp_path: Path) -> None:
     """All resume an older checkpoint: what a quorum had signed after it stays, under another name."""
     chain = PARTIES.chain(4)
