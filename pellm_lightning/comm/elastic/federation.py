@@ -412,11 +412,10 @@ class ElasticFederation(Communicator):
 
     def _unfit(self, view: QuorumView, known: int) -> str | None:
         """Return why this party takes no part in a view that includes it; None if it does."""
-        if not self._revoked.accepts(view.entries):
+        if len(self._revoked.without(view.entries)) < len(view.entries):
             return "a member's certificate is revoked"
-        if view.attempt <= known:
-            # It lost the rendezvous in the middle; what it made durable stands, whatever the others decided.
-            # No false view makes it sign two statements of one attempt.
+        if view.attempt <= known:  # it lost the rendezvous in the middle; what it made durable stands
+            # Nor does a false view make it sign two statements of one attempt.
             return f"party {self._name} was in doubt"
         return None
 

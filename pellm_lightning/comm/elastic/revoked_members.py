@@ -94,15 +94,6 @@ class RevokedMembers:
                 " others continue without it. Ask the administrator; with a new one the party can come back."
             )
 
-    def accepts(self, entries: Mapping[str, QuorumMember]) -> bool:
-        """Tell whether no member's certificate is revoked, as these members know.
-
-        Raises:
-            FederationError: If this party's own one is.
-        """
-        self.take(entries.values())
-        return len(self.without(entries)) == len(entries)
-
     def without(self, entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
         """Return those who have joined with a certificate that is not revoked."""
         good = {name: entry for name, entry in entries.items() if not self._is_revoked(entry)}
