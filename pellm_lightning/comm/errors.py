@@ -17,6 +17,8 @@ class FederationError(RuntimeError):
         super().__init__(message)
         self.parties = tuple(parties)
         self.by = by
+        self.missing: tuple[list[str], list[str]] = ([], [])
+        """Members whose parts, and whose sums, this party has long missed when the exchange failed."""
 
 
 class MismatchError(FederationError):
