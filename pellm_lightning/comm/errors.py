@@ -17,8 +17,8 @@ class FederationError(RuntimeError):
         super().__init__(message)
         self.parties = tuple(parties)
         self.by = by
-        self.missing: tuple[list[str], list[str]] = ([], [])
-        """Members whose parts, and whose sums, this party has long missed when the exchange failed."""
+        self.missing: dict[str, list[str]] = {}
+        """Of an exchange that failed: from whom this party had long missed a part, and from whom a sum."""
 
 
 class MismatchError(FederationError):

@@ -112,9 +112,7 @@ class ElasticFederation(Communicator):
         self.tls = tls
         self._me = LocalParty(name, self.roster, self.quorum, self.membership)
         self._phase = "joining"
-        self._digest = ""
-        self._attempt = 0
-        self._missing: tuple[list[str], list[str]] = ([], [])
+        self._digest, self._attempt = "", 0
         self._view: QuorumView | None = None
         self._resting: set[str] = set()
         self._last_term = ("", 0)
@@ -263,7 +261,6 @@ class ElasticFederation(Communicator):
             raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         self._reachability.connected(view.members)
         self._limit.committed()
-        self._missing = ([], [])
         self._ended = self._last_term[0], view
         signatures = decision.get("signatures")
         return signatures if isinstance(signatures, dict) else {}
@@ -272,7 +269,6 @@ class ElasticFederation(Communicator):
     def abort_attempt(self, error: Exception) -> bool:
         view = self._current_view
         self._connections.drop()
-        self._missing = getattr(error, "missing", ([], []))
         blamed, by = list(getattr(error, "parties", ())), getattr(error, "by", None) or self._name
         faulty = blamed if isinstance(error, FaultyPartyError) else []  # all see it: nobody's word is needed
         log.info("[party %s] aborts this attempt at the round: %s", self._name, error)
@@ -448,8 +444,7 @@ class ElasticFederation(Communicator):
             audits=self._audit.is_active,
             serial=self._revoked.serial,
             revoked=self._revoked.pem,
-            missing_parts=self._missing[0],
-            missing_sums=self._missing[1],
+            **self._connections.missing,
         )
 
     def _accept(self, view: QuorumView) -> None:
@@ -458,7 +453,6 @@ class ElasticFederation(Communicator):
         lost = [name for name in before if name not in view.entries and name not in self._resting]
         new = [name for name in view.members if name not in before and name != self._name]
         self._view = view
-        self._reachability.begin()
         for name in lost:
             log.warning("[party %s] continues without party %s: %s", self._name, name, self._peers.fate(name))
         if before and new:

@@ -193,6 +193,7 @@ class QuorumProtocol:
                 others=outside,
             )
         self._reachability.leave_out({blocker(view.entries)} - {""})
+        self._reachability.begin()
         return view
 
     def _is_published(self, view: QuorumView) -> bool:

@@ -56,12 +56,13 @@ class ReachabilityTracker:
 
     def note(self, decision: Any) -> None:
         """Record who blamed whom, by the decision on an attempt; a peer wrote it, it may be anything."""
-        self._failed_at = self._clock()
-        self._cost_s = max(self._cost_s, self._failed_at - self._began)
         if not isinstance(decision, dict) or not isinstance(decision.get("blamed"), list):
             return
         by, reported = decision.get("by"), decision["blamed"]
         blamed = frozenset(name for name in self._roster if name in reported and name != by)
+        if blamed:
+            self._failed_at = self._clock()
+            self._cost_s = max(self._cost_s, self._failed_at - self._began)
         if decision.get("late") is True:
             self.leave_out(blamed)
         elif by in self._roster and blamed:

@@ -219,7 +219,7 @@ class Mesh:
                     raise group.absent(missing, self._timeout_s, dialer.failures, rejected)
         except FederationError as error:
             if time.monotonic() >= began + self._timeout_s / 2:
-                error.missing = group.names_of(missing), []
+                error.missing = {"missing_parts": group.names_of(missing)}
             raise
         finally:
             dialer.close()
@@ -255,8 +255,9 @@ class Mesh:
             self._move(stalls, work)
         except FederationError as error:
             undone = [link for link in self._links.values() if not link.is_done]
-            parts, sums = stalls.missing(undone)
-            error.missing = self._group.names_of(parts), self._group.names_of(sums)
+            error.missing = {
+                kind: self._group.names_of(ranks) for kind, ranks in stalls.missing(undone).items()
+            }
             raise
 
     def _move(self, stalls: StallDetector, work: Callable[[], bool]) -> None:
