@@ -213,8 +213,8 @@ class Chaos:
         return self._figures(ended)
 
     def _has_begun(self) -> bool:
-        """Tell whether a round was made: for the first all parties are waited for, whoever is killed."""
-        return any(path.stat().st_size for path in self.directory.glob("*.jsonl"))
+        """Tell whether a round was settled: for the first all parties are waited for, whoever is killed."""
+        return any(entry.round and entry.stage == "settled" for entry in self._records())
 
     def _tend(self) -> None:
         """Start and wake who is due; note who ended by itself."""
