@@ -161,6 +161,7 @@ class Chaos:
     times: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     rogue_ends: list[str] = field(default_factory=list)
+    until: float = 0.0
 
     def __post_init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -200,15 +201,20 @@ class Chaos:
         try:
             while time.time() < now + seconds:
                 self._tend()
-                if time.time() >= next_fault:
+                if time.time() >= next_fault and (not self.rogue or self._has_begun()):
                     next_fault = time.time() + self._strike()
                 time.sleep(0.01)
+            self.until = time.time()
             ended = self._end()
         finally:
             for process in [*self.parties.values(), self.rendezvous]:
                 if process.runs:
                     process.kill(0.0)
         return self._figures(ended)
+
+    def _has_begun(self) -> bool:
+        """Tell whether a round was settled: for the first all parties are waited for, whoever is killed."""
+        return any(entry.round and entry.stage == "settled" for entry in self._records())
 
     def _tend(self) -> None:
         """Start and wake who is due; note who ended by itself."""
@@ -315,13 +321,18 @@ class Chaos:
 
     def _figures(self, ended: bool) -> dict[str, object]:
         entries = self._records()
-        # What one that equivocates makes others compute differs, and is not committed.
-        judged = [entry for entry in entries if not self.rogue or entry.stage != "made"]
+        # What one that equivocates makes others compute differs, and is not committed. But a result of which
+        # nobody has read the decision may stand: then it is all that is known of its round.
+        known = {entry.round for entry in entries if entry.stage != "made"} if self.rogue else set()
+        judged = [entry for entry in entries if entry.stage != "made" or entry.round not in known]
         found = findings(judged, self.roster)
         recovered = self._recoveries(entries)
+        commits = [at for at in _commits(entries) if at < self.until]
         return {
             "faults": dict(self.faults),
             "total": sum(self.faults.values()),
+            "rounds_in_faults": len(commits),
+            "longest_wait_s": max((b - a for a, b in pairwise([*commits, self.until])), default=None),
             "ended": ended,
             "sound": found.is_sound,
             **asdict(found),
@@ -336,8 +347,7 @@ class Chaos:
 
     def _recoveries(self, entries: list[Entry]) -> list[float]:
         """Return by how much each kill alone has delayed the next commit of the others."""
-        commits = sorted({entry.round: entry.time for entry in entries if entry.stage == "settled"}.values())
-        usual = statistics.median(b - a for a, b in pairwise(commits))
+        usual = statistics.median(b - a for a, b in pairwise(_commits(entries)))
         delays = []
         for killed_at, name in self.kills:
             others = [e.time for e in entries if e.party != name and e.stage != "made" and e.time > killed_at]
@@ -361,6 +371,11 @@ def _entries(path: Path) -> list[Entry]:
         return []
     lines = path.read_text().split("\n")[:-1]
     return [Entry.from_json(line) for line in lines if line.endswith("}")]
+
+
+def _commits(entries: list[Entry]) -> list[float]:
+    """Return when each round was settled, in order."""
+    return sorted({entry.round: entry.time for entry in entries if entry.stage == "settled"}.values())
 
 
 def _copied(source: str, target: str) -> None:

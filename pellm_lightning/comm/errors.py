@@ -17,6 +17,8 @@ class FederationError(RuntimeError):
         super().__init__(message)
         self.parties = tuple(parties)
         self.by = by
+        self.missing: dict[str, list[str]] = {}
+        """Of an exchange that failed: from whom this party had long missed a part, and from whom a sum."""
 
 
 class MismatchError(FederationError):

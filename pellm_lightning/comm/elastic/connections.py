@@ -33,6 +33,8 @@ class MemberConnections:
         self._listener, self._me, self._peers, self._tls = listener, me, peers, tls
         self._mesh: Mesh | None = None
         self._view: QuorumView | None = None
+        self.missing: dict[str, list[str]] = {}
+        """Whom this party had long waited for when its last attempt failed; it says so as it joins again."""
 
     @property
     def group(self) -> str:
@@ -53,10 +55,14 @@ class MemberConnections:
         kept = self._mesh is not None and view.group == view.entries[self._me.name].group
         if not kept:
             self.drop()
-        self._view = view
+        self._view, self.missing = view, {}
         self._peers.watch(decision_key(view), life)
         if not kept:
-            self._mesh = Mesh(
+            self._mesh = self._formed(view)
+
+    def _formed(self, view: QuorumView) -> Mesh:
+        try:
+            return Mesh(
                 self._listener,
                 view.group,
                 view.members.index(self._me.name),
@@ -66,6 +72,9 @@ class MemberConnections:
                 watch=self.check,
                 tls=self._tls,
             )
+        except FederationError as error:
+            self.missing = error.missing
+            raise
 
     def drop(self) -> None:
         """Close the connections."""
@@ -84,8 +93,10 @@ class MemberConnections:
             raise FederationError(f"Party {self._me.name} is not connected: call join_quorum first.")
         try:
             yield self._mesh
-        except MismatchError as error:
-            if len(self._view.members) - len(error.parties) < self._me.quorum:
+        except FederationError as error:
+            self.missing = error.missing
+            others = len(self._view.members) - len(error.parties)
+            if not isinstance(error, MismatchError) or others < self._me.quorum:
                 raise
             raise PartyLostError(str(error), parties=error.parties, by=error.by) from error
 

@@ -112,8 +112,7 @@ class ElasticFederation(Communicator):
         self.tls = tls
         self._me = LocalParty(name, self.roster, self.quorum, self.membership)
         self._phase = "joining"
-        self._digest = ""
-        self._attempt = 0
+        self._digest, self._attempt = "", 0
         self._view: QuorumView | None = None
         self._resting: set[str] = set()
         self._last_term = ("", 0)
@@ -444,6 +443,7 @@ class ElasticFederation(Communicator):
             audits=self._audit.is_active,
             serial=self._revoked.serial,
             revoked=self._revoked.pem,
+            **self._connections.missing,
         )
 
     def _accept(self, view: QuorumView) -> None:

@@ -15,6 +15,7 @@ from pellm_lightning.comm.elastic.quorum_view import (
     QuorumMember,
     QuorumView,
     belonging,
+    blocker,
     fits,
     holders_needed,
     is_count,
@@ -191,6 +192,8 @@ class QuorumProtocol:
                 " all.",
                 others=outside,
             )
+        self._reachability.leave_out({blocker(view.entries)} - {""})
+        self._reachability.begin()
         return view
 
     def _is_published(self, view: QuorumView) -> bool:
@@ -231,13 +234,28 @@ class QuorumProtocol:
     def _told(self, entries: Mapping[str, QuorumMember]) -> dict[str, QuorumMember]:
         """Return what a view tells of its members: the newest revocation list stands there once."""
         newest = {self._me.name: self._revoked.pem}
-        return {name: replace(entry, revoked=newest.get(name, "")) for name, entry in entries.items()}
+        return {
+            name: replace(
+                entry,
+                revoked=newest.get(name, ""),
+                missing_parts=[n for n in self._me.roster if n in entry.missing_parts],
+                missing_sums=[n for n in self._me.roster if n in entry.missing_sums],
+            )
+            for name, entry in entries.items()
+        }
 
     def _ready(
         self, entries: dict[str, QuorumMember], mine: QuorumMember, deadline: "QuorumDeadline"
     ) -> dict[str, QuorumMember] | None:
         """Return who can continue together now, or None if a party is to be waited for."""
         group = belonging(entries, self._me.quorum)
+        awaited = self._awaited(entries, group, deadline)
+        blocking = {blocker(entries)} - {""}
+        # All have said whom they have missed; it had the time to do so.
+        is_heard = blocking <= entries.keys() or deadline.waited_s > self._me.membership.heartbeat_ttl_s
+        if blocking.issuperset(awaited) and is_heard:
+            self._reachability.leave_out(blocking)
+            awaited = []
         same = dict(group)
         reachable_group = self._reachability.reachable_group(same)
         if len(reachable_group) >= self._me.quorum:
@@ -245,7 +263,6 @@ class QuorumProtocol:
         if self._me.name not in same:
             same = {}  # the others may continue without this party, it cannot without them
         deadline.raise_mismatch()
-        awaited = self._awaited(entries, group, deadline)
         if deadline.is_over(group):
             awaited = self._holders(awaited, group, deadline)
         deadline.note(group, awaited)

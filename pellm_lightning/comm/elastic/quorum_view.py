@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any, Literal, TypeGuard
 
@@ -61,6 +61,10 @@ class QuorumMember:
     """Serial number of its certificate, in hexadecimal digits; empty without TLS."""
     revoked: str = ""
     """The newest revocation list that it knows, PEM; empty for none."""
+    missing_parts: list[str] = field(default_factory=list)
+    """Members whose parts it has long missed when its last attempt failed."""
+    missing_sums: list[str] = field(default_factory=list)
+    """Members whose sums it has missed, and no part."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
@@ -86,6 +90,7 @@ class QuorumMember:
             or not isinstance(value["audits"], bool)
             or not isinstance(value["metadata"], dict)
             or not _is_text(value["revoked"], MAX_LIST)
+            or not all(_are_texts(value[key]) for key in ("missing_parts", "missing_sums"))
         ):
             return None
         return cls(**value | {"version": Version(*version) if version else None})
@@ -284,6 +289,30 @@ def newest_version(entries: Mapping[str, QuorumMember], needed: int) -> tuple[Ve
     return newest, states.most_common(1)[0][0]
 
 
+def blocker(entries: Mapping[str, QuorumMember]) -> str:
+    """Return the party that has held up the last attempt, by the word of two at least; "" if unclear.
+
+    Who misses a part cannot send its sum, and is excused for that. One word alone may be a lie, or a broken
+    link between two: of that the failures of several attempts decide.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> silent = QuorumMember(1, "now", "host:1", "digest", None, 0, "", "exchange", "", False, {})
+        >>> misses = replace(silent, missing_parts=["c"])
+        >>> blocker({"a": misses, "b": misses, "c": silent}), blocker({"a": misses, "b": silent, "c": silent})
+        ('c', '')
+    """
+    excused = {name for name, entry in entries.items() if entry.missing_parts}
+    counts = Counter(
+        name
+        for by, entry in entries.items()
+        for name in {*entry.missing_parts, *entry.missing_sums} - {by}
+        if name in entry.missing_parts or name not in excused
+    )
+    (name, most), (_, next_) = [*counts.most_common(2), ("", 0), ("", 0)][:2]
+    return name if most > max(next_, 1) else ""
+
+
 def last_attempt(attempts: Sequence[int]) -> int:
     """Return the greatest attempt that the parties know of, but none that is out of all proportion."""
     return min(max(attempts), median_low(attempts) + _MAX_ATTEMPTS_APART)
@@ -322,6 +351,10 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 def _is_text(value: Any, most: int = _MAX_TEXT) -> bool:
     return isinstance(value, str) and len(value) <= most
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= _MAX_TEXT and all(map(_is_text, value))
 
 
 def _is_address(value: str) -> bool:

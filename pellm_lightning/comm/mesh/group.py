@@ -64,6 +64,10 @@ class Group:
         """Return names and addresses of members, for a message."""
         return " and ".join(f"{self.names[rank]} ({self.addresses[rank]})" for rank in ranks)
 
+    def names_of(self, ranks: Iterable[int]) -> list[str]:
+        """Return the names of members."""
+        return [self.names[rank] for rank in ranks]
+
     # ---- errors; ``here`` is what this party was doing
 
     def absent(
@@ -143,4 +147,4 @@ class Group:
         return kind(message, parties=blamed, by=None if ranks == [by] else self.names[by])
 
     def _lost(self, ranks: Iterable[int], message: str) -> PartyLostError:
-        return PartyLostError(message, parties=[self.names[rank] for rank in ranks])
+        return PartyLostError(message, parties=self.names_of(ranks))

@@ -206,16 +206,21 @@ class Mesh:
         dialer = Dialer(group.me, group.name, addresses, tls, own_port=split_address(listener.address)[1])
         began = time.monotonic()
         pause = 0.001
+        missing: list[int] = []
         try:
             while not self._accept(listener):
                 for peer, sock in dialer.poll(pause):
                     self._links[peer] = Link(sock, peer)
                 pause = min(2 * pause, _POLL_S)
+                missing = [peer for peer in range(self.size) if peer not in {self.rank, *self._links}]
                 self._check()
                 if time.monotonic() >= began + self._timeout_s:
-                    missing = [peer for peer in range(self.size) if peer not in {self.rank, *self._links}]
                     rejected = listener.rejected(began)
                     raise group.absent(missing, self._timeout_s, dialer.failures, rejected)
+        except FederationError as error:
+            if time.monotonic() >= began + self._timeout_s / 2:
+                error.missing = {"missing_parts": group.names_of(missing)}
+            raise
         finally:
             dialer.close()
 
@@ -245,8 +250,18 @@ class Mesh:
         Args:
             work: Processes what has been received; returns whether links can proceed after that.
         """
+        stalls = StallDetector(self._timeout_s, self._links.values())
+        try:
+            self._move(stalls, work)
+        except FederationError as error:
+            undone = [link for link in self._links.values() if not link.is_done]
+            error.missing = {
+                kind: self._group.names_of(ranks) for kind, ranks in stalls.missing(undone).items()
+            }
+            raise
+
+    def _move(self, stalls: StallDetector, work: Callable[[], bool]) -> None:
         undone = turning = list(self._links.values())
-        stalls = StallDetector(self._timeout_s, undone)
         # Before an error can be noticed, all members have been sent what this one does: so each of them can
         # find out for itself who is wrong.
         for link in undone:

@@ -58,3 +58,15 @@ class StallDetector:
         if self._owing:
             return [link.rank for link in self._owing if self._left_s[link] < 0]
         return [link.rank for link in undone] if self._left_together_s < 0 else []
+
+    def missing(self, undone: Iterable[Link]) -> dict[str, list[int]]:
+        """Return the ranks whose parts have long been missing; if none owes one, those whose sums have been.
+
+        It is what this member can say for itself, whoever has noticed the failure first. Who waits for a sum
+        says so later: by then whoever owes the sum can say which part it misses.
+        """
+        if self._owing:
+            late = [link.rank for link in self._owing if self._left_s[link] < self._timeout_s / 2]
+            return {"missing_parts": late}
+        is_long = self._left_together_s < self._timeout_s / 4
+        return {"missing_sums": [link.rank for link in undone if is_long]}

@@ -113,6 +113,53 @@ def test_a_vote_that_is_withheld_costs_one_timeout(world: Callable[..., World]) 
     w.judged()
 
 
+# ---- drips
+
+
+@pytest.mark.parametrize("kind", [mesh.Kind.PART, mesh.Kind.SUM])
+@pytest.mark.parametrize(("parties", "index"), [(3, 0), (5, 4)])
+def test_a_member_that_drips_costs_one_timeout(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, kind: mesh.Kind, parties: int, index: int
+) -> None:
+    """A byte now and then, from a part or a sum on, whenever it takes part."""
+    w = world(parties, rounds=MANY, exchange_timeout_s=1.0, heartbeat_ttl_s=1.5)
+    began: list[float] = []
+    turned, over = {"drips": False}, threading.Event()
+    send, name = mesh.Link._send, f"job p{index}"
+
+    def drips(link: mesh.Link, data: memoryview) -> int:
+        head = bytes(data[:5])
+        if threading.current_thread().name != name or w.reached < 3 or over.is_set():
+            return send(link, data)
+        if head[:3] == b"PeL" and head[4] == kind:
+            turned["drips"] = True
+            began[:] = began or [time.monotonic()]
+        if not turned["drips"]:
+            return send(link, data)
+        link.events |= mesh.EVENT_WRITE
+        time.sleep(0.02)
+        return send(link, data[:1])
+
+    monkeypatch.setattr(mesh.Link, "_send", drips)
+    w.start(pace_s=0.02)
+    (dripping,) = (life for life in w.lives if life.index == index)
+
+    def begins(life: Life) -> None:
+        turned["drips"] = False  # it sends well up to the message of that kind
+        life.faults["forming"] = begins
+
+    dripping.faults["forming"] = begins
+    w.until(lambda: bool(began))
+    before = w.reached
+    w.until(lambda: w.reached >= before + 2, 10)
+    took = time.monotonic() - began[0]
+    assert took < 2.6, "it costs one timeout, and then it is left out for as long"
+    over.set()
+    w.until(lambda: w.counts(f"p{index}", since=before + 2))
+    w.finish()
+    w.judged()
+
+
 # ---- runs
 
 

@@ -21,7 +21,7 @@ from pellm_lightning.comm.elastic import join_quorum
 from pellm_lightning.comm.elastic.handshake import SpecExchange
 from pellm_lightning.comm.elastic.join_quorum import QuorumProtocol, VoidViewError
 from pellm_lightning.comm.elastic.membership import LocalParty
-from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, check_fits, stage
+from pellm_lightning.comm.elastic.quorum_view import QuorumMember, QuorumView, blocker, check_fits, stage
 from pellm_lightning.comm.elastic.reachability import ReachabilityTracker
 from pellm_lightning.comm.elastic.register import KEPT_TERMS, Register
 
@@ -56,6 +56,35 @@ def test_connections_are_kept_by_those_who_all_have_them() -> None:
     assert QuorumView.of(2, "second", {"a": has, "b": has}).group == group
     for entries in ({"a": has, "b": OLD}, {"a": has, "b": has, "c": has}, {"a": has}, {"a": has, "c": has}):
         assert QuorumView.of(2, "second", entries).group.startswith("second/")
+
+
+@pytest.mark.parametrize(
+    ("parts", "sums", "blocking"),
+    [
+        ({}, {}, ""),
+        ({"a": "b", "b": "a"}, {}, ""),  # a link between two: either may be at fault
+        ({"a": "e"}, {"e": "a"}, ""),
+        ({"a": "e", "b": "e"}, {"e": "abcd"}, "e"),
+        ({"a": "bcde"}, {}, ""),  # one word is none
+        # Who misses a part cannot send sums.
+        ({"a": "e"}, {"b": "a", "c": "a", "d": "a", "e": "a"}, ""),
+        ({"a": "e", "b": "e"}, {"c": "ab", "d": "ab", "e": "ab"}, "e"),
+        ({}, {"a": "e", "b": "e", "c": "e", "d": "e", "e": "abcd"}, "e"),
+        # The others have gone on, and miss parts of those whom one holds up.
+        ({"c": "abe", "d": "abe"}, {"a": "e", "b": "e"}, "e"),
+        ({"a": "de", "b": "de"}, {}, ""),
+        ({"a": "a", "b": "a"}, {}, ""),
+        ({"a": "z", "b": "z"}, {}, "z"),  # it has not come again
+    ],
+)
+def test_who_has_held_up_the_others_is_told_by_two_at_least(
+    parts: dict[str, str], sums: dict[str, str], blocking: str
+) -> None:
+    entries = {
+        name: replace(NEW, missing_parts=[*parts.get(name, "")], missing_sums=[*sums.get(name, "")])
+        for name in "abcde"
+    }
+    assert blocker(entries) == blocking
 
 
 @pytest.mark.parametrize(

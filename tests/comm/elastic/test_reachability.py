@@ -98,3 +98,26 @@ def test_who_stays_apart_is_tried_less_and_less_often() -> None:
     assert tried == [1, 3, 7, 15]
     reachability.connected("abcd")
     assert reachability.reachable_group("abcd") == ["a", "b", "c", "d"]
+
+
+def test_short_rounds_do_not_make_one_that_holds_up_the_others_cost_most_of_the_time() -> None:
+    """Each try costs a timeout: what lies between two tries grows with it, up to eight times as long."""
+    now = [0.0]
+    reachability = ReachabilityTracker("abcd", lambda: now[0])
+    lost_s, gaps, last = 0.0, [], 0.0
+    while now[0] < 2000:
+        reachability.begin()
+        if "d" in reachability.reachable_group("abcd"):
+            gaps.append(now[0] - last)
+            now[0] += 10
+            lost_s, last = lost_s + 10, now[0]
+            reachability.note({"blamed": ["d"], "by": "a"})
+            reachability.leave_out({"d"})
+        else:
+            now[0] += 0.1
+            reachability.connected("abc")
+    assert gaps[1:5] == pytest.approx([10, 20, 40, 80], abs=0.3)
+    assert max(gaps) < 80.3
+    assert lost_s < 2000 / 7
+    reachability.connected("abcd")
+    assert reachability.reachable_group("abcd") == ["a", "b", "c", "d"]
