@@ -34,21 +34,24 @@ def store_from_env(timeout_s: float) -> dist.Store:
     if not launched():
         return dist.HashStore()
     environ = launch_environ()
-    host, port, rank = environ["MASTER_ADDR"], environ.get("MASTER_PORT"), environ["RANK"]
-    place = f"[{host}]" if ":" in host else host
-    url = f"tcp://{place}:{port or ''}?rank={rank}&world_size={environ['WORLD_SIZE']}"
+    host, port, rank = environ["MASTER_ADDR"], environ.get("MASTER_PORT", ""), environ["RANK"]
+    is_torchruns = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        # As env:// does, which reads os.environ only.
-        rendezvous: tuple[dist.Store, int, int] = next(
-            dist.rendezvous(url, timeout=timedelta(seconds=timeout_s))
+        # As env:// does, which reads os.environ only, where a launch may be hidden.
+        return dist.TCPStore(
+            host,
+            int(port),
+            int(environ["WORLD_SIZE"]),
+            is_master=rank == "0" and not is_torchruns,
+            timeout=timedelta(seconds=timeout_s),
+            multi_tenant=not is_torchruns,
         )
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (TypeError, RuntimeError, ValueError) as error:
         raise PartyLostError(
             f"Rank {rank} could not reach the rendezvous at {host}:{port} within {timeout_s:g}"
             " s. Check that the host of rank 0 is up, that the port is open, and that MASTER_ADDR and"
             " MASTER_PORT agree. If the other parties have ended meanwhile, they have the result."
         ) from error
-    return rendezvous[0]
 
 
 def claim_error(error: str, *, second_hand: bool) -> bool:
