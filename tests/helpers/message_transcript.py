@@ -103,6 +103,10 @@ class NotedStore(dist.Store):
         self.written.append((key, value.encode() if isinstance(value, str) else bytes(value)))
         self._store.set(key, value)
 
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        self.written.append((key, desired.encode() if isinstance(desired, str) else bytes(desired)))
+        return self._store.compare_set(key, expected, desired)
+
     def get(self, key: str) -> bytes:
         return self._store.get(key)
 

@@ -164,7 +164,8 @@ def adapted_of_4_bits(seed: int) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    base = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config)
+    # The dtype of the file, as in CausalLM. By default transformers 4 rounds to float16 before it quantises.
+    base = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config, dtype="auto")
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     torch.manual_seed(seed)
     return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

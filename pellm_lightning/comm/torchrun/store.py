@@ -12,6 +12,9 @@ from pellm_lightning.comm.topology import launch_environ
 # A party learns of another's failure seconds before that one has ended and reported it.
 _FIRST_HAND_S = 5.0
 _CONNECT_S = 5.0
+# torch 2.7's server drops who sends what fills its buffer of 4,096 bytes just so: a read of nothing more is
+# the end to it. So it never has as many bytes before it answers.
+_PIECE_BYTES = 3000
 
 
 def launched() -> bool:
@@ -78,3 +81,32 @@ def claim_error(error: str, *, second_hand: bool) -> bool:
     except (dist.DistError, OSError):
         return True
     return claimer == environ["RANK"] or (claimed != error and not second_hand)
+
+
+def put_text(store: dist.Store, key: str, text: str) -> None:
+    """Set a key that is not there yet to a text of any length, in pieces that a server answers one by one.
+
+    The first piece says how many there are, and is set last: where the key is, the others are.
+
+    Args:
+        store: The store.
+        key: Key for ``get_text`` and ``delete_text``.
+        text: Text in ASCII, such as JSON.
+    """
+    pieces = [text[start : start + _PIECE_BYTES] for start in range(0, len(text), _PIECE_BYTES)]
+    for index, piece in enumerate(pieces[1:], start=1):
+        store.compare_set(f"{key}/{index}", "", piece)  # set() has no answer
+    store.compare_set(key, "", f"{len(pieces)} {''.join(pieces[:1])}")
+
+
+def get_text(store: dist.Store, key: str) -> str:
+    """Return what ``put_text`` has set; wait for it as the store does."""
+    count, _, text = store.get(key).decode().partition(" ")
+    return text + "".join(store.get(f"{key}/{index}").decode() for index in range(1, int(count)))
+
+
+def delete_text(store: dist.Store, key: str) -> None:
+    """Delete what ``put_text`` has set."""
+    count = int(store.get(key).decode().partition(" ")[0])
+    for name in (key, *(f"{key}/{index}" for index in range(1, count))):
+        store.delete_key(name)

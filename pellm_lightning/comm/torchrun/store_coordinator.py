@@ -13,6 +13,7 @@ from pellm_lightning.comm.errors import PartyLostError
 from pellm_lightning.comm.polling import ROUND_S, Reminder, polls
 from pellm_lightning.comm.topology import launch_environ
 from pellm_lightning.comm.torchrun.processes import how_ended, this_process
+from pellm_lightning.comm.torchrun.store import delete_text, get_text, put_text
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class StoreCoordinator:
             PartyLostError: If a party does not join within ``timeout_s``.
         """
         with self._reached():
-            self._store.set(f"here/{self.party}", json.dumps(this_process()))
+            put_text(self._store, f"here/{self.party}", json.dumps(this_process()))
             self._wait_for("here/{}", "join the federation")
 
     def gather_json(self, key: str, value: object) -> list[Any]:
@@ -89,12 +90,12 @@ class StoreCoordinator:
         """
         keys = f"gather/{self._gathers}/{key}/{{}}"
         with self._reached():
-            self._store.set(keys.format(self.party), json.dumps(value))
+            put_text(self._store, keys.format(self.party), json.dumps(value))
             self._wait_for(keys, f"send its {key}")
-            values = [json.loads(self._store.get(keys.format(p))) for p in range(self.num_parties)]
+            values = [json.loads(get_text(self._store, keys.format(p))) for p in range(self.num_parties)]
             # A party that takes part in this gather has read the one before, so that can go.
             if self._last_key is not None:
-                self._store.delete_key(self._last_key)
+                delete_text(self._store, self._last_key)
         self._gathers += 1
         self._last_key = keys.format(self.party)
         return values
@@ -104,14 +105,14 @@ class StoreCoordinator:
         # Without the store nobody can know, and the error that ends this party matters more.
         with contextlib.suppress(dist.DistNetworkError):
             if not self._store.check([f"left/{self.party}"]):
-                self._store.set(f"left/{self.party}", json.dumps(f"{self.phase}: {reason}"))
+                put_text(self._store, f"left/{self.party}", json.dumps(f"{self.phase}: {reason}"))
 
     def raise_if_left(self, error: BaseException | None = None) -> None:
         """Raise the reason of the first party that has left, if one has."""
         with contextlib.suppress(dist.DistNetworkError):
             for party in range(self.num_parties):
                 if party != self.party and self._store.check([f"left/{party}"]):
-                    reason = json.loads(self._store.get(f"left/{party}"))
+                    reason = json.loads(get_text(self._store, f"left/{party}"))
                     raise PartyLostError(
                         f"Party {party} left the federation while {reason}. Party {self.party} also"
                         " stops, its parameters are those of the last completed round plus its own local"
@@ -126,7 +127,7 @@ class StoreCoordinator:
         with contextlib.suppress(dist.DistError):
             for party in range(self.num_parties):
                 if party != self.party and self._store.check([f"here/{party}"]):
-                    how = how_ended(json.loads(self._store.get(f"here/{party}")))
+                    how = how_ended(json.loads(get_text(self._store, f"here/{party}")))
                     found.update({party: how} if how else {})
         return found
 
