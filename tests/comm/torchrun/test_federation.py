@@ -602,6 +602,9 @@ class MortalStore(dist.Store):
     def set(self, key: str, value: str) -> None:
         self._alive().set(key, value)
 
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        return self._alive().compare_set(key, expected, desired)
+
     def get(self, key: str) -> bytes:
         return self._alive().get(key)
 
