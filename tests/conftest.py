@@ -29,6 +29,7 @@ from job_threads import World
 from lightning.fabric.utilities import registry
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.connectors import data_connector
+from ports import free_port
 
 from pellm_lightning.comm import topology
 from pellm_lightning.comm.torchrun.gloo import GlooGroup
@@ -38,6 +39,9 @@ from pellm_lightning.tensors import flat_buffer
 # A busy processor makes an example slow and no wrong: tests have a timeout, examples have none of their own.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+# torchrun's own default is one port of the host, at which two launches of two workers would meet.
+os.environ["PET_MASTER_PORT"] = str(free_port())
 
 gc.disable()  # imports and 6,000 tests are no garbage, but make every collection slow: until tests run
 
