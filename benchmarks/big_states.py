@@ -6,7 +6,7 @@
 Two parties, each a process: of one launch, in shared memory ("memory") or over Gloo ("gloo"), or separate
 jobs ("jobs"), of which the second comes late and is given the state. Numbers are bytes for each trainable
 parameter, by what the kernel counts as resident: of pages that N parties share, an N-th. Then a frozen base
-of `--base` bytes is digested, and what that takes is told in megabytes.
+of `--base` bytes is digested, and what that takes is shown in megabytes.
 """
 
 import argparse

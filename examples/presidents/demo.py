@@ -179,9 +179,9 @@ def main() -> None:
 
     report.write(FOLDER, demo.seconds)
     # What `python -m pellm_lightning report runs/presidents` writes.
-    told = page.write(FOLDER)
+    written = page.write(FOLDER)
     print(f"\nTook {time.monotonic() - begin:.0f} s. Table, picture and numbers: {FOLDER.resolve()}")
-    print(f"Round by round, each party alone beside the federation, for a browser: {told}")
+    print(f"Round by round, each party alone next to the federation, for a browser: {written}")
 
 
 if __name__ == "__main__":

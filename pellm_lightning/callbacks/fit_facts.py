@@ -27,7 +27,7 @@ class FitFacts:
     """What a party says of its fit at the start, for warnings; nothing of it must be equal.
 
     Args:
-        steps_per_epoch: Optimizer steps of an epoch; None if unknown, or not to be told.
+        steps_per_epoch: Optimizer steps of an epoch; None if unknown, or not to be shown.
         steps: Optimizer steps of the whole fit; None as above.
         weight: Weight that the party will have in a round; None as above.
         validates: Whether the fit validates at all.
@@ -129,7 +129,7 @@ def expected_shares(facts: Mapping[str, Any], max_share: float | None) -> dict[s
         facts: As in ``warn_of_unequal_fits``.
         max_share: Cap on the shares; None for none.
     """
-    weights = [FitFacts.from_json(told).weight for told in facts.values()]
+    weights = [FitFacts.from_json(fit).weight for fit in facts.values()]
     known = [weight for weight in weights if weight is not None]
     if len(known) < len(weights) or not sum(known):
         return {}
@@ -148,15 +148,15 @@ def warn_of_unequal_fits(
         every_n_steps: The schedule of rounds, None if rounds do not go by steps.
         quorum: Parties that a round needs.
     """
-    read = {name: FitFacts.from_json(told) for name, told in facts.items()}
+    read = {name: FitFacts.from_json(fit) for name, fit in facts.items()}
     unequal = () if every_n_steps is None else _unequal_steps(read, every_n_steps, quorum)
     for warning in (*unequal, *_missing_metrics(read)):
         log.warning("[party %s] %s", party, warning)
 
 
 def _unequal_steps(facts: Mapping[str, FitFacts], every_n_steps: int, quorum: int) -> Iterator[str]:
-    per_epoch = {name: told.steps_per_epoch for name, told in facts.items() if told.steps_per_epoch}
-    steps = {name: told.steps for name, told in facts.items() if told.steps}
+    per_epoch = {name: fit.steps_per_epoch for name, fit in facts.items() if fit.steps_per_epoch}
+    steps = {name: fit.steps for name, fit in facts.items() if fit.steps}
     if len(set(steps.values())) > 1:
         rounds = {name: math.ceil(of_party / every_n_steps) for name, of_party in steps.items()}
         enough = sorted(rounds.values(), reverse=True)[quorum - 1 :]
@@ -171,7 +171,7 @@ def _unequal_steps(facts: Mapping[str, FitFacts], every_n_steps: int, quorum: in
             f" every_n_steps={every_n_steps} are rounds {_by_party(rounds)}.{end} Give all the"
             " same max_steps, or rounds by every_n_epochs."
         )
-    elif len(set(per_epoch.values())) > 1 and any(told.validates for told in facts.values()):
+    elif len(set(per_epoch.values())) > 1 and any(fit.validates for fit in facts.values()):
         yield (
             f"The parties' epochs differ in length: optimizer steps per epoch {_by_party(per_epoch)}. With"
             f" every_n_steps={every_n_steps} they validate after different rounds, so each federated/ metric"
@@ -182,16 +182,16 @@ def _unequal_steps(facts: Mapping[str, FitFacts], every_n_steps: int, quorum: in
 
 def _missing_metrics(facts: Mapping[str, FitFacts]) -> Iterator[str]:
     wanted: dict[str, list[str]] = {}
-    for name, told in facts.items():
-        for who, metric in told.monitors:
+    for name, fit in facts.items():
+        for who, metric in fit.monitors:
             wanted.setdefault(metric, []).append(f"{who} of party {name}")
     for metric, by in sorted(wanted.items()):
         bare = metric.removeprefix(_PREFIX)
-        without = [name for name, told in facts.items() if not told.validates]
+        without = [name for name, fit in facts.items() if not fit.validates]
         unlogged = [
             name
-            for name, told in facts.items()
-            if told.validates and told.metrics is not None and bare not in told.metrics
+            for name, fit in facts.items()
+            if fit.validates and fit.metrics is not None and bare not in fit.metrics
         ]
         for parties, why, cure in (
             (without, "runs no validation", "Give it validation data"),

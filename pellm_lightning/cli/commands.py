@@ -58,7 +58,7 @@ def report(run_dir: Path, out: Path | None = None) -> None:
     """Write one HTML page, with all figures inside, that tells a fit from what its parties have recorded.
 
     Args:
-        run_dir: Folder with the parties' rounds.jsonl, at any depth; fits of one party alone beside those of
+        run_dir: Folder with the parties' rounds.jsonl, at any depth; fits of one party alone next to those of
             a federation are drawn for comparison.
         out: The page; by default report.html in that folder.
     """

@@ -16,8 +16,8 @@ def main(words: Sequence[str]) -> None:
     """Run ``export`` or ``evaluate``."""
     command, *rest = words
     parser = {"export": export_parser, "evaluate": evaluate_parser}[command]()
-    options, rest = parser.parse_known_args(rest)
     _refuse_misspelt(parser, rest)
+    options, rest = parser.parse_known_args(rest)
 
     from pellm_lightning.cli import evaluate, export
 
@@ -27,12 +27,13 @@ def main(words: Sequence[str]) -> None:
     {"export": export.main, "evaluate": evaluate.main}[command](options, rest)
 
 
-def _refuse_misspelt(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
+def _refuse_misspelt(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Refuse words that are almost an option of the command, before they are taken for one of `fit`."""
     own = [option for action in parser._actions for option in action.option_strings]
-    for word in rest:
+    for word in words:
         name = word.partition("=")[0]
-        if name.startswith("--") and difflib.get_close_matches(name, own, n=1, cutoff=_MISSPELT):
+        is_other = name.startswith("--") and name not in own
+        if is_other and difflib.get_close_matches(name, own, n=1, cutoff=_MISSPELT):
             refuse(parser, f"unrecognized arguments: {word}")
 
 

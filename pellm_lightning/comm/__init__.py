@@ -68,5 +68,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names beside what is imported already."""
+    """List the public names and what is imported already."""
     return sorted({*globals(), *__all__})

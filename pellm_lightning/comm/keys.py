@@ -241,7 +241,7 @@ def _authority(directory: Path) -> tuple[x509.Certificate, Ed25519PrivateKey]:
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"The authority's files ca.pem and ca.key in {directory} cannot be read: {error}. Make them"
-            " first, with make_ca, or name the folder that holds them."
+            " first, with `pellm certs` or make_ca, or name the folder that holds them."
         ) from error
     if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
         raise ValueError(f"{directory / 'ca.key'} is not the key of the ca.pem there. Give the pair.")

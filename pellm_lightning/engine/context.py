@@ -54,7 +54,7 @@ class EngineContext:
 
     @property
     def min_participants(self) -> int:
-        """Fewest parties that may add up their values, so that none can be told from the sum."""
+        """Fewest parties that may add up their values, so that none can be inferred from the sum."""
         return max(
             self.exchange.min_participants, 1 if self.privacy is None else self.privacy.min_participants
         )

@@ -65,7 +65,7 @@ class Header:
     releases: int = 0
     """Noisy releases of the party in attempts at this round that failed."""
     loss: float = math.nan
-    """Training loss of the party since the last round; NaN if it is not to be told, or unknown."""
+    """Training loss of the party since the last round; NaN if it is not to be shown, or unknown."""
     distance: float = math.nan
     """2-norm of the party's parameters minus the result, in the round before; NaN as above."""
     steps_left: float = math.nan
@@ -345,7 +345,7 @@ class Coordinator:
     def _secure_mean(
         self, values: Mapping[str, tuple[float, float]], header: dict[str, Any], version: Version | None
     ) -> dict[str, float]:
-        """Sum metrics as a round sums parameters: no party's own values may be told."""
+        """Sum metrics as a round sums parameters: no party's own values may be revealed."""
         values = dict(values)
         while True:
             metadata = header | {"names": metrics.names_of(values)}

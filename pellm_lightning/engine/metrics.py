@@ -24,7 +24,7 @@ _SAME_VERSION = "Install the same version of pellm-lightning at all parties."
 def mean_of(
     of_parties: Sequence[Mapping[str, tuple[float, float]]], federation: Collectives
 ) -> dict[str, float]:
-    """Return the weighted mean over the parties of each named (value, weight) that all have told.
+    """Return the weighted mean over the parties of each named (value, weight) that all have sent.
 
     A value that is not finite is left out, and its party named; where no party has a finite one the mean is
     NaN.

@@ -27,7 +27,7 @@ class ReducedFlags:
     fine: list[bool]
     """Party by party, whether all its values are finite."""
     norms: list[float]
-    """Party by party, the 2-norm of its update; empty where it must not be told."""
+    """Party by party, the 2-norm of its update; empty where it must not be shown."""
     total_weight: float = 1.0
     """Sum of the weights as they were summed: 1, or where the exchange hides them, that of the parties'."""
     clipping_bit: float = 0.0

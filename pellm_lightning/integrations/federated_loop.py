@@ -38,7 +38,7 @@ from pellm_lightning.trainer.party_parameters.choice import gathered, party_para
 
 
 class OwnTraining(LocalTraining):
-    """Training loop of one's own, as ``FederatedLoop`` is told of it.
+    """Training loop of one's own, as ``FederatedLoop`` is informed of it.
 
     Args:
         module: The module that it trains.
@@ -340,7 +340,7 @@ class FederatedLoop:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed loop needs to continue exactly, even in the middle of a round.
 
-        Only the leader of a party has it; save it beside the module's and the optimizers' own.
+        Only the leader of a party has it; save it with the module's and the optimizers' own.
         """
         if self._loop is None or not self.topology.is_leader:
             return self._state

@@ -181,7 +181,7 @@ class FederatedCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save the federated state beside the Trainer's own."""
+        """Save the federated state next to the Trainer's own."""
         if self._training is None:
             return
         with self._rounds_of(state, control) as (loop, _):

@@ -163,7 +163,7 @@ class AggregatorFactory:
                 module's.
             config: What else must be the same at all parties.
             files: Where this party writes.
-            facts: What the other parties are told of this party's fit.
+            facts: What the other parties learn of this party's fit.
             state_dir: Folder of the snapshots between separate jobs; None keeps none.
 
         Raises:

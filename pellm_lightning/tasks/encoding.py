@@ -118,7 +118,7 @@ class Encoder:
             if not (prompt.startswith(text) and answered.startswith(prompt) and whole.startswith(answered)):
                 raise ValueError(
                     f"{record.where}: the tokenizer's chat template renders a prompt differently once an"
-                    f" answer follows (message {index + 1}), so the two cannot be told apart. Mark the"
+                    f" answer follows (message {index + 1}), so the two cannot be distinguished. Mark the"
                     f" answers by {{% generation %}} in the template. {_REMEDY}"
                 )
             _check_shown(record, [message], answered[len(prompt) :])

@@ -277,7 +277,7 @@ class _Named:
     def _messages(self, part: str) -> tuple[Message, ...]:
         column, value = self.columns[part], self.parts[part]
         if isinstance(value, Mapping) and value and all(isinstance(v, list) for v in value.values()):
-            # How datasets stores a list of objects that it was told to be a Sequence.
+            # How datasets stores a list of objects that is declared a Sequence.
             value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ValueError(

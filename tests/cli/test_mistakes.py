@@ -128,6 +128,7 @@ MISTAKES = EDITED | {
     "parties": Mistake("evaluate --parties=0", ["parties", "1 or more"]),
     "nothing to evaluate": Mistake("evaluate --parties=2 --no-base", ["There is nothing to evaluate"], 1),
     "out of export": Mistake("export a.ckpt", ["--out is missing"]),
+    "misspelt out of export": Mistake("export a.ckpt --ot=b", ["Did you mean '--out'?"]),
     "export": Mistake("export run.yaml --out=out", ["run.yaml cannot be read", "another kind of file"], 1),
 }
 

@@ -133,9 +133,8 @@ def test_whose_result_differs_again_is_excluded_and_what_it_has_signed_is_kept(
     federation: Any = lives[2].federation
     leave, excluded = federation.abort, "party p2 is excluded for the rest of this run: it computed another"
 
-    def leaves_late(
-        reason: str,
-    ) -> None:  # with its vote it would take away what the others are about to read
+    def leaves_late(reason: str) -> None:
+        """Its vote would go with it, which the others are about to read."""
         w.until(lambda: caplog.text.count(excluded) == 2)
         leave(reason)
 

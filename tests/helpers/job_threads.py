@@ -416,6 +416,13 @@ class World:
         if failed:
             raise failed[0]
 
+    def kill(self) -> None:
+        """Kill all that run, and wait until none does."""
+        for life in self.lives:
+            life.stop()
+        for life in self.lives:
+            life.join()
+
     def close(self) -> None:
         """End what a failed test has left running."""
         for life in self.lives:

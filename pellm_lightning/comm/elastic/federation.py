@@ -115,7 +115,6 @@ class ElasticFederation(Communicator):
         self._digest, self._attempt = "", 0
         self._view: QuorumView | None = None
         self._resting: set[str] = set()
-        self._last_term = ("", 0)
         self._next_term = ("", 0)
         self._ended: tuple[str, QuorumView] | None = None
         """Life and view of the last commit; the next quorum ends its term, if whoever decided could not."""
@@ -261,7 +260,7 @@ class ElasticFederation(Communicator):
             raise PartyLostError(f"The attempt at the round was aborted: {decision['abort']}")
         self._reachability.connected(view.members)
         self._limit.committed()
-        self._ended = self._last_term[0], view
+        self._ended = self._next_term[0], view
         signatures = decision.get("signatures")
         return signatures if isinstance(signatures, dict) else {}
 
@@ -399,7 +398,6 @@ class ElasticFederation(Communicator):
             self._commit_protocol.end(view)
             self._limit.failed(unfit)
             return None
-        self._last_term = self._register.life, view.term
         self._next_term = self._register.life, view.term + 1
         self._accept(view)
         self._audit.begin(view)

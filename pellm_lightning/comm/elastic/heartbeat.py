@@ -207,7 +207,7 @@ class Heartbeat:
         try:
             self._register.transact([Delete(key) if reason is None else Write(key, {"left": reason})])
         except (UnreachableError, RestartedError, FederationError):  # one that is refused, or replaced
-            log.debug("[party %s] left, but the rendezvous cannot be told", self._name)
+            log.debug("[party %s] left, but the rendezvous cannot be informed", self._name)
 
     def _join(self, wait_s: float) -> None:
         """Take the name, and send the first heartbeat, so that the first poll knows who is alive."""

@@ -128,7 +128,7 @@ class QuorumProtocol:
             ready = self._ready(entries, mine, deadline)
             if ready:
                 new = f"{self._register.life}/{term}/{secrets.token_hex(4)}"
-                entries = self._told(ready)
+                entries = self._shown(ready)
                 view = QuorumView.of(term, new, entries, self._last_attempt(term), self._newest(ready))
                 (written,), (now,) = self._register.transact([Swap(key, None, view.to_json())], ["term"])
                 if now == term:
@@ -231,8 +231,8 @@ class QuorumProtocol:
         self._revoked.take(alive.values())
         return self._revoked.without(alive)
 
-    def _told(self, entries: Mapping[str, QuorumMember]) -> dict[str, QuorumMember]:
-        """Return what a view tells of its members: the newest revocation list stands there once."""
+    def _shown(self, entries: Mapping[str, QuorumMember]) -> dict[str, QuorumMember]:
+        """Return what a view shows of its members: the newest revocation list stands there once."""
         newest = {self._me.name: self._revoked.pem}
         return {
             name: replace(

@@ -74,7 +74,9 @@ class Chain:
                     waiting.clear()
             except EvidenceError as error:
                 raise EvidenceError(f"line {number} is no evidence: {error}") from error
-        if waiting or rest:
+        if rest:
+            raise EvidenceError("its last line has no end: it was cut off, or is no evidence")
+        if waiting:
             raise EvidenceError(_ORDER)
         return chain
 

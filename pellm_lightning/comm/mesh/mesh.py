@@ -148,7 +148,7 @@ class Mesh:
         with self._guarded("broadcast"):
             for peer, link in self._links.items():
                 # Members that have nothing to send send an empty frame: so one that calls another collective
-                # is told from one that is late.
+                # is distinguished from one that is late.
                 out, into = (data if rank == source else nothing for rank in (self.rank, peer))
                 for_peer, of_peer = (
                     self._label(Kind.BROADCAST, tensor, len(part), whole=len(data), source=source)

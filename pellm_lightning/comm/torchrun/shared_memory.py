@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SWITCH = "PELLM_SHARED_MEMORY"
 """Environment variable that switches the lane off at all parties, if it is 0 at one."""
-# Bytes of a party's slot: they stay in a core's cache, and a barrier per slot is cheap beside copying it.
+# Bytes of a party's slot: they stay in a core's cache, and a barrier per slot is cheap next to copying it.
 _SLOT_BYTES = 1 << 20
 # Of what a party does, in an error message.
 _LABEL_CHARS = 100

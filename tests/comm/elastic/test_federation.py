@@ -318,10 +318,7 @@ def test_all_are_killed_and_go_on_from_their_state_dirs(world: Callable[..., Wor
     w = world(4, rounds=MANY, state_dir=tmp_path)
     w.start(pace_s=0.02)
     w.wait_for(4)
-    for life in w.lives:
-        life.stop()
-    for life in w.lives:
-        life.join()
+    w.kill()
     w.rendezvous.restart()
     before = w.reached
     w.start("p0", "p1", "p2", pace_s=0.02)
@@ -339,10 +336,7 @@ def test_all_are_killed_and_one_of_four_has_lost_its_disk(
     w = world(4, rounds=MANY, state_dir=tmp_path)
     w.start(pace_s=0.02)
     w.wait_for(4)
-    for life in w.lives:
-        life.stop()
-    for life in w.lives:
-        life.join()
+    w.kill()
     shutil.rmtree(tmp_path / "p1")
     before = w.reached
     w.start(pace_s=0.02)
@@ -397,9 +391,7 @@ def test_one_with_state_among_many_without_is_no_federation_to_go_on_with(
     first = world(3, rounds=MANY, state_dir=tmp_path)
     first.start(pace_s=0.02)
     first.wait_for(2)
-    for life in first.lives:
-        life.stop()
-        life.join()
+    first.kill()
     second = world(3, rounds=4, wait_s=2.0)
     second.start("p0", state_dir=tmp_path / "p0")
     second.start("p1", "p2")
@@ -416,9 +408,7 @@ def test_two_federations_are_not_mixed(world: Callable[..., World], tmp_path: Pa
         w = world(3, rounds=MANY, state_dir=tmp_path / half)
         w.start(pace_s=0.02)
         w.wait_for(2)
-        for life in w.lives:
-            life.stop()
-            life.join()
+        w.kill()
     w = world(3, rounds=6, wait_s=2.0)
     for name, half in (("p0", "one"), ("p1", "one"), ("p2", "other")):
         w.start(name, state_dir=tmp_path / half / name)

@@ -169,9 +169,7 @@ def test_an_old_state_and_a_fresh_party_do_not_end_a_running_majority(
     old = world(5, rounds=MANY, state_dir=tmp_path / "old")
     old.start(pace_s=0.01)
     old.wait_for(2)
-    for life in old.lives:
-        life.stop()
-        life.join()
+    old.kill()
     w = world(5, rounds=MANY, wait_s=3.0)
     w.start("p0", "p1", "p2", "p3", pace_s=0.03)
     w.lives[3].faults["training@3"] = die

@@ -245,6 +245,11 @@ def test_what_no_round_refers_to_is_refused() -> None:
         judged(TEXT + stray + "\n")
 
 
+def test_a_file_that_was_cut_off_is_refused() -> None:
+    with pytest.raises(EvidenceError, match="its last line has no end: it was cut off"):
+        judged(TEXT[:-1])
+
+
 # ---- certified keys
 
 
