@@ -864,7 +864,8 @@ def test_an_exported_adapter_comes_with_the_base_it_belongs_to(
         module = Language(llama, party)
         callbacks = [federated(aggregation=RULES[name])] + ([] if party else [SaveAdapter()])
         ids = torch.randint(1, 24, (8, 6), generator=torch.Generator().manual_seed(party))
-        quiet_trainer(tmp_path, callbacks, max_epochs=3).fit(module, DataLoader(ids, batch_size=4))
+        loader = DataLoader(ids, batch_size=4, generator=torch.Generator())
+        quiet_trainer(tmp_path, callbacks, max_epochs=3).fit(module, loader)
         return module
 
     module, _ = fit_parties(2, fit)

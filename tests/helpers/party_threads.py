@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer import trainer as lightning_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -134,14 +137,15 @@ def dataset(samples: int, seed: int) -> TensorDataset:
 
 
 def data(samples: int, seed: int, batch_size: int = 4) -> DataLoader:
-    return DataLoader(dataset(samples, seed), batch_size=batch_size)
+    """Batches that draw nothing from the global generator, from which another party may be making LoRA."""
+    return DataLoader(dataset(samples, seed), batch_size=batch_size, generator=torch.Generator())
 
 
 def batches(sizes: Sequence[int], seed: int) -> DataLoader:
     """Batches of the given sizes, in this order."""
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     cut = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
-    return DataLoader(dataset(sum(sizes), seed), batch_sampler=cut)
+    return DataLoader(dataset(sum(sizes), seed), batch_sampler=cut, generator=torch.Generator())
 
 
 class Rounds(Logger):
@@ -216,7 +220,9 @@ def fit_parties(
         except BaseException as error:
             results[index] = error
 
-    in_threads([lambda i=i: party(i) for i in range(num_parties)])
+    # Lightning puts the global generator back as a fit begins: in the midst of what another party draws.
+    with mock.patch.object(lightning_trainer, "isolate_rng", nullcontext):
+        in_threads([lambda i=i: party(i) for i in range(num_parties)])
     failed = [result for result in results if isinstance(result, BaseException)]
     if failed and not may_fail:
         raise failed[0]

@@ -176,7 +176,7 @@ def sentences(party: int) -> DataLoader:
     generator = torch.Generator().manual_seed(party)
     ids = torch.randint(3, 32, (SAMPLES[party], 6), generator=generator)
     ids[:, 1] = 2  # what invokes an activated LoRA
-    return DataLoader(ids, batch_size=SAMPLES[party])
+    return DataLoader(ids, batch_size=SAMPLES[party], generator=torch.Generator())
 
 
 def with_adapters(make: Make, path: Path) -> Make:

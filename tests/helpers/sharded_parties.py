@@ -93,7 +93,9 @@ class Parties:
         sampler = DistributedSampler(
             samples, replicas, self.rank * replicas // self.size, shuffle=False, drop_last=True
         )
-        return DataLoader(samples, batch_size * (self.party + 1) // replicas, sampler=sampler)
+        batch_size = batch_size * (self.party + 1) // replicas
+        # Parties may be threads, of which one makes LoRA from the global generator as another begins.
+        return DataLoader(samples, batch_size, sampler=sampler, generator=torch.Generator())
 
 
 def fit(

@@ -12,7 +12,7 @@ from pellm_lightning.comm.mesh.frames import Kind, Link
 
 
 def lying(aggregator: Aggregator, dice: random.Random) -> None:
-    """Claim versions that nobody has made, vote for other results, or not at all."""
+    """Claim versions that nobody has made, vote for other results, or not at all; after an honest round."""
     federation: Any = aggregator.federation
     join, vote = federation.join_quorum, CommitProtocol.vote
 
@@ -24,7 +24,7 @@ def lying(aggregator: Aggregator, dice: random.Random) -> None:
         return join(intent, version, metadata, state)
 
     def votes(self: CommitProtocol, view: Any, digest: str, *signed: str) -> Any:
-        return vote(self, view, "0" * 64 if dice.random() < 0.05 else digest, *signed)
+        return vote(self, view, "0" * 64 if aggregator.round and dice.random() < 0.05 else digest, *signed)
 
     federation.join_quorum = claims
     CommitProtocol.vote = votes  # type: ignore[method-assign]
