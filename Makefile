@@ -103,9 +103,10 @@ thin: setup  ## train by fewer and fewer bytes: validation loss against bytes se
 	$(BIN)/python benchmarks/low_communication.py
 	$(BIN)/python benchmarks/low_communication.py --smollm2
 
-chaos: setup  ## kill, stop and restart separate jobs at random, also with a dishonest one; look for what was lost
+chaos: setup  ## kill, stop and restart parties at random, also with a dishonest one; look for what was lost
 	$(BIN)/python benchmarks/chaos.py
 	$(BIN)/python benchmarks/chaos.py --seconds=60 --dishonest lying dripping equivocating copying
+	$(BIN)/python benchmarks/launch_faults.py
 
 soak: setup  ## make ten thousand rounds, and look for what has grown
 	$(BIN)/python benchmarks/soak.py

@@ -26,6 +26,8 @@ from pellm_lightning import Aggregator, FederatedAveraging, Federation
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.tensors.flat_buffer import Layout
 
+_OTHERS = ("gloo", "loop", "averager", "floor")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -34,15 +36,16 @@ def main() -> None:
     parser.add_argument(
         "--sizes", nargs="+", metavar="TENSORSxMB", help="such as 1000x16: these instead of two LoRA adapters"
     )
+    parser.add_argument("--without", nargs="*", default=[], choices=_OTHERS, help="do not time these")
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args()
     cases = CASES if arguments.sizes is None else {size: shapes_of(size) for size in arguments.sizes}
     if "RANK" in os.environ:
-        measure(cases, arguments.repeats)
+        measure(cases, arguments.repeats, arguments.without)
         return
-    rows, sizes = [], [] if arguments.sizes is None else ["--sizes", *arguments.sizes]
-    for parties in arguments.parties:
-        rows += rows_of(__file__, parties, ["--repeats", str(arguments.repeats), *sizes])
+    words = ["--repeats", str(arguments.repeats), "--without", *arguments.without]
+    words += [] if arguments.sizes is None else ["--sizes", *arguments.sizes]
+    rows = [row for parties in arguments.parties for row in rows_of(__file__, parties, words)]
     show(rows)
     if arguments.json:
         with open(arguments.json, "w") as file:
@@ -55,7 +58,7 @@ def shapes_of(size: str) -> list[tuple[int, int]]:
     return [(max(1, round(float(megabytes) * 1e6 / 4 / int(tensors) / 16)), 16)] * int(tensors)
 
 
-def measure(cases: dict[str, list[tuple[int, int]]], repeats: int) -> None:
+def measure(cases: dict[str, list[tuple[int, int]]], repeats: int, without: list[str]) -> None:
     dist.init_process_group("gloo")
     store = store_from_env(timeout_s=600)
     place = dist.get_rank(), dist.get_world_size()
@@ -64,7 +67,7 @@ def measure(cases: dict[str, list[tuple[int, int]]], repeats: int) -> None:
         "gloo": Federation(dist.PrefixStore("gloo", store), *place, shared_memory=False),
     }
     for name, shapes in cases.items():
-        row = measure_case(federations, name, shapes, repeats)
+        row = measure_case(federations, name, shapes, repeats, without)
         if dist.get_rank() == 0:
             print(json.dumps(row), flush=True)
     for federation in federations.values():
@@ -73,7 +76,11 @@ def measure(cases: dict[str, list[tuple[int, int]]], repeats: int) -> None:
 
 
 def measure_case(
-    federations: dict[str, Federation], name: str, shapes: list[tuple[int, int]], repeats: int
+    federations: dict[str, Federation],
+    name: str,
+    shapes: list[tuple[int, int]],
+    repeats: int,
+    without: list[str],
 ) -> dict:
     parameters = {f"layer{i:03}": torch.randn(shape) for i, shape in enumerate(shapes)}
     size = sum(p.numel() for p in parameters.values())
@@ -84,21 +91,22 @@ def measure_case(
             dist.all_reduce(parameter)
 
     aggregators, memory = {}, {}
-    for lane, federation in federations.items():
+    for lane in [lane for lane in federations if lane not in without]:
         before = private_bytes()
-        aggregators[lane] = aggregator = Aggregator(federation, parameters)
+        aggregators[lane] = aggregator = Aggregator(federations[lane], parameters)
         aggregator.start()
         for _ in range(2):
             aggregator.step(1.0)
         memory[lane] = private_bytes() - before
-    contenders: dict[str, Callable[[], object]] = {
-        "raw": lambda: dist.all_reduce(flat),
-        "ours": lambda: aggregators["ours"].step(1.0),
-        "gloo": lambda: aggregators["gloo"].step(1.0),
-        "loop": loop,
-        "averager": averager(list(parameters.values())),
-        "floor": bare_passes(federations["ours"], list(parameters.values())),
+    makers: dict[str, Callable[[], Callable[[], object]]] = {
+        "raw": lambda: lambda: dist.all_reduce(flat),
+        "ours": lambda: lambda: aggregators["ours"].step(1.0),
+        "gloo": lambda: lambda: aggregators["gloo"].step(1.0),
+        "loop": lambda: loop,
+        "averager": lambda: averager(list(parameters.values())),
+        "floor": lambda: bare_passes(federations["ours"], list(parameters.values())),
     }
+    contenders = {name: make() for name, make in makers.items() if name not in without}
     times: dict[str, list[float]] = {contender: [] for contender in contenders}
     for _ in range(repeats):
         for contender, act in contenders.items():
@@ -118,8 +126,7 @@ def measure_case(
         "ours_ms": 1e3 * medians["ours"],
         **{name: medians[name] / medians["raw"] for name in contenders if name != "raw"},
         "best": min(times["ours"]) / min(times["raw"]),
-        "extra_memory": memory["ours"] / (4 * size),
-        "extra_memory_gloo": memory["gloo"] / (4 * size),
+        **{f"extra_memory_{lane}": held / (4 * size) for lane, held in memory.items()},
         "hook_us": 1e6 * hook_seconds(),
     }
 
@@ -225,12 +232,9 @@ def show(rows: list[dict]) -> None:
             f"{r['raw_ms']:.1f}",
             f"{r['ours_ms']:.1f}",
             f"{r['ours']:.2f}x",
-            f"{r['floor']:.2f}x",
-            f"{r['gloo']:.2f}x",
-            f"{r['averager']:.2f}x",
-            f"{r['loop']:.2f}x",
-            f"{r['extra_memory']:.2f} x trainable",
-            f"{r['extra_memory_gloo']:.2f} x",
+            *(f"{r[name]:.2f}x" if name in r else "" for name in ("floor", "gloo", "averager", "loop")),
+            f"{r['extra_memory_ours']:.2f} x trainable",
+            f"{r['extra_memory_gloo']:.2f} x" if "extra_memory_gloo" in r else "",
         ]
         print(f"| {' | '.join(cells)} |")
     print(f"\nbetween rounds the callback costs {max(r['hook_us'] for r in rows):.0f} us a step")
