@@ -12,8 +12,8 @@ _SHARED = ("numpy", "torch", "transformers", "peft", "tokenizers", "safetensors"
 
 REQUIREMENTS = {
     "torchft": ["torch", "numpy", "torchft==0.2.0"],
-    "flower": ["numpy", "flwr==1.41.0"],  # 1.42.0 wants a certifi that not every registry has
-    "flower-training": ["torch", "numpy", "flwr==1.41.0", "transformers", "peft", "safetensors"],
+    "flower": ["numpy", "flwr==1.42.0"],
+    "flower-training": ["torch", "numpy", "flwr==1.42.0", "transformers", "peft", "safetensors"],
     "nvflare": ["numpy", "nvflare==2.9.0"],
 }
 

@@ -9,6 +9,7 @@ from loop import own, rounds
 from payload import Party, Session
 
 from pellm_lightning import Aggregator, Federation
+from pellm_lightning.aggregation import LowRankMean, Mean
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
 from pellm_lightning.comm.keys import make_key
 from pellm_lightning.exchange import Plain, Quantized, SecureAggregation
@@ -47,8 +48,15 @@ def with_rendezvous(session: Session, party: Party) -> None:
 
 
 def run(session: Session, party: Party, federation: Federation) -> None:
-    parameters = {f"layer{i:03}": torch.zeros(shape) for i, shape in enumerate(session.shapes)}
-    aggregator = Aggregator(federation, parameters, exchange=exchange(session, party))
+    products = session.variant == "products"
+    # Factors A and B in turn, by the names that PEFT gives them.
+    names = ["layer{:03}.lora_A.default.weight", "layer{:03}.lora_B.default.weight"]
+    parameters = {
+        names[i % 2].format(i // 2) if products else f"layer{i:03}": torch.zeros(shape)
+        for i, shape in enumerate(session.shapes)
+    }
+    rule = LowRankMean() if products else Mean()
+    aggregator = Aggregator(federation, parameters, aggregation=rule, exchange=exchange(session, party))
     aggregator.start()
     rounds(party, lambda: list(parameters.values()), lambda: aggregator.step(party.weight))
     party.ready(session.rounds)  # none leaves while another still speaks
@@ -58,7 +66,7 @@ def run(session: Session, party: Party, federation: Federation) -> None:
 def exchange(session: Session, party: Party) -> Plain | SecureAggregation | Quantized:
     if session.variant == "compressed":
         return Quantized(bits=4)
-    if session.variant == "masked":
+    if session.variant == "secure":
         keys = f"{session.folder}/keys"
         make_key(keys, str(party.party))
         party.ready(-1)
