@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -170,6 +170,7 @@ class Chaos:
         words = ["rendezvous", "--listen", address]
         self.rendezvous = Process(lambda: commands.main(words), self.directory / "rendezvous.log")
         self.rogue = self.roster[-1] if self.dishonest else ""
+        self.exchange_timeout_s = 2 if self.dishonest else 10
         tasks = [
             Task(
                 str(self.directory),
@@ -179,7 +180,7 @@ class Chaos:
                 self.ttl_s,
                 pace_s=0.03,
                 dishonest=self.dishonest if name == self.rogue else "",
-                exchange_timeout_s=2 if self.dishonest else 10,
+                exchange_timeout_s=self.exchange_timeout_s,
             )
             for name in self.roster
         ]
@@ -322,17 +323,28 @@ class Chaos:
     def _figures(self, ended: bool) -> dict[str, object]:
         entries = self._records()
         # What one that equivocates makes others compute differs, and is not committed. But a result of which
-        # nobody has read the decision may stand: then it is all that is known of its round.
-        known = {entry.round for entry in entries if entry.stage != "made"} if self.rogue else set()
-        judged = [entry for entry in entries if entry.stage != "made" or entry.round not in known]
+        # nobody has read the decision may stand: then it is all that is known of its round. And who made a
+        # result that stands may have been killed before the decision: only that record has the weights.
+        known: dict[int, set[str]] = defaultdict(set)
+        for entry in entries:
+            if self.rogue and entry.stage != "made":
+                known[entry.round].add(entry.digest)
+        judged = [entry for entry in entries if entry.digest in known.get(entry.round, {entry.digest})]
         found = findings(judged, self.roster)
         recovered = self._recoveries(entries)
         commits = [at for at in _commits(entries) if at < self.until]
+
+        def within(at: float) -> bool:
+            return bool(commits) and commits[0] < at < self.until
+
         return {
             "faults": dict(self.faults),
             "total": sum(self.faults.values()),
             "rounds_in_faults": len(commits),
-            "longest_wait_s": max((b - a for a, b in pairwise([*commits, self.until])), default=None),
+            "longest_without_round_s": _longest([*commits, self.until]),
+            # Each fault and each return may begin a wait anew; between them a round has to come.
+            "longest_wait_s": _longest(sorted([*commits, *filter(within, self.times), self.until])),
+            "wait_allowed_s": self.ttl_s + self.exchange_timeout_s + 1,
             "ended": ended,
             "sound": found.is_sound,
             **asdict(found),
@@ -376,6 +388,11 @@ def _entries(path: Path) -> list[Entry]:
 def _commits(entries: list[Entry]) -> list[float]:
     """Return when each round was settled, in order."""
     return sorted({entry.round: entry.time for entry in entries if entry.stage == "settled"}.values())
+
+
+def _longest(moments: list[float]) -> float | None:
+    """Return the longest time between a moment and the next."""
+    return max((b - a for a, b in pairwise(moments)), default=None)
 
 
 def _copied(source: str, target: str) -> None:
