@@ -217,6 +217,11 @@ class Chaos:
         """Tell whether a round was settled: for the first all parties are waited for, whoever is killed."""
         return any(entry.round and entry.stage == "settled" for entry in self._records())
 
+    def _have_all_taken_part(self, since: float) -> bool:
+        """Tell whether all honest parties have settled a round since then."""
+        last = {entry.party: entry.time for entry in self._records() if entry.stage == "settled"}
+        return len(last) == len(self.roster) - bool(self.rogue) and min(last.values()) > since
+
     def _tend(self) -> None:
         """Start and wake who is due; note who ended by itself."""
         now = time.time()
@@ -302,7 +307,11 @@ class Chaos:
             if all(process.runs for process in [*honest, self.rendezvous]):
                 break
             time.sleep(0.01)
-        time.sleep(3 * self.ttl_s)
+        # Who is not yet back when the others end has nothing left to take part in.
+        deadline, back_since = time.time() + 30, max(self.times, default=0.0)
+        while time.time() < deadline and not self._have_all_taken_part(back_since):
+            self._tend()
+            time.sleep(0.05)
         last = max((entry.round for entry in self._records()), default=0)
         (self.directory / "end").write_text(str(last + 10))
         deadline = time.time() + 60
@@ -359,8 +368,8 @@ class Chaos:
 
     def _recoveries(self, entries: list[Entry]) -> list[float]:
         """Return by how much each kill alone has delayed the next commit of the others."""
-        usual = statistics.median(b - a for a, b in pairwise(_commits(entries)))
-        delays = []
+        between = [b - a for a, b in pairwise(_commits(entries))]
+        usual, delays = statistics.median(between or [0.0]), []
         for killed_at, name in self.kills:
             others = [e.time for e in entries if e.party != name and e.stage != "made" and e.time > killed_at]
             back = min(others, default=float("inf"))
