@@ -9,6 +9,7 @@ that at the next. What is about imports or a processor's settings uses ``sys.exe
 
 import atexit
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -32,6 +33,8 @@ _IMPORTS += ["pellm_lightning.cli.federated_cli", "pellm_lightning.tasks"]
 _IMPORTS += [f"transformers.models.{name}" for name in ("llama.modeling_llama", "bert.modeling_bert")]
 _IMPORTS += ["attrs", "peft.tuners.lora.bnb", "datasets"]
 _IMPORTS += ["matplotlib.backends.backend_svg", "torch.utils.serialization"]
+_STARTS_NO_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""A fork has one thread: what another one held at that moment, such as an allocator's lock, it holds for good."""
 _REQUEST_BYTES = 1 << 20
 
 
@@ -40,7 +43,7 @@ def python() -> str:
     """Return the path of the program; what it forks from ends with this process."""
     folder, owner = mkdtemp(), os.getpid()
     ready, tells_ready = os.pipe()
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **_STARTS_NO_THREAD}
     originals = [
         subprocess.Popen(
             [sys.executable, __file__, "serve", f"{folder}/{seed}", str(tells_ready)],
@@ -202,6 +205,7 @@ def become(request: dict[str, Any], own: list[str]) -> None:
         stream.reconfigure(line_buffering=number == 2 or stream.isatty())
         setattr(sys, name, stream)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    faulthandler.enable(2)  # a launch that ends by a signal says where it was
     np.random.seed()  # as a process of its own has one
     rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
     words = request["words"]

@@ -282,7 +282,12 @@ def test_who_waits_says_for_whom(caplog: pytest.LogCaptureFixture, monkeypatch: 
     monkeypatch.setattr(polling, "FIRST_S", 0.0)
     joining = Joining(alive="ac")
     joining.write(c=NEW)
-    assert members_of(joining.join(NEW, nothing, nothing, lambda: joining.write(b=NEW, c=NEW))) != ["a"]
+
+    def comes() -> None:
+        joining.peers.living.add("b")
+        joining.write(b=NEW)
+
+    assert members_of(joining.join(NEW, nothing, nothing, comes)) == ROSTER
     assert caplog.messages == ["[party a] waits for b: 2 of 3 are here, up to 9 s"], "once a minute"
 
 
