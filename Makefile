@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 # Tests and demo use the models that `make setup` installed: a name that needs a download fails at once.
 test quick deepspeed demo coverage extras: export HF_HUB_OFFLINE := 1
 
-# Two files at a time; tests/conftest.py says which tests run alone, or with their like only.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three files at a time, as two cores would be idle while tests wait; tests/conftest.py says which tests run alone, or with their like only.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## run the tests
 	@$(PYTEST)

@@ -1,6 +1,7 @@
 """Guards against leaks of environment variables, process groups, threads or ranks; fixtures of many files.
 
-By ``pytest -n 2 --dist loadfile --no-loadscope-reorder`` two files run at a time. Tests marked ``alone``
+By ``pytest -n 3 --dist loadfile --no-loadscope-reorder`` three files run at a time, on two cores: many tests
+wait for one another, so that two leave a core idle for a third of the time. Tests marked ``alone``
 measure seconds, and nothing runs at the same time. In those marked ``patient`` parties give each other up
 after tenths of a second: only tests like them run at the same time.
 """
@@ -40,8 +41,11 @@ from pellm_lightning.tensors import flat_buffer
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
-# torchrun's own default is one port of the host, at which two launches of two workers would meet.
+# torchrun's own default is one port of the host, at which launches of several workers would meet.
 os.environ["PET_MASTER_PORT"] = str(free_port())
+
+# Twice a connection to a store torch asks a name server who 127.0.0.1 is, and waits 5 s if the answer is lost.
+os.environ["RES_OPTIONS"] = "attempts:0"
 
 gc.disable()  # imports and 6,000 tests are no garbage, but make every collection slow: until tests run
 
@@ -57,8 +61,8 @@ _ALONE = {
     "system/test_networks.py",
     "tensors/test_snapshot.py",
 }
-# Marked "patient": they wait more than they compute, so two run at a time, and nothing else does. So are all
-# tests of separate jobs as threads, which have the fixture ``world``.
+# Marked "patient": they wait more than they compute, so several run at a time, and nothing else does. So are
+# all tests of separate jobs as threads, which have the fixture ``world``.
 _PATIENT = {
     "callbacks/test_separate_jobs.py",
     "callbacks/test_separate_jobs_errors.py",
@@ -78,7 +82,7 @@ def _kind(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files last that run alone, and the launches first, so that two workers end together.
+    """Put the files last that run alone, and the launches first, so that the workers end together.
 
     A file goes where most of its tests belong: one that is patient in a file of others costs its own seconds,
     but a file of others among the patient would run by itself, test by test.

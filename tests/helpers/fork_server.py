@@ -10,6 +10,7 @@ that at the next. What is about imports or a processor's settings uses ``sys.exe
 import atexit
 import contextlib
 import faulthandler
+import fcntl
 import gc
 import importlib
 import json
@@ -23,7 +24,7 @@ import sys
 import threading
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
 
 _IMPORTS = ["numpy.random", "torch.distributed", "torch._dynamo", "scipy.signal", "tensorboard"]
@@ -34,41 +35,53 @@ _IMPORTS += [f"transformers.models.{name}" for name in ("llama.modeling_llama", 
 _IMPORTS += ["attrs", "peft.tuners.lora.bnb", "datasets"]
 _IMPORTS += ["matplotlib.backends.backend_svg", "torch.utils.serialization"]
 _STARTS_NO_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
-"""A fork has one thread: what another one held at that moment, such as an allocator's lock, it holds for good."""
+"""A fork has one thread: a lock that another one held at that moment, such as an allocator's, stays held."""
 _REQUEST_BYTES = 1 << 20
+_originals: list[subprocess.Popen[bytes]] = []
 
 
 @cache
 def python() -> str:
-    """Return the path of the program; what it forks from ends with this process."""
-    folder, owner = mkdtemp(), os.getpid()
+    """Return the path of the program; what it forks from is one for all workers, and ends with the last."""
+    place = Path(gettempdir(), f"pellm-python-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
+    with open(__file__) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not _holds(place):
+            _start(place)
+    return str(place / "python")
+
+
+def _holds(place: Path) -> bool:
+    """Hold the originals that another worker has started, until this process ends; whether they run."""
+    try:
+        os.open(place / "held", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # never started, or nobody reads: they have ended
+        return False
+    return True
+
+
+def _start(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(0o700)
+    os.mkfifo(place / "held")
+    held = os.open(place / "held", os.O_RDONLY | os.O_NONBLOCK)
+    assert _holds(place)
     ready, tells_ready = os.pipe()
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **_STARTS_NO_THREAD}
-    originals = [
-        subprocess.Popen(
-            [sys.executable, __file__, "serve", f"{folder}/{seed}", str(tells_ready)],
-            stdin=subprocess.PIPE,  # it ends when nobody holds the other end
+    for seed in range(2):
+        original = subprocess.Popen(
+            [sys.executable, __file__, "serve", f"{place}/{seed}", str(tells_ready)],
+            stdin=held,  # it ends when nobody holds the other end
             env=environ | {"PYTHONHASHSEED": str(seed + 1)},
             pass_fds=[tells_ready],
         )
-        for seed in range(2)
-    ]
-    os.close(tells_ready)
-
-    def end() -> None:
-        if os.getpid() != owner:  # a fork of this process, which may run what this one registered
-            return
-        for original in originals:
-            original.communicate()
-        shutil.rmtree(folder)
-
-    atexit.register(end)
+        _originals.append(original)
+    os.close(tells_ready), os.close(held)
     with os.fdopen(ready, "rb") as file:
         assert file.read() == b"++", "what is forked from has not come up"
-    program = Path(folder, "python")
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" run "{folder}" "$@"\n')
+    program = place / "python"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" run "{place}" "$@"\n')
     program.chmod(0o700)
-    return str(program)
 
 
 # ---- the program
@@ -125,6 +138,7 @@ class Original:
         while True:
             for key, _ in self._selector.select():
                 if key.data == "over":
+                    os.close(0)  # nobody takes it for one that runs
                     self._kill(*self._lines)
                     return None
                 if key.data == "request":
@@ -253,7 +267,8 @@ def main() -> None:
     gc.enable()
     request = original.serve()
     if request is None:
-        return
+        shutil.rmtree(Path(place).parent, ignore_errors=True)  # the other one does, too
+        os._exit(0)
     import runpy
 
     become(request, own)
