@@ -82,7 +82,7 @@ def _kind(item: pytest.Item) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files last that run alone, and the launches first, so that the workers end together.
+    """Put the files last that run alone, launches first, long files before short ones: workers end together.
 
     A file goes where most of its tests belong: one that is patient in a file of others costs its own seconds,
     but a file of others among the patient would run by itself, test by test.
@@ -97,7 +97,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         kinds.setdefault(item.path, Counter())[_kind(item)] += 1
     last = {path: of_file.most_common(1)[0][0] for path, of_file in kinds.items()}
     launched = {item.path for item in items if item.get_closest_marker("torchrun")}
-    items.sort(key=lambda item: (last[item.path], item.path not in launched))
+    counts = {path: of_file.total() for path, of_file in kinds.items()}
+    items.sort(key=lambda item: (last[item.path], item.path not in launched, -counts[item.path], item.path))
 
 
 @pytest.hookimpl(tryfirst=True)
