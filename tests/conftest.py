@@ -53,13 +53,9 @@ TESTS = Path(__file__).parent
 _NOTES = Path(tempfile.gettempdir(), f"pellm-tests-{os.getuid()}-{TESTS.stat().st_ino}")  # of this checkout
 # Marked "alone": their processes need both cores, or they measure what a processor can do.
 _ALONE = {
-    "comm/rendezvous/test_server.py",
-    "comm/torchrun/test_shared_memory.py",
-    "engine/test_overlap.py",
-    "engine/test_round_report.py",
     "system/test_chaos.py",
     "system/test_networks.py",
-    "tensors/test_snapshot.py",
+    "system/test_seconds.py",
 }
 # Marked "patient": they wait more than they compute, so several run at a time, and nothing else does. So are
 # all tests of separate jobs as threads, which have the fixture ``world``.
@@ -70,6 +66,8 @@ _PATIENT = {
     "comm/elastic/test_separate_jobs.py",
     "comm/mesh/test_mesh.py",
     "comm/rendezvous/test_client.py",
+    "comm/rendezvous/test_server.py",
+    "comm/torchrun/test_shared_memory.py",
     "exchange/secure/test_separate_jobs.py",
 }
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

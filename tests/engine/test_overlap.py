@@ -1,6 +1,5 @@
 """Settings of an overlap, and rounds in the background of a fit."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,16 +62,6 @@ def test_rules_that_can_are_not() -> None:
 
 
 # ---- in a fit
-
-
-class Slow(Callback):
-    """Lets each step take so many seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        time.sleep(self.seconds)
 
 
 def fitted(tmp_path: Path, options: Mapping[str, Any], **trainer: Any) -> tuple[list[Tensor], list[Rounds]]:
@@ -181,21 +170,3 @@ def test_a_fit_that_fails_while_a_round_is_under_way_can_be_saved(tmp_path: Path
     for saved in fit_parties(2, fit):
         state = saved["callbacks"]["FederatedAveraging"]
         assert (state["under_way_since"] == 4) == (state["aggregator"]["pending"] is not None)
-
-
-@pytest.mark.parametrize("overlap", [None, Overlap(1)])
-def test_a_slow_party_does_not_idle_a_fast_one(tmp_path: Path, overlap: Overlap | None) -> None:
-    loggers = [Rounds(), Rounds()]
-
-    def fit(party: int, federated: Any) -> None:
-        callbacks = [Slow(0.1 if party else 0.005), federated(every_n_seconds=0.3, overlap=overlap, quorum=1)]
-        steps = {"max_epochs": -1, "max_steps": 6 if party else 80}
-        loader = data(400, seed=party, batch_size=4)
-        quiet_trainer(tmp_path, callbacks, logger=loggers[party], **steps).fit(Classifier(party), loader)
-
-    fit_parties(2, fit)
-    fast, slow = (logger.rounds[0] for logger in loggers)
-    assert fast["step"] > 2 * slow["step"], "both came when the time was up"
-    assert fast["weight"] + slow["weight"] == fast["total_weight"]
-    assert fast["weight"] > 2 * slow["weight"], "each counts by its samples"
-    assert fast["waited_seconds"] < 0.5, "it waited for all six steps of the slow one, 0.6 s"

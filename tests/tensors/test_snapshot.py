@@ -10,9 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,40 +142,6 @@ def test_the_bytes_are_safetensors(state: dict[str, Any]) -> None:
             metadata = opened.metadata()
     assert json.loads(metadata["structure"])
     assert same(state, unpack(packed_by_safetensors(tensors, metadata)))
-
-
-def longest_pause(act: Callable[[], Any]) -> float:
-    """Return for how many seconds another thread could not go on while this one acts."""
-    pauses, over = [0.0], threading.Event()
-
-    def beat() -> None:
-        last = time.monotonic()
-        while not over.wait(0.002):
-            pauses.append(time.monotonic() - last)
-            last = time.monotonic()
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    act()
-    over.set()
-    thread.join()
-    return max(*pauses)
-
-
-def test_a_large_state_does_not_stop_the_heart(tmp_path: Path) -> None:
-    """Who holds the interpreter for as long as it takes to copy gigabytes is taken for dead."""
-    state = {"global": torch.ones(1 << 25)}  # 128 MiB
-    packed, states = pack(state), SnapshotDir(tmp_path)
-    acts: list[Callable[[], Any]] = [
-        lambda: Manifest.of(state),
-        lambda: states.keep(1, state),
-        states.newest,
-    ]
-    # A copy of bytes holds it, as long as this machine, with what else it has to do, takes to copy so many.
-    held = min(longest_pause(lambda: bytearray(packed)) for _ in range(3))
-    for act in acts:
-        # Who holds it does so each time; any other is paused for as long only by chance.
-        assert any(longest_pause(act) < held / 2 for _ in range(20))
 
 
 @given(state=states, data=st.data())
