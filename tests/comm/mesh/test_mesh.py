@@ -860,11 +860,13 @@ def test_a_slow_greeting_holds_up_nobody_and_is_cut_off(monkeypatch: pytest.Monk
 def test_the_newest_connection_of_a_member_wins_and_few_wait() -> None:
     with members(2) as found:
         listener = found.listeners[0]
-        socks = []
+        socks, newest = [], None
         for group in ("g", "g", "h", "i", "j", "k"):
             socks.append(call(listener.address))
             socks[-1].sendall(hello("clinic-1", group))
-            assert settled(lambda g=group: 0 if g in listener._waiting.get("clinic-1", {}) else 1, 0)
+            waiting = lambda g=group: listener._waiting.get("clinic-1", {}).get(g)  # noqa: E731
+            assert settled(lambda of=waiting, last=newest: 1 if of() in (None, last) else 0, 0)
+            newest = waiting()
         assert hung_up(socks[0])  # the second of g came
         assert hung_up(socks[1])  # and four others
         assert listener.take("clinic-1", "g") is None
