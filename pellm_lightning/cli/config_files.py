@@ -1,13 +1,18 @@
 """Reader of configuration files that refuses what YAML parsers change silently."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pellm_lightning.cli.errors import UsageError
+from pellm_lightning.comm.errors import did_you_mean
 
 MODE = "checked-yaml"
 """Name of this reader among the parser modes of jsonargparse."""
+_GROUPS = {"federated": "every_n_epochs: 1", "trainer": "max_epochs: 3"}
+"""Sections of options, each with an example."""
+_OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 
 
 def register() -> str:
@@ -39,7 +44,7 @@ def load(text: str, path: str = "") -> Any:
         value = get_loader("yaml")(text)
         twice = next(_duplicates(yaml.compose(text, Loader=yaml.SafeLoader)), None) if "\n" in text else None
     except yaml.YAMLError as error:
-        raise yaml.YAMLError(f"{where} {_line_and_reason(error)}") from error
+        raise yaml.YAMLError(f"{where} {_line_and_reason(error, text)}") from error
     if twice is not None:
         name, line, before = twice
         raise yaml.YAMLError(
@@ -49,17 +54,41 @@ def load(text: str, path: str = "") -> Any:
     if path and not isinstance(value, dict):
         found = f"holds a {type(value).__name__}" if text.strip() else "is empty"
         raise yaml.YAMLError(f"{path} {found}. Write options by name, as `trainer: {{max_epochs: 3}}`.")
+    if path and (problem := next(_misshapen(value), None)):
+        raise yaml.YAMLError(f"{path}: {problem}")
     return value
 
 
-def _line_and_reason(error: Any) -> str:
+def _misshapen(config: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the shape of a configuration, which parsers would fail on or ignore."""
+    for name, value in config.items():
+        if name in _GROUPS and not isinstance(value, dict | str):  # a text is the path of a file
+            found = "nothing" if value is None else f"{value!r:.60}"
+            yield f"{name!r} holds {found}. Write its options by name, as `{name}: {{{_GROUPS[name]}}}`."
+        if isinstance(value, dict):
+            yield from _misspelt(value, name)
+
+
+def _misspelt(value: Any, where: str) -> Iterator[str]:
+    """Yield each key that was meant to be class_path or init_args."""
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+        meant = did_you_mean(str(name), _OF_A_CLASS) if isinstance(value, dict) else ""
+        if meant and name not in _OF_A_CLASS and value.keys() & set(_OF_A_CLASS):
+            yield f"{where!r} has {name!r}.{meant}"
+        if isinstance(part, dict | list):
+            yield from _misspelt(part, f"{where}.{name}")
+
+
+def _line_and_reason(error: Any, text: str) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None:  # of single characters
         return f"1 or below: is no text in YAML: {getattr(error, 'reason', error)}"
     # Its second mark is where a bracket or a quotation mark was opened, often the cause.
     context = getattr(error, "context_mark", None)
     opened = f" ({error.context} from line {context.line + 1})" if context and error.context else ""
-    return f"{mark.line + 1}, column {mark.column + 1}: is not YAML: {problem}{opened}"
+    line = next(islice(text.splitlines(), mark.line, None), "")
+    tab = ". Indent by blanks, not tabs" if line.lstrip(" ").startswith("\t") else ""
+    return f"{mark.line + 1}, column {mark.column + 1}: is not YAML: {problem}{opened}{tab}"
 
 
 def check_encoding(words: Sequence[str]) -> None:

@@ -43,6 +43,9 @@ _FIXES = {
 }
 """What to do about errors of the operating system, which say only what has failed."""
 
+_OF_ONE_PARTY = re.compile(r"(?i)\b(?:party|rank)[- ]\w+|\S*/\S*|\S*\d\S*\.[a-z]\S*|0x[0-9a-f]+")
+"""The party, its files and addresses in memory, by which alike errors of several parties differ."""
+
 
 class UsageError(ValueError):
     """Error in the value of an option, found before anything has been done."""
@@ -106,6 +109,8 @@ def report(error: Exception) -> int:
         is_absolute = os.path.isabs(str(error.filename or ""))
         where = "Check the path." if is_absolute else f"A relative path is seen from {os.getcwd()}."
         words = f"{words.rstrip('.')}. {where}"
+    elif words == "No supported gpu backend found!":  # of Lightning
+        words += " Set --trainer.accelerator=cpu, or start it where torch finds a GPU."
     elif isinstance(error, OSError) and error.errno in _FIXES:
         words = f"{words.rstrip('.')}. {_FIXES[error.errno]}"
     lost = _is_a(error, "PartyLostError") and not getattr(error, "parties", ())
@@ -227,7 +232,7 @@ def _record(text: str) -> None:
 def _claim(words: str, *, second_hand: bool) -> bool:
     """Return whether this process is to print an error; one of those that share a terminal is.
 
-    Words that differ in the party, or in the order of a set, are the same error.
+    Words that differ in the party, in its files, or in the order of a set, are the same error.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
@@ -236,5 +241,5 @@ def _claim(words: str, *, second_hand: bool) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from pellm_lightning.comm.torchrun.store import claim_error
 
-    same = sorted(re.findall(r"\w+", re.sub(r"(?i)\b(party|rank)[- ]\w+", "", words)))
+    same = sorted(re.findall(r"\w+", _OF_ONE_PARTY.sub("", words)))
     return claim_error(hashlib.sha256(" ".join(same).encode()).hexdigest(), second_hand=second_hand)

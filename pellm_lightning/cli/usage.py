@@ -28,6 +28,9 @@ _FORMS = re.compile(r"Not a valid subclass of (\w+)(?:\s+Subclass types expect o
 # Of a union of types the one that nobody meant, and what a string might also have been.
 _IDLE = rf"NoneType|not accessible or invalid|{NO_TYPE_FITS}|':$|^$"
 _CLASS = r"Problem with given class_path '[^']+':"
+_NO_CLASS = re.compile(
+    r"Problem with given class_path 'lightning\.Lightning(?:Data)?Module': Option '([\w.]+)' is not accepted"
+)
 _OPTIMIZING = ("torch.optim.Optimizer", "torch.optim.lr_scheduler.LRScheduler")
 _MAX_VALUE, _MAX_NAMES = 60, 8
 
@@ -118,6 +121,7 @@ def _plain(reason: str) -> str:
     path = re.search(r"Unexpected import path format: (\S*/\S*|\S+\.(?:ya?ml|json))$", reason)
     if path:
         return f"there is no file {path[1]}; a relative path is seen from {Path.cwd()}"
+    reason = _NO_CLASS.sub(r"has no class_path, the class that takes '\1'", reason)
     reason = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", reason)
     reason = re.sub(r"Expected an? (?=<class|typing)", "expected ", reason)
     reason = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", reason)

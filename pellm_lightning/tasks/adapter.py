@@ -1,6 +1,7 @@
 """PEFT adapters of the ready-made modules: creation, hyperparameters, and the saving callback."""
 
 import json
+import re
 from collections.abc import MutableMapping
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +60,7 @@ def with_adapter(
     try:
         return get_peft_model(model, peft, revision=revision)
     except ValueError as error:
-        if "Target modules" not in str(error):
+        if not re.search("Target modules|No modules were targeted", str(error)):
             raise
         raise ValueError(_no_target(model, peft)) from error
 

@@ -111,10 +111,10 @@ class Encoder:
         """Return the segments up to the last answer, and their number of characters."""
         segments, text = list[_Segment](), ""
         for index, message in enumerate(messages):
-            if message["role"] != "assistant" or index < record.learned:
+            if not record.is_learned(index):
                 continue
-            prompt = self._rendered(record, messages[:index], add_generation_prompt=True)
             answered = self._rendered(record, messages[: index + 1])
+            prompt = self._before_answer(record, messages[:index], answered)
             if not (prompt.startswith(text) and answered.startswith(prompt) and whole.startswith(answered)):
                 raise ValueError(
                     f"{record.where}: the tokenizer's chat template renders a prompt differently once an"
@@ -126,15 +126,27 @@ class Encoder:
             text = answered
         return segments, len(text)
 
+    def _before_answer(self, record: Record, messages: list[Message], answered: str) -> str:
+        """Render what is before an answer: the messages, and how the template begins an answer."""
+        if messages:
+            return str(self._rendered(record, messages, add_generation_prompt=True))
+        # Nothing is rendered of no messages: what begins an answer is what follows any other message.
+        other: list[Message] = [{"role": "user", "content": "a"}]
+        without = self._rendered(record, other)
+        opening = self._rendered(record, other, add_generation_prompt=True)[len(without) :]
+        return answered[: answered.find(opening) + len(opening)] if opening in answered else ""
+
     def _marked(self, record: Record) -> list[_Segment]:
         """Tell the assistant's turns apart by the template's generation marks."""
         messages = list(record.messages)
         self._checked(record, messages)
-        tokens, learned = self._masked(record, messages)
-        if record.learned and any(m["role"] == "assistant" for m in messages[: record.learned]):
-            unlearned = sum(self._masked(record, messages[: record.learned])[1])
-            for index in [i for i, is_learned in enumerate(learned) if is_learned][:unlearned]:
-                learned[index] = False
+        tokens, marks = self._masked(record, messages)
+        learned, marked = list(marks), [position for position, is_marked in enumerate(marks) if is_marked]
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant" and not record.is_learned(index):
+                before = sum(self._masked(record, messages[:index])[1]) if index else 0
+                for position in marked[before : sum(self._masked(record, messages[: index + 1])[1])]:
+                    learned[position] = False
         if not any(learned):
             raise ValueError(
                 f"{record.where}: the chat template's {{% generation %}} marks show no answer. They must"
@@ -222,6 +234,7 @@ def _check_shown(record: Record, messages: Sequence[Message], text: str) -> None
         for key, content in [*said, *strings_in(rest), *called]:
             if content.strip() not in text:
                 what = f"{message['role']} text" if key == "content" else f"{message['role']}'s {key}"
+                what = f"call of the {message['role']}, its" if (key, content) in called else what
                 raise ValueError(
                     f"{record.where}: the tokenizer's chat template does not show the {what}"
                     f" {shown(content)} as it is. {_REMEDY}"

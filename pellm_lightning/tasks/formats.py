@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pellm_lightning.comm.errors import did_you_mean
 from pellm_lightning.tasks.columns import (
     check_characters,
     check_used,
@@ -37,7 +38,12 @@ FORMATS["auto"] = {
 }
 
 _OPTIONAL = ("context", "system", "tools")
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_ROLES = {
+    "human": "user",
+    "observation": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+}
+_KNOWN_ROLES = ("assistant", "user", "system")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,12 @@ class Record:
     key: str = ""
     where: str = field(default="", compare=False)
 
+    def is_learned(self, index: int) -> bool:
+        """Whether a message is learned: an answer whose ``weight`` is not 0."""
+        message = self.messages[index]
+        is_answer = index >= self.learned and message["role"] == "assistant"
+        return is_answer and message.get("weight") != 0
+
     @property
     def has_blank_prompt(self) -> bool:
         """Whether there is nothing to continue."""
@@ -71,7 +83,7 @@ class Record:
     @property
     def is_blank(self) -> bool:
         """Whether there is nothing to learn."""
-        answers = [m for m in self.messages[self.learned :] if m["role"] == "assistant"]
+        answers = [m for index, m in enumerate(self.messages) if self.is_learned(index)]
         learns = any(m["content"].strip() or m.get("tool_calls") for m in answers)
         return self.has_blank_prompt or bool(self.messages and not learns)
 
@@ -194,13 +206,27 @@ class RowMapper:
                 " learn the chosen answers alone, name them by columns: {completion: chosen} (or messages:"
                 " chosen) and leave the others out by ignore_columns: [rejected]."
             )
+        label = next((row[name] for name in row if same_column(name, "label")), None)
+        if isinstance(label, bool) and "completion" in names and not is_ignored("label", self.ignored):
+            raise ValueError(
+                f"{where}: 'label' says whether the completion is wanted, an unpaired preference. Fine-tuning"
+                " would learn the unwanted ones as well; preferences need another loss (KTO, for example in"
+                " TRL). To learn from the wanted ones, take the other rows out, and ignore_columns: [label]."
+            )
 
     def _unknown(self, where: str, row: Row) -> ValueError:
+        nested = next((name for name, value in row.items() if _is_table(value)), None)
+        remedy = "Name others by --data.columns, for example columns: {prompt: question, completion: answer}."
+        if nested is not None:
+            remedy = f"If the rows are the list under {nested!r}, write that list alone into the file."
         return ValueError(
             f"{where}: expected 'text', a 'prompt' with its 'completion', or 'messages'; found the columns"
-            f" {sorted(row)}. {self.known} Name others by --data.columns, for example columns:"
-            " {prompt: question, completion: answer}."
+            f" {sorted(row)}. {self.known} {remedy}"
         )
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
 def check_columns(columns: Mapping[str, str] | None, ignored: Collection[str]) -> dict[str, str]:
@@ -209,14 +235,18 @@ def check_columns(columns: Mapping[str, str] | None, ignored: Collection[str]) -
     Raises:
         ValueError: If a part is unknown, or a column is also ignored.
     """
-    for part, name in (columns or {}).items():
+    named = {} if columns is None else columns
+    if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"columns={columns!r} must map parts to names, as {{prompt: question}}.")
+    for part, name in named.items():
         if part not in FORMATS["auto"]:
             raise ValueError(
-                f"columns has {part!r}, which is no part of a record. Use {', '.join(FORMATS['auto'])}."
+                f"columns has {part!r}, which is no part of a record. Use {', '.join(FORMATS['auto'])}, each"
+                " with the name of its column, as {prompt: question}."
             )
         if is_ignored(name, ignored):
             raise ValueError(f"ignore_columns={list(ignored)} names {name!r}, which columns uses.")
-    return dict(columns or {})
+    return dict(named)
 
 
 class _Named:
@@ -284,6 +314,11 @@ class _Named:
                 f"{self.where}: {column!r} holds {shown(value)}, no list of messages. A table cannot hold"
                 " conversations: write the file as .jsonl or .parquet."
             )
+        if len(value) > 1 and not any(isinstance(message, Mapping) for message in value):
+            raise ValueError(
+                f"{self.where}: {column!r} is a list of {type(value[0]).__name__}, not of messages. If it is"
+                " the whole column, write an object per row (pandas: orient='records')."
+            )
         return tuple(_message(message, f"{self.where}: {column!r}, message {n}") for n, message in
                      enumerate(value, start=1))  # fmt: skip
 
@@ -307,7 +342,21 @@ def _message(value: Any, where: str) -> Message:
     rest = {k: v for k, v in value.items() if k not in ("role", "from", "content", "value")}
     for key, part in strings_in(rest):
         check_characters(part, key, where)
-    return {"role": _ROLES.get(role.strip().lower(), role.strip().lower()), "content": text, **rest}
+    if rest.get("weight", 1) not in (0, 1):
+        raise ValueError(
+            f"{where} has weight={shown(rest['weight'])}: it must be 1 (learned) or 0 (not). Correct it, or"
+            " take it out."
+        )
+    return {"role": _role(role, where), "content": text, **rest}
+
+
+def _role(written: str, where: str) -> str:
+    """Return a role by its common name; others than these are the template's."""
+    role = _ROLES.get(written.strip().lower(), written.strip().lower())
+    meant = "" if role in _KNOWN_ROLES else did_you_mean(role, _KNOWN_ROLES)
+    if meant:
+        raise ValueError(f"{where} has the role {written!r}, by which nothing would be learned.{meant}")
+    return role
 
 
 def strings_in(value: Any, key: str = "") -> list[tuple[str, str]]:

@@ -1,12 +1,14 @@
 """Data module of labelled texts, of one party or partitioned over simulated parties."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from pellm_lightning.comm.errors import did_you_mean
 from pellm_lightning.tasks.columns import check_used, find_column, has_content, is_ignored, shown, string_of
 from pellm_lightning.tasks.labels import Label, index_labels, label_name, label_names
 from pellm_lightning.tasks.limits import check_labels
@@ -165,16 +167,20 @@ class LabelledMapper:
 
 def _column(where: str, row: Row, name: str) -> str:
     column = find_column(row, name, where)
-    if column is None or row[column] is None:
+    if column is None:
+        parted = " If that is several names, they are parted by something else than expected."
         raise ValueError(
-            f"{where}: has nothing under {[name]}; it has {list(row)}. Name the columns by text_column,"
-            " label_column and key_column, or fill the row."
+            f"{where}: has no column {name!r}; it has {list(row)}.{did_you_mean(name, row)}"
+            f"{parted if len(row) == 1 else ''} Name the columns by text_column, label_column and"
+            " key_column; the first line of a table must be its header."
         )
     return column
 
 
 def _scalar(where: str, row: Row, column: str) -> Label:
-    value = row[column]
+    value: Any = row[column]
+    if isinstance(value, Decimal):  # of a database's table
+        value = float(value)
     if not has_content(value) or not isinstance(value, str | bool | int | float):
         what = f"holds {shown(value)}, no single value" if has_content(value) else "is empty"
         raise ValueError(f"{where}: {column!r} {what}. Fill it in, or take the row out of the file.")

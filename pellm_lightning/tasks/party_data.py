@@ -17,7 +17,7 @@ from pellm_lightning.tasks.loading import EpochSampler, ResumableLoader, Stream,
 from pellm_lightning.tasks.partition import Partition, check_num_parties, divide, label_table, plot_labels
 from pellm_lightning.tasks.pretrained import Pretrained, load_tokenizer
 from pellm_lightning.tasks.samples import Samples
-from pellm_lightning.tasks.source import Source, locate
+from pellm_lightning.tasks.source import Source, check_splits, locate
 from pellm_lightning.tasks.store import Mapper, Stored, quiet_datasets, store, streamed_rows, temporary_folder
 from pellm_lightning.tasks.summary import Summary
 from pellm_lightning.trainer.environment import topology_of
@@ -113,6 +113,7 @@ class PartyDataModule(LightningDataModule):
         splits = {"files": split} if isinstance(split, str) else split or {}
         if unknown := sorted(splits.keys() - _SPLITS.keys()):
             raise ValueError(f"split={split!r} names {unknown}; use {', '.join(_SPLITS)}.")
+        self._chosen = {*splits, *(["files"] if revision else [])}
         self.splits, self.revision, self.streaming = {**_SPLITS, **splits}, revision, streaming
         self.tokenizer_name, self.batch_size, self.val_fraction = tokenizer, batch_size, val_fraction
         self.ignore_columns = ignored_columns(ignore_columns)
@@ -190,9 +191,9 @@ class PartyDataModule(LightningDataModule):
         if all(records.column("blank")):
             raise ValueError(
                 f"Party {self._party()} has no text in {argument}: all there is in"
-                f" {', '.join(source.names[:3])}{', ...' if len(source.names) > 3 else ''} is blank,"
-                " or a conversation in which the assistant says nothing. Write the files again, or name"
-                " others."
+                f" {', '.join(source.names[:3])}{', ...' if len(source.names) > 3 else ''} is blank, or has a"
+                " blank prompt, or is a conversation in which the assistant says nothing. Write the files"
+                " again, or name others."
             )
         return records
 
@@ -201,6 +202,8 @@ class PartyDataModule(LightningDataModule):
         if patterns is None:
             raise ValueError(f"{argument} is not given: name the files of this stage with --data.{argument}.")
         names = locate(argument, patterns, self._party())
+        if argument in self._chosen:
+            check_splits(argument, names, self.splits[argument], self.revision)
         return Source(names, self.splits[argument], self.revision, self._columns())
 
     @abstractmethod

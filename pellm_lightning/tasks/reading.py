@@ -5,6 +5,7 @@ null, "007" the number 7, a timestamp a date, an unclosed quotation mark swallow
 """
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -13,10 +14,12 @@ import lzma
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from pellm_lightning.tasks.columns import same_column
+from pellm_lightning.tasks.signatures import LONGEST, convert, describe_binary, describe_text
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -28,8 +31,29 @@ Lines = list[tuple[int, Fields]]
 
 
 def suffix_of(path: Path) -> str:
-    """Return a file's suffix, without that of its compression."""
-    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+    """Return a file's suffix in small letters, without that of its compression."""
+    return Path(path.stem if is_compressed(path) else path).suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether a file is compressed, by its name."""
+    return path.suffix.lower() in _COMPRESSED
+
+
+@contextlib.contextmanager
+def unpacking(path: Path) -> Iterator[None]:
+    """Raise a ValueError that names the file if it cannot be decompressed."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; those of codecs have none
+            raise
+        raise ValueError(f"{path}: is no whole compressed file ({error}). Write or copy it again.") from error
+
+
+def opened(path: Path) -> BinaryIO:
+    """Open a file to read its bytes, decompressed."""
+    return cast(BinaryIO, _COMPRESSED.get(path.suffix.lower(), open)(path, "rb"))
 
 
 def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[tuple[str, Row]]:
@@ -69,14 +93,6 @@ def _rows(path: Path, suffix: str, columns: Collection[str]) -> Iterable[tuple[i
 
 # ---- bytes to lines
 
-_OTHER_MARKS = {
-    # UTF-32 first: its little-endian mark begins with that of UTF-16.
-    b"\xff\xfe\x00\x00": "UTF-32",
-    b"\x00\x00\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
-
 
 def _lines(path: Path, newline: str = "") -> Iterator[str]:
     r"""Yield the lines of a file of UTF-8 text, with or without a byte order mark, with their endings.
@@ -86,32 +102,33 @@ def _lines(path: Path, newline: str = "") -> Iterator[str]:
         newline: "" ends lines as any system does, "\n" at a line feed only.
     """
     try:
-        with _opened(path) as file:
+        with unpacking(path), _opened(path) as file:
             lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
             for number, line in enumerate(lines, start=1):
                 if "\0" in line:
-                    raise ValueError(
+                    raise _binary(path) or ValueError(
                         f"{path}:{number}: holds a NUL character, so it is damaged, or UTF-16 without a mark."
-                        f" {_convert('UTF-16LE')} If it is damaged, write it again."
+                        f" {convert('UTF-16LE')} If it is damaged, write it again."
                     )
                 yield line
     except UnicodeDecodeError as error:
-        raise _undecodable(path) from error
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk; those of codecs have none
-            raise
-        raise ValueError(f"{path}: is no whole compressed file ({error}). Write or copy it again.") from error
+        raise _binary(path) or _undecodable(path) from error
 
 
 def _opened(path: Path) -> BinaryIO:
-    file = cast(BinaryIO, _COMPRESSED.get(path.suffix, open)(path, "rb"))
-    start = file.read(4)
+    file = opened(path)
+    if problem := describe_text(file.read(LONGEST)):
+        file.close()
+        raise ValueError(f"{path}:1: {problem}")
     file.seek(0)
-    for mark, encoding in _OTHER_MARKS.items():
-        if start.startswith(mark):
-            file.close()
-            raise ValueError(f"{path}:1: the file is {encoding}, by its first bytes. {_convert(encoding)}")
     return file
+
+
+def _binary(path: Path) -> ValueError | None:
+    """Return the error of a file that is something else than text; None if that is not known."""
+    with _opened(path) as file:
+        problem = describe_binary(file.read(LONGEST))
+    return ValueError(f"{path}:1: {problem}") if problem else None
 
 
 def _undecodable(path: Path) -> ValueError:
@@ -122,14 +139,10 @@ def _undecodable(path: Path) -> ValueError:
             except UnicodeDecodeError as error:
                 return ValueError(
                     f"{path}:{number}: is not UTF-8 text: byte 0x{error.object[error.start]:02x}"
-                    f" ({error.reason}). Its encoding is not guessed. {_convert('CP1252')} CP1252 is what"
+                    f" ({error.reason}). Its encoding is not guessed. {convert('CP1252')} CP1252 is what"
                     " Windows often writes; name the file's own."
                 )
     return ValueError(f"{path}: is not UTF-8 text.")
-
-
-def _convert(encoding: str) -> str:
-    return f"Convert it to UTF-8: iconv -f {encoding} -t UTF-8 OLD > NEW."
 
 
 # ---- JSON
@@ -139,7 +152,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
     # Lines end at line feeds only: JSON strings may hold U+2028 and others that end lines elsewhere.
     for number, line in enumerate(_lines(path, "\n"), start=1):
         if line.strip():
-            yield number, _fields(_parsed_line(line, number, path), f"{path}:{number}")
+            value = _parsed_line(line, number, path)
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                raise ValueError(f"{path}:{number}: is a list of objects, {_one_document(path)}")
+            yield number, _fields(value, f"{path}:{number}")
 
 
 def _parsed_line(line: str, number: int, path: Path) -> Any:
@@ -150,10 +166,14 @@ def _parsed_line(line: str, number: int, path: Path) -> Any:
     except json.JSONDecodeError as error:
         cure = "Correct the line; JSONL holds one whole object on each line."
         if _is_json("".join(_lines(path))):
-            cure = f"The file is one JSON document over several lines: rename it to {path.stem}.json."
+            cure = f"The file is one JSON document over several lines, {_one_document(path)}"
         raise ValueError(f"{where}: is not JSON: {error.msg} (column {error.colno}). {cure}") from error
     except (ValueError, RecursionError) as error:
         raise _beyond_reading(where, error) from None
+
+
+def _one_document(path: Path) -> str:
+    return f"which .json files hold: rename it to {path.name.replace('.jsonl', '.json', 1)}."
 
 
 def _beyond_reading(where: str, error: Exception) -> Exception:
@@ -278,38 +298,46 @@ def _row(names: Fields, fields: Fields, where: str) -> Row:
 
 
 def _comma_lines(path: Path, columns: Collection[str]) -> Iterator[tuple[int, Fields]]:
-    """Parse quoted fields as RFC 4180 says, with a comma, a semicolon or a tab between them."""
-    header = next((line for line in _lines(path) if line.strip()), "")
+    """Parse quoted fields as RFC 4180 says, with a comma, a semicolon, a tab or a bar between them."""
+    lines = ((number, line) for number, line in enumerate(_lines(path)) if line.strip())
+    first, header = next(lines, (0, ""))
+    stated = _STATED.fullmatch(header.strip())
+    if stated:
+        return _quoted(islice(_lines(path), first + 1, None), path, stated[1], before=first + 1)
 
     def known(delimiter: str) -> int:
         names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
         return sum(any(same_column(name, column) for column in columns) for name in names)
 
-    delimiter = max(",;\t", key=known)  # of equals the first
+    delimiter = max(",;\t|", key=known)  # of equals the first
     names = next(_quoted(_lines(path), path, delimiter), (0, []))[1]
     # "text, label": blanks that belong to the delimiter throughout, as the header shows.
     blanks = len(names) > 1 and all(name.startswith(" ") for name in names[1:])
     return _quoted(_lines(path), path, delimiter, blanks)
 
 
+_STATED = re.compile(r"sep=(.)")
+"""First line by which a spreadsheet states the delimiter."""
+
+
 def _quoted(
-    lines: Iterable[str], path: Path, delimiter: str, skip_blanks: bool = False
+    lines: Iterable[str], path: Path, delimiter: str, skip_blanks: bool = False, before: int = 0
 ) -> Iterator[tuple[int, Fields]]:
     # A field can be as long as the file; the limit is of the process, and raising it harms nobody.
     csv.field_size_limit(2**31 - 1)
     # strict: otherwise text after a closing mark joins the field, and an open field swallows the rest.
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=skip_blanks, strict=True)
-    start = 1
+    start = before + 1
     try:
         for fields in reader:
             if any(field.strip() for field in fields):
                 yield start, fields
-            start = reader.line_num + 1
+            start = before + reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
             f'{path}:{start}: a quotation mark (") that begins a field in this row is not closed before line'
-            f" {reader.line_num} ends, or something follows where it closes ({error}). Close the field; write"
-            ' a mark within a quoted field twice ("").'
+            f" {before + reader.line_num} ends, or something follows where it closes ({error}). Close the"
+            ' field; write a mark within a quoted field twice ("").'
         ) from error
 
 

@@ -96,7 +96,9 @@ def test_one_process_of_a_launch_tells(
         patch.setenv(name, value)
     for turn, party in enumerate((rank, 1 - rank)):
         patch.setenv("RANK", str(party))
-        assert raised(MismatchError(f"Party {party} and party {1 - party} differ, in 7 of {{1, 2}}.")) == 1
+        place = f"data/{party}.csv:{party + 2}, object at 0x7f{party}c"
+        words = f"Party {party} and party {1 - party} differ, in 7 of {{1, 2}} ({place})."
+        assert raised(MismatchError(words)) == 1
         assert bool(capsys.readouterr().err) == (turn == 0)
     # torchrun terminates the first when it has seen the second end, which says nothing.
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN

@@ -36,7 +36,19 @@ FIT = "fit --config=run.yaml"
 JOBS = f"{FIT} --federated.jobs.name=a --federated.jobs.roster=[a,b] --federated.jobs.rendezvous"
 EDITED = {
     "section": Mistake(FIT, ["modell", "Did you mean 'model'?"], edit=("\nmodel:", "\nmodell:")),
-    "init_args": Mistake(FIT, ["'init_arg.", "Did you mean 'init_args'?"], edit=("init_args", "init_arg")),
+    "init_args": Mistake(
+        FIT, ["'trainer.logger' has 'init_arg'", "Did you mean 'init_args'?"], edit=("init_args", "init_arg")
+    ),
+    "class_path": Mistake(
+        FIT,
+        ["'data' has 'class_pth'. Did you mean 'class_path'?"],
+        edit=("class_path: pellm_lightning.tasks.TextData", "class_pth: pellm_lightning.tasks.TextData"),
+    ),
+    "no class_path": Mistake(
+        FIT,
+        ["data: has no class_path, the class that takes 'files'."],
+        edit=("  class_path: pellm_lightning.tasks.TextDataModule\n", ""),
+    ),
     "argument of an optimizer": Mistake(
         FIT,
         ["model.optimizer: torch.optim.AdamW: Option 'rate' is not accepted. It takes lr, betas, eps"],
@@ -76,7 +88,11 @@ MISTAKES = EDITED | {
     "nothing": Mistake("fit", ["--model is missing", "--config", "pellm fit --help"]),
     "empty file": Mistake("fit --config=empty.yaml", ["empty.yaml is empty", "Write options by name"]),
     "list": Mistake("fit --config=list.yaml", ["list.yaml holds a list"]),
-    "tab": Mistake("fit --config=tab.yaml", ["tab.yaml, line 2, column 1: is not YAML"]),
+    "tab": Mistake("fit --config=tab.yaml", ["tab.yaml, line 2, column 1: is not YAML", "not tabs"]),
+    "list of options": Mistake(
+        f"{FIT} --config=listed.yaml", ["'federated' holds [{'every_n_epochs': 1}].", "`federated: {every_"]
+    ),
+    "number of options": Mistake(f"{FIT} --config=three.yaml", ["'trainer' holds 3.", "{max_epochs: 3}`"]),
     "binary": Mistake("fit --config model/model.safetensors", ["model.safetensors", "is not UTF-8 text"]),
     "characters": Mistake("fit --config=bell.yaml", ["bell.yaml", "no text in YAML"]),
     "encoding": Mistake("fit --config=latin.yaml", ["latin.yaml, line 2", "0xe9", "iconv -f CP1252"]),
@@ -141,6 +157,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {
         "empty.yaml": b"",
         "list.yaml": b"- trainer\n",
+        "listed.yaml": b"federated:\n- every_n_epochs: 1\n",
+        "three.yaml": b"trainer: 3\n",
         "bell.yaml": b"trainer: {max_epochs: 3}\a\n",
         "tab.yaml": b"trainer:\n\tmax_epochs: 3\n",
         "latin.yaml": "# no\nseed_everything: 1 # café\n".encode("cp1252"),

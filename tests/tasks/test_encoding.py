@@ -128,6 +128,22 @@ def test_a_prompt_is_tokenized_as_in_training(template: str, tokenizer: PreTrain
     assert marks[-3:] == [False, True, True]
 
 
+@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["by prefix", "by generation marks"])
+def test_the_assistant_may_speak_first_and_in_turns_of_weight_0(
+    template: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = template
+    greeting = conversation(*TURNS[1:4])
+    middle = conversation(*TURNS[:2], ("assistant", "w8"), *TURNS[2:4])
+    middle.messages[2]["weight"] = 0
+    learned = [
+        [token for token, is_learned in zip(*tokens, strict=True) if is_learned]
+        for tokens in Encoder(tokenizer).encode([greeting, middle])
+    ]
+    answers = [4, 5, 0], [7, 0]  # w2 w3 <eos>; w5 <eos>
+    assert learned == [answers[0] + answers[1]] * 2
+
+
 def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }} {% if loop.last %}<eos>{% endif %}{% endfor %}"

@@ -63,6 +63,7 @@ TURNS = [
             ]
         },
         {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]},  # as Arrow fills gaps
+        {"messages": [{**turn, "role": turn["role"].title()} for turn in TURNS]},
         {"messages": {key: [turn[key] for turn in TURNS] for key in ("role", "content")}},
         {"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]},
     ],
@@ -77,6 +78,19 @@ def test_a_prompt_and_its_completion_may_be_messages() -> None:
     assert mapped({"prompt": TURNS[:2], "completion": "r"}) == record
     prompt = mapped({"prompt": TURNS[:2]}, answers=False)
     assert prompt.messages == tuple(TURNS[:2])
+
+
+def test_calls_of_sharegpt_are_the_assistant_s() -> None:
+    turns = [("human", "q"), ("function_call", "{}"), ("observation", "7"), ("gpt", "r")]
+    record = mapped({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    assert [message["role"] for message in record.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_answers_of_weight_0_are_not_learned() -> None:
+    answers = [{**TURNS[2], "weight": 0}, TURNS[1], {**TURNS[2], "weight": 1}]
+    record = mapped({"messages": [*TURNS[:2], *answers]})
+    assert [record.is_learned(index) for index in range(5)] == [False, False, False, False, True]
+    assert mapped({"messages": [*TURNS[:2], answers[0]]}).is_blank
 
 
 def test_tools_are_schemas_or_their_json() -> None:
@@ -128,6 +142,9 @@ def test_columns_are_named() -> None:
         mapped({"q": "q", "answer": "r"}, columns=columns)
     with pytest.raises(ValueError, match="columns has 'question', which is no part"):
         RowMapper(columns={"question": "prompt"})
+    for wrong in (["question", "answer"], {"prompt": None}):
+        with pytest.raises(ValueError, match="must map parts to names"):
+            RowMapper(columns=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="names 'a', which columns uses"):
         RowMapper(columns={"prompt": "a"}, ignored=["a"])
     with pytest.raises(ValueError, match="format='chatml' must be one of"):
@@ -147,6 +164,13 @@ def test_preference_pairs_are_refused_with_the_reason() -> None:
         mapped(implicit)
     conversation = mapped(implicit, columns={"messages": "chosen"}, ignored=["rejected"])
     assert conversation.messages == tuple(TURNS)
+
+
+def test_unpaired_preferences_are_refused_with_the_reason() -> None:
+    row = {"prompt": "q", "completion": "r", "label": False}
+    with pytest.raises(ValueError, match=r"unpaired preference.*KTO.*ignore_columns: \[label\]"):
+        mapped(row)
+    assert mapped(row, ignored=["label"]) == said("q", "r")
 
 
 @pytest.mark.parametrize("value", ["kept", 0, False, {"a": ["x"]}, [1]])
@@ -169,6 +193,10 @@ def test_two_columns_for_one_part_are_refused() -> None:
     [
         ({"txt": "typo"}, r"expected 'text', .*found the columns \['txt'\]"),
         ({"instruction": "i"}, r"found the columns \['instruction'\]"),
+        ({"data": [{"prompt": "q", "completion": "r"}]}, r"the list under 'data', write that list alone"),
+        ({"prompt": ["q", "p"], "completion": ["r", "s"]}, r"'prompt' is a list of str.*orient='records'"),
+        ({"messages": [{"role": "asistant", "content": "r"}]}, r"'asistant'.* Did you mean 'assistant'"),
+        ({"messages": [{**TURNS[2], "weight": 0.5}]}, r"message 1 has weight=0\.5: it must be 1"),
         ({"text": 7}, r"'text' holds 7, no string"),
         ({"text": None}, r"'text' is empty \(null or NaN\)"),
         ({"text": float("nan")}, r"'text' is empty"),

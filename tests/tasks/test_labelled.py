@@ -95,7 +95,7 @@ def test_labels_must_be_told_where_a_party_cannot_know_them(file: str) -> None:
 def test_unknown_labels_and_columns_are_named(file: str, bert: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Party 0 has the labels \['b'\], which are not among \['a', 'c'\]"):
         ClassificationDataModule(file, bert, labels=["a", "c"], party=0, **IGNORED).setup("fit")
-    with pytest.raises(ValueError, match=r"all\.jsonl:1: has nothing under \['topic'\]; it has \['text'"):
+    with pytest.raises(ValueError, match=r"all\.jsonl:1: has no column 'topic'; it has \['text'"):
         ClassificationDataModule(file, bert, labels=["a", "b"], label_column="topic").setup("fit")
     (tmp_path / "short.csv").write_text("text,label\nonly text\n")
     with pytest.raises(ValueError, match=r"short\.csv:2: the row has 1 fields, the header 2"):

@@ -147,7 +147,7 @@ def test_only_what_is_divided_needs_the_key(file: str, tmp_path: Path, llama: st
     for make in (texts, labelled):
         for path in (with_key, without):
             assert len(make(file, llama, val_files=str(path), **options).val_samples) == 1
-    with pytest.raises(ValueError, match=r"w\.jsonl:1: has nothing under"):
+    with pytest.raises(ValueError, match=r"w\.jsonl:1: has no column"):
         labelled(str(without), llama, **options)
 
 

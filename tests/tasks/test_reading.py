@@ -31,11 +31,24 @@ def rows_of(path: Path, content: str | bytes) -> list[tuple[str, dict[str, str]]
         TABLE.replace("\n", "\r"),
         TABLE.replace(",", ";"),
         TABLE.replace(",", "\t"),
+        TABLE.replace(",", "|"),
+        "sep=;\r\n" + TABLE.replace(",", ";"),
         TABLE.replace(",", ", "),
         TABLE.replace("\n", ",\n"),
         TABLE.replace("bad\n", "bad\n\n,\n"),
     ],
-    ids=["BOM", "CRLF", "CR", "semicolons", "tabs", "blanks", "comma at the end", "blank rows"],
+    ids=[
+        "BOM",
+        "CRLF",
+        "CR",
+        "semicolons",
+        "tabs",
+        "bars",
+        "stated",
+        "blanks",
+        "comma at the end",
+        "blank rows",
+    ],
 )
 def test_tables_of_many_programs_read_alike(content: str | bytes, tmp_path: Path) -> None:
     expected = [{"text": f"café {i}", "label": "good" if i % 2 else "bad"} for i in range(5)]
@@ -56,6 +69,8 @@ def test_a_field_may_be_long_and_hold_lines(tmp_path: Path) -> None:
         (TABLE.replace("é", "e").encode("utf-16-le"), r":1: holds a NUL"),
         (b"text,label\na,b\nw\0,bad\n", r":3: holds a NUL"),
         (b"", r":1: the file is empty"),
+        (b"sep=;\ntext;label\na;b\n'c;d;e\n", r":4: the row has 3 fields"),
+        (b'sep=;\ntext;label\n"open;b\n', r":3: a quotation mark .* is not closed before line 3"),
         (b"text,label\n", r":1: the file has no rows"),
         (b'text,label\na,b\n"open,bad\nc,d\n', r":3: a quotation mark .* is not closed before line 4"),
         (b'text,label\n"a"b,bad\n', r":2: a quotation mark"),
@@ -127,6 +142,11 @@ def test_a_tab_in_a_string_and_crlf_are_read(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '[\n {"text": "a"}\n]\n', r":1: is not JSON.*rename it to a\.json"),
+        (
+            "a.jsonl",
+            '[{"text": "a"}, {"text": "b"}]\n',
+            r":1: is a list of objects, .*rename it to a\.json\.",
+        ),
         ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', r":2: is not JSON.*one whole object on each line"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', r":2: has \['text'\] twice"),
         ("a.jsonl", '{"text": "a"}\n"b"\n', r":2: expected an object, found str"),
@@ -206,6 +226,31 @@ def test_values_stay_as_they_are_written(value: str, tmp_path: Path) -> None:
     for name in ("a.csv", "a.jsonl"):
         ((_, row),) = read_rows(tmp_path / name, ["text"])
         assert row == {"text": value, "label": value}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b'{"text": "a"}'), "is compressed by gzip, .*let its name end in .gz"),
+        (bz2.compress(b'{"text": "a"}'), "is compressed by bzip2"),
+        (lzma.compress(b'{"text": "a"}'), "is compressed by xz"),
+        (b"PK\x03\x04\x14\0\6\0\x08", r"is a spreadsheet \(\.xlsx\).*Export the sheet as CSV"),
+        (b"PAR1\x15\x04\x15\0\xff", r"is a Parquet file, .*end in \.parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "is a pointer of .*git lfs pull"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.tsv", "a.json"])
+def test_files_that_are_no_text_are_named_for_what_they_are(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name}:1: (the file )?{message}"):
+        rows_of(tmp_path / name, content)
+
+
+def test_a_text_may_begin_like_another_kind_of_file(tmp_path: Path) -> None:
+    assert rows_of(tmp_path / "a.txt", "PAR1 is the first par.") == [
+        ("1", {"text": "PAR1 is the first par."})
+    ]
 
 
 # ---- compressed

@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from pellm_lightning.tasks import source
-from pellm_lightning.tasks.source import Source, locate
+from pellm_lightning.tasks.source import Source, check_splits, locate
 
 ROWS = [{"text": "NA", "label": "007"}, {"text": "a\nb", "label": "1.0"}]
 
@@ -15,6 +15,9 @@ ROWS = [{"text": "NA", "label": "007"}, {"text": "a\nb", "label": "1.0"}]
 def written(folder: Path, kind: str) -> str:
     """Write the rows; return the path."""
     path, data = folder / f"a.{kind}", Dataset.from_list(ROWS)
+    if kind in ("parquet.gz", "arrow.gz"):
+        path.write_bytes(gzip.compress(Path(written(folder, kind.removesuffix(".gz"))).read_bytes()))
+        return str(path)
     if kind == "parquet":
         data.to_parquet(path)
     elif kind == "arrow":
@@ -27,7 +30,7 @@ def written(folder: Path, kind: str) -> str:
         DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(path)
     else:
         lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-        path.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+        path.write_bytes(gzip.compress(lines) if kind.lower().endswith("gz") else lines)
     return str(path)
 
 
@@ -35,7 +38,10 @@ def rows_of(source: Source) -> list[tuple[str, dict[str, Any]]]:
     return [(where, dict(row)) for where, row in source.rows()]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "arrow", "folder", "splits"])
+@pytest.mark.parametrize(
+    "kind",
+    ["jsonl", "jsonl.gz", "JSONL.GZ", "parquet", "parquet.gz", "arrow", "arrow.gz", "folder", "splits"],
+)
 def test_every_kind_of_source_has_the_same_rows(kind: str, tmp_path: Path) -> None:
     name = written(tmp_path, kind)
     assert locate("files", name, 0) == (name,)
@@ -47,6 +53,15 @@ def test_a_split_is_chosen(tmp_path: Path) -> None:
     assert rows_of(Source((name,), split="test")) == [(f"{name}:1", ROWS[0])]
     with pytest.raises(ValueError, match=r"cannot be read as a data set .*the split 'dev'"):
         rows_of(Source((name,), split="dev"))
+
+
+def test_what_chooses_nothing_is_refused(tmp_path: Path) -> None:
+    folder, file = written(tmp_path, "splits"), written(tmp_path, "jsonl")
+    check_splits("files", [folder, file], "test", None)
+    with pytest.raises(
+        ValueError, match=r"split='train\[:1\]' .* choose nothing in files, .*a\.jsonl is a file"
+    ):
+        check_splits("files", [file], "train[:1]", None)
 
 
 def test_class_indices_become_their_names(tmp_path: Path) -> None:
@@ -61,6 +76,12 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"a\.parquet: cannot be read as a data set"):
         rows_of(Source((str(tmp_path / "a.parquet"),)))
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1" * 99)[:-9])
+    with pytest.raises(ValueError, match=r"a\.parquet\.gz: is no whole compressed file"):
+        rows_of(Source((str(tmp_path / "a.parquet.gz"),)))
+    (tmp_path / "a.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"a\.parquet: the file is a pointer .*git lfs pull"):
+        rows_of(Source((str(tmp_path / "a.parquet"),)))
 
 
 def test_several_patterns_are_read_in_their_order_and_once(
@@ -74,15 +95,30 @@ def test_several_patterns_are_read_in_their_order_and_once(
     assert locate("files", "*-{party}*", 1) == ("a-1.txt", "b-1.txt", "saved-1")
 
 
+def test_a_name_may_hold_brackets_and_the_home_folder(tmp_path: Path) -> None:
+    (tmp_path / "a[1]").mkdir()
+    file = tmp_path / "a[1]" / "b.txt"
+    file.write_text("x")
+    assert locate("files", str(file), 0) == (str(file),)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        assert locate("files", "~/a[1]/b.txt", 0) == (str(file),)
+
+
 def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.xlsx").write_bytes(b"PK")
+    (tmp_path / "clinic-2.csv").write_text("text\nw")
     for pattern, message in (
         ("folder", "folder is a folder: name its files"),
         ("data/train.jsonl", r"No file matches 'data/train\.jsonl' \(files='data/train\.jsonl', party 2"),
         ("a.xlsx", r"cannot read \.xlsx\. Use \.txt, .*\.parquet or \.arrow"),
         ("*.txt", "No file matches"),
+        ("clinic-{rank}.csv", r"Nothing replaces '\{rank\}': .* is written '\{party\}'"),
+        ("clinic-{party:02d}.csv", r"Nothing replaces '\{party:02d\}'"),
+        ("clinic-{party}.tsv", r"Did you mean 'clinic-2\.csv'"),
+        ("https://example.org/a.csv", "Addresses are not read: download"),
     ):
         with pytest.raises(ValueError, match=message):
             locate("files", pattern, 2)
@@ -105,6 +141,34 @@ def test_other_names_are_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     options = {"split": "train[:9]", "revision": "v1", "cache_dir": str(tmp_path), "streaming": True}
     assert asked == [(("owner/name", "main"), options)]
     assert hub.stamp() != Source((name,), split="train[:9]", revision="v2").stamp()
+
+
+def test_offline_the_revision_is_read_that_was_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "datasets--owner--name"
+    for revision, commit, label in (("main", "a" * 40, "new"), ("v1", "b" * 40, "old")):
+        folder = repository / "snapshots" / commit
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").write_text(json.dumps({"text": "w", "label": label}) + "\n")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    named = {revision: Source(("owner/name",), revision=revision) for revision in (None, "v1", "b" * 40)}
+    for streaming in (False, True):
+        labels = {
+            revision: [row["label"] for _, row in source.rows(str(tmp_path / "data"), streaming)]
+            for revision, source in named.items()
+        }
+        assert labels == {None: ["new"], "v1": ["old"], "b" * 40: ["old"]}
+    assert len({source.stamp() for source in named.values()}) == 3
+    with pytest.raises(ValueError, match="owner/name: cannot be read"):
+        list(Source(("owner/name",), revision="v2").rows(str(tmp_path / "data")))
 
 
 def test_a_name_that_is_nowhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
