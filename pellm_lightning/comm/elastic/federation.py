@@ -64,7 +64,7 @@ class ElasticFederation(Communicator):
         quorum: How many parties must take part: more than half of the roster ("majority"), or a number.
         membership: How long to wait for whom, and whether to continue without a lost one.
         listen: "host:port" at which the other parties reach this one; only that interface is bound. Port 0
-            takes a free one.
+            takes a free one. On a loopback address it dials out only, but for parties of the same host.
         advertise: "host:port" to tell the others instead, where an address is translated on the way.
         tls: This party's certificate, and the authority that must have signed the others'.
         prefix: What all keys at the rendezvous begin with.
@@ -137,7 +137,8 @@ class ElasticFederation(Communicator):
             self._register, self._peers, self._specs, self._reachability, self._me, self._revoked
         )
         self._quorum_protocol.interrupt = self._check_waiting
-        self._connections = MemberConnections(self._listener, self._me, self._peers, tls)
+        relay = self._register.relay_route(name, tls)
+        self._connections = MemberConnections(self._listener, self._me, self._peers, tls, relay)
         self._audit = Audit(self._register, self._reachability, self._me, self._connections.check)
 
     # ---- membership
@@ -171,6 +172,11 @@ class ElasticFederation(Communicator):
     @override
     def members(self) -> list[int]:
         return [self.roster.index(name) for name in self.names]
+
+    @property
+    def relayed(self) -> list[str]:
+        """Members with which this party is connected by the relay, not directly."""
+        return self._connections.relayed
 
     @property
     @override
