@@ -85,8 +85,10 @@ def main(words: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     config_files.check_encoding(words)
     command, *rest = words
-    if command == "rendezvous":  # a flag, which jsonargparse would want a value for
-        rest = ["--relay=true" if word == "--relay" else word for word in rest]
+    if command == "rendezvous":  # jsonargparse wants a value for a flag
+        ends = [*(word.startswith("-") for word in rest[1:]), True]
+        pairs = zip(rest, ends, strict=False)
+        rest = ["--relay=true" if word == "--relay" and is_flag else word for word, is_flag in pairs]
     component: Any = {
         "new": new,
         "rendezvous": rendezvous,

@@ -96,7 +96,9 @@ class Dialer:
         for handshake in self._handshakes.overdue():
             self._handshakes.cancel(handshake)
             rank = self._ranks.pop(handshake)
-            late = f"{self._names[rank]} has not come to the relay" if self._by_relay[rank] else "no answer"
+            late = (
+                f"{self._names[rank]} has not come to the relay" if self._by_relay[rank] else "nobody answers"
+            )
             self._failed(rank, late, 0.0)
 
     def connected(self, rank: int) -> None:
@@ -119,7 +121,7 @@ class Dialer:
                 access = self._access(rank)
             except NoRelayError as error:
                 self._do_without_relay(str(error))
-                continue
+                return  # what is due is now due otherwise
             except OSError as error:  # the rendezvous is away
                 self._failed(rank, str(error), _AWAY_S)
                 continue
