@@ -126,7 +126,8 @@ def until(condition: Callable[[], bool], seconds: float = 40) -> None:
 
 def test_members_that_cannot_be_dialed_sum_by_the_relay(encrypted: RendezvousServer) -> None:
     routes: list[RelayRoute | None] = [route(encrypted, name) for name in ROSTER]
-    form(routes, "sums")
+    for mesh in form(routes, "sums"):
+        mesh.abort()
     meshes = form(routes, "more sums")  # now they need not try the direct way first
     assert [mesh.relayed for mesh in meshes] == [["b", "c"], ["a", "c"], ["a", "b"]]
     parts = [torch.full((300_001,), rank + 1.0) for rank in range(3)]
@@ -137,6 +138,8 @@ def test_members_that_cannot_be_dialed_sum_by_the_relay(encrypted: RendezvousSer
     until(lambda: not meshes[1].is_intact, 5)
     with pytest.raises(PartyLostError, match=r"a .* left while"):
         in_threads(2, lambda rank: meshes[1 + rank].broadcast(parts[rank], 0))
+    for mesh in meshes:
+        mesh.abort()
 
 
 def test_the_direct_way_comes_first(encrypted: RendezvousServer) -> None:
