@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
@@ -21,10 +22,11 @@ HUB = "hub.example:443"
 
 
 @pytest.fixture(autouse=True)
-def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("https_proxy", "no_proxy", "HTTPS_PROXY", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    return monkeypatch
+def environ() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("https_proxy", "no_proxy", "HTTPS_PROXY", "NO_PROXY"):
+            patch.delenv(name, raising=False)
+        yield patch
 
 
 def test_the_environment_names_the_proxy_unless_the_setting_does(environ: pytest.MonkeyPatch) -> None:
