@@ -13,6 +13,7 @@ from typing_extensions import override
 from pellm_lightning.cli import config_files, errors, keys
 from pellm_lightning.cli.new import new
 from pellm_lightning.cli.usage import NO_TYPE_FITS, explained, refuse
+from pellm_lightning.comm.relay.server import RelayQuotas
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
@@ -22,7 +23,13 @@ NEEDS_JSONARGPARSE = "The command line needs the package jsonargparse: pip insta
 log = logging.getLogger(__name__)
 
 
-def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -> None:
+def rendezvous(
+    listen: str,
+    roster: str | None = None,
+    tls: TLS | None = None,
+    relay: bool = False,
+    quotas: RelayQuotas | None = None,
+) -> None:
     """Host the rendezvous where parties in separate jobs meet, until SIGTERM or SIGINT.
 
     It keeps everything in memory. Losing it loses nothing: it may be stopped and started again at any time.
@@ -31,10 +38,16 @@ def rendezvous(listen: str, roster: str | None = None, tls: TLS | None = None) -
         listen: Address to listen on, host:port; only parties that reach this address can take part.
         roster: Names of all parties, separated by commas. Only certificates can enforce it.
         tls: Certificate named "rendezvous". Without one everybody who reaches the address may take part.
+        relay: Also pass what parties send each other, encrypted from end to end, where neither can be dialed:
+            then no party has to open a port.
+        quotas: What one party can use of the relay.
     """
     with errors.checking_options():
         host, port = split_address(listen)
-    server = RendezvousServer(host, port, roster=keys.names_in(roster or ""), tls=tls)
+        if quotas is not None and not relay:
+            raise ValueError("Quotas are given, but no relay that has them. Add --relay, or leave them out.")
+    limits = (quotas or RelayQuotas()) if relay else None
+    server = RendezvousServer(host, port, roster=keys.names_in(roster or ""), tls=tls, relay=limits)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.close())
     try:
@@ -72,6 +85,10 @@ def main(words: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     config_files.check_encoding(words)
     command, *rest = words
+    if command == "rendezvous":  # jsonargparse wants a value for a flag
+        ends = [*(word.startswith("-") for word in rest[1:]), True]
+        pairs = zip(rest, ends, strict=False)
+        rest = ["--relay=true" if word == "--relay" and is_flag else word for word, is_flag in pairs]
     component: Any = {
         "new": new,
         "rendezvous": rendezvous,

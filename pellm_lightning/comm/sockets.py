@@ -3,12 +3,16 @@
 import ipaddress
 import os
 import socket
+import struct
+import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+# Of Linux's struct tcp_info: tcpi_retransmits, and tcpi_last_ack_recv, in milliseconds.
+_TCP_INFO = struct.Struct("=2xB53xI")
 _AddressInfo: TypeAlias = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 
@@ -43,8 +47,16 @@ def is_unspecified(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this host reaches an address, as a socket is bound to it."""
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    """Tell whether only this host reaches an address.
+
+    Example:
+        >>> is_loopback("::1"), is_loopback("localhost"), is_loopback("10.8.0.2"), is_loopback("clinic")
+        (True, True, False, False)
+    """
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 class Lookup:
@@ -123,6 +135,34 @@ def configure(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
+def probe(sock: socket.socket, seconds: float) -> None:
+    """Let an idle connection break once nobody has answered its probes for about so long.
+
+    A firewall that has forgotten a connection drops it without a word; probes keep its entry.
+    """
+    for option, value in (
+        ("TCP_KEEPIDLE", max(1, int(seconds / 2))),
+        ("TCP_KEEPINTVL", max(1, int(seconds / 6))),
+        ("TCP_KEEPCNT", 3),
+    ):
+        if hasattr(socket, option):  # not on every system
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def is_unanswered(sock: socket.socket, seconds: float) -> bool:
+    """Tell whether what a connection sends is sent again, and nothing was acknowledged for so long.
+
+    A host that is up acknowledges, also while its process reads nothing. The system itself would go on for a
+    quarter of an hour. Only Linux tells.
+    """
+    if sys.platform != "linux":
+        return False
+    retransmits, since_ms = _TCP_INFO.unpack(
+        sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    )
+    return bool(retransmits > 0 and since_ms > 1000 * seconds)
+
+
 def join_address(host: str, port: int) -> str:
     """Return "host:port", with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -157,6 +197,19 @@ def listening_socket(host: str, port: int, backlog: int, *, only_ipv6: bool = Fa
         sock.close()
         raise
     return sock
+
+
+def allow_descriptors(number: int) -> int:
+    """Raise the number of descriptors that this process may have, as far as the system lets it; return it."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return number
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < number:
+        soft = number if hard == resource.RLIM_INFINITY else min(number, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return number if soft == resource.RLIM_INFINITY else soft
 
 
 def oldest_of_largest_host(connections: Mapping[T, str]) -> T:

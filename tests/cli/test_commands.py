@@ -113,6 +113,10 @@ def test_what_goes_wrong_is_told_in_words(tmp_path: Path) -> None:
         commands.main(["rendezvous", "--listen=nowhere"])
     with pytest.raises(ValueError, match="without a roster"):
         commands.main(["rendezvous", "--listen=127.0.0.1:1", *tls_words("rendezvous")])
+    with pytest.raises(ValueError, match=r"relay at host='0\.0\.0\.0' without TLS .* Give tls"):
+        commands.main(["rendezvous", "--relay", "--listen", "0.0.0.0:1"])
+    with pytest.raises(ValueError, match=r"Quotas are given, but no relay .* Add --relay"):
+        commands.main(["rendezvous", "--listen=127.0.0.1:1", "--quotas.idle_s=5", "--relay", "false"])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"--listen=127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ValueError, match=r"cannot listen on 127.*: Address already in use\. Stop what"):
@@ -128,6 +132,7 @@ def test_the_rendezvous_serves_until_a_signal(number: int, monkeypatch: pytest.M
         try:
             store = RendezvousStore(f"127.0.0.1:{port}", tls=tls_of("clinic-a"), retry_s=10)
             answers.append(store.compare_set("x", "", "1"))
+            assert store.relay_access("clinic-a").address == f"127.0.0.1:{port}"
             store.close()
         finally:
             os.kill(os.getpid(), number)
@@ -136,6 +141,7 @@ def test_the_rendezvous_serves_until_a_signal(number: int, monkeypatch: pytest.M
     words = [
         "rendezvous",
         f"--listen=127.0.0.1:{port}",
+        "--relay",
         "--roster=clinic-a,clinic-b",
         *tls_words("rendezvous"),
     ]

@@ -264,6 +264,14 @@ def test_with_errors_the_seconds_of_a_round_are_an_estimate() -> None:
     )
 
 
+def test_pairs_that_need_the_relay_are_named() -> None:
+    ways = {"a": ("b",), "b": ("a",), "c": ()}
+    relayed = {name: replace(MEASURED, relayed=peers) for name, peers in ways.items()}
+    (network,) = [f.says for f in findings(replace(HEALTHY, measured=relayed)) if f.topic == "network"]
+    assert network.endswith("Connected by the relay: a-b. Connected directly: a-c, b-c.")
+    assert not any("relay" in found.says for found in findings(HEALTHY))
+
+
 def test_what_a_party_of_another_version_tells() -> None:
     assert "same version" in read({"host": "x"}, UNREADABLE_FACTS).trouble[0]
     assert "same version" in read(["?"], UNREADABLE_FACTS).trouble[0]

@@ -29,7 +29,7 @@ _PACKET_BYTES = 2048
 # A line holds no more than it carries in so many seconds; the rest is lost, as at a router.
 _QUEUE_S = 0.5
 _IPV4, _TCP = 4, 6
-_DESTINATION = slice(16, 20)
+_SOURCE, _DESTINATION = slice(12, 16), slice(16, 20)
 _SYN, _ACK = 0x02, 0x10
 
 
@@ -88,6 +88,8 @@ class Network:
         """The connections that may be opened; None lets everything pass."""
         self.opened: set[Connection] = set()
         """What was opened, or tried."""
+        self._flows: set[frozenset[tuple[bytes, int]]] = set()
+        self._forgotten: set[frozenset[tuple[bytes, int]]] = set()
         self._cut: frozenset[tuple[str, str]] = frozenset()
         self._under_way: list[_Packet] = []
         self._numbers = count()
@@ -120,6 +122,10 @@ class Network:
         """Mend all cuts."""
         self._cut = frozenset()
 
+    def forget(self) -> None:
+        """Drop the packets of all connections opened until now, as a firewall that has forgotten them."""
+        self._forgotten |= self._flows
+
     def close(self) -> None:
         """Remove everything; processes that are still inside find their lines gone."""
         self._closing = True
@@ -151,6 +157,8 @@ class Network:
             self.opened.add((sender, receiver, opens))
         if self.firewall is not None and not self._passes(sender, receiver, packet, opens):
             self.lost["firewall"] += 1
+        elif self._forgets(packet):
+            self.lost["forgotten"] += 1
         elif (sender, receiver) in self._cut:
             self.lost["cut"] += 1
         elif self._random.random() < self.loss:
@@ -171,6 +179,15 @@ class Network:
         source, destination = _ports(packet)
         own, answered = (sender, receiver, destination), (receiver, sender, source)
         return packet[9] == _TCP and (own in self.firewall or answered in self.firewall)
+
+    def _forgets(self, packet: bytes) -> bool:
+        """Note the connection that a packet is of; tell whether it was forgotten."""
+        if packet[9] != _TCP:
+            return False
+        ends = zip((packet[_SOURCE], packet[_DESTINATION]), _ports(packet), strict=True)
+        flow = frozenset(ends)
+        self._flows.add(flow)
+        return flow in self._forgotten
 
     def _close_hosts(self) -> None:
         for host in self.hosts.values():

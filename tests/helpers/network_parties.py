@@ -21,6 +21,7 @@ from round_history import SIZE, Entry, noise, recorded
 from pellm_lightning import Aggregator
 from pellm_lightning.comm import TLS, Membership
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
+from pellm_lightning.comm.relay.server import RelayQuotas
 from pellm_lightning.comm.rendezvous.server import RendezvousServer
 
 log = logging.getLogger(__name__)
@@ -58,11 +59,18 @@ class Task:
             return float("inf")
 
 
-def serve(entrance: str, log: str, address: str, roster: Sequence[str], tls: TLS | None) -> None:
+def serve(
+    entrance: str,
+    log: str,
+    address: str,
+    roster: Sequence[str],
+    tls: TLS | None,
+    relay: RelayQuotas | None = None,
+) -> None:
     """Host the rendezvous until killed."""
     _settle(entrance, log)
     host, port = address.split(":")
-    RendezvousServer(host, int(port), roster=roster, tls=tls).serve_forever()
+    RendezvousServer(host, int(port), roster=roster, tls=tls, relay=relay).serve_forever()
 
 
 def take_part(task: Task) -> None:
@@ -138,36 +146,44 @@ class Parties:
     tls: Callable[[str], TLS] | None = None
     size: int = SIZE
     membership: dict[str, Any] = field(default_factory=dict)
+    relay: RelayQuotas | None = None
+    """Given, no party listens, and all meet at the relay."""
     processes: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> "Parties":
         _preload()
-        address = f"{self.network.hosts[RENDEZVOUS].address}:{_PORT}"
         tls = self.tls or (lambda name: None)
         hosts = self.network.hosts
-        self._start(
-            RENDEZVOUS,
-            serve,
-            hosts[RENDEZVOUS].entrance,
-            str(self.folder / "rendezvous.log"),
-            address,
-            list(self.roster),
-            tls(RENDEZVOUS),
-        )
+        self.start_rendezvous()
         for name in self.roster:
             task = Task(
                 entrance=hosts[name].entrance,
                 folder=str(self.folder),
                 name=name,
                 roster=list(self.roster),
-                rendezvous=f"tcp://{address}",
-                listen=f"{hosts[name].address}:29401",
+                rendezvous=f"tcp://{self.address}",
+                listen="127.0.0.1:0" if self.relay else f"{hosts[name].address}:29401",
                 membership=self.membership,
                 tls=tls(name),
                 size=self.size,
             )
             self._start(name, take_part, task)
         return self
+
+    @property
+    def address(self) -> str:
+        """Where the rendezvous is."""
+        return f"{self.network.hosts[RENDEZVOUS].address}:{_PORT}"
+
+    def start_rendezvous(self) -> None:
+        """Start the rendezvous; kill the one before, if there is one."""
+        before = self.processes.pop(RENDEZVOUS, None)
+        if before is not None:
+            before.kill()
+            before.join()
+        entrance, log = self.network.hosts[RENDEZVOUS].entrance, str(self.folder / "rendezvous.log")
+        tls = self.tls(RENDEZVOUS) if self.tls else None
+        self._start(RENDEZVOUS, serve, entrance, log, self.address, list(self.roster), tls, self.relay)
 
     def _start(self, name: str, act: Callable[..., None], *arguments: Any) -> None:
         process = _processes.Process(target=act, args=arguments, name=name, daemon=True)

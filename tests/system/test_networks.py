@@ -12,6 +12,8 @@ from network_namespaces import Network, why_none
 from network_parties import RENDEZVOUS, Parties
 from round_history import findings
 
+from pellm_lightning.comm.relay.server import RelayQuotas
+
 WHY_NONE = why_none()
 pytestmark = [
     pytest.mark.torchrun,
@@ -28,9 +30,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts parties "a", "b" and so on, and returns when all have run a few rounds together."""
     made: list[Parties] = []
 
-    def start(number: int, *, slow: dict[str, float] | None = None, **arguments: Any) -> Parties:
+    def start(
+        number: int, *, slow: dict[str, float] | None = None, firewall: Any = None, **arguments: Any
+    ) -> Parties:
         roster = "abcd"[:number]
         network = Network(RENDEZVOUS, *roster)
+        network.firewall = firewall
         for setting, value in (slow or {}).items():
             setattr(network, setting, value)
         membership = {"heartbeat_ttl_s": TTL_S, "wait_s": 60, "exchange_timeout_s": EXCHANGE_S}
@@ -93,6 +98,24 @@ def test_a_network_in_parts(start: Start) -> None:
             parties.wait_for(together(parties, "a", "b", "c"))
         parties.network.heal()
         parties.wait_for(together(parties, "a", "b", "c", "d"))
+    end(parties)
+
+
+def test_nobody_can_be_dialed(start: Start) -> None:
+    """Every inbound connection but those to the rendezvous is dropped; its relay is killed, and forgotten."""
+    allowed = {(name, RENDEZVOUS, 29400) for name in "abc"}
+    # Rounds of 0.8 MB there and back by the relay, so that what happens happens in one.
+    # An exchange may stall for a minute, so that only the silence of a host can end it in time.
+    patient = {"exchange_timeout_s": 60}
+    parties = start(3, tls=tls_of, relay=RelayQuotas(), firewall=allowed, size=100_000, membership=patient)
+    assert {members for _, members, _, _ in parties.rounds("a")[-1:]} == {3}
+    assert parties.told().count("is connected by the relay with") >= 3
+    assert parties.network.opened == allowed, "nobody tries a loopback address elsewhere than at itself"
+    parties.start_rendezvous()
+    parties.wait_for(together(parties, *"abc"))
+    parties.network.forget()
+    parties.wait_for(together(parties, *"abc"), 45)
+    assert parties.network.lost["forgotten"]
     end(parties)
 
 

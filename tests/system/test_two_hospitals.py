@@ -211,7 +211,9 @@ def test_two_administrators_follow_the_page(hospitals: Hospitals) -> None:
     assert any(value.any() for name, value in adapters[0].items() if "lora_B" in name)
 
     assert network.opened == network.firewall, "the page opens what is used, and nothing else"
-    assert hospitals.rules("output") == {end for end in network.opened if end[0] == B}
+    assert hospitals.rules("output") == network.opened
+    assert network.opened == {(A, RENDEZVOUS, 29400), (B, RENDEZVOUS, 29400)}, "no hospital opens a port"
+    assert all("is connected by the relay with" in hospitals.log(host) for host in (A, B))
     assert not network.lost["firewall"]
     for name in (RENDEZVOUS, A, B, "ca"):
         assert sum((home / f"keys/{name}.key").exists() for home in hospitals.homes.values()) == 1

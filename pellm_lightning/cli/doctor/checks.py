@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from typing import Literal
 
 from pellm_lightning.cli.doctor.facts import Facts, Measured
@@ -233,10 +234,23 @@ def _network(seen: Seen) -> Iterator[Finding]:
         yield ok(
             "network",
             f"A sum over all parties takes {_seconds(max(latencies))}, and {min(speeds) / 1e6:.3g} MB a"
-            f" second (of {summed}).",
+            f" second (of {summed}).{_ways(seen)}",
         )
     elif not measured and len(seen.roster) > 1:
         yield warning("network", "Not measured: that needs all parties.")
+
+
+def _ways(seen: Seen) -> str:
+    """Say which pairs are connected how, if any is not connected directly."""
+    pairs = [*combinations(seen.roster, 2)]
+    relayed = [(a, b) for a, b in pairs if a in seen.measured and b in seen.measured[a].relayed]
+    direct = [pair for pair in pairs if pair not in relayed]
+    if not relayed:
+        return ""
+    ways = (("by the relay", relayed), ("directly", direct))
+    return "".join(
+        f" Connected {way}: {', '.join('-'.join(pair) for pair in found)}." for way, found in ways if found
+    )
 
 
 def _rounds(seen: Seen) -> Iterator[Finding]:

@@ -262,6 +262,7 @@ def measure(federation: Communicator, rehearsal: Rehearsal | None, *, patience_s
                 f"Party {', '.join(missing)} did not come to measure.", parties=tuple(missing)
             )
     latency_s, seconds, size = _sums(federation)
+    relayed = tuple(federation.relayed) if isinstance(federation, ElasticFederation) else ()
     federation.commit("sums")
     rounds_s: tuple[float, ...] = ()
     sent = 0
@@ -269,7 +270,7 @@ def measure(federation: Communicator, rehearsal: Rehearsal | None, *, patience_s
         expected_s = 4 * sum(copy.numel() for copy in copies.values()) * seconds / size
         if expected_s <= patience_s:
             rounds_s, sent = _rounds(aggregator)
-    return Measured(latency_s, size / seconds, size, rounds_s, sent)
+    return Measured(latency_s, size / seconds, size, rounds_s, sent, relayed=relayed)
 
 
 def _sums(federation: Collectives) -> tuple[float, float, int]:

@@ -76,6 +76,8 @@ class Measured:
     """What a fit would refuse of the parties together."""
     trouble: str | None = None
     """What it failed with otherwise: the network, or another party."""
+    relayed: tuple[str, ...] = ()
+    """Parties with which it was connected by the relay, not directly."""
 
 
 UNREADABLE_FACTS = Facts(host="unknown", versions={}, trouble=(_UNREADABLE,))

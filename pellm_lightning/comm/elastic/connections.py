@@ -1,7 +1,8 @@
 """Connections between the members of a quorum, and the failures that end an exchange over them."""
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 
 from pellm_lightning.comm.elastic.commit import decision_key
 from pellm_lightning.comm.elastic.heartbeat import Heartbeat
@@ -10,7 +11,13 @@ from pellm_lightning.comm.elastic.quorum_view import QuorumView
 from pellm_lightning.comm.elastic.register import RestartedError
 from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLostError
 from pellm_lightning.comm.mesh.mesh import Listener, Mesh
+from pellm_lightning.comm.relay.client import RelayRoute
 from pellm_lightning.comm.tls import TLS
+
+log = logging.getLogger(__name__)
+
+# A line that loses packets answers late.
+_MIN_SILENCE_S = 3.0
 
 
 class MemberConnections:
@@ -21,6 +28,7 @@ class MemberConnections:
         me: This party.
         peers: Who is alive, and whether another member has aborted the attempt.
         tls: This party's certificate, and the authority that must have signed the others'.
+        relay: The way to members that cannot be dialed; None if there is none.
 
     Example::
 
@@ -29,8 +37,17 @@ class MemberConnections:
             mesh.all_reduce(x)
     """
 
-    def __init__(self, listener: Listener, me: LocalParty, peers: Heartbeat, tls: TLS | None) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        me: LocalParty,
+        peers: Heartbeat,
+        tls: TLS | None,
+        relay: RelayRoute | None = None,
+    ) -> None:
         self._listener, self._me, self._peers, self._tls = listener, me, peers, tls
+        self._relay = relay
+        self._ways = ""
         self._mesh: Mesh | None = None
         self._view: QuorumView | None = None
         self.missing: dict[str, list[str]] = {}
@@ -38,7 +55,9 @@ class MemberConnections:
 
     @property
     def group(self) -> str:
-        """Name of the connections that are open, empty if none are."""
+        """Name of the connections that are open, empty if none are, or one has ended meanwhile."""
+        if self._mesh is not None and not self._mesh.is_intact:
+            self.drop()
         return self._view.group if self._view and self._mesh else ""
 
     def connect(self, view: QuorumView, life: str) -> None:
@@ -60,9 +79,14 @@ class MemberConnections:
         if not kept:
             self._mesh = self._formed(view)
 
+    @property
+    def relayed(self) -> list[str]:
+        """Members with which this party is connected by the relay."""
+        return self._mesh.relayed if self._mesh else []
+
     def _formed(self, view: QuorumView) -> Mesh:
         try:
-            return Mesh(
+            mesh = Mesh(
                 self._listener,
                 view.group,
                 view.members.index(self._me.name),
@@ -71,10 +95,23 @@ class MemberConnections:
                 timeout_s=self._me.membership.exchange_timeout_s,
                 watch=self.check,
                 tls=self._tls,
+                relay=self._relay,
+                silence_s=max(self._me.membership.heartbeat_ttl_s, _MIN_SILENCE_S),
             )
         except FederationError as error:
             self.missing = error.missing
             raise
+        self._log_ways([name for name in view.members if name != self._me.name], mesh.relayed)
+        return mesh
+
+    def _log_ways(self, others: Sequence[str], relayed: Sequence[str]) -> None:
+        """Log which members are reached how, if that is new."""
+        direct = [name for name in others if name not in relayed]
+        parts = [("directly", direct), ("by the relay", relayed)]
+        ways = ", ".join(f"{way} with {' and '.join(names)}" for way, names in parts if names)
+        if ways and ways != self._ways:
+            log.info("[party %s] is connected %s", self._me.name, ways)
+        self._ways = ways
 
     def drop(self) -> None:
         """Close the connections."""

@@ -64,7 +64,7 @@ class ElasticFederation(Communicator):
         quorum: How many parties must take part: more than half of the roster ("majority"), or a number.
         membership: How long to wait for whom, and whether to continue without a lost one.
         listen: "host:port" at which the other parties reach this one; only that interface is bound. Port 0
-            takes a free one.
+            takes a free one. On loopback it dials out only, but for parties of the same host.
         advertise: "host:port" to tell the others instead, where an address is translated on the way.
         tls: This party's certificate, and the authority that must have signed the others'.
         prefix: What all keys at the rendezvous begin with.
@@ -103,19 +103,15 @@ class ElasticFederation(Communicator):
         check_roster(name, roster)
         check_addresses(name, listen, advertise)
         self.membership = membership or Membership()
-        self.quorum = self.membership.quorum(quorum, roster)
-        self.roster = list(roster)
+        self.quorum, self.roster = self.membership.quorum(quorum, roster), list(roster)
         self.bytes_sent = 0
         self.interrupt = lambda: None
         self.timeout_s = self.membership.round_timeout_s
-        self._name = name
-        self.tls = tls
+        self._name, self.tls = name, tls
         self._me = LocalParty(name, self.roster, self.quorum, self.membership)
-        self._phase = "joining"
-        self._digest, self._attempt = "", 0
+        self._phase, self._digest, self._attempt = "joining", "", 0
         self._view: QuorumView | None = None
-        self._resting: set[str] = set()
-        self._next_term = ("", 0)
+        self._resting, self._next_term = set[str](), ("", 0)
         self._ended: tuple[str, QuorumView] | None = None
         """Life and view of the last commit; the next quorum ends its term, if whoever decided could not."""
         self._closed = False
@@ -137,7 +133,8 @@ class ElasticFederation(Communicator):
             self._register, self._peers, self._specs, self._reachability, self._me, self._revoked
         )
         self._quorum_protocol.interrupt = self._check_waiting
-        self._connections = MemberConnections(self._listener, self._me, self._peers, tls)
+        relay = self._register.relay_route(name, tls)
+        self._connections = MemberConnections(self._listener, self._me, self._peers, tls, relay)
         self._audit = Audit(self._register, self._reachability, self._me, self._connections.check)
 
     # ---- membership
@@ -171,6 +168,11 @@ class ElasticFederation(Communicator):
     @override
     def members(self) -> list[int]:
         return [self.roster.index(name) for name in self.names]
+
+    @property
+    def relayed(self) -> list[str]:
+        """Members with which this party is connected by the relay."""
+        return self._connections.relayed
 
     @property
     @override

@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.polling import Reminder, polls
+from pellm_lightning.comm.relay.client import NoRelayError, RelayAccess, RelayRoute
 from pellm_lightning.comm.rendezvous.frames import Op
 from pellm_lightning.comm.rendezvous.key_value_store import MAX_AWAIT_BYTES
+from pellm_lightning.comm.tls import TLS
 
 log = logging.getLogger(__name__)
 
@@ -227,6 +229,21 @@ class Register:
             raise RestartedError
         self._noted |= dict(zip(keys, values[1:], strict=True))
         return [*map(_parsed, values[1:])]
+
+    def relay_route(self, name: str, tls: TLS | None) -> RelayRoute | None:
+        """Return the way to other parties by the store's relay; None for a store that never has one."""
+        store: Any = self._store
+
+        def ask() -> RelayAccess:
+            try:
+                access: RelayAccess = store.relay_access(name)
+            except FederationError as error:
+                raise NoRelayError(str(error).rstrip(".")) from error
+            except dist.DistError as error:
+                raise OSError(str(error)) from error
+            return access
+
+        return RelayRoute(ask, tls) if hasattr(store, "relay_access") else None
 
     def close(self) -> None:
         """Close the client; torch's own cannot be closed."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pellm_lightning.comm.elastic.federation import ElasticFederation
 from pellm_lightning.comm.elastic.membership import Membership, check_addresses, check_roster
+from pellm_lightning.comm.proxy import proxy_to
 from pellm_lightning.comm.quorum import Quorum
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore
 from pellm_lightning.comm.tls import TLS
@@ -49,10 +50,14 @@ class SeparateJobs:
         name: Name of this party. Default: ``PELLM_PARTY``.
         roster: Names of all parties, the same and in the same order at each. Default: ``PELLM_ROSTER``, with
             commas.
-        listen: "host:port" at which the other parties reach this one. Default: ``PELLM_LISTEN``, or a free
-            port of this host only.
+        listen: "host:port" at which the other parties reach this one. Default: ``PELLM_LISTEN``, or nowhere:
+            this party then dials out only, to those that listen, and to the relay of the rendezvous to meet
+            the others. Parties of the same host reach it in any case.
         advertise: "host:port" to tell the other parties instead, where an address is translated on the way.
             Default: ``PELLM_ADVERTISE``.
+        proxy: HTTP proxy by which this party reaches the rendezvous and its relay, as
+            "http://[user:password@]host:port", or "none". Default: ``https_proxy`` and ``no_proxy``, where a
+            password is not copied into saved configurations.
         tls: This party's certificate and the federation's authority. Default: ``PELLM_TLS_CERT``,
             ``PELLM_TLS_KEY`` and ``PELLM_TLS_CA``; without any, nothing is encrypted.
         membership: How long to wait for which party, and whether to continue without a lost one.
@@ -68,6 +73,7 @@ class SeparateJobs:
     roster: Sequence[str] = field(default_factory=_roster_from_env)
     listen: str = field(default_factory=lambda: _from_env("listen") or "127.0.0.1:0")
     advertise: str | None = field(default_factory=lambda: _from_env("advertise") or None)
+    proxy: str | None = field(default=None, repr=False)
     tls: TLS | None = None
     membership: Membership = field(default_factory=Membership)
     state_dir: str | None = None
@@ -90,6 +96,7 @@ class SeparateJobs:
                 )
         check_roster(self.name, self.roster)
         check_addresses(self.name, self.listen, self.advertise)
+        proxy_to(self.rendezvous.partition("://")[2], self.proxy)
         if self.tls is None:  # not by a default factory, whose result a command line would have to print
             object.__setattr__(self, "tls", _tls_from_env())
         if self.tls is not None and self.tls.name != self.name:
@@ -170,7 +177,7 @@ class SeparateJobs:
         """
         from pellm_lightning.comm.rendezvous.client import connect
 
-        return connect(self.rendezvous, tls=self.tls)
+        return connect(self.rendezvous, tls=self.tls, proxy=self.proxy)
 
     def _joined(self, membership: Membership, quorum: Quorum, prefix: str = "") -> ElasticFederation:
         return ElasticFederation(

@@ -8,7 +8,7 @@ from pellm_lightning.comm.errors import FederationError, MismatchError, PartyLos
 from pellm_lightning.comm.mesh.frames import Kind, Label
 from pellm_lightning.comm.mesh.handshake import GREETING_BYTES
 from pellm_lightning.comm.mesh.stall_detector import MIN_BYTES_PER_S
-from pellm_lightning.comm.sockets import split_address
+from pellm_lightning.comm.sockets import is_loopback, split_address
 
 # The bit mask of a failure notice has as many bits.
 _MAX_MEMBERS = 128
@@ -47,7 +47,7 @@ class Group:
             raise ValueError(
                 f"group={self.name[:40]!r}… has {len(self.name)} characters. Give a shorter name."
             )
-        for address in self.addresses[: self.rank]:
+        for address in self.addresses:
             split_address(address)
 
     @property
@@ -59,6 +59,23 @@ class Group:
     def me(self) -> str:
         """This party's name."""
         return self.names[self.rank]
+
+    def dials(self, peer: int) -> bool:
+        """Tell whether this member opens the connection with a peer.
+
+        The higher rank does, unless that could not work: it alone is reached from other hosts. Both members
+        conclude the same from the same addresses.
+        """
+        only_higher = self._is_local(min(self.rank, peer)) and not self._is_local(max(self.rank, peer))
+        return (self.rank > peer) != only_higher
+
+    def split(self) -> tuple[list[int], list[int]]:
+        """Return the ranks that this member dials, and those that dial it."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        return [rank for rank in others if self.dials(rank)], [r for r in others if not self.dials(r)]
+
+    def _is_local(self, rank: int) -> bool:
+        return is_loopback(split_address(self.addresses[rank])[0])
 
     def called(self, ranks: Iterable[int]) -> str:
         """Return names and addresses of members, for a message."""
@@ -78,13 +95,17 @@ class Group:
         Args:
             ranks: The members.
             timeout_s: How long this party has waited.
-            failures: Last error of each member that this party has dialed.
+            failures: Last errors of each member that this party has dialed, or met at a relay.
             rejected: Whose connection was rejected last and why, empty if none was.
         """
         ranks = list(ranks)
         here = self.called([self.rank])
         silent = f"it has not connected to {here}" + (f", or was rejected ({rejected})" if rejected else "")
-        reasons = "; ".join(f"{self.called([rank])}: {failures.get(rank, silent)}" for rank in ranks)
+        found = {
+            rank: [failures[rank]] if self.dials(rank) else [silent, *filter(None, [failures.get(rank)])]
+            for rank in ranks
+        }
+        reasons = "; ".join(f"{self.called([rank])}: {', '.join(why)}" for rank, why in found.items())
         return self._lost(
             ranks,
             f"Not all members of group {self.name} connected within {timeout_s:g} s. {reasons}. Check that"

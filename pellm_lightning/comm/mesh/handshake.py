@@ -52,10 +52,7 @@ def start_tls(sock: socket.socket, context: ssl.SSLContext | None) -> HandshakeS
 def send_greeting(sock: socket.socket, name: str, group: str) -> HandshakeSteps[None]:
     """Send this party's name, and the group of the connection."""
     message = json.dumps({"from": name, "group": group}).encode()
-    left = _GREETING.pack(_GREETING_MAGIC, _VERSION, len(message)) + message
-    while left:
-        sent = yield from _retried(sock, partial(sock.send, left))
-        left = left[sent:]
+    yield from send_all(sock, _GREETING.pack(_GREETING_MAGIC, _VERSION, len(message)) + message)
 
 
 def receive_greeting(sock: socket.socket) -> HandshakeSteps[tuple[str, str]]:
@@ -64,10 +61,10 @@ def receive_greeting(sock: socket.socket) -> HandshakeSteps[tuple[str, str]]:
     Raises:
         BadPeerError: If it sends no greeting, or has another name in its certificate.
     """
-    magic, version, length = _GREETING.unpack((yield from _exactly(sock, _GREETING.size)))
+    magic, version, length = _GREETING.unpack((yield from receive_exactly(sock, _GREETING.size)))
     if magic != _GREETING_MAGIC or version != _VERSION or length > GREETING_BYTES:
         raise BadPeerError("it sends no greeting of this protocol")
-    message = yield from _exactly(sock, length)
+    message = yield from receive_exactly(sock, length)
     try:
         fields = json.loads(message)
         name, group = fields["from"], fields["group"]
@@ -80,7 +77,19 @@ def receive_greeting(sock: socket.socket) -> HandshakeSteps[tuple[str, str]]:
     return name, group
 
 
-def _exactly(sock: socket.socket, size: int) -> HandshakeSteps[bytes]:
+def send_all(sock: socket.socket, left: bytes) -> HandshakeSteps[None]:
+    """Send bytes."""
+    while left:
+        sent = yield from _retried(sock, partial(sock.send, left))
+        left = left[sent:]
+
+
+def receive_exactly(sock: socket.socket, size: int) -> HandshakeSteps[bytes]:
+    """Return so many bytes.
+
+    Raises:
+        BadPeerError: If the other end disconnects before.
+    """
     got = b""
     while len(got) < size:
         piece = yield from _retried(sock, partial(sock.recv, size - len(got)))

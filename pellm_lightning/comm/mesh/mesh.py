@@ -33,7 +33,8 @@ from pellm_lightning.comm.mesh.handshake import send_greeting
 from pellm_lightning.comm.mesh.listener import Listener
 from pellm_lightning.comm.mesh.reduction import BLOCK_BYTES, Reduction
 from pellm_lightning.comm.mesh.stall_detector import StallDetector
-from pellm_lightning.comm.sockets import split_address
+from pellm_lightning.comm.relay.client import RelayRoute
+from pellm_lightning.comm.sockets import is_unanswered, probe
 from pellm_lightning.comm.tls import TLS
 
 __all__ = ["Listener", "Mesh"]
@@ -52,11 +53,12 @@ _POLL_S = 0.02
 class Mesh:
     """The members of one group, connected pair by pair; each member constructs its own at the same time.
 
-    The lower rank of a pair listens, the higher rank dials it. After an error the mesh is broken, and all its
+    Of a pair the higher rank dials the lower, or the lower the higher where only this one can be reached from
+    other hosts. After an error the mesh is broken, and all its
     connections are closed.
 
     Args:
-        listener: Accepts the connections of the higher ranks.
+        listener: Accepts the connections of the members that dial this one.
         group: Name of the group, its own for each mesh that is ever formed.
         rank: This party's index in ``names``.
         names: Names of the members, the same at each of them.
@@ -64,6 +66,8 @@ class Mesh:
         timeout_s: Seconds that a member may be late, at forming and at each collective.
         watch: Called several times a second while this party waits; what it raises breaks the mesh.
         tls: Certificate of this party, and the authority of the others', as the listener's.
+        relay: The way to members that cannot be dialed; None if there is none.
+        silence_s: Seconds for which what is sent may stay unanswered by the other end's host.
 
     Raises:
         ValueError: If the arguments do not fit each other.
@@ -89,13 +93,17 @@ class Mesh:
         timeout_s: float,
         watch: Callable[[], None] = lambda: None,
         tls: TLS | None = None,
+        relay: RelayRoute | None = None,
+        silence_s: float = 30.0,
     ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s} must be positive, in seconds.")
         self.rank = rank
         self.size = len(names)
         self._group = Group(group, rank, tuple(names), tuple(addresses))
-        self._timeout_s = timeout_s
+        self._timeout_s, self._silence_s = timeout_s, silence_s
+        self.relayed: list[str] = []
+        """Members with which this one is connected by a relay."""
         self._watch = watch
         self._watched = time.monotonic()
         self._sequence = 0
@@ -108,7 +116,7 @@ class Mesh:
         self._closing = threading.Lock()
         self._aborted = threading.Event()
         with self._guarded():
-            self._form(listener, tls)
+            self._form(listener, tls, relay)
 
     # ---- collectives
 
@@ -183,6 +191,16 @@ class Mesh:
                 link.inbox.append(Incoming(self._label(Kind.ALL_TO_ALL, out, len(into[peer])), into[peer]))
             self._exchange()
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether no connection has ended since the last collective: between two nobody sends anything."""
+        if self._aborted.is_set():
+            return False
+        with DefaultSelector() as selector:
+            for link in self._links.values():
+                selector.register(link.sock, EVENT_READ)
+            return not selector.select(0)
+
     def abort(self) -> None:
         """Close all connections at once; a collective that another thread is in fails."""
         self._aborted.set()
@@ -199,18 +217,20 @@ class Mesh:
 
     # ---- forming
 
-    def _form(self, listener: Listener, tls: TLS | None) -> None:
-        """Get one connection to each peer: the lower ranks are dialed, the higher ones dial."""
+    def _form(self, listener: Listener, tls: TLS | None, relay: RelayRoute | None) -> None:
+        """Get one connection to each peer: some are dialed, the others dial."""
         group = self._group
-        addresses = {peer: (group.names[peer], group.addresses[peer]) for peer in range(self.rank)}
-        dialer = Dialer(group.me, group.name, addresses, tls, own_port=split_address(listener.address)[1])
+        callees, callers = group.split()
+        addresses = {peer: (group.names[peer], group.addresses[peer]) for peer in callees}
+        names = {peer: group.names[peer] for peer in callers}
+        dialer = Dialer(group.me, group.name, addresses, tls, listener.address, names, relay)
         began = time.monotonic()
         pause = 0.001
         missing: list[int] = []
         try:
-            while not self._accept(listener):
+            while not self._accept(listener, callers, dialer):
                 for peer, sock in dialer.poll(pause):
-                    self._links[peer] = Link(sock, peer)
+                    self._link(peer, sock)
                 pause = min(2 * pause, _POLL_S)
                 missing = [peer for peer in range(self.size) if peer not in {self.rank, *self._links}]
                 self._check()
@@ -223,24 +243,33 @@ class Mesh:
             raise
         finally:
             dialer.close()
+        self.relayed = group.names_of(sorted(dialer.relayed))
+        for peer, name in enumerate(group.names):
+            if relay is not None and peer != self.rank:
+                relay.note(name, relayed=peer in dialer.relayed)
 
-    def _accept(self, listener: Listener) -> bool:
+    def _accept(self, listener: Listener, callers: Sequence[int], dialer: Dialer) -> bool:
         """Greet the members that have connected; return whether all members are connected."""
-        for peer in range(self.rank + 1, self.size):
+        for peer in callers:
             sock = listener.take(self._group.names[peer], self._group.name)
             if sock is None:
                 continue
-            # A member that connects again has given up its first connection.
-            if peer in self._links:
-                self._links.pop(peer).sock.close()
             try:
                 for _ in send_greeting(sock, self._group.me, self._group.name):
                     raise BlockingIOError("a fresh connection has no room for a greeting")
             except OSError:
                 sock.close()
             else:
-                self._links[peer] = Link(sock, peer)
+                self._link(peer, sock)
+                dialer.connected(peer)
         return len(self._links) == self.size - 1
+
+    def _link(self, peer: int, sock: socket.socket) -> None:
+        """Use a connection; a member that connects again has given up its first one."""
+        if peer in self._links:
+            self._links.pop(peer).sock.close()
+        probe(sock, self._silence_s)
+        self._links[peer] = Link(sock, peer)
 
     # ---- exchanging
 
@@ -318,6 +347,10 @@ class Mesh:
         if now - self._watched >= _WATCH_S:
             self._watched = now
             self._watch()
+            for link in self._links.values():
+                if is_unanswered(link.sock, self._silence_s):
+                    why = f"its host has answered nothing for {self._silence_s:g} s"
+                    raise self._group.gone(link.rank, why, self._here)
         if self._aborted.is_set():
             raise FederationError("abort() was called")
 

@@ -5,6 +5,7 @@ import socket
 import ssl
 import weakref
 
+from pellm_lightning.comm.proxy import Proxy
 from pellm_lightning.comm.rendezvous.frames import HELLO, LENGTH_BYTES, FrameError, length, unpack
 from pellm_lightning.comm.sockets import configure, connected
 from pellm_lightning.comm.tls import RENDEZVOUS, peer_name
@@ -23,15 +24,20 @@ class Channel:
         address: "host:port" of the rendezvous.
         context: Settings of TLS, None for a plain connection.
         timeout_s: Seconds that each single step may take.
+        proxy: HTTP proxy by which it is reached; None for none.
 
     Raises:
         OSError: If it cannot be reached or closes the connection, in the handshake an ``ssl.SSLError``.
         FrameError: If it is no rendezvous.
     """
 
-    def __init__(self, address: str, context: ssl.SSLContext | None, timeout_s: float) -> None:
-        self._socket = connected(address, timeout_s)
+    def __init__(
+        self, address: str, context: ssl.SSLContext | None, timeout_s: float, proxy: Proxy | None = None
+    ) -> None:
+        self._socket = connected(proxy.address if proxy else address, timeout_s)
         try:
+            for _ in proxy.tunnel(self._socket, address) if proxy else ():
+                pass  # it blocks, so there is nothing to wait for
             configure(self._socket)
             if context is not None:
                 self._socket = context.wrap_socket(self._socket)

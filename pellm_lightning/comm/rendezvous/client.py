@@ -10,6 +10,9 @@ from typing_extensions import override
 
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.proxy import Proxy, proxy_to
+from pellm_lightning.comm.relay.client import RelayAccess
+from pellm_lightning.comm.relay.frames import Ticket
 from pellm_lightning.comm.rendezvous.channel import Channel, ServerDisconnectedError
 from pellm_lightning.comm.rendezvous.frames import (
     DONE,
@@ -45,6 +48,7 @@ class RendezvousStore(PollingStore):
         tls: Certificate of this party; None for a server without TLS.
         timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
         retry_s: Seconds for which the server may be out of reach, or silent, before an error is raised.
+        proxy: HTTP proxy by which it is reached; None for none.
 
     Raises:
         ValueError: If an argument is out of range; later, if a key or a value is over a limit.
@@ -62,9 +66,15 @@ class RendezvousStore(PollingStore):
     _closed = False
 
     def __init__(
-        self, address: str, *, tls: TLS | None = None, timeout_s: float = 300, retry_s: float = 10
+        self,
+        address: str,
+        *,
+        tls: TLS | None = None,
+        timeout_s: float = 300,
+        retry_s: float = 10,
+        proxy: Proxy | None = None,
     ) -> None:
-        super().__init__(address, tls, timeout_s, retry_s)
+        super().__init__(address, tls, timeout_s, retry_s, proxy)
         self._context = None if tls is None else tls.client_context
         self.num_keys()  # a party that is not admitted fails here
 
@@ -144,6 +154,19 @@ class RendezvousStore(PollingStore):
             raise self._no_rendezvous("an answer of the wrong length")
         return values + self.try_multi_get([*known][len(values) :])  # which did not fit into a frame
 
+    def relay_access(self, name: str) -> RelayAccess:
+        """Return how a party uses the relay of this rendezvous.
+
+        Args:
+            name: This party, as its certificate says if there is one.
+
+        Raises:
+            FederationError: If it relays nothing.
+        """
+        answer = self._ask(Op.TICKET, name.encode())
+        text, key = (field or b"" for field in [*answer, None, None][:2])
+        return RelayAccess(self.address, Ticket(text, key), self._proxy)
+
     @override
     def close(self) -> None:
         self._closed = True
@@ -190,7 +213,7 @@ class RendezvousStore(PollingStore):
         timeout_s = max(min(self._retry_s / 2, until - time.monotonic()), 0.05)
         if self._channel is None:
             try:
-                self._channel = Channel(self.address, self._context, timeout_s)
+                self._channel = Channel(self.address, self._context, timeout_s, self._proxy)
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 raise  # the server may just be stopping
             except ssl.SSLCertVerificationError as error:
@@ -231,7 +254,8 @@ class RendezvousStore(PollingStore):
 
     def _out_of_reach(self, error: OSError | None) -> dist.DistNetworkError:
         return dist.DistNetworkError(
-            f"The rendezvous at {self.address} is out of reach{self._identity()}: {error}. It was tried for"
+            f"The rendezvous at {self.address} is out of reach{self._identity()}"
+            f"{f' through the proxy {self._proxy}' if self._proxy else ''}: {error}. It was tried for"
             f" {self._retry_s:g} s. Check that it runs, that the address is right and the port open, and that"
             " it and all parties use TLS, or none does."
         )
@@ -254,7 +278,14 @@ class RendezvousStore(PollingStore):
         return "" if self._tls is None else f" (as {self._tls.name!r}, by {self._tls.cert})"
 
 
-def connect(url: str, tls: TLS | None = None, *, timeout_s: float = 300, retry_s: float = 10) -> PollingStore:
+def connect(
+    url: str,
+    tls: TLS | None = None,
+    *,
+    timeout_s: float = 300,
+    retry_s: float = 10,
+    proxy: str | None = None,
+) -> PollingStore:
     """Return a client of the rendezvous at ``tcp://host:port`` or of the etcd at ``etcd://host:port``.
 
     Args:
@@ -262,20 +293,23 @@ def connect(url: str, tls: TLS | None = None, *, timeout_s: float = 300, retry_s
         tls: Certificate of this party; None for a server without TLS.
         timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
         retry_s: Seconds for which the server may be out of reach before an error is raised.
+        proxy: HTTP proxy, or "none"; None takes that of the environment.
 
     Raises:
-        ValueError: If ``url`` is neither.
+        ValueError: If ``url`` is neither, or ``proxy`` is none.
         ImportError: If the package for etcd is missing.
         torch.distributed.DistNetworkError: If the server is out of reach for ``retry_s``.
         FederationError: If the server does not admit this party.
     """
     kind, _, address = url.partition("://")
     if kind == "tcp":
-        return RendezvousStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s)
+        by = proxy_to(address, proxy)
+        return RendezvousStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s, proxy=by)
     if kind == "etcd":
         from pellm_lightning.comm.rendezvous.etcd import EtcdStore  # an optional dependency
 
-        return EtcdStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s)
+        by = proxy_to(address, proxy)
+        return EtcdStore(address, tls=tls, timeout_s=timeout_s, retry_s=retry_s, proxy=by)
     raise ValueError(f"{url!r} names no rendezvous: give tcp://host:port or etcd://host:port.")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from pellm_lightning.comm.relay.server import Relay, asks_for_relay
 from pellm_lightning.comm.rendezvous.frames import (
     DONE,
     FULL,
@@ -94,11 +95,15 @@ class ConnectionHandler:
     Args:
         roster: Names that are admitted, with TLS.
         context: Settings of TLS; None admits everybody.
+        relay: What joins two parties that ask for each other on the same port; None if nothing does.
     """
 
-    def __init__(self, roster: frozenset[str], context: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, roster: frozenset[str], context: ssl.SSLContext | None, relay: Relay | None = None
+    ) -> None:
         self._roster = roster
         self._context = context
+        self._relay = relay
         self._store = KeyValueStore(len(roster))
         self._sessions: dict[str, _Session] = {}
         self._unauthenticated: dict[asyncio.Task[None], str] = {}
@@ -168,6 +173,8 @@ class ConnectionHandler:
         connection = None
         try:
             until = time.monotonic() + _HELLO_S
+            if self._relay is not None and await self._has_relayed(self._relay, sock):
+                return
             connection = await self._connected(sock)
             with connection.within(until - time.monotonic()):
                 session = await self._authenticate(connection, host)
@@ -184,6 +191,19 @@ class ConnectionHandler:
             self._unauthenticated.pop(_me(), None)
             if connection is not None:
                 connection.cut()
+
+    async def _has_relayed(self, relay: Relay, sock: socket.socket) -> bool:
+        """Relay a connection to its end, if it asks for that."""
+        configure(sock)
+        try:
+            if not await asyncio.wait_for(asks_for_relay(sock), _HELLO_S):
+                return False
+            end = await asyncio.wait_for(relay.admit(sock), _HELLO_S)
+        except asyncio.TimeoutError as error:
+            raise EOFError("it was silent") from error
+        del self._unauthenticated[_me()]
+        await relay.carry(end)
+        return True
 
     async def _connected(self, sock: socket.socket) -> _Connection:
         """Return the connection over an accepted socket, encrypted if that is asked for."""
@@ -257,6 +277,8 @@ class ConnectionHandler:
             if connection.writer.is_closing():
                 # What was buffered before the cut will be sent again: an addition must not count twice.
                 raise ConnectionResetError("the connection was cut")
+            if op == Op.TICKET:
+                return DONE, self._ticket(fields, session.name)
             answer = self._store.answer(op, fields, session.name)
             if session.name is None and connection.party is None:
                 self._note_party(session, connection, op, fields)
@@ -265,6 +287,15 @@ class ConnectionHandler:
             return FULL, [str(error).encode()]
         except RefusedError as error:
             return REFUSED, [str(error).encode()]
+
+    def _ticket(self, fields: list[bytes | None], name: str | None) -> list[bytes | None]:
+        """Return a ticket for the relay and its key; without certificates for whoever it says it is."""
+        if len(fields) != 1 or not fields[0]:
+            raise FrameError("no request for a ticket")
+        if self._relay is None:
+            raise RefusedError("it relays nothing. Start it with --relay, or let one of the two listen")
+        ticket = self._relay.ticket(name or fields[0].decode(errors="replace")[:63])
+        return [ticket.text, ticket.key]
 
     async def _await_change(self, connection: _Connection, fields: list[bytes | None]) -> None:
         """Wait until a value is another than the client knows, its time is over, or it was cut."""

@@ -12,6 +12,7 @@ from typing_extensions import Self, override
 
 from pellm_lightning.comm.errors import FederationError
 from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.proxy import Proxy
 from pellm_lightning.comm.rendezvous.polling_store import PollingStore, encoded
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
@@ -45,6 +46,7 @@ class EtcdStore(PollingStore):
         timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
         retry_s: Seconds for which etcd may be out of reach before an error is raised.
         prefix: What all keys begin with, one for each federation.
+        proxy: HTTP proxy by which it is reached; None for none.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -62,11 +64,12 @@ class EtcdStore(PollingStore):
         timeout_s: float = 300,
         retry_s: float = 10,
         prefix: str = "pellm_lightning",
+        proxy: Proxy | None = None,
     ) -> None:
-        super().__init__(address, tls, timeout_s, retry_s)
+        super().__init__(address, tls, timeout_s, retry_s, proxy)
         host, port = split_address(address)
         self._prefix = prefix
-        self._session = _session(tls)
+        self._session = _session(tls, proxy)
         # A forgotten store closes its connections, also while the interpreter ends.
         weakref.finalize(self, self._session.close)
         self._client = etcd3gw.client(
@@ -132,6 +135,7 @@ class EtcdStore(PollingStore):
             timeout_s=self._timeout_s,
             retry_s=self._retry_s,
             prefix=self._prefix,
+            proxy=self._proxy,
         )
 
     @override
@@ -194,10 +198,12 @@ class EtcdStore(PollingStore):
         return {"request_range": {"key": self._key(key)}}
 
 
-def _session(tls: TLS | None) -> requests.Session:
+def _session(tls: TLS | None, proxy: Proxy | None) -> requests.Session:
     session = requests.Session()
-    # The environment may name a proxy, or other authorities than the federation's.
+    # The environment may name other authorities than the federation's; the proxy is known already.
     session.trust_env = False
+    if proxy is not None:
+        session.proxies = dict.fromkeys(("http", "https"), proxy.url)
     if tls is not None:
         session.verify = tls.ca
         session.cert = (tls.cert, tls.key)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
-VERSION = 2
+VERSION = 3
 HELLO = b"pellm-rv" + VERSION.to_bytes(2, "big")
 
 # A key is a path of a few names of up to 63 characters.
@@ -46,6 +46,7 @@ class Op(IntEnum):
     EXPECT = 8
     TRANSACT = 9
     AWAIT = 10
+    TICKET = 11
 
 
 class FrameError(Exception):

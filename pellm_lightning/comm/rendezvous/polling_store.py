@@ -8,6 +8,7 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 from pellm_lightning.comm.polling import polls
+from pellm_lightning.comm.proxy import Proxy
 from pellm_lightning.comm.sockets import split_address
 from pellm_lightning.comm.tls import TLS
 
@@ -23,19 +24,22 @@ class PollingStore(dist.Store):
         tls: Certificate of this party; None for a server without TLS.
         timeout_s: Seconds that ``get``, ``multi_get`` and ``wait`` wait for a key.
         retry_s: Seconds for which the server may be out of reach before an error is raised.
+        proxy: HTTP proxy by which it is reached; None for none.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, address: str, tls: TLS | None, timeout_s: float, retry_s: float) -> None:
+    def __init__(
+        self, address: str, tls: TLS | None, timeout_s: float, retry_s: float, proxy: Proxy | None = None
+    ) -> None:
         if not retry_s > 0:
             raise ValueError(f"retry_s={retry_s} must be positive, in seconds.")
         split_address(address)
         super().__init__()
         self.set_timeout(timedelta(seconds=timeout_s))
         self.address = address
-        self._tls, self._retry_s = tls, retry_s
+        self._tls, self._retry_s, self._proxy = tls, retry_s, proxy
         self._lock = threading.Lock()
 
     def set(self, key: str, value: str | bytes) -> None:
@@ -56,7 +60,13 @@ class PollingStore(dist.Store):
 
     def clone(self) -> Self:
         """Return another client of the same server."""
-        return type(self)(self.address, tls=self._tls, timeout_s=self._timeout_s, retry_s=self._retry_s)
+        return type(self)(
+            self.address,
+            tls=self._tls,
+            timeout_s=self._timeout_s,
+            retry_s=self._retry_s,
+            proxy=self._proxy,
+        )
 
     def close(self) -> None:
         """Disconnect from the server; idempotent."""

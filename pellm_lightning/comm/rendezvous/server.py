@@ -11,14 +11,21 @@ from collections.abc import Collection
 
 from typing_extensions import Self
 
-from pellm_lightning.comm.rendezvous.connection_handler import ConnectionHandler
-from pellm_lightning.comm.sockets import is_loopback, join_address, listening_socket
+from pellm_lightning.comm.relay.server import Relay, RelayQuotas
+from pellm_lightning.comm.rendezvous.connection_handler import (
+    MAX_CONNECTIONS,
+    MAX_UNAUTHENTICATED,
+    ConnectionHandler,
+)
+from pellm_lightning.comm.sockets import allow_descriptors, is_loopback, join_address, listening_socket
 from pellm_lightning.comm.tls import RENDEZVOUS, TLS, check_name
 
 log = logging.getLogger(__name__)
 
 # Connections that the system keeps until they are accepted.
 _BACKLOG = 512
+# Of connections that are not relayed, and all else that is open.
+_DESCRIPTORS = MAX_CONNECTIONS + MAX_UNAUTHENTICATED + 256
 
 
 class RendezvousServer:
@@ -33,9 +40,12 @@ class RendezvousServer:
         port: Port; 0 for any free one.
         roster: Names of the parties. Only certificates can enforce it.
         tls: Certificate with the common name "rendezvous", its key, and the federation's authority.
+        relay: What a party may use of the blind relay on the same port, which joins two parties that cannot
+            dial each other; None relays nothing.
 
     Raises:
-        ValueError: If an argument is out of range, or ``tls`` comes without a roster.
+        ValueError: If an argument is out of range, ``tls`` comes without a roster, or a relay without ``tls``
+            where other hosts reach it.
 
     Example::
 
@@ -44,7 +54,13 @@ class RendezvousServer:
     """
 
     def __init__(
-        self, host: str, port: int, *, roster: Collection[str] | None = None, tls: TLS | None = None
+        self,
+        host: str,
+        port: int,
+        *,
+        roster: Collection[str] | None = None,
+        tls: TLS | None = None,
+        relay: RelayQuotas | None = None,
     ) -> None:
         if not host:
             raise ValueError(
@@ -62,7 +78,18 @@ class RendezvousServer:
         if RENDEZVOUS in (roster or ()):
             raise ValueError(f"No party can be called {RENDEZVOUS!r}. Give it another name.")
         names = frozenset(check_name(name) for name in roster or ())
-        self._handler = ConnectionHandler(names, None if tls is None else tls.server_context)
+        if relay is not None and tls is None and not is_loopback(host):
+            raise ValueError(
+                f"A relay at host={host!r} without TLS would pass on updates that everybody on the way can"
+                " read and change. Give tls, or listen on 127.0.0.1 for a trial."
+            )
+        self._relay = relay
+        self._parties = len(names)
+        self._handler = ConnectionHandler(
+            names,
+            None if tls is None else tls.server_context,
+            None if relay is None else Relay(names, relay),
+        )
         self._host, self._port = host, port
         self._encrypted = tls is not None
         self._address: str | None = None
@@ -116,8 +143,13 @@ class RendezvousServer:
         host, port = listener.getsockname()[:2]
         self._address = join_address(host, port)
         log.info(
-            "the rendezvous listens on %s %s TLS", self._address, "with" if self._encrypted else "without"
+            "the rendezvous listens on %s %s TLS%s",
+            self._address,
+            "with" if self._encrypted else "without",
+            ", and relays" if self._relay else "",
         )
+        if self._relay is not None:
+            self._allow_connections(self._relay)
         if not self._encrypted and not is_loopback(host):
             log.warning(
                 "the rendezvous at %s is open to everybody who reaches it, and nothing is encrypted. Use TLS,"
@@ -125,3 +157,16 @@ class RendezvousServer:
                 self._address,
             )
         return listener
+
+    def _allow_connections(self, quotas: RelayQuotas) -> None:
+        """Let this process have as many connections as all parties may need."""
+        needed = _DESCRIPTORS + self._parties * min(quotas.connections, 2 * self._parties)
+        allowed = allow_descriptors(needed)
+        if allowed < needed:
+            log.warning(
+                "the relay may need %d descriptors for %d parties, and this process can have %d: raise the"
+                " hard limit (ulimit -Hn, or LimitNOFILE= of systemd)",
+                needed,
+                self._parties,
+                allowed,
+            )

@@ -526,7 +526,7 @@ def liar() -> Iterator[Any]:
     ("hello", "said"),
     [
         (b"SSH-2.0-OpenSSH_9.2p1\r\n", "sends something else than hello"),
-        (HELLO[:-1] + b"\x07", "has version 7, not 2"),
+        (HELLO[:-1] + b"\x07", "has version 7, not 3"),
     ],
 )
 def test_another_service_is_recognized(hello: bytes, said: str) -> None:
