@@ -99,8 +99,8 @@ class FederatedAveraging(Callback):
             environment's ``PELLM_RENDEZVOUS``, ``PELLM_PARTY`` and so on; without them all parties come from
             one launch.
         simulate: Lets the launch's processes train many parties in turn on the one module that each holds;
-            see ``Simulation``. The data module's ``party_dataloader(party)`` gives a party's batches, and each
-            epoch of the Trainer is a round.
+            see ``Simulation``. The data module's ``party_dataloader(party)`` gives a party's batches, and
+            each epoch of the Trainer is a round.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pellm_lightning import Aggregator, Federation
 from pellm_lightning.aggregation import Aggregation, lora_modules
 from pellm_lightning.aggregation.plan import Plan
-from pellm_lightning.engine.outer_optimizer import sgd_one
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.loop.simulation.settings import Simulation
 
@@ -80,12 +79,13 @@ def real(setting: Setting) -> Outcome:
         aggregator = Aggregator(federation, shared, plan=plan, **arguments)
         aggregator.start()
         optimizer, batches = module.configure_optimizers(), endless(federation.party)
+        steps = setting.steps or len(PartiesData().party_dataloader(federation.party))
         reports = []
         for number in range(setting.rounds):
             weight, loss = 0.0, None
             if federation.party in simulation.draw(number).training:
                 frozen = plan.named(plan.rule.frozen_parts(number))
-                weight, loss = train(module, optimizer, islice(batches, setting.steps), frozen)
+                weight, loss = train(module, optimizer, islice(batches, steps), frozen)
             report = aggregator.step(weight if weighting == "samples" else float(weight > 0), loss)
             reports.append(report)
             clear(optimizer, module, plan, report, all_of_it=resets == "reset")
@@ -111,7 +111,7 @@ def train(
             if name in frozen:
                 parameter.grad = None
         optimizer.step()
-        samples, total = samples + len(x), total + float(loss) * len(x)
+        samples, total = samples + len(x), total + float(loss.detach()) * len(x)
     return float(samples), total / samples
 
 
@@ -137,6 +137,3 @@ def furthest(first: Named, other: Named) -> float:
     """Return the largest difference of two numbers."""
     assert first.keys() == other.keys()
     return max(float((first[name] - other[name]).abs().max()) for name in first)
-
-
-SGD_ONE = sgd_one

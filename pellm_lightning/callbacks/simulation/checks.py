@@ -59,8 +59,8 @@ def check_data(datamodule: Any) -> None:
         given = "no data module was given" if datamodule is None else f"{type(datamodule).__name__} has none"
         raise MisconfigurationException(
             "A simulation asks the data module for each party's data by its method"
-            f" `party_dataloader(party: int)`, and {given}. Give trainer.fit a LightningDataModule that has it;"
-            " train_dataloader is not called."
+            f" `party_dataloader(party: int)`, and {given}. Give trainer.fit a LightningDataModule that"
+            " has it; train_dataloader is not called."
         )
 
 
@@ -72,8 +72,8 @@ def check_plan(plan: Plan) -> None:
     """
     if plan.rule.writes_base:
         raise MisconfigurationException(
-            f"{plan.rule!r} writes into the frozen weights, of which a simulation has one copy for all parties:"
-            " each would write there. Use LowRankMean(), or launch the parties by torchrun."
+            f"{plan.rule!r} writes into the frozen weights, of which a simulation has one copy for all"
+            " parties: each would write there. Use LowRankMean(), or launch the parties by torchrun."
         )
 
 
@@ -104,11 +104,11 @@ def _of_trainer(trainer: Trainer, module: LightningModule) -> Iterator[str]:
             " parties. Set 1, and a larger batch size"
         )
     if trainer.max_steps != -1:
-        yield f"max_steps={trainer.max_steps} would end within a round. Set max_epochs to the number of rounds"
+        yield f"max_steps={trainer.max_steps} would end within a round. Give max_epochs, the number of rounds"
     if trainer.limit_train_batches != 1.0 or vars(trainer).get("overfit_batches"):
         yield (
-            f"limit_train_batches={trainer.limit_train_batches} (or fast_dev_run, or overfit_batches) would end"
-            " within a round. Set every_n_steps, or draw fewer parties"
+            f"limit_train_batches={trainer.limit_train_batches} (or fast_dev_run, or overfit_batches) would"
+            " end within a round. Set every_n_steps, or draw fewer parties"
         )
     if trainer.val_check_interval != 1.0:
         yield (

@@ -31,7 +31,7 @@ def offer(run: Mapping[str, Any], batches: Callable[[], Any]) -> Callable[[], No
 
 
 def offered_anew(trainer: Trainer, withdraw: Callable[[], None]) -> Callable[[], None]:
-    """Let a Trainer ask for training data at each epoch; return how to end that, and what ``withdraw`` ends."""
+    """Let a Trainer ask for training data at each epoch; return how to end that, after ``withdraw``."""
     connector: Any = trainer
     before = connector.reload_dataloaders_every_n_epochs
     connector.reload_dataloaders_every_n_epochs = 1

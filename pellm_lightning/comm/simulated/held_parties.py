@@ -75,8 +75,8 @@ class HeldParties:
         count = workers.num_parties
         if places < count:
             raise ValueError(
-                f"A round of {places} sampled parties leaves some of the {count} processes without one. Sample"
-                f" {count} parties or more, or launch fewer processes."
+                f"A round of {places} sampled parties leaves some of the {count} processes without one."
+                f" Sample {count} parties or more, or launch fewer processes."
             )
         sizes = [places // count + (worker < places % count) for worker in range(count)]
         bounds = pairwise(accumulate(sizes, initial=0))

@@ -173,22 +173,30 @@ class SimulatedRounds:
 
 
 def dealt(draw: Draw, held: HeldParties) -> list[list[int]]:
-    """Return which parties each worker holds: of those that train, as many as of the others, in order.
+    """Return which parties each worker holds: in order, so that ties are broken as with any other number.
+
+    Only if one would have none that trains, those that do are dealt in turn.
 
     Raises:
-        FederationError: If a worker would have none that trains.
+        FederationError: If a worker has none even then.
     """
-    first = sorted(draw.parties, key=lambda party: (party not in draw.training, party))
-    hands: list[list[int]] = [[] for _ in held.held]
+    hands = [list(draw.parties[places.start : places.stop]) for places in held.held]
+    if not _idle(hands, draw):
+        return hands
+    first, hands = sorted(draw.parties, key=lambda p: (p not in draw.training, p)), [[] for _ in held.held]
     for party in first:
         free = [w for w, places in enumerate(held.held) if len(hands[w]) < len(places)]
         hands[min(free, key=lambda w: (len(hands[w]), w))].append(party)
-    if any(draw.training.isdisjoint(hand) for hand in hands):
+    if _idle(hands, draw):
         raise FederationError(
             f"Only {len(draw.training)} of the {len(draw.parties)} parties of a round train, and"
             f" {len(hands)} processes would hold them. Launch fewer processes, or sample more parties."
         )
     return [sorted(hand) for hand in hands]
+
+
+def _idle(hands: list[list[int]], draw: Draw) -> bool:
+    return any(draw.training.isdisjoint(hand) for hand in hands)
 
 
 def _packed(state: PartyState | None) -> Tensor:

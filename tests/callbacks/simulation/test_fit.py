@@ -1,0 +1,252 @@
+"""A simulation in a fit: whose random numbers and state a party has, exact resuming, and what is refused."""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lora_module import Tuned, assert_same
+from party_threads import ValidatedClassifier, data, dataset, quiet_trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pellm_lightning import FederatedAveraging, Overlap, Simulation
+from pellm_lightning.aggregation import ResidualMean, ShareA
+from pellm_lightning.callbacks.drift import SCAFFOLD
+from pellm_lightning.exchange import Cast, SecureAggregation
+from pellm_lightning.privacy import GaussianMechanism
+
+pytestmark = pytest.mark.filterwarnings("ignore:No launcher found")
+
+
+class Shuffled(LightningDataModule):
+    """Batches in an order that a party's random numbers decide; party k has 8, 12, 16, 8, ... samples."""
+
+    def party_dataloader(self, party: int) -> Any:
+        return DataLoader(dataset(8 + party % 3 * 4, seed=party), batch_size=4, shuffle=True)
+
+
+class Dropping(Tuned):
+    """A module that draws random numbers in each step, and whose learning rate falls with each."""
+
+    def __init__(self) -> None:
+        super().__init__(0, lora_dropout=0.5)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def alone(party: int, simulation: Simulation, rounds: int, steps: int) -> Iterator[float]:
+    """Yield a party's losses, round by round, as it trains by itself and each round takes all of it back."""
+    module = Dropping()
+    before = {name: p.detach().clone() for name, p in module.trained().items()}
+    both = module.configure_optimizers()
+    optimizer, scheduler = both["optimizer"], both["lr_scheduler"]["scheduler"]
+    torch.manual_seed(simulation.party_seed(party))
+    loader = Shuffled().party_dataloader(party)
+    batches = itertools.chain.from_iterable(loader for _ in itertools.count())
+    for number in range(rounds):
+        if party not in simulation.draw(number).training:
+            continue
+        total, samples = 0.0, 0
+        for x, y in itertools.islice(batches, steps):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(module(x), y)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            total, samples = total + float(loss.detach()) * len(x), samples + len(x)
+        with torch.no_grad():
+            for name, parameter in module.trained().items():
+                parameter.copy_(before[name])
+        yield total / samples
+
+
+def test_each_party_has_its_own_moments_schedule_random_numbers_and_place_in_its_data(tmp_path: Path) -> None:
+    """With an outer learning rate of 0 no party sees anything of another."""
+    simulation = Simulation(num_parties=4, sampled=3, seed=2, memory_gb=0)
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    callback = FederatedAveraging(every_n_steps=2, simulate=simulation, outer_optimizer=frozen)
+    quiet_trainer(tmp_path, [callback], max_epochs=6).fit(Dropping(), datamodule=Shuffled())
+    found: dict[int, list[float]] = {party: [] for party in range(4)}
+    for report in callback.rounds:
+        for party, loss in zip(report.parties, report.losses, strict=True):
+            found[party].append(float(loss or 0))
+    for party, losses in found.items():
+        assert losses == pytest.approx([*alone(party, simulation, 6, 2)], abs=1e-6)
+    assert sum(map(len, found.values())) == 18
+    assert not [*(tmp_path / "party-0").rglob("*.pt")], "nothing is left on disk"
+
+
+class Saving(Callback):
+    """Saves a checkpoint after each batch, and one at the end of each epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"epoch-{trainer.current_epoch}.ckpt")
+
+
+def test_resuming_is_exact_wherever_the_checkpoint_was_saved(tmp_path: Path) -> None:
+    def fit(folder: Path, callbacks: list[Callback], ckpt_path: Path | None = None) -> Any:
+        callback = FederatedAveraging(
+            every_n_steps=2,
+            aggregation=ShareA(),
+            simulate=Simulation(num_parties=4, sampled=3, seed=2, memory_gb=0),
+            outer_optimizer=partial(torch.optim.SGD, lr=0.7, momentum=0.9),
+        )
+        module = Dropping()
+        trainer = quiet_trainer(folder, [callback, *callbacks], max_epochs=3)
+        torch.manual_seed(5 if ckpt_path is None else 6)
+        trainer.fit(module, datamodule=Shuffled(), ckpt_path=ckpt_path)
+        assert trainer.global_step == 18
+        return module.of(""), callback.rounds, callback.state_dict()
+
+    whole, rounds, _ = fit(tmp_path / "whole", [Saving(tmp_path)])
+    # Within a turn, between two turns, at the end of a round, of an epoch, and within the round after it.
+    for name in ("1", "2", "3", "6", "epoch-0", "7", "10", "epoch-1"):
+        resumed, later, _ = fit(tmp_path / name, [], tmp_path / f"{name}.ckpt")
+        assert_same(resumed, whole)
+        for mine, other in zip(later[::-1], rounds[::-1], strict=False):
+            assert (mine.round, mine.parties, mine.losses) == (other.round, other.parties, other.losses), name
+
+
+def test_validation_sees_the_global_parameters(tmp_path: Path) -> None:
+    class Data(Shuffled):
+        def val_dataloader(self) -> Any:
+            return data(8, seed=99)
+
+    class Seen(ValidatedClassifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[torch.Tensor] = []
+
+        def on_validation_epoch_start(self) -> None:
+            self.seen.append(self.vector())
+
+    class Global(Callback):
+        def __init__(self) -> None:
+            self.vectors: list[torch.Tensor] = []
+
+        def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+            self.vectors.append(module.vector())
+
+    module, callback, after = Seen(), FederatedAveraging(simulate=Simulation(6, 2)), Global()
+    trainer = quiet_trainer(tmp_path, [callback, after], max_epochs=3)
+    trainer.fit(module, datamodule=Data())
+    assert [torch.equal(*both) for both in zip(module.seen, after.vectors, strict=True)] == [True] * 3
+    assert "federated/val_loss" in trainer.callback_metrics
+    assert trainer.reload_dataloaders_every_n_epochs == 0, "the Trainer is as it was"
+
+
+def test_a_data_module_is_as_it_was_after_a_fit(tmp_path: Path) -> None:
+    module = Shuffled()
+    for _ in range(2):
+        callback = FederatedAveraging(simulate=Simulation(6, 2))
+        quiet_trainer(tmp_path, [callback], max_epochs=1).fit(ValidatedClassifier(), datamodule=module)
+        assert "train_dataloader" not in vars(module)
+    with pytest.raises(MisconfigurationException, match="train_dataloader"):
+        quiet_trainer(tmp_path).fit(ValidatedClassifier(), datamodule=module)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"every_n_seconds": 5.0}, "one after another"),
+        ({"every_n_steps": 4, "overlap": Overlap(delay_steps=1)}, "overlap"),
+        ({"privacy": GaussianMechanism(1.0, 0.5), "weighting": "uniform"}, "sampled"),
+        ({"exchange": SecureAggregation()}, "Plain()"),
+        ({"exchange": Cast("bfloat16")}, "Plain()"),
+    ],
+)
+def test_arguments_that_do_not_go_with_it(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        FederatedAveraging(simulate=Simulation(6, 2), **arguments)
+
+
+def test_what_is_no_simulation() -> None:
+    with pytest.raises(ValueError, match="class Simulation"):
+        FederatedAveraging(simulate=10)  # type: ignore[arg-type]
+
+
+class Averaged(WeightAveraging):
+    pass
+
+
+class ByEpoch(ValidatedClassifier):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class Manual(ValidatedClassifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Empty(Shuffled):
+    def party_dataloader(self, party: int) -> Any:
+        return []
+
+
+class Endless(Shuffled):
+    def party_dataloader(self, party: int) -> Any:
+        return iter(super().party_dataloader(party))
+
+
+@pytest.mark.parametrize(
+    ("settings", "module", "datamodule", "said"),
+    [
+        ({"accumulate_grad_batches": 2}, ValidatedClassifier, Shuffled, "different parties"),
+        ({"max_steps": 9, "max_epochs": None}, ValidatedClassifier, Shuffled, "max_epochs"),
+        ({"limit_train_batches": 2}, ValidatedClassifier, Shuffled, "limit_train_batches=2"),
+        ({"val_check_interval": 0.5}, ValidatedClassifier, Shuffled, "single party's"),
+        ({"callbacks": [SCAFFOLD()]}, ValidatedClassifier, Shuffled, "SCAFFOLD"),
+        ({"callbacks": [Averaged()]}, ValidatedClassifier, Shuffled, "Averaged"),
+        ({}, Manual, Shuffled, "automatic_optimization"),
+        ({}, ByEpoch, Shuffled, "interval"),
+        ({}, ValidatedClassifier, Empty, "no batch"),
+        ({}, ValidatedClassifier, Endless, "every_n_steps"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(
+    settings: dict[str, Any], module: Any, datamodule: Any, said: str, tmp_path: Path
+) -> None:
+    callback = FederatedAveraging(simulate=Simulation(6, 2))
+    trainer = quiet_trainer(tmp_path, [callback, *settings.pop("callbacks", [])], **settings)
+    with pytest.raises(MisconfigurationException, match=said):
+        trainer.fit(module(), datamodule=datamodule())
+    assert callback.rounds == []
+
+
+def test_data_of_no_party_are_refused(tmp_path: Path) -> None:
+    class Single(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return data(8, seed=1)
+
+    for given in ({"datamodule": Single()}, {"train_dataloaders": data(8, seed=1)}):
+        trainer = quiet_trainer(tmp_path, [FederatedAveraging(simulate=Simulation(6, 2))])
+        with pytest.raises(MisconfigurationException, match="party_dataloader"):
+            trainer.fit(ValidatedClassifier(), **given)
+
+
+def test_a_rule_that_writes_into_the_base_is_refused(tmp_path: Path) -> None:
+    callback = FederatedAveraging(simulate=Simulation(6, 2), aggregation=ResidualMean())
+    with pytest.raises(MisconfigurationException, match="one copy for all"):
+        quiet_trainer(tmp_path, [callback]).fit(Tuned(0), datamodule=Shuffled())
