@@ -171,6 +171,11 @@ class RoundLoop:
             ValueError: If it is such.
         """
         party = self._party.topology.party
+        if "party" not in state:
+            raise ValueError(
+                "The checkpoint is of a simulation, whose processes hold parties in turn. Resume with the"
+                " simulate=Simulation(...) of the checkpoint, or begin anew from its weights."
+            )
         if state["party"] != party:
             raise ValueError(
                 f"Party {party} resumes a checkpoint that party {state['party']} has saved: the state of its"

@@ -129,6 +129,7 @@ class SimulatedFit:
             MisconfigurationException: If a party's data has no length, or no batch.
         """
         if self._rounds is None and state:
+            self._check_resumed(state)
             self._ended = tuple(state["ended"])
         if self._ended[0] == self._trainer.current_epoch:  # resumed behind its last batch
             return RoundBatches(self._ended[1], lambda: iter(()))
@@ -261,11 +262,32 @@ class SimulatedFit:
             "ended": list(self._ended),
             "summary": asdict(self._reporter.summary),
             "directory": os.getcwd(),
-            "simulation": repr(self._simulation),
-            "processes": self.party.topology.num_parties,
+            "of": self._identity,
         }
 
     # ---- small parts
+
+    def _check_resumed(self, state: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of other parties, or of another process.
+
+        Raises:
+            MisconfigurationException: If it is one.
+        """
+        found = state.get("of", {"simulate": None})
+        unlike = [name for name, value in self._identity.items() if found.get(name, value) != value]
+        if unlike:
+            raise MisconfigurationException(
+                f"The checkpoint is of a federation with {unlike[0]}={found[unlike[0]]!r:.200}, this fit has"
+                f" {self._identity[unlike[0]]!r:.200}. Resume with the settings of the checkpoint, and each"
+                " process of a simulation its own, as in ckpt_path='.../party-1/...'."
+            )
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same when a fit is resumed."""
+        topology = self.party.topology
+        simulate = repr(replace(self._simulation, memory_gb=0.0))
+        return {"simulate": simulate, "processes": topology.num_parties, "process": topology.party}
 
     @property
     def _joined(self) -> HeldParties:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from simulated_parties import Setting, furthest, real, simulated
 
 from pellm_lightning.aggregation import (

@@ -123,6 +123,24 @@ def test_resuming_is_exact_wherever_the_checkpoint_was_saved(tmp_path: Path) -> 
             assert (mine.round, mine.parties, mine.losses) == (other.round, other.parties, other.losses), name
 
 
+def test_a_checkpoint_of_other_parties_is_refused(tmp_path: Path) -> None:
+    def fit(callback: FederatedAveraging, ckpt_path: Path | None = None, **given: Any) -> None:
+        trainer = quiet_trainer(tmp_path, [callback], max_epochs=1 if ckpt_path is None else 2)
+        given = given or {"datamodule": Shuffled()}
+        trainer.fit(ValidatedClassifier(), ckpt_path=ckpt_path, **given)
+        trainer.save_checkpoint(tmp_path / ("of_parties.ckpt" if "datamodule" in given else "plain.ckpt"))
+
+    fit(FederatedAveraging(simulate=Simulation(6, 2)))
+    fit(FederatedAveraging(), train_dataloaders=data(8, seed=1))
+    with pytest.raises(MisconfigurationException, match="num_parties=6, sampled=2.*num_parties=7"):
+        fit(FederatedAveraging(simulate=Simulation(7, 2)), tmp_path / "of_parties.ckpt")
+    with pytest.raises(MisconfigurationException, match="simulate=None"):
+        fit(FederatedAveraging(simulate=Simulation(6, 2)), tmp_path / "plain.ckpt")
+    with pytest.raises(MisconfigurationException, match="is of a simulation"):
+        fit(FederatedAveraging(), tmp_path / "of_parties.ckpt", train_dataloaders=data(8, seed=1))
+    fit(FederatedAveraging(simulate=Simulation(6, 2, memory_gb=1)), tmp_path / "of_parties.ckpt")
+
+
 def test_validation_sees_the_global_parameters(tmp_path: Path) -> None:
     class Data(Shuffled):
         def val_dataloader(self) -> Any:
