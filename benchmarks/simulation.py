@@ -1,7 +1,7 @@
-"""A simulation of many parties at one language model with LoRA: its memory, and what it adds to the local steps.
+"""Memory of a simulation of many parties at one language model with LoRA, and its overhead.
 
-The model has the shape of SmolLM2-135M, or a small one, with random weights; each party has its own random tokens.
-In each run the same steps are made without a federation at first, which is what the rest is compared with.
+The model has the shape of SmolLM2-135M, or a small one, with random weights; each party has random tokens.
+The same steps are made without a federation at first, which the rest is compared with.
 
     python benchmarks/simulation.py --model smollm2-135m --rounds 3
 """

@@ -288,7 +288,8 @@ class FederatedAveraging(Callback):
         running = self._running
         if trainer.is_last_batch:
             running.check_trainable(everything=True)
-        running.after_batch(outputs, batch, batch_idx, epoch_ends=trainer.is_last_batch)
+        loop = running.count(outputs, batch, batch_idx)
+        loop.after_batch(epoch_ends=trainer.is_last_batch)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

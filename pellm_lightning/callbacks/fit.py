@@ -215,11 +215,11 @@ class FederatedFit:
         """Drop the gradients of parameters frozen in this round."""
         self.loop.drop_gradients()
 
-    def after_batch(self, outputs: Any, batch: Any, batch_idx: int, *, epoch_ends: bool) -> None:
-        """Count a batch; run the round that is due."""
+    def count(self, outputs: Any, batch: Any, batch_idx: int) -> RoundLoop:
+        """Count a batch; return the loop, of which a round may be due."""
         if self._local is not None:
             self.loop.count(*self._local.counted(outputs, batch, batch_idx))
-        self.loop.after_batch(epoch_ends=epoch_ends)
+        return self.loop
 
     def after_epoch(self) -> None:
         """Run the epoch's round if its last batch did not."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from typing_extensions import Self
 
 from pellm_lightning.aggregation.plan import Plan
 from pellm_lightning.callbacks import arguments
@@ -23,6 +24,7 @@ from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.compatibility import base_digests
 from pellm_lightning.engine.round_report import RoundReport
 from pellm_lightning.loop.aggregator_factory import AggregatorFactory
+from pellm_lightning.loop.parameters import Parameters
 from pellm_lightning.loop.simulation.live_training import LiveTraining
 from pellm_lightning.loop.simulation.party_states import PartyStates
 from pellm_lightning.loop.simulation.rounds import SimulatedRounds
@@ -160,7 +162,7 @@ class SimulatedFit:
         trainer, factory, topology = self._trainer, self._factory, self.party.topology
         checks.check_schedulers(trainer)
         plan = self._plan_of_rule()
-        trainable = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        trainable = Parameters().select(self._module)
         self._trainable = TrainableSet(self._module, factory.parameters.include, factory.parameters.exclude)
         folder = state_dir(trainer, topology.party, None)
         stopped = stopped_path(trainer, topology.party, None)
@@ -203,11 +205,14 @@ class SimulatedFit:
         for parameter in self._frozen:
             parameter.grad = None
 
-    def after_batch(self, outputs: Any, batch: Any, batch_idx: int, *, epoch_ends: bool) -> None:
-        """Count a batch; end the party's turn if it was its last, and the round behind the last turn."""
-        if self._local is None:
-            return
-        self._running.count(*self._local.counted(outputs, batch, batch_idx))
+    def count(self, outputs: Any, batch: Any, batch_idx: int) -> Self:
+        """Count a batch for the party whose turn it is."""
+        if self._local is not None:
+            self._running.count(*self._local.counted(outputs, batch, batch_idx))
+        return self
+
+    def after_batch(self, *, epoch_ends: bool) -> None:
+        """End the party's turn if that was its last batch, and behind the last turn the round."""
         self._report(self._running.after_batch())
 
     def after_epoch(self) -> None:
@@ -244,6 +249,8 @@ class SimulatedFit:
     def fail(self, error: BaseException) -> None:
         """Leave at once, so that the other processes fail in seconds with the reason."""
         why = self._session.fail(error)
+        if self._rounds is not None:
+            self._rounds.discard()
         if self._reporter is not None:
             self._reporter.end(why)
 
@@ -337,9 +344,9 @@ class SimulatedFit:
 
     def _note_frozen(self) -> None:
         """Note which of the module's parameters are frozen in this round."""
-        slot = self._running.slot
+        slot, trainable = self._running.slot, Parameters().select(self._module)
         names = set() if slot is None else slot.loop.frozen_names()
-        self._frozen = [p for name, p in self._module.named_parameters() if name in names]
+        self._frozen = [trainable[name] for name in sorted(names)]
 
     def _report(self, report: RoundReport | None) -> None:
         if report is not None and self._reporter is not None and self._plan is not None:
@@ -382,3 +389,13 @@ class RoundBatches:
 
     def __iter__(self) -> Iterator[Any]:
         return self._begin()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return nothing that is needed: the callback's state says where a fit resumes.
+
+        Lightning warns where a loader has no such method.
+        """
+        return {"batches": self._length}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Do nothing, for the same reason."""

@@ -126,6 +126,10 @@ class SimulatedRounds:
     def finish(self) -> None:
         """End all rounds, with the other workers."""
         self._held.run([slot.loop.finish for slot in self.slots])
+        self.discard()
+
+    def discard(self) -> None:
+        """Discard the parties' states, of which a checkpoint holds copies."""
         self._states.clear()
 
     def mean(self, local: Mapping[str, tuple[float, float]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lora_module import Tuned, assert_same
-from party_threads import ValidatedClassifier, data, dataset, quiet_trainer
+from party_threads import Classifier, ValidatedClassifier, data, dataset, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -127,12 +127,12 @@ def test_a_checkpoint_of_other_parties_is_refused(tmp_path: Path) -> None:
     def fit(callback: FederatedAveraging, ckpt_path: Path | None = None, **given: Any) -> None:
         trainer = quiet_trainer(tmp_path, [callback], max_epochs=1 if ckpt_path is None else 2)
         given = given or {"datamodule": Shuffled()}
-        trainer.fit(ValidatedClassifier(), ckpt_path=ckpt_path, **given)
+        trainer.fit(Classifier(), ckpt_path=ckpt_path, **given)
         trainer.save_checkpoint(tmp_path / ("of_parties.ckpt" if "datamodule" in given else "plain.ckpt"))
 
     fit(FederatedAveraging(simulate=Simulation(6, 2)))
     fit(FederatedAveraging(), train_dataloaders=data(8, seed=1))
-    with pytest.raises(MisconfigurationException, match="num_parties=6, sampled=2.*num_parties=7"):
+    with pytest.raises(MisconfigurationException, match=r"num_parties=6, sampled=2.*num_parties=7"):
         fit(FederatedAveraging(simulate=Simulation(7, 2)), tmp_path / "of_parties.ckpt")
     with pytest.raises(MisconfigurationException, match="simulate=None"):
         fit(FederatedAveraging(simulate=Simulation(6, 2)), tmp_path / "plain.ckpt")
@@ -173,10 +173,10 @@ def test_a_data_module_is_as_it_was_after_a_fit(tmp_path: Path) -> None:
     module = Shuffled()
     for _ in range(2):
         callback = FederatedAveraging(simulate=Simulation(6, 2))
-        quiet_trainer(tmp_path, [callback], max_epochs=1).fit(ValidatedClassifier(), datamodule=module)
+        quiet_trainer(tmp_path, [callback], max_epochs=1).fit(Classifier(), datamodule=module)
         assert "train_dataloader" not in vars(module)
     with pytest.raises(MisconfigurationException, match="train_dataloader"):
-        quiet_trainer(tmp_path).fit(ValidatedClassifier(), datamodule=module)
+        quiet_trainer(tmp_path).fit(Classifier(), datamodule=module)
 
 
 # ---- what is refused
@@ -206,13 +206,13 @@ class Averaged(WeightAveraging):
     pass
 
 
-class ByEpoch(ValidatedClassifier):
+class ByEpoch(Classifier):
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
-class Manual(ValidatedClassifier):
+class Manual(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -231,16 +231,16 @@ class Endless(Shuffled):
 @pytest.mark.parametrize(
     ("settings", "module", "datamodule", "said"),
     [
-        ({"accumulate_grad_batches": 2}, ValidatedClassifier, Shuffled, "different parties"),
-        ({"max_steps": 9, "max_epochs": None}, ValidatedClassifier, Shuffled, "max_epochs"),
-        ({"limit_train_batches": 2}, ValidatedClassifier, Shuffled, "limit_train_batches=2"),
-        ({"val_check_interval": 0.5}, ValidatedClassifier, Shuffled, "single party's"),
-        ({"callbacks": [SCAFFOLD()]}, ValidatedClassifier, Shuffled, "SCAFFOLD"),
-        ({"callbacks": [Averaged()]}, ValidatedClassifier, Shuffled, "Averaged"),
+        ({"accumulate_grad_batches": 2}, Classifier, Shuffled, "different parties"),
+        ({"max_steps": 9, "max_epochs": None}, Classifier, Shuffled, "max_epochs"),
+        ({"limit_train_batches": 2}, Classifier, Shuffled, "limit_train_batches=2"),
+        ({"val_check_interval": 0.5}, Classifier, Shuffled, "single party's"),
+        ({"callbacks": [SCAFFOLD()]}, Classifier, Shuffled, "SCAFFOLD"),
+        ({"callbacks": [Averaged()]}, Classifier, Shuffled, "Averaged"),
         ({}, Manual, Shuffled, "automatic_optimization"),
         ({}, ByEpoch, Shuffled, "interval"),
-        ({}, ValidatedClassifier, Empty, "no batch"),
-        ({}, ValidatedClassifier, Endless, "every_n_steps"),
+        ({}, Classifier, Empty, "no batch"),
+        ({}, Classifier, Endless, "every_n_steps"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(
@@ -261,7 +261,7 @@ def test_data_of_no_party_are_refused(tmp_path: Path) -> None:
     for given in ({"datamodule": Single()}, {"train_dataloaders": data(8, seed=1)}):
         trainer = quiet_trainer(tmp_path, [FederatedAveraging(simulate=Simulation(6, 2))])
         with pytest.raises(MisconfigurationException, match="party_dataloader"):
-            trainer.fit(ValidatedClassifier(), **given)
+            trainer.fit(Classifier(), **given)
 
 
 def test_a_rule_that_writes_into_the_base_is_refused(tmp_path: Path) -> None:
