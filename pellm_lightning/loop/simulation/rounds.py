@@ -106,6 +106,13 @@ class SimulatedRounds:
         slot.load_(state["own"], moments)
         return state
 
+    def return_state(self, slot: Slot) -> None:
+        """Let a slot's party not have trained in this round after all."""
+        if slot.state is not None and slot.state["place"] is not None:
+            self._keep(slot, self.round - 1)
+        slot.take_moments()
+        slot.state = None
+
     def run(self) -> RoundReport:
         """End the round: all parties take part that were drawn; return its report."""
         trained = [slot for slot in self.slots if slot.state is not None]
@@ -113,7 +120,7 @@ class SimulatedRounds:
         reports = [slot.report for slot in self.slots if slot.report is not None]
         self._rebased |= dict.fromkeys(self.slots[0].loop.basis_changed(reports[0]), self.round)
         for slot in trained:
-            self._keep(slot)
+            self._keep(slot, self.round)
         for worker, places in enumerate(self._held.held):
             self._workers |= {
                 party: worker
@@ -141,10 +148,10 @@ class SimulatedRounds:
 
     # ---- the parties' states
 
-    def _keep(self, slot: Slot) -> None:
-        """Keep what is the own of a slot's party."""
+    def _keep(self, slot: Slot, round: int) -> None:
+        """Keep what is the own of a slot's party, up to a round."""
         own = {n: p.detach().clone() for n, p in slot.parameters.items() if n not in slot.shared}
-        state = {**(slot.state or {}), "own": own, "moments": slot.take_moments(), "round": self.round}
+        state = {**(slot.state or {}), "own": own, "moments": slot.take_moments(), "round": round}
         self._states.put(slot.party, state)
 
     def _move_states(self) -> None:

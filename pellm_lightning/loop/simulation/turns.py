@@ -131,9 +131,13 @@ class Turns:
 
     def close_round(self) -> RoundReport | None:
         """End a round that was cut short, with those that have trained; return its report."""
-        if self._slot is None:
+        slot = self._slot
+        if slot is None:
             return None
+        has_trained = self._left < self._plan.batches[slot.party]
         self._end_turn()
+        if not has_trained:
+            self._rounds.return_state(slot)
         self._waiting.clear()
         return self._end_round()
 

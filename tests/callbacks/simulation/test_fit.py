@@ -22,6 +22,9 @@ from pellm_lightning.callbacks.drift import SCAFFOLD
 from pellm_lightning.exchange import Cast, SecureAggregation
 from pellm_lightning.privacy import GaussianMechanism
 
+FROZEN = partial(torch.optim.SGD, lr=0.0)
+"""An outer optimizer that leaves the global parameters as they are."""
+
 pytestmark = pytest.mark.filterwarnings("ignore:No launcher found")
 
 
@@ -73,8 +76,7 @@ def alone(party: int, simulation: Simulation, rounds: int, steps: int) -> Iterat
 def test_each_party_has_its_own_moments_schedule_random_numbers_and_place_in_its_data(tmp_path: Path) -> None:
     """With an outer learning rate of 0 no party sees anything of another."""
     simulation = Simulation(num_parties=4, sampled=3, seed=2, memory_gb=0)
-    frozen = partial(torch.optim.SGD, lr=0.0)
-    callback = FederatedAveraging(every_n_steps=2, simulate=simulation, outer_optimizer=frozen)
+    callback = FederatedAveraging(every_n_steps=2, simulate=simulation, outer_optimizer=FROZEN)
     quiet_trainer(tmp_path, [callback], max_epochs=6).fit(Dropping(), datamodule=Shuffled())
     found: dict[int, list[float]] = {party: [] for party in range(4)}
     for report in callback.rounds:
@@ -121,6 +123,29 @@ def test_resuming_is_exact_wherever_the_checkpoint_was_saved(tmp_path: Path) -> 
         assert_same(resumed, whole)
         for mine, other in zip(later[::-1], rounds[::-1], strict=False):
             assert (mine.round, mine.parties, mine.losses) == (other.round, other.parties, other.losses), name
+
+
+@pytest.mark.parametrize(("stop_at", "trained"), [(1, 1), (2, 1), (3, 2), (6, 3), (7, 1)])
+def test_a_fit_that_is_stopped_within_a_round_closes_it(tmp_path: Path, stop_at: int, trained: int) -> None:
+    """Each of three parties makes two steps: with the second turn not begun one has trained."""
+
+    class Stopping(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == stop_at
+
+    simulation = Simulation(num_parties=4, sampled=3, seed=2)
+    callback = FederatedAveraging(
+        every_n_steps=2, simulate=simulation, weighting="uniform", quorum=1, outer_optimizer=FROZEN
+    )
+    trainer = quiet_trainer(tmp_path, [callback, Stopping()], max_epochs=4)
+    trainer.fit(Dropping(), datamodule=Shuffled())
+    assert trainer.global_step == stop_at
+    last = callback.rounds[-1]
+    assert len(callback.rounds) == (1 if stop_at <= 6 else 2)
+    assert (last.trained_parties, last.total_weight) == (trained, trained)
+    assert [party for party, weight in zip(last.parties, last.weights, strict=True) if weight] == [
+        *simulation.draw(last.round).parties[:trained]
+    ]
 
 
 def test_a_checkpoint_of_other_parties_is_refused(tmp_path: Path) -> None:
