@@ -184,7 +184,9 @@ class SimulatedFit:
         with misconfigured():
             started = self._rounds.start(lambda slot: self._make_aggregator(slot, plan, frozen), state)
         if state:
-            self._turns.resume(state["turns"])
+            # Lightning begins no epoch where it resumes within one.
+            self._turns.resume(state["turns"], self._plan or RoundPlan({}, {}))
+            self._note_frozen()
         names = list(places[0].roster)
         summary = RunSummary(names, started.settings, plan.rule.writes_base).resumed(state.get("summary", {}))
         of_all = replace(topology, num_parties=len(names))

@@ -160,8 +160,14 @@ class Turns:
             "changed": self._live.changed,
         }
 
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Continue, once the rounds have started; the module is as it was when the state was saved."""
+    def resume(self, state: Mapping[str, Any], plan: RoundPlan) -> None:
+        """Continue, once the rounds have started; the module is as it was when the state was saved.
+
+        Args:
+            state: As of ``state()``.
+            plan: Of the round that was under way.
+        """
+        self._plan = plan
         self._live.resume(state["initial"], state["changed"])
         self._rounds.assign()
         for slot, trained in zip(self._rounds.slots, state["trained"], strict=True):

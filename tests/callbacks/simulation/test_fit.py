@@ -250,7 +250,7 @@ class Empty(Shuffled):
 
 class Endless(Shuffled):
     def party_dataloader(self, party: int) -> Any:
-        return iter(super().party_dataloader(party))
+        return (batch for batch in super().party_dataloader(party))
 
 
 @pytest.mark.parametrize(
