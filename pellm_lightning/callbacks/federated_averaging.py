@@ -269,11 +269,6 @@ class FederatedAveraging(Callback):
         self._state = {}  # it may be as large as the model
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the round of a simulation."""
-        self._running.start_epoch()
-
-    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the gradients of parameters frozen in this round, before they are clipped or applied."""
         running = self._running

@@ -208,9 +208,6 @@ class FederatedFit:
 
     # ---- during training
 
-    def start_epoch(self) -> None:
-        """Do nothing: rounds end with epochs, or within, and the next begins at once."""
-
     def drop_gradients(self) -> None:
         """Drop the gradients of parameters frozen in this round."""
         self.loop.drop_gradients()

@@ -184,9 +184,7 @@ class SimulatedFit:
         with misconfigured():
             started = self._rounds.start(lambda slot: self._make_aggregator(slot, plan, frozen), state)
         if state:
-            # Lightning begins no epoch where it resumes within one.
             self._turns.resume(state["turns"], self._plan or RoundPlan({}, {}))
-            self._note_frozen()
         names = list(places[0].roster)
         summary = RunSummary(names, started.settings, plan.rule.writes_base).resumed(state.get("summary", {}))
         of_all = replace(topology, num_parties=len(names))
@@ -195,12 +193,6 @@ class SimulatedFit:
         return summary
 
     # ---- during training
-
-    def start_epoch(self) -> None:
-        """Begin a round."""
-        if self._plan is not None and self._ended[0] != self._trainer.current_epoch:
-            self._running.begin_round(self._plan)
-            self._note_frozen()
 
     def drop_gradients(self) -> None:
         """Drop the gradients of parameters frozen in this round."""
@@ -315,6 +307,10 @@ class SimulatedFit:
         return self._turns
 
     def _next_batches(self) -> Iterator[Any]:
+        """Begin the round with its first batch: Lightning calls no hook of an epoch that it resumes."""
+        assert self._plan is not None
+        self._running.begin_round(self._plan)
+        self._note_frozen()
         while True:
             yield self._running.next_batch()
 
