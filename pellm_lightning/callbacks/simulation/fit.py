@@ -145,7 +145,7 @@ class SimulatedFit:
                 self._datamodule.party_dataloader,
                 self._factory.schedule,
             )
-        return RoundBatches(len(self._plan), self._next_batches)
+        return RoundBatches(self._counted_before(len(self._plan)) + len(self._plan), self._next_batches)
 
     def start(self, state: Mapping[str, Any], rounds: list[RoundReport], *, record: bool) -> RunSummary:
         """Agree with the other processes on what is shared, or resume; return the summary of the run.
@@ -267,6 +267,15 @@ class SimulatedFit:
         }
 
     # ---- small parts
+
+    def _counted_before(self, length: int) -> int:
+        """Return how many batches of the round before Lightning counts as those of this epoch.
+
+        It does where a checkpoint was saved after the last batch of an epoch, and the next one is longer.
+        """
+        loop: Any = self._trainer.fit_loop
+        resumed = loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_train_batch_end
+        return self._ended[1] if resumed and length > self._ended[1] else 0
 
     def _check_resumed(self, state: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of other parties, or of another process.

@@ -101,25 +101,34 @@ class Saving(Callback):
         trainer.save_checkpoint(self.folder / f"epoch-{trainer.current_epoch}.ckpt")
 
 
-def test_resuming_is_exact_wherever_the_checkpoint_was_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", [{"every_n_steps": 2}, {"every_n_epochs": 1}])
+def test_resuming_is_exact_wherever_the_checkpoint_was_saved(
+    schedule: dict[str, int], tmp_path: Path
+) -> None:
+    simulation = Simulation(num_parties=4, sampled=3, seed=1, memory_gb=0)  # passes are 7, 9 and 8 batches
+
     def fit(folder: Path, callbacks: list[Callback], ckpt_path: Path | None = None) -> Any:
         callback = FederatedAveraging(
-            every_n_steps=2,
+            **schedule,
             aggregation=ShareA(),
-            simulate=Simulation(num_parties=4, sampled=3, seed=2, memory_gb=0),
+            simulate=simulation,
             outer_optimizer=partial(torch.optim.SGD, lr=0.7, momentum=0.9),
         )
         module = Dropping()
         trainer = quiet_trainer(folder, [callback, *callbacks], max_epochs=3)
         torch.manual_seed(5 if ckpt_path is None else 6)
         trainer.fit(module, datamodule=Shuffled(), ckpt_path=ckpt_path)
-        assert trainer.global_step == 18
-        return module.of(""), callback.rounds, callback.state_dict()
+        return module.of(""), callback.rounds, trainer.global_step
 
-    whole, rounds, _ = fit(tmp_path / "whole", [Saving(tmp_path)])
+    whole, rounds, steps = fit(tmp_path / "whole", [Saving(tmp_path)])
+    drawn = [simulation.draw(number).parties for number in range(3)]
+    lengths = [sum(2 if "every_n_steps" in schedule else 2 + p % 3 for p in parties) for parties in drawn]
+    first, second, _ = itertools.accumulate(lengths)
+    assert steps == sum(lengths)
     # Within a turn, between two turns, at the end of a round, of an epoch, and within the round after it.
-    for name in ("1", "2", "3", "6", "epoch-0", "7", "10", "epoch-1"):
-        resumed, later, _ = fit(tmp_path / name, [], tmp_path / f"{name}.ckpt")
+    for name in (1, 2, 3, first, "epoch-0", first + 1, second):
+        resumed, later, ended_at = fit(tmp_path / f"from-{name}", [], tmp_path / f"{name}.ckpt")
+        assert ended_at == steps, name
         assert_same(resumed, whole)
         for mine, other in zip(later[::-1], rounds[::-1], strict=False):
             assert (mine.round, mine.parties, mine.losses) == (other.round, other.parties, other.losses), name
