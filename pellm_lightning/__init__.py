@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pellm_lightning.engine.round_report import RoundReport
     from pellm_lightning.integrations.federated_loop import FederatedLoop
     from pellm_lightning.loop.parameters import Parameters
+    from pellm_lightning.loop.simulation.settings import Simulation
     from pellm_lightning.loop.weighting import Weighting
     from pellm_lightning.trainer.environment import PartyEnvironment
 
@@ -42,6 +43,7 @@ _MODULES = {
     "PartyLostError": "comm.errors",
     "RoundReport": "engine.round_report",
     "SeparateJobs": "comm.elastic.separate_jobs",
+    "Simulation": "loop.simulation.settings",
     "TooFewPartiesError": "comm.errors",
     "Weighting": "loop.weighting",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "PartyLostError",
     "RoundReport",
     "SeparateJobs",
+    "Simulation",
     "TooFewPartiesError",
     "Weighting",
 ]

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ from typing_extensions import override
 from pellm_lightning.aggregation import Aggregation
 from pellm_lightning.callbacks import arguments as checks
 from pellm_lightning.callbacks.fit import FederatedFit, state_dir, stopped_path
+from pellm_lightning.callbacks.simulation.checks import unsupported_arguments
+from pellm_lightning.callbacks.simulation.data import offer, offered_anew
+from pellm_lightning.callbacks.simulation.fit import SimulatedFit
 from pellm_lightning.callbacks.strategies import check_strategy, is_sharding
 from pellm_lightning.comm import Communicator, Quorum
 from pellm_lightning.comm.elastic.separate_jobs import SeparateJobs
@@ -27,6 +31,7 @@ from pellm_lightning.exchange.base import as_exchange
 from pellm_lightning.loop import arguments
 from pellm_lightning.loop.aggregator_factory import AggregatorFactory
 from pellm_lightning.loop.parameters import Parameters
+from pellm_lightning.loop.simulation.settings import Simulation
 from pellm_lightning.loop.weighting import Weighting
 from pellm_lightning.privacy import GaussianMechanism
 from pellm_lightning.report.logs import show_log_lines
@@ -93,6 +98,9 @@ class FederatedAveraging(Callback):
         jobs: Makes this launch one party of several separate jobs; see ``SeparateJobs``. Default: the
             environment's ``PELLM_RENDEZVOUS``, ``PELLM_PARTY`` and so on; without them all parties come from
             one launch.
+        simulate: Lets the launch's processes train many parties in turn on the one module that each holds;
+            see ``Simulation``. The data module's ``party_dataloader(party)`` gives a party's batches, and
+            each epoch of the Trainer is a round.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -122,6 +130,7 @@ class FederatedAveraging(Callback):
         timeout_s: float = 1800,
         record: bool = True,
         jobs: SeparateJobs | None = None,
+        simulate: Simulation | None = None,
     ) -> None:
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
@@ -141,13 +150,17 @@ class FederatedAveraging(Callback):
         self.record = record
         self.jobs = arguments.separate_jobs(jobs, timeout_s, self.factory.quorum)
         """How this party joins separate jobs; None if all parties come from one launch."""
+        self.simulate = simulate
+        self._check_simulation()
         self.rounds: list[RoundReport] = []
         """Reports of the rounds of the present fit, or of the last one."""
         self.summary: RunSummary | None = None
         """Summary of its federation; None before training starts."""
         self._is_set_up = False
         self._topology = Topology()
-        self._fit: FederatedFit | None = None
+        self._fit: FederatedFit | SimulatedFit | None = None
+        self._batches: Callable[[], object] = _do_nothing
+        self._withdraw_data: Callable[[], None] = _do_nothing
         self._renaming: RemovableHandle | None = None
         # The state of a checkpoint that was loaded, or of the fit that has ended.
         self._state: dict[str, Any] = {}
@@ -203,6 +216,16 @@ class FederatedAveraging(Callback):
         folder, stopped = state_dir(trainer, party, self.jobs), stopped_path(trainer, party, self.jobs)
         return last_of_unfinished(trainer, party, folder, stopped) or ckpt_path
 
+    def offer_data(self, run: Mapping[str, Any]) -> None:
+        """Let the data module of a run give the batches of a simulation's parties.
+
+        Args:
+            run: Arguments of the Trainer's method, by name.
+        """
+        self._withdraw_data()
+        if self.simulate is not None:
+            self._withdraw_data = offer(run, lambda: self._batches())
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Separate the parties' files; for a fit also join the federation and refuse what cannot work."""
@@ -213,12 +236,12 @@ class FederatedAveraging(Callback):
                 check_party_size(self._topology, trainer.num_devices, trainer.num_nodes)
             self._state, self.rounds, self.summary = {}, [], None
             check_strategy(trainer, self._topology, self.factory)
-            self._fit = FederatedFit(
-                self.factory, self.jobs, trainer, pl_module, self._topology, self.connect
-            )
+            self._fit = self._new_fit(trainer, pl_module)
             show_log_lines()
             self._fit.join()
             self._fit.check_trainer(self)
+            if self.simulate is not None:
+                self._withdraw_data = offered_anew(trainer, self._withdraw_data)
             # First in line: EarlyStopping and ModelCheckpoint then read what we log in the same hook.
             isolation.put_first(trainer, self)
             self._topology = self._fit.party.topology
@@ -250,7 +273,7 @@ class FederatedAveraging(Callback):
         """Drop the gradients of parameters frozen in this round, before they are clipped or applied."""
         running = self._running
         running.check_trainable(everything=False)
-        running.loop.drop_gradients()
+        running.drop_gradients()
 
     @override
     def on_train_batch_end(
@@ -260,7 +283,7 @@ class FederatedAveraging(Callback):
         running = self._running
         if trainer.is_last_batch:
             running.check_trainable(everything=True)
-        loop = running.after_batch(outputs, batch, batch_idx)
+        loop = running.count(outputs, batch, batch_idx)
         loop.after_batch(epoch_ends=trainer.is_last_batch)
 
     @override
@@ -294,7 +317,7 @@ class FederatedAveraging(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the epoch's round if its last batch did not: skipped, or cut short by max_steps."""
-        self._running.loop.after_epoch()
+        self._running.after_epoch()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -304,6 +327,7 @@ class FederatedAveraging(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave at once, so that the other parties fail in seconds with the reason."""
+        self._withdraw_data()
         if self._fit is not None:
             self._fit.fail(exception)
 
@@ -311,13 +335,14 @@ class FederatedAveraging(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave, if that has not happened yet, and drop every reference to the module."""
         self._stop_renaming()
+        self._withdraw_data()
         if stage == "fit" and self._fit is not None:
             self._fit.leave()
             self._state, self._fit = self.state_dict(), None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what a fit has built out of a pickled callback or a copy: it belongs to this process."""
-        return own_state(self, _fit=None)
+        return own_state(self, _fit=None, _withdraw_data=_do_nothing, _batches=_do_nothing)
 
     # ---- checkpoints
 
@@ -364,10 +389,29 @@ class FederatedAveraging(Callback):
     # ---- small parts
 
     @property
-    def _running(self) -> FederatedFit:
+    def _running(self) -> FederatedFit | SimulatedFit:
         if self._fit is None:
             raise RuntimeError("Rounds belong to a fit: setup('fit') has not run.")
         return self._fit
+
+    def _check_simulation(self) -> None:
+        """Refuse arguments that do not go with ``simulate``.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        arguments.instance_of("simulate", self.simulate, Simulation)
+        if self.simulate is not None:
+            for reason in unsupported_arguments(self.factory, separate_jobs=self.jobs is not None):
+                raise ValueError(f"simulate={self.simulate!r:.200}: {reason}.")
+
+    def _new_fit(self, trainer: Trainer, module: LightningModule) -> FederatedFit | SimulatedFit:
+        factory, topology = self.factory, self._topology
+        if self.simulate is None:
+            return FederatedFit(factory, self.jobs, trainer, module, topology, self.connect)
+        fit = SimulatedFit(factory, self.simulate, trainer, module, topology, self.connect)
+        self._batches = lambda: fit.batches(self._state)
+        return fit
 
     def _separate(self, trainer: Trainer, topology: Topology) -> None:
         """Let Lightning take the party for its whole world, and keep its files apart from the others'."""
@@ -385,14 +429,20 @@ class FederatedAveraging(Callback):
             self._renaming = None
 
 
+def _do_nothing() -> None:
+    """Stand for what a simulation gives and takes back, before there is one."""
+
+
 def _validates_in_fit(trainer: Trainer) -> bool:
     """Return whether the running validation belongs to a fit, and is no sanity check."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
-def _before_run(trainer: Trainer, ckpt_path: Any) -> Any:
+def _before_run(trainer: Trainer, run: Mapping[str, Any]) -> Any:
+    ckpt_path = run.get("ckpt_path")
     for callback in isolation.callbacks_of(trainer):
         if isinstance(callback, FederatedAveraging):
+            callback.offer_data(run)
             ckpt_path = callback.before_run(trainer, ckpt_path)
     return ckpt_path
 

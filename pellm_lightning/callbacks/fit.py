@@ -167,7 +167,7 @@ class FederatedFit:
             shared = {name: trainable[name] for name in sorted(plan.shared)}
             self._check_optimizers(plan, shared)
             size = sum(p.numel() for p in self._module.parameters())
-            with _misconfigured(f"Party {topology.name}: "):
+            with misconfigured(f"Party {topology.name}: "):
                 values = party_parameters(
                     self.party,
                     self._root,
@@ -180,7 +180,7 @@ class FederatedFit:
         stopped = stopped_path(trainer, topology.party, self._jobs)
         warns = factory.weight_by == "samples"
         self._local = LightningTraining(trainer, topology.name, stopped, warns=warns)
-        with _misconfigured():
+        with misconfigured():
             self._loop = RoundLoop(
                 self._local,
                 self.party,
@@ -208,16 +208,24 @@ class FederatedFit:
 
     # ---- during training
 
-    def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> RoundLoop:
+    def drop_gradients(self) -> None:
+        """Drop the gradients of parameters frozen in this round."""
+        self.loop.drop_gradients()
+
+    def count(self, outputs: Any, batch: Any, batch_idx: int) -> RoundLoop:
         """Count a batch; return the loop, of which a round may be due."""
         if self._local is not None:
             self.loop.count(*self._local.counted(outputs, batch, batch_idx))
         return self.loop
 
+    def after_epoch(self) -> None:
+        """Run the epoch's round if its last batch did not."""
+        self.loop.after_epoch()
+
     def check_trainable(self, *, everything: bool) -> None:
         """Refuse a parameter that trains although the parties have not agreed on it."""
         if self._trainable is not None and self._local is not None:
-            with _misconfigured():
+            with misconfigured():
                 self._trainable.check(self._local, self._module, everything=everything)
 
     def start_validation(self) -> None:
@@ -290,7 +298,7 @@ class FederatedFit:
             raise MisconfigurationException(f"Party {self.party.topology.name}: {error}{cure}") from error
 
     def _plan(self, parameters: Mapping[str, nn.Parameter]) -> Plan:
-        with _misconfigured(f"Party {self.party.topology.name}: "):
+        with misconfigured(f"Party {self.party.topology.name}: "):
             return self._factory.plan(self._module, parameters, self._auxiliary)
 
     def _check_optimizers(self, plan: Plan, shared: Mapping[str, nn.Parameter]) -> None:
@@ -369,7 +377,7 @@ class FederatedFit:
 
 
 @contextmanager
-def _misconfigured(who: str = "") -> Iterator[None]:
+def misconfigured(who: str = "") -> Iterator[None]:
     """Raise Lightning's error for settings that do not go together."""
     try:
         yield

@@ -15,6 +15,7 @@ from pellm_lightning.callbacks.weight_averaging import agreed
 from pellm_lightning.comm import Communicator
 from pellm_lightning.engine.aggregator import Aggregator
 from pellm_lightning.engine.auxiliary import AuxiliaryTerms
+from pellm_lightning.engine.context import Settings
 from pellm_lightning.loop.aggregator_factory import AggregatorFactory
 from pellm_lightning.loop.local_training import LocalTraining
 from pellm_lightning.trainer import isolation, resume
@@ -107,10 +108,14 @@ def make_aggregator(
     auxiliary: AuxiliaryTerms | None,
     *,
     frozen: Mapping[str, Tensor | str] | None = None,
+    settings: Settings | None = None,
     facts: Mapping[str, Any] | None = None,
     state_dir: str | None = None,
 ) -> Aggregator:
-    """Return the aggregator of a fit; the arguments are those of ``AggregatorFactory.make``."""
+    """Return the aggregator of a fit; the arguments are those of ``AggregatorFactory.make``.
+
+    ``settings`` is what must be the same at all parties in addition.
+    """
     return factory.make(
         communicator,
         module,
@@ -118,7 +123,7 @@ def make_aggregator(
         plan,
         auxiliary,
         frozen=frozen,
-        config={"weight averaging": agreed(trainer)},
+        config={"weight averaging": agreed(trainer), **(settings or {})},
         files=isolation.written_paths(trainer),
         facts=facts,
         state_dir=state_dir,

@@ -121,7 +121,7 @@ class RoundLoop:
         self._values = values
         self._weighting = factory.weight_by
         self._overlap = factory.overlap
-        self._run_due = self._begin_round if self._overlap.in_background else self._run_round
+        self._run_due = self._begin_round if self._overlap.in_background else self.run_round
         self._schedule = factory.schedule
         self._resets_inner = factory.inner_optimizer_state == "reset"
         self._shares_loss = shares_loss
@@ -171,6 +171,11 @@ class RoundLoop:
             ValueError: If it is such.
         """
         party = self._party.topology.party
+        if "party" not in state:
+            raise ValueError(
+                "The checkpoint is of a simulation, whose processes hold parties in turn. Resume with the"
+                " simulate=Simulation(...) of the checkpoint, or begin anew from its weights."
+            )
         if state["party"] != party:
             raise ValueError(
                 f"Party {party} resumes a checkpoint that party {state['party']} has saved: the state of its"
@@ -220,6 +225,10 @@ class RoundLoop:
         if parameter in self._frozen:
             parameter.grad = None
 
+    def frozen_names(self) -> set[str]:
+        """Return the names of the parameters that are frozen in this round."""
+        return {name for name, parameter in self._trainable.items() if parameter in self._frozen}
+
     def frozen_at_times(self) -> list[nn.Parameter]:
         """Return the parameters that are frozen in some rounds, or in all."""
         rule = self._plan.rule
@@ -257,10 +266,32 @@ class RoundLoop:
         with self._saved_below_quorum():
             return self._party.on_leader(Aggregator.mean, self._leading, local)
 
+    def run_round(self, *, on_bar: bool = True) -> None:
+        """Run a round now, whatever the schedule says, while training waits."""
+        self._apply(on_bar=on_bar)
+        local = self._local_result()
+        weight, loss, contribution = local.weight, local.loss, local.contribution
+        self._values.read_()
+        with self._saved_below_quorum():
+            report = self._party.on_leader(
+                Aggregator.step, self._leading, weight, loss, contribution, steps_left=local.steps_left
+            )
+        self._progress = LocalProgress(self._local.step)
+        self._cursor = local.cursor.aligned(report.round + 1)
+        self._last_round_at = time.monotonic()
+        self._finish_round(report, on_bar=on_bar)
+
+    def answer_round(self) -> bool:
+        """Take part in the other parties' next round without having trained; return whether there is one."""
+        report = self._party.on_leader(lambda: next(self._remaining, None))
+        if report is not None:
+            self._finish_round(report, on_bar=False)
+        return report is not None
+
     def close_round(self) -> None:
         """Run the last, incomplete round of each fragment; all parties end with the same parameters."""
         while self._cursor.is_behind(self._local.step):
-            self._run_round(on_bar=False)
+            self.run_round(on_bar=False)
         self._apply(on_bar=False)
 
     def finish(self) -> int:
@@ -268,8 +299,7 @@ class RoundLoop:
         self.close_round()
         answered = 0
         try:
-            while (report := self._party.on_leader(lambda: next(self._remaining, None))) is not None:
-                self._finish_round(report, on_bar=False)
+            while self.answer_round():
                 answered += 1
         except TooFewPartiesError as error:
             log.warning("[party %s] Ends without the other parties. %s", self._party.topology.name, error)
@@ -298,21 +328,6 @@ class RoundLoop:
         if self._schedule.unit == "seconds":
             return self._party.on_leader(self._schedule.due, clock)  # clocks differ
         return self._schedule.due(clock)
-
-    def _run_round(self, *, on_bar: bool = True) -> None:
-        """Run a round while training waits."""
-        self._apply(on_bar=on_bar)
-        local = self._local_result()
-        weight, loss, contribution = local.weight, local.loss, local.contribution
-        self._values.read_()
-        with self._saved_below_quorum():
-            report = self._party.on_leader(
-                Aggregator.step, self._leading, weight, loss, contribution, steps_left=local.steps_left
-            )
-        self._progress = LocalProgress(self._local.step)
-        self._cursor = local.cursor.aligned(report.round + 1)
-        self._last_round_at = time.monotonic()
-        self._finish_round(report, on_bar=on_bar)
 
     def _begin_round(self) -> None:
         """Start a round in the background."""
@@ -390,16 +405,20 @@ class RoundLoop:
             for optimizer in self._local.optimizers:
                 optimizer.state.clear()
         # Moments in coordinates that are no more.
-        basis_changed = self._plan.named(self._plan.rule.basis_changed(report.active_parties))
-        if report.weight:  # else the party may have taken over more than the round's fragment
-            basis_changed &= self._fragments[report.round % self._overlap.fragments]
-        for parameter in [self._trainable[name] for name in sorted(basis_changed)]:
+        for parameter in [self._trainable[name] for name in sorted(self.basis_changed(report))]:
             for optimizer in self._local.optimizers:
                 optimizer.state.pop(parameter, None)
         self._freeze_parts(report.round + 1)
         if report.last:
             self._local.stop()
         self._on_round(report, on_bar)
+
+    def basis_changed(self, report: RoundReport) -> set[str]:
+        """Return the parameters that a round has given another basis, in which moments mean nothing."""
+        changed = self._plan.named(self._plan.rule.basis_changed(report.active_parties))
+        if report.weight:  # else the party may have taken over more than the round's fragment
+            changed &= self._fragments[report.round % self._overlap.fragments]
+        return changed
 
     def _carried(self) -> dict[str, Tensor]:
         """Return the mean of the parties' auxiliary vectors, in every process of the party."""

@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -26,27 +26,29 @@ _METADATA = "meta.pt"
 _RUNS = ("fit", "validate", "test", "predict")
 
 
-def precede_runs(act: Callable[[Trainer, Any], Any]) -> None:
+def precede_runs(act: Callable[[Trainer, Mapping[str, Any]], Any]) -> None:
     """Call ``act`` before each fit, validation, test and prediction of a Trainer.
 
-    Lightning has no hook before it resolves ``ckpt_path``, so its public methods are wrapped, as by
-    MLflow's autologging. Trainers that ``act`` ignores are not affected.
+    Lightning has no hook before it resolves ``ckpt_path`` and looks for data, so its public methods are
+    wrapped, as by MLflow's autologging. Trainers that ``act`` ignores are not affected.
 
     Args:
-        act: Gets the Trainer and its ``ckpt_path``, and returns the one to use.
+        act: Gets the Trainer and the arguments by name, and returns the ``ckpt_path`` to use.
     """
     for name in _RUNS:
         setattr(Trainer, name, _preceded(getattr(Trainer, name), act))
 
 
-def _preceded(method: Callable[..., Any], act: Callable[[Trainer, Any], Any]) -> Callable[..., Any]:
+def _preceded(
+    method: Callable[..., Any], act: Callable[[Trainer, Mapping[str, Any]], Any]
+) -> Callable[..., Any]:
     signature = inspect.signature(method)
 
     @functools.wraps(method)
     def run(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(trainer, *args, **kwargs)
         ckpt_path = given.arguments.get("ckpt_path")
-        resolved = act(trainer, ckpt_path)
+        resolved = act(trainer, given.arguments)
         if resolved is not ckpt_path:
             given.arguments["ckpt_path"] = resolved
         return method(*given.args, **given.kwargs)

@@ -30,6 +30,7 @@ from pellm_lightning import (
     Federation,
     Overlap,
     RoundReport,
+    Simulation,
 )
 from pellm_lightning.aggregation import Deviation, LoraModule, LowRankMean
 from pellm_lightning.callbacks.dp_sgd import DPSGD
@@ -151,6 +152,7 @@ EXAMPLES: dict[Any, Callable[[], Any]] = {
     FedProx: lambda: FedProx(0.1),
     GaussianMechanism: lambda: GaussianMechanism(1.0, 0.5, adaptive=AdaptiveClipping()),
     SeparateJobs: lambda: SeparateJobs("tcp://127.0.0.1:1", "a", ("a", "b"), tls=tls_of("a")),
+    Simulation: lambda: Simulation(num_parties=9, sampled=0.5),
     LoraModule: lambda: LoraModule(2.0, torch.ones(2, 3)),
     SecureAggregation: masked,
     OptimizerConfig: lambda: OptimizerConfig("torch.optim.Adam", {"lr": 0.5}),

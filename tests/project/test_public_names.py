@@ -30,6 +30,7 @@ NAMES = [
     "PartyLostError",
     "RoundReport",
     "SeparateJobs",
+    "Simulation",
     "TLS",
     "TooFewPartiesError",
     "Weighting",
@@ -52,6 +53,7 @@ ARGUMENTS = [
     "timeout_s",
     "record",
     "jobs",
+    "simulate",
 ]
 
 

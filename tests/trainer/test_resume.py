@@ -407,7 +407,8 @@ def test_the_path_that_is_chosen_is_used() -> None:
     def fit(trainer: Any, model: Any, data: Any = None, ckpt_path: Any = None) -> Any:
         return trainer, model, data, ckpt_path
 
-    def choose(trainer: Any, asked: Any) -> Any:
+    def choose(trainer: Any, run: Any) -> Any:
+        asked = run.get("ckpt_path")
         return "own.ckpt" if asked == "last" else asked
 
     run = resume._preceded(fit, choose)

@@ -1,0 +1,1 @@
+"""Communicators of simulated parties, which the processes of a launch hold as threads."""
