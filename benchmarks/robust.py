@@ -140,7 +140,6 @@ OF_ONE = {
     "infinity": Attack(partial(filled, float("inf"))),
     "1e30": Attack(partial(filled, 1e30)),
     "3e38": Attack(partial(filled, 3e38)),
-    "a newer version claimed, flipped labels": Attack(flipped=True, newer=True),
     "flipped labels": Attack(flipped=True),
     "flipped labels, weight 1e9": Attack(flipped=True, weight=1e9),
     "sign flip x10": Attack(partial(scaled, -10.0)),
@@ -161,6 +160,7 @@ ON_POINTS = {
 ON_TEXTS = {
     "no attack": Attack(attackers=0),
     "without the attacker": Attack(weight=0.0),
+    "a newer version claimed, flipped labels": Attack(flipped=True, newer=True),
     **OF_ONE,
     "without the two": Attack(weight=0.0, attackers=2),
     **OF_TWO,
@@ -285,14 +285,14 @@ def run(task: str, rules: list[str], seeds: list[int], results: Path) -> None:
 
 
 def table(task: str, rules: list[str], results: Path) -> str:
-    """Return the table of what there is of a task, in Markdown."""
+    """Return the table of what there is of a task, in Markdown, without rows of which nothing was run."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in _rows(results):
         if row["task"] == task:
             found.setdefault((row["attack"], row["rule"]), []).append(row["accuracy"])
     lines = ["| | " + " | ".join(rules) + " |", "|---" * (len(rules) + 1) + "|"]
-    for name in ATTACKS[task]:
-        cells = [_percent(statistics.fmean(found.get((name, rule), [math.nan]))) for rule in rules]
+    for name in [name for name in ATTACKS[task] if any((name, rule) in found for rule in rules)]:
+        cells = [_percent(found.get((name, rule), [])) for rule in rules]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -312,8 +312,11 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["task"], row["attack"], row["rule"], row["seed"]
 
 
-def _percent(value: float) -> str:
-    return "diverges" if math.isnan(value) else f"{100 * value:.1f}"
+def _percent(of_seeds: list[float]) -> str:
+    if not of_seeds:
+        return "not run"
+    mean = statistics.fmean(of_seeds)
+    return "diverges" if math.isnan(mean) else f"{100 * mean:.1f}"
 
 
 # ---- what the rules cost without an attacker
