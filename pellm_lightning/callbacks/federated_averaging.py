@@ -355,7 +355,9 @@ class FederatedAveraging(Callback):
     @property
     def evidence(self) -> str | None:
         """Certificates of the rounds, signed by a quorum, as ``Aggregator.evidence``; None without."""
-        text: str | None = self.state_dict().get("aggregator", {}).get("evidence")
+        if self._fit is not None and self._fit.has_state:
+            return self._fit.loop.evidence
+        text: str | None = self._state.get("aggregator", {}).get("evidence")
         return text
 
     @override

@@ -264,11 +264,16 @@ class FederatedFit:
             log.warning("[party %s] Left the federation: %s.", self.party.topology.name, why)
             self._session.leave(why)
 
+    @property
+    def has_state(self) -> bool:
+        """Whether training has started, and this process leads."""
+        return self._loop is not None and self.party.topology.is_leader
+
     def state(self) -> dict[str, Any] | None:
         """Return what ``start`` resumes from; None before training, and in processes that do not lead."""
-        if self._loop is None or not self.party.topology.is_leader:
+        if not self.has_state:
             return None
-        state = self._loop.state()
+        state = self.loop.state()
         summary = {} if self._reporter is None else asdict(self._reporter.summary)
         # Paths among a module's hyperparameters are seen from there; `export` may be called elsewhere.
         return {

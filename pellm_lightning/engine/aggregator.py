@@ -219,8 +219,11 @@ class Aggregator:
     def evidence(self) -> str | None:
         """Certificates of all rounds up to now, signed by a quorum, as lines of JSON; None without keys.
 
-        Only separate jobs leave any. ``pellm verify`` reads it next to an adapter.
+        Only separate jobs leave any. ``pellm verify`` reads it next to an adapter. A round in the background
+        is waited for.
         """
+        if self._background is not None:
+            self._background.settle()
         return self._evidence.text
 
     # ---- what a party calls

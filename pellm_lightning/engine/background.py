@@ -130,10 +130,14 @@ class BackgroundRounds:
             if round.done() and not (again and round.exception()):
                 self._running = None
 
+    def settle(self) -> None:
+        """Return when no round is running any more; ``apply`` raises what it failed with."""
+        with contextlib.suppress(FederationError):
+            self.wait(again=True)
+
     def state_dict(self) -> dict[str, Any] | None:
         """Return the report of the round to be applied, if any, when the running one has ended or failed."""
-        with contextlib.suppress(FederationError):  # which apply() will raise
-            self.wait(again=True)
+        self.settle()
         return None if self._report is None else asdict(self._report)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

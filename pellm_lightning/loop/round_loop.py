@@ -196,6 +196,11 @@ class RoundLoop:
                 " the overlap of the checkpoint; a checkpoint of another step may be resumed without."
             )
 
+    @property
+    def evidence(self) -> str | None:
+        """Certificates of the rounds, as ``Aggregator.evidence``; on the leader only."""
+        return self._leading.evidence
+
     def state(self) -> dict[str, Any]:
         """Return what ``start`` needs to resume exactly, even within a round; on the leader only."""
         aggregator = self._leading.state_dict()  # waits for the round under way, which may fail only now

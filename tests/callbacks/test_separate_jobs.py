@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from certificates import tls_of
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lora_module import Tuned
@@ -28,6 +29,8 @@ from pellm_lightning.comm import (
     MismatchError,
     TooFewPartiesError,
 )
+from pellm_lightning.comm.evidence.chain import Chain
+from pellm_lightning.engine.global_state import GlobalState
 
 lists_keys = pytest.mark.skipif(
     not hasattr(dist.HashStore, "list_keys"), reason="the stores of this torch do not list their keys"
@@ -80,6 +83,30 @@ def test_rounds_in_the_background_go_on_without_a_job_that_fails(jobs: Jobs) -> 
     # Of eight steps, begun after 3 and 6, landed after 5 and 8; the last at the end.
     assert jobs.logs["a"].steps == jobs.logs["b"].steps == [5, 8, 8]
     assert [done["parties"] for done in jobs.logs["a"].rounds][1:] == [2, 2]
+
+
+def test_evidence_is_read_without_a_copy_of_the_state(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a round is under way, which is waited for, and after the fit."""
+    jobs.tls = tls_of
+    copies: list[GlobalState] = []
+    whole, made = GlobalState.state_dict, jobs.callback
+    monkeypatch.setattr(GlobalState, "state_dict", lambda state: copies.append(state) or whole(state))
+    callbacks = {name: made(name, every_n_steps=3, overlap=Overlap(2, mix=0.25)) for name in ROSTER}
+    monkeypatch.setattr(jobs, "callback", callbacks.__getitem__)
+    at_4: dict[str, str | None] = {}
+
+    def read(name: str) -> None:
+        at_4[name] = callbacks[name].evidence
+
+    in_threads([lambda n=name: jobs.fit(n, At(4, lambda: read(n))) for name in ROSTER])
+    assert jobs.same(*ROSTER)
+    # One copy of each party's, as the fit ends.
+    assert len(copies) == 3
+    for name, callback in callbacks.items():
+        assert [c.statement.round for c in Chain.parse(at_4[name] or "").certificates] == [0]
+        assert [c.statement.round for c in Chain.parse(callback.evidence or "").certificates] == [0, 1, 2]
+        assert callback.evidence == callback.state_dict()["aggregator"]["evidence"]
+    assert len(copies) == 3
 
 
 @lists_keys

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from party_threads import Connecting, Rounds, ValidatedClassifier, data, in_threads, quiet_trainer
 
 from pellm_lightning import FederatedAveraging, SeparateJobs
-from pellm_lightning.comm import ElasticFederation, Membership
+from pellm_lightning.comm import TLS, ElasticFederation, Membership
 
 ROSTER = ["a", "b", "c"]
 
@@ -22,6 +22,7 @@ class Jobs:
         self.tmp_path = tmp_path
         self.membership = {"heartbeat_ttl_s": 0.6, "wait_s": 20} | membership
         self.store = dist.HashStore()
+        self.tls: Callable[[str], TLS | None] = lambda name: None
         self.results: dict[str, Any] = {}
         self.logs = {name: Rounds() for name in ROSTER}
 
@@ -36,6 +37,7 @@ class Jobs:
                 ROSTER,
                 quorum=arguments.get("quorum", "majority"),
                 membership=Membership(**self.membership),
+                tls=self.tls(name),
             ),
             jobs=SeparateJobs("tcp://127.0.0.1:1", name, ROSTER, state_dir=str(self.tmp_path / name)),
             **({"every_n_steps": 2} | arguments),
