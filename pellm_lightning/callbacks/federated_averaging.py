@@ -355,10 +355,9 @@ class FederatedAveraging(Callback):
     @property
     def evidence(self) -> str | None:
         """Certificates of the rounds, signed by a quorum, as ``Aggregator.evidence``; None without."""
-        if self._fit is not None and self._fit.has_state:
-            return self._fit.loop.evidence
-        text: str | None = self._state.get("aggregator", {}).get("evidence")
-        return text
+        running = None if self._fit is None else self._fit.evidence
+        of_state: str | None = self._state.get("aggregator", {}).get("evidence")
+        return of_state if running is None else running
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -265,13 +265,18 @@ class FederatedFit:
             self._session.leave(why)
 
     @property
-    def has_state(self) -> bool:
+    def evidence(self) -> str | None:
+        """Certificates of the rounds, signed by a quorum; None before training, and without."""
+        return self.loop.evidence if self._has_state else None
+
+    @property
+    def _has_state(self) -> bool:
         """Whether training has started, and this process leads."""
         return self._loop is not None and self.party.topology.is_leader
 
     def state(self) -> dict[str, Any] | None:
         """Return what ``start`` resumes from; None before training, and in processes that do not lead."""
-        if not self.has_state:
+        if not self._has_state:
             return None
         state = self.loop.state()
         summary = {} if self._reporter is None else asdict(self._reporter.summary)

@@ -253,6 +253,11 @@ class SimulatedFit:
         if self._rounds is None:
             self._session.leave("its fit ended before it began")
 
+    @property
+    def evidence(self) -> str | None:
+        """None: nobody signs what one process computes for all."""
+        return None
+
     def state(self) -> dict[str, Any] | None:
         """Return what ``start`` resumes from; None before training."""
         if self._rounds is None or self._turns is None or self._reporter is None:
