@@ -37,7 +37,6 @@ _IMPORTS += ["matplotlib.backends.backend_svg", "torch.utils.serialization"]
 _STARTS_NO_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """A fork has one thread: a lock that another one held at that moment, such as an allocator's, stays held."""
 _REQUEST_BYTES = 1 << 20
-_originals: list[subprocess.Popen[bytes]] = []
 
 
 @cache
@@ -75,7 +74,7 @@ def _start(place: Path) -> None:
             env=environ | {"PYTHONHASHSEED": str(seed + 1)},
             pass_fds=[tells_ready],
         )
-        _originals.append(original)
+        original.returncode = 0  # it may outlive this process, of which Popen would warn
     os.close(tells_ready), os.close(held)
     with os.fdopen(ready, "rb") as file:
         assert file.read() == b"++", "what is forked from has not come up"
