@@ -231,13 +231,14 @@ def test_values_stay_as_they_are_written(value: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b'{"text": "a"}'), "is compressed by gzip, .*let its name end in .gz"),
+        (gzip.compress(b'{"text": "a"}', mtime=0), "is compressed by gzip, .*let its name end in .gz"),
         (bz2.compress(b'{"text": "a"}'), "is compressed by bzip2"),
         (lzma.compress(b'{"text": "a"}'), "is compressed by xz"),
         (b"PK\x03\x04\x14\0\6\0\x08", r"is a spreadsheet \(\.xlsx\).*Export the sheet as CSV"),
         (b"PAR1\x15\x04\x15\0\xff", r"is a Parquet file, .*end in \.parquet"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "is a pointer of .*git lfs pull"),
     ],
+    ids=["gzip", "bzip2", "xz", "xlsx", "parquet", "pointer"],
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.tsv", "a.json"])
 def test_files_that_are_no_text_are_named_for_what_they_are(
