@@ -1,6 +1,6 @@
 """Reader of configuration files that refuses what YAML parsers change silently."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def _misshapen(config: dict[str, Any]) -> Iterator[str]:
 
 def _misspelt(value: Any, where: str) -> Iterator[str]:
     """Yield each key that was meant to be class_path or init_args."""
-    for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+    parts: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, part in parts:
         meant = did_you_mean(str(name), _OF_A_CLASS) if isinstance(value, dict) else ""
         if meant and name not in _OF_A_CLASS and value.keys() & set(_OF_A_CLASS):
             yield f"{where!r} has {name!r}.{meant}"

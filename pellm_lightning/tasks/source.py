@@ -264,13 +264,11 @@ def _commit(name: str, revision: str | None) -> str:
 
 def _snapshot(name: str, revision: str | None) -> str | None:
     """Return the folder of a revision that was downloaded before, where there is no network."""
-    import huggingface_hub
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+    if not constants.HF_HUB_OFFLINE:
         return None
     with contextlib.suppress(LocalEntryNotFoundError):
-        return huggingface_hub.snapshot_download(
-            name, repo_type="dataset", revision=revision, local_files_only=True
-        )
+        return str(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
     return None
