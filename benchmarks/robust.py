@@ -1,7 +1,7 @@
 """What one attacker, or two of seven, can do under each aggregation rule, and what the rules cost.
 
     python benchmarks/robust.py                    # ten classes of points, about ten minutes
-    python benchmarks/robust.py --task newsgroups  # MiniLM with LoRA on 20 Newsgroups, about an hour
+    python benchmarks/robust.py --task newsgroups  # MiniLM with LoRA on 20 Newsgroups, about half an hour
     python benchmarks/robust.py --rules Median     # some of the columns
     python benchmarks/robust.py --seeds --write    # the table of what there is, into the page
     python benchmarks/robust.py --cost             # rounds without an attacker, in units of `Mean`
