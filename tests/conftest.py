@@ -45,7 +45,7 @@ settings.load_profile("tests")
 os.environ["PET_MASTER_PORT"] = str(free_port())
 
 # Twice a connection to a store torch asks a name server who 127.0.0.1 is, and waits 5 s if no answer comes.
-os.environ["RES_OPTIONS"] = "attempts:0"
+os.environ["RES_OPTIONS"] = "timeout:1"
 
 gc.disable()  # imports and 6,000 tests are no garbage, but make every collection slow: until tests run
 

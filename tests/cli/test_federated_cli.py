@@ -196,6 +196,7 @@ def test_the_printed_configuration_runs_again(
         "timeout_s": 1800,
         "record": True,
         "jobs": None,
+        "simulate": None,
     }
     assert config["federated"]["outer_optimizer"]["init_args"]["lr"] == 1.0
     (tmp_path / "printed.yaml").write_text(printed)

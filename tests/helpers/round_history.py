@@ -32,6 +32,7 @@ class Entry:
     weights: list[float]
     """Of the members; empty if no round was run."""
     vector: list[float]
+    """Its first ``SIZE`` values."""
     digest: str
     stage: Literal["made", "in doubt", "settled"]
     """Whether it was about to vote for it, or lost the rendezvous after its vote, or read the decision."""
@@ -69,7 +70,8 @@ class Findings:
 def noise(party: int, round: int, size: int = SIZE) -> Tensor:
     """What local training adds to the global vector (D,), float32."""
     generator = torch.Generator().manual_seed(1_000_003 * party + round + 1)
-    return 0.1 * torch.randn(size, generator=generator)
+    first = torch.randn(SIZE, generator=generator)  # the same whatever the size
+    return 0.1 * torch.cat([first, torch.randn(max(0, size - SIZE), generator=generator)])[:size]
 
 
 def digest_of(vector: Tensor) -> str:
@@ -87,7 +89,7 @@ def entry_of(aggregator: Aggregator, weights: Sequence[float], stage: Any) -> En
         *version,
         members=list(federation.names),
         weights=list(weights),
-        vector=vector.tolist() if vector.numel() <= 256 else [],
+        vector=vector[:SIZE].tolist(),
         digest=digest_of(vector),
         stage=stage,
     )

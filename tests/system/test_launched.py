@@ -77,7 +77,8 @@ import sys
 from pathlib import Path
 
 import torch
-from party_threads import Classifier, data, quiet_trainer
+from party_threads import Classifier, dataset, quiet_trainer
+from torch.utils.data import DataLoader
 
 from pellm_lightning import FederatedAveraging
 
@@ -87,7 +88,8 @@ if __name__ == "__main__":
     module = Classifier(seed=0)
     callback = FederatedAveraging()
     trainer = quiet_trainer(".", [callback], devices=2, strategy=sys.argv[1], max_epochs=1)
-    trainer.fit(module, data(16, seed=1, batch_size=8))
+    # A generator of its own is not sent to a process that is spawned.
+    trainer.fit(module, DataLoader(dataset(16, seed=1), batch_size=8))
     if trainer.is_global_zero:
         weights = [done.weight for done in callback.rounds]  # empty where the processes have ended
         torch.save({"vector": module.vector(), "weights": weights}, "answer.pt")
