@@ -52,7 +52,7 @@ def main() -> None:
 def faults(launches: int, parties: int, dice: random.Random) -> dict[str, Any]:
     counted: Counter[str] = Counter()
     noticed: dict[str, list[float]] = {kind: [] for kind in _FAULTS}
-    wrong, rounds = [], 0
+    wrong, rounds, unnamed = [], 0, 0
     for number in range(launches):
         with tempfile.TemporaryDirectory() as folder:
             launch = Launch(Path(folder), parties, dice)
@@ -61,11 +61,13 @@ def faults(launches: int, parties: int, dice: random.Random) -> dict[str, Any]:
             wrong += [f"launch {number} ({', '.join(kinds)}): {what}" for what in launch.judged()]
             noticed[kinds[-1]] += launch.noticed
             rounds += launch.rounds
+            unnamed += len(launch.unnamed)
     return {
         "launches": launches,
         "faults": dict(counted),
         "rounds": rounds,
         "noticed_worst_s": {kind: round(max(times), 3) for kind, times in noticed.items() if times},
+        "errors_without_the_victim": unnamed,
         "wrong": wrong,
     }
 
@@ -77,6 +79,9 @@ class Launch:
         self.folder, self.parties, self.dice = folder, parties, dice
         self.victims: list[int] = []
         self.noticed: list[float] = []
+        self.unnamed: list[str] = []
+        """Errors that do not name a victim."""
+        self.is_stopped = False
         self.rounds = 0
         self._processes = [
             Process(partial(party, folder, index, parties), folder / f"{index}.log")
@@ -98,6 +103,7 @@ class Launch:
             stopped.stop(0)
             time.sleep(dice.uniform(0.05, TIMEOUT_S / 4))
             stopped.wake()
+        self.is_stopped = kinds[-1] == "long stop"
         self.victims = dice.sample(range(self.parties), 2 if kinds[-1] == "kill two" else 1)
         began = time.monotonic()
         for victim in self.victims:
@@ -125,7 +131,9 @@ class Launch:
             elif not lines[-1]["as_before"]:
                 found.append(f"party {index} has lost what it had before the round that failed")
             elif not any(f"party {victim}" in lines[-1]["error"] for victim in self.victims):
-                found.append(f"party {index} blames another: {lines[-1]['error']}")
+                self.unnamed.append(lines[-1]["error"])
+        if self.unnamed and not self.is_stopped:  # who has died is known; who is silent is not always
+            found += [f"another is blamed: {error}" for error in self.unnamed]
         self.rounds = max(digests, default=0)
         return found + [f"results of round {at} differ" for at, kinds in digests.items() if len(kinds) > 1]
 
