@@ -265,7 +265,7 @@ def rounds(
 # ---- the table
 
 
-def run(task: str, rules: list[str], seeds: list[int], results: Path) -> None:
+def run(task: str, rules: list[str], seeds: list[int], results: Path, cap: float | None = None) -> None:
     """Make the runs that are not among the results, seed by seed."""
     results.parent.mkdir(parents=True, exist_ok=True)
     results.touch()
@@ -277,6 +277,7 @@ def run(task: str, rules: list[str], seeds: list[int], results: Path) -> None:
     for row in [cell for cell in cells if _key(cell) not in done]:
         begun, attack = time.perf_counter(), ATTACKS[task][row["attack"]]
         of_seed = make_task(task, row["seed"], attack.parties, attack.skew)
+        of_seed.cap = of_seed.cap if cap is None else cap
         row["accuracy"] = accuracy(of_seed, row["rule"], attack)
         row["seconds"] = round(time.perf_counter() - begun, 1)
         print(*row.values(), flush=True)
@@ -353,6 +354,9 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=[], help="parts of names of rules")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none to run nothing")
     parser.add_argument("--results", type=Path, default=Path("runs/robust.jsonl"))
+    parser.add_argument(
+        "--cap", type=float, help="another max_share than the task's; with --results of its own"
+    )
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)
@@ -369,7 +373,7 @@ def main() -> None:
 
 def show_attacks(arguments: argparse.Namespace) -> None:
     rules = [rule for rule in RULES if not arguments.rules or any(part in rule for part in arguments.rules)]
-    run(arguments.task, rules, arguments.seeds, arguments.results)
+    run(arguments.task, rules, arguments.seeds, arguments.results, arguments.cap)
     made = table(arguments.task, rules, arguments.results)
     print(made)
     if arguments.write:
