@@ -96,6 +96,11 @@ class Communicator(Collectives):
         """Settings of the federation that must be the same at all parties, in addition to the engine's."""
         return {}
 
+    @property
+    def relayed(self) -> list[str]:
+        """Members with which this party is connected by a relay; none where all are reached directly."""
+        return []
+
     @abstractmethod
     def enter(self, phase: str) -> None:
         """Publish what this party does from now on, so that errors at any party can tell where each was."""

@@ -262,7 +262,7 @@ def measure(federation: Communicator, rehearsal: Rehearsal | None, *, patience_s
                 f"Party {', '.join(missing)} did not come to measure.", parties=tuple(missing)
             )
     latency_s, seconds, size = _sums(federation)
-    relayed = tuple(federation.relayed) if isinstance(federation, ElasticFederation) else ()
+    relayed = tuple(federation.relayed)
     federation.commit("sums")
     rounds_s: tuple[float, ...] = ()
     sent = 0

@@ -170,8 +170,8 @@ class ElasticFederation(Communicator):
         return [self.roster.index(name) for name in self.names]
 
     @property
+    @override
     def relayed(self) -> list[str]:
-        """Members with which this party is connected by the relay."""
         return self._connections.relayed
 
     @property
