@@ -7,14 +7,12 @@ they were before the round that failed, and to hold what all others hold of the 
 """
 
 import argparse
-import gc
 import hashlib
 import json
 import os
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from functools import partial
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from chaos import Process
+from soak import inventory
 
 from pellm_lightning import Aggregator, Federation, FederationError
 
@@ -52,7 +51,7 @@ def main() -> None:
 def faults(launches: int, parties: int, dice: random.Random) -> dict[str, Any]:
     counted: Counter[str] = Counter()
     noticed: dict[str, list[float]] = {kind: [] for kind in _FAULTS}
-    wrong, rounds, unnamed = [], 0, 0
+    wrong, rounds = [], 0
     for number in range(launches):
         with tempfile.TemporaryDirectory() as folder:
             launch = Launch(Path(folder), parties, dice)
@@ -61,13 +60,11 @@ def faults(launches: int, parties: int, dice: random.Random) -> dict[str, Any]:
             wrong += [f"launch {number} ({', '.join(kinds)}): {what}" for what in launch.judged()]
             noticed[kinds[-1]] += launch.noticed
             rounds += launch.rounds
-            unnamed += len(launch.unnamed)
     return {
         "launches": launches,
         "faults": dict(counted),
         "rounds": rounds,
         "noticed_worst_s": {kind: round(max(times), 3) for kind, times in noticed.items() if times},
-        "errors_without_the_victim": unnamed,
         "wrong": wrong,
     }
 
@@ -79,9 +76,6 @@ class Launch:
         self.folder, self.parties, self.dice = folder, parties, dice
         self.victims: list[int] = []
         self.noticed: list[float] = []
-        self.unnamed: list[str] = []
-        """Errors that do not name a victim."""
-        self.is_stopped = False
         self.rounds = 0
         self._processes = [
             Process(partial(party, folder, index, parties), folder / f"{index}.log")
@@ -103,7 +97,6 @@ class Launch:
             stopped.stop(0)
             time.sleep(dice.uniform(0.05, TIMEOUT_S / 4))
             stopped.wake()
-        self.is_stopped = kinds[-1] == "long stop"
         self.victims = dice.sample(range(self.parties), 2 if kinds[-1] == "kill two" else 1)
         began = time.monotonic()
         for victim in self.victims:
@@ -131,9 +124,7 @@ class Launch:
             elif not lines[-1]["as_before"]:
                 found.append(f"party {index} has lost what it had before the round that failed")
             elif not any(f"party {victim}" in lines[-1]["error"] for victim in self.victims):
-                self.unnamed.append(lines[-1]["error"])
-        if self.unnamed and not self.is_stopped:  # who has died is known; who is silent is not always
-            found += [f"another is blamed: {error}" for error in self.unnamed]
+                found.append(f"party {index} blames another: {lines[-1]['error']}")
         self.rounds = max(digests, default=0)
         return found + [f"results of round {at} differ" for at, kinds in digests.items() if len(kinds) > 1]
 
@@ -212,16 +203,6 @@ def undisturbed(parties: int, rounds: int) -> dict[str, list[float]]:
             os.waitpid(process.pid, 0)
         found = [json.loads(line) for line in Path(folder, "0.jsonl").read_text().splitlines()]
     return {"rounds": rounds, **{name: [line[name] for line in found] for name in found[0]}}
-
-
-def inventory() -> dict[str, float]:
-    gc.collect()
-    kilobytes = int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0])
-    return {
-        "memory_mb": round(kilobytes / 1024, 1),
-        "threads": threading.active_count(),
-        "descriptors": len(os.listdir("/proc/self/fd")),
-    }
 
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ def long(rounds: int, secure: bool = False) -> dict[str, object]:
 
         def look(party: str, aggregator: Aggregator) -> None:
             if party == "p0" and aggregator.round in (rounds // 10, rounds - 1):
-                gc.collect()
-                found.append(_inventory() | {"keys": store.num_keys()} | parties.disk())
+                found.append(inventory() | {"keys": store.num_keys()} | parties.disk())
 
         parties.run(rounds, look)
     return {
@@ -172,7 +171,9 @@ class Parties:
             federation._listener.close()
 
 
-def _inventory() -> dict[str, float]:
+def inventory() -> dict[str, float]:
+    """Return what this process holds now."""
+    gc.collect()
     status = Path("/proc/self/status").read_text()
     kilobytes = int(status.partition("VmRSS:")[2].split()[0])
     return {

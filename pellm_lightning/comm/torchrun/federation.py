@@ -30,6 +30,7 @@ from pellm_lightning.comm.tls import TLS
 from pellm_lightning.comm.topology import Topology
 from pellm_lightning.comm.torchrun import shared_memory as shared
 from pellm_lightning.comm.torchrun.gloo import GlooGroup, check_transport
+from pellm_lightning.comm.torchrun.host_sockets import LateError
 from pellm_lightning.comm.torchrun.lane import LEFT, Lane, Pending
 from pellm_lightning.comm.torchrun.store import store_from_env
 from pellm_lightning.comm.torchrun.store_coordinator import StoreCoordinator
@@ -322,7 +323,8 @@ class Federation(Communicator):
             self._disconnect()
             raise
         except RuntimeError as error:
-            late = self._coordinator.timed_out() if "imed out" in str(error) else None
+            silent = error.parties if isinstance(error, LateError) else ()
+            late = self._coordinator.timed_out(late=silent) if "imed out" in str(error) else None
             # A broken group stays broken, and its neighbours notice only when this party disconnects.
             self._disconnect()
             if late:

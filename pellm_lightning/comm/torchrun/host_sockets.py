@@ -16,12 +16,19 @@ from pellm_lightning.comm.torchrun.lane import LEFT
 _CONNECT_S = 10.0
 # A party that has left when all had come to it is no loss: what they sent to others arrives within this.
 _LEFT_S = 0.5
-_LATE = "Timed out waiting for other parties of this host"
 MESSAGE_BYTES = 1 << 15
 """Longest message of an exchange."""
 _CREDENTIALS = struct.Struct("3i")  # process, user and group, as SO_PEERCRED gives them
 _FILE = struct.Struct("i")  # a descriptor, as SCM_RIGHTS gives it
 Gather: TypeAlias = Callable[[str, object], list[Any]]
+
+
+class LateError(RuntimeError):
+    """Timeout of an exchange, with the parties that have sent nothing."""
+
+    def __init__(self, parties: Sequence[int]) -> None:
+        super().__init__("Timed out waiting for other parties of this host")
+        self.parties = parties
 
 
 class HostSockets:
@@ -87,7 +94,8 @@ class HostSockets:
         while len(received) < self.size:
             ready = poll.poll(1e3 * max(deadline - time.monotonic(), 0))
             if not ready:
-                raise RuntimeError(_LATE) if gone is None else self._lost(gone)
+                late = LateError([party for party in self.parties if party not in received])
+                raise late if gone is None else self._lost(gone)
             for descriptor, _ in ready:
                 party = party_of[descriptor]
                 if party not in received:

@@ -133,7 +133,9 @@ class StoreCoordinator:
 
     def timed_out(self, waiting: str = "", late: Sequence[int] = ()) -> PartyLostError:
         """Return the error of this party's timeout, and publish it: the late party shall find the reason."""
-        elsewhere = {} if waiting else self._late()
+        # Who does something else, unless it is known who has sent nothing.
+        phases = dict.fromkeys(late, "not heard of") | self.phases()
+        elsewhere = {} if waiting else {party: phases[party] for party in late} or self._late()
         reason = f"it waited {self.timeout_s:g} s {waiting or 'for ' + _doing(elsewhere)}"
         self.publish_reason(reason)
         return PartyLostError(

@@ -457,7 +457,8 @@ def test_a_party_that_is_stopped_costs_the_timeout() -> None:
 
     late, _ = run_parties(2, act, timeout_s=1, may_fail=True)
     assert isinstance(late, PartyLostError)
-    assert "it waited 1 s" in str(late)
+    assert "it waited 1 s for party 1 (" in str(late)
+    assert late.parties == ("1",)
     assert "raise timeout_s" in str(late)
 
 
