@@ -1,4 +1,4 @@
-"""PartyBatches: a party's pass over its data, which goes on where the party left it."""
+"""PartyBatches: a party's pass over its data, which resumes where the party stopped."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
