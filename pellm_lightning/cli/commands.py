@@ -46,8 +46,8 @@ def rendezvous(
         host, port = split_address(listen)
         if quotas is not None and not relay:
             raise ValueError("Quotas are given, but no relay that has them. Add --relay, or leave them out.")
-    limits = (quotas or RelayQuotas()) if relay else None
-    server = RendezvousServer(host, port, roster=keys.names_in(roster or ""), tls=tls, relay=limits)
+        limits = (quotas or RelayQuotas()) if relay else None
+        server = RendezvousServer(host, port, roster=keys.names_in(roster or ""), tls=tls, relay=limits)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.close())
     try:

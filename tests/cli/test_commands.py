@@ -16,6 +16,7 @@ import yaml
 from certificates import files, tls_of
 
 from pellm_lightning.cli import commands
+from pellm_lightning.cli.errors import UsageError
 from pellm_lightning.cli.main import main
 from pellm_lightning.comm.rendezvous.client import RendezvousStore
 from pellm_lightning.comm.signing_keys import SigningKey, TrustedKeys
@@ -111,11 +112,11 @@ def test_what_goes_wrong_is_told_in_words(tmp_path: Path) -> None:
         commands.main(words)
     with pytest.raises(ValueError, match="'nowhere' is no address"):
         commands.main(["rendezvous", "--listen=nowhere"])
-    with pytest.raises(ValueError, match="without a roster"):
+    with pytest.raises(UsageError, match="without a roster"):
         commands.main(["rendezvous", "--listen=127.0.0.1:1", *tls_words("rendezvous")])
-    with pytest.raises(ValueError, match=r"relay at host='0\.0\.0\.0' without TLS .* Give tls"):
+    with pytest.raises(UsageError, match=r"relay at host='0\.0\.0\.0' without TLS .* Give tls"):
         commands.main(["rendezvous", "--relay", "--listen", "0.0.0.0:1"])
-    with pytest.raises(ValueError, match=r"Quotas are given, but no relay .* Add --relay"):
+    with pytest.raises(UsageError, match=r"Quotas are given, but no relay .* Add --relay"):
         commands.main(["rendezvous", "--listen=127.0.0.1:1", "--quotas.idle_s=5", "--relay", "false"])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"--listen=127.0.0.1:{taken.getsockname()[1]}"
